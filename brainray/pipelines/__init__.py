@@ -1,0 +1,1 @@
+"""The jobs: train, evaluate, and the demonstration."""

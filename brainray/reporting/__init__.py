@@ -1,0 +1,1 @@
+"""Evaluation results turned into something a person reads."""
