@@ -1,0 +1,281 @@
+"""Find the scans of a data set: class folders or Parquet tables become one sample table.
+
+Nothing here opens an image. A sample table (:data:`SAMPLE_SCHEMA`) has a row for every
+scan: where its bytes are, what it is called, its label and the split it was given.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from brainray import storage
+from brainray.errors import DataError
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),  # name shown to people; unique in the data set
+        ("uri", pa.string()),  # file that holds the bytes
+        ("row_group", pa.int32()),  # of a Parquet file; -1 for an image file
+        ("row", pa.int64()),  # within the row group; -1 for an image file
+        ("label", pa.int32()),  # index into the class order
+        ("split", pa.string()),  # train, val, test, or "" where one root is to be split
+        ("group", pa.string()),  # given by the user; null where it is not
+        ("size_bytes", pa.int64()),
+    ]
+)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Folder (or Parquet file) names, in lower case, and the split they mean."""
+
+SPLITS_IN_WORDS = "Training/, Testing/, or train/, val/, test/"
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSamples:
+    """A data set's samples, and what was passed over on the way."""
+
+    samples: pa.Table
+    """Rows of :data:`SAMPLE_SCHEMA`."""
+    num_hidden: int = 0
+    """Files passed over because a part of their path starts with a dot (or is __MACOSX)."""
+    other_files: tuple[str, ...] = field(default=())
+    """Files passed over because their name is not an image's."""
+
+    def describe_passed_over(self) -> str:
+        """Say in words what was passed over; empty when nothing was."""
+        parts = []
+        if self.num_hidden:
+            parts.append(f"{self.num_hidden} hidden")
+        if self.other_files:
+            example = self.other_files[0]
+            parts.append(f"{len(self.other_files)} not named as images (such as '{example}')")
+        return " and ".join(parts)
+
+
+def find_samples(
+    data_uri: str, classes: Sequence[str], *, splits: Sequence[str] | None = None
+) -> FoundSamples:
+    """List a data set.
+
+    Parameters
+    ----------
+    data_uri : str
+        A folder of class folders, of split folders holding class folders, or of Parquet
+        files; or one Parquet file. Local, s3:// or gs://.
+    classes : sequence of str
+        Class names in class order; a class folder must be one of them.
+    splits : sequence of str, optional
+        Only these of "train", "val", "test" must be complete and are returned. A data set
+        without splits is returned whole.
+
+    Raises
+    ------
+    DataError
+        Nothing was found, or an unknown class, or a class without images.
+    StorageError
+        The place cannot be listed.
+    """
+    if data_uri.endswith(".parquet"):
+        uri = storage.make_absolute(data_uri)
+        if not storage.exists(uri):
+            raise DataError(f"No Parquet file at '{data_uri}'. Check the path, or mount it.")
+        files = [storage.FoundFile(uri, uri.rpartition("/")[2], 0)]
+    else:
+        files = storage.list_files(data_uri)
+    visible = [file for file in files if not _is_hidden(file.relative_path)]
+    tables = [file for file in visible if file.relative_path.endswith(".parquet")]
+    images = [file for file in visible if file.relative_path.lower().endswith(IMAGE_SUFFIXES)]
+    if images and tables:
+        raise DataError(
+            f"Expected images or Parquet files in '{data_uri}', found {len(images)} images and "
+            f"{len(tables)} Parquet files. Give one of the two a folder of its own."
+        )
+    if not images and not tables:
+        raise DataError(
+            f"No images in '{data_uri}' ({len(files)} files seen). Expected class folders "
+            f"({', '.join(classes)}), alone or below {SPLITS_IN_WORDS}, or Parquet files."
+        )
+    samples = (
+        _read_parquet_samples(tables, classes)
+        if tables
+        else _read_folder_samples(data_uri, images, classes)
+    )
+    if splits is not None:
+        samples = _keep_splits(samples, splits, data_uri)
+    _check_every_class(samples, classes, data_uri)
+    known = {file.relative_path for file in images or tables}
+    others = tuple(f.relative_path for f in visible if f.relative_path not in known)
+    return FoundSamples(samples, len(files) - len(visible), others)
+
+
+def _is_hidden(relative_path: str) -> bool:
+    parts = relative_path.split("/")
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
+
+
+def _keep_splits(samples: pa.Table, splits: Sequence[str], data_uri: str) -> pa.Table:
+    present = set(samples["split"].to_pylist())
+    if present == {""}:
+        return samples
+    keep = [value in splits for value in samples["split"].to_pylist()]
+    if not any(keep):
+        raise DataError(
+            f"Expected {' or '.join(splits)} scans in '{data_uri}', found only "
+            f"{', '.join(sorted(present))}. Point --data-uri at the folder of the class folders."
+        )
+    return samples.filter(pa.array(keep))
+
+
+def _read_folder_samples(
+    data_uri: str, images: Sequence[storage.FoundFile], classes: Sequence[str]
+) -> pa.Table:
+    tops = {image.relative_path.split("/")[0] for image in images if "/" in image.relative_path}
+    tops |= {name for name in storage.list_folders(data_uri) if not _is_hidden(name)}
+    has_splits = any(top.lower() in SPLIT_NAMES for top in tops)
+    unknown = [top for top in tops if has_splits and top.lower() not in SPLIT_NAMES]
+    if unknown:
+        raise DataError(
+            f"Unknown folder {', '.join(map(repr, sorted(unknown)))} beside the splits in "
+            f"'{data_uri}'. Expected only {SPLITS_IN_WORDS}. Move it elsewhere."
+        )
+    order = {name: index for index, name in enumerate(classes)}
+    rows: list[tuple[str, str, int, int, int, str, None, int]] = []
+    for image in images:
+        parts = image.relative_path.split("/")
+        split = SPLIT_NAMES[parts[0].lower()] if has_splits and len(parts) > 1 else ""
+        class_parts = parts[1:] if has_splits else parts
+        if len(class_parts) < 2:
+            raise DataError(
+                f"Image '{image.relative_path}' in '{data_uri}' lies in no class folder. "
+                f"Expected one of {', '.join(classes)} above it."
+            )
+        label = order.get(class_parts[0])
+        if label is None:
+            raise _unknown_class(class_parts[0], image.uri, classes)
+        rows.append((image.relative_path, image.uri, -1, -1, label, split, None, image.size_bytes))
+    columns = list(zip(*rows, strict=True))
+    return pa.table(
+        [pa.array(c, f.type) for c, f in zip(columns, SAMPLE_SCHEMA, strict=True)],
+        schema=SAMPLE_SCHEMA,
+    )
+
+
+def _unknown_class(name: str, where: str, classes: Sequence[str]) -> DataError:
+    return DataError(
+        f"Unknown class '{name}' in {where}. Expected one of {', '.join(classes)}. "
+        "Rename it, or pass --classes."
+    )
+
+
+def _check_every_class(samples: pa.Table, classes: Sequence[str], data_uri: str) -> None:
+    splits = samples["split"].to_numpy(zero_copy_only=False)
+    labels = samples["label"].to_numpy()
+    for split in sorted(set(splits)):
+        present = set(labels[splits == split].tolist())
+        missing = [name for index, name in enumerate(classes) if index not in present]
+        if missing:
+            where = f"the {split} split of '{data_uri}'" if split else f"'{data_uri}'"
+            raise DataError(
+                f"No images of class {', '.join(missing)} in {where}. Expected some of each of "
+                f"{', '.join(classes)}. Add them, or pass --classes."
+            )
+
+
+def _read_parquet_samples(files: Iterable[storage.FoundFile], classes: Sequence[str]) -> pa.Table:
+    tables = [_read_parquet_file(file, classes) for file in files]
+    samples = pa.concat_tables(tables)
+    paths = samples["path"].to_pylist()
+    if len(set(paths)) != len(paths):
+        raise DataError("The `path` column must name each scan once; some are given twice.")
+    return samples
+
+
+def _split_of(relative_path: str) -> str:
+    """Read the split from a folder's or a file's name, such as train/0.parquet, test-1.parquet."""
+    for part in relative_path.lower().removesuffix(".parquet").split("/"):
+        split = SPLIT_NAMES.get(re.split(r"[-_.\d]", part)[0])
+        if split:
+            return split
+    return ""
+
+
+def _read_parquet_file(file: storage.FoundFile, classes: Sequence[str]) -> pa.Table:
+    filesystem, path = storage.resolve(file.uri)
+    try:
+        with pq.ParquetFile(path, filesystem=filesystem) as parquet:
+            names = parquet.schema_arrow.names
+            missing = [name for name in ("image_bytes", "label") if name not in names]
+            if missing:
+                raise DataError(
+                    f"No column {', '.join(missing)} in '{file.uri}' (it has {', '.join(names)}). "
+                    "Expected image_bytes and label; path and group are optional."
+                )
+            wanted = [name for name in ("label", "path", "group") if name in names]
+            parts = [
+                _describe_row_group(parquet, index, wanted, file, classes)
+                for index in range(parquet.num_row_groups)
+            ]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"Cannot read '{file.uri}' as Parquet: {error}") from error
+    return pa.concat_tables(parts) if parts else SAMPLE_SCHEMA.empty_table()
+
+
+def _describe_row_group(
+    parquet: pq.ParquetFile,
+    index: int,
+    wanted: list[str],
+    file: storage.FoundFile,
+    classes: Sequence[str],
+) -> pa.Table:
+    table = parquet.read_row_group(index, columns=wanted)
+    metadata = parquet.metadata.row_group(index)
+    size = next(
+        metadata.column(i).total_uncompressed_size
+        for i in range(metadata.num_columns)
+        if metadata.column(i).path_in_schema == "image_bytes"
+    )
+    count = table.num_rows
+    paths = (
+        table["path"].cast(pa.string())
+        if "path" in wanted
+        else pa.array([f"{file.relative_path}#{index}-{row}" for row in range(count)])
+    )
+    groups = table["group"].cast(pa.string()) if "group" in wanted else pa.nulls(count, pa.string())
+    return pa.table(
+        {
+            "path": paths,
+            "uri": pa.array([file.uri] * count),
+            "row_group": pa.array([index] * count, pa.int32()),
+            "row": pa.array(range(count), pa.int64()),
+            "label": _read_labels(table["label"], file.uri, classes),
+            "split": pa.array([_split_of(file.relative_path)] * count),
+            "group": groups,
+            "size_bytes": pa.array([size // max(count, 1)] * count, pa.int64()),
+        },
+        schema=SAMPLE_SCHEMA,
+    )
+
+
+def _read_labels(column: pa.ChunkedArray, where: str, classes: Sequence[str]) -> pa.Array:
+    """Take class names, or indices into the class order."""
+    order: dict[object, int] = {name: index for index, name in enumerate(classes)}
+    order |= {index: index for index in range(len(classes))}
+    labels = []
+    for value in column.to_pylist():
+        if value not in order:
+            raise _unknown_class(str(value), where, classes)
+        labels.append(order[value])
+    return pa.array(labels, pa.int32())

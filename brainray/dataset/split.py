@@ -1,0 +1,135 @@
+"""Split a data set by groups, and write down who went where: the manifest."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedGroupKFold
+
+from brainray.errors import DataError
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("content_sha256", pa.string()),
+        ("label", pa.string()),
+        ("group", pa.int64()),
+        ("split", pa.string()),  # train, val, test or rejected
+        ("reason", pa.string()),  # why a scan was rejected; null otherwise
+        ("nearest_correlation", pa.float32()),  # val: to train; test: to train and val
+        ("nearest_label", pa.string()),
+        ("thumbnail", pa.binary()),  # 576 grey bytes; null when rejected
+    ]
+)
+
+
+def split_groups(
+    labels: NDArray[np.int64], groups: NDArray[np.int64], fraction: float, *, seed: int
+) -> NDArray[np.bool_]:
+    """Choose groups for a held-out part, stratified by class.
+
+    Parameters
+    ----------
+    labels : ndarray of int64, shape (N,)
+    groups : ndarray of int64, shape (N,)
+        Images of one group stay together.
+    fraction : float
+        Share of the images to hold out, in (0, 0.5].
+    seed : int
+        The same seed holds out the same groups.
+
+    Returns
+    -------
+    ndarray of bool, shape (N,)
+        True where an image is held out.
+
+    Raises
+    ------
+    DataError
+        A class has fewer groups than a split needs.
+    """
+    num_folds = max(2, round(1 / fraction))
+    for label in np.unique(labels):
+        present = len(np.unique(groups[labels == label]))
+        if present < 2:
+            raise DataError(
+                f"Class number {label} has {present} group of near-identical images; at least 2 "
+                f"are needed to hold {fraction:.0%} out. Add images, or lower the group threshold."
+            )
+    num_folds = min(num_folds, len(np.unique(groups)))
+    folds = StratifiedGroupKFold(n_splits=num_folds, shuffle=True, random_state=seed)
+    held_out = np.zeros(len(labels), np.bool_)
+    _, chosen = next(folds.split(labels, labels, groups))
+    held_out[chosen] = True
+    for part in (held_out, ~held_out):
+        absent = np.setdiff1d(labels, labels[part])
+        if len(absent):
+            raise DataError(
+                f"Too few groups of class number {absent[0]} to split off {fraction:.0%}. "
+                "Add images, use a larger fraction, or give val and test folders."
+            )
+    return held_out
+
+
+def assign_splits(
+    given: Sequence[str],
+    labels: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> NDArray[np.str_]:
+    """Give every image its split; what the data set says is kept.
+
+    A data set without splits loses ``test_fraction`` of its images to a test set first.
+    Where no validation split is given, ``val_fraction`` of the training images becomes one.
+
+    Parameters
+    ----------
+    given : sequence of str, length N
+        "train", "val", "test", or "" where nothing is said.
+    labels, groups : ndarray of int64, shape (N,)
+
+    Returns
+    -------
+    ndarray of str, shape (N,)
+        "train", "val" or "test".
+    """
+    splits = np.array(given, dtype="<U5")
+    undecided = splits == ""
+    if undecided.any():
+        splits[undecided] = "train"
+        if test_fraction > 0:
+            _hold_out(splits, "test", labels, groups, test_fraction, seed=seed)
+    if not (splits == "val").any():
+        _hold_out(splits, "val", labels, groups, val_fraction, seed=seed)
+    return splits
+
+
+def _hold_out(
+    splits: NDArray[np.str_],
+    name: str,
+    labels: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    fraction: float,
+    *,
+    seed: int,
+) -> None:
+    pool = np.flatnonzero(splits == "train")
+    if not len(pool):
+        raise DataError("No training images. Expected a train or Training folder.")
+    held_out = split_groups(labels[pool], groups[pool], fraction, seed=seed)
+    splits[pool[held_out]] = name
+
+
+def hash_manifest(manifest: pa.Table) -> str:
+    """Compute the SHA-256 of what a manifest says, independent of how it is stored."""
+    columns = ("path", "content_sha256", "label", "group", "split")
+    rows = zip(*(manifest[name].to_pylist() for name in columns), strict=True)
+    digest = hashlib.sha256()
+    for row in sorted(rows, key=lambda row: str(row[0])):
+        digest.update(repr(row).encode())
+    return digest.hexdigest()

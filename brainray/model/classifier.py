@@ -1,0 +1,218 @@
+"""The sealed classifier folder: weights and everything that is needed to be right with them.
+
+::
+
+    classifier/
+      model.safetensors    the weights
+      classifier.json      class order, preprocessing, where they came from, the weights' hash
+
+Nothing in it is pickled. Whoever opens the folder needs no flag.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from brainray import storage
+from brainray.errors import BrainrayError, ClassifierError
+from brainray.labels import check_classes
+from brainray.model.network import ARCHITECTURE, StateDict, build_network
+from brainray.pixels.preprocess import Preprocessing, normalise_images
+
+SCHEMA_VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "classifier.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """An opened classifier: a network in evaluation mode and the meaning of its numbers."""
+
+    network: nn.Module
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    card: dict[str, Any]
+    """The content of classifier.json."""
+
+    @property
+    def classifier_id(self) -> str:
+        """First 12 hexadecimal digits of the hash over weights, classes and preprocessing."""
+        return str(self.card["classifier_id"])
+
+    @torch.inference_mode()
+    def predict_probs(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Predict class probabilities.
+
+        Parameters
+        ----------
+        images : ndarray of uint8, shape (N, size_px, size_px)
+            From :func:`brainray.pixels.preprocess.load_image` with this preprocessing.
+
+        Returns
+        -------
+        ndarray of float32, shape (N, K)
+            Rows sum to 1; columns in class order.
+        """
+        device = next(self.network.parameters()).device
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+        inputs = normalise_images(pixels, self.preprocessing)
+        logits = self.network(inputs.contiguous(memory_format=torch.channels_last))
+        probs: NDArray[np.float32] = logits.float().softmax(1).cpu().numpy()
+        return probs
+
+
+def save_classifier(
+    classifier_uri: str,
+    state: StateDict,
+    *,
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+    provenance: dict[str, Any],
+) -> str:
+    """Seal a classifier folder.
+
+    Parameters
+    ----------
+    classifier_uri : str
+        The folder; what it held before is replaced.
+    state : dict of Tensor
+        Weights of :func:`brainray.model.network.build_network`.
+    classes : sequence of str
+        In the order of the network's outputs.
+    preprocessing : Preprocessing
+        What turns pixels into the network's input.
+    provenance : dict
+        JSON-ready: training configuration, data manifest hash, metrics, versions, revision.
+
+    Returns
+    -------
+    str
+        The classifier's id.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    content = safetensors.torch.save(tensors)
+    weights_sha256 = hashlib.sha256(content).hexdigest()
+    meaning = {"classes": list(classes), "preprocessing": asdict(preprocessing)}
+    identity = hashlib.sha256(f"{weights_sha256}{meaning}".encode()).hexdigest()
+    card = {
+        "schema_version": SCHEMA_VERSION,
+        "classifier_id": identity[:12],
+        "architecture": {"name": ARCHITECTURE, "in_channels": 1, "num_classes": len(classes)},
+        **meaning,
+        "weights": {"file": WEIGHTS_FILE, "sha256": weights_sha256, "size_bytes": len(content)},
+        **provenance,
+    }
+    storage.write_bytes(storage.join(classifier_uri, WEIGHTS_FILE), content)
+    storage.write_json(storage.join(classifier_uri, CARD_FILE), card)
+    return identity[:12]
+
+
+def amend_card(classifier_uri: str, additions: dict[str, Any]) -> None:
+    """Add to what a sealed classifier says of itself; weights and meaning stay as they are."""
+    card = read_card(classifier_uri)
+    storage.write_json(storage.join(classifier_uri, CARD_FILE), card | additions)
+
+
+def read_card(classifier_uri: str) -> dict[str, Any]:
+    """Read and check classifier.json.
+
+    Raises
+    ------
+    ClassifierError
+        It is missing, is of another schema, or lacks a part.
+    """
+    uri = storage.join(classifier_uri, CARD_FILE)
+    try:
+        card = storage.read_json(uri)
+    except FileNotFoundError as error:
+        raise ClassifierError(
+            f"No classifier at '{classifier_uri}': expected {CARD_FILE} in it. "
+            "Give the folder that training wrote as <output>/classifier."
+        ) from error
+    except BrainrayError as error:
+        raise ClassifierError(
+            f"The classifier at '{classifier_uri}' is damaged: {error}"
+        ) from error
+    found = card.get("schema_version") if isinstance(card, dict) else None
+    if found != SCHEMA_VERSION:
+        raise ClassifierError(
+            f"Expected classifier schema {SCHEMA_VERSION} in '{uri}', found {found}. "
+            "Use the brainray version that wrote it, or train again."
+        )
+    needed = ("classifier_id", "architecture", "classes", "preprocessing", "weights")
+    missing = [name for name in needed if name not in card]
+    if missing:
+        raise ClassifierError(f"'{uri}' lacks {', '.join(missing)}. Restore the folder.")
+    return dict(card)
+
+
+def load_classifier(classifier_uri: str, *, device: str = "cpu") -> Classifier:
+    """Open a sealed classifier folder.
+
+    Parameters
+    ----------
+    classifier_uri : str
+        Local, s3:// or gs:// folder.
+    device : str
+        Where the network computes.
+
+    Raises
+    ------
+    ClassifierError
+        The folder is missing, foreign, damaged, or of another schema version.
+    """
+    card = read_card(classifier_uri)
+    classes, preprocessing = _read_meaning(card, classifier_uri)
+    network = build_network(len(classes))
+    state = _read_sealed_weights(card, classifier_uri)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ClassifierError(
+            f"The weights in '{classifier_uri}' do not fit a {ARCHITECTURE} with "
+            f"{len(classes)} classes. Restore the folder."
+        ) from error
+    network = network.to(device=device, memory_format=torch.channels_last).eval()
+    return Classifier(network, classes, preprocessing, card)
+
+
+def _read_meaning(card: dict[str, Any], where: str) -> tuple[tuple[str, ...], Preprocessing]:
+    name = card["architecture"].get("name")
+    if name != ARCHITECTURE:
+        raise ClassifierError(f"Expected a {ARCHITECTURE} in '{where}', found '{name}'.")
+    known = {field.name for field in fields(Preprocessing)}
+    if set(card["preprocessing"]) != known:
+        raise ClassifierError(
+            f"Expected the preprocessing in '{where}' to give {', '.join(sorted(known))}; "
+            f"found {', '.join(sorted(card['preprocessing']))}."
+        )
+    try:
+        return check_classes(card["classes"]), Preprocessing(**card["preprocessing"])
+    except (BrainrayError, TypeError) as error:
+        raise ClassifierError(f"The classifier at '{where}' is damaged: {error}") from error
+
+
+def _read_sealed_weights(card: dict[str, Any], where: str) -> StateDict:
+    uri = storage.join(where, WEIGHTS_FILE)
+    try:
+        content = storage.read_bytes(uri)
+    except FileNotFoundError as error:
+        raise ClassifierError(f"No {WEIGHTS_FILE} in '{where}'. Restore the folder.") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != card["weights"].get("sha256"):
+        raise ClassifierError(
+            f"The weights in '{where}' are not the sealed ones: expected SHA-256 "
+            f"{str(card['weights'].get('sha256'))[:12]}…, found {found[:12]}…. Restore the folder."
+        )
+    try:
+        return safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise ClassifierError(f"'{uri}' is not a safetensors file: {error}") from error

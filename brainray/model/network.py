@@ -1,0 +1,255 @@
+"""ResNet-50 with one grey input channel and a K-way head, and the weights it starts from."""
+
+import socket
+import urllib.error
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_functional
+from torch import nn
+from torchvision.models import ResNet50_Weights, resnet50
+
+from brainray import storage
+from brainray.errors import StorageError, WeightsError
+
+ARCHITECTURE = "resnet50"
+NUM_FEATURES = 2048
+"""Width of the pooled features below the head."""
+
+DOWNLOAD_TIMEOUT_S = 20.0
+"""Silence after which a download of weights counts as failed."""
+
+StateDict = dict[str, torch.Tensor]
+BatchNormMode = Literal["local", "sync", "frozen"]
+
+STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
+"""Parts of the network from input to head, for learning rates that fall with depth."""
+
+
+def build_network(num_classes: int, *, weights: StateDict | None = None) -> nn.Module:
+    """Build a ResNet-50 for grey images.
+
+    Parameters
+    ----------
+    num_classes : int
+        Width of the head.
+    weights : dict of Tensor, optional
+        torchvision ResNet-50 weights, of any input channels and head width. A stem for
+        RGB is summed over its input channels, which is what repeating a grey image three
+        times would compute; a head of another width is left at its random start.
+
+    Returns
+    -------
+    Module
+        Takes (N, 1, H, W) float, gives (N, num_classes) logits. In training mode.
+
+    Raises
+    ------
+    WeightsError
+        The weights are not a ResNet-50's.
+
+    References
+    ----------
+    .. [1] He et al., Deep Residual Learning, CVPR 2016; version 1.5 as torchvision has it.
+    .. [2] Goyal et al., 2017, arXiv:1706.02677, section 5.1: the last scale of each
+       residual branch starts at zero.
+    """
+    network = resnet50(num_classes=num_classes, zero_init_residual=True)
+    stem = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    network.conv1 = stem
+    if weights is not None:
+        _load_backbone(network, weights)
+    return network
+
+
+def _load_backbone(network: nn.Module, weights: StateDict) -> None:
+    expected = network.state_dict()
+    adapted = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    stem = adapted.get("conv1.weight")
+    if stem is not None and stem.ndim == 4 and stem.shape[1] > 1:
+        adapted["conv1.weight"] = stem.sum(dim=1, keepdim=True)
+    for name in ("fc.weight", "fc.bias"):
+        if name not in adapted or adapted[name].shape != expected[name].shape:
+            adapted[name] = expected[name]
+    wrong = [
+        name
+        for name, tensor in expected.items()
+        if not name.endswith("num_batches_tracked")
+        and (name not in adapted or adapted[name].shape != tensor.shape)
+    ]
+    if wrong:
+        raise WeightsError(
+            f"Expected a torchvision ResNet-50 state dict, but {len(wrong)} of {len(expected)} "
+            f"entries are missing or of another shape (first: '{wrong[0]}'). Give other weights."
+        )
+    network.load_state_dict({name: adapted.get(name, expected[name]) for name in expected})
+
+
+def fetch_weights(
+    weights: Literal["imagenet", "none"], weights_uri: str | None
+) -> StateDict | None:
+    """Fetch the weights a run starts from, or fail; never fall back.
+
+    Parameters
+    ----------
+    weights : {"imagenet", "none"}
+        torchvision's IMAGENET1K_V2, checked against its hash, or a random start.
+    weights_uri : str, optional
+        A local or remote .safetensors, .pth or .pt state dict, used instead. Pickled code
+        in it is not run.
+
+    Raises
+    ------
+    WeightsError
+        They cannot be had or read; the message names the remedies.
+    """
+    if weights_uri is not None:
+        return _read_weights(weights_uri)
+    return _download_imagenet() if weights == "imagenet" else None
+
+
+def _read_weights(uri: str) -> StateDict:
+    try:
+        content = storage.read_bytes(uri)
+    except (FileNotFoundError, StorageError) as error:
+        raise WeightsError(f"Cannot read the weights at '{uri}': {error}") from error
+    try:
+        if uri.endswith(".safetensors"):
+            return safetensors.torch.load(content)
+        loaded = _load_pickle_safely(content)
+    except Exception as error:  # torch raises several kinds for a file that is not its own
+        raise WeightsError(
+            f"'{uri}' is not a state dict that loads without running code ({error}). "
+            "Expected .safetensors, or .pth saved from model.state_dict()."
+        ) from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
+        raise WeightsError(f"'{uri}' does not hold a state dict: names and tensors.")
+    return state
+
+
+def _load_pickle_safely(content: bytes) -> Any:  # noqa: ANN401 - a file may hold anything
+    import io
+
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def imagenet_weights_path() -> Path:
+    """Return where torchvision keeps (or looks for) its ImageNet weights on this machine."""
+    name = ResNet50_Weights.IMAGENET1K_V2.url.rpartition("/")[2]
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def _download_imagenet() -> StateDict:
+    try:
+        with _socket_timeout(DOWNLOAD_TIMEOUT_S):
+            state: StateDict = ResNet50_Weights.IMAGENET1K_V2.get_state_dict(
+                progress=False, check_hash=True, weights_only=True, map_location="cpu"
+            )
+    except (OSError, RuntimeError, urllib.error.URLError) as error:
+        raise WeightsError(
+            f"ImageNet weights cannot be had ({error}). Put the file at "
+            f"'{imagenet_weights_path()}', or pass --weights-uri FILE (.safetensors or .pth), "
+            "or --weights none to start from random weights."
+        ) from error
+    return state
+
+
+def stage_of(parameter_name: str) -> str:
+    """Return the part of the network (one of :data:`STAGES`) that a parameter belongs to."""
+    top = parameter_name.removeprefix("module.").split(".")[0]
+    return top if top in STAGES else "stem"
+
+
+def compute_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return the pooled features below the head, shape (N, 2048)."""
+    kept: list[torch.Tensor] = []
+    head = network.get_submodule("fc")
+    handle = head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    try:
+        network(images)
+    finally:
+        handle.remove()
+    return kept[0]
+
+
+class WorkerSyncedBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation with statistics over all workers' images, on any device.
+
+    ``torch.nn.SyncBatchNorm`` runs on GPUs only (torch 2.15); this is for CPU workers.
+    Use torch's own once it takes CPU tensors.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise a batch, shape (N, C, H, W)."""
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(input)
+        images = input.float()
+        count = images.new_full((1,), images.numel() / images.shape[1])
+        sums = torch.cat([images.sum((0, 2, 3)), images.square().sum((0, 2, 3)), count])
+        total, squares, number = dist_functional.all_reduce(sums).split(
+            [self.num_features, self.num_features, 1]
+        )
+        mean = total / number
+        variance = (squares / number - mean.square()).clamp_min(0)
+        self._update_running(mean.detach(), variance.detach(), float(number.detach()))
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shift = self.bias - mean * scale
+        return (images * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(input.dtype)
+
+    @torch.no_grad()
+    def _update_running(self, mean: torch.Tensor, variance: torch.Tensor, number: float) -> None:
+        momentum = self.momentum if self.momentum is not None else 0.1
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance * (number / max(number - 1, 1)), momentum)
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that keeps its statistics and its affine part as they are loaded."""
+
+    def train(self, mode: bool = True) -> "FrozenBatchNorm2d":  # noqa: ARG002 - torch's signature
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+
+def set_batch_norm(network: nn.Module, mode: BatchNormMode, *, on_gpu: bool) -> nn.Module:
+    """Choose where batch normalisation takes its statistics from.
+
+    Parameters
+    ----------
+    network : Module
+        Changed in place; state-dict names stay as they are.
+    mode : {"local", "sync", "frozen"}
+        Each worker's images; all workers' images; or the loaded statistics.
+    on_gpu : bool
+        Whether the workers hold GPUs.
+    """
+    if mode == "sync" and on_gpu:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if mode != "local":
+        kind = WorkerSyncedBatchNorm2d if mode == "sync" else FrozenBatchNorm2d
+        for module in network.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = kind
+                for parameter in module.parameters():
+                    parameter.requires_grad = mode != "frozen"
+    return network

@@ -1,0 +1,87 @@
+"""A training checkpoint: everything a run needs to go on as if it had never stopped.
+
+A folder of two files, neither pickled: ``state.safetensors`` (network, averaged weights and
+optimiser) and ``state.json`` (the rest).
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from brainray.model.network import StateDict
+
+TENSORS_FILE = "state.safetensors"
+PROGRESS_FILE = "state.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a run has come."""
+
+    next_epoch: int = 0
+    """Epoch to train next, from 0."""
+    best_score: float = float("-inf")
+    """Best validation score so far."""
+    best_epoch: int = -1
+    """Epoch that reached it; -1 before the first."""
+    time_s: float = 0.0
+    """Seconds spent training, over all stretches of the run."""
+    ema_steps: int = 0
+    """Optimiser steps that the averaged weights have seen."""
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    network: StateDict,
+    averaged: StateDict | None,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+) -> None:
+    """Write a checkpoint into an existing local folder."""
+    tensors = {f"network.{name}": tensor for name, tensor in network.items()}
+    tensors |= {f"averaged.{name}": tensor for name, tensor in (averaged or {}).items()}
+    for index, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{slot}": tensor for slot, tensor in slots.items()}
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(ready, folder / TENSORS_FILE)
+    (folder / PROGRESS_FILE).write_text(json.dumps(asdict(progress)))
+
+
+def load_network_weights(folder: Path) -> StateDict:
+    """Read the weights to seal: the averaged ones where the run keeps them."""
+    tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
+    return _strip(tensors, "averaged.") or _strip(tensors, "network.")
+
+
+def load_checkpoint(
+    folder: Path,
+    *,
+    network: torch.nn.Module,
+    averaged: torch.nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+) -> Progress:
+    """Put a checkpoint back into a network, its average and its optimiser."""
+    tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
+    network.load_state_dict(_strip(tensors, "network."))
+    if averaged is not None:
+        averaged.load_state_dict(_strip(tensors, "averaged."))
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in _strip(tensors, "optimizer.").items():
+        index, slot = name.split(".")
+        slots.setdefault(int(index), {})[slot] = tensor
+    state: dict[str, Any] = {**optimizer.state_dict(), "state": slots}
+    optimizer.load_state_dict(state)
+    return Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
+
+
+def _strip(tensors: StateDict, prefix: str) -> StateDict:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,158 @@
+"""What a training run is made of: every number that shapes the classifier, with its unit."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from brainray.errors import ConfigError
+from brainray.labels import BRAIN_TUMOUR_CLASSES, check_classes
+from brainray.model.network import BatchNormMode
+from brainray.pixels.augment import Augmentation
+from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.preprocess import Preprocessing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimisation:
+    """How the weights move."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum 0.9."""
+    learning_rate: float = 1e-3
+    """Peak rate of the head, for the global batch as it is (not per worker)."""
+    stage_decay: float = 1.0
+    """Each stage below the head learns this much slower than the one above it (0 to 1]."""
+    weight_decay: float = 0.05
+    """Decoupled for AdamW, L2 for SGD; never on biases and normalisation."""
+    warmup_epochs: float = 1.0
+    """The rate climbs linearly over this many epochs, then falls as a cosine."""
+    final_lr_fraction: float = 0.01
+    """Share of the peak rate left at the end."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    label_smoothing: float = 0.0
+    """Share of each target spread evenly over the classes [0 to 1)."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weighs each class by the inverse of its share of the training images."""
+    ema_decay: float = 0.0
+    """Decay a step of the averaged weights that are validated and sealed; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "learning_rate": self.learning_rate > 0,
+            "stage_decay": 0 < self.stage_decay <= 1,
+            "weight_decay": self.weight_decay >= 0,
+            "warmup_epochs": self.warmup_epochs >= 0,
+            "final_lr_fraction": 0 <= self.final_lr_fraction <= 1,
+            "clip_norm": self.clip_norm >= 0,
+            "label_smoothing": 0 <= self.label_smoothing < 1,
+            "ema_decay": 0 <= self.ema_decay < 1,
+        }
+        for name, holds in checks.items():
+            if not holds:
+                raise ConfigError(f"optimisation.{name} is out of range: {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A recipe: everything that shapes the classifier, and nothing about where it runs."""
+
+    classes: tuple[str, ...] = BRAIN_TUMOUR_CLASSES
+    """Class names in class order; also the names of the class folders."""
+    seed: int = 0
+    """Seeds the split, the weights, the order of the images and the augmentation."""
+    weights: Literal["imagenet", "none"] = "imagenet"
+    """Start from torchvision's IMAGENET1K_V2, or from random weights."""
+    weights_uri: str | None = None
+    """Start from this .safetensors or .pth state dict instead."""
+    preprocessing: Preprocessing = Preprocessing()
+    """Sealed with the classifier."""
+    augmentation: Augmentation = Augmentation()
+    """Training only."""
+    optimisation: Optimisation = Optimisation()
+    """How the weights move."""
+    limits: DecodeLimits = DecodeLimits()
+    """What is too large to open."""
+    val_fraction: float = 0.15
+    """Share of the training images held out, by groups, where no val folder is given."""
+    test_fraction: float = 0.15
+    """Share held out for testing where the data set has no splits; 0 holds out none."""
+    group_correlation: float = 0.96
+    """Slices whose thumbnails correlate at least this much are of one group (0 to 1)."""
+    num_epochs: int = 30
+    """Passes of the whole network over the training images."""
+    head_epochs: int = 0
+    """Epochs of the head alone before that, on features computed once; needs weights."""
+    train_sizes_px: tuple[int, ...] = ()
+    """Sides of the training images in equal stretches of the run; empty: the sealed size."""
+    global_batch_size: int = 64
+    """Images of one optimiser step, over all workers."""
+    batch_norm: BatchNormMode = "local"
+    """Statistics from each worker's images, from all workers' (`sync`), or as loaded (`frozen`)."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """`bf16` is autocast: weights stay fp32."""
+    channels_last: bool = True
+    """Memory layout; faster on CPUs with oneDNN and on tensor cores."""
+    compile: bool = False
+    """torch.compile the network; takes a minute at the start."""
+    patience_epochs: int = 0
+    """Stop when this many epochs brought no better validation score; 0 never stops early."""
+    monitor: Literal["val_macro_f1", "val_accuracy", "val_macro_auroc"] = "val_macro_f1"
+    """Validation score that chooses the epoch that is sealed."""
+
+    def __post_init__(self) -> None:
+        check_classes(self.classes)
+        positive = ("num_epochs", "global_batch_size")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("head_epochs", "patience_epochs"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name, lowest in (("val_fraction", 1e-9), ("test_fraction", 0.0)):
+            if not lowest <= getattr(self, name) <= 0.5:
+                raise ConfigError(f"{name} must be in (0, 0.5], got {getattr(self, name)}.")
+        if not 0 < self.group_correlation <= 1:
+            raise ConfigError(f"group_correlation must be in (0, 1], got {self.group_correlation}.")
+        for size_px in self.train_sizes_px:
+            if not 32 <= size_px <= 1024:
+                raise ConfigError(f"train_sizes_px must be in [32, 1024], got {size_px}.")
+
+    def list_epoch_sizes(self) -> tuple[int, ...]:
+        """Return the side of the training images of every epoch, in pixels."""
+        sizes = self.train_sizes_px or (self.preprocessing.size_px,)
+        return tuple(sizes[e * len(sizes) // self.num_epochs] for e in range(self.num_epochs))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where a run computes; it may change between a run's stretches."""
+
+    num_workers: int = 1
+    """Training workers; each takes a GPU with --use-gpu, else a share of the CPUs."""
+    min_workers: int | None = None
+    """Go on with as few as this when nodes are lost or not there yet (elastic)."""
+    use_gpu: bool = False
+    """Train on GPUs."""
+    max_failures: int = 3
+    """Times that a failed worker group is started again from its last checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ConfigError(f"num_workers must be at least 1, got {self.num_workers}.")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
+            raise ConfigError(
+                f"min_workers must be in [1, num_workers={self.num_workers}], "
+                f"got {self.min_workers}."
+            )
+
+
+def find_differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
+    """Say where two JSON-ready configurations differ, as `name: saved -> given` lines."""
+    lines = []
+    for name in sorted(saved.keys() | given.keys()):
+        old, new = saved.get(name), given.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += find_differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"{prefix}{name}: {old} -> {new}")
+    return lines

@@ -1,0 +1,231 @@
+"""Judging a sealed classifier on scans whose class is known: predictions, metrics, report."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+from numpy.typing import NDArray
+from PIL import Image
+
+from brainray import storage
+from brainray.dataset.scan import ScanStore
+from brainray.dataset.twins import NEAR_TWIN_CORRELATION
+from brainray.errors import RejectedImage
+from brainray.metrics import compute_accuracy, compute_curves, compute_evaluation
+from brainray.model.classifier import Classifier, load_classifier
+from brainray.pipelines.data import PreparedData
+from brainray.pixels.decode import DecodeLimits, decode_image
+from brainray.pixels.preprocess import Preprocessing, load_image
+from brainray.reporting.report import Mistake
+
+BATCH_SIZE = 32
+"""Images of one forward pass."""
+
+ROWS_PER_TASK = 256
+"""Images that a decoding task reads."""
+
+NUM_MISTAKES_SHOWN = 24
+
+
+class _Predictor:
+    """Holds the classifier in an actor and answers batches."""
+
+    def __init__(self, classifier_uri: str, use_gpu: bool) -> None:
+        self._classifier: Classifier = load_classifier(
+            classifier_uri, device="cuda" if use_gpu else "cpu"
+        )
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        images = batch["image"]
+        parts = [
+            self._classifier.predict_probs(images[start : start + BATCH_SIZE])
+            for start in range(0, len(images), BATCH_SIZE)
+        ]
+        return {"index": batch["index"], "prob": np.concatenate(parts)}
+
+
+def _load_batch(
+    batch: dict[str, NDArray[np.int64]],
+    *,
+    store: ScanStore,
+    preprocessing: Preprocessing,
+    limits: DecodeLimits,
+) -> dict[str, NDArray[Any]]:
+    contents = store.read(batch["index"].tolist())
+    images = [load_image(content, preprocessing, limits) for content in contents]
+    return {"index": batch["index"], "image": np.stack(images)}
+
+
+def predict_samples(
+    indices: NDArray[np.int64],
+    store: ScanStore,
+    classifier_uri: str,
+    *,
+    limits: DecodeLimits,
+    use_gpu: bool,
+) -> NDArray[np.float32]:
+    """Predict the class probabilities of some samples, in Ray Data tasks and an actor.
+
+    Parameters
+    ----------
+    indices : ndarray of int64, shape (n,)
+        Sample numbers, none twice.
+
+    Returns
+    -------
+    ndarray of float32, shape (n, K)
+        In the order of ``indices``.
+    """
+    preprocessing = load_classifier(classifier_uri).preprocessing
+    parts = [
+        pa.table({"index": indices[start : start + ROWS_PER_TASK]})
+        for start in range(0, len(indices), ROWS_PER_TASK)
+    ]
+    answers = (
+        ray.data.from_arrow(parts)
+        .map_batches(
+            _load_batch,
+            batch_size=None,
+            fn_kwargs={
+                "store": store,
+                "preprocessing": preprocessing,
+                "limits": limits,
+            },
+        )
+        .map_batches(
+            _Predictor,
+            fn_constructor_args=(classifier_uri, use_gpu),
+            batch_size=None,
+            num_gpus=1 if use_gpu else 0,
+            compute=ray.data.ActorPoolStrategy(size=1),
+        )
+    )
+    probs: NDArray[np.float32] | None = None
+    place = {int(index): row for row, index in enumerate(indices)}
+    for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
+        if probs is None:
+            probs = np.full((len(indices), batch["prob"].shape[1]), np.nan, np.float32)
+        probs[[place[int(index)] for index in batch["index"]]] = batch["prob"]
+    assert probs is not None
+    return probs
+
+
+def build_predictions(
+    data: PreparedData,
+    indices: NDArray[np.int64],
+    probs: NDArray[np.float32],
+    classes: Sequence[str],
+    classifier_id: str,
+) -> pa.Table:
+    """Build the table of answers: a row for every scan judged, with its truth beside it."""
+    rows = data.manifest.take(pa.array(indices))
+    top = probs.argmax(1)
+    columns: dict[str, Any] = {
+        name: rows[name]
+        for name in ("path", "content_sha256", "split", "group", "nearest_correlation")
+    }
+    columns |= {
+        "true_class": rows["label"],
+        "predicted_class": [classes[k] for k in top],
+        "confidence": probs[np.arange(len(top)), top],
+        **{f"prob_{name}": probs[:, k] for k, name in enumerate(classes)},
+        "classifier_id": [classifier_id] * len(top),
+    }
+    return pa.table(columns)
+
+
+def judge_split(
+    data: PreparedData,
+    indices: NDArray[np.int64],
+    probs: NDArray[np.float32],
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """Compute a split's metrics, with what they must be read beside.
+
+    Returns
+    -------
+    dict
+        What :func:`brainray.metrics.compute_evaluation` gives; ``no_twin``, the same over
+        images without a near-twin in training; and ``baseline_1nn``, the answers of the
+        nearest training thumbnail. The last two are absent where the training images are
+        not known.
+    """
+    rows = data.manifest.take(pa.array(indices))
+    labels, groups = data.labels[indices], rows["group"].to_numpy()
+    metrics = compute_evaluation(labels, probs, classes, groups=groups)
+    correlation = rows["nearest_correlation"].to_numpy(zero_copy_only=False)
+    if np.isnan(correlation.astype(np.float64)).any():
+        return metrics
+    nearest = np.array([classes.index(name) for name in rows["nearest_label"].to_pylist()])
+    apart = correlation < NEAR_TWIN_CORRELATION
+    metrics["twin_correlation"] = NEAR_TWIN_CORRELATION
+    metrics["no_twin"] = _judge_part(labels, probs, classes, groups, apart)
+    metrics["baseline_1nn"] = compute_accuracy(labels, nearest, groups=groups)
+    metrics["baseline_1nn"]["no_twin"] = (
+        compute_accuracy(labels[apart], nearest[apart], groups=groups[apart])
+        if apart.any()
+        else {"n": 0}
+    )
+    return metrics
+
+
+def _judge_part(
+    labels: NDArray[np.int64],
+    probs: NDArray[np.float32],
+    classes: Sequence[str],
+    groups: NDArray[np.int64],
+    part: NDArray[np.bool_],
+) -> dict[str, Any]:
+    if not part.any():
+        return {"n": 0}
+    return compute_evaluation(labels[part], probs[part], classes, groups=groups[part])
+
+
+def compute_split_curves(predictions: pa.Table, classes: Sequence[str]) -> dict[str, Any]:
+    """Compute the curves of a table of answers, for the report."""
+    y_true = [classes.index(name) for name in predictions["true_class"].to_pylist()]
+    y_prob = np.stack([predictions[f"prob_{name}"].to_numpy() for name in classes], 1)
+    return compute_curves(y_true, y_prob, classes)
+
+
+def collect_mistakes(data: PreparedData, predictions: pa.Table, split: str) -> list[Mistake]:
+    """Collect the most confident mistakes of a split, with their pictures."""
+    wrong = predictions.filter(
+        pc.not_equal(predictions["true_class"], predictions["predicted_class"])
+    )
+    worst = wrong.sort_by([("confidence", "descending")]).slice(0, NUM_MISTAKES_SHOWN)
+    numbers = {path: i for i, path in enumerate(data.manifest["path"].to_pylist())}
+    mistakes = []
+    for row in worst.to_pylist():
+        try:
+            (content,) = data.store.read([numbers[row["path"]]])
+        except RejectedImage:  # vanished since it was judged
+            continue
+        mistakes.append(
+            Mistake(
+                path=row["path"],
+                true_class=row["true_class"],
+                predicted_class=row["predicted_class"],
+                confidence=row["confidence"],
+                image_png=_to_png(content),
+                split=split,
+            )
+        )
+    return mistakes
+
+
+def _to_png(content: bytes) -> bytes:
+    image = Image.fromarray(decode_image(content))
+    image.thumbnail((224, 224))
+    sink = io.BytesIO()
+    image.save(sink, "PNG")
+    return sink.getvalue()
+
+
+def write_predictions(output_uri: str, split: str, predictions: pa.Table) -> None:
+    """Write a split's answers to ``predictions/<split>.parquet``."""
+    storage.write_table(storage.join(output_uri, "predictions", f"{split}.parquet"), predictions)

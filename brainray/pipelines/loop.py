@@ -1,0 +1,509 @@
+"""The training loop: what each Ray Train worker runs."""
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.collective
+import ray.train.torch
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from ray.data import DataIterator
+from ray.train import Checkpoint, CheckpointUploadMode
+from ray.util.queue import Queue
+from torch import nn
+
+from brainray import runlog, storage
+from brainray.dataset.scan import ScanStore
+from brainray.dataset.stream import LoadedBatch, StreamPlan, iterate_batches, open_stream
+from brainray.errors import TrainingError
+from brainray.metrics import summarise
+from brainray.model.network import (
+    NUM_FEATURES,
+    STAGES,
+    StateDict,
+    build_network,
+    compute_features,
+    set_batch_norm,
+    stage_of,
+)
+from brainray.pipelines.checkpoint import Progress, load_checkpoint, save_checkpoint
+from brainray.pipelines.config import Optimisation, TrainConfig
+from brainray.pixels.augment import augment_images, mix_images, roll_dice
+from brainray.pixels.preprocess import normalise_images
+
+MESSAGE_INTERVAL_S = 1.0
+"""Seconds between two messages to the person at the driver within an epoch."""
+
+HEAD_BATCH_SIZE = 256
+"""Features of one step of the head-only epochs; they cost nothing beside the network."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSetup:
+    """What the driver hands to every worker."""
+
+    config: TrainConfig
+    train_indices: NDArray[np.int64]
+    val_indices: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    """Class of every sample of the data set, by sample number."""
+    row_groups: NDArray[np.int64] | None
+    """Row group of each training image, when rows are streamed from Parquet."""
+    store: ScanStore
+    weights: "ray.ObjectRef[StateDict | None]"
+    """Fetched once, by the driver."""
+    records_uri: str
+    """metrics.jsonl."""
+    tensorboard_uri: str
+    cpus_per_worker: float
+    use_gpu: bool
+    messages: Queue | None = None
+    """Takes progress for the person at the driver."""
+
+
+def train_worker(loop_config: dict[str, Any]) -> None:
+    """Train; Ray Train calls this in every worker."""
+    Worker(loop_config["setup"]).run()
+
+
+class Worker:
+    """One training worker: its network, its optimiser and its end of the stream."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self.setup = setup
+        self.config = setup.config
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+        self.labels = torch.from_numpy(setup.labels)
+        torch.manual_seed(self.config.seed)
+        self.network = self._build_network()
+        self.averaged = deepcopy(self.network) if self.config.optimisation.ema_decay else None
+        if self.averaged is not None:
+            self.averaged.requires_grad_(False)
+        self.optimizer = build_optimizer(self.network, self.config.optimisation)
+        self.class_weights = self._compute_class_weights()
+        self.progress = Progress()
+        self.told_at = time.monotonic()
+
+    def _build_network(self) -> nn.Module:
+        num_classes = len(self.config.classes)
+        network = build_network(num_classes, weights=ray.get(self.setup.weights))
+        network = set_batch_norm(network, self.config.batch_norm, on_gpu=self.setup.use_gpu)
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return network.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
+
+    def _compute_class_weights(self) -> torch.Tensor | None:
+        if self.config.optimisation.class_weights == "none":
+            return None
+        counts = np.bincount(
+            self.setup.labels[self.setup.train_indices], minlength=len(self.config.classes)
+        )
+        weights = torch.from_numpy(counts.sum() / (len(counts) * np.maximum(counts, 1)))
+        return weights.float().to(self.device)
+
+    def run(self) -> None:
+        """Train from the last checkpoint, or from the start, to the end."""
+        records = self._restore()
+        if self.progress.next_epoch == 0 and self.config.head_epochs:
+            self._train_head()
+        self.plan = self._plan_stream()
+        model = self._wrap()
+        batches = iterate_batches(self._open_shard(self.plan), self.plan, self.rank)
+        for epoch in range(self.progress.next_epoch, self.config.num_epochs):
+            record = self._run_epoch(model, batches, epoch)
+            records.append(record)
+            self._report(record, records)
+            if self._is_patience_over(epoch):
+                break
+
+    def _restore(self) -> list[runlog.Record]:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                self.progress = load_checkpoint(
+                    Path(folder),
+                    network=self.network,
+                    averaged=self.averaged,
+                    optimizer=self.optimizer,
+                )
+        records = runlog.read_records(self.setup.records_uri) if self.rank == 0 else []
+        return [record for record in records if record["epoch"] < self.progress.next_epoch]
+
+    def _plan_stream(self) -> StreamPlan:
+        return StreamPlan(
+            train_indices=self.setup.train_indices,
+            val_indices=self.setup.val_indices,
+            epoch_sizes_px=self.config.list_epoch_sizes(),
+            start_epoch=self.progress.next_epoch,
+            global_batch_size=min(self.config.global_batch_size, len(self.setup.train_indices)),
+            world_size=self.world_size,
+            seed=self.config.seed,
+            preprocessing=self.config.preprocessing,
+            limits=self.config.limits,
+            row_groups=self.setup.row_groups,
+        )
+
+    def _open_shard(self, plan: StreamPlan) -> DataIterator:
+        """Rank 0 starts the stream; every worker gets its end of it."""
+        shards: list[DataIterator] = []
+        if self.rank == 0:
+            shards = open_stream(
+                plan,
+                self.setup.store,
+                reserved_cpus=self.world_size * self.setup.cpus_per_worker,
+                reserved_gpus=self.world_size * float(self.setup.use_gpu),
+            )
+        shards = ray.train.collective.broadcast_from_rank_zero(shards)
+        return shards[self.rank]
+
+    def _wrap(self) -> nn.Module:
+        """Make the network data-parallel, and compile it if asked to."""
+        network = self.network
+        if self.world_size > 1:
+            device_ids = [self.device] if self.device.type == "cuda" else None
+            network = nn.parallel.DistributedDataParallel(
+                network,
+                device_ids=device_ids,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                static_graph=True,
+            )
+        return torch.compile(network) if self.config.compile else network  # type: ignore[return-value]
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _to_input(self, batch: LoadedBatch) -> torch.Tensor:
+        pixels = torch.from_numpy(batch.images)
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+        return normalise_images(pixels, self.config.preprocessing)
+
+    def _run_epoch(
+        self, model: nn.Module, batches: Iterator[LoadedBatch], epoch: int
+    ) -> runlog.Record:
+        started = time.monotonic()
+        num_steps = self.plan.steps_per_epoch
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        model.train()
+        for step in range(num_steps):
+            sums += self._train_step(model, next(batches), epoch * num_steps + step)
+            self._tell_step({"epoch": epoch, "step": step + 1, "num_steps": num_steps})
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        loss, correct, num_images = sums.tolist()
+        train_s = time.monotonic() - started
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The training loss is {loss} in epoch {epoch + 1}. "
+                "Lower --optimisation.learning-rate, or clip harder."
+            )
+        self._average_statistics()
+        scores = self._validate(batches)
+        is_best = scores[self.config.monitor] > self.progress.best_score
+        self.progress = replace(
+            self.progress,
+            next_epoch=epoch + 1,
+            best_score=scores[self.config.monitor] if is_best else self.progress.best_score,
+            best_epoch=epoch if is_best else self.progress.best_epoch,
+            time_s=self.progress.time_s + time.monotonic() - started,
+        )
+        left = self.config.num_epochs - epoch - 1
+        return {
+            "epoch": epoch,
+            "num_epochs": self.config.num_epochs,
+            "size_px": self.config.list_epoch_sizes()[epoch],
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "train_loss": loss / num_images,
+            "train_accuracy": correct / num_images,
+            **scores,
+            "is_best": is_best,
+            "num_train_images": round(num_images),
+            "world_size": self.world_size,
+            "images_per_s": num_images / train_s,
+            "time_s": self.progress.time_s,
+            "unix_time_s": time.time(),
+            "time_left_s": self.progress.time_s / (epoch + 1) * left,
+        }
+
+    def _train_step(self, model: nn.Module, batch: LoadedBatch, step: int) -> torch.Tensor:
+        """Take one step; return the worker's sums of loss, of correct images and of images."""
+        config, optimisation = self.config, self.config.optimisation
+        labels = self.labels[batch.indices].to(self.device)
+        global_size = self.plan.global_batch_size
+        seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
+        dice = roll_dice(config.augmentation, global_size, seed=seed)
+        dice = dice.slice(batch.offset, batch.offset + len(labels))
+        with self._autocast():
+            images = augment_images(
+                self._to_input(batch), dice, grey_range=1 / config.preprocessing.std
+            )
+            targets = F.one_hot(labels, len(config.classes)).float()
+            images, targets = mix_images(images, targets, dice.mixup)
+            logits = model(images)
+            loss = F.cross_entropy(
+                logits.float(),
+                targets,
+                weight=self.class_weights,
+                label_smoothing=optimisation.label_smoothing,
+                reduction="sum",
+            )
+        set_learning_rate(self.optimizer, optimisation, step, self.plan.steps_per_epoch, config)
+        self.optimizer.zero_grad()
+        # DDP averages over workers; this makes that the mean over the global batch.
+        (loss * (self.world_size / global_size)).backward()  # type: ignore[no-untyped-call]
+        if optimisation.clip_norm:
+            nn.utils.clip_grad_norm_(self.network.parameters(), optimisation.clip_norm)
+        self.optimizer.step()
+        self._update_average()
+        correct = (logits.detach().argmax(1) == labels).sum()
+        return torch.stack([loss.detach(), correct, torch.full_like(correct, len(labels))])
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Move the averaged weights; early on they forget faster, as timm's do."""
+        if self.averaged is None:
+            return
+        steps = self.progress.ema_steps + 1
+        self.progress = replace(self.progress, ema_steps=steps)
+        decay = min(self.config.optimisation.ema_decay, (1 + steps) / (10 + steps))
+        averaged = list(self.averaged.state_dict().values())
+        current = list(self.network.state_dict().values())
+        floating = [a.is_floating_point() for a in averaged]
+        torch._foreach_lerp_(
+            [a for a, moves in zip(averaged, floating, strict=True) if moves],
+            [c for c, moves in zip(current, floating, strict=True) if moves],
+            1 - decay,
+        )
+        for a, c, moves in zip(averaged, current, floating, strict=True):
+            if not moves:
+                a.copy_(c)
+
+    def _average_statistics(self) -> None:
+        """Give every worker the mean of the workers' running statistics."""
+        if self.world_size == 1 or self.config.batch_norm != "local":
+            return
+        for module in (self.network, self.averaged):
+            for name, buffer in module.named_buffers() if module is not None else ():
+                if not name.endswith("num_batches_tracked"):
+                    dist.all_reduce(buffer)
+                    buffer /= self.world_size
+
+    @torch.inference_mode()
+    def _validate(self, batches: Iterator[LoadedBatch]) -> dict[str, float]:
+        """Score the validation images: each exactly once, on all workers together."""
+        network = (self.averaged if self.averaged is not None else self.network).eval()
+        indices, probs = [], []
+        for _ in range(self.plan.num_val_steps):
+            batch = next(batches)
+            if not len(batch.indices):
+                continue
+            with self._autocast():
+                logits = network(self._to_input(batch))
+            indices.append(batch.indices)
+            probs.append(logits.float().softmax(1).cpu().numpy())
+        empty = np.zeros((0, len(self.config.classes)), np.float32)
+        part = (np.concatenate(indices or [empty[:, 0]]), np.concatenate(probs or [empty]))
+        parts: list[Any] = [part]
+        if self.world_size > 1:
+            parts = [None] * self.world_size
+            dist.all_gather_object(parts, part)
+        seen = np.concatenate([p[0] for p in parts]).astype(np.int64)
+        if not np.array_equal(np.sort(seen), np.sort(self.setup.val_indices)):
+            raise TrainingError(
+                f"Expected each of {len(self.setup.val_indices)} validation images once, "
+                f"got {len(seen)}, {len(np.unique(seen))} different ones."
+            )
+        scores = summarise(
+            self.setup.labels[seen], np.concatenate([p[1] for p in parts]), self.config.classes
+        )
+        return {f"val_{name}": value for name, value in scores.items()}
+
+    def _report(self, record: runlog.Record, records: list[runlog.Record]) -> None:
+        """Write the epoch down and hand Ray Train its checkpoint, which uploads meanwhile."""
+        if self.rank != 0:
+            ray.train.report(record)
+            return
+        folder = Path(tempfile.mkdtemp(prefix="brainray-checkpoint-"))
+        save_checkpoint(
+            folder,
+            network=self.network.state_dict(),
+            averaged=self.averaged.state_dict() if self.averaged is not None else None,
+            optimizer=self.optimizer,
+            progress=self.progress,
+        )
+        runlog.write_records(self.setup.records_uri, records)
+        write_tensorboard(self.setup.tensorboard_uri, records)
+        self._tell({"record": record})
+        ray.train.report(
+            record,
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def _is_patience_over(self, epoch: int) -> bool:
+        patience = self.config.patience_epochs
+        return patience > 0 and epoch - self.progress.best_epoch >= patience
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        if self.rank == 0 and self.setup.messages is not None:
+            self.setup.messages.put(message, block=False)
+
+    def _tell_step(self, message: dict[str, Any]) -> None:
+        if time.monotonic() - self.told_at > MESSAGE_INTERVAL_S:
+            self.told_at = time.monotonic()
+            self._tell(message)
+
+    def _train_head(self) -> None:
+        """Fit the head on features that the frozen network computes once for each image.
+
+        The first half of LP-FT (Kumar et al., ICLR 2022): a fitted head keeps the first
+        steps of the whole network from tearing up what it starts from. Every worker sees
+        all the features and takes the same steps.
+        """
+        features, labels = self._collect_features()
+        head = self.network.get_submodule("fc")
+        optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0.0)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        steps = self.config.head_epochs * math.ceil(len(features) / HEAD_BATCH_SIZE)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(self.config.head_epochs):
+            for part in torch.randperm(len(features), generator=generator).split(HEAD_BATCH_SIZE):
+                loss = F.cross_entropy(
+                    head(features[part.to(self.device)]),
+                    labels[part.to(self.device)],
+                    weight=self.class_weights,
+                )
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+        if self.averaged is not None:
+            self.averaged.load_state_dict(self.network.state_dict())
+
+    @torch.no_grad()
+    def _collect_features(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return features (N, 2048) and labels (N,) of all training images, on every worker."""
+        plan = replace(
+            self._plan_stream(),
+            train_indices=self.setup.train_indices[:0],
+            val_indices=np.sort(self.setup.train_indices),
+            epoch_sizes_px=self.config.list_epoch_sizes()[:1],
+            preprocessing=replace(
+                self.config.preprocessing, size_px=self.config.list_epoch_sizes()[0]
+            ),
+            start_epoch=0,
+            row_groups=None,
+        )
+        self.network.eval()
+        indices, features = [], []
+        for batch in iterate_batches(self._open_shard(plan), plan, self.rank):
+            if len(batch.indices):
+                with self._autocast():
+                    found = compute_features(self.network, self._to_input(batch))
+                features.append(found.float().cpu().numpy())
+                indices.append(batch.indices)
+        part = (
+            np.concatenate(indices or [np.zeros(0, np.int64)]),
+            np.concatenate(features or [np.zeros((0, NUM_FEATURES), np.float32)]),
+        )
+        parts: list[Any] = [part]
+        if self.world_size > 1:
+            parts = [None] * self.world_size
+            dist.all_gather_object(parts, part)
+        seen = np.concatenate([p[0] for p in parts])
+        order = np.argsort(seen)
+        gathered = np.concatenate([p[1] for p in parts])[order]
+        labels = self.labels[seen[order]]
+        return torch.from_numpy(gathered).to(self.device), labels.to(self.device)
+
+
+def build_optimizer(network: nn.Module, optimisation: Optimisation) -> torch.optim.Optimizer:
+    """Build the optimiser: a parameter group for each stage, with and without decay.
+
+    Each group keeps its share of the peak rate as ``lr_scale``.
+    """
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            members.setdefault((stage_of(name), parameter.ndim > 1), []).append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            "lr_scale": optimisation.stage_decay ** (len(STAGES) - 1 - STAGES.index(stage)),
+            "weight_decay": optimisation.weight_decay if decays else 0.0,
+        }
+        for (stage, decays), parameters in sorted(
+            members.items(), key=lambda item: (-STAGES.index(item[0][0]), item[0][1])
+        )
+    ]
+    if optimisation.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=optimisation.learning_rate, fused=True)
+    return torch.optim.SGD(groups, lr=optimisation.learning_rate, momentum=0.9, nesterov=True)
+
+
+def compute_lr_fraction(
+    step: int, steps_per_epoch: int, optimisation: Optimisation, num_epochs: int
+) -> float:
+    """Return the share of the peak learning rate at a step: a linear climb, then a cosine."""
+    warmup = optimisation.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    total = max(1.0, num_epochs * steps_per_epoch - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / total)))
+    return optimisation.final_lr_fraction + (1 - optimisation.final_lr_fraction) * cosine
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer,
+    optimisation: Optimisation,
+    step: int,
+    steps_per_epoch: int,
+    config: TrainConfig,
+) -> None:
+    """Set every group's rate for a step."""
+    fraction = compute_lr_fraction(step, steps_per_epoch, optimisation, config.num_epochs)
+    for group in optimizer.param_groups:
+        group["lr"] = optimisation.learning_rate * fraction * group["lr_scale"]
+
+
+def write_tensorboard(tensorboard_uri: str, records: list[runlog.Record]) -> None:
+    """Write every epoch so far as one event file.
+
+    The file grows by what is new and is otherwise the same bytes, so that a reader can
+    follow it, on an object store too, and a resumed run leaves no second copy.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:  # type: ignore[no-untyped-call]
+            for record in records:
+                for name, value in record.items():
+                    if isinstance(value, float) and name != "unix_time_s":
+                        writer.add_scalar(  # type: ignore[no-untyped-call]
+                            name, value, record["epoch"] + 1, walltime=record["unix_time_s"]
+                        )
+        (events,) = Path(folder).iterdir()
+        storage.write_bytes(
+            storage.join(tensorboard_uri, "events.out.tfevents.0.brainray"), events.read_bytes()
+        )

@@ -1,0 +1,412 @@
+"""The main job: from a folder of scans to a sealed classifier with its metrics and report."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.queue import Empty, Queue
+
+from brainray import runlog, storage
+from brainray.dataset.source import find_samples
+from brainray.dataset.split import hash_manifest
+from brainray.errors import ConfigError, TrainingError
+from brainray.model.classifier import amend_card, read_card, save_classifier
+from brainray.model.network import fetch_weights
+from brainray.pipelines.checkpoint import load_network_weights
+from brainray.pipelines.cluster import compute_cpus_per_worker, connect_ray
+from brainray.pipelines.config import Placement, TrainConfig, find_differences
+from brainray.pipelines.data import PreparedData, prepare_training_data
+from brainray.pipelines.judge import (
+    build_predictions,
+    collect_mistakes,
+    compute_split_curves,
+    judge_split,
+    predict_samples,
+    write_predictions,
+)
+from brainray.pipelines.loop import WorkerSetup, train_worker
+from brainray.provenance import collect_versions, read_code_revision
+from brainray.reporting.report import render_report
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.json"
+RECORDS_FILE = "metrics.jsonl"
+MANIFEST_FILE = "manifest.parquet"
+REPORT_FILE = "report.html"
+CLASSIFIER_FOLDER = "classifier"
+CHECKPOINTS_FOLDER = "checkpoints"
+METRICS_SCHEMA_VERSION = 1
+
+Say = Callable[[str], None]
+Tick = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainJob:
+    """One training run: what, from where, to where, on what."""
+
+    data_uri: str
+    output_uri: str
+    config: TrainConfig
+    placement: Placement
+    recipe: str = "custom"
+
+    def at(self, *parts: str) -> str:
+        """Return a place below the output."""
+        return storage.join(self.output_uri, *parts)
+
+
+def train(
+    job: TrainJob,
+    *,
+    say: Say = logger.info,
+    tick: Tick = lambda message: None,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Train, seal, judge and report; go on where an earlier call of the same job stopped.
+
+    Parameters
+    ----------
+    job : TrainJob
+        What to train.
+    say : callable
+        Takes a line for a person.
+    tick : callable
+        Takes progress within an epoch: ``epoch``, ``step``, ``num_steps``.
+    verbose : bool
+        Whether Ray's own lines are shown.
+
+    Returns
+    -------
+    dict
+        The content of metrics.json.
+
+    Raises
+    ------
+    UserError
+        Something the user can mend; nothing is lost.
+    TrainingError
+        The workers failed more often than ``max_failures``.
+    """
+    going_on = check_run(job)
+    if storage.exists(job.at(METRICS_FILE)):
+        say(f"Already finished: {job.output_uri}. Give another --output-uri to train anew.")
+        return dict(storage.read_json(job.at(METRICS_FILE)))
+    if going_on:
+        say(f"Going on with the run in {job.output_uri}.")
+    found = find_samples(job.data_uri, job.config.classes)
+    weights = fetch_weights(job.config.weights, job.config.weights_uri)
+    connect_ray(verbose=verbose)
+    data = prepare_training_data(found, job.config)
+    say(describe_data(data))
+    keep_manifest(job, data)
+    result = fit(job, data, ray.put(weights), say, tick)
+    seal(job, data, result)
+    metrics = judge(job, data)
+    storage.write_json(job.at(METRICS_FILE), metrics)  # last: its presence says finished
+    return metrics
+
+
+def check_run(job: TrainJob) -> bool:
+    """Tell whether the output holds this run already, begun or finished.
+
+    Raises
+    ------
+    ConfigError
+        The output belongs to a run of another configuration.
+    StorageError
+        The output cannot be written.
+    """
+    given = describe_run(job)
+    try:
+        saved = storage.read_json(job.at(RUN_FILE))
+    except FileNotFoundError:
+        storage.check_writable(job.output_uri)
+        return False
+    different = find_differences({name: saved.get(name) for name in given}, given)
+    if different:
+        raise ConfigError(
+            f"'{job.output_uri}' holds a run of another configuration: "
+            f"{'; '.join(line.removeprefix('config.') for line in different)}. "
+            "Give the same values to go on with it, or another --output-uri."
+        )
+    return True
+
+
+def describe_run(job: TrainJob) -> dict[str, Any]:
+    """Return what makes two calls the same run, ready for JSON."""
+    return {"data_uri": job.data_uri, "config": _plain(asdict(job.config))}
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - any configuration value
+    """Return a configuration value as JSON will give it back: tuples become lists."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def describe_data(data: PreparedData) -> str:
+    """Say in one line what the data set holds."""
+    counts = ", ".join(f"{len(data.select(split)):,} {split}" for split in ("train", "val", "test"))
+    groups = len(set(data.manifest["group"].to_pylist()))
+    line = f"Data: {counts} images in {groups:,} groups of near-identical slices"
+    rejected = data.count_rejected()
+    if rejected:
+        line += "; rejected " + ", ".join(f"{n} {reason}" for reason, n in rejected.items())
+    passed_over = data.found.describe_passed_over()
+    if passed_over:
+        line += f"; passed over {passed_over}"
+    held = "held in the object store" if data.store.in_object_store else "streamed from storage"
+    return f"{line}; bytes {held}."
+
+
+def keep_manifest(job: TrainJob, data: PreparedData) -> None:
+    """Claim the output for this run; on going on, check that the data set is still the same.
+
+    Raises
+    ------
+    ConfigError
+        The data set has changed since the run began.
+    """
+    uri = job.at(MANIFEST_FILE)
+    try:
+        saved = storage.read_table(uri)
+    except FileNotFoundError:
+        storage.write_table(uri, data.manifest)
+        about = {"recipe": job.recipe, "versions": collect_versions()}
+        storage.write_json(job.at(RUN_FILE), describe_run(job) | about)
+        return
+    if hash_manifest(saved) != hash_manifest(data.manifest):
+        raise ConfigError(
+            f"The data at '{job.data_uri}' are not those that the run in '{job.output_uri}' "
+            f"began with ({saved.num_rows} scans then, {data.manifest.num_rows} now, or other "
+            "content). Restore them, or give another --output-uri."
+        )
+
+
+def fit(
+    job: TrainJob,
+    data: PreparedData,
+    weights: "ray.ObjectRef[Any]",
+    say: Say,
+    tick: Tick,
+) -> Result:
+    """Run the training loop on Ray Train's workers.
+
+    Raises
+    ------
+    TrainingError
+        The workers failed more often than ``max_failures``.
+    """
+    placement = job.placement
+    cpus_per_worker = compute_cpus_per_worker(placement)
+    filesystem, path = storage.resolve(job.output_uri)
+    train_indices = data.select("train")
+    with relay_messages(say, tick) as messages:
+        setup = WorkerSetup(
+            config=job.config,
+            train_indices=train_indices,
+            val_indices=data.select("val"),
+            labels=data.labels,
+            row_groups=number_row_groups(data) if not data.store.in_object_store else None,
+            store=data.store,
+            weights=weights,
+            records_uri=job.at(RECORDS_FILE),
+            tensorboard_uri=job.at("tensorboard"),
+            cpus_per_worker=cpus_per_worker,
+            use_gpu=placement.use_gpu,
+            messages=messages,
+        )
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"setup": setup},
+            scaling_config=ScalingConfig(
+                num_workers=(
+                    placement.num_workers
+                    if placement.min_workers is None
+                    else (placement.min_workers, placement.num_workers)
+                ),
+                use_gpu=placement.use_gpu,
+                resources_per_worker={
+                    "CPU": cpus_per_worker,
+                    **({"GPU": 1} if placement.use_gpu else {}),
+                },
+            ),
+            run_config=RunConfig(
+                name=CHECKPOINTS_FOLDER,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=placement.max_failures),
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=1,  # the best; Ray Train keeps the last as well
+                    checkpoint_score_attribute=job.config.monitor,
+                ),
+            ),
+        )
+        try:
+            return trainer.fit()
+        except TrainingFailedError as error:
+            raise TrainingError(f"Training failed: {_find_cause(error)}") from error
+
+
+def number_row_groups(data: PreparedData) -> NDArray[np.int64] | None:
+    """Number the Parquet row group of every training image; None for image files."""
+    rows = data.found.samples.take(data.select("train"))
+    if (rows["row_group"].to_numpy() < 0).all():
+        return None
+    keys = [
+        f"{u}#{g}"
+        for u, g in zip(rows["uri"].to_pylist(), rows["row_group"].to_pylist(), strict=True)
+    ]
+    return np.unique(keys, return_inverse=True)[1].astype(np.int64)
+
+
+def _find_cause(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    first = next(iter(failures.values()), error)
+    lines = [line for line in str(first).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else type(first).__name__
+
+
+@contextmanager
+def relay_messages(say: Say, tick: Tick) -> Iterator[Queue]:
+    """Show what rank 0 says while the driver waits for it."""
+    messages = Queue(actor_options={"num_cpus": 0})
+    stopped = threading.Event()
+
+    def relay() -> None:
+        while not stopped.is_set():
+            try:
+                message = messages.get(timeout=1.0)
+            except Empty:
+                continue
+            except ray.exceptions.RayError:
+                return
+            if "record" in message:
+                say(runlog.format_epoch(message["record"]))
+            else:
+                tick(message)
+
+    thread = threading.Thread(target=relay, name="relay", daemon=True)
+    thread.start()
+    try:
+        yield messages
+        while not messages.empty() and thread.is_alive():
+            time.sleep(0.05)
+    finally:
+        stopped.set()
+        thread.join(timeout=5)
+        messages.shutdown(grace_period_s=0)
+
+
+def seal(job: TrainJob, data: PreparedData, result: Result) -> None:
+    """Seal the weights of the best epoch."""
+    best = result.get_best_checkpoint(job.config.monitor, "max")
+    if best is None:
+        raise TrainingError("Training ended without a checkpoint.")
+    with best.as_directory() as folder:
+        state = load_network_weights(Path(folder))
+    save_classifier(
+        job.at(CLASSIFIER_FOLDER),
+        state,
+        classes=job.config.classes,
+        preprocessing=job.config.preprocessing,
+        provenance={
+            "training": {
+                "recipe": job.recipe,
+                "config": _plain(asdict(job.config)),
+                "num_train_images": len(data.select("train")),
+            },
+            "data_manifest_sha256": hash_manifest(data.manifest),
+            "versions": collect_versions(),
+            "code_revision": read_code_revision(),
+        },
+    )
+
+
+def judge(job: TrainJob, data: PreparedData) -> dict[str, Any]:
+    """Judge the sealed classifier on validation and test, and write the report."""
+    classifier_uri = job.at(CLASSIFIER_FOLDER)
+    classifier_id = read_card(classifier_uri)["classifier_id"]
+    records = runlog.read_records(job.at(RECORDS_FILE))
+    metrics: dict[str, Any] = {
+        "schema_version": METRICS_SCHEMA_VERSION,
+        "classifier_id": classifier_id,
+        "classes": list(job.config.classes),
+        "training": summarise_training(job, records),
+    }
+    curves, mistakes = {}, []
+    for split in ("val", "test"):
+        indices = data.select(split)
+        if not len(indices):
+            continue
+        probs = predict_samples(
+            indices,
+            data.store,
+            classifier_uri,
+            limits=job.config.limits,
+            use_gpu=job.placement.use_gpu,
+        )
+        predictions = build_predictions(data, indices, probs, job.config.classes, classifier_id)
+        write_predictions(job.output_uri, split, predictions)
+        metrics[split] = judge_split(data, indices, probs, job.config.classes)
+        metrics[split]["rejected"] = data.count_rejected()
+        curves[split] = compute_split_curves(predictions, job.config.classes)
+        mistakes = collect_mistakes(data, predictions, split)  # of test, where there is one
+    amend_card(classifier_uri, {"metrics": {s: metrics[s] for s in curves}})
+    report = render_report(
+        title="brainray training report",
+        metrics=metrics,
+        epochs=records,
+        curves=curves,
+        mistakes=mistakes,
+        configuration=_plain(asdict(job.config)),
+        facts=collect_facts(job, metrics),
+    )
+    storage.write_bytes(job.at(REPORT_FILE), report.encode())
+    return metrics
+
+
+def summarise_training(job: TrainJob, records: list[runlog.Record]) -> dict[str, Any]:
+    """Say what the training itself took and brought."""
+    best = max(records, key=lambda record: (record[job.config.monitor], -record["epoch"]))
+    return {
+        "recipe": job.recipe,
+        "num_epochs": len(records),
+        "best_epoch": best["epoch"],
+        "monitor": job.config.monitor,
+        "best_score": best[job.config.monitor],
+        "time_s": records[-1]["time_s"],
+        "images_per_s": sum(r["num_train_images"] for r in records) / records[-1]["time_s"],
+        "world_size": records[-1]["world_size"],
+    }
+
+
+def collect_facts(job: TrainJob, metrics: dict[str, Any]) -> dict[str, str]:
+    """Collect what the report's header says."""
+    training, versions = metrics["training"], collect_versions()
+    device = "GPU" if job.placement.use_gpu else "CPU"
+    return {
+        "Classifier": metrics["classifier_id"],
+        "Recipe": job.recipe,
+        "Data": job.data_uri,
+        "Workers": f"{training['world_size']} ({device})",
+        "Training time": runlog.format_duration(training["time_s"]),
+        "Sealed epoch": f"{training['best_epoch'] + 1} of {training['num_epochs']}",
+        "Versions": f"brainray {versions['brainray']}, Ray {versions['ray']}, "
+        f"torch {versions['torch']}",
+        "Revision": read_code_revision(),
+    }

@@ -1,0 +1,107 @@
+"""From uint8 pixels of any size to the network's input: the same for every door.
+
+The choice made here is sealed with the classifier (:class:`Preprocessing`), as timm keeps
+the preprocessing with the weights.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from brainray.errors import ConfigError
+from brainray.pixels.decode import DecodeLimits, decode_image
+
+IMAGENET_GREY_MEAN = 0.449
+"""Mean of ImageNet's three channel means (0.485, 0.456, 0.406), in [0, 1]; torchvision's."""
+IMAGENET_GREY_STD = 0.226
+"""Mean of ImageNet's three channel deviations (0.229, 0.224, 0.225), in [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocessing:
+    """How pixels become network input; sealed with the classifier."""
+
+    size_px: int = 224
+    """Side of the square network input, in pixels (32 to 1024)."""
+    fit: Literal["stretch", "pad"] = "stretch"
+    """`stretch` to the square, or keep the aspect ratio and `pad` with black, centred."""
+    mean: float = IMAGENET_GREY_MEAN
+    """Subtracted from grey values scaled to [0, 1]."""
+    std: float = IMAGENET_GREY_STD
+    """Divides what the subtraction leaves."""
+
+    def __post_init__(self) -> None:
+        if not 32 <= self.size_px <= 1024:
+            raise ConfigError(f"size_px must be in [32, 1024], got {self.size_px}.")
+        if not self.std > 0:
+            raise ConfigError(f"std must be positive, got {self.std}.")
+
+
+def resize_image(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Resize grey pixels to the network's square, with antialiasing.
+
+    Bilinear with a support that widens with the reduction, as Pillow defines it; torch's
+    ``interpolate(antialias=True)`` on uint8 gives the same values to the last bit.
+
+    Parameters
+    ----------
+    pixels : ndarray of uint8, shape (height, width)
+        Luminance.
+    preprocessing : Preprocessing
+        Gives the side and whether the aspect ratio is kept.
+
+    Returns
+    -------
+    ndarray of uint8, shape (size_px, size_px)
+    """
+    side = preprocessing.size_px
+    height, width = pixels.shape
+    if (height, width) == (side, side):
+        return pixels
+    image = Image.fromarray(pixels)
+    if preprocessing.fit == "stretch":
+        return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
+    scale = side / max(height, width)
+    inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+    canvas = Image.new("L", (side, side), 0)
+    corner = ((side - inner[0]) // 2, (side - inner[1]) // 2)
+    canvas.paste(image.resize(inner, Image.Resampling.BILINEAR), corner)
+    return np.asarray(canvas)
+
+
+def load_image(
+    image_bytes: bytes, preprocessing: Preprocessing, limits: DecodeLimits
+) -> NDArray[np.uint8]:
+    """Decode and resize one scan.
+
+    Returns
+    -------
+    ndarray of uint8, shape (size_px, size_px)
+
+    Raises
+    ------
+    RejectedImage
+        The bytes cannot be turned into pixels.
+    """
+    return resize_image(decode_image(image_bytes, limits), preprocessing)
+
+
+def normalise_images(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """Turn a batch of grey uint8 images into float network input, on their device.
+
+    Parameters
+    ----------
+    images : Tensor of uint8, shape (N, H, W)
+
+    Returns
+    -------
+    Tensor of float32, shape (N, 1, H, W)
+        ``(images / 255 - mean) / std``.
+    """
+    scale = 1.0 / (255.0 * preprocessing.std)
+    offset = preprocessing.mean / preprocessing.std
+    return images.unsqueeze(1).float().mul_(scale).sub_(offset)

@@ -1,0 +1,36 @@
+"""Where a result came from: versions of the code and of the libraries below it."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+LIBRARIES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "scikit-learn", "pillow")
+
+
+def collect_versions() -> dict[str, str]:
+    """Return the versions of Python, brainray and the libraries that shape a result."""
+    versions = {"python": platform.python_version()}
+    for name in ("brainray", *LIBRARIES):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def read_code_revision() -> str:
+    """Return the git revision the code runs from, marked when files differ; else "unknown"."""
+    folder = Path(__file__).parent
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return result.stdout.strip()

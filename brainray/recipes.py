@@ -1,0 +1,68 @@
+"""Named configurations, each with the time it takes and the score to expect.
+
+Any field can be overridden on the command line; ``brainray train --help`` lists them.
+"""
+
+from brainray.errors import ConfigError
+from brainray.pipelines.config import Optimisation, TrainConfig
+from brainray.pixels.preprocess import Preprocessing
+
+
+def smoke() -> TrainConfig:
+    """Show that everything works: 64 px, 6 epochs, from random weights."""
+    return TrainConfig(
+        weights="none",
+        preprocessing=Preprocessing(size_px=64),
+        num_epochs=6,
+        global_batch_size=32,
+        optimisation=Optimisation(learning_rate=1e-3, ema_decay=0.9),
+    )
+
+
+def cpu() -> TrainConfig:
+    """Train on a few CPU cores: 96 px, bf16, small images first."""
+    return TrainConfig(
+        preprocessing=Preprocessing(size_px=96),
+        train_sizes_px=(64, 80, 96),
+        num_epochs=36,
+        head_epochs=5,
+        global_batch_size=64,
+        optimisation=Optimisation(
+            learning_rate=1e-3, label_smoothing=0.05, ema_decay=0.998, warmup_epochs=2.0
+        ),
+    )
+
+
+def gpu() -> TrainConfig:
+    """Train on GPUs: 224 px, bf16, from ImageNet weights."""
+    return TrainConfig(
+        preprocessing=Preprocessing(size_px=224),
+        train_sizes_px=(160, 192, 224),
+        num_epochs=40,
+        head_epochs=10,
+        global_batch_size=256,
+        batch_norm="sync",
+        optimisation=Optimisation(
+            learning_rate=1e-3,
+            stage_decay=0.7,
+            label_smoothing=0.05,
+            ema_decay=0.998,
+            warmup_epochs=3.0,
+        ),
+    )
+
+
+RECIPES = {"smoke": smoke, "cpu": cpu, "gpu": gpu}
+
+
+def build_recipe(name: str) -> TrainConfig:
+    """Build a recipe by its name.
+
+    Raises
+    ------
+    ConfigError
+        There is none of that name.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"Unknown recipe '{name}'. Expected one of {', '.join(RECIPES)}.")
+    return RECIPES[name]()

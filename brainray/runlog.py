@@ -1,0 +1,50 @@
+"""What a run says while it runs: metrics.jsonl for machines, one line an epoch for people."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from brainray import storage
+
+Record = dict[str, Any]
+
+
+def encode_records(records: Sequence[Record]) -> bytes:
+    """Encode records as JSON lines."""
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
+
+
+def read_records(uri: str) -> list[Record]:
+    """Read metrics.jsonl; an absent file is an empty list."""
+    try:
+        content = storage.read_bytes(uri)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in content.decode().splitlines() if line.strip()]
+
+
+def write_records(uri: str, records: Sequence[Record]) -> None:
+    """Write metrics.jsonl whole: a reader, and an object store, never see half a line."""
+    storage.write_bytes(uri, encode_records(records))
+
+
+def format_duration(seconds: float) -> str:
+    """Say a duration in the two largest units that matter: `2 h 05 min`, `3 min 20 s`, `12 s`."""
+    whole = max(0, round(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    if whole >= 60:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole} s"
+
+
+def format_epoch(record: Record) -> str:
+    """Say an epoch in one line."""
+    best = " *" if record.get("is_best") else ""
+    return (
+        f"epoch {record['epoch'] + 1:>3}/{record['num_epochs']}  {record['size_px']:>3} px  "
+        f"train loss {record['train_loss']:.3f} acc {record['train_accuracy']:.1%}  "
+        f"val loss {record['val_loss']:.3f} acc {record['val_accuracy']:.1%} "
+        f"F1 {record['val_macro_f1']:.3f} AUROC {record['val_macro_auroc']:.4f}  "
+        f"{record['images_per_s']:.0f} images/s  left {format_duration(record['time_left_s'])}{best}"
+    )

@@ -1,0 +1,388 @@
+"""Deployment files, checked against the schemas of those who will read them."""
+
+import copy
+import gzip
+import json
+import re
+import shlex
+import subprocess
+import tomllib
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCKERFILE = ROOT / "deploy" / "Dockerfile"
+RAYJOB_SCHEMA = ROOT.parent / "shared" / "schemas" / "ray.io_v1_RayJob.json.gz"
+
+# Dashboard and jobs, Ray client, GCS: each of them runs code for whoever reaches it.
+CODE_PORTS = {8265, 10001, 6379}
+
+
+def locked_ray_version() -> str:
+    lock = (ROOT / "requirements.lock").read_text()
+    (version,) = re.findall(r"^ray==([\w.]+)", lock, flags=re.MULTILINE)
+    return version
+
+
+def dockerfile_instructions() -> list[tuple[str, list[str]]]:
+    text = re.sub(r"^\s*#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE)
+    lines = text.replace("\\\n", " ").splitlines()
+    words = [shlex.split(line) for line in lines if line.strip()]
+    return [(name.upper(), arguments) for name, *arguments in words]
+
+
+def walk(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Yield every key's path and value, and every list item's."""
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    else:
+        return
+    for key, child in children:
+        yield f"{path}/{key}", child
+        yield from walk(child, f"{path}/{key}")
+
+
+def find_refused(value: object, schema: dict[str, Any], path: str = "") -> list[str]:
+    """List what an API server prunes or refuses and plain JSON Schema lets through."""
+    if schema.get("x-kubernetes-preserve-unknown-fields"):
+        return []
+    if schema.get("x-kubernetes-int-or-string"):
+        good = isinstance(value, int | str) and not isinstance(value, bool)
+        return [] if good else [f"{path}: {value!r} is neither an integer nor a string"]
+    found = []
+    if isinstance(value, dict):
+        known, others = schema.get("properties", {}), schema.get("additionalProperties")
+        for key, child in value.items():
+            if key in known:
+                found += find_refused(child, known[key], f"{path}/{key}")
+            elif isinstance(others, dict):
+                found += find_refused(child, others, f"{path}/{key}")
+            elif others is not True:
+                found.append(f"{path}/{key}: unknown field")
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            found += find_refused(child, schema.get("items", {}), f"{path}/{index}")
+    return found
+
+
+@pytest.fixture
+def cluster() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+@pytest.fixture
+def documents() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((ROOT / "deploy" / "rayjob-train.yaml").read_text()))
+
+
+@pytest.fixture
+def rayjob(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    (job,) = (document for document in documents if document["kind"] == "RayJob")
+    return job
+
+
+@pytest.fixture
+def rayjob_schema() -> dict[str, Any]:
+    if not RAYJOB_SCHEMA.exists():
+        pytest.skip(f"no custom resource schema at {RAYJOB_SCHEMA}")
+    return json.loads(gzip.decompress(RAYJOB_SCHEMA.read_bytes()))
+
+
+@pytest.fixture
+def pod_templates(rayjob: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    ray = rayjob["spec"]["rayClusterSpec"]
+    workers = {group["groupName"]: group["template"] for group in ray["workerGroupSpecs"]}
+    submitter = rayjob["spec"]["submitterPodTemplate"]
+    return {"head": ray["headGroupSpec"]["template"], "submitter": submitter, **workers}
+
+
+@pytest.fixture
+def repository_files() -> list[str]:
+    """Files that a clone has, or will have: tracked, or new and not ignored."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def is_in_repository(source: str, repository_files: list[str]) -> bool:
+    source = source.removeprefix("./").rstrip("/")
+    return any(name == source or name.startswith(f"{source}/") for name in repository_files)
+
+
+# cluster.yaml
+
+
+def test_cluster_follows_the_wheels_schema(cluster: dict[str, Any]) -> None:
+    schema = json.loads((files("ray.autoscaler") / "ray-schema.json").read_text())
+    jsonschema.validate(cluster, schema)
+
+
+def test_cluster_passes_the_autoscalers_own_checks(cluster: dict[str, Any]) -> None:
+    config = prepare_config(cluster)
+    validate_config(config)
+    # What the defaults would have filled in, had a key been misspelt or left out.
+    assert config["docker"] == {}
+    assert config["head_setup_commands"] == [
+        *cluster["setup_commands"],
+        *cluster["head_setup_commands"],
+    ]
+    assert config["available_node_types"]["head"]["max_workers"] == 0
+
+
+def test_cluster_trains_only_on_workers_that_scale_to_zero(cluster: dict[str, Any]) -> None:
+    node_types = cluster["available_node_types"]
+    head = node_types.pop(cluster["head_node_type"])
+    assert head["resources"] == {"CPU": 0}
+    assert "InstanceMarketOptions" not in head["node_config"]
+    assert {name: kind["min_workers"] for name, kind in node_types.items()} == {
+        "gpu_worker": 0,
+        "cpu_worker": 0,
+    }
+    assert sum(kind["max_workers"] for kind in node_types.values()) == cluster["max_workers"]
+    spot = node_types["gpu_worker"]["node_config"]["InstanceMarketOptions"]
+    assert spot == {"MarketType": "spot"}
+
+
+def test_cluster_requires_the_token_on_every_node(cluster: dict[str, Any]) -> None:
+    assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert any("chmod 600 ~/.ray/auth_token" in line for line in cluster["setup_commands"])
+    for role in ("head", "worker"):
+        (start,) = (c for c in cluster[f"{role}_start_ray_commands"] if "ray start" in c)
+        before = start.split("ray start")[0]
+        assert "export RAY_AUTH_MODE=token;" in before, role
+
+
+def test_cluster_starts_quietly_on_loopback(cluster: dict[str, Any]) -> None:
+    (start,) = (c for c in cluster["head_start_ray_commands"] if "ray start" in c)
+    options = shlex.split(start)
+    assert "--dashboard-host=127.0.0.1" in options
+    assert "--disable-usage-stats" in options
+    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in options
+
+
+def test_cluster_opens_nothing_to_the_world(cluster: dict[str, Any]) -> None:
+    provider = cluster["provider"]
+    assert provider["use_internal_ips"] is True
+    assert not provider.get("use_external_head_ip", False)
+    assert "security_group" not in provider
+    for name, kind in cluster["available_node_types"].items():
+        # Without a group of ours Ray creates one that admits SSH from everywhere.
+        assert kind["node_config"]["SecurityGroupIds"], name
+        assert kind["node_config"]["MetadataOptions"]["HttpTokens"] == "required", name
+        assert kind["node_config"]["IamInstanceProfile"]["Name"], name
+        assert "NetworkInterfaces" not in kind["node_config"], name
+    assert f"--region {provider['region']} " in cluster["auth"]["ssh_proxy_command"]
+
+
+def test_cluster_installs_the_lock(cluster: dict[str, Any]) -> None:
+    installs = [line for line in cluster["setup_commands"] if "pip install" in line]
+    assert len(installs) == 1
+    assert "pip install -r requirements.lock && pip install --no-deps" in installs[0]
+
+
+def test_cluster_mounts_only_files_of_the_repository(
+    cluster: dict[str, Any], repository_files: list[str]
+) -> None:
+    sources = [s for s in cluster["file_mounts"].values() if not s.startswith("~")]
+    missing = [s for s in sources if not is_in_repository(s, repository_files)]
+    assert sources
+    assert missing == []
+
+
+# deploy/rayjob-train.yaml
+
+
+def test_rayjob_follows_its_custom_resource(
+    rayjob: dict[str, Any], rayjob_schema: dict[str, Any]
+) -> None:
+    # The API server checks metadata against its own ObjectMeta, not against the resource.
+    assert set(rayjob.pop("metadata")) <= {"name", "namespace", "labels", "annotations"}
+    jsonschema.Draft202012Validator(rayjob_schema).validate(rayjob)
+    assert find_refused(rayjob, rayjob_schema) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "break_it"),
+    [
+        ("/spec/shutdownAfterJobFinish", lambda s: s.update(shutdownAfterJobFinish=True)),
+        ("/spec/authOptions", lambda s: s.update(authOptions={"mode": "token"})),
+        (
+            "/spec/rayClusterSpec/headGroupSpec/template/spec/containers/0/resources/limits/cpu",
+            lambda s: s["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0][
+                "resources"
+            ]["limits"].update(cpu=0.5),
+        ),
+    ],
+)
+def test_refusal_notices_what_an_api_server_would(
+    rayjob: dict[str, Any],
+    rayjob_schema: dict[str, Any],
+    path: str,
+    break_it: Callable[[dict[str, Any]], None],
+) -> None:
+    del rayjob["metadata"]
+    broken = copy.deepcopy(rayjob)
+    break_it(broken["spec"])
+    (complaint,) = find_refused(broken, rayjob_schema)
+    assert complaint.startswith(f"{path}:")
+
+
+def test_rayjob_runs_the_training_door_and_cleans_up(
+    rayjob: dict[str, Any], repository_files: list[str]
+) -> None:
+    spec = rayjob["spec"]
+    python, script, *flags = shlex.split(spec["entrypoint"])
+    assert (python, script) == ("python", "jobs/train.py")
+    assert is_in_repository(script, repository_files)
+    assert "--use-gpu" in flags
+    for uri in ("--data-uri", "--output-uri"):
+        assert flags[flags.index(uri) + 1].startswith("s3://")
+    assert flags[flags.index("--recipe") + 1] == "gpu"
+    (workers,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert int(flags[flags.index("--num-workers") + 1]) == workers["replicas"]
+    assert spec["shutdownAfterJobFinishes"] is True
+
+
+def test_rayjob_requires_a_token(rayjob: dict[str, Any]) -> None:
+    ray = rayjob["spec"]["rayClusterSpec"]
+    assert ray["authOptions"] == {"mode": "token"}
+    assert ray["rayVersion"] == locked_ray_version()
+
+
+def test_every_pod_is_bounded_and_unprivileged(
+    pod_templates: dict[str, dict[str, Any]],
+) -> None:
+    assert set(pod_templates) == {"head", "submitter", "gpu"}
+    for name, template in pod_templates.items():
+        pod = template["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True, name
+        assert pod["securityContext"]["runAsUser"] > 0, name
+        (container,) = pod["containers"]
+        security = container["securityContext"]
+        assert security["allowPrivilegeEscalation"] is False, name
+        assert security["capabilities"] == {"drop": ["ALL"]}, name
+        for bound in ("requests", "limits"):
+            assert {"cpu", "memory"} <= set(container["resources"][bound]), (name, bound)
+
+
+def test_only_the_workers_hold_gpus(
+    rayjob: dict[str, Any], pod_templates: dict[str, dict[str, Any]]
+) -> None:
+    gpus = {
+        name: template["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0)
+        for name, template in pod_templates.items()
+    }
+    assert gpus == {"head": 0, "submitter": 0, "gpu": 1}
+    head = rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]
+    assert head["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_ray_pods_send_no_usage_reports(pod_templates: dict[str, dict[str, Any]]) -> None:
+    for name in ("head", "gpu"):
+        (container,) = pod_templates[name]["spec"]["containers"]
+        assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in container["env"], name
+
+
+def test_network_policy_covers_every_pod(
+    documents: list[dict[str, Any]], pod_templates: dict[str, dict[str, Any]]
+) -> None:
+    (policy,) = (document for document in documents if document["kind"] == "NetworkPolicy")
+    selected = policy["spec"]["podSelector"]["matchLabels"]
+    for name, template in pod_templates.items():
+        assert selected.items() <= template["metadata"]["labels"].items(), name
+    for rule in policy["spec"]["ingress"]:
+        assert rule["from"], "a rule without `from` admits everybody"
+        for peer in rule["from"]:
+            assert peer["podSelector"]["matchLabels"], "an empty selector admits every pod"
+
+
+# deploy/Dockerfile
+
+
+def test_dockerfile_copies_only_files_of_the_repository(repository_files: list[str]) -> None:
+    copies = [words for name, words in dockerfile_instructions() if name in {"COPY", "ADD"}]
+    sources = [source for words in copies for source in words[:-1]]
+    assert {"requirements.lock", "brainray/", "jobs/"} == set(sources)
+    assert [s for s in sources if not is_in_repository(s, repository_files)] == []
+
+
+def test_dockerignore_admits_exactly_what_is_copied() -> None:
+    lines = (ROOT / "deploy" / "Dockerfile.dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    copied = {
+        source.rstrip("/")
+        for name, words in dockerfile_instructions()
+        if name == "COPY"
+        for source in words[:-1]
+    }
+    assert rules[0] == "*"
+    assert {rule[1:] for rule in rules if rule.startswith("!")} == copied
+
+
+def test_dockerfile_runs_the_lock_as_a_user(pod_templates: dict[str, dict[str, Any]]) -> None:
+    instructions = dockerfile_instructions()
+    assert [words for name, words in instructions if name == "FROM"] == [["python:3.11-slim"]]
+    assert any(name == "RUN" and "requirements.lock" in words for name, words in instructions)
+    (user,) = (words[0] for name, words in instructions if name == "USER")
+    uid, gid = (int(number) for number in user.split(":"))
+    assert uid > 0
+    for name, template in pod_templates.items():
+        security = template["spec"]["securityContext"]
+        assert (security["runAsUser"], security["runAsGroup"]) == (uid, gid), name
+
+
+# All of them
+
+
+def test_images_are_named_after_the_lock(pod_templates: dict[str, dict[str, Any]]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    tag = f":{project['version']}-ray{locked_ray_version()}"
+    images = {template["spec"]["containers"][0]["image"] for template in pod_templates.values()}
+    assert len(images) == 1
+    assert images.pop().endswith(tag)
+    # The build command in the Dockerfile's header makes the image the job asks for.
+    assert re.search(rf"docker build .*{re.escape(tag)} \.", DOCKERFILE.read_text())
+
+
+def test_nothing_listens_everywhere(
+    cluster: dict[str, Any], documents: list[dict[str, Any]]
+) -> None:
+    # The parsed values, not the text: a comment may name what is avoided.
+    leaves = [(path, str(v)) for path, v in [*walk(cluster), *walk(documents)]]
+    leaves += [(name, " ".join(words)) for name, words in dockerfile_instructions()]
+    everywhere = re.compile(r"0\.0\.0\.0|(?<![\w:])::(?![\w:])|--\w+-host[= ]\*")
+    assert len(leaves) > 100
+    assert [leaf for leaf in leaves if everywhere.search(leaf[1])] == []
+
+
+def test_no_port_that_runs_code_is_published(documents: list[dict[str, Any]]) -> None:
+    assert {document["kind"] for document in documents} == {"RayJob", "NetworkPolicy"}
+    publishing = ("/hostPort", "/hostNetwork", "/enableIngress", "/headService", "/nodePort")
+    for path, value in walk(documents):
+        assert not path.endswith(publishing), path
+        if path.endswith("/serviceType"):
+            assert value == "ClusterIP", path
+        if path.endswith("/containerPort"):
+            assert value not in CODE_PORTS, path
+    exposed = [
+        word for name, words in dockerfile_instructions() if name == "EXPOSE" for word in words
+    ]
+    assert not CODE_PORTS & {int(word.split("/")[0]) for word in exposed}
+
+
+def test_no_account_is_invented() -> None:
+    identifier = re.compile(r"\b\d{12}\b|\b(?:ami|sg|subnet|vpc)-[0-9a-f]{8,17}\b|\bAKIA\w{16}\b")
+    names = ["cluster.yaml", "deploy/Dockerfile", "deploy/rayjob-train.yaml"]
+    found = {name: identifier.findall((ROOT / name).read_text()) for name in names}
+    assert found == {name: [] for name in names}

@@ -1,0 +1,411 @@
+"""The report: complete, closed to the network, and safe whatever a path holds."""
+
+import base64
+import copy
+import io
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from brainray.metrics import compute_accuracy, compute_curves, compute_evaluation
+from brainray.reporting import plots
+from brainray.reporting.report import (
+    Mistake,
+    format_interval,
+    format_number,
+    format_percent,
+    format_text,
+    render_report,
+)
+
+CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+NBSP = "\N{NO-BREAK SPACE}"
+DASH = "\N{EN DASH}"
+
+
+class Page(HTMLParser):
+    """What the tests ask of a page; raises where a tag is not balanced."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.headings: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> in the wrong place, line {self.getpos()}"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings.append(f"{self.open[-1]} {data}")
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"[ \n]+", " ", " ".join(self.words))
+
+    def find(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def build_predictions(n: int, seed: int) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    y_true = rng.integers(0, 4, n)
+    logits = rng.normal(size=(n, 4))
+    logits[np.arange(n), y_true] += 3
+    y_prob = np.exp(2 * logits)
+    return y_true, y_prob / y_prob.sum(axis=1, keepdims=True)
+
+
+def build_split(n: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    y_true, y_prob = build_predictions(n, seed)
+    groups = np.arange(n) // 2
+    evaluation = compute_evaluation(y_true, y_prob, CLASSES, groups=groups, num_resamples=50)
+    half = slice(0, n // 2)
+    nearest = np.where(np.arange(n) % 5 == 0, (y_true + 1) % 4, y_true)
+    evaluation["no_twin"] = compute_evaluation(
+        y_true[half], y_prob[half], CLASSES, num_resamples=50
+    )
+    evaluation["baseline_1nn"] = compute_accuracy(y_true, nearest, num_resamples=50)
+    evaluation["baseline_1nn"]["no_twin"] = {"n": n // 2, "accuracy": 0.6543, "accuracy_ci95": None}
+    evaluation["rejected"] = {"too_small": 3} if seed else {}
+    evaluation["twin_correlation"] = 0.995
+    return evaluation, compute_curves(y_true, y_prob, CLASSES)
+
+
+def build_epochs() -> list[dict[str, Any]]:
+    return [
+        {
+            "epoch": epoch,
+            "num_epochs": 4,
+            "size_px": 128 if epoch < 2 else 224,
+            "train_loss": 1.0 / (epoch + 1),
+            "train_accuracy": 0.6 + 0.1 * epoch,
+            "val_loss": 0.9 / (epoch + 1),
+            "val_accuracy": 0.65 + 0.1 * epoch,
+            "ema_val_accuracy": 0.5,
+        }
+        for epoch in range(4)
+    ]
+
+
+def build_mistake(path: str = "Testing/glioma/Te-gl_0012.jpg") -> Mistake:
+    png = io.BytesIO()
+    Image.new("L", (8, 8), 90).save(png, "PNG")
+    return Mistake(
+        path=path,
+        true_class="glioma",
+        predicted_class="meningioma",
+        confidence=0.9876,
+        image_png=png.getvalue(),
+        split="test",
+    )
+
+
+@pytest.fixture(scope="module")
+def full_inputs() -> dict[str, Any]:
+    val, val_curves = build_split(120, 0)
+    test, test_curves = build_split(200, 1)
+    return {
+        "title": "Run of 12 July",
+        "metrics": {
+            "schema_version": 1,
+            "classes": list(CLASSES),
+            "val": val,
+            "test": test,
+            "training": {"best_epoch": 3},
+        },
+        "epochs": build_epochs(),
+        "curves": {"val": val_curves, "test": test_curves},
+        "mistakes": [build_mistake()],
+        "configuration": {"data": {"seed": 7}, "learning_rate": 0.001},
+        "facts": {"Recipe": "smoke"},
+    }
+
+
+@pytest.fixture
+def inputs(full_inputs: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(full_inputs)
+
+
+def test_whole_page_is_balanced_and_in_order(inputs: dict[str, Any]) -> None:
+    page = Page(render_report(**inputs))
+    assert [heading[3:] for heading in page.headings if heading.startswith("h2")] == [
+        "Accuracy on the test set",
+        "Learning curves",
+        "Confusion matrix",
+        "Each class",
+        "All metrics",
+        "ROC and precision-recall",
+        "Reliability of the confidence",
+        "Worst mistakes",
+        "Rejected scans",
+        "Configuration",
+        "How to read this",
+    ]
+    assert page.headings[0] == "h1 Run of 12 July"
+    assert "Research use only; not a medical device." in page.text
+    anchors = {attrs["href"] for attrs in page.find("a")}
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert anchors <= {f"#{name}" for name in ids}
+    assert len(ids) == len(set(ids))
+
+
+def test_page_loads_nothing(inputs: dict[str, Any]) -> None:
+    html = render_report(**inputs)
+    page = Page(html)
+    for tag, attrs in page.tags:
+        for name in ("src", "href", "srcset", "data", "xlink:href", "poster", "action"):
+            target = attrs.get(name)
+            assert target is None or target.startswith(("#", "data:image/png;base64,")), tag
+    assert not page.find("script")
+    assert not page.find("link")
+    assert "url(" not in html
+    assert "@import" not in html
+    policy = [attrs["content"] for attrs in page.find("meta") if "http-equiv" in attrs]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_headline_sets_three_accuracies_side_by_side(inputs: dict[str, Any]) -> None:
+    test = inputs["metrics"]["test"]
+    text = Page(render_report(**inputs)).text
+    headline = text[text.index("stand side by side") : text.index("Training is measured")]
+    for found in (test, test["no_twin"], test["baseline_1nn"]):
+        low, high = found["accuracy_ci95"]
+        assert f"{100 * found['accuracy']:.1f}{NBSP}%" in headline
+        assert f"95 % interval {100 * low:.1f}{DASH}{100 * high:.1f}{NBSP}%" in headline
+    assert f"65.4{NBSP}%" in headline  # the baseline without twins
+    assert "correlates at 0.995" in headline
+
+
+def test_headline_falls_back_to_validation(inputs: dict[str, Any]) -> None:
+    del inputs["metrics"]["test"], inputs["curves"]["test"]
+    page = Page(render_report(**inputs))
+    assert "h2 Accuracy on the validation set" in page.headings
+    assert f"{100 * inputs['metrics']['val']['accuracy']:.1f}{NBSP}%" in page.text
+
+
+def test_tables_show_values_with_intervals(inputs: dict[str, Any]) -> None:
+    html = render_report(**inputs)
+    for split in ("val", "test"):
+        evaluation = inputs["metrics"][split]
+        for entry, name in (
+            (evaluation, "mcc"),
+            (evaluation, "log_loss"),
+            (evaluation["per_class"]["pituitary"], "specificity"),
+            (evaluation["per_class"]["glioma"], "auroc"),
+        ):
+            low, high = entry[f"{name}_ci95"]
+            cell = f"<td>{entry[name]:.3f}<small>{low:.3f}{DASH}{high:.3f}</small></td>"
+            assert cell in html
+    for head in Page(html).find("th"):
+        assert head.get("scope") in ("row", "col")
+
+
+def test_confusion_shows_counts_and_row_shares(inputs: dict[str, Any]) -> None:
+    inputs["metrics"]["test"]["confusion"] = [[90, 10, 0, 0], [0, 0, 0, 0], [0] * 4, [0, 0, 0, 7]]
+    html = render_report(**inputs)
+    right = re.search(r'class="right" style="--share: ([\d.]+)%">90<small>90\.0.%', html)
+    wrong = re.search(r'class="wrong" style="--share: ([\d.]+)%">10<small>10\.0.%', html)
+    assert right is not None
+    assert wrong is not None
+    assert 60 > float(right[1]) > float(wrong[1]) > 0
+    assert f'style="--share: 0.0%">0<small>{DASH}</small>' in html  # a class with no scan
+
+
+def test_learning_curves_mark_image_sizes(inputs: dict[str, Any]) -> None:
+    html = render_report(**inputs)
+    assert "validation, epoch 4: 0.95" in html
+    assert html.count(">128 px<") == html.count(">224 px<") == 2
+    for record in inputs["epochs"]:
+        record["size_px"] = 224
+    assert "224 px" not in render_report(**inputs)
+
+
+def test_learning_curves_survive_resumes_and_divergence(inputs: dict[str, Any]) -> None:
+    inputs["epochs"][1]["train_loss"] = float("nan")
+    inputs["epochs"] += [{**inputs["epochs"][3], "val_accuracy": 0.4321}]
+    html = render_report(**inputs)
+    assert "validation, epoch 4: 0.4321" in html
+    assert "validation, epoch 4: 0.95" not in html
+    assert "training, epoch 2: 0.7" in html  # its accuracy
+    assert "nan" not in re.sub(r"base64,\S+", "", html)
+    inputs["epochs"] = inputs["epochs"][:1]
+    Page(render_report(**inputs))
+
+
+def test_perfect_accuracy_stays_on_an_axis_that_ends_at_one(inputs: dict[str, Any]) -> None:
+    for record in inputs["epochs"]:
+        record["train_accuracy"] = record["val_accuracy"] = 1.0
+    html = render_report(**inputs)
+    learning = html[html.index('id="learning"') : html.index('id="confusion"')]
+    assert ">0.90<" in learning
+    assert ">1.10<" not in learning
+    assert ">1.2<" not in learning
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("<script>alert(1)</script>.png", "&lt;script&gt;alert(1)&lt;/script&gt;.png"),
+        ("a\"b'c&d.png", "a&#34;b&#39;c&amp;d.png"),
+        ("a\nb\tc.png", r"a\nb\tc.png"),
+        ("\u202egpj.exe", r"\u202egpj.exe"),
+        ("undecodable\udcff.png", r"undecodable\udcff.png"),
+        ("鬼 é.png", "鬼 é.png"),
+    ],
+)
+def test_paths_cannot_harm_or_mislead(inputs: dict[str, Any], path: str, shown: str) -> None:
+    inputs["mistakes"] = [build_mistake(path)]
+    inputs["facts"] = {"Data": path}
+    inputs["configuration"] = {path: path}
+    inputs["title"] = path
+    inputs["metrics"]["test"]["rejected"] = {path: 1}
+    html = render_report(**inputs)
+    html.encode("utf-8")
+    assert html.count(shown) >= 7
+    page = Page(html)
+    assert not page.find("script")
+    assert path.isprintable() or path not in html
+
+
+def test_class_names_are_escaped_in_figures() -> None:
+    figure = plots.draw_history(
+        {"<b>": [(1, 0.5), (2, 0.25)]}, title='"quoted" <i>', y_axis=plots.build_axis(0, 1)
+    )
+    assert "<b>" not in figure
+    assert 'aria-label="&#34;quoted&#34; &lt;i&gt;"' in figure
+
+
+def test_mistake_picture_is_embedded(inputs: dict[str, Any]) -> None:
+    mistake = inputs["mistakes"][0]
+    page = Page(render_report(**inputs))
+    (image,) = page.find("img")
+    assert image["alt"] == "Scan of class glioma, taken for meningioma"
+    assert base64.b64decode((image["src"] or "").partition(",")[2]) == mistake.image_png
+    assert f"98.8{NBSP}%" in page.text
+    assert mistake.path in page.text
+
+
+def test_no_mistakes_are_said(inputs: dict[str, Any]) -> None:
+    inputs["mistakes"] = []
+    page = Page(render_report(**inputs))
+    assert "None to show." in page.text
+    assert not page.find("img")
+
+
+def test_evaluation_alone(inputs: dict[str, Any]) -> None:
+    y_true, y_prob = build_predictions(60, 5)
+    evaluation = compute_evaluation(y_true, y_prob, CLASSES, num_resamples=0)
+    page = Page(
+        render_report(
+            title="Evaluation",
+            metrics={"schema_version": 1, "classes": list(CLASSES), "test": evaluation},
+            epochs=[],
+            curves={"test": inputs["curves"]["test"]},
+            mistakes=[],
+            configuration={},
+            facts={},
+        )
+    )
+    assert f"{100 * evaluation['accuracy']:.1f}{NBSP}%" in page.text
+    assert "not known: the training images were not at hand" in page.text
+    sections = " ".join(page.headings)
+    for absent in ("Learning", "Rejected", "Configuration"):
+        assert absent not in sections
+    assert "Validation" not in page.text
+
+
+def test_undefined_values_are_dashes(inputs: dict[str, Any]) -> None:
+    test = inputs["metrics"]["test"]
+    for name in ("accuracy", "mcc", "ece"):
+        test[name] = test[f"{name}_ci95"] = None
+    test["per_class"]["glioma"]["auroc"] = test["per_class"]["glioma"]["auroc_ci95"] = None
+    test["no_twin"] = {"n": 0}
+    inputs["curves"]["test"]["per_class"]["glioma"]["roc"] = {"fpr": [], "tpr": []}
+    html = render_report(**inputs)
+    page = Page(html)
+    assert f'<dd class="big">{DASH}</dd>' in html
+    assert f"Matthews correlation {DASH} " in page.text
+    assert f"Test: ECE {DASH}" in page.text
+    assert "None" not in page.text
+    assert "0 scans without a near-twin in training" in page.text
+
+
+def test_configuration_and_rejections_are_listed(inputs: dict[str, Any]) -> None:
+    page = Page(render_report(**inputs))
+    assert "data.seed 7" in page.text
+    assert "learning_rate 0.001" in page.text
+    assert "best_epoch 3" in page.text
+    assert "too_small 3 0" in page.text  # test, validation
+
+
+def test_formats() -> None:
+    assert format_number(-0.01234) == "\N{MINUS SIGN}0.012"
+    assert format_number(1311) == "1,311"
+    assert format_number(None) == format_number(float("nan")) == format_percent(None) == DASH
+    assert format_percent(0.97834) == f"97.8{NBSP}%"
+    assert format_interval([0.1, 0.25]) == f"0.100{DASH}0.250"
+    assert format_interval([0.1, 0.25], percent=True) == f"10.0{DASH}25.0{NBSP}%"
+    assert format_interval(None) == format_interval([None, 1.0]) == ""
+    assert format_text("a\N{NO-BREAK SPACE}b") == "a\N{NO-BREAK SPACE}b"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0, 1, (0, 0.2, 0.4, 0.6, 0.8, 1)),
+        (0, 1.34, (0, 0.5, 1, 1.5)),
+        (0.88, 1, (0.85, 0.9, 0.95, 1)),
+        (1, 1, (1, 1.2, 1.4, 1.6, 1.8, 2)),
+    ],
+)
+def test_axis_has_round_ticks_that_cover_the_range(
+    low: float, high: float, ticks: tuple[float, ...]
+) -> None:
+    axis = plots.build_axis(low, high)
+    assert axis.ticks == pytest.approx(ticks)
+    assert (axis.low, axis.high) == (axis.ticks[0], axis.ticks[-1])
+
+
+def test_points_land_where_the_axes_say() -> None:
+    panel = plots.Panel(x=plots.build_axis(0, 10), y=plots.build_axis(0, 1), width=200, height=100)
+    assert panel.place(0, 0) == (0, 100)
+    assert panel.place(5, 1) == (100, 0)
+    assert panel.line([(0, 0), (0, 0), (10, 1)], "s0").count("L") == 1
+
+
+def test_inset_only_where_every_curve_reaches_the_corner() -> None:
+    good = [(0.0, 0.0), (0.02, 0.97), (1.0, 1.0)]
+    poor = [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)]
+
+    def draw(*curves: list[tuple[float, float]]) -> str:
+        return plots.draw_unit_curves(
+            dict(zip("ab", curves, strict=False)),
+            title="",
+            x_label="x",
+            y_label="y",
+            zoom_left=True,
+        )
+
+    assert "lens" in draw(good, good)
+    assert "lens" not in draw(good, poor)
