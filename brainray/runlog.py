@@ -41,10 +41,11 @@ def format_duration(seconds: float) -> str:
 def format_epoch(record: Record) -> str:
     """Say an epoch in one line."""
     best = " *" if record.get("is_best") else ""
+    left = format_duration(record["time_left_s"])
     return (
         f"epoch {record['epoch'] + 1:>3}/{record['num_epochs']}  {record['size_px']:>3} px  "
         f"train loss {record['train_loss']:.3f} acc {record['train_accuracy']:.1%}  "
         f"val loss {record['val_loss']:.3f} acc {record['val_accuracy']:.1%} "
         f"F1 {record['val_macro_f1']:.3f} AUROC {record['val_macro_auroc']:.4f}  "
-        f"{record['images_per_s']:.0f} images/s  left {format_duration(record['time_left_s'])}{best}"
+        f"{record['images_per_s']:.0f} images/s  left {left}{best}"
     )

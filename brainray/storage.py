@@ -8,11 +8,10 @@ object only when its upload is complete.
 import json
 import os
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +20,9 @@ from pyarrow import fs
 from brainray.errors import StorageError
 
 REMOTE_SCHEMES = ("s3", "gs", "gcs")
+
+_URI_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"
+"""What RFC 3986 allows in a URI beside letters, digits and ``-._``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     if scheme != "file" and scheme not in REMOTE_SCHEMES:
         raise StorageError(f"Expected a local path, s3:// or gs://, got '{uri}'.")
     try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
+        filesystem, path = fs.FileSystem.from_uri(quote(uri, safe=_URI_CHARACTERS))
     except (OSError, ValueError) as error:
         raise StorageError(f"Cannot open '{uri}': {error}") from error
     return filesystem, path.rstrip("/") or "/"
@@ -65,7 +67,10 @@ def make_absolute(uri: str) -> str:
 
 
 def join(uri: str, *parts: str) -> str:
-    """Return the place below another one."""
+    """Return the place below another one; a URI keeps its query at its end."""
+    if "://" in uri:
+        place, mark, query = uri.partition("?")
+        return "/".join([place.rstrip("/"), *map(quote, parts)]) + mark + query
     return "/".join([uri.rstrip("/") or "/", *parts]).replace("//", "/", int(uri == "/"))
 
 
@@ -235,7 +240,7 @@ def read_table(uri: str) -> pa.Table:
     content = read_bytes(uri)
     try:
         return pq.read_table(pa.BufferReader(content))
-    except pa.ArrowInvalid as error:
+    except (OSError, pa.ArrowInvalid) as error:  # OSError: its ends are whole, its inside is not
         raise StorageError(f"'{uri}' is not a Parquet file: {error}") from error
 
 
@@ -262,8 +267,3 @@ def check_writable(uri: str) -> None:
     write_bytes(probe, b"brainray")
     filesystem, path = resolve(probe)
     filesystem.delete_file(path)
-
-
-def iterate_parts(relative_path: str) -> Iterator[str]:
-    """Yield the folders and the name of a relative path."""
-    yield from relative_path.split("/")

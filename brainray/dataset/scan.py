@@ -149,7 +149,7 @@ def scan_samples(samples: pa.Table, *, limits: DecodeLimits) -> ScanResult:
     scanned = (
         ray.data.from_arrow(parts)
         .map_batches(
-            _scan_batch,
+            _scan_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
             batch_size=None,
             batch_format="pyarrow",
             fn_kwargs={"limits": limits, "keep_bytes": fits},
@@ -195,5 +195,5 @@ def _scan_one(
         thumbnail = compute_thumbnail(decode_image(content, limits)).tobytes()
         return sha256(content).hexdigest(), thumbnail, None, content
     except RejectedImage as rejection:
-        digest = None if rejection.reason in ("missing", "unreadable") else sha256(content)
-        return digest and digest.hexdigest(), None, rejection.reason, b""
+        has_content = rejection.reason not in ("missing", "unreadable")
+        return sha256(content).hexdigest() if has_content else None, None, rejection.reason, b""

@@ -5,7 +5,8 @@ scan: where its bytes are, what it is called, its label and the split it was giv
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -88,7 +89,7 @@ def find_samples(
     StorageError
         The place cannot be listed.
     """
-    if data_uri.endswith(".parquet"):
+    if data_uri.endswith(".parquet") and not storage.is_folder(data_uri):
         uri = storage.make_absolute(data_uri)
         if not storage.exists(uri):
             raise DataError(f"No Parquet file at '{data_uri}'. Check the path, or mount it.")
@@ -109,7 +110,7 @@ def find_samples(
             f"({', '.join(classes)}), alone or below {SPLITS_IN_WORDS}, or Parquet files."
         )
     samples = (
-        _read_parquet_samples(tables, classes)
+        _read_parquet_samples(data_uri, tables, classes)
         if tables
         else _read_folder_samples(data_uri, images, classes)
     )
@@ -194,12 +195,27 @@ def _check_every_class(samples: pa.Table, classes: Sequence[str], data_uri: str)
             )
 
 
-def _read_parquet_samples(files: Iterable[storage.FoundFile], classes: Sequence[str]) -> pa.Table:
-    tables = [_read_parquet_file(file, classes) for file in files]
-    samples = pa.concat_tables(tables)
-    paths = samples["path"].to_pylist()
-    if len(set(paths)) != len(paths):
-        raise DataError("The `path` column must name each scan once; some are given twice.")
+def _read_parquet_samples(
+    data_uri: str, files: Sequence[storage.FoundFile], classes: Sequence[str]
+) -> pa.Table:
+    unknown = [file.relative_path for file in files if not _split_of(file.relative_path)]
+    if 0 < len(unknown) < len(files):
+        raise DataError(
+            f"Unknown Parquet file '{unknown[0]}' beside the splits in '{data_uri}'. Expected "
+            f"only {SPLITS_IN_WORDS}, or names such as train-0.parquet. Rename it, or move it."
+        )
+    samples = pa.concat_tables([_read_parquet_file(file, classes) for file in files])
+    if not samples.num_rows:
+        raise DataError(
+            f"No rows in the Parquet files of '{data_uri}' ({len(files)} files read). Expected "
+            "a row for each scan. Check what wrote them."
+        )
+    path, count = Counter(samples["path"].to_pylist()).most_common(1)[0]
+    if count > 1:
+        raise DataError(
+            f"Path '{path}' is given {count} times in the Parquet files of '{data_uri}'. Expected "
+            "a `path` of its own for each scan. Make them differ, or leave the column out."
+        )
     return samples
 
 

@@ -36,7 +36,7 @@ def split_groups(
     groups : ndarray of int64, shape (N,)
         Images of one group stay together.
     fraction : float
-        Share of the images to hold out, in (0, 0.5].
+        Share of the images to hold out, in (0, 0.5]; the nearest of 1/2, 1/3, 1/4 … is taken.
     seed : int
         The same seed holds out the same groups.
 
@@ -51,14 +51,15 @@ def split_groups(
         A class has fewer groups than a split needs.
     """
     num_folds = max(2, round(1 / fraction))
-    for label in np.unique(labels):
+    names, counts = np.unique(labels, return_counts=True)
+    for label in names:
         present = len(np.unique(groups[labels == label]))
         if present < 2:
             raise DataError(
                 f"Class number {label} has {present} group of near-identical images; at least 2 "
                 f"are needed to hold {fraction:.0%} out. Add images, or lower the group threshold."
             )
-    num_folds = min(num_folds, len(np.unique(groups)))
+    num_folds = min(num_folds, len(np.unique(groups)), int(counts.max()))
     folds = StratifiedGroupKFold(n_splits=num_folds, shuffle=True, random_state=seed)
     held_out = np.zeros(len(labels), np.bool_)
     _, chosen = next(folds.split(labels, labels, groups))
@@ -102,7 +103,7 @@ def assign_splits(
     undecided = splits == ""
     if undecided.any():
         splits[undecided] = "train"
-        if test_fraction > 0:
+        if undecided.all() and test_fraction > 0:
             _hold_out(splits, "test", labels, groups, test_fraction, seed=seed)
     if not (splits == "val").any():
         _hold_out(splits, "val", labels, groups, val_fraction, seed=seed)

@@ -15,6 +15,7 @@ Why not ``ray.train.get_dataset_shard``: it repeats one plan every epoch, so it 
 start at a resumed epoch's order nor change the size of the images between epochs.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,6 +24,7 @@ import numpy as np
 import ray.data
 from numpy.typing import NDArray
 from ray.data import DataIterator, ExecutionResources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from brainray.dataset.scan import ScanStore
 from brainray.errors import TrainingError
@@ -32,6 +34,10 @@ from brainray.pixels.preprocess import Preprocessing, load_image
 CHUNK_BYTES = 8 * 2**20
 """Decoded pixels of one task: some 900 images at 96 px, 170 at 224 px; Ray's cost per task
 (a few milliseconds) is then small beside the decoding."""
+
+LOOP_PAUSE_S = 0.05
+"""Pause between two looks of Ray Data's scheduling loop: 2 % of a core instead of most of one.
+A look deals out everything that is ready, so it costs a chunk at most this delay."""
 
 MIN_CHUNKS_PER_WORKER = 3
 """Chunks of each worker that may wait in the object store: one in use, two ahead."""
@@ -133,13 +139,15 @@ def shuffle_epoch(plan: StreamPlan, epoch: int) -> NDArray[np.int64]:
     """
     rng = np.random.default_rng([plan.seed, epoch])
     if plan.row_groups is None:
-        return rng.permutation(plan.train_indices)
+        order: NDArray[np.int64] = rng.permutation(plan.train_indices)
+        return order
     names = rng.permutation(np.unique(plan.row_groups))
     windows = [
         np.flatnonzero(np.isin(plan.row_groups, names[start : start + SHUFFLE_WINDOW_ROW_GROUPS]))
         for start in range(0, len(names), SHUFFLE_WINDOW_ROW_GROUPS)
     ]
-    return plan.train_indices[np.concatenate([rng.permutation(window) for window in windows])]
+    shuffled = np.concatenate([rng.permutation(window) for window in windows])
+    return np.asarray(plan.train_indices[shuffled], dtype=np.int64)
 
 
 def share_of(rank: int, world_size: int, num_images: int) -> tuple[int, int]:
@@ -182,9 +190,18 @@ def _decode_chunk(
     return {"ticket": np.full(len(indices), ticket), "index": indices, "image": images}
 
 
-def open_stream(
-    plan: StreamPlan, store: ScanStore, *, reserved_cpus: float, reserved_gpus: float
-) -> list[DataIterator]:
+class _Pause(ExecutionCallback):
+    """Lets Ray Data's scheduling loop rest between two looks.
+
+    While nothing runs because enough is decoded ahead, the loop of Ray 2.60 spins: it took
+    most of a core from two that were training. Remove this when it no longer does.
+    """
+
+    def on_execution_step(self, executor: object) -> None:  # noqa: ARG002 - Ray's signature
+        time.sleep(LOOP_PAUSE_S)
+
+
+def open_stream(plan: StreamPlan, store: ScanStore, *, num_cpus: float) -> list[DataIterator]:
     """Start the stream of a run and return every worker's end of it.
 
     Parameters
@@ -193,19 +210,22 @@ def open_stream(
         What is left of the run.
     store : ScanStore
         Where the encoded bytes are.
-    reserved_cpus, reserved_gpus : float
-        What the training workers hold; Ray Data plans without them.
+    num_cpus : float
+        Logical CPUs that decoding may take: those that the training workers leave.
     """
     chunks = list_chunks(plan)
     tickets = len(chunks) * plan.world_size
     stream = ray.data.range(tickets, override_num_blocks=tickets).map_batches(
-        _decode_chunk, batch_size=None, fn_kwargs={"plan": plan, "store": store}
+        _decode_chunk,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
+        batch_size=None,
+        fn_kwargs={"plan": plan, "store": store},
     )
+    stream.context.custom_execution_callback_classes.append(_Pause)
     options = stream.context.execution_options
     options.preserve_order = True
-    options.exclude_resources = ExecutionResources(cpu=reserved_cpus, gpu=reserved_gpus)
     options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=2 * MIN_CHUNKS_PER_WORKER * plan.world_size * CHUNK_BYTES
+        cpu=num_cpus,
+        object_store_memory=2 * MIN_CHUNKS_PER_WORKER * plan.world_size * CHUNK_BYTES,
     )
     return list(stream.streaming_split(plan.world_size, equal=False))
 

@@ -56,7 +56,9 @@ def standardise_thumbnails(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]
     centred = thumbnails.astype(np.float32)
     centred -= centred.mean(axis=1, keepdims=True)
     length = np.linalg.norm(centred, axis=1, keepdims=True)
-    return np.divide(centred, length, out=np.zeros_like(centred), where=length > 0)
+    standardised = np.zeros_like(centred)
+    np.divide(centred, length, out=standardised, where=length > 0)
+    return standardised
 
 
 def group_twins(standardised: NDArray[np.float32], *, min_correlation: float) -> NDArray[np.int64]:
@@ -131,7 +133,10 @@ def merge_groups(twins: NDArray[np.int64], given: Sequence[str | None]) -> NDArr
     """
     if not len(twins):
         return twins
-    names = {name: int(twins.max()) + 1 + i for i, name in enumerate(sorted(set(given) - {None}))}
+    names = {
+        name: int(twins.max()) + 1 + i
+        for i, name in enumerate(sorted({name for name in given if name}))
+    }
     links = [(int(twin), names[name]) for twin, name in zip(twins, given, strict=True) if name]
     size = int(twins.max()) + 1 + len(names)
     row, column = zip(*links, strict=True) if links else ((), ())

@@ -147,8 +147,14 @@ def read_card(classifier_uri: str) -> dict[str, Any]:
             f"Expected classifier schema {SCHEMA_VERSION} in '{uri}', found {found}. "
             "Use the brainray version that wrote it, or train again."
         )
-    needed = ("classifier_id", "architecture", "classes", "preprocessing", "weights")
-    missing = [name for name in needed if name not in card]
+    needed = {
+        "classifier_id": str,
+        "architecture": dict,
+        "classes": list,
+        "preprocessing": dict,
+        "weights": dict,
+    }
+    missing = [name for name, kind in needed.items() if not isinstance(card.get(name), kind)]
     if missing:
         raise ClassifierError(f"'{uri}' lacks {', '.join(missing)}. Restore the folder.")
     return dict(card)
@@ -180,7 +186,7 @@ def load_classifier(classifier_uri: str, *, device: str = "cpu") -> Classifier:
             f"The weights in '{classifier_uri}' do not fit a {ARCHITECTURE} with "
             f"{len(classes)} classes. Restore the folder."
         ) from error
-    network = network.to(device=device, memory_format=torch.channels_last).eval()
+    network = network.to(torch.device(device)).to(memory_format=torch.channels_last).eval()
     return Classifier(network, classes, preprocessing, card)
 
 
@@ -196,7 +202,7 @@ def _read_meaning(card: dict[str, Any], where: str) -> tuple[tuple[str, ...], Pr
         )
     try:
         return check_classes(card["classes"]), Preprocessing(**card["preprocessing"])
-    except (BrainrayError, TypeError) as error:
+    except (BrainrayError, TypeError, AttributeError) as error:
         raise ClassifierError(f"The classifier at '{where}' is damaged: {error}") from error
 
 

@@ -1,7 +1,7 @@
 """ResNet-50 with one grey input channel and a K-way head, and the weights it starts from."""
 
+import pickle
 import socket
-import urllib.error
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +60,7 @@ def build_network(num_classes: int, *, weights: StateDict | None = None) -> nn.M
     .. [2] Goyal et al., 2017, arXiv:1706.02677, section 5.1: the last scale of each
        residual branch starts at zero.
     """
-    network = resnet50(num_classes=num_classes, zero_init_residual=True)
+    network: nn.Module = resnet50(num_classes=num_classes, zero_init_residual=True)
     stem = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     network.conv1 = stem
@@ -126,11 +126,13 @@ def _read_weights(uri: str) -> StateDict:
         loaded = _load_pickle_safely(content)
     except Exception as error:  # torch raises several kinds for a file that is not its own
         raise WeightsError(
-            f"'{uri}' is not a state dict that loads without running code ({error}). "
+            f"'{uri}' is not a state dict that loads without running code ({_say(error)}). "
             "Expected .safetensors, or .pth saved from model.state_dict()."
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not all(torch.is_tensor(t) for t in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in state.items()
+    ):
         raise WeightsError(f"'{uri}' does not hold a state dict: names and tensors.")
     return state
 
@@ -139,6 +141,14 @@ def _load_pickle_safely(content: bytes) -> Any:  # noqa: ANN401 - a file may hol
     import io
 
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _say(error: Exception) -> str:
+    """Say an error in one line, without torch's advice to load the pickle unsafely."""
+    lines = str(error).splitlines()
+    if isinstance(error, pickle.UnpicklingError) or not lines:
+        return type(error).__name__
+    return lines[0]
 
 
 @contextmanager
@@ -153,7 +163,7 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 def imagenet_weights_path() -> Path:
     """Return where torchvision keeps (or looks for) its ImageNet weights on this machine."""
-    name = ResNet50_Weights.IMAGENET1K_V2.url.rpartition("/")[2]
+    name: str = ResNet50_Weights.IMAGENET1K_V2.url.rpartition("/")[2]
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
@@ -163,9 +173,9 @@ def _download_imagenet() -> StateDict:
             state: StateDict = ResNet50_Weights.IMAGENET1K_V2.get_state_dict(
                 progress=False, check_hash=True, weights_only=True, map_location="cpu"
             )
-    except (OSError, RuntimeError, urllib.error.URLError) as error:
+    except Exception as error:  # the network, the disk and a damaged file raise several kinds
         raise WeightsError(
-            f"ImageNet weights cannot be had ({error}). Put the file at "
+            f"ImageNet weights cannot be had ({_say(error)}). Put the file at "
             f"'{imagenet_weights_path()}', or pass --weights-uri FILE (.safetensors or .pth), "
             "or --weights none to start from random weights."
         ) from error
@@ -212,7 +222,8 @@ class WorkerSyncedBatchNorm2d(nn.BatchNorm2d):
         self._update_running(mean.detach(), variance.detach(), float(number.detach()))
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
-        return (images * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(input.dtype)
+        normalised: torch.Tensor = images * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+        return normalised.to(input.dtype)
 
     @torch.no_grad()
     def _update_running(self, mean: torch.Tensor, variance: torch.Tensor, number: float) -> None:
@@ -244,12 +255,14 @@ def set_batch_norm(network: nn.Module, mode: BatchNormMode, *, on_gpu: bool) -> 
         Whether the workers hold GPUs.
     """
     if mode == "sync" and on_gpu:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return synced
     if mode != "local":
         kind = WorkerSyncedBatchNorm2d if mode == "sync" else FrozenBatchNorm2d
         for module in network.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = kind
+                module.train(module.training)  # frozen: from now on, not from the next train()
                 for parameter in module.parameters():
                     parameter.requires_grad = mode != "frozen"
     return network

@@ -70,9 +70,15 @@ def load_checkpoint(
     network.load_state_dict(_strip(tensors, "network."))
     if averaged is not None:
         averaged.load_state_dict(_strip(tensors, "averaged."))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in _strip(tensors, "optimizer.").items():
         index, slot = name.split(".")
+        parameter = parameters[int(index)]
+        if tensor.shape == parameter.shape:
+            # A fused step walks raw memory: its slots must lie as the parameter does, which
+            # may be channels-last, while the file is row-major.
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype, device="cpu").copy_(tensor)
         slots.setdefault(int(index), {})[slot] = tensor
     state: dict[str, Any] = {**optimizer.state_dict(), "state": slots}
     optimizer.load_state_dict(state)

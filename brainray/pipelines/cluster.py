@@ -61,7 +61,5 @@ def compute_cpus_per_worker(placement: Placement) -> float:
         )
     if cpus < MIN_CPUS:
         raise ConfigError(f"Expected at least {MIN_CPUS} CPUs in the cluster, found {cpus:g}.")
-    share = (
-        math.floor(1000 * (cpus - 1) / placement.num_workers) / 1000
-    )  # Ray's own precision is 1e-4
-    return min(1.0, share)
+    thousandths = math.floor(1000 * (cpus - 1) / placement.num_workers)  # Ray counts in 1e-4
+    return float(min(1.0, thousandths / 1000))

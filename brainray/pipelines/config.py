@@ -145,6 +145,13 @@ class Placement:
                 f"got {self.min_workers}."
             )
 
+    @property
+    def worker_range(self) -> int | tuple[int, int]:
+        """Number of workers, or the fewest and the most."""
+        if self.min_workers is None or self.min_workers == self.num_workers:
+            return self.num_workers
+        return self.min_workers, self.num_workers
+
 
 def find_differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
     """Say where two JSON-ready configurations differ, as `name: saved -> given` lines."""

@@ -1,5 +1,6 @@
 """From a data set's place to samples that are scanned, grouped and split."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,9 +38,14 @@ class PreparedData:
         """Return the sample numbers of a split, ascending."""
         return np.flatnonzero(self.splits == split)
 
-    def count_rejected(self) -> dict[str, int]:
-        """Return how many scans were rejected, by reason."""
-        reasons = [reason for reason in self.manifest["reason"].to_pylist() if reason]
+    def count_rejected(self, given_split: str | None = None) -> dict[str, int]:
+        """Return how many scans were rejected, by reason; of all, or of a given split."""
+        given = self.found.samples["split"].to_pylist()
+        reasons = [
+            reason
+            for reason, split in zip(self.manifest["reason"].to_pylist(), given, strict=True)
+            if reason and given_split in (None, split)
+        ]
         return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
 
 
@@ -53,14 +59,12 @@ def prepare_training_data(found: FoundSamples, config: TrainConfig) -> PreparedD
     """
     samples = found.samples
     scan = scan_samples(samples, limits=config.limits)
-    usable = np.array([reason is None for reason in scan.table["reason"].to_pylist()])
     labels = samples["label"].to_numpy().astype(np.int64)
-    _check_usable(labels, usable, config.classes, scan.table)
-    kept = np.flatnonzero(usable)
+    kept = check_usable(labels, scan.table, config.classes)
     standardised = standardise_thumbnails(stack_thumbnails(scan.table["thumbnail"].take(kept)))
-    given = samples["group"].take(kept).to_pylist()
     groups = merge_groups(
-        group_twins(standardised, min_correlation=config.group_correlation), given
+        group_twins(standardised, min_correlation=config.group_correlation),
+        samples["group"].take(kept).to_pylist(),
     )
     splits = np.full(len(labels), "rejected", dtype="<U8")
     splits[kept] = assign_splits(
@@ -71,8 +75,9 @@ def prepare_training_data(found: FoundSamples, config: TrainConfig) -> PreparedD
         test_fraction=config.test_fraction,
         seed=config.seed,
     )
-    manifest = _build_manifest(found, scan.table, config.classes, kept, groups, splits)
-    manifest = add_nearest(manifest, standardised, kept, splits)
+    manifest = build_manifest(found, scan.table, config.classes, kept, groups, splits)
+    for split, references in (("val", ("train",)), ("test", ("train", "val"))):
+        manifest = look_up_nearest(manifest, standardised, kept, splits, split, references)
     return PreparedData(found, manifest, labels, splits, scan.store)
 
 
@@ -82,28 +87,50 @@ def stack_thumbnails(column: pa.ChunkedArray) -> NDArray[np.uint8]:
     return np.stack(rows) if rows else np.zeros((0, 576), np.uint8)
 
 
-def _check_usable(
-    labels: NDArray[np.int64], usable: NDArray[np.bool_], classes: tuple[str, ...], scan: pa.Table
-) -> None:
+def check_usable(
+    labels: NDArray[np.int64], scan: pa.Table, classes: Sequence[str]
+) -> NDArray[np.int64]:
+    """Return the numbers of the scans that can be opened.
+
+    Raises
+    ------
+    DataError
+        Not one scan of a class can be.
+    """
+    reasons = scan["reason"].to_pylist()
+    usable = np.array([reason is None for reason in reasons])
     for label in np.unique(labels):
-        if not usable[labels == label].any():
-            reasons = [scan["reason"][int(i)].as_py() for i in np.flatnonzero(labels == label)]
+        of_class = np.flatnonzero(labels == label)
+        if not usable[of_class].any():
             raise DataError(
-                f"None of the {len(reasons)} images of class {classes[label]} can be opened "
-                f"(first reason: {reasons[0]}). Expected JPEG, PNG, BMP, GIF, TIFF or WebP files."
+                f"None of the {len(of_class)} images of class {classes[label]} can be opened "
+                f"(the first is {reasons[of_class[0]]}). "
+                "Expected JPEG, PNG, BMP, GIF, TIFF or WebP files."
             )
+    return np.flatnonzero(usable)
 
 
-def _build_manifest(
+def build_manifest(
     found: FoundSamples,
     scan: pa.Table,
-    classes: tuple[str, ...],
+    classes: Sequence[str],
     kept: NDArray[np.int64],
     groups: NDArray[np.int64],
     splits: NDArray[np.str_],
 ) -> pa.Table:
+    """Write down what became of every sample; the nearest images are not looked up yet.
+
+    Parameters
+    ----------
+    kept : ndarray of int64, shape (n,)
+        Numbers of the samples that could be opened.
+    groups : ndarray of int64, shape (n,)
+        Their groups; a rejected sample gets one of its own.
+    splits : ndarray of str, shape (N,)
+        Of every sample.
+    """
     count = found.samples.num_rows
-    every_group = np.arange(count) + (groups.max(initial=-1) + 1)  # a rejected scan is alone
+    every_group = np.arange(count) + (groups.max(initial=-1) + 1)
     every_group[kept] = groups
     return pa.table(
         {
@@ -121,34 +148,37 @@ def _build_manifest(
     )
 
 
-def add_nearest(
+def look_up_nearest(
     manifest: pa.Table,
     standardised: NDArray[np.float32],
     kept: NDArray[np.int64],
     splits: NDArray[np.str_],
+    split: str,
+    references: Sequence[str],
 ) -> pa.Table:
-    """Write down each held-out image's most similar image among those it is held out from.
+    """Write down each image's most similar one among the splits it is held out from."""
+    queries = np.flatnonzero(splits[kept] == split)
+    pool = np.flatnonzero(np.isin(splits[kept], references))
+    if not len(queries) or not len(pool):
+        return manifest
+    nearest, correlation = find_nearest(standardised[queries], standardised[pool])
+    labels = manifest["label"].take(pa.array(kept[pool[nearest]])).to_pylist()
+    return write_nearest(manifest, kept[queries], correlation, labels)
 
-    Validation images look among the training images, test images among those of training
-    and validation.
-    """
-    count = manifest.num_rows
-    correlation = np.full(count, np.nan, np.float32)
-    nearest_label: list[str | None] = [None] * count
-    labels = manifest["label"].to_pylist()
-    for split, references in (("val", ("train",)), ("test", ("train", "val"))):
-        queries = np.flatnonzero(splits[kept] == split)
-        pool = np.flatnonzero(np.isin(splits[kept], references))
-        if not len(queries) or not len(pool):
-            continue
-        nearest, found = find_nearest(standardised[queries], standardised[pool])
-        correlation[kept[queries]] = found
-        for query, reference in zip(kept[queries], kept[pool[nearest]], strict=True):
-            nearest_label[query] = labels[reference]
-    columns = {
-        "nearest_correlation": pa.array(correlation, pa.float32(), mask=np.isnan(correlation)),
-        "nearest_label": pa.array(nearest_label, pa.string()),
-    }
-    for name, column in columns.items():
-        manifest = manifest.set_column(manifest.column_names.index(name), name, column)
+
+def write_nearest(
+    manifest: pa.Table,
+    rows: NDArray[np.int64],
+    correlation: NDArray[np.float32],
+    labels: Sequence[str],
+) -> pa.Table:
+    """Fill the nearest images' columns of some rows of a manifest."""
+    columns = {"nearest_correlation": correlation.tolist(), "nearest_label": labels}
+    for name, values in columns.items():
+        filled = manifest[name].to_pylist()
+        for row, value in zip(rows, values, strict=True):
+            filled[row] = value
+        place = MANIFEST_SCHEMA.get_field_index(name)
+        field = MANIFEST_SCHEMA.field(name)
+        manifest = manifest.set_column(place, field, pa.array(filled, field.type))
     return manifest

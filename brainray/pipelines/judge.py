@@ -1,7 +1,7 @@
 """Judging a sealed classifier on scans whose class is known: predictions, metrics, report."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,12 @@ from brainray.dataset.scan import ScanStore
 from brainray.dataset.twins import NEAR_TWIN_CORRELATION
 from brainray.errors import RejectedImage
 from brainray.metrics import compute_accuracy, compute_curves, compute_evaluation
-from brainray.model.classifier import Classifier, load_classifier
+from brainray.model.classifier import Classifier, amend_card, load_classifier, read_card
 from brainray.pipelines.data import PreparedData
 from brainray.pixels.decode import DecodeLimits, decode_image
 from brainray.pixels.preprocess import Preprocessing, load_image
-from brainray.reporting.report import Mistake
+from brainray.provenance import collect_versions, read_code_revision
+from brainray.reporting.report import Mistake, render_report
 
 BATCH_SIZE = 32
 """Images of one forward pass."""
@@ -29,6 +30,9 @@ ROWS_PER_TASK = 256
 """Images that a decoding task reads."""
 
 NUM_MISTAKES_SHOWN = 24
+METRICS_SCHEMA_VERSION = 1
+
+Say = Callable[[str], None]
 
 
 class _Predictor:
@@ -88,7 +92,7 @@ def predict_samples(
     answers = (
         ray.data.from_arrow(parts)
         .map_batches(
-            _load_batch,
+            _load_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
             batch_size=None,
             fn_kwargs={
                 "store": store,
@@ -185,13 +189,6 @@ def _judge_part(
     return compute_evaluation(labels[part], probs[part], classes, groups=groups[part])
 
 
-def compute_split_curves(predictions: pa.Table, classes: Sequence[str]) -> dict[str, Any]:
-    """Compute the curves of a table of answers, for the report."""
-    y_true = [classes.index(name) for name in predictions["true_class"].to_pylist()]
-    y_prob = np.stack([predictions[f"prob_{name}"].to_numpy() for name in classes], 1)
-    return compute_curves(y_true, y_prob, classes)
-
-
 def collect_mistakes(data: PreparedData, predictions: pa.Table, split: str) -> list[Mistake]:
     """Collect the most confident mistakes of a split, with their pictures."""
     wrong = predictions.filter(
@@ -226,6 +223,76 @@ def _to_png(content: bytes) -> bytes:
     return sink.getvalue()
 
 
-def write_predictions(output_uri: str, split: str, predictions: pa.Table) -> None:
-    """Write a split's answers to ``predictions/<split>.parquet``."""
-    storage.write_table(storage.join(output_uri, "predictions", f"{split}.parquet"), predictions)
+def judge_and_report(
+    data: PreparedData,
+    *,
+    output_uri: str,
+    classifier_uri: str,
+    splits: Sequence[str],
+    limits: DecodeLimits,
+    use_gpu: bool,
+    title: str,
+    configuration: dict[str, Any],
+    facts: dict[str, str],
+    say: Say,
+    training: dict[str, Any] | None = None,
+    records: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Predict, judge, and write predictions, report and metrics, in this order.
+
+    Parameters
+    ----------
+    splits : sequence of str
+        Splits to judge, the most telling last; the report's pictures are of that one.
+    title, configuration, facts, training, records
+        For the report; ``training`` goes into the metrics too.
+
+    Returns
+    -------
+    dict
+        The content of metrics.json, whose presence says that all is done.
+    """
+    card = read_card(classifier_uri)
+    classes = tuple(card["classes"])
+    metrics: dict[str, Any] = {
+        "schema_version": METRICS_SCHEMA_VERSION,
+        "classifier_id": card["classifier_id"],
+        "classes": list(classes),
+    }
+    if training is not None:
+        metrics["training"] = training
+    curves: dict[str, Any] = {}
+    mistakes: list[Mistake] = []
+    for split in (name for name in splits if len(data.select(name))):
+        indices = data.select(split)
+        say(f"Judging {len(indices):,} {split} images.")
+        probs = predict_samples(indices, data.store, classifier_uri, limits=limits, use_gpu=use_gpu)
+        predictions = build_predictions(data, indices, probs, classes, card["classifier_id"])
+        storage.write_table(
+            storage.join(output_uri, "predictions", f"{split}.parquet"), predictions
+        )
+        metrics[split] = judge_split(data, indices, probs, classes)
+        metrics[split]["rejected"] = data.count_rejected(split)
+        curves[split] = compute_curves(data.labels[indices], probs, classes)
+        mistakes = collect_mistakes(data, predictions, split)
+    versions = collect_versions()
+    report = render_report(
+        title=title,
+        metrics=metrics,
+        epochs=records,
+        curves=curves,
+        mistakes=mistakes,
+        configuration=configuration,
+        facts={
+            "Classifier": card["classifier_id"],
+            **facts,
+            "Versions": f"brainray {versions['brainray']}, Ray {versions['ray']}, "
+            f"torch {versions['torch']}",
+            "Revision": read_code_revision(),
+        },
+    )
+    storage.write_bytes(storage.join(output_uri, "report.html"), report.encode())
+    if training is not None:
+        amend_card(classifier_uri, {"metrics": {split: metrics[split] for split in curves}})
+    storage.write_json(storage.join(output_uri, "metrics.json"), metrics)
+    return metrics

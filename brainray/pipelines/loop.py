@@ -107,7 +107,7 @@ class Worker:
         network = build_network(num_classes, weights=ray.get(self.setup.weights))
         network = set_batch_norm(network, self.config.batch_norm, on_gpu=self.setup.use_gpu)
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        return network.to(device=self.device, memory_format=layout)  # type: ignore[call-overload]
+        return network.to(self.device).to(memory_format=layout)
 
     def _compute_class_weights(self) -> torch.Tensor | None:
         if self.config.optimisation.class_weights == "none":
@@ -164,14 +164,12 @@ class Worker:
         """Rank 0 starts the stream; every worker gets its end of it."""
         shards: list[DataIterator] = []
         if self.rank == 0:
-            shards = open_stream(
-                plan,
-                self.setup.store,
-                reserved_cpus=self.world_size * self.setup.cpus_per_worker,
-                reserved_gpus=self.world_size * float(self.setup.use_gpu),
-            )
+            reserved = self.world_size * self.setup.cpus_per_worker
+            free = ray.cluster_resources()["CPU"] - reserved
+            shards = open_stream(plan, self.setup.store, num_cpus=max(1.0, free))
         shards = ray.train.collective.broadcast_from_rank_zero(shards)
-        return shards[self.rank]
+        shard: DataIterator = shards[self.rank]
+        return shard
 
     def _wrap(self) -> nn.Module:
         """Make the network data-parallel, and compile it if asked to."""
@@ -270,7 +268,7 @@ class Worker:
         set_learning_rate(self.optimizer, optimisation, step, self.plan.steps_per_epoch, config)
         self.optimizer.zero_grad()
         # DDP averages over workers; this makes that the mean over the global batch.
-        (loss * (self.world_size / global_size)).backward()  # type: ignore[no-untyped-call]
+        (loss * (self.world_size / global_size)).backward()
         if optimisation.clip_norm:
             nn.utils.clip_grad_norm_(self.network.parameters(), optimisation.clip_norm)
         self.optimizer.step()
@@ -322,7 +320,10 @@ class Worker:
             indices.append(batch.indices)
             probs.append(logits.float().softmax(1).cpu().numpy())
         empty = np.zeros((0, len(self.config.classes)), np.float32)
-        part = (np.concatenate(indices or [empty[:, 0]]), np.concatenate(probs or [empty]))
+        part = (
+            np.concatenate(indices or [np.zeros(0, np.int64)]),
+            np.concatenate(probs or [empty]),
+        )
         parts: list[Any] = [part]
         if self.world_size > 1:
             parts = [None] * self.world_size
@@ -395,7 +396,7 @@ class Worker:
                     weight=self.class_weights,
                 )
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 schedule.step()
         if self.averaged is not None:
@@ -496,11 +497,11 @@ def write_tensorboard(tensorboard_uri: str, records: list[runlog.Record]) -> Non
     from torch.utils.tensorboard import SummaryWriter
 
     with tempfile.TemporaryDirectory() as folder:
-        with SummaryWriter(folder) as writer:  # type: ignore[no-untyped-call]
+        with SummaryWriter(folder) as writer:
             for record in records:
                 for name, value in record.items():
                     if isinstance(value, float) and name != "unix_time_s":
-                        writer.add_scalar(  # type: ignore[no-untyped-call]
+                        writer.add_scalar(
                             name, value, record["epoch"] + 1, walltime=record["unix_time_s"]
                         )
         (events,) = Path(folder).iterdir()

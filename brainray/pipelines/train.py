@@ -21,23 +21,15 @@ from brainray import runlog, storage
 from brainray.dataset.source import find_samples
 from brainray.dataset.split import hash_manifest
 from brainray.errors import ConfigError, TrainingError
-from brainray.model.classifier import amend_card, read_card, save_classifier
+from brainray.model.classifier import save_classifier
 from brainray.model.network import fetch_weights
 from brainray.pipelines.checkpoint import load_network_weights
 from brainray.pipelines.cluster import compute_cpus_per_worker, connect_ray
 from brainray.pipelines.config import Placement, TrainConfig, find_differences
 from brainray.pipelines.data import PreparedData, prepare_training_data
-from brainray.pipelines.judge import (
-    build_predictions,
-    collect_mistakes,
-    compute_split_curves,
-    judge_split,
-    predict_samples,
-    write_predictions,
-)
+from brainray.pipelines.judge import Say, judge_and_report
 from brainray.pipelines.loop import WorkerSetup, train_worker
 from brainray.provenance import collect_versions, read_code_revision
-from brainray.reporting.report import render_report
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +37,9 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.json"
 RECORDS_FILE = "metrics.jsonl"
 MANIFEST_FILE = "manifest.parquet"
-REPORT_FILE = "report.html"
 CLASSIFIER_FOLDER = "classifier"
 CHECKPOINTS_FOLDER = "checkpoints"
-METRICS_SCHEMA_VERSION = 1
 
-Say = Callable[[str], None]
 Tick = Callable[[dict[str, Any]], None]
 
 
@@ -73,7 +62,7 @@ def train(
     job: TrainJob,
     *,
     say: Say = logger.info,
-    tick: Tick = lambda message: None,
+    tick: Tick = lambda _: None,
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Train, seal, judge and report; go on where an earlier call of the same job stopped.
@@ -115,9 +104,7 @@ def train(
     keep_manifest(job, data)
     result = fit(job, data, ray.put(weights), say, tick)
     seal(job, data, result)
-    metrics = judge(job, data)
-    storage.write_json(job.at(METRICS_FILE), metrics)  # last: its presence says finished
-    return metrics
+    return judge(job, data, say)
 
 
 def check_run(job: TrainJob) -> bool:
@@ -234,11 +221,7 @@ def fit(
             train_worker,
             train_loop_config={"setup": setup},
             scaling_config=ScalingConfig(
-                num_workers=(
-                    placement.num_workers
-                    if placement.min_workers is None
-                    else (placement.min_workers, placement.num_workers)
-                ),
+                num_workers=placement.worker_range,  # type: ignore[arg-type]  # Ray takes a range
                 use_gpu=placement.use_gpu,
                 resources_per_worker={
                     "CPU": cpus_per_worker,
@@ -263,7 +246,7 @@ def fit(
 
 
 def number_row_groups(data: PreparedData) -> NDArray[np.int64] | None:
-    """Number the Parquet row group of every training image; None for image files."""
+    """Give a number to the Parquet row group of every training image; None for image files."""
     rows = data.found.samples.take(data.select("train"))
     if (rows["row_group"].to_numpy() < 0).all():
         return None
@@ -337,49 +320,6 @@ def seal(job: TrainJob, data: PreparedData, result: Result) -> None:
     )
 
 
-def judge(job: TrainJob, data: PreparedData) -> dict[str, Any]:
-    """Judge the sealed classifier on validation and test, and write the report."""
-    classifier_uri = job.at(CLASSIFIER_FOLDER)
-    classifier_id = read_card(classifier_uri)["classifier_id"]
-    records = runlog.read_records(job.at(RECORDS_FILE))
-    metrics: dict[str, Any] = {
-        "schema_version": METRICS_SCHEMA_VERSION,
-        "classifier_id": classifier_id,
-        "classes": list(job.config.classes),
-        "training": summarise_training(job, records),
-    }
-    curves, mistakes = {}, []
-    for split in ("val", "test"):
-        indices = data.select(split)
-        if not len(indices):
-            continue
-        probs = predict_samples(
-            indices,
-            data.store,
-            classifier_uri,
-            limits=job.config.limits,
-            use_gpu=job.placement.use_gpu,
-        )
-        predictions = build_predictions(data, indices, probs, job.config.classes, classifier_id)
-        write_predictions(job.output_uri, split, predictions)
-        metrics[split] = judge_split(data, indices, probs, job.config.classes)
-        metrics[split]["rejected"] = data.count_rejected()
-        curves[split] = compute_split_curves(predictions, job.config.classes)
-        mistakes = collect_mistakes(data, predictions, split)  # of test, where there is one
-    amend_card(classifier_uri, {"metrics": {s: metrics[s] for s in curves}})
-    report = render_report(
-        title="brainray training report",
-        metrics=metrics,
-        epochs=records,
-        curves=curves,
-        mistakes=mistakes,
-        configuration=_plain(asdict(job.config)),
-        facts=collect_facts(job, metrics),
-    )
-    storage.write_bytes(job.at(REPORT_FILE), report.encode())
-    return metrics
-
-
 def summarise_training(job: TrainJob, records: list[runlog.Record]) -> dict[str, Any]:
     """Say what the training itself took and brought."""
     best = max(records, key=lambda record: (record[job.config.monitor], -record["epoch"]))
@@ -395,18 +335,28 @@ def summarise_training(job: TrainJob, records: list[runlog.Record]) -> dict[str,
     }
 
 
-def collect_facts(job: TrainJob, metrics: dict[str, Any]) -> dict[str, str]:
-    """Collect what the report's header says."""
-    training, versions = metrics["training"], collect_versions()
+def judge(job: TrainJob, data: PreparedData, say: Say) -> dict[str, Any]:
+    """Judge the sealed classifier on validation and test, and write the report."""
+    records = runlog.read_records(job.at(RECORDS_FILE))
+    training = summarise_training(job, records)
     device = "GPU" if job.placement.use_gpu else "CPU"
-    return {
-        "Classifier": metrics["classifier_id"],
-        "Recipe": job.recipe,
-        "Data": job.data_uri,
-        "Workers": f"{training['world_size']} ({device})",
-        "Training time": runlog.format_duration(training["time_s"]),
-        "Sealed epoch": f"{training['best_epoch'] + 1} of {training['num_epochs']}",
-        "Versions": f"brainray {versions['brainray']}, Ray {versions['ray']}, "
-        f"torch {versions['torch']}",
-        "Revision": read_code_revision(),
-    }
+    return judge_and_report(
+        data,
+        output_uri=job.output_uri,
+        classifier_uri=job.at(CLASSIFIER_FOLDER),
+        splits=("val", "test"),
+        limits=job.config.limits,
+        use_gpu=job.placement.use_gpu,
+        title="brainray training report",
+        configuration=_plain(asdict(job.config)),
+        facts={
+            "Recipe": job.recipe,
+            "Data": job.data_uri,
+            "Workers": f"{training['world_size']} ({device})",
+            "Training time": runlog.format_duration(training["time_s"]),
+            "Sealed epoch": f"{training['best_epoch'] + 1} of {training['num_epochs']}",
+        },
+        say=say,
+        training=training,
+        records=records,
+    )

@@ -73,7 +73,7 @@ class Dice:
     noise: torch.Tensor
     """Shape (N,): deviations in shares of the full range."""
     noise_seed: int
-    """Seeds the noise field itself."""
+    """Seeds the noise field of the first image; each next image's seed is one higher."""
     mixup: float
     """Weight of the first of two mixed images, in [0.5, 1]; 1 mixes nothing."""
 
@@ -163,8 +163,9 @@ def augment_images(images: torch.Tensor, dice: Dice, *, grey_range: float) -> to
     Tensor of float32, shape (N, 1, H, W)
     """
     device = images.device
-    grid = F.affine_grid(dice.theta.to(device), list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    if not bool((dice.theta == torch.eye(2, 3)).all()):
+        grid = F.affine_grid(dice.theta.to(device), list(images.shape), align_corners=False)
+        images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     if bool((dice.blur_px > 0).any()):
         images = _blur(images, dice.blur_px.to(device))
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
@@ -173,17 +174,24 @@ def augment_images(images: torch.Tensor, dice: Dice, *, grey_range: float) -> to
     )
     images = (images - mean) * contrast + (mean + brightness * grey_range)
     if bool((dice.noise > 0).any()):
-        generator = torch.Generator().manual_seed(dice.noise_seed)
-        field = torch.randn(images.shape, generator=generator).to(device)
+        fields = [
+            torch.randn(
+                images.shape[1:], generator=torch.Generator().manual_seed(dice.noise_seed + index)
+            )
+            for index in range(len(images))
+        ]
+        field = torch.stack(fields).to(device)
         images = images + field * (dice.noise.to(device).view(-1, 1, 1, 1) * grey_range)
     return images
 
 
 def _blur(images: torch.Tensor, sigma_px: torch.Tensor) -> torch.Tensor:
     """Blur each image by its own Gaussian: two one-dimensional grouped convolutions."""
-    radius = max(1, math.ceil(3 * float(sigma_px.max())))
+    reach_px = (3 * sigma_px).ceil().clamp_min(1).unsqueeze(1)  # each its own, whoever is beside it
+    radius = int(reach_px.max())
     offsets = torch.arange(-radius, radius + 1, device=images.device)
     kernels = torch.exp(-0.5 * (offsets / sigma_px.clamp_min(1e-3).unsqueeze(1)) ** 2)
+    kernels = kernels * (offsets.abs() <= reach_px)
     kernels = kernels / kernels.sum(1, keepdim=True)
     count, _, height, width = images.shape
     stacked = F.pad(images.view(1, count, height, width), [radius] * 4, mode="replicate")

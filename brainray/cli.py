@@ -1,0 +1,245 @@
+"""The doors for a person: `brainray train|evaluate|demo|doctor`; jobs/*.py are the same."""
+
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from rich.console import Console
+
+from brainray import runlog, storage
+from brainray.errors import BrainrayError, UserError
+from brainray.pipelines.config import Placement, TrainConfig
+from brainray.pipelines.demo import DemoJob, run_demo
+from brainray.pipelines.doctor import examine
+from brainray.pipelines.evaluate import EvaluateJob, evaluate
+from brainray.pipelines.train import TrainJob, train
+from brainray.recipes import RECIPES, build_recipe
+
+EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+
+Answer = TypeVar("Answer")
+RecipeName = Literal["smoke", "cpu", "gpu"]
+assert set(RecipeName.__args__) == set(RECIPES)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Train a classifier on a folder (or Parquet tables) of labelled scans."""
+
+    data_uri: str
+    """Class folders, alone or below Training/ and Testing/ (or train/, val/, test/), or
+    Parquet tables. Local, s3:// or gs://."""
+    output_uri: str
+    """Where everything is written. The same command goes on with what it finds here."""
+    recipe: RecipeName = "cpu"
+    """Named configuration that the other options override."""
+    placement: Annotated[Placement, tyro.conf.arg(name="")] = Placement()
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
+    verbose: bool = False
+    """Show Ray's own lines too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Judge a sealed classifier on labelled scans."""
+
+    job: Annotated[EvaluateJob, tyro.conf.arg(name="")]
+    verbose: bool = False
+    """Show Ray's own lines too."""
+
+
+class Voice:
+    """Speaks to the person at the door: lines, and one line of progress that is rewritten."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._epoch_started = (-1, 0.0)
+        self._told_at = time.monotonic()
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        self._clear()
+        self._console.print(line, markup=False)
+
+    def tick(self, message: dict[str, Any]) -> None:
+        """Show how far an epoch is: in place on a terminal, else a line every half minute."""
+        now = time.monotonic()
+        if self._epoch_started[0] != message["epoch"]:
+            self._epoch_started = (message["epoch"], now)
+        done, total = message["step"], message["num_steps"]
+        elapsed = now - self._epoch_started[1]
+        left = runlog.format_duration(elapsed / done * (total - done))
+        line = f"epoch {message['epoch'] + 1:>3}  step {done}/{total}  {left} left in it"
+        if self._console.is_terminal:
+            self._clear()
+            self._console.print(line, end="", markup=False)
+        elif now - self._told_at > 30:
+            self._told_at = now
+            self._console.print(line, markup=False)
+
+    def _clear(self) -> None:
+        if self._console.is_terminal:
+            self._console.print("\r\x1b[2K", end="", markup=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `brainray COMMAND …` and exit."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": run_train,
+        "evaluate": run_evaluate,
+        "demo": run_demonstration,
+        "doctor": run_doctor,
+    }
+    if not given or given[0] in ("-h", "--help") or given[0] not in commands:
+        names = " | ".join(commands)
+        asked = bool(given) and given[0] in ("-h", "--help")
+        stream = sys.stdout if asked else sys.stderr
+        print(f"usage: brainray {{{names}}} [options]", file=stream)
+        print("`brainray COMMAND --help` lists a command's options.", file=stream)
+        sys.exit(0 if asked else EXIT_USER)
+    commands[given[0]](given[1:])
+
+
+def run_train(arguments: list[str]) -> None:
+    """`brainray train`, `python jobs/train.py`."""
+    options = _guard(lambda: _parse_train(arguments))
+    voice = Voice()
+    job = TrainJob(
+        data_uri=storage.make_absolute(options.data_uri),
+        output_uri=storage.make_absolute(options.output_uri),
+        config=options.config,
+        placement=options.placement,
+        recipe=options.recipe,
+    )
+
+    def run() -> None:
+        metrics = train(job, say=voice.say, tick=voice.tick, verbose=options.verbose)
+        _conclude(voice, metrics, job.output_uri)
+
+    _guard(run)
+
+
+def _parse_train(arguments: list[str]) -> TrainOptions:
+    """Parse twice: first for the recipe, whose values are the defaults of the rest."""
+    name = _find_recipe(arguments)
+    config = build_recipe(name) if name else TrainConfig()
+    default = TrainOptions(
+        data_uri=tyro.MISSING,
+        output_uri=tyro.MISSING,
+        recipe=name or "cpu",  # type: ignore[arg-type]
+        config=config if name else build_recipe("cpu"),
+    )
+    return tyro.cli(TrainOptions, default=default, args=arguments, prog="brainray train")
+
+
+def _find_recipe(arguments: Sequence[str]) -> str | None:
+    for place, word in enumerate(arguments):
+        if word.startswith("--recipe="):
+            return word.partition("=")[2]
+        if word == "--recipe" and place + 1 < len(arguments):
+            return arguments[place + 1]
+    return None
+
+
+def run_evaluate(arguments: list[str]) -> None:
+    """`brainray evaluate`, `python jobs/evaluate.py`."""
+    options = _guard(lambda: tyro.cli(EvaluateOptions, args=arguments, prog="brainray evaluate"))
+    voice = Voice()
+    job = dataclasses.replace(
+        options.job,
+        data_uri=storage.make_absolute(options.job.data_uri),
+        classifier_uri=storage.make_absolute(options.job.classifier_uri),
+        output_uri=storage.make_absolute(options.job.output_uri),
+    )
+
+    def run() -> None:
+        _conclude(voice, evaluate(job, say=voice.say, verbose=options.verbose), job.output_uri)
+
+    _guard(run)
+
+
+def run_demonstration(arguments: list[str]) -> None:
+    """`brainray demo`."""
+    job = _guard(lambda: tyro.cli(DemoJob, args=arguments, prog="brainray demo"))
+    voice = Voice()
+
+    def run() -> None:
+        metrics, output_uri = run_demo(job, build_recipe("smoke"), voice.say, voice.tick)
+        _conclude(voice, metrics, output_uri)
+
+    _guard(run)
+
+
+def run_doctor(arguments: list[str]) -> None:
+    """`brainray doctor`."""
+    if arguments:
+        print("usage: brainray doctor", file=sys.stderr)
+        sys.exit(0 if arguments[0] in ("-h", "--help") else EXIT_USER)
+    findings = examine()
+    for finding in findings:
+        print(f"{'ok     ' if finding.holds else 'missing'}  {finding.name:<20} {finding.detail}")
+    if not all(finding.holds or not finding.needed for finding in findings):
+        sys.exit(EXIT_FAILED)
+
+
+def _conclude(voice: Voice, metrics: dict[str, Any], output_uri: str) -> None:
+    """Print the scores, each beside what it must be read beside, and where things are."""
+    for split in ("val", "test"):
+        if split in metrics:
+            voice.say(describe_scores(split, metrics[split]))
+    if "training" in metrics:
+        voice.say(f"classifier  {storage.join(output_uri, 'classifier')}")
+    voice.say(f"report      {storage.join(output_uri, 'report.html')}")
+    voice.say("Research use only; not a medical device.")
+
+
+def describe_scores(split: str, scores: dict[str, Any]) -> str:
+    """Say a split's scores in one line.
+
+    Parameters
+    ----------
+    split : str
+        Name shown in front.
+    scores : dict
+        A split's part of metrics.json.
+    """
+    parts = [f"accuracy {_percent(scores)}", f"macro F1 {scores['macro_f1']:.3f}"]
+    if scores["macro_auroc"] is not None:
+        parts.append(f"AUROC {scores['macro_auroc']:.4f}")
+    line = f"{split:<5} {scores['n']:>6,} images  " + "  ".join(parts)
+    if "no_twin" in scores:
+        no_twin, nearest = scores["no_twin"], scores["baseline_1nn"]
+        apart = _percent(no_twin) if no_twin["n"] else "none"
+        line += f"  | without near-twins ({no_twin['n']:,}) {apart}"
+        line += f"  | nearest thumbnail {nearest['accuracy']:.1%}"
+    return line
+
+
+def _percent(scores: dict[str, Any]) -> str:
+    interval = scores["accuracy_ci95"]
+    around = f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else ""
+    return f"{scores['accuracy']:.1%}{around}"
+
+
+def _guard(run: Callable[[], Answer]) -> Answer:
+    """Turn errors into one line and an exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return run()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = EXIT_USER
+    except BrainrayError as error:
+        print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
+        status = EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where this one was.", file=sys.stderr)
+        status = EXIT_INTERRUPTED
+    sys.stdout.flush()
+    sys.exit(status)

@@ -1,0 +1,57 @@
+"""Fixtures that many rooms' tests share."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from brainray.model.classifier import save_classifier
+from brainray.model.network import build_network
+from brainray.pipelines.cluster import connect_ray
+from brainray.pixels.phantoms import write_phantom_folder
+from brainray.pixels.preprocess import Preprocessing
+
+REPOSITORY = Path(__file__).parents[1]
+CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """Start Ray on this machine, for the whole session."""
+    connect_ray()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def phantom_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw a small data set in the Kaggle layout: 4 x 24 to train on, 4 x 8 to test on."""
+    root = tmp_path_factory.mktemp("phantoms")
+    write_phantom_folder(root, num_train_per_class=24, num_test_per_class=8, seed=3)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seal a classifier with random weights."""
+    folder = tmp_path_factory.mktemp("sealed") / "classifier"
+    save_classifier(
+        str(folder),
+        build_network(len(CLASSES)).state_dict(),
+        classes=CLASSES,
+        preprocessing=Preprocessing(size_px=32),
+        provenance={},
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Return the folder of real images, or skip."""
+    given = os.environ.get("BRAINRAY_DATA")
+    folder = Path(given) if given else REPOSITORY.parent / "shared" / "brain-tumor-mri"
+    if not (folder / "Testing").is_dir():
+        pytest.skip(f"no real images at {folder}; set BRAINRAY_DATA to have this run")
+    return folder

@@ -1,0 +1,213 @@
+"""A checkpoint brings back everything: the next step is the same to the last bit."""
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from brainray.model.network import set_batch_norm
+from brainray.pipelines.checkpoint import (
+    Progress,
+    load_checkpoint,
+    load_network_weights,
+    save_checkpoint,
+)
+from brainray.pipelines.config import Optimisation
+from brainray.pipelines.loop import build_optimizer
+
+PROGRESS = Progress(next_epoch=3, best_score=0.1 + 0.2, best_epoch=2, time_s=12.5, ema_steps=40)
+
+OptimizerName = Literal["adamw", "sgd"]
+
+
+class Run:
+    """What a worker holds: a small network with the big one's parts, and what moves it."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        optimizer: OptimizerName = "adamw",
+        channels_last: bool = True,
+        frozen: bool = False,
+    ) -> None:
+        torch.manual_seed(seed)
+        layers = {
+            "conv1": nn.Conv2d(2, 6, 3),
+            "bn1": nn.BatchNorm2d(6),
+            "layer1": nn.Conv2d(6, 4, 3),
+            "pool": nn.AdaptiveAvgPool2d(2),
+            "flat": nn.Flatten(),
+            "fc": nn.Linear(16, 3),
+        }
+        network: nn.Module = nn.Sequential()
+        for name, layer in layers.items():
+            network.add_module(name, layer)
+        network = set_batch_norm(network, "frozen" if frozen else "local", on_gpu=False)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.network = network.to(memory_format=layout)  # type: ignore[call-overload]
+        self.averaged = deepcopy(self.network)
+        optimisation = Optimisation(optimizer=optimizer, stage_decay=0.7, learning_rate=0.05)
+        self.optimizer = build_optimizer(self.network, optimisation)
+
+    def take_step(self, number: int) -> None:
+        images = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(number))
+        self.optimizer.zero_grad()
+        self.network(images).square().sum().backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            pairs = zip(self.averaged.parameters(), self.network.parameters(), strict=True)
+            for average, current in pairs:
+                average.lerp_(current, 0.1)
+
+    def save(self, folder: Path, *, with_average: bool = True) -> None:
+        save_checkpoint(
+            folder,
+            network=self.network.state_dict(),
+            averaged=self.averaged.state_dict() if with_average else None,
+            optimizer=self.optimizer,
+            progress=PROGRESS,
+        )
+
+    def load(self, folder: Path) -> Progress:
+        return load_checkpoint(
+            folder, network=self.network, averaged=self.averaged, optimizer=self.optimizer
+        )
+
+
+def assert_same(found: nn.Module, expected: nn.Module) -> None:
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("num_steps", [0, 3])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained norm", "frozen norm"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_resumed_run_takes_the_same_next_step(
+    tmp_path: Path, optimizer: OptimizerName, channels_last: bool, frozen: bool, num_steps: int
+) -> None:
+    going = Run(0, optimizer=optimizer, channels_last=channels_last, frozen=frozen)
+    for number in range(num_steps):
+        going.take_step(number)
+    going.save(tmp_path)
+    resumed = Run(1, optimizer=optimizer, channels_last=channels_last, frozen=frozen)
+    ours, theirs = (run.network.get_parameter("fc.weight") for run in (resumed, going))
+    assert not torch.equal(ours, theirs)
+
+    assert resumed.load(tmp_path) == PROGRESS
+    assert_same(resumed.network, going.network)
+    assert_same(resumed.averaged, going.averaged)
+
+    before = deepcopy(going.network)
+    for number in (10, 11):
+        going.take_step(number)
+        resumed.take_step(number)
+    assert_same(resumed.network, going.network)
+    assert_same(resumed.averaged, going.averaged)
+    moved = (before.get_parameter("fc.weight") - going.network.get_parameter("fc.weight")).abs()
+    assert moved.min() > 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_optimizers_memory_matters(tmp_path: Path, optimizer: OptimizerName) -> None:
+    """Without its slots the next step would differ: the test above can fail."""
+    going = Run(0, optimizer=optimizer)
+    for number in range(3):
+        going.take_step(number)
+    going.save(tmp_path)
+    forgetful = Run(1, optimizer=optimizer)
+    forgetful.load(tmp_path)
+    forgetful.optimizer.state.clear()
+    going.take_step(10)
+    forgetful.take_step(10)
+    found = forgetful.network.get_parameter("fc.weight")
+    assert not torch.allclose(found, going.network.get_parameter("fc.weight"))
+
+
+def test_rates_of_the_groups_are_the_recipes_not_the_files(tmp_path: Path) -> None:
+    going = Run(0)
+    going.take_step(0)
+    going.optimizer.param_groups[0]["weight_decay"] = 123.0
+    going.save(tmp_path)
+    resumed = Run(1)
+    groups = [{**group, "params": None} for group in resumed.optimizer.param_groups]
+    resumed.load(tmp_path)
+    assert [{**group, "params": None} for group in resumed.optimizer.param_groups] == groups
+
+
+def test_training_may_go_on_without_an_average(tmp_path: Path) -> None:
+    going = Run(0)
+    going.take_step(0)
+    going.save(tmp_path, with_average=False)
+    resumed = Run(1)
+    load_checkpoint(tmp_path, network=resumed.network, averaged=None, optimizer=resumed.optimizer)
+    assert_same(resumed.network, going.network)
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [
+        Progress(),
+        PROGRESS,
+        replace(PROGRESS, best_score=float("-inf")),
+        replace(PROGRESS, time_s=1e9 / 3),
+    ],
+)
+def test_progress_comes_back_exactly(tmp_path: Path, progress: Progress) -> None:
+    run = Run(0)
+    save_checkpoint(
+        tmp_path,
+        network=run.network.state_dict(),
+        averaged=None,
+        optimizer=run.optimizer,
+        progress=progress,
+    )
+    found = load_checkpoint(tmp_path, network=run.network, averaged=None, optimizer=run.optimizer)
+    assert found == progress
+
+
+def test_any_score_beats_the_one_before_the_first(tmp_path: Path) -> None:
+    run = Run(0)
+    save_checkpoint(
+        tmp_path,
+        network=run.network.state_dict(),
+        averaged=None,
+        optimizer=run.optimizer,
+        progress=Progress(),
+    )
+    found = load_checkpoint(tmp_path, network=run.network, averaged=None, optimizer=run.optimizer)
+    assert found.best_score < 0.0
+
+
+def test_averaged_weights_are_sealed_where_there_are_any(tmp_path: Path) -> None:
+    run = Run(0)
+    for number in range(2):
+        run.take_step(number)
+    assert not torch.equal(
+        run.network.get_parameter("fc.weight"), run.averaged.get_parameter("fc.weight")
+    )
+    for with_average, expected in ((True, run.averaged), (False, run.network)):
+        run.save(tmp_path, with_average=with_average)
+        found = load_network_weights(tmp_path)
+        assert found.keys() == expected.state_dict().keys()
+        assert all(torch.equal(found[k], v) for k, v in expected.state_dict().items())
+
+
+def test_a_checkpoint_is_two_files_without_pickles(tmp_path: Path) -> None:
+    run = Run(0)
+    run.take_step(0)
+    run.save(tmp_path)
+    run.save(tmp_path)  # over the last one
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["state.json", "state.safetensors"]
+    assert json.loads((tmp_path / "state.json").read_text())["next_epoch"] == 3
+    tensors = safetensors.torch.load_file(tmp_path / "state.safetensors")
+    assert {name.split(".")[0] for name in tensors} == {"network", "averaged", "optimizer"}

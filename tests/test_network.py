@@ -1,0 +1,548 @@
+"""The network, the weights it starts from, and where its statistics come from."""
+
+import io
+import pickle
+import socket
+import time
+import urllib.error
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torchvision.models import resnet50
+
+from brainray.errors import WeightsError
+from brainray.model import network as room
+from brainray.model.network import (
+    NUM_FEATURES,
+    STAGES,
+    FrozenBatchNorm2d,
+    StateDict,
+    WorkerSyncedBatchNorm2d,
+    build_network,
+    compute_features,
+    fetch_weights,
+    imagenet_weights_path,
+    set_batch_norm,
+    stage_of,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def rgb_network() -> nn.Module:
+    """Build torchvision's own network with a 4-way head and statistics that are not 0 and 1."""
+    torch.manual_seed(0)
+    network = resnet50(num_classes=4)
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.2)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def rgb_weights(rgb_network: nn.Module) -> StateDict:
+    return dict(rgb_network.state_dict())
+
+
+@pytest.fixture(scope="module")
+def fresh_network() -> nn.Module:
+    torch.manual_seed(1)
+    return build_network(3)
+
+
+# --- building -----------------------------------------------------------------------------
+
+
+def test_network_gives_a_logit_for_each_class(fresh_network: nn.Module) -> None:
+    assert fresh_network.training
+    fresh_network.eval()
+    assert fresh_network(torch.randn(2, 1, 32, 32)).shape == (2, 3)
+    assert fresh_network(torch.randn(1, 1, 64, 48)).shape == (1, 3)
+    fresh_network.train()
+
+
+def test_last_scale_of_each_residual_branch_starts_at_zero(fresh_network: nn.Module) -> None:
+    scales = [p for name, p in fresh_network.named_parameters() if name.endswith("bn3.weight")]
+    assert len(scales) == 16
+    assert all((scale == 0).all() for scale in scales)
+
+
+def test_rgb_weights_compute_what_a_repeated_grey_image_would(
+    rgb_network: nn.Module, rgb_weights: StateDict
+) -> None:
+    grey_network = build_network(4, weights=rgb_weights).double().eval()
+    grey = torch.randn(2, 1, 48, 48, dtype=torch.float64)
+    with torch.no_grad():
+        expected = rgb_network.double()(grey.repeat(1, 3, 1, 1))
+        found = grey_network(grey)
+    rgb_network.float()
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_head_of_another_width_is_left_out_and_the_rest_kept(rgb_weights: StateDict) -> None:
+    wide = {
+        **rgb_weights,
+        "fc.weight": torch.full((1000, NUM_FEATURES), 7.0),
+        "fc.bias": torch.full((1000,), 7.0),
+    }
+    state = build_network(4, weights=wide).state_dict()
+    assert state["fc.weight"].shape == (4, NUM_FEATURES)
+    assert not (state["fc.weight"] == 7).any()
+    assert not (state["fc.bias"] == 7).any()
+    for name in rgb_weights:
+        if not name.startswith(("fc.", "conv1.")):
+            assert torch.equal(state[name], rgb_weights[name]), name
+
+
+def test_data_parallel_prefix_and_absent_counters_are_understood(rgb_weights: StateDict) -> None:
+    prefixed = {
+        f"module.{name}": tensor
+        for name, tensor in rgb_weights.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    state = build_network(4, weights=prefixed).state_dict()
+    assert torch.equal(state["conv1.weight"], rgb_weights["conv1.weight"].sum(1, keepdim=True))
+    assert torch.equal(state["layer3.5.bn2.running_var"], rgb_weights["layer3.5.bn2.running_var"])
+    assert torch.equal(state["fc.weight"], rgb_weights["fc.weight"])
+
+
+def test_weights_already_grey_are_taken_as_they_are(rgb_weights: StateDict) -> None:
+    stem = torch.randn(64, 1, 7, 7)
+    state = build_network(4, weights={**rgb_weights, "conv1.weight": stem}).state_dict()
+    assert torch.equal(state["conv1.weight"], stem)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("layer3.2.conv1.weight", None),
+        ("layer1.0.bn2.running_mean", None),
+        ("layer2.1.conv2.weight", torch.zeros(128, 64, 3, 3)),
+        ("conv1.weight", torch.zeros(64, 3, 3, 3)),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(
+    rgb_weights: StateDict, name: str, tensor: torch.Tensor | None
+) -> None:
+    damaged = {key: value for key, value in rgb_weights.items() if key != name}
+    if tensor is not None:
+        damaged[name] = tensor
+    with pytest.raises(WeightsError, match=f"1 of 320 .*'{name}'"):
+        build_network(4, weights=damaged)
+
+
+def test_another_networks_weights_are_refused() -> None:
+    with pytest.raises(WeightsError, match="ResNet-50 state dict"):
+        build_network(4, weights={"features.0.weight": torch.zeros(3)})
+    with pytest.raises(WeightsError, match="ResNet-50 state dict"):
+        build_network(4, weights={})
+
+
+# --- weights from a file ------------------------------------------------------------------
+
+SMALL: StateDict = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.tensor([1.0, -2.0])}
+
+
+def write_safetensors(path: Path) -> None:
+    safetensors.torch.save_file(SMALL, path)
+
+
+def write_bare(path: Path) -> None:
+    torch.save(SMALL, path)
+
+
+def write_nested(path: Path) -> None:
+    torch.save({"epoch": 3, "state_dict": SMALL}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("w.safetensors", write_safetensors),
+        ("w.pth", write_bare),
+        ("w.pt", write_bare),
+        ("nested.pth", write_nested),
+    ],
+)
+def test_weights_are_read_from_a_file(
+    tmp_path: Path, name: str, write: Callable[[Path], None]
+) -> None:
+    write(tmp_path / name)
+    for uri in (str(tmp_path / name), f"file://{tmp_path / name}"):
+        state = fetch_weights("imagenet", uri)
+        assert state is not None
+        assert state.keys() == SMALL.keys()
+        assert all(torch.equal(state[key], SMALL[key]) for key in SMALL)
+
+
+def test_no_weights_means_a_random_start() -> None:
+    assert fetch_weights("none", None) is None
+
+
+class Malicious:
+    """Unpickling it writes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_code_in_a_weights_file_is_not_run(tmp_path: Path, form: str, nested: bool) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "evil.pth"
+    content: dict[str, Any] = {**SMALL, "evil": Malicious(marker)}
+    content = {"state_dict": content} if nested else content
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))  # as torch.save
+        pickle.loads(path.read_bytes())
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+        torch.load(io.BytesIO(path.read_bytes()), weights_only=False)
+    assert marker.exists(), "the trap itself does not work"
+    marker.unlink()
+
+    with pytest.raises(WeightsError, match="without running code") as caught:
+        fetch_weights("none", str(path))
+    assert not marker.exists()
+    assert "evil.pth" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value), "advises to switch the safety off"
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut short"])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_damaged_weights_are_refused_in_one_line(
+    tmp_path: Path, content: bytes, suffix: str
+) -> None:
+    path = tmp_path / f"w.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=f"w.{suffix}") as caught:
+        fetch_weights("none", str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], torch.zeros(3), {"a": torch.zeros(1), "epoch": 3}, {0: torch.zeros(1)}],
+    ids=["list", "tensor", "mixed", "numbered"],
+)
+def test_what_is_not_a_state_dict_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"w\.pth' does not hold a state dict"):
+        fetch_weights("none", str(tmp_path / "w.pth"))
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"absent\.pth"):
+        fetch_weights("imagenet", str(tmp_path / "absent.pth"))
+    with pytest.raises(WeightsError, match="ftp://"):
+        fetch_weights("imagenet", "ftp://host/w.pth")
+
+
+# --- ImageNet -----------------------------------------------------------------------------
+
+
+class Network:
+    """Stands where the internet was; counts the attempts."""
+
+    def __init__(self, answer: bytes | None) -> None:
+        self.answer = answer
+        self.timeouts: list[float | None] = []
+
+    def __call__(self, *_: object, **__: object) -> "_Reply":
+        self.timeouts.append(socket.getdefaulttimeout())
+        if self.answer is None:
+            raise urllib.error.URLError("Temporary failure in name resolution")
+        return _Reply(self.answer)
+
+
+class _Reply(io.BytesIO):
+    def info(self) -> "_Reply":
+        return self
+
+    def getheaders(self, _: str) -> list[str]:
+        return [str(len(self.getvalue()))]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Point the cache of the ImageNet weights below an empty folder."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    path = imagenet_weights_path()
+    assert path.is_relative_to(tmp_path)
+    return path
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Network:
+    network = Network(None)
+    monkeypatch.setattr(torch.hub, "urlopen", network)
+    return network
+
+
+def assert_names_the_remedies(message: str, cache: Path) -> None:
+    assert "\n" not in message
+    for remedy in (str(cache), "--weights-uri", "--weights none"):
+        assert remedy in message
+
+
+def test_without_network_the_remedies_are_named_at_once(cache: Path, offline: Network) -> None:
+    before = socket.getdefaulttimeout()
+    started = time.monotonic()
+    with pytest.raises(WeightsError, match="name resolution") as caught:
+        fetch_weights("imagenet", None)
+    assert time.monotonic() - started < 2
+    assert_names_the_remedies(str(caught.value), cache)
+    assert offline.timeouts == [room.DOWNLOAD_TIMEOUT_S]
+    assert socket.getdefaulttimeout() == before
+    assert not cache.exists()
+
+
+def test_download_with_another_hash_is_refused_and_not_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "urlopen", Network(b"a portal's login page"))
+    with pytest.raises(WeightsError, match="hash") as caught:
+        fetch_weights("imagenet", None)
+    assert_names_the_remedies(str(caught.value), cache)
+    assert not list(cache.parent.iterdir())
+
+
+def test_cached_weights_are_used_without_network(cache: Path, offline: Network) -> None:
+    cache.parent.mkdir(parents=True)
+    torch.save(SMALL, cache)
+    state = fetch_weights("imagenet", None)
+    assert state is not None
+    assert torch.equal(state["a.weight"], SMALL["a.weight"])
+    assert offline.timeouts == []
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut short"])
+def test_damaged_cache_is_named(cache: Path, content: bytes) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(content)
+    with pytest.raises(WeightsError) as caught:
+        fetch_weights("imagenet", None)
+    assert_names_the_remedies(str(caught.value), cache)
+
+
+@pytest.mark.usefixtures("offline")
+def test_code_in_the_cache_is_not_run(cache: Path, tmp_path: Path) -> None:
+    cache.parent.mkdir(parents=True)
+    torch.save({"evil": Malicious(tmp_path / "ran")}, cache)
+    with pytest.raises(WeightsError) as caught:
+        fetch_weights("imagenet", None)
+    assert not (tmp_path / "ran").exists()
+    assert "weights_only" not in str(caught.value)
+
+
+# --- parts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("conv1.weight", "stem"),
+        ("bn1.bias", "stem"),
+        ("layer1.0.conv1.weight", "layer1"),
+        ("layer4.2.bn3.weight", "layer4"),
+        ("fc.bias", "fc"),
+        ("module.layer2.0.downsample.1.weight", "layer2"),
+        ("module.conv1.weight", "stem"),
+    ],
+)
+def test_stage_of(name: str, stage: str) -> None:
+    assert stage_of(name) == stage
+
+
+def test_stages_follow_each_other_from_input_to_head(fresh_network: nn.Module) -> None:
+    found = [stage_of(name) for name, _ in fresh_network.named_parameters()]
+    assert list(dict.fromkeys(found)) == list(STAGES)
+
+
+def test_features_are_what_the_head_sees(fresh_network: nn.Module) -> None:
+    images = torch.randn(3, 1, 32, 32)
+    fresh_network.eval()
+    with torch.no_grad():
+        features = compute_features(fresh_network, images)
+        logits = fresh_network.get_submodule("fc")(features)
+        assert features.shape == (3, NUM_FEATURES)
+        torch.testing.assert_close(logits, fresh_network(images))
+    assert features.std() > 0
+    assert not fresh_network.get_submodule("fc")._forward_pre_hooks
+    fresh_network.train()
+
+
+# --- batch normalisation ------------------------------------------------------------------
+
+
+def build_small(seed: int = 0) -> nn.Sequential:
+    """Two normalised convolutions, whose normalisation is not the identity to start with."""
+    torch.manual_seed(seed)
+    network = nn.Sequential(
+        nn.Conv2d(2, 5, 3, bias=False),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.Conv2d(5, 3, 3, bias=False),
+        nn.BatchNorm2d(3),
+    )
+    for module in network:
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return network
+
+
+def test_frozen_statistics_stay_in_training() -> None:
+    network, plain = build_small(), build_small()
+    names = list(network.state_dict())
+    set_batch_norm(network, "frozen", on_gpu=False)
+    images = 3 + 2 * torch.randn(4, 2, 9, 9)
+    assert list(network.state_dict()) == names
+    expected = plain.eval()(images)
+    for _ in range(2):  # at once, and after train()
+        torch.testing.assert_close(network(images), expected)
+        network.train()
+    network(images).sum().backward()
+    for module in network:
+        if isinstance(module, FrozenBatchNorm2d):
+            assert (module.running_mean == 0).all()
+            assert (module.running_var == 1).all()
+            assert all(p.grad is None and not p.requires_grad for p in module.parameters())
+        elif isinstance(module, nn.Conv2d):
+            assert module.training
+            assert module.weight.grad is not None
+    assert sum(isinstance(module, FrozenBatchNorm2d) for module in network) == 2
+
+
+def test_every_normalisation_of_the_network_is_set() -> None:
+    network = build_network(2)
+    names = list(network.state_dict())
+    set_batch_norm(network, "frozen", on_gpu=True)
+    kinds = [type(m) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert kinds == [FrozenBatchNorm2d] * 53
+    assert list(network.state_dict()) == names
+
+
+def test_batch_norm_mode_chooses_the_kind() -> None:
+    names = list(build_small().state_dict())
+    for mode, on_gpu, kind in (
+        ("local", False, nn.BatchNorm2d),
+        ("local", True, nn.BatchNorm2d),
+        ("sync", False, WorkerSyncedBatchNorm2d),
+        ("sync", True, nn.SyncBatchNorm),
+    ):
+        network = set_batch_norm(build_small(), mode, on_gpu=on_gpu)  # type: ignore[arg-type]
+        assert type(network.get_submodule("1")) is kind
+        assert type(network.get_submodule("4")) is kind
+        assert list(network.state_dict()) == names
+        assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_single_worker_needs_no_synchronisation() -> None:
+    images = torch.randn(4, 2, 9, 9)
+    plain, synced = build_small(), set_batch_norm(build_small(), "sync", on_gpu=False)
+    torch.testing.assert_close(synced(images), plain(images))
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(synced.state_dict()[name], value)
+
+
+BATCH = 6
+SHARES = {"halves": (3, 3), "unequal": (4, 2), "one": (5, 1), "none left": (6, 0)}
+STEPS = 2
+
+
+def make_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    images = 1 + 2 * torch.randn(BATCH, 2, 8, 8, generator=generator)
+    targets = torch.randn(BATCH, 3, 4, 4, generator=generator)
+    return images.requires_grad_(), targets
+
+
+def take_steps(network: nn.Module, part: slice, scale: float) -> dict[str, Any]:
+    """Run some steps on a part of each batch; gather what must not depend on the workers."""
+    outputs, image_grads = [], []
+    for step in range(STEPS):
+        images, targets = make_batch(step)
+        logits = network(images[part])
+        loss = (logits - targets[part]).square().sum() * scale
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert images.grad is not None
+        outputs.append(logits.detach())
+        image_grads.append(images.grad[part])
+    grads = {name: p.grad for name, p in network.named_parameters()}
+    network.eval()
+    images, _ = make_batch(STEPS)
+    return {
+        "outputs": outputs,
+        "image_grads": image_grads,
+        "grads": grads,
+        "statistics": {n: b for n, b in network.named_buffers() if "running" in n},
+        "evaluated": network(images).detach(),
+    }
+
+
+def run_synced_worker(rank: int, folder: str) -> None:
+    """One of two gloo workers, in a process of its own."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = {}
+    for name, shares in SHARES.items():
+        start = sum(shares[:rank])
+        network = set_batch_norm(build_small(), "sync", on_gpu=False)
+        # As the training loop does: the averaged gradient is the whole batch's mean.
+        result = take_steps(network, slice(start, start + shares[rank]), 2 / BATCH)
+        for grad in result["grads"].values():
+            dist.all_reduce(grad)
+            grad /= 2
+        found[name] = result
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def synced_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("synced")
+    mp.spawn(run_synced_worker, (str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("shares", SHARES)
+def test_two_workers_normalise_as_one(synced_results: list[dict[str, Any]], shares: str) -> None:
+    expected = take_steps(build_small(), slice(0, BATCH), 1 / BATCH)
+    parts = [result[shares] for result in synced_results]
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    for step in range(STEPS):
+        outputs = torch.cat([part["outputs"][step] for part in parts])
+        torch.testing.assert_close(outputs, expected["outputs"][step], **close)
+        # Each worker's loss was scaled by the number of workers.
+        image_grads = torch.cat([part["image_grads"][step] for part in parts]) / 2
+        torch.testing.assert_close(image_grads, expected["image_grads"][step], **close)
+    for part in parts:
+        torch.testing.assert_close(part["grads"], expected["grads"], **close)
+        torch.testing.assert_close(part["statistics"], expected["statistics"], **close)
+        torch.testing.assert_close(part["evaluated"], expected["evaluated"], **close)
+    assert len(expected["statistics"]) == 4
+    assert min(grad.abs().max() for grad in expected["image_grads"]) > 1e-3
