@@ -203,6 +203,13 @@ def test_palette_transparency_shows_black(format_name: str) -> None:
     np.testing.assert_array_equal(grey, np.where(entries == 7, 0, luma))
 
 
+def test_transparency_of_a_grey_gif_shows_black() -> None:
+    """All 256 greys in order make Pillow read the palette as mode L."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    data = encode(ramp, "GIF", transparency=45)
+    np.testing.assert_array_equal(decode_image(data), np.where(ramp == 45, 0, ramp))
+
+
 def test_palette_with_an_alpha_for_each_entry() -> None:
     image = Image.fromarray(COLOUR).quantize(40)
     alphas = np.arange(40, dtype=np.uint8) * 6

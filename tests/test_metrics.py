@@ -13,9 +13,15 @@ from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 from sklearn.exceptions import UndefinedMetricWarning
 
-from brainray import metrics
 from brainray.errors import ConfigError, DataError
-from brainray.metrics import compute_accuracy, compute_curves, compute_evaluation, summarise
+from brainray.metrics import (
+    compute_accuracy,
+    compute_curves,
+    compute_evaluation,
+    intervals,
+    scores,
+    summarise,
+)
 
 Array: TypeAlias = NDArray[Any]
 
@@ -102,8 +108,8 @@ def test_weighed_values_are_scikit_learns(integral: bool) -> None:
     rng = np.random.default_rng(0)
     shape = (6, y_true.size)
     weights = rng.poisson(1, shape).astype(float) if integral else rng.uniform(0.1, 3, shape)
-    values = metrics._build_scorer(y_true, y_prob)(weights)
-    report = metrics._Report(point=values, resamples=None)
+    values = scores.build_scorer(y_true, y_prob)(weights)
+    report = intervals.Report(point=values, resamples=None)
 
     for row, weight in enumerate(weights):
         overall, per_class = compute_reference(y_true, y_prob, weight)
@@ -117,7 +123,7 @@ def test_a_drawn_image_counts_as_often_as_it_was_drawn() -> None:
     """Covers the calibration error, for which scikit-learn has no weights."""
     y_true, y_prob = draw(8)
     weights = np.random.default_rng(0).poisson(1, y_true.size)
-    weighed = metrics._build_scorer(y_true, y_prob)(weights[None].astype(float))
+    weighed = scores.build_scorer(y_true, y_prob)(weights[None].astype(float))
     repeated = compute_evaluation(
         np.repeat(y_true, weights), np.repeat(y_prob, weights, axis=0), CLASSES, num_resamples=0
     )
@@ -297,8 +303,8 @@ def test_same_seed_same_interval_whatever_the_chunks(monkeypatch: pytest.MonkeyP
     assert other["accuracy"] == first["accuracy"]
     assert other["accuracy_ci95"] != first["accuracy_ci95"]
 
-    monkeypatch.setattr(metrics, "_WEIGHTS_PER_CHUNK", 7 * 300)
-    chunks = list(metrics._draw_weights(np.arange(300), 300, 60, 3))
+    monkeypatch.setattr(intervals, "_WEIGHTS_PER_CHUNK", 7 * 300)
+    chunks = list(intervals._draw_weights(np.arange(300), 300, 60, 3))
     assert [chunk.shape for chunk in chunks] == [(7, 300)] * 8 + [(4, 300)]
     chunked = compute_evaluation(*data, CLASSES, num_resamples=60, seed=3)
     for name in OVERALL:
@@ -319,7 +325,7 @@ def test_resamples_without_a_rare_class_are_left_out() -> None:
 @pytest.mark.parametrize(("undefined", "want"), [(5, [1.0, 1.0]), (6, None)])
 def test_interval_needs_half_of_the_resamples(undefined: int, want: list[float] | None) -> None:
     drawn = np.array([np.nan] * undefined + [1.0] * (10 - undefined))
-    assert metrics._describe("f1", 1.0, drawn)["f1_ci95"] == want
+    assert intervals._describe("f1", 1.0, drawn)["f1_ci95"] == want
 
 
 def test_one_group_gives_no_interval() -> None:
@@ -477,8 +483,8 @@ def test_ranking_scores_depend_on_order_alone(seed: int) -> None:
     y_true, y_prob = draw(seed, n=40)
     weights = np.random.default_rng(seed).poisson(1, (3, 40)).astype(float)
     is_positive = y_true == 0
-    plain = metrics._compute_areas(metrics._rank(is_positive, y_prob[:, 0]), weights)
-    squared = metrics._compute_areas(metrics._rank(is_positive, y_prob[:, 0] ** 2), weights)
-    reversed_ = metrics._compute_areas(metrics._rank(is_positive, -y_prob[:, 0]), weights)
+    plain = scores._compute_areas(scores._rank(is_positive, y_prob[:, 0]), weights)
+    squared = scores._compute_areas(scores._rank(is_positive, y_prob[:, 0] ** 2), weights)
+    reversed_ = scores._compute_areas(scores._rank(is_positive, -y_prob[:, 0]), weights)
     np.testing.assert_array_equal(plain, squared)
     np.testing.assert_allclose(plain[0], 1 - reversed_[0], atol=1e-12)

@@ -5,6 +5,7 @@ import pickle
 import socket
 import time
 import urllib.error
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -504,8 +505,16 @@ def take_steps(network: nn.Module, part: slice, scale: float) -> dict[str, Any]:
     }
 
 
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Agree to 1e-5 of the largest value: sums of float32 in another order do no better."""
+    assert found.shape == expected.shape
+    atol = 1e-5 * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
 def run_synced_worker(rank: int, folder: str) -> None:
     """One of two gloo workers, in a process of its own."""
+    warnings.filterwarnings("error", module="brainray")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     found = {}
@@ -533,16 +542,17 @@ def synced_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, A
 def test_two_workers_normalise_as_one(synced_results: list[dict[str, Any]], shares: str) -> None:
     expected = take_steps(build_small(), slice(0, BATCH), 1 / BATCH)
     parts = [result[shares] for result in synced_results]
-    close = {"rtol": 1e-5, "atol": 1e-5}
     for step in range(STEPS):
         outputs = torch.cat([part["outputs"][step] for part in parts])
-        torch.testing.assert_close(outputs, expected["outputs"][step], **close)
+        assert_near(outputs, expected["outputs"][step])
         # Each worker's loss was scaled by the number of workers.
         image_grads = torch.cat([part["image_grads"][step] for part in parts]) / 2
-        torch.testing.assert_close(image_grads, expected["image_grads"][step], **close)
+        assert_near(image_grads, expected["image_grads"][step])
     for part in parts:
-        torch.testing.assert_close(part["grads"], expected["grads"], **close)
-        torch.testing.assert_close(part["statistics"], expected["statistics"], **close)
-        torch.testing.assert_close(part["evaluated"], expected["evaluated"], **close)
-    assert len(expected["statistics"]) == 4
-    assert min(grad.abs().max() for grad in expected["image_grads"]) > 1e-3
+        for kind, count in (("grads", 6), ("statistics", 4)):
+            assert len(expected[kind]) == count
+            for name, value in expected[kind].items():
+                assert_near(part[kind][name], value)
+        assert_near(part["evaluated"], expected["evaluated"])
+    assert min(grad.abs().max() for grad in expected["image_grads"]) > 0.1
+    assert min(grad.abs().max() for grad in expected["grads"].values()) > 0.1

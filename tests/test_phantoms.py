@@ -24,6 +24,7 @@ from brainray.errors import ConfigError
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.pixels import phantoms
 from brainray.pixels.phantoms import Phantom, iterate_phantoms
+from brainray.pixels.phantoms.painter import Painter
 
 _DIGEST_SCRIPT = (
     "import hashlib; from brainray.pixels.phantoms import iterate_phantoms as draw; "
@@ -149,11 +150,11 @@ def test_every_class_is_drawn_in_every_plane(label: str, plane: phantoms.Plane) 
 
 def _paint_with_and_without_mass(
     subject: phantoms.SubjectParameters,
-) -> tuple[phantoms._Painter, NDArray[np.float32], NDArray[np.bool_]]:
+) -> tuple[Painter, NDArray[np.float32], NDArray[np.bool_]]:
     """Paint a subject, and say where its mass changed the picture; no noise in either."""
-    painter = phantoms._Painter(subject, 0.0)
+    painter = Painter(subject, 0.0)
     picture = painter.paint()
-    bare = phantoms._Painter(replace(subject, mass=None), 0.0).paint()
+    bare = Painter(replace(subject, mass=None), 0.0).paint()
     return painter, picture, np.abs(picture - bare) > 0.1
 
 

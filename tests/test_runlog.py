@@ -47,7 +47,7 @@ def test_format_duration_at_its_borders(seconds: float, words: str) -> None:
 
 def test_records_round_trip_one_line_each(tmp_path: Path) -> None:
     uri = str(tmp_path / "metrics.jsonl")
-    records = [EPOCH, {"note": "line\nbreak \u2028 größe", "none": None}]
+    records: list[runlog.Record] = [EPOCH, {"note": "line\nbreak \u2028 größe", "none": None}]
     runlog.write_records(uri, records)
     assert runlog.read_records(uri) == records
     assert Path(uri).read_bytes().count(b"\n") == 2

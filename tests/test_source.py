@@ -44,7 +44,12 @@ def refusal(data: Path | str, **options: Any) -> str:  # noqa: ANN401 - passed o
 
 
 def write_parquet(
-    file: Path, count: int = 8, /, *, rows_per_group: int | None = None, **columns: Iterable[Any]
+    file: Path,
+    count: int = 8,
+    /,
+    *,
+    rows_per_group: int | None = None,
+    **columns: Iterable[Any] | None,
 ) -> Path:
     """Write scans whose bytes are their number; a column given as None is left out."""
     content = {

@@ -2,9 +2,9 @@
 
 import io
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +58,8 @@ def test_thumbnail_averages_boxes() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (72, 48), dtype=np.uint8)
     boxes = pixels.reshape(24, 3, 24, 2).mean(axis=(1, 3)).reshape(-1)
     thumbnail = compute_thumbnail(pixels)
-    assert (thumbnail.dtype, thumbnail.shape) == (np.uint8, (576,))
+    assert thumbnail.dtype == np.uint8
+    assert thumbnail.shape == (576,)
     assert np.abs(thumbnail - boxes).max() <= 1  # Pillow rounds after each axis
 
 
@@ -108,7 +109,7 @@ def test_the_threshold_itself_counts() -> None:
     shuffle=st.randoms(use_true_random=False),
 )
 def test_groups_match_brute_force_at_any_block_border(
-    degrees: list[int], block_rows: int, shuffle: Any
+    degrees: list[int], block_rows: int, shuffle: random.Random
 ) -> None:
     shuffle.shuffle(degrees)
     apart = np.abs(np.subtract.outer(degrees, degrees))

@@ -10,6 +10,7 @@ Nothing in it is pickled. Whoever opens the folder needs no flag.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -30,6 +31,16 @@ from brainray.pixels.preprocess import Preprocessing, normalise_images
 SCHEMA_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "classifier.json"
+
+SEALED_PARTS = (
+    "schema_version",
+    "classifier_id",
+    "architecture",
+    "classes",
+    "preprocessing",
+    "weights",
+)
+"""Parts of classifier.json that say what the weights mean; never amended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,24 +112,31 @@ def save_classifier(
     content = safetensors.torch.save(tensors)
     weights_sha256 = hashlib.sha256(content).hexdigest()
     meaning = {"classes": list(classes), "preprocessing": asdict(preprocessing)}
-    identity = hashlib.sha256(f"{weights_sha256}{meaning}".encode()).hexdigest()
+    classifier_id = _identify(weights_sha256, meaning)
     card = {
+        **provenance,
         "schema_version": SCHEMA_VERSION,
-        "classifier_id": identity[:12],
+        "classifier_id": classifier_id,
         "architecture": {"name": ARCHITECTURE, "in_channels": 1, "num_classes": len(classes)},
         **meaning,
         "weights": {"file": WEIGHTS_FILE, "sha256": weights_sha256, "size_bytes": len(content)},
-        **provenance,
     }
     storage.write_bytes(storage.join(classifier_uri, WEIGHTS_FILE), content)
     storage.write_json(storage.join(classifier_uri, CARD_FILE), card)
-    return identity[:12]
+    return classifier_id
+
+
+def _identify(weights_sha256: str, meaning: dict[str, Any]) -> str:
+    """Return the id over the weights' hash, the class order and the preprocessing."""
+    canonical = json.dumps([weights_sha256, meaning], sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
 def amend_card(classifier_uri: str, additions: dict[str, Any]) -> None:
     """Add to what a sealed classifier says of itself; weights and meaning stay as they are."""
     card = read_card(classifier_uri)
-    storage.write_json(storage.join(classifier_uri, CARD_FILE), card | additions)
+    sealed = {name: card[name] for name in SEALED_PARTS}
+    storage.write_json(storage.join(classifier_uri, CARD_FILE), card | additions | sealed)
 
 
 def read_card(classifier_uri: str) -> dict[str, Any]:
@@ -177,8 +195,8 @@ def load_classifier(classifier_uri: str, *, device: str = "cpu") -> Classifier:
     """
     card = read_card(classifier_uri)
     classes, preprocessing = _read_meaning(card, classifier_uri)
-    network = build_network(len(classes))
     state = _read_sealed_weights(card, classifier_uri)
+    network = build_network(len(classes))
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -186,6 +204,12 @@ def load_classifier(classifier_uri: str, *, device: str = "cpu") -> Classifier:
             f"The weights in '{classifier_uri}' do not fit a {ARCHITECTURE} with "
             f"{len(classes)} classes. Restore the folder."
         ) from error
+    meaning = {"classes": card["classes"], "preprocessing": card["preprocessing"]}
+    if card["classifier_id"] != _identify(card["weights"]["sha256"], meaning):
+        raise ClassifierError(
+            f"The class order or the preprocessing in '{classifier_uri}' was changed after it "
+            f"was sealed: they do not give the id {card['classifier_id']}. Restore the folder."
+        )
     network = network.to(torch.device(device)).to(memory_format=torch.channels_last).eval()
     return Classifier(network, classes, preprocessing, card)
 

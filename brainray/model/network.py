@@ -11,7 +11,6 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 from torch import nn
 from torchvision.models import ResNet50_Weights, resnet50
 
@@ -100,7 +99,8 @@ def fetch_weights(
     Parameters
     ----------
     weights : {"imagenet", "none"}
-        torchvision's IMAGENET1K_V2, checked against its hash, or a random start.
+        torchvision's IMAGENET1K_V2, checked against its hash when it is downloaded, or a
+        random start.
     weights_uri : str, optional
         A local or remote .safetensors, .pth or .pt state dict, used instead. Pickled code
         in it is not run.
@@ -200,6 +200,22 @@ def compute_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return kept[0]
 
 
+class _SumOverWorkers(torch.autograd.Function):
+    """All-reduce that gradients pass through; torch 2.15 deprecates its own."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: torch.Tensor) -> torch.Tensor:  # noqa: ANN401, ARG004 - torch's
+        total = sums.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # noqa: ANN401, ARG004 - torch's
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
 class WorkerSyncedBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation with statistics over all workers' images, on any device.
 
@@ -214,9 +230,8 @@ class WorkerSyncedBatchNorm2d(nn.BatchNorm2d):
         images = input.float()
         count = images.new_full((1,), images.numel() / images.shape[1])
         sums = torch.cat([images.sum((0, 2, 3)), images.square().sum((0, 2, 3)), count])
-        total, squares, number = dist_functional.all_reduce(sums).split(
-            [self.num_features, self.num_features, 1]
-        )
+        reduced: torch.Tensor = _SumOverWorkers.apply(sums)
+        total, squares, number = reduced.split([self.num_features, self.num_features, 1])
         mean = total / number
         variance = (squares / number - mean.square()).clamp_min(0)
         self._update_running(mean.detach(), variance.detach(), float(number.detach()))

@@ -81,7 +81,8 @@ class TrainConfig:
     num_epochs: int = 30
     """Passes of the whole network over the training images."""
     head_epochs: int = 0
-    """Epochs of the head alone before that, on features computed once; needs weights."""
+    """Epochs of the head alone before that, on features computed once. Without weights to
+    start from there is nothing to stand on, and they are left out."""
     train_sizes_px: tuple[int, ...] = ()
     """Sides of the training images in equal stretches of the run; empty: the sealed size."""
     global_batch_size: int = 64
@@ -108,9 +109,10 @@ class TrainConfig:
         for name in ("head_epochs", "patience_epochs"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name, lowest in (("val_fraction", 1e-9), ("test_fraction", 0.0)):
-            if not lowest <= getattr(self, name) <= 0.5:
-                raise ConfigError(f"{name} must be in (0, 0.5], got {getattr(self, name)}.")
+        if not 0 < self.val_fraction <= 0.5:
+            raise ConfigError(f"val_fraction must be in (0, 0.5], got {self.val_fraction}.")
+        if not 0 <= self.test_fraction <= 0.5:
+            raise ConfigError(f"test_fraction must be in [0, 0.5], got {self.test_fraction}.")
         if not 0 < self.group_correlation <= 1:
             raise ConfigError(f"group_correlation must be in (0, 1], got {self.group_correlation}.")
         for size_px in self.train_sizes_px:
@@ -120,7 +122,14 @@ class TrainConfig:
     def list_epoch_sizes(self) -> tuple[int, ...]:
         """Return the side of the training images of every epoch, in pixels."""
         sizes = self.train_sizes_px or (self.preprocessing.size_px,)
-        return tuple(sizes[e * len(sizes) // self.num_epochs] for e in range(self.num_epochs))
+        epochs_left = range(self.num_epochs - 1, -1, -1)  # counted back, so that the last is last
+        return tuple(sizes[-1 - left * len(sizes) // self.num_epochs] for left in epochs_left)
+
+    @property
+    def starts_with_head(self) -> bool:
+        """Whether head-only epochs come first: asked for, and with weights to stand on."""
+        has_weights = self.weights_uri is not None or self.weights != "none"
+        return self.head_epochs > 0 and has_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,5 +1,6 @@
 """The training loop: what each Ray Train worker runs."""
 
+import io
 import math
 import os
 import tempfile
@@ -23,6 +24,9 @@ from numpy.typing import NDArray
 from ray.data import DataIterator
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.util.queue import Queue
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
 from brainray import runlog, storage
@@ -121,7 +125,7 @@ class Worker:
     def run(self) -> None:
         """Train from the last checkpoint, or from the start, to the end."""
         records = self._restore()
-        if self.progress.next_epoch == 0 and self.config.head_epochs:
+        if self.progress.next_epoch == 0 and self.config.starts_with_head:
             self._train_head()
         self.plan = self._plan_stream()
         model = self._wrap()
@@ -494,17 +498,22 @@ def write_tensorboard(tensorboard_uri: str, records: list[runlog.Record]) -> Non
     The file grows by what is new and is otherwise the same bytes, so that a reader can
     follow it, on an object store too, and a resumed run leaves no second copy.
     """
-    from torch.utils.tensorboard import SummaryWriter
-
-    with tempfile.TemporaryDirectory() as folder:
-        with SummaryWriter(folder) as writer:
-            for record in records:
-                for name, value in record.items():
-                    if isinstance(value, float) and name != "unix_time_s":
-                        writer.add_scalar(
-                            name, value, record["epoch"] + 1, walltime=record["unix_time_s"]
-                        )
-        (events,) = Path(folder).iterdir()
-        storage.write_bytes(
-            storage.join(tensorboard_uri, "events.out.tfevents.0.brainray"), events.read_bytes()
+    sink = io.BytesIO()
+    writer = RecordWriter(sink)
+    started = Event(wall_time=records[0]["unix_time_s"], file_version="brain.Event:2")
+    writer.write(started.SerializeToString())
+    for record in records:
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in record.items()
+            if isinstance(value, float) and name != "unix_time_s"
+        ]
+        event = Event(
+            wall_time=record["unix_time_s"],
+            step=record["epoch"] + 1,
+            summary=Summary(value=values),
         )
+        writer.write(event.SerializeToString())
+    storage.write_bytes(
+        storage.join(tensorboard_uri, "events.out.tfevents.0.brainray"), sink.getvalue()
+    )

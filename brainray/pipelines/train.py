@@ -101,6 +101,8 @@ def train(
     connect_ray(verbose=verbose)
     data = prepare_training_data(found, job.config)
     say(describe_data(data))
+    if job.config.head_epochs and not job.config.starts_with_head:
+        say("No weights to start from: the head-only epochs are left out.")
     keep_manifest(job, data)
     result = fit(job, data, ray.put(weights), say, tick)
     seal(job, data, result)

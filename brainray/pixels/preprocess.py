@@ -45,7 +45,8 @@ def resize_image(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDA
     """Resize grey pixels to the network's square, with antialiasing.
 
     Bilinear with a support that widens with the reduction, as Pillow defines it; torch's
-    ``interpolate(antialias=True)`` on uint8 gives the same values to the last bit.
+    ``interpolate(antialias=True)`` on uint8 rounds its weights more coarsely and gives the
+    same values within one grey level.
 
     Parameters
     ----------

@@ -1,0 +1,96 @@
+"""What the doors accept: labels, probabilities and groups, checked row by row."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from brainray.errors import DataError
+from brainray.labels import check_classes
+from brainray.metrics.scores import FloatArray, IntArray
+
+ROW_SUM_TOLERANCE = 1e-3
+"""How far a row of probabilities may sum from 1: room for half precision, not for logits."""
+
+
+def check_predictions(
+    y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str]
+) -> tuple[IntArray, FloatArray, tuple[str, ...]]:
+    """Return labels, shape (N,), probabilities, shape (N, K), and the K names; or raise."""
+    names = check_classes(classes)
+    truth = check_indices("y_true", y_true)
+    if truth.max() >= len(names):
+        raise DataError(
+            f"Expected y_true in [0, {len(names)}) for the classes {', '.join(names)}, "
+            f"got {truth.max()} at row {truth.argmax()}. Check the class order."
+        )
+    prob = np.asarray(y_prob)
+    if prob.dtype.kind not in "fiu":
+        raise DataError(f"Expected y_prob to be numbers, got {prob.dtype}.")
+    prob = prob.astype(np.float64)
+    if prob.shape != (truth.size, len(names)):
+        raise DataError(
+            f"Expected y_prob of shape {(truth.size, len(names))}, one row per image of y_true "
+            f"and one column per class, got {prob.shape}."
+        )
+    _check_distributions(prob)
+    return truth, prob, names
+
+
+def _check_distributions(prob: FloatArray) -> None:
+    row = _find_first(~np.isfinite(prob).all(axis=1))
+    if row is not None:
+        raise DataError(f"Expected finite y_prob, got {prob[row].tolist()} at row {row}.")
+    row = _find_first(((prob < 0) | (prob > 1)).any(axis=1))
+    if row is not None:
+        raise DataError(
+            f"Expected y_prob in [0, 1], got {prob[row].tolist()} at row {row}. "
+            "Pass probabilities (after softmax), not logits."
+        )
+    sums = prob.sum(axis=1)
+    row = _find_first(np.abs(sums - 1) > ROW_SUM_TOLERANCE)
+    if row is not None:
+        raise DataError(
+            f"Expected each row of y_prob to sum to 1 within {ROW_SUM_TOLERANCE}, got "
+            f"{sums[row]:.6g} at row {row}. Pass the probabilities of all classes."
+        )
+
+
+def _find_first(bad: ArrayLike) -> int | None:
+    """Return the first row marked bad, if any."""
+    rows = np.flatnonzero(bad)
+    return int(rows[0]) if rows.size else None
+
+
+def check_indices(name: str, given: ArrayLike, size: int | None = None) -> IntArray:
+    """Return class indices as int64, shape (N,), N ≥ 1."""
+    indices = np.asarray(given)
+    if indices.size == 0:
+        raise DataError(f"{name} is empty: expected at least one image to evaluate.")
+    if indices.dtype.kind not in "iu" or indices.ndim != 1:
+        raise DataError(
+            f"Expected {name} to be integers of shape (N,), "
+            f"got {indices.dtype} of shape {indices.shape}."
+        )
+    if size is not None and indices.size != size:
+        raise DataError(f"Expected {name} to have {size} rows as y_true has, got {indices.size}.")
+    if indices.min() < 0:
+        raise DataError(
+            f"Expected class indices of 0 or more in {name}, got {indices.min()} "
+            f"at row {indices.argmin()}. Leave unlabelled images out."
+        )
+    return indices.astype(np.int64)
+
+
+def number_groups(groups: ArrayLike | None, size: int) -> tuple[IntArray, int]:
+    """Return each image's group as 0 … G − 1, shape (N,), and G."""
+    if groups is None:
+        return np.arange(size, dtype=np.int64), size
+    given = np.asarray(groups)
+    if given.dtype.kind not in "iu" or given.shape != (size,):
+        raise DataError(
+            f"Expected groups to be integers of shape {(size,)}, one per image, "
+            f"got {given.dtype} of shape {given.shape}."
+        )
+    names, group_of = np.unique(given, return_inverse=True)
+    return group_of.astype(np.int64), int(names.size)

@@ -1,0 +1,103 @@
+"""ROC, precision–recall and reliability curves, thin enough to plot."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from brainray.metrics.checks import check_predictions
+from brainray.metrics.scores import NUM_RELIABILITY_BINS, FloatArray, IntArray, find_bins
+
+MAX_CURVE_POINTS = 200
+"""Most points per plotted curve: about one for every two pixels of a small figure."""
+
+
+def compute_curves(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str]) -> dict[str, Any]:
+    """Compute ROC, precision–recall and reliability curves, thin enough to plot.
+
+    Parameters
+    ----------
+    y_true, y_prob, classes
+        As in :func:`compute_evaluation`.
+
+    Returns
+    -------
+    dict
+        Ready for ``json.dump``.
+
+        - ``per_class``: for each name ``roc`` (``fpr``, ``tpr``) and ``pr`` (``recall``,
+          ``precision``), lists of at most 200 points, the abscissa not decreasing. Lists
+          are empty where the curve is undefined: a class without images, and for ROC also
+          a class that is all the images.
+        - ``reliability``: for each of 15 bins ``edges`` (16 numbers), ``count``,
+          ``confidence`` (mean probability of the predicted class) and ``accuracy``; the
+          last two None in an empty bin. The bins are those of the calibration error.
+
+    Raises
+    ------
+    DataError, ConfigError
+        As in :func:`compute_evaluation`.
+
+    References
+    ----------
+    .. [1] Fawcett, "An introduction to ROC analysis", Pattern Recognition Letters 27 (2006).
+    .. [2] Guo et al., "On calibration of modern neural networks", ICML (2017), section 2.
+    """
+    truth, prob, names = check_predictions(y_true, y_prob, classes)
+    return {
+        "per_class": {name: _trace_class(truth == k, prob[:, k]) for k, name in enumerate(names)},
+        "reliability": _build_reliability(truth, prob),
+    }
+
+
+def _trace_class(is_positive: NDArray[np.bool_], scores: FloatArray) -> dict[str, Any]:
+    """Return one class's ROC and precision–recall points."""
+    none: FloatArray = np.empty(0)
+    fpr, tpr, recall, precision = none, none, none, none
+    if is_positive.any():
+        precision, recall, _ = precision_recall_curve(is_positive, scores, drop_intermediate=True)
+        recall, precision = _thin(recall[::-1], precision[::-1])
+        if not is_positive.all():
+            fpr, tpr = _thin(*roc_curve(is_positive, scores)[:2])
+    return {
+        "roc": {"fpr": fpr.tolist(), "tpr": tpr.tolist()},
+        "pr": {"recall": recall.tolist(), "precision": precision.tolist()},
+    }
+
+
+def _thin(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Keep at most 200 points, evenly spaced along the curve, both ends among them.
+
+    Along the curve, not by rank: a steep rise has few points in x and needs them all.
+    """
+    if x.size <= MAX_CURVE_POINTS:
+        return x, y
+    travelled = np.concatenate([[0.0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
+    stops = np.linspace(0, travelled[-1], MAX_CURVE_POINTS)
+    kept = np.unique(np.searchsorted(travelled, stops, side="left"))
+    return x[kept], y[kept]
+
+
+def _build_reliability(truth: IntArray, prob: FloatArray) -> dict[str, Any]:
+    """Return count, mean confidence and accuracy of each bin.
+
+    Not :func:`sklearn.calibration.calibration_curve`, which leaves empty bins out and gives
+    no counts; the bins are the same.
+    """
+    confidence = prob.max(axis=1)
+    bins = find_bins(confidence)
+    correct = truth == prob.argmax(axis=1)
+    count = np.bincount(bins, minlength=NUM_RELIABILITY_BINS)
+
+    def average(values: FloatArray) -> list[float | None]:
+        sums = np.bincount(bins, weights=values, minlength=NUM_RELIABILITY_BINS)
+        return [float(s / n) if n else None for s, n in zip(sums, count, strict=True)]
+
+    return {
+        "edges": np.linspace(0, 1, NUM_RELIABILITY_BINS + 1).tolist(),
+        "count": count.tolist(),
+        "confidence": average(confidence),
+        "accuracy": average(correct.astype(np.float64)),
+    }

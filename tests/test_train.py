@@ -1,0 +1,309 @@
+"""The main job, whole: what it writes, and that it says no when it should."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from brainray import storage
+from brainray.dataset.split import hash_manifest
+from brainray.errors import ConfigError, TrainingError
+from brainray.model.classifier import load_classifier
+from brainray.pipelines.config import Optimisation, Placement, TrainConfig
+from brainray.pipelines.evaluate import EvaluateJob, evaluate
+from brainray.pipelines.train import TrainJob, train
+from brainray.pixels.augment import NO_AUGMENTATION
+from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.preprocess import Preprocessing, load_image
+from brainray.recipes import smoke
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+TINY = TrainConfig(
+    weights="none",
+    preprocessing=Preprocessing(size_px=40),
+    train_sizes_px=(32, 40),
+    num_epochs=2,
+    global_batch_size=16,
+    precision="fp32",
+    optimisation=Optimisation(learning_rate=3e-4, ema_decay=0.5),
+)
+
+
+def build_job(data: Path, output: Path, config: TrainConfig = TINY, **placement: int) -> TrainJob:
+    return TrainJob(
+        data_uri=str(data),
+        output_uri=str(output),
+        config=config,
+        placement=Placement(**placement),
+        recipe="tiny",
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(
+    phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainJob, dict[str, Any], list[str]]:
+    """Train once, with two workers, for the tests that look at what came out."""
+    lines: list[str] = []
+    job = build_job(phantom_folder, tmp_path_factory.mktemp("run") / "out", num_workers=2)
+    return job, train(job, say=lines.append), lines
+
+
+def test_a_run_writes_everything_it_promises(
+    finished: tuple[TrainJob, dict[str, Any], list[str]],
+) -> None:
+    job, metrics, lines = finished
+    output = Path(job.output_uri)
+    for name in (
+        "classifier/model.safetensors",
+        "classifier/classifier.json",
+        "metrics.json",
+        "metrics.jsonl",
+        "manifest.parquet",
+        "predictions/val.parquet",
+        "predictions/test.parquet",
+        "report.html",
+        "tensorboard/events.out.tfevents.0.brainray",
+    ):
+        assert (output / name).stat().st_size > 0, name
+    assert json.loads((output / "metrics.json").read_text()) == metrics
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [record["size_px"] for record in records] == [32, 40]
+    assert [record["world_size"] for record in records] == [2, 2]
+    assert sum(line.startswith("epoch ") for line in lines) == 2
+    assert "32 test images" in lines[0]
+
+
+def test_metrics_hold_the_promised_names(
+    finished: tuple[TrainJob, dict[str, Any], list[str]],
+) -> None:
+    _, metrics, _ = finished
+    for split, count in (("test", 32), ("val", None)):
+        scores = metrics[split]
+        assert count is None or scores["n"] == count
+        low, high = scores["accuracy_ci95"]
+        assert low <= scores["accuracy"] <= high
+        assert {"macro_f1", "macro_auroc", "mcc", "log_loss", "ece"} <= scores.keys()
+        for name in TINY.classes:
+            expected = {"sensitivity", "specificity", "precision", "f1", "auroc"}
+            assert expected <= scores["per_class"][name].keys()
+        assert 0 <= scores["no_twin"]["n"] <= scores["n"]
+        assert 0 <= scores["baseline_1nn"]["accuracy"] <= 1
+
+
+def test_the_manifest_keeps_groups_together_and_testing_apart(
+    finished: tuple[TrainJob, dict[str, Any], list[str]],
+) -> None:
+    job, _, _ = finished
+    manifest = storage.read_table(job.at("manifest.parquet")).to_pylist()
+    splits: dict[int, set[str]] = {}
+    for row in manifest:
+        assert (row["split"] == "test") == row["path"].startswith("Testing/")
+        if row["split"] != "test":
+            splits.setdefault(row["group"], set()).add(row["split"])
+    assert all(len(found) == 1 for found in splits.values())
+    assert {name for found in splits.values() for name in found} == {"train", "val"}
+    card = json.loads(Path(job.at("classifier", "classifier.json")).read_text())
+    table = storage.read_table(job.at("manifest.parquet"))
+    assert card["data_manifest_sha256"] == hash_manifest(table)
+    assert card["metrics"]["test"]["n"] == 32
+    assert card["training"]["config"]["seed"] == TINY.seed
+
+
+def test_predictions_are_those_of_the_sealed_classifier(
+    finished: tuple[TrainJob, dict[str, Any], list[str]],
+) -> None:
+    job, metrics, _ = finished
+    classifier = load_classifier(job.at("classifier"))
+    rows = storage.read_table(job.at("predictions", "test.parquet")).to_pylist()
+    images = [
+        load_image(
+            (Path(job.data_uri) / row["path"]).read_bytes(),
+            classifier.preprocessing,
+            DecodeLimits(),
+        )
+        for row in rows
+    ]
+    expected = classifier.predict_probs(np.stack(images))
+    found = np.array([[row[f"prob_{name}"] for name in classifier.classes] for row in rows])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    right = sum(row["true_class"] == row["predicted_class"] for row in rows)
+    assert metrics["test"]["accuracy"] == pytest.approx(right / len(rows))
+
+
+def test_a_finished_run_says_so_at_once_and_changes_nothing(
+    finished: tuple[TrainJob, dict[str, Any], list[str]],
+) -> None:
+    job, metrics, _ = finished
+    before = Path(job.at("metrics.jsonl")).stat().st_mtime_ns
+    lines: list[str] = []
+    assert train(job, say=lines.append) == metrics
+    assert len(lines) == 1
+    assert "Already finished" in lines[0]
+    assert Path(job.at("metrics.jsonl")).stat().st_mtime_ns == before
+
+
+def test_another_configuration_in_the_same_folder_is_refused(
+    finished: tuple[TrainJob, dict[str, Any], list[str]],
+) -> None:
+    job, _, _ = finished
+    other = dataclasses.replace(
+        job,
+        config=dataclasses.replace(
+            TINY, num_epochs=3, optimisation=Optimisation(learning_rate=1.0, ema_decay=0.5)
+        ),
+    )
+    with pytest.raises(ConfigError) as refusal:
+        train(other)
+    assert "num_epochs: 2 -> 3" in str(refusal.value)
+    assert "optimisation.learning_rate: 0.0003 -> 1.0" in str(refusal.value)
+
+
+def test_changed_data_are_refused(
+    finished: tuple[TrainJob, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    job, _, _ = finished
+    copy = tmp_path / "copy"
+    for file in Path(job.data_uri).rglob("*.*"):
+        place = copy / file.relative_to(job.data_uri)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(file.read_bytes())
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in ("manifest.parquet",):
+        (output / name).write_bytes(Path(job.at(name)).read_bytes())
+    run = json.loads(Path(job.at("run.json")).read_text()) | {"data_uri": str(copy)}
+    (output / "run.json").write_text(json.dumps(run))
+    next((copy / "Training" / "glioma").iterdir()).unlink()
+    with pytest.raises(ConfigError, match="are not those that the run"):
+        train(build_job(copy, output))
+
+
+def test_evaluating_alone_gives_the_same_scores(
+    finished: tuple[TrainJob, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    job, metrics, _ = finished
+    found = evaluate(
+        EvaluateJob(
+            data_uri=job.data_uri,
+            classifier_uri=job.at("classifier"),
+            output_uri=str(tmp_path / "judged"),
+        )
+    )
+    for name in ("accuracy", "macro_auroc", "log_loss"):
+        assert found["test"][name] == pytest.approx(metrics["test"][name], abs=1e-6)
+    assert found["test"]["no_twin"]["n"] == metrics["test"]["no_twin"]["n"]
+    assert found["test"]["baseline_1nn"]["accuracy"] == pytest.approx(
+        metrics["test"]["baseline_1nn"]["accuracy"]
+    )
+    assert (tmp_path / "judged" / "report.html").exists()
+
+
+def test_evaluating_without_the_manifest_leaves_the_baseline_out_and_says_so(
+    finished: tuple[TrainJob, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    job, _, _ = finished
+    moved = tmp_path / "elsewhere" / "classifier"
+    moved.mkdir(parents=True)
+    for name in ("model.safetensors", "classifier.json"):
+        (moved / name).write_bytes(Path(job.at("classifier", name)).read_bytes())
+    lines: list[str] = []
+    found = evaluate(
+        EvaluateJob(
+            data_uri=job.data_uri, classifier_uri=str(moved), output_uri=str(tmp_path / "judged")
+        ),
+        say=lines.append,
+    )
+    assert "baseline_1nn" not in found["test"]
+    assert any("baseline" in line for line in lines)
+
+
+def test_two_workers_give_the_validation_scores_of_one(
+    phantom_folder: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(
+        smoke(),
+        augmentation=NO_AUGMENTATION,
+        batch_norm="sync",
+        precision="fp32",
+        num_epochs=2,
+    )
+    scores = []
+    for num_workers in (1, 2):
+        job = build_job(
+            phantom_folder, tmp_path / str(num_workers), config, num_workers=num_workers
+        )
+        train(job)
+        records = Path(job.at("metrics.jsonl")).read_text().splitlines()
+        scores.append([json.loads(record) for record in records])
+    for one, two in zip(*scores, strict=True):
+        assert (one["world_size"], two["world_size"]) == (1, 2)
+        for name in ("loss", "accuracy", "balanced_accuracy", "macro_f1", "macro_auroc"):
+            assert two[f"val_{name}"] == pytest.approx(one[f"val_{name}"], abs=1e-3), name
+        assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-3)
+
+
+def test_training_goes_on_without_the_scans_it_must_reject(
+    phantom_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    for file in (phantom_folder / "Training").rglob("*.*"):
+        place = data / file.relative_to(phantom_folder / "Training")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(file.read_bytes())
+    (data / "glioma" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not really")
+    (data / ".ipynb_checkpoints").mkdir()
+    (data / ".ipynb_checkpoints" / "x.jpg").write_bytes(b"")
+    lines: list[str] = []
+    job = build_job(data, tmp_path / "out", dataclasses.replace(TINY, num_epochs=1))
+    metrics = train(job, say=lines.append)
+    manifest = storage.read_table(job.at("manifest.parquet")).to_pylist()
+    rejected = [row for row in manifest if row["split"] == "rejected"]
+    assert [row["path"] for row in rejected] == ["glioma/broken.jpg"]
+    assert rejected[0]["reason"] in ("truncated", "corrupt", "not_an_image")
+    assert "1 hidden" in lines[0]
+    assert metrics["test"]["n"] > 0  # one root: a test set was split off, by groups
+    by_group: dict[int, set[str]] = {}
+    for row in manifest:
+        by_group.setdefault(row["group"], set()).add(row["split"])
+    assert all(len(splits) == 1 for splits in by_group.values())
+
+
+def test_a_diverging_run_fails_with_the_remedy(phantom_folder: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        TINY, optimisation=Optimisation(learning_rate=1e30, clip_norm=0.0, warmup_epochs=0.0)
+    )
+    job = build_job(phantom_folder, tmp_path, config, max_failures=0)
+    with pytest.raises(TrainingError, match="learning-rate"):
+        train(job)
+
+
+def test_pretrained_weights_start_with_the_head_alone(
+    finished: tuple[TrainJob, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    job, _, _ = finished
+    config = dataclasses.replace(
+        TINY,
+        weights_uri=job.at("classifier", "model.safetensors"),
+        head_epochs=20,
+        num_epochs=1,
+        augmentation=NO_AUGMENTATION,
+        batch_norm="frozen",
+        optimisation=Optimisation(learning_rate=1e-9),
+    )
+    warm = build_job(Path(job.data_uri), tmp_path / "warm", config)
+    cold = dataclasses.replace(
+        warm,
+        output_uri=str(tmp_path / "cold"),
+        config=dataclasses.replace(config, head_epochs=0, weights_uri=None),
+    )
+    losses = []
+    for which in (warm, cold):
+        train(which)
+        record = json.loads(Path(which.at("metrics.jsonl")).read_text())
+        losses.append(record["train_loss"])
+    assert losses[0] < losses[1] - 0.1  # the backbone stood still: the head alone was fitted
