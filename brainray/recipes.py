@@ -23,12 +23,12 @@ def cpu() -> TrainConfig:
     """Train on a few CPU cores: 96 px, bf16, small images first."""
     return TrainConfig(
         preprocessing=Preprocessing(size_px=96),
-        train_sizes_px=(64, 80, 96),
-        num_epochs=36,
+        train_sizes_px=(64, 64, 80, 96),
+        num_epochs=20,
         head_epochs=5,
         global_batch_size=64,
         optimisation=Optimisation(
-            learning_rate=1e-3, label_smoothing=0.05, ema_decay=0.998, warmup_epochs=2.0
+            learning_rate=1e-3, label_smoothing=0.05, ema_decay=0.995, warmup_epochs=2.0
         ),
     )
 
