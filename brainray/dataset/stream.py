@@ -35,8 +35,8 @@ CHUNK_BYTES = 8 * 2**20
 """Decoded pixels of one task: some 900 images at 96 px, 170 at 224 px; Ray's cost per task
 (a few milliseconds) is then small beside the decoding."""
 
-LOOP_PAUSE_S = 0.05
-"""Pause between two looks of Ray Data's scheduling loop: 2 % of a core instead of most of one.
+LOOP_PAUSE_S = 0.1
+"""Pause between two looks of Ray Data's scheduling loop: a few percent of a core instead of most of one.
 A look deals out everything that is ready, so it costs a chunk at most this delay."""
 
 MIN_CHUNKS_PER_WORKER = 3
