@@ -33,7 +33,8 @@ from torchvision.transforms import v2
 
 from brainray import runlog
 from brainray.model.network import build_network
-from brainray.pipelines.config import Optimisation, Placement, TrainConfig
+from brainray.pipelines.config import Placement, TrainConfig
+from brainray.pipelines.optimisation import Optimisation
 from brainray.pixels.preprocess import Preprocessing
 
 LEARNING_RATE = 1e-3

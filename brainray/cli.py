@@ -22,6 +22,7 @@ from brainray.recipes import RECIPES, build_recipe
 
 EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 
+DEFAULT_RECIPE: Literal["cpu"] = "cpu"
 Answer = TypeVar("Answer")
 RecipeName = Literal["smoke", "cpu", "gpu"]
 assert set(RecipeName.__args__) == set(RECIPES)  # type: ignore[attr-defined]
@@ -36,7 +37,7 @@ class TrainOptions:
     Parquet tables. Local, s3:// or gs://."""
     output_uri: str
     """Where everything is written. The same command goes on with what it finds here."""
-    recipe: RecipeName = "cpu"
+    recipe: RecipeName = DEFAULT_RECIPE
     """Named configuration that the other options override."""
     placement: Annotated[Placement, tyro.conf.arg(name="")] = Placement()
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
@@ -128,23 +129,22 @@ def run_train(arguments: list[str]) -> None:
 def _parse_train(arguments: list[str]) -> TrainOptions:
     """Parse twice: first for the recipe, whose values are the defaults of the rest."""
     name = _find_recipe(arguments)
-    config = build_recipe(name) if name else TrainConfig()
     default = TrainOptions(
         data_uri=tyro.MISSING,
         output_uri=tyro.MISSING,
-        recipe=name or "cpu",  # type: ignore[arg-type]
-        config=config if name else build_recipe("cpu"),
+        recipe=name,  # type: ignore[arg-type]
+        config=build_recipe(name),
     )
     return tyro.cli(TrainOptions, default=default, args=arguments, prog="brainray train")
 
 
-def _find_recipe(arguments: Sequence[str]) -> str | None:
+def _find_recipe(arguments: Sequence[str]) -> str:
     for place, word in enumerate(arguments):
         if word.startswith("--recipe="):
             return word.partition("=")[2]
         if word == "--recipe" and place + 1 < len(arguments):
             return arguments[place + 1]
-    return None
+    return DEFAULT_RECIPE
 
 
 def run_evaluate(arguments: list[str]) -> None:

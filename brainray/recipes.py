@@ -4,7 +4,8 @@ Any field can be overridden on the command line; ``brainray train --help`` lists
 """
 
 from brainray.errors import ConfigError
-from brainray.pipelines.config import Optimisation, TrainConfig
+from brainray.pipelines.config import TrainConfig
+from brainray.pipelines.optimisation import Optimisation
 from brainray.pixels.preprocess import Preprocessing
 
 

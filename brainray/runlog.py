@@ -1,8 +1,13 @@
-"""What a run says while it runs: metrics.jsonl for machines, one line an epoch for people."""
+"""What a run says while it runs: metrics.jsonl and TensorBoard events, and a line for people."""
 
+import io
 import json
 from collections.abc import Sequence
 from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from brainray import storage
 
@@ -48,4 +53,31 @@ def format_epoch(record: Record) -> str:
         f"val loss {record['val_loss']:.3f} acc {record['val_accuracy']:.1%} "
         f"F1 {record['val_macro_f1']:.3f} AUROC {record['val_macro_auroc']:.4f}  "
         f"{record['images_per_s']:.0f} images/s  left {left}{best}"
+    )
+
+
+def write_tensorboard(tensorboard_uri: str, records: Sequence[Record]) -> None:
+    """Write every epoch so far as one event file.
+
+    The file grows by what is new and is otherwise the same bytes, so that a reader can
+    follow it, on an object store too, and a resumed run leaves no second copy.
+    """
+    sink = io.BytesIO()
+    writer = RecordWriter(sink)
+    started = Event(wall_time=records[0]["unix_time_s"], file_version="brain.Event:2")
+    writer.write(started.SerializeToString())
+    for record in records:
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in record.items()
+            if isinstance(value, float) and name != "unix_time_s"
+        ]
+        event = Event(
+            wall_time=record["unix_time_s"],
+            step=record["epoch"] + 1,
+            summary=Summary(value=values),
+        )
+        writer.write(event.SerializeToString())
+    storage.write_bytes(
+        storage.join(tensorboard_uri, "events.out.tfevents.0.brainray"), sink.getvalue()
     )

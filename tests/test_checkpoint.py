@@ -19,8 +19,7 @@ from brainray.pipelines.checkpoint import (
     load_network_weights,
     save_checkpoint,
 )
-from brainray.pipelines.config import Optimisation
-from brainray.pipelines.loop import build_optimizer
+from brainray.pipelines.optimisation import Optimisation, build_optimizer
 
 PROGRESS = Progress(next_epoch=3, best_score=0.1 + 0.2, best_epoch=2, time_s=12.5, ema_steps=40)
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from brainray import runlog
 from brainray.model.network import STAGES, build_network, set_batch_norm, stage_of
-from brainray.pipelines.config import Optimisation, TrainConfig
-from brainray.pipelines.loop import (
+from brainray.pipelines.optimisation import (
+    Optimisation,
     build_optimizer,
     compute_lr_fraction,
     set_learning_rate,
-    write_tensorboard,
 )
 
 
@@ -73,7 +73,7 @@ def test_each_stage_learns_slower_than_the_one_above(network: nn.Module) -> None
     optimisation = Optimisation(stage_decay=0.7, learning_rate=0.02)
     built = build_optimizer(network, optimisation)
     expected = dict(zip(STAGES[::-1], [1, 0.7, 0.49, 0.343, 0.2401, 0.16807], strict=True))
-    set_learning_rate(built, optimisation, 10, 10, TrainConfig(num_epochs=5))  # the peak
+    set_learning_rate(built, optimisation, 10, 10, 5)  # the peak
     for group, names in name_groups(network, built):
         (stage,) = {stage_of(name) for name in names}
         assert group["lr_scale"] == pytest.approx(expected[stage])
@@ -87,10 +87,9 @@ def test_without_stage_decay_all_learn_alike(network: nn.Module) -> None:
 
 def test_the_rate_is_set_for_the_step(network: nn.Module) -> None:
     optimisation = Optimisation(learning_rate=0.5, warmup_epochs=1, stage_decay=0.5)
-    config = TrainConfig(num_epochs=3, optimisation=optimisation)
     built = build_optimizer(network, optimisation)
     for step in (0, 4, 29):
-        set_learning_rate(built, optimisation, step, 10, config)
+        set_learning_rate(built, optimisation, step, 10, 3)
         fraction = compute_lr_fraction(step, 10, optimisation, 3)
         for group in built.param_groups:
             assert group["lr"] == pytest.approx(0.5 * fraction * group["lr_scale"])
@@ -178,8 +177,8 @@ def make_record(epoch: int) -> dict[str, Any]:
 def test_curves_can_be_read_by_tensorboard(tmp_path: Path) -> None:
     folder = tmp_path / "tensorboard"
     records = [make_record(epoch) for epoch in range(3)]
-    write_tensorboard(str(folder), records[:1])
-    write_tensorboard(str(folder), records)
+    runlog.write_tensorboard(str(folder), records[:1])
+    runlog.write_tensorboard(str(folder), records)
     assert len(list(folder.iterdir())) == 1, "a second copy would draw every curve twice"
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -197,7 +196,7 @@ def test_the_event_file_only_grows(tmp_path: Path) -> None:
     records = [make_record(epoch) for epoch in range(3)]
     contents = []
     for count in (1, 2, 3):
-        write_tensorboard(str(tmp_path), records[:count])
+        runlog.write_tensorboard(str(tmp_path), records[:count])
         (path,) = tmp_path.iterdir()
         contents.append(path.read_bytes())
     assert len(contents[0]) < len(contents[1]) < len(contents[2])

@@ -12,8 +12,9 @@ from brainray import storage
 from brainray.dataset.split import hash_manifest
 from brainray.errors import ConfigError, TrainingError
 from brainray.model.classifier import load_classifier
-from brainray.pipelines.config import Optimisation, Placement, TrainConfig
+from brainray.pipelines.config import Placement, TrainConfig
 from brainray.pipelines.evaluate import EvaluateJob, evaluate
+from brainray.pipelines.optimisation import Optimisation
 from brainray.pipelines.train import TrainJob, train
 from brainray.pixels.augment import NO_AUGMENTATION
 from brainray.pixels.decode import DecodeLimits
@@ -259,13 +260,24 @@ def test_training_goes_on_without_the_scans_it_must_reject(
     (data / ".ipynb_checkpoints").mkdir()
     (data / ".ipynb_checkpoints" / "x.jpg").write_bytes(b"")
     lines: list[str] = []
-    job = build_job(data, tmp_path / "out", dataclasses.replace(TINY, num_epochs=1))
+    config = dataclasses.replace(
+        TINY,
+        train_sizes_px=(),
+        batch_norm="frozen",
+        num_epochs=5,
+        patience_epochs=1,
+        optimisation=Optimisation(learning_rate=1e-12),
+    )
+    job = build_job(data, tmp_path / "out", config)
     metrics = train(job, say=lines.append)
     manifest = storage.read_table(job.at("manifest.parquet")).to_pylist()
     rejected = [row for row in manifest if row["split"] == "rejected"]
     assert [row["path"] for row in rejected] == ["glioma/broken.jpg"]
     assert rejected[0]["reason"] in ("truncated", "corrupt", "not_an_image")
     assert "1 hidden" in lines[0]
+    # Nothing can be learnt at such a rate: the second epoch is no better, and is the last.
+    assert metrics["training"]["num_epochs"] == 2
+    assert metrics["training"]["best_epoch"] == 0
     assert metrics["test"]["n"] > 0  # one root: a test set was split off, by groups
     by_group: dict[int, set[str]] = {}
     for row in manifest:

@@ -36,8 +36,8 @@ CHUNK_BYTES = 8 * 2**20
 (a few milliseconds) is then small beside the decoding."""
 
 LOOP_PAUSE_S = 0.1
-"""Pause between two looks of Ray Data's scheduling loop: a few percent of a core instead of most of one.
-A look deals out everything that is ready, so it costs a chunk at most this delay."""
+"""Pause between two looks of Ray Data's scheduling loop: a few percent of a core instead of
+most of one. A look deals out everything that is ready, so a chunk waits at most this long."""
 
 MIN_CHUNKS_PER_WORKER = 3
 """Chunks of each worker that may wait in the object store: one in use, two ahead."""

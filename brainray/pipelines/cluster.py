@@ -20,6 +20,8 @@ def connect_ray(*, verbose: bool = False) -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    if not verbose:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to stderr
     level = logging.INFO if verbose else logging.ERROR
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = verbose
@@ -50,16 +52,28 @@ def compute_cpus_per_worker(placement: Placement) -> float:
     ConfigError
         The cluster has too few CPUs or GPUs, now, and cannot add any.
     """
-    resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    least = placement.min_workers or placement.num_workers
-    can_grow = bool(os.environ.get("RAY_ADDRESS"))  # a real cluster may add nodes when asked
-    if placement.use_gpu and gpus < least and not can_grow:
-        raise ConfigError(
-            f"Expected at least {least} GPUs for --use-gpu, found {gpus:g}. "
-            "Add GPU nodes, lower --num-workers, or leave --use-gpu out."
-        )
+    if placement.use_gpu:
+        check_gpus(placement.min_workers or placement.num_workers)
+    cpus = ray.cluster_resources().get("CPU", 0.0)
     if cpus < MIN_CPUS:
         raise ConfigError(f"Expected at least {MIN_CPUS} CPUs in the cluster, found {cpus:g}.")
     thousandths = math.floor(1000 * (cpus - 1) / placement.num_workers)  # Ray counts in 1e-4
     return float(min(1.0, thousandths / 1000))
+
+
+def check_gpus(least: int) -> None:
+    """Check that there are enough GPUs for ``--use-gpu``.
+
+    A cluster that was joined may add nodes when asked, and is not judged by what it has now.
+
+    Raises
+    ------
+    ConfigError
+        This machine has fewer.
+    """
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if gpus < least and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            f"Expected at least {least} GPUs for --use-gpu, found {gpus:g}. "
+            "Add GPU nodes, lower --num-workers, or leave --use-gpu out."
+        )

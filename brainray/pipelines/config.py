@@ -6,50 +6,10 @@ from typing import Any, Literal
 from brainray.errors import ConfigError
 from brainray.labels import BRAIN_TUMOUR_CLASSES, check_classes
 from brainray.model.network import BatchNormMode
+from brainray.pipelines.optimisation import Optimisation
 from brainray.pixels.augment import Augmentation
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Optimisation:
-    """How the weights move."""
-
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD with Nesterov momentum 0.9."""
-    learning_rate: float = 1e-3
-    """Peak rate of the head, for the global batch as it is (not per worker)."""
-    stage_decay: float = 1.0
-    """Each stage below the head learns this much slower than the one above it (0 to 1]."""
-    weight_decay: float = 0.05
-    """Decoupled for AdamW, L2 for SGD; never on biases and normalisation."""
-    warmup_epochs: float = 1.0
-    """The rate climbs linearly over this many epochs, then falls as a cosine."""
-    final_lr_fraction: float = 0.01
-    """Share of the peak rate left at the end."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient; 0 does not clip."""
-    label_smoothing: float = 0.0
-    """Share of each target spread evenly over the classes [0 to 1)."""
-    class_weights: Literal["none", "balanced"] = "none"
-    """`balanced` weighs each class by the inverse of its share of the training images."""
-    ema_decay: float = 0.0
-    """Decay a step of the averaged weights that are validated and sealed; 0 keeps none."""
-
-    def __post_init__(self) -> None:
-        checks = {
-            "learning_rate": self.learning_rate > 0,
-            "stage_decay": 0 < self.stage_decay <= 1,
-            "weight_decay": self.weight_decay >= 0,
-            "warmup_epochs": self.warmup_epochs >= 0,
-            "final_lr_fraction": 0 <= self.final_lr_fraction <= 1,
-            "clip_norm": self.clip_norm >= 0,
-            "label_smoothing": 0 <= self.label_smoothing < 1,
-            "ema_decay": 0 <= self.ema_decay < 1,
-        }
-        for name, holds in checks.items():
-            if not holds:
-                raise ConfigError(f"optimisation.{name} is out of range: {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

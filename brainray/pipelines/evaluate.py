@@ -14,7 +14,7 @@ from brainray.dataset.split import hash_manifest
 from brainray.dataset.twins import find_nearest, group_twins, merge_groups, standardise_thumbnails
 from brainray.errors import DataError
 from brainray.model.classifier import load_classifier
-from brainray.pipelines.cluster import connect_ray
+from brainray.pipelines.cluster import check_gpus, connect_ray
 from brainray.pipelines.data import (
     PreparedData,
     build_manifest,
@@ -67,6 +67,8 @@ def evaluate(job: EvaluateJob, *, say: Say = logger.info, verbose: bool = False)
     found = find_samples(job.data_uri, classifier.classes, splits=("test",))
     training = find_training_manifest(job, classifier.card, say)
     connect_ray(verbose=verbose)
+    if job.use_gpu:
+        check_gpus(1)
     data = prepare_evaluation_data(found, classifier.classes, training, job)
     return judge_and_report(
         data,

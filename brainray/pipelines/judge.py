@@ -1,6 +1,7 @@
 """Judging a sealed classifier on scans whose class is known: predictions, metrics, report."""
 
 import io
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -39,6 +41,7 @@ class _Predictor:
     """Holds the classifier in an actor and answers batches."""
 
     def __init__(self, classifier_uri: str, use_gpu: bool) -> None:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))  # the one actor has the node to itself
         self._classifier: Classifier = load_classifier(
             classifier_uri, device="cuda" if use_gpu else "cpu"
         )

@@ -1,6 +1,5 @@
 """The training loop: what each Ray Train worker runs."""
 
-import io
 import math
 import os
 import tempfile
@@ -24,27 +23,23 @@ from numpy.typing import NDArray
 from ray.data import DataIterator
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.util.queue import Queue
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
-from brainray import runlog, storage
+from brainray import runlog
 from brainray.dataset.scan import ScanStore
 from brainray.dataset.stream import LoadedBatch, StreamPlan, iterate_batches, open_stream
 from brainray.errors import TrainingError
 from brainray.metrics import summarise
 from brainray.model.network import (
     NUM_FEATURES,
-    STAGES,
     StateDict,
     build_network,
     compute_features,
     set_batch_norm,
-    stage_of,
 )
 from brainray.pipelines.checkpoint import Progress, load_checkpoint, save_checkpoint
-from brainray.pipelines.config import Optimisation, TrainConfig
+from brainray.pipelines.config import TrainConfig
+from brainray.pipelines.optimisation import build_optimizer, set_learning_rate
 from brainray.pixels.augment import augment_images, mix_images, roll_dice
 from brainray.pixels.preprocess import normalise_images
 
@@ -269,7 +264,9 @@ class Worker:
                 label_smoothing=optimisation.label_smoothing,
                 reduction="sum",
             )
-        set_learning_rate(self.optimizer, optimisation, step, self.plan.steps_per_epoch, config)
+        set_learning_rate(
+            self.optimizer, optimisation, step, self.plan.steps_per_epoch, config.num_epochs
+        )
         self.optimizer.zero_grad()
         # DDP averages over workers; this makes that the mean over the global batch.
         (loss * (self.world_size / global_size)).backward()
@@ -357,7 +354,7 @@ class Worker:
             progress=self.progress,
         )
         runlog.write_records(self.setup.records_uri, records)
-        write_tensorboard(self.setup.tensorboard_uri, records)
+        runlog.write_tensorboard(self.setup.tensorboard_uri, records)
         self._tell({"record": record})
         ray.train.report(
             record,
@@ -441,79 +438,3 @@ class Worker:
         gathered = np.concatenate([p[1] for p in parts])[order]
         labels = self.labels[seen[order]]
         return torch.from_numpy(gathered).to(self.device), labels.to(self.device)
-
-
-def build_optimizer(network: nn.Module, optimisation: Optimisation) -> torch.optim.Optimizer:
-    """Build the optimiser: a parameter group for each stage, with and without decay.
-
-    Each group keeps its share of the peak rate as ``lr_scale``.
-    """
-    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            members.setdefault((stage_of(name), parameter.ndim > 1), []).append(parameter)
-    groups = [
-        {
-            "params": parameters,
-            "lr_scale": optimisation.stage_decay ** (len(STAGES) - 1 - STAGES.index(stage)),
-            "weight_decay": optimisation.weight_decay if decays else 0.0,
-        }
-        for (stage, decays), parameters in sorted(
-            members.items(), key=lambda item: (-STAGES.index(item[0][0]), item[0][1])
-        )
-    ]
-    if optimisation.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=optimisation.learning_rate, fused=True)
-    return torch.optim.SGD(groups, lr=optimisation.learning_rate, momentum=0.9, nesterov=True)
-
-
-def compute_lr_fraction(
-    step: int, steps_per_epoch: int, optimisation: Optimisation, num_epochs: int
-) -> float:
-    """Return the share of the peak learning rate at a step: a linear climb, then a cosine."""
-    warmup = optimisation.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    total = max(1.0, num_epochs * steps_per_epoch - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / total)))
-    return optimisation.final_lr_fraction + (1 - optimisation.final_lr_fraction) * cosine
-
-
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer,
-    optimisation: Optimisation,
-    step: int,
-    steps_per_epoch: int,
-    config: TrainConfig,
-) -> None:
-    """Set every group's rate for a step."""
-    fraction = compute_lr_fraction(step, steps_per_epoch, optimisation, config.num_epochs)
-    for group in optimizer.param_groups:
-        group["lr"] = optimisation.learning_rate * fraction * group["lr_scale"]
-
-
-def write_tensorboard(tensorboard_uri: str, records: list[runlog.Record]) -> None:
-    """Write every epoch so far as one event file.
-
-    The file grows by what is new and is otherwise the same bytes, so that a reader can
-    follow it, on an object store too, and a resumed run leaves no second copy.
-    """
-    sink = io.BytesIO()
-    writer = RecordWriter(sink)
-    started = Event(wall_time=records[0]["unix_time_s"], file_version="brain.Event:2")
-    writer.write(started.SerializeToString())
-    for record in records:
-        values = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in record.items()
-            if isinstance(value, float) and name != "unix_time_s"
-        ]
-        event = Event(
-            wall_time=record["unix_time_s"],
-            step=record["epoch"] + 1,
-            summary=Summary(value=values),
-        )
-        writer.write(event.SerializeToString())
-    storage.write_bytes(
-        storage.join(tensorboard_uri, "events.out.tfevents.0.brainray"), sink.getvalue()
-    )
