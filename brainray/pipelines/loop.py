@@ -126,11 +126,11 @@ class Worker:
         model = self._wrap()
         batches = iterate_batches(self._open_shard(self.plan), self.plan, self.rank)
         for epoch in range(self.progress.next_epoch, self.config.num_epochs):
+            if self._is_patience_over(epoch - 1):
+                break
             record = self._run_epoch(model, batches, epoch)
             records.append(record)
             self._report(record, records)
-            if self._is_patience_over(epoch):
-                break
 
     def _restore(self) -> list[runlog.Record]:
         checkpoint = ray.train.get_checkpoint()
