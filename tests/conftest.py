@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 from brainray.model.classifier import save_classifier
 from brainray.model.network import build_network
@@ -55,3 +56,12 @@ def real_data() -> Path:
     if not (folder / "Testing").is_dir():
         pytest.skip(f"no real images at {folder}; set BRAINRAY_DATA to have this run")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: small tensors are not worth more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

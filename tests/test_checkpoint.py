@@ -1,7 +1,6 @@
 """A checkpoint brings back everything: the next step is the same to the last bit."""
 
 import json
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +20,12 @@ from brainray.pipelines.checkpoint import (
 )
 from brainray.pipelines.optimisation import Optimisation, build_optimizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 PROGRESS = Progress(next_epoch=3, best_score=0.1 + 0.2, best_epoch=2, time_s=12.5, ema_steps=40)
 
 OptimizerName = Literal["adamw", "sgd"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Run:

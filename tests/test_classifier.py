@@ -3,7 +3,7 @@
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,13 @@ from brainray.model.classifier import (
 from brainray.model.network import StateDict, build_network
 from brainray.pixels.preprocess import Preprocessing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 CLASSES = ("pituitary", "glioma", "no tumour")
 """Not in alphabetical order: the order given is the one that counts."""
 PREPROCESSING = Preprocessing(size_px=32, fit="pad", mean=0.3, std=0.5)
 PROVENANCE = {"metrics": {"val_accuracy": 0.9}, "versions": {"torch": "2"}}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
