@@ -55,6 +55,8 @@ def compute_cpus_per_worker(placement: Placement) -> float:
     if placement.use_gpu:
         check_gpus(placement.min_workers or placement.num_workers)
     cpus = ray.cluster_resources().get("CPU", 0.0)
+    if placement.use_gpu or (cpus < MIN_CPUS and os.environ.get("RAY_ADDRESS")):
+        return 1.0  # a cluster that was joined may add nodes when asked
     if cpus < MIN_CPUS:
         raise ConfigError(f"Expected at least {MIN_CPUS} CPUs in the cluster, found {cpus:g}.")
     thousandths = math.floor(1000 * (cpus - 1) / placement.num_workers)  # Ray counts in 1e-4
