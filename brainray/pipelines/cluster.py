@@ -20,8 +20,6 @@ def connect_ray(*, verbose: bool = False) -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    if not verbose:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ side writes to stderr
     level = logging.INFO if verbose else logging.ERROR
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = verbose

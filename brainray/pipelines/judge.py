@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from brainray.metrics import compute_accuracy, compute_curves, compute_evaluatio
 from brainray.model.classifier import Classifier, amend_card, load_classifier, read_card
 from brainray.pipelines.data import PreparedData
 from brainray.pixels.decode import DecodeLimits, decode_image
-from brainray.pixels.preprocess import Preprocessing, load_image
+from brainray.pixels.preprocess import load_image
 from brainray.provenance import collect_versions, read_code_revision
 from brainray.reporting.report import Mistake, render_report
 
@@ -29,7 +30,7 @@ BATCH_SIZE = 32
 """Images of one forward pass."""
 
 ROWS_PER_TASK = 256
-"""Images that a decoding task reads."""
+"""Images of one task: seconds of work on a CPU, beside which opening the classifier is little."""
 
 NUM_MISTAKES_SHOWN = 24
 METRICS_SCHEMA_VERSION = 1
@@ -37,34 +38,30 @@ METRICS_SCHEMA_VERSION = 1
 Say = Callable[[str], None]
 
 
-class _Predictor:
-    """Holds the classifier in an actor and answers batches."""
-
-    def __init__(self, classifier_uri: str, use_gpu: bool) -> None:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))  # the one actor has the node to itself
-        self._classifier: Classifier = load_classifier(
-            classifier_uri, device="cuda" if use_gpu else "cpu"
-        )
-
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        images = batch["image"]
-        parts = [
-            self._classifier.predict_probs(images[start : start + BATCH_SIZE])
-            for start in range(0, len(images), BATCH_SIZE)
-        ]
-        return {"index": batch["index"], "prob": np.concatenate(parts)}
+@lru_cache(maxsize=1)
+def _open_classifier(classifier_uri: str, use_gpu: bool) -> Classifier:
+    """Open the classifier, once in each of Ray's processes."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # one task at a time has the node
+    return load_classifier(classifier_uri, device="cuda" if use_gpu else "cpu")
 
 
-def _load_batch(
+def _answer_batch(
     batch: dict[str, NDArray[np.int64]],
     *,
     store: ScanStore,
-    preprocessing: Preprocessing,
+    classifier_uri: str,
     limits: DecodeLimits,
+    use_gpu: bool,
 ) -> dict[str, NDArray[Any]]:
+    """Decode and classify some samples; runs as a Ray Data task."""
+    classifier = _open_classifier(classifier_uri, use_gpu)
     contents = store.read(batch["index"].tolist())
-    images = [load_image(content, preprocessing, limits) for content in contents]
-    return {"index": batch["index"], "image": np.stack(images)}
+    images = np.stack([load_image(c, classifier.preprocessing, limits) for c in contents])
+    parts = [
+        classifier.predict_probs(images[start : start + BATCH_SIZE])
+        for start in range(0, len(images), BATCH_SIZE)
+    ]
+    return {"index": batch["index"], "prob": np.concatenate(parts)}
 
 
 def predict_samples(
@@ -75,7 +72,7 @@ def predict_samples(
     limits: DecodeLimits,
     use_gpu: bool,
 ) -> NDArray[np.float32]:
-    """Predict the class probabilities of some samples, in Ray Data tasks and an actor.
+    """Predict the class probabilities of some samples, in Ray Data tasks.
 
     Parameters
     ----------
@@ -87,38 +84,29 @@ def predict_samples(
     ndarray of float32, shape (n, K)
         In the order of ``indices``.
     """
-    preprocessing = load_classifier(classifier_uri).preprocessing
     parts = [
         pa.table({"index": indices[start : start + ROWS_PER_TASK]})
         for start in range(0, len(indices), ROWS_PER_TASK)
     ]
-    answers = (
-        ray.data.from_arrow(parts)
-        .map_batches(
-            _load_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
-            batch_size=None,
-            fn_kwargs={
-                "store": store,
-                "preprocessing": preprocessing,
-                "limits": limits,
-            },
-        )
-        .map_batches(
-            _Predictor,
-            fn_constructor_args=(classifier_uri, use_gpu),
-            batch_size=None,
-            num_gpus=1 if use_gpu else 0,
-            compute=ray.data.ActorPoolStrategy(size=1),
-        )
+    answers = ray.data.from_arrow(parts).map_batches(
+        _answer_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
+        batch_size=None,
+        fn_kwargs={
+            "store": store,
+            "classifier_uri": classifier_uri,
+            "limits": limits,
+            "use_gpu": use_gpu,
+        },
+        num_gpus=1 if use_gpu else 0,
+        compute=ray.data.TaskPoolStrategy(size=1),
     )
-    probs: NDArray[np.float32] | None = None
     place = {int(index): row for row, index in enumerate(indices)}
+    rows, probs = [], []
     for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
-        if probs is None:
-            probs = np.full((len(indices), batch["prob"].shape[1]), np.nan, np.float32)
-        probs[[place[int(index)] for index in batch["index"]]] = batch["prob"]
-    assert probs is not None
-    return probs
+        rows += [place[int(index)] for index in batch["index"]]
+        probs.append(batch["prob"])
+    assert sorted(rows) == list(range(len(indices))), "every sample has one answer"
+    return np.asarray(np.concatenate(probs)[np.argsort(rows)], dtype=np.float32)
 
 
 def build_predictions(

@@ -1,6 +1,7 @@
 """The main job: from a folder of scans to a sealed classifier with its metrics and report."""
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -245,6 +246,10 @@ def fit(
             return trainer.fit()
         except TrainingFailedError as error:
             raise TrainingError(f"Training failed: {_find_cause(error)}") from error
+        except SystemExit as stop:  # Ray Train's own handler of Ctrl-C ends so (2.60)
+            raise KeyboardInterrupt from stop
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def number_row_groups(data: PreparedData) -> NDArray[np.int64] | None:
