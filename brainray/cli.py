@@ -20,6 +20,9 @@ from brainray.pipelines.evaluate import EvaluateJob, evaluate
 from brainray.pipelines.train import TrainJob, train
 from brainray.recipes import RECIPES, build_recipe
 
+SETTLING_S = 3.0
+"""Seconds into an epoch before its pace says anything about its end."""
+
 EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 
 DEFAULT_RECIPE: Literal["cpu"] = "cpu"
@@ -74,6 +77,8 @@ class Voice:
             self._epoch_started = (message["epoch"], now)
         done, total = message["step"], message["num_steps"]
         elapsed = now - self._epoch_started[1]
+        if elapsed < SETTLING_S:
+            return
         left = runlog.format_duration(elapsed / done * (total - done))
         line = f"epoch {message['epoch'] + 1:>3}  step {done}/{total}  {left} left in it"
         if self._console.is_terminal:

@@ -10,18 +10,27 @@ from brainray.pixels.preprocess import Preprocessing
 
 
 def smoke() -> TrainConfig:
-    """Show that everything works: 64 px, 6 epochs, from random weights."""
+    """Show that everything works: 64 px, 14 epochs, from random weights.
+
+    `make demo` (512 phantoms to train on, two workers on two Zen 5 cores): 2 to 3 minutes,
+    accuracy about 0.9 on held-out phantoms.
+    """
     return TrainConfig(
         weights="none",
         preprocessing=Preprocessing(size_px=64),
-        num_epochs=6,
+        num_epochs=14,
         global_batch_size=32,
-        optimisation=Optimisation(learning_rate=1e-3, ema_decay=0.9),
+        optimisation=Optimisation(learning_rate=1e-3, ema_decay=0.95),
     )
 
 
 def cpu() -> TrainConfig:
-    """Train on a few CPU cores: 96 px, bf16, small images first."""
+    """Train on a few CPU cores: 96 px, bf16, small images first.
+
+    On the Kaggle brain-tumour set from random weights, one worker on two Zen 5 cores with
+    bf16: 24 minutes, accuracy 0.897 on Testing, 0.860 on its images without a near-twin in
+    training (`--weights none`, seed 0). From ImageNet weights: not measured yet.
+    """
     return TrainConfig(
         preprocessing=Preprocessing(size_px=96),
         train_sizes_px=(64, 64, 80, 96),
@@ -35,7 +44,10 @@ def cpu() -> TrainConfig:
 
 
 def gpu() -> TrainConfig:
-    """Train on GPUs: 224 px, bf16, from ImageNet weights."""
+    """Train on GPUs: 224 px, bf16, from ImageNet weights.
+
+    Time and score: not measured yet.
+    """
     return TrainConfig(
         preprocessing=Preprocessing(size_px=224),
         train_sizes_px=(160, 192, 224),
