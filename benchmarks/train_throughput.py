@@ -56,9 +56,9 @@ class Options:
     """Data-parallel workers on each side."""
     loader_workers: int = 1
     """DataLoader processes of each plain worker."""
-    num_images: int = 1280
+    num_images: int = 1536
     """Images of an epoch."""
-    num_epochs: int = 2
+    num_epochs: int = 1
     """Epochs counted, after one that is not."""
     rounds: int = 5
     """Turns of each side."""

@@ -35,7 +35,7 @@ CHUNK_BYTES = 8 * 2**20
 """Decoded pixels of one task: some 900 images at 96 px, 170 at 224 px; Ray's cost per task
 (a few milliseconds) is then small beside the decoding."""
 
-LOOP_PAUSE_S = 0.1
+LOOP_PAUSE_S = 0.2
 """Pause between two looks of Ray Data's scheduling loop: a few percent of a core instead of
 most of one. A look deals out everything that is ready, so a chunk waits at most this long."""
 

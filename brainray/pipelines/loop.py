@@ -24,6 +24,7 @@ from ray.data import DataIterator
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.util.queue import Queue
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from brainray import runlog
 from brainray.dataset.scan import ScanStore
@@ -182,6 +183,9 @@ class Worker:
                 gradient_as_bucket_view=True,
                 static_graph=True,
             )
+            if self.config.precision == "bf16":
+                # Autocast computes the gradients of the weights in bf16: so they may travel.
+                network.register_comm_hook(None, bf16_compress_hook)
         return torch.compile(network) if self.config.compile else network  # type: ignore[return-value]
 
     def _autocast(self) -> AbstractContextManager[object]:
