@@ -301,7 +301,7 @@ def test_pretrained_weights_start_with_the_head_alone(
     config = dataclasses.replace(
         TINY,
         weights_uri=job.at("classifier", "model.safetensors"),
-        head_epochs=20,
+        head_epochs=200,
         num_epochs=1,
         augmentation=NO_AUGMENTATION,
         batch_norm="frozen",
@@ -311,7 +311,7 @@ def test_pretrained_weights_start_with_the_head_alone(
     cold = dataclasses.replace(
         warm,
         output_uri=str(tmp_path / "cold"),
-        config=dataclasses.replace(config, head_epochs=0, weights_uri=None),
+        config=dataclasses.replace(config, head_epochs=0),
     )
     losses = []
     for which in (warm, cold):
