@@ -56,8 +56,8 @@ class Options:
     """Data-parallel workers on each side."""
     loader_workers: int = 1
     """DataLoader processes of each plain worker."""
-    num_images: int = 1536
-    """Images of an epoch."""
+    num_images: int = 2560
+    """Images of an epoch; in a short one the upload of its checkpoint weighs too much."""
     num_epochs: int = 1
     """Epochs counted, after one that is not."""
     rounds: int = 5
