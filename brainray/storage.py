@@ -244,17 +244,6 @@ def read_table(uri: str) -> pa.Table:
         raise StorageError(f"'{uri}' is not a Parquet file: {error}") from error
 
 
-def delete_folder(uri: str) -> None:
-    """Remove a folder and what is in it; nothing happens when it is not there."""
-    filesystem, path = resolve(uri)
-    try:
-        filesystem.delete_dir(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise _explain("remove", uri, error) from error
-
-
 def check_writable(uri: str) -> None:
     """Find out, before hours of work, that a folder cannot be written.
 

@@ -194,15 +194,6 @@ def test_list_folders_names_only_the_first_level(odd_folder: Path) -> None:
     assert storage.list_folders(str(odd_folder)) == ["A", "Sub dir"]
 
 
-def test_delete_folder(odd_folder: Path) -> None:
-    storage.delete_folder(str(odd_folder / "Sub dir"))
-    assert sorted(p.name for p in odd_folder.iterdir()) == ["B.jpg", "b.jpg"]
-    storage.delete_folder(str(odd_folder / "Sub dir"))  # not there: nothing happens
-    with pytest.raises(StorageError, match="Cannot remove"):
-        storage.delete_folder(str(odd_folder / "b.jpg"))
-    assert (odd_folder / "b.jpg").read_bytes() == b"12345"
-
-
 # ----------------------------------------------------------------------------------------- places
 
 

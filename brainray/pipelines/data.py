@@ -19,6 +19,8 @@ from brainray.dataset.twins import (
 from brainray.errors import DataError
 from brainray.pipelines.config import TrainConfig
 
+MANIFEST_FILE = "manifest.parquet"
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedData:

@@ -16,6 +16,7 @@ from brainray.errors import DataError
 from brainray.model.classifier import load_classifier
 from brainray.pipelines.cluster import check_gpus, connect_ray
 from brainray.pipelines.data import (
+    MANIFEST_FILE,
     PreparedData,
     build_manifest,
     check_usable,
@@ -93,7 +94,7 @@ def find_training_manifest(job: EvaluateJob, card: dict[str, Any], say: Say) -> 
         ``manifest_uri`` was given and is missing, or is another classifier's.
     """
     beside = storage.make_absolute(job.classifier_uri).rpartition("/")[0]
-    uri = job.manifest_uri or storage.join(beside, "manifest.parquet")
+    uri = job.manifest_uri or storage.join(beside, MANIFEST_FILE)
     try:
         manifest = storage.read_table(uri)
     except FileNotFoundError:

@@ -33,6 +33,7 @@ ROWS_PER_TASK = 256
 """Images of one task: seconds of work on a CPU, beside which opening the classifier is little."""
 
 NUM_MISTAKES_SHOWN = 24
+METRICS_FILE = "metrics.json"
 METRICS_SCHEMA_VERSION = 1
 
 Say = Callable[[str], None]
@@ -285,5 +286,5 @@ def judge_and_report(
     storage.write_bytes(storage.join(output_uri, "report.html"), report.encode())
     if training is not None:
         amend_card(classifier_uri, {"metrics": {split: metrics[split] for split in curves}})
-    storage.write_json(storage.join(output_uri, "metrics.json"), metrics)
+    storage.write_json(storage.join(output_uri, METRICS_FILE), metrics)
     return metrics

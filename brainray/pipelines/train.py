@@ -27,17 +27,15 @@ from brainray.model.network import fetch_weights
 from brainray.pipelines.checkpoint import load_network_weights
 from brainray.pipelines.cluster import compute_cpus_per_worker, connect_ray
 from brainray.pipelines.config import Placement, TrainConfig, find_differences
-from brainray.pipelines.data import PreparedData, prepare_training_data
-from brainray.pipelines.judge import Say, judge_and_report
+from brainray.pipelines.data import MANIFEST_FILE, PreparedData, prepare_training_data
+from brainray.pipelines.judge import METRICS_FILE, Say, judge_and_report
 from brainray.pipelines.loop import WorkerSetup, train_worker
 from brainray.provenance import collect_versions, read_code_revision
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-METRICS_FILE = "metrics.json"
 RECORDS_FILE = "metrics.jsonl"
-MANIFEST_FILE = "manifest.parquet"
 CLASSIFIER_FOLDER = "classifier"
 CHECKPOINTS_FOLDER = "checkpoints"
 
@@ -201,14 +199,10 @@ def fit(
     TrainingError
         The workers failed more often than ``max_failures``.
     """
-    placement = job.placement
-    cpus_per_worker = compute_cpus_per_worker(placement)
-    filesystem, path = storage.resolve(job.output_uri)
-    train_indices = data.select("train")
     with relay_messages(say, tick) as messages:
         setup = WorkerSetup(
             config=job.config,
-            train_indices=train_indices,
+            train_indices=data.select("train"),
             val_indices=data.select("val"),
             labels=data.labels,
             row_groups=number_row_groups(data) if not data.store.in_object_store else None,
@@ -216,32 +210,12 @@ def fit(
             weights=weights,
             records_uri=job.at(RECORDS_FILE),
             tensorboard_uri=job.at("tensorboard"),
-            cpus_per_worker=cpus_per_worker,
-            use_gpu=placement.use_gpu,
+            cpus_per_worker=compute_cpus_per_worker(job.placement),
+            use_gpu=job.placement.use_gpu,
             messages=messages,
         )
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={"setup": setup},
-            scaling_config=ScalingConfig(
-                num_workers=placement.worker_range,  # type: ignore[arg-type]  # Ray takes a range
-                use_gpu=placement.use_gpu,
-                resources_per_worker={
-                    "CPU": cpus_per_worker,
-                    **({"GPU": 1} if placement.use_gpu else {}),
-                },
-            ),
-            run_config=RunConfig(
-                name=CHECKPOINTS_FOLDER,
-                storage_path=path,
-                storage_filesystem=filesystem,
-                failure_config=FailureConfig(max_failures=placement.max_failures),
-                checkpoint_config=CheckpointConfig(
-                    num_to_keep=1,  # the best; Ray Train keeps the last as well
-                    checkpoint_score_attribute=job.config.monitor,
-                ),
-            ),
-        )
+        trainer = build_trainer(job, setup)
+        on_interrupt = signal.getsignal(signal.SIGINT)
         try:
             return trainer.fit()
         except TrainingFailedError as error:
@@ -249,7 +223,34 @@ def fit(
         except SystemExit as stop:  # Ray Train's own handler of Ctrl-C ends so (2.60)
             raise KeyboardInterrupt from stop
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, on_interrupt)
+
+
+def build_trainer(job: TrainJob, setup: WorkerSetup) -> TorchTrainer:
+    """Say to Ray Train what runs where, and what is kept of it."""
+    placement = job.placement
+    filesystem, path = storage.resolve(job.output_uri)
+    resources = {"CPU": setup.cpus_per_worker} | ({"GPU": 1.0} if placement.use_gpu else {})
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"setup": setup},
+        scaling_config=ScalingConfig(
+            num_workers=placement.worker_range,  # type: ignore[arg-type]  # Ray takes a range
+            use_gpu=placement.use_gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=CHECKPOINTS_FOLDER,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=placement.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=1,  # the best; Ray Train keeps the last as well
+                checkpoint_score_attribute=job.config.monitor,
+            ),
+        ),
+    )
 
 
 def number_row_groups(data: PreparedData) -> NDArray[np.int64] | None:
