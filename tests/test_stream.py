@@ -82,6 +82,30 @@ def test_scan_knows_every_file_and_gives_its_bytes(phantom_folder: Path) -> None
     assert found.store.read([5, 0, 5]) == [files[i].read_bytes() for i in (5, 0, 5)]
 
 
+def test_kept_pixels_are_those_that_decoding_again_gives(phantom_folder: Path) -> None:
+    samples = find_samples(str(phantom_folder), CLASSES).samples
+    sizes = [Preprocessing(size_px=48), Preprocessing(size_px=32, fit="pad")]
+    limits = DecodeLimits()
+    kept = scan_samples(samples, limits=limits, keep=sizes).store
+    plain = scan_samples(samples, limits=limits).store
+    for preprocessing in sizes:
+        again = [load_image(c, preprocessing, limits) for c in plain.read([7, 0, 7])]
+        np.testing.assert_array_equal(kept.load_images([7, 0, 7], preprocessing, limits), again)
+        np.testing.assert_array_equal(plain.load_images([7, 0, 7], preprocessing, limits), again)
+
+
+def test_kept_pixels_are_not_decoded_again(
+    phantom_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = find_samples(str(phantom_folder), CLASSES).samples
+    size = Preprocessing(size_px=48)
+    kept = scan_samples(samples, limits=DecodeLimits(), keep=[size]).store
+    monkeypatch.setattr("brainray.dataset.scan.load_image", None)
+    assert kept.load_images([3, 1], size, DecodeLimits()).shape == (2, 48, 48)
+    with pytest.raises(TypeError):
+        kept.load_images([3], Preprocessing(size_px=64), DecodeLimits())
+
+
 def test_scan_names_the_reason_of_every_scan_it_rejects(
     phantom_folder: Path, tmp_path: Path
 ) -> None:

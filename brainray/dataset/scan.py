@@ -1,10 +1,11 @@
 """Open every scan once: hash, thumbnail, and the reason when it cannot be used.
 
-The same pass leaves the encoded bytes in Ray's object store when they fit there, so that
-training never goes back to the disk or the network for them.
+The same pass leaves in Ray's object store what fits there: the encoded bytes, so that
+nothing goes back to the disk or the network for them, and the pixels at the sizes that are
+asked for, so that no epoch decodes again what the first look has decoded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -21,12 +22,13 @@ from brainray import storage
 from brainray.dataset.twins import THUMBNAIL_PX, compute_thumbnail
 from brainray.errors import RejectedImage, StorageError
 from brainray.pixels.decode import DecodeLimits, decode_image
+from brainray.pixels.preprocess import Preprocessing, load_image, resize_image
 
 SCAN_ROWS_PER_TASK = 256
 """Scans opened by one task: about a tenth of a second of work for 224-px JPEGs."""
 
 OBJECT_STORE_SHARE = 0.4
-"""Encoded bytes stay in the object store up to this share of the smallest node's store.
+"""Scans stay in the object store up to this share of the smallest node's store.
 
 Ray Data asks for half of the store for blocks in flight; the rest is left to those.
 """
@@ -43,7 +45,7 @@ class ScanResult:
 
 
 class ScanStore:
-    """Encoded bytes of every scan, by index: from the object store, or from where they lie.
+    """Every scan's bytes and pixels, by index: from the object store, or from where they lie.
 
     It travels to tasks and workers as a handle of a few hundred bytes.
     """
@@ -70,12 +72,43 @@ class ScanStore:
         if self._blocks is None:
             samples: pa.Table = ray.get(self._samples)
             return read_samples(samples.take(pa.array(indices, pa.int64())))
+        tables, places = self._find(indices)
+        return [tables[block]["image_bytes"][row].as_py() for block, row in places]
+
+    def load_images(
+        self, indices: Sequence[int], preprocessing: Preprocessing, limits: DecodeLimits
+    ) -> NDArray[np.uint8]:
+        """Return the pixels of some scans, decoded and resized, in the order asked for.
+
+        Returns
+        -------
+        ndarray of uint8, shape (n, size_px, size_px)
+
+        Raises
+        ------
+        RejectedImage
+            A scan cannot be turned into pixels, or has vanished.
+        """
+        side = preprocessing.size_px
+        images = np.empty((len(indices), side, side), np.uint8)
+        column = _name_pixels(preprocessing)
+        if self._blocks is not None:
+            tables, places = self._find(indices)
+            if not tables or column in tables[0].column_names:
+                views = [_view_pixels(table[column], side) for table in tables]
+                for image, (block, row) in zip(images, places, strict=True):
+                    image[:] = views[block][row]
+                return images
+        for image, content in zip(images, self.read(indices), strict=True):
+            image[:] = load_image(content, preprocessing, limits)
+        return images
+
+    def _find(self, indices: Sequence[int]) -> tuple[list[pa.Table], NDArray[np.int64]]:
+        """Return the blocks and, of every index, its block and its row in it."""
+        assert self._blocks is not None
         tables = ray.get(self._blocks)
-        found = _locate(tuple(block.hex() for block in self._blocks), tables)
-        return [
-            tables[block]["image_bytes"][row].as_py()
-            for block, row in (found[index] for index in indices)
-        ]
+        located = _locate(tuple(block.hex() for block in self._blocks), tables)
+        return tables, located[np.asarray(indices, np.int64)]
 
 
 _located: dict[tuple[str, ...], NDArray[np.int64]] = {}
@@ -91,6 +124,18 @@ def _locate(key: tuple[str, ...], tables: list[pa.Table]) -> NDArray[np.int64]:
         _located.clear()
         _located[key] = located
     return _located[key]
+
+
+def _name_pixels(preprocessing: Preprocessing) -> str:
+    return f"pixels_{preprocessing.fit}_{preprocessing.size_px}"
+
+
+def _view_pixels(column: pa.ChunkedArray, side: int) -> NDArray[np.uint8]:
+    """View a column of pixels as an array, shape (rows, side, side), without copying it."""
+    values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    pixels = np.frombuffer(values.buffers()[1], np.uint8)
+    start = values.offset * side**2
+    return pixels[start : start + len(values) * side**2].reshape(-1, side, side)
 
 
 def read_samples(samples: pa.Table) -> list[bytes]:
@@ -130,7 +175,9 @@ def _read_row_group(uri: str, row_group: int) -> pa.ChunkedArray:
         return parquet.read_row_group(row_group, columns=["image_bytes"])["image_bytes"]
 
 
-def scan_samples(samples: pa.Table, *, limits: DecodeLimits) -> ScanResult:
+def scan_samples(
+    samples: pa.Table, *, limits: DecodeLimits, keep: Collection[Preprocessing] = ()
+) -> ScanResult:
     """Open every scan once, in parallel Ray Data tasks.
 
     Parameters
@@ -139,8 +186,13 @@ def scan_samples(samples: pa.Table, *, limits: DecodeLimits) -> ScanResult:
         From :func:`brainray.dataset.source.find_samples`.
     limits : DecodeLimits
         What is too large to open.
+    keep : collection of Preprocessing
+        Pixels that will be asked for again; they are kept where they fit.
     """
-    fits = bytes_fit_object_store(sum(samples["size_bytes"].to_pylist()))
+    num_bytes = sum(samples["size_bytes"].to_pylist())
+    num_pixels = samples.num_rows * sum(one.size_px**2 for one in keep)
+    fits = bytes_fit_object_store(num_bytes)
+    kept = tuple(keep) if bytes_fit_object_store(num_bytes + num_pixels) else ()
     indexed = samples.append_column("index", pa.array(range(samples.num_rows), pa.int64()))
     parts = [
         indexed.slice(start, SCAN_ROWS_PER_TASK)
@@ -152,7 +204,7 @@ def scan_samples(samples: pa.Table, *, limits: DecodeLimits) -> ScanResult:
             _scan_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
             batch_size=None,
             batch_format="pyarrow",
-            fn_kwargs={"limits": limits, "keep_bytes": fits},
+            fn_kwargs={"limits": limits, "keep_bytes": fits, "keep": kept},
         )
         .materialize()
     )
@@ -172,28 +224,47 @@ def bytes_fit_object_store(num_bytes: int) -> bool:
     return num_bytes <= OBJECT_STORE_SHARE * min(stores, default=0.0)
 
 
-def _scan_batch(batch: pa.Table, *, limits: DecodeLimits, keep_bytes: bool) -> pa.Table:
-    rows = [_scan_one(batch, row, limits) for row in range(batch.num_rows)]
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What one look at a scan brought."""
+
+    content_sha256: str | None
+    reason: str | None = None
+    content: bytes = b""
+    squares: tuple[bytes | None, ...] = ()
+    """The thumbnail, then the pixels to keep."""
+
+
+def _scan_batch(
+    batch: pa.Table, *, limits: DecodeLimits, keep_bytes: bool, keep: Sequence[Preprocessing]
+) -> pa.Table:
+    looks = [_look_at(batch, row, limits, keep) for row in range(batch.num_rows)]
     columns: dict[str, Any] = {
         "index": batch["index"],
-        "content_sha256": pa.array([row[0] for row in rows], pa.string()),
-        "thumbnail": pa.array([row[1] for row in rows], pa.binary(THUMBNAIL_PX**2)),
-        "reason": pa.array([row[2] for row in rows], pa.string()),
+        "content_sha256": pa.array([look.content_sha256 for look in looks], pa.string()),
+        "reason": pa.array([look.reason for look in looks], pa.string()),
     }
     if keep_bytes:
-        columns["image_bytes"] = pa.array([row[3] for row in rows], pa.binary())
+        columns["image_bytes"] = pa.array([look.content for look in looks], pa.binary())
+    sides = [THUMBNAIL_PX, *(one.size_px for one in keep)]
+    names = ["thumbnail", *map(_name_pixels, keep)]
+    for place, (name, side) in enumerate(zip(names, sides, strict=True)):
+        values = [look.squares[place] if look.squares else None for look in looks]
+        columns[name] = pa.array(values, pa.binary(side**2))
     return pa.table(columns)
 
 
-def _scan_one(
-    batch: pa.Table, row: int, limits: DecodeLimits
-) -> tuple[str | None, bytes | None, str | None, bytes]:
-    """Return the content's hash, the thumbnail, the reason for a rejection, and the bytes."""
+def _look_at(
+    batch: pa.Table, row: int, limits: DecodeLimits, keep: Sequence[Preprocessing]
+) -> _Look:
     content = b""
     try:
         (content,) = read_samples(batch.slice(row, 1))
-        thumbnail = compute_thumbnail(decode_image(content, limits)).tobytes()
-        return sha256(content).hexdigest(), thumbnail, None, content
+        pixels = decode_image(content, limits)
     except RejectedImage as rejection:
         has_content = rejection.reason not in ("missing", "unreadable")
-        return sha256(content).hexdigest() if has_content else None, None, rejection.reason, b""
+        return _Look(sha256(content).hexdigest() if has_content else None, rejection.reason)
+    squares = (compute_thumbnail(pixels), *(resize_image(pixels, one) for one in keep))
+    return _Look(
+        sha256(content).hexdigest(), None, content, tuple(square.tobytes() for square in squares)
+    )

@@ -29,7 +29,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from brainray.dataset.scan import ScanStore
 from brainray.errors import TrainingError
 from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import Preprocessing, load_image
+from brainray.pixels.preprocess import Preprocessing
 
 CHUNK_BYTES = 8 * 2**20
 """Decoded pixels of one task: some 900 images at 96 px, 170 at 224 px; Ray's cost per task
@@ -185,8 +185,7 @@ def _decode_chunk(
     preprocessing = replace(plan.preprocessing, size_px=chunk.size_px)
     images = np.zeros((len(indices), chunk.size_px, chunk.size_px), np.uint8)
     real = np.flatnonzero(indices >= 0)
-    for row, content in zip(real, store.read(indices[real].tolist()), strict=True):
-        images[row] = load_image(content, preprocessing, plan.limits)
+    images[real] = store.load_images(indices[real].tolist(), preprocessing, plan.limits)
     return {"ticket": np.full(len(indices), ticket), "index": indices, "image": images}
 
 

@@ -1,6 +1,6 @@
 """What a training run is made of: every number that shapes the classifier, with its unit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from brainray.errors import ConfigError
@@ -84,6 +84,11 @@ class TrainConfig:
         sizes = self.train_sizes_px or (self.preprocessing.size_px,)
         epochs_left = range(self.num_epochs - 1, -1, -1)  # counted back, so that the last is last
         return tuple(sizes[-1 - left * len(sizes) // self.num_epochs] for left in epochs_left)
+
+    def list_pixel_sizes(self) -> list[Preprocessing]:
+        """Return every way in which the run asks for an image's pixels."""
+        sizes = {self.preprocessing.size_px, *self.list_epoch_sizes()}
+        return [replace(self.preprocessing, size_px=size) for size in sorted(sizes)]
 
     @property
     def starts_with_head(self) -> bool:

@@ -60,7 +60,7 @@ def prepare_training_data(found: FoundSamples, config: TrainConfig) -> PreparedD
         The folders, labels or images do not make a data set.
     """
     samples = found.samples
-    scan = scan_samples(samples, limits=config.limits)
+    scan = scan_samples(samples, limits=config.limits, keep=config.list_pixel_sizes())
     labels = samples["label"].to_numpy().astype(np.int64)
     kept = check_usable(labels, scan.table, config.classes)
     standardised = standardise_thumbnails(stack_thumbnails(scan.table["thumbnail"].take(kept)))

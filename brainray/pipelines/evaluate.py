@@ -13,7 +13,7 @@ from brainray.dataset.source import FoundSamples, find_samples
 from brainray.dataset.split import hash_manifest
 from brainray.dataset.twins import find_nearest, group_twins, merge_groups, standardise_thumbnails
 from brainray.errors import DataError
-from brainray.model.classifier import load_classifier
+from brainray.model.classifier import Classifier, load_classifier
 from brainray.pipelines.cluster import check_gpus, connect_ray
 from brainray.pipelines.data import (
     MANIFEST_FILE,
@@ -70,7 +70,7 @@ def evaluate(job: EvaluateJob, *, say: Say = logger.info, verbose: bool = False)
     connect_ray(verbose=verbose)
     if job.use_gpu:
         check_gpus(1)
-    data = prepare_evaluation_data(found, classifier.classes, training, job)
+    data = prepare_evaluation_data(found, classifier, training, job)
     return judge_and_report(
         data,
         output_uri=job.output_uri,
@@ -111,11 +111,11 @@ def find_training_manifest(job: EvaluateJob, card: dict[str, Any], say: Say) -> 
 
 
 def prepare_evaluation_data(
-    found: FoundSamples, classes: tuple[str, ...], training: pa.Table | None, job: EvaluateJob
+    found: FoundSamples, classifier: Classifier, training: pa.Table | None, job: EvaluateJob
 ) -> PreparedData:
     """Scan and group the scans to judge, and look up their nearest training images."""
-    samples = found.samples
-    scan = scan_samples(samples, limits=job.limits)
+    samples, classes = found.samples, classifier.classes
+    scan = scan_samples(samples, limits=job.limits, keep=[classifier.preprocessing])
     labels = samples["label"].to_numpy().astype(np.int64)
     kept = check_usable(labels, scan.table, classes)
     standardised = standardise_thumbnails(stack_thumbnails(scan.table["thumbnail"].take(kept)))

@@ -22,7 +22,6 @@ from brainray.metrics import compute_accuracy, compute_curves, compute_evaluatio
 from brainray.model.classifier import Classifier, amend_card, load_classifier, read_card
 from brainray.pipelines.data import PreparedData
 from brainray.pixels.decode import DecodeLimits, decode_image
-from brainray.pixels.preprocess import load_image
 from brainray.provenance import collect_versions, read_code_revision
 from brainray.reporting.report import Mistake, render_report
 
@@ -56,8 +55,7 @@ def _answer_batch(
 ) -> dict[str, NDArray[Any]]:
     """Decode and classify some samples; runs as a Ray Data task."""
     classifier = _open_classifier(classifier_uri, use_gpu)
-    contents = store.read(batch["index"].tolist())
-    images = np.stack([load_image(c, classifier.preprocessing, limits) for c in contents])
+    images = store.load_images(batch["index"].tolist(), classifier.preprocessing, limits)
     parts = [
         classifier.predict_probs(images[start : start + BATCH_SIZE])
         for start in range(0, len(images), BATCH_SIZE)
