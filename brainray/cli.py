@@ -1,4 +1,4 @@
-"""The doors for a person: `brainray train|evaluate|demo|doctor`; jobs/*.py are the same."""
+"""The doors for a person: `brainray COMMAND`; jobs/*.py are the same doors."""
 
 import dataclasses
 import logging
@@ -13,15 +13,19 @@ from rich.console import Console
 
 from brainray import runlog, storage
 from brainray.errors import BrainrayError, UserError
+from brainray.pipelines.classify import ClassifyJob, classify
 from brainray.pipelines.config import Placement, TrainConfig
 from brainray.pipelines.demo import DemoJob, run_demo
 from brainray.pipelines.doctor import examine
 from brainray.pipelines.evaluate import EvaluateJob, evaluate
+from brainray.pipelines.tally import Standing
 from brainray.pipelines.train import TrainJob, train
 from brainray.recipes import RECIPES, build_recipe
 
 SETTLING_S = 3.0
 """Seconds into an epoch before its pace says anything about its end."""
+
+REDRAW_S = 0.5
 
 EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -57,6 +61,15 @@ class EvaluateOptions:
     """Show Ray's own lines too."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClassifyOptions:
+    """Classify scans in bulk with a sealed classifier; a row of Parquet for every scan."""
+
+    job: Annotated[ClassifyJob, tyro.conf.arg(name="")]
+    verbose: bool = False
+    """Show Ray's own lines too."""
+
+
 class Voice:
     """Speaks to the person at the door: lines, and one line of progress that is rewritten."""
 
@@ -64,6 +77,7 @@ class Voice:
         self._console = Console(highlight=False, soft_wrap=True)
         self._epoch_started = (-1, 0.0)
         self._told_at = time.monotonic()
+        self._shown_at = 0.0
 
     def say(self, line: str) -> None:
         """Print one line."""
@@ -80,7 +94,16 @@ class Voice:
         if elapsed < SETTLING_S:
             return
         left = runlog.format_duration(elapsed / done * (total - done))
-        line = f"epoch {message['epoch'] + 1:>3}  step {done}/{total}  {left} left in it"
+        self._show(f"epoch {message['epoch'] + 1:>3}  step {done}/{total}  {left} left in it", now)
+
+    def progress(self, standing: Standing) -> None:
+        """Show how far a bulk run is, in the same way."""
+        now = time.monotonic()
+        if now - self._shown_at > REDRAW_S or standing.done == standing.total:
+            self._shown_at = now
+            self._show(describe_standing(standing), now)
+
+    def _show(self, line: str, now: float) -> None:
         if self._console.is_terminal:
             self._clear()
             self._console.print(line, end="", markup=False)
@@ -98,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": run_train,
+        "classify": run_classify,
         "evaluate": run_evaluate,
         "demo": run_demonstration,
         "doctor": run_doctor,
@@ -169,6 +193,31 @@ def run_evaluate(arguments: list[str]) -> None:
     _guard(run)
 
 
+def run_classify(arguments: list[str]) -> None:
+    """`brainray classify`, `python jobs/classify.py`."""
+    options = _guard(
+        lambda: tyro.cli(
+            ClassifyOptions,
+            args=arguments,
+            prog="brainray classify",
+            config=(tyro.conf.UseAppendAction,),
+        )
+    )
+    voice = Voice()
+    job = dataclasses.replace(
+        options.job,
+        scans_uri=tuple(map(storage.make_absolute, options.job.scans_uri)),
+        classifier_uri=storage.make_absolute(options.job.classifier_uri),
+        output_uri=storage.make_absolute(options.job.output_uri),
+    )
+
+    def run() -> None:
+        metrics = classify(job, say=voice.say, tick=voice.progress, verbose=options.verbose)
+        _conclude_bulk(voice, metrics, job.output_uri)
+
+    _guard(run)
+
+
 def run_demonstration(arguments: list[str]) -> None:
     """`brainray demo`."""
     job = _guard(lambda: tyro.cli(DemoJob, args=arguments, prog="brainray demo"))
@@ -202,6 +251,46 @@ def _conclude(voice: Voice, metrics: dict[str, Any], output_uri: str) -> None:
         voice.say(f"classifier  {storage.join(output_uri, 'classifier')}")
     voice.say(f"report      {storage.join(output_uri, 'report.html')}")
     voice.say("Research use only; not a medical device.")
+
+
+def _conclude_bulk(voice: Voice, metrics: dict[str, Any], output_uri: str) -> None:
+    """Print what a bulk run did, and where things are."""
+    run = metrics["run"]
+    if "evaluation" in metrics:
+        voice.say(describe_scores("truth", metrics["evaluation"]))
+    voice.say(describe_counts(run))
+    voice.say(f"speed       {run['images_per_s']:.1f} images/s with the start; {run['bottleneck']}")
+    voice.say(f"answers     {storage.join(output_uri, 'predictions')}")
+    voice.say(f"report      {storage.join(output_uri, 'report.html')}")
+    voice.say("Research use only; not a medical device.")
+
+
+def describe_counts(run: dict[str, Any]) -> str:
+    """Say in one line what became of a bulk run's scans."""
+    counts = run["new_counts"]
+    line = f"scans       {run['num_new']:,} new: {counts['by_status']['classified']:,} classified"
+    if counts["by_status"]["rejected"]:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts["by_reason"].items())
+        line += f", {counts['by_status']['rejected']:,} rejected ({reasons})"
+    if run["num_known"]:
+        line += f"; {run['num_known']:,} looked at again and unchanged"
+    return line
+
+
+def describe_standing(standing: Standing) -> str:
+    """Say in one line how far a bulk run has come."""
+    total = f"{standing.total:,}" if standing.is_total_known else f"{standing.total:,}+"
+    line = f"{standing.done:,}/{total} scans"
+    since_first = standing.done - standing.done_at_first
+    if standing.elapsed_s > SETTLING_S and since_first:
+        rate = since_first / standing.elapsed_s
+        line += f"  {rate:.1f} images/s"
+        if standing.is_total_known:
+            left = (standing.total - standing.done) / rate
+            line += f"  {runlog.format_duration(left)} left"
+    if standing.rejected:
+        line += f"  {standing.rejected:,} rejected"
+    return line
 
 
 def describe_scores(split: str, scores: dict[str, Any]) -> str:

@@ -10,7 +10,8 @@
     │   ├── WeightsError          pretrained weights that cannot be had or do not fit
     │   ├── ClassifierError       a damaged or foreign classifier folder
     │   └── RejectedImage         one scan's bytes; carries a stable reason code
-    └── TrainingError             what a user cannot mend; exit 1
+    ├── TrainingError             what a user cannot mend; exit 1
+    └── ClassificationError       likewise, of a bulk run
 
 A message says what was expected, what was found, where, and the remedy.
 """
@@ -46,6 +47,10 @@ class ClassifierError(UserError):
 
 class TrainingError(BrainrayError):
     """Training failed for a reason that the user cannot mend from the command line."""
+
+
+class ClassificationError(BrainrayError):
+    """A bulk run failed for a reason that the user cannot mend from the command line."""
 
 
 class RejectedImage(UserError):  # noqa: N818 - a rejection is an answer, not a fault

@@ -5,13 +5,16 @@ local file is written beside its final name and renamed, and an object store sho
 object only when its upload is complete.
 """
 
+import io
 import json
 import os
+import stat
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,6 +37,27 @@ class FoundFile:
     relative_path: str
     """Path below the listed folder, with forward slashes."""
     size_bytes: int
+    """-1 where there is no regular file behind the name."""
+    modified_ns: int = 0
+    """When it was last written, in nanoseconds since 1970; 0 where that is not known."""
+
+
+def _local_path(uri: str) -> Path | None:
+    """Return the path of a local place, whatever bytes its name is made of; None for others."""
+    if "://" not in uri:
+        return Path(uri).expanduser().absolute()
+    if uri.startswith("file://"):
+        return Path(unquote(uri.removeprefix("file://"), errors="surrogateescape"))
+    return None
+
+
+def _name_local(path: str) -> str:
+    """Return the URI of a local path: itself, or percent-encoded where it is not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "file://" + quote(os.fsencode(path))
+    return path
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
@@ -89,6 +113,9 @@ def exists(uri: str) -> bool:
 
 def is_folder(uri: str) -> bool:
     """Tell whether a folder is there."""
+    local = _local_path(uri)
+    if local is not None:
+        return local.is_dir()
     filesystem, path = resolve(uri)
     try:
         return bool(filesystem.get_file_info(path).type == fs.FileType.Directory)
@@ -124,6 +151,98 @@ def list_files(uri: str) -> list[FoundFile]:
     return sorted(found, key=lambda file: file.relative_path)
 
 
+def iterate_files(uri: str, on_error: Callable[[str, OSError], None]) -> Iterator[FoundFile]:
+    """Yield the files below a folder while it is still being listed, folder by folder.
+
+    Links are followed, each folder once. Hidden files and folders, and what is not a
+    regular file, are yielded too; callers decide.
+
+    Parameters
+    ----------
+    uri : str
+        The folder.
+    on_error : callable
+        Takes a folder that cannot be listed, and why; the listing goes on without it.
+    """
+    root = _local_path(uri)
+    if root is not None:
+        yield from _iterate_local(root, on_error)
+        return
+    filesystem, start = resolve(uri)
+    base, prefix = make_absolute(uri), start.rstrip("/") + "/"
+    waiting = [start]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            infos = filesystem.get_file_info(fs.FileSelector(folder))
+        except OSError as error:
+            on_error(join(base, folder.removeprefix(prefix)), error)
+            continue
+        for info in sorted(infos, key=lambda info: str(info.path)):
+            if info.type == fs.FileType.Directory:
+                waiting.append(info.path)
+            else:
+                relative = info.path.removeprefix(prefix)
+                size, modified = int(info.size or 0), int(info.mtime_ns or 0)
+                yield FoundFile(join(base, relative), relative, size, modified)
+
+
+def _iterate_local(root: Path, on_error: Callable[[str, OSError], None]) -> Iterator[FoundFile]:
+    waiting, visited = [str(root)], set()
+    while waiting:
+        folder = waiting.pop()
+        try:
+            found = os.stat(folder)  # noqa: PTH116 - paths here are strings of any bytes
+            if (found.st_dev, found.st_ino) in visited:
+                continue
+            visited.add((found.st_dev, found.st_ino))
+            with os.scandir(folder) as entries:
+                names = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            on_error(_name_local(folder), error)
+            continue
+        for entry in names:
+            if entry.is_dir():
+                waiting.append(entry.path)
+            else:
+                relative = os.path.relpath(entry.path, root)
+                yield FoundFile(_name_local(entry.path), relative, *_measure(entry))
+
+
+def _measure(entry: "os.DirEntry[str] | Path") -> tuple[int, int]:
+    """Return a file's size and time, as FoundFile has them."""
+    try:
+        found = entry.stat()
+    except OSError:  # a broken link, or it vanished
+        return -1, 0
+    return (found.st_size if stat.S_ISREG(found.st_mode) else -1), found.st_mtime_ns
+
+
+def find_file(uri: str) -> FoundFile | None:
+    """Look at one file; None if there is none.
+
+    Raises
+    ------
+    StorageError
+        The place cannot be looked at.
+    """
+    local = _local_path(uri)
+    place = make_absolute(uri)
+    name = place.rpartition("/")[2]
+    try:
+        if local is not None:
+            if not os.path.lexists(local) or local.is_dir():
+                return None
+            return FoundFile(place, name, *_measure(local))
+        filesystem, path = resolve(uri)
+        info = filesystem.get_file_info(path)
+    except (OSError, ValueError) as error:
+        raise _explain("look at", uri, error) from error
+    if info.type != fs.FileType.File:
+        return None
+    return FoundFile(place, name, int(info.size or 0), int(info.mtime_ns or 0))
+
+
 def list_folders(uri: str) -> list[str]:
     """List the names of the folders directly below a folder, sorted.
 
@@ -142,8 +261,13 @@ def list_folders(uri: str) -> list[str]:
     return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
 
 
-def read_bytes(uri: str) -> bytes:
+def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
     """Read one file whole.
+
+    Parameters
+    ----------
+    max_bytes : int, optional
+        Read no more than one byte beyond this, which tells that there is more.
 
     Raises
     ------
@@ -152,14 +276,35 @@ def read_bytes(uri: str) -> bytes:
     StorageError
         It is there and cannot be read.
     """
-    filesystem, path = resolve(uri)
+    limit = -1 if max_bytes is None else max_bytes + 1
+    path = _local_path(uri)
     try:
-        with filesystem.open_input_file(path) as stream:
-            return bytes(stream.readall())
+        if path is not None:
+            return _read_local(path, limit)
+        filesystem, remote = resolve(uri)
+        with filesystem.open_input_file(remote) as stream:
+            return bytes(stream.read() if limit < 0 else stream.read(limit))
     except FileNotFoundError:
         raise
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
         raise _explain("read", uri, error) from error
+
+
+def _read_local(path: Path, limit: int) -> bytes:
+    # A pipe or a device could block for ever; opening one without blocking cannot.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as stream:  # noqa: PTH123 - of a descriptor
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("it is not a regular file")
+        return stream.readall() if limit < 0 else _read_up_to(stream, limit)
+
+
+def _read_up_to(stream: "io.FileIO", limit: int) -> bytes:
+    parts, left = [], limit
+    while left and (part := stream.read(left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 def write_bytes(uri: str, content: bytes) -> None:

@@ -17,9 +17,19 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from brainray import cli
+from brainray.errors import ConfigError
+from brainray.pipelines.answers import LEASE_LIFE_S
+from brainray.pipelines.classify import CPUS_PER_PREDICTOR, ClassifyJob
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
-RAYJOB_SCHEMA = ROOT.parent / "shared" / "schemas" / "ray.io_v1_RayJob.json.gz"
+SCHEMAS = ROOT.parent / "shared" / "schemas"
+TRAIN, CLASSIFY = "rayjob-train.yaml", "raycronjob-classify.yaml"
+
+# For what holds of one of the two manifests only.
+only_training = pytest.mark.parametrize("documents", [TRAIN], indirect=True)
+only_classifying = pytest.mark.parametrize("documents", [CLASSIFY], indirect=True)
 
 # Dashboard and jobs, Ray client, GCS: each of them runs code for whoever reaches it.
 CODE_PORTS = {8265, 10001, 6379}
@@ -79,29 +89,37 @@ def cluster() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "cluster.yaml").read_text())
 
 
-@pytest.fixture
-def documents() -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((ROOT / "deploy" / "rayjob-train.yaml").read_text()))
+@pytest.fixture(params=[TRAIN, CLASSIFY])
+def documents(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((ROOT / "deploy" / request.param).read_text()))
 
 
 @pytest.fixture
-def rayjob(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    (job,) = (document for document in documents if document["kind"] == "RayJob")
-    return job
+def resource(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what KubeRay acts upon: a RayJob, or a RayCronJob that makes RayJobs."""
+    (found,) = (document for document in documents if document["apiVersion"] == "ray.io/v1")
+    return found
 
 
 @pytest.fixture
-def rayjob_schema() -> dict[str, Any]:
-    if not RAYJOB_SCHEMA.exists():
-        pytest.skip(f"no custom resource schema at {RAYJOB_SCHEMA}")
-    return json.loads(gzip.decompress(RAYJOB_SCHEMA.read_bytes()))
+def rayjob_spec(resource: dict[str, Any]) -> dict[str, Any]:
+    spec = resource["spec"]
+    return spec["jobTemplate"] if resource["kind"] == "RayCronJob" else spec
 
 
 @pytest.fixture
-def pod_templates(rayjob: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    ray = rayjob["spec"]["rayClusterSpec"]
+def resource_schema(resource: dict[str, Any]) -> dict[str, Any]:
+    place = SCHEMAS / f"ray.io_v1_{resource['kind']}.json.gz"
+    if not place.exists():
+        pytest.skip(f"no custom resource schema at {place}")
+    return json.loads(gzip.decompress(place.read_bytes()))
+
+
+@pytest.fixture
+def pod_templates(rayjob_spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    ray = rayjob_spec["rayClusterSpec"]
     workers = {group["groupName"]: group["template"] for group in ray["workerGroupSpecs"]}
-    submitter = rayjob["spec"]["submitterPodTemplate"]
+    submitter = rayjob_spec["submitterPodTemplate"]
     return {"head": ray["headGroupSpec"]["template"], "submitter": submitter, **workers}
 
 
@@ -113,6 +131,30 @@ def repository_files() -> list[str]:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+
+
+ReadFlags = Callable[[list[str]], ClassifyJob]
+
+
+@pytest.fixture
+def read_flags(monkeypatch: pytest.MonkeyPatch) -> ReadFlags:
+    """Return what reads flags as `python jobs/classify.py` does, and stops before the work."""
+    jobs: list[ClassifyJob] = []
+
+    def stop(job: ClassifyJob, **_: object) -> None:
+        jobs.append(job)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(cli, "classify", stop)
+
+    def read(flags: list[str]) -> ClassifyJob:
+        with pytest.raises(SystemExit):
+            cli.run_classify(flags)
+        (job,) = jobs  # empty when the parser refused
+        jobs.clear()
+        return job
+
+    return read
 
 
 def is_in_repository(source: str, repository_files: list[str]) -> bool:
@@ -200,62 +242,117 @@ def test_cluster_mounts_only_files_of_the_repository(
     assert missing == []
 
 
-# deploy/rayjob-train.yaml
+# deploy/rayjob-train.yaml, deploy/raycronjob-classify.yaml
 
 
-def test_rayjob_follows_its_custom_resource(
-    rayjob: dict[str, Any], rayjob_schema: dict[str, Any]
+def test_resource_follows_its_definition(
+    resource: dict[str, Any], resource_schema: dict[str, Any]
 ) -> None:
     # The API server checks metadata against its own ObjectMeta, not against the resource.
-    assert set(rayjob.pop("metadata")) <= {"name", "namespace", "labels", "annotations"}
-    jsonschema.Draft202012Validator(rayjob_schema).validate(rayjob)
-    assert find_refused(rayjob, rayjob_schema) == []
+    assert set(resource.pop("metadata")) <= {"name", "namespace", "labels", "annotations"}
+    jsonschema.Draft202012Validator(resource_schema).validate(resource)
+    assert find_refused(resource, resource_schema) == []
+
+
+def set_cpu_limit(spec: dict[str, Any], cpu: object) -> None:
+    pod = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    pod["containers"][0]["resources"]["limits"] = {"cpu": cpu}
 
 
 @pytest.mark.parametrize(
-    ("path", "break_it"),
+    ("documents", "path", "break_it"),
     [
-        ("/spec/shutdownAfterJobFinish", lambda s: s.update(shutdownAfterJobFinish=True)),
-        ("/spec/authOptions", lambda s: s.update(authOptions={"mode": "token"})),
         (
+            TRAIN,
+            "/spec/shutdownAfterJobFinish",
+            lambda spec: spec.update(shutdownAfterJobFinish=True),
+        ),
+        (TRAIN, "/spec/authOptions", lambda spec: spec.update(authOptions={"mode": "token"})),
+        (
+            TRAIN,
             "/spec/rayClusterSpec/headGroupSpec/template/spec/containers/0/resources/limits/cpu",
-            lambda s: s["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0][
-                "resources"
-            ]["limits"].update(cpu=0.5),
+            lambda spec: set_cpu_limit(spec, 0.5),
+        ),
+        # A batch/v1 CronJob wraps its template's spec; KubeRay's does not.
+        (
+            CLASSIFY,
+            "/spec/jobTemplate/spec",
+            lambda spec: spec["jobTemplate"].update(spec={"entrypoint": "true"}),
+        ),
+        # Once KubeRay has this field, the manifest should say Forbid, and its comment go.
+        (
+            CLASSIFY,
+            "/spec/concurrencyPolicy",
+            lambda spec: spec.update(concurrencyPolicy="Forbid"),
         ),
     ],
+    indirect=["documents"],
 )
 def test_refusal_notices_what_an_api_server_would(
-    rayjob: dict[str, Any],
-    rayjob_schema: dict[str, Any],
+    resource: dict[str, Any],
+    resource_schema: dict[str, Any],
     path: str,
     break_it: Callable[[dict[str, Any]], None],
 ) -> None:
-    del rayjob["metadata"]
-    broken = copy.deepcopy(rayjob)
+    del resource["metadata"]
+    broken = copy.deepcopy(resource)
     break_it(broken["spec"])
-    (complaint,) = find_refused(broken, rayjob_schema)
+    (complaint,) = find_refused(broken, resource_schema)
     assert complaint.startswith(f"{path}:")
 
 
+@only_training
 def test_rayjob_runs_the_training_door_and_cleans_up(
-    rayjob: dict[str, Any], repository_files: list[str]
+    rayjob_spec: dict[str, Any], repository_files: list[str]
 ) -> None:
-    spec = rayjob["spec"]
-    python, script, *flags = shlex.split(spec["entrypoint"])
+    python, script, *flags = shlex.split(rayjob_spec["entrypoint"])
     assert (python, script) == ("python", "jobs/train.py")
     assert is_in_repository(script, repository_files)
-    assert "--use-gpu" in flags
-    for uri in ("--data-uri", "--output-uri"):
-        assert flags[flags.index(uri) + 1].startswith("s3://")
-    assert flags[flags.index("--recipe") + 1] == "gpu"
-    (workers,) = spec["rayClusterSpec"]["workerGroupSpecs"]
-    assert int(flags[flags.index("--num-workers") + 1]) == workers["replicas"]
-    assert spec["shutdownAfterJobFinishes"] is True
+    options = cli._parse_train(flags)
+    assert options.placement.use_gpu
+    assert options.data_uri.startswith("s3://")
+    assert options.output_uri.startswith("s3://")
+    assert options.recipe == "gpu"
+    (workers,) = rayjob_spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert options.placement.num_workers == workers["replicas"]
+    assert rayjob_spec["shutdownAfterJobFinishes"] is True
 
 
-def test_rayjob_requires_a_token(rayjob: dict[str, Any]) -> None:
-    ray = rayjob["spec"]["rayClusterSpec"]
+@only_classifying
+def test_cronjob_runs_the_bulk_door_and_cleans_up(
+    rayjob_spec: dict[str, Any], repository_files: list[str], read_flags: ReadFlags
+) -> None:
+    python, script, *flags = shlex.split(rayjob_spec["entrypoint"])
+    assert (python, script) == ("python", "jobs/classify.py")
+    assert is_in_repository(script, repository_files)
+    job = read_flags(flags)
+    (inbox,) = job.scans_uri
+    for uri in (inbox, job.classifier_uri, job.output_uri):
+        assert uri.startswith("s3://")
+    assert not job.replace, "an hourly exchange would hide that the classifier changed"
+    (workers,) = rayjob_spec["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    assert int(container["resources"]["limits"]["cpu"]) % CPUS_PER_PREDICTOR == 0
+    assert job.num_predictors is None, "the job makes one for every four CPUs"
+    assert workers["minReplicas"] == workers["replicas"] == workers["maxReplicas"]
+    assert rayjob_spec["shutdownAfterJobFinishes"] is True
+
+
+@only_classifying
+def test_cronjob_runs_never_meet(resource: dict[str, Any], rayjob_spec: dict[str, Any]) -> None:
+    """Every hour, and over within it: KubeRay has no concurrencyPolicy."""
+    minute, *rest = resource["spec"]["schedule"].split()
+    assert minute.isdecimal()
+    assert rest == ["*"] * 4
+    ray = rayjob_spec["rayClusterSpec"]
+    pods = [ray["headGroupSpec"], *ray["workerGroupSpecs"]]
+    grace_s = max(p["template"]["spec"].get("terminationGracePeriodSeconds", 30) for p in pods)
+    ended_s = rayjob_spec["activeDeadlineSeconds"] + rayjob_spec["ttlSecondsAfterFinished"]
+    assert ended_s + grace_s + LEASE_LIFE_S < 3600
+
+
+def test_rayjob_requires_a_token(rayjob_spec: dict[str, Any]) -> None:
+    ray = rayjob_spec["rayClusterSpec"]
     assert ray["authOptions"] == {"mode": "token"}
     assert ray["rayVersion"] == locked_ray_version()
 
@@ -263,7 +360,7 @@ def test_rayjob_requires_a_token(rayjob: dict[str, Any]) -> None:
 def test_every_pod_is_bounded_and_unprivileged(
     pod_templates: dict[str, dict[str, Any]],
 ) -> None:
-    assert set(pod_templates) == {"head", "submitter", "gpu"}
+    assert len(pod_templates) == 3
     for name, template in pod_templates.items():
         pod = template["spec"]
         assert pod["securityContext"]["runAsNonRoot"] is True, name
@@ -276,20 +373,30 @@ def test_every_pod_is_bounded_and_unprivileged(
             assert {"cpu", "memory"} <= set(container["resources"][bound]), (name, bound)
 
 
-def test_only_the_workers_hold_gpus(
-    rayjob: dict[str, Any], pod_templates: dict[str, dict[str, Any]]
+@pytest.mark.parametrize(
+    ("documents", "expected"),
+    [
+        (TRAIN, {"head": 0, "submitter": 0, "gpu": 1}),
+        (CLASSIFY, {"head": 0, "submitter": 0, "cpu": 0}),
+    ],
+    indirect=["documents"],
+)
+def test_only_workers_that_compute_on_gpus_hold_them(
+    rayjob_spec: dict[str, Any],
+    pod_templates: dict[str, dict[str, Any]],
+    expected: dict[str, int],
 ) -> None:
     gpus = {
         name: template["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0)
         for name, template in pod_templates.items()
     }
-    assert gpus == {"head": 0, "submitter": 0, "gpu": 1}
-    head = rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]
+    assert gpus == expected
+    head = rayjob_spec["rayClusterSpec"]["headGroupSpec"]
     assert head["rayStartParams"]["num-cpus"] == "0"
 
 
 def test_ray_pods_send_no_usage_reports(pod_templates: dict[str, dict[str, Any]]) -> None:
-    for name in ("head", "gpu"):
+    for name in set(pod_templates) - {"submitter"}:
         (container,) = pod_templates[name]["spec"]["containers"]
         assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in container["env"], name
 
@@ -367,7 +474,8 @@ def test_nothing_listens_everywhere(
 
 
 def test_no_port_that_runs_code_is_published(documents: list[dict[str, Any]]) -> None:
-    assert {document["kind"] for document in documents} == {"RayJob", "NetworkPolicy"}
+    kinds = [document["kind"] for document in documents]
+    assert kinds in (["RayJob", "NetworkPolicy"], ["RayCronJob", "NetworkPolicy"])
     publishing = ("/hostPort", "/hostNetwork", "/enableIngress", "/headService", "/nodePort")
     for path, value in walk(documents):
         assert not path.endswith(publishing), path
@@ -383,6 +491,6 @@ def test_no_port_that_runs_code_is_published(documents: list[dict[str, Any]]) ->
 
 def test_no_account_is_invented() -> None:
     identifier = re.compile(r"\b\d{12}\b|\b(?:ami|sg|subnet|vpc)-[0-9a-f]{8,17}\b|\bAKIA\w{16}\b")
-    names = ["cluster.yaml", "deploy/Dockerfile", "deploy/rayjob-train.yaml"]
+    names = ["cluster.yaml", "deploy/Dockerfile", f"deploy/{TRAIN}", f"deploy/{CLASSIFY}"]
     found = {name: identifier.findall((ROOT / name).read_text()) for name in names}
     assert found == {name: [] for name in names}

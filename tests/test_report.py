@@ -13,14 +13,8 @@ from PIL import Image
 
 from brainray.metrics import compute_accuracy, compute_curves, compute_evaluation
 from brainray.reporting import plots
-from brainray.reporting.report import (
-    Mistake,
-    format_interval,
-    format_number,
-    format_percent,
-    format_text,
-    render_report,
-)
+from brainray.reporting.page import format_interval, format_number, format_percent, format_text
+from brainray.reporting.report import Mistake, render_report
 
 CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -147,7 +147,7 @@ def read_samples(samples: pa.Table) -> list[bytes]:
         ``missing`` or ``unreadable``.
     """
     return [
-        _read_one(uri, row_group, row)
+        read_scan(uri, row_group, row)
         for uri, row_group, row in zip(
             samples["uri"].to_pylist(),
             samples["row_group"].to_pylist(),
@@ -157,10 +157,17 @@ def read_samples(samples: pa.Table) -> list[bytes]:
     ]
 
 
-def _read_one(uri: str, row_group: int, row: int) -> bytes:
+def read_scan(uri: str, row_group: int, row: int, *, max_bytes: int | None = None) -> bytes:
+    """Read one scan's encoded bytes: a file, or a row of a Parquet table.
+
+    Raises
+    ------
+    RejectedImage
+        ``missing`` or ``unreadable``.
+    """
     try:
         if row_group < 0:
-            return storage.read_bytes(uri)
+            return storage.read_bytes(uri, max_bytes=max_bytes)
         return bytes(_read_row_group(uri, row_group)[row].as_py() or b"")
     except FileNotFoundError as error:
         raise RejectedImage("missing", f"No file at '{uri}'.") from error

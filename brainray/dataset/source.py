@@ -96,7 +96,7 @@ def find_samples(
         files = [storage.FoundFile(uri, uri.rpartition("/")[2], 0)]
     else:
         files = storage.list_files(data_uri)
-    visible = [file for file in files if not _is_hidden(file.relative_path)]
+    visible = [file for file in files if not is_hidden(file.relative_path)]
     tables = [file for file in visible if file.relative_path.endswith(".parquet")]
     images = [file for file in visible if file.relative_path.lower().endswith(IMAGE_SUFFIXES)]
     if images and tables:
@@ -122,7 +122,8 @@ def find_samples(
     return FoundSamples(samples, len(files) - len(visible), others)
 
 
-def _is_hidden(relative_path: str) -> bool:
+def is_hidden(relative_path: str) -> bool:
+    """Tell whether a part of a path says that its file is not for readers."""
     parts = relative_path.split("/")
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
@@ -144,7 +145,7 @@ def _read_folder_samples(
     data_uri: str, images: Sequence[storage.FoundFile], classes: Sequence[str]
 ) -> pa.Table:
     tops = {image.relative_path.split("/")[0] for image in images if "/" in image.relative_path}
-    tops |= {name for name in storage.list_folders(data_uri) if not _is_hidden(name)}
+    tops |= {name for name in storage.list_folders(data_uri) if not is_hidden(name)}
     has_splits = any(top.lower() in SPLIT_NAMES for top in tops)
     unknown = [top for top in tops if has_splits and top.lower() not in SPLIT_NAMES]
     if unknown:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import ray.data
 from numpy.typing import NDArray
-from ray.data import DataIterator, ExecutionResources
+from ray.data import DataContext, DataIterator, ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from brainray.dataset.scan import ScanStore
@@ -189,15 +189,18 @@ def _decode_chunk(
     return {"ticket": np.full(len(indices), ticket), "index": indices, "image": images}
 
 
-class _Pause(ExecutionCallback):
-    """Lets Ray Data's scheduling loop rest between two looks.
+def pause_scheduling(context: DataContext, pause_s: float) -> None:
+    """Let Ray Data's scheduling loop rest between two looks.
 
     While nothing runs because enough is decoded ahead, the loop of Ray 2.60 spins: it took
     most of a core from two that were training. Remove this when it no longer does.
     """
 
-    def on_execution_step(self, executor: object) -> None:  # noqa: ARG002 - Ray's signature
-        time.sleep(LOOP_PAUSE_S)
+    class Pause(ExecutionCallback):
+        def on_execution_step(self, executor: object) -> None:  # noqa: ARG002 - Ray's signature
+            time.sleep(pause_s)
+
+    context.custom_execution_callback_classes.append(Pause)
 
 
 def open_stream(plan: StreamPlan, store: ScanStore, *, num_cpus: float) -> list[DataIterator]:
@@ -219,7 +222,7 @@ def open_stream(plan: StreamPlan, store: ScanStore, *, num_cpus: float) -> list[
         batch_size=None,
         fn_kwargs={"plan": plan, "store": store},
     )
-    stream.context.custom_execution_callback_classes.append(_Pause)
+    pause_scheduling(stream.context, LOOP_PAUSE_S)
     options = stream.context.execution_options
     options.preserve_order = True
     options.resource_limits = ExecutionResources.for_limits(

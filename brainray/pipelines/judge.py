@@ -1,6 +1,5 @@
 """Judging a sealed classifier on scans whose class is known: predictions, metrics, report."""
 
-import io
 import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -12,7 +11,6 @@ import pyarrow.compute as pc
 import ray.data
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from brainray import storage
 from brainray.dataset.scan import ScanStore
@@ -21,7 +19,8 @@ from brainray.errors import RejectedImage
 from brainray.metrics import compute_accuracy, compute_curves, compute_evaluation
 from brainray.model.classifier import Classifier, amend_card, load_classifier, read_card
 from brainray.pipelines.data import PreparedData
-from brainray.pixels.decode import DecodeLimits, decode_image
+from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.picture import render_picture
 from brainray.provenance import collect_versions, read_code_revision
 from brainray.reporting.report import Mistake, render_report
 
@@ -179,7 +178,9 @@ def _judge_part(
     return compute_evaluation(labels[part], probs[part], classes, groups=groups[part])
 
 
-def collect_mistakes(data: PreparedData, predictions: pa.Table, split: str) -> list[Mistake]:
+def collect_mistakes(
+    data: PreparedData, predictions: pa.Table, split: str, limits: DecodeLimits
+) -> list[Mistake]:
     """Collect the most confident mistakes of a split, with their pictures."""
     wrong = predictions.filter(
         pc.not_equal(predictions["true_class"], predictions["predicted_class"])
@@ -198,19 +199,11 @@ def collect_mistakes(data: PreparedData, predictions: pa.Table, split: str) -> l
                 true_class=row["true_class"],
                 predicted_class=row["predicted_class"],
                 confidence=row["confidence"],
-                image_png=_to_png(content),
+                image_png=render_picture(content, limits),
                 split=split,
             )
         )
     return mistakes
-
-
-def _to_png(content: bytes) -> bytes:
-    image = Image.fromarray(decode_image(content))
-    image.thumbnail((224, 224))
-    sink = io.BytesIO()
-    image.save(sink, "PNG")
-    return sink.getvalue()
 
 
 def judge_and_report(
@@ -264,7 +257,7 @@ def judge_and_report(
         metrics[split] = judge_split(data, indices, probs, classes)
         metrics[split]["rejected"] = data.count_rejected(split)
         curves[split] = compute_curves(data.labels[indices], probs, classes)
-        mistakes = collect_mistakes(data, predictions, split)
+        mistakes = collect_mistakes(data, predictions, split, limits)
     versions = collect_versions()
     report = render_report(
         title=title,

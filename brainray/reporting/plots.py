@@ -18,6 +18,8 @@ Points = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 440, 330  # of a figure's viewBox; text is 12 units high
 _LEFT, _RIGHT, _TOP, _BOTTOM = 36, 12, 32, 40  # margins that hold tick and axis labels
+_DIGIT = 7  # width of a digit of a tick label
+_TIME_UNITS = {"s": 1, "min": 60, "h": 3600}  # seconds
 _ZOOM = 0.1  # side of the unit-square corner that an inset magnifies
 
 
@@ -292,6 +294,63 @@ def draw_reliability(
     return _figure(title, top.wrap(*points), base.wrap(*bars))
 
 
+def draw_histogram(
+    edges: Sequence[float], counts: Sequence[int], *, title: str, x_label: str
+) -> Markup:
+    """Draw how many scans have a value in each bin; a bin with any scan can be seen.
+
+    Parameters
+    ----------
+    edges : sequence of float
+        The bins' borders in [0, 1], ascending; one more than there are bins.
+    counts : sequence of int
+        Number of scans in each bin.
+    title, x_label : str
+        What a screen reader says of the figure, and what is counted.
+    """
+    panel = _build_count_panel(build_axis(0, 1, x_label), max(counts))
+    bars = []
+    for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True):
+        if not n:
+            continue
+        left, top = panel.place(low, n)
+        right, base = panel.place(high, 0)
+        height = max(base - top, 1.5)
+        tip = f"{low:.2f} to {high:.2f}: {n:,} scans"
+        bars.append(_box(left + 1, base - height, right - left - 2, height, "bar", tip))
+    return _figure(title, panel.wrap(panel.axes(), *bars))
+
+
+def draw_progress(points: Points, *, title: str) -> Markup:
+    """Draw how many scans were done after how long.
+
+    Parameters
+    ----------
+    points : sequence of (float, int)
+        Seconds since the start, and scans done by then; at least one.
+    title : str
+        What a screen reader says of the figure.
+    """
+    end_s = max(seconds for seconds, _ in points)
+    unit = next((u for u in ("h", "min") if end_s >= 3 * _TIME_UNITS[u]), "s")
+    scale = _TIME_UNITS[unit]
+    high = end_s / scale or 1.0
+    ticks = tuple(tick for tick in build_axis(0, high).ticks if tick <= high)
+    x_axis = Axis(low=0, high=high, ticks=ticks, label=f"time since the start ({unit})")
+    panel = _build_count_panel(x_axis, max(done for _, done in points))
+    places = [(seconds / scale, done) for seconds, done in points]
+    time, done = places[-1]
+    dot = panel.dot(time, done, "s0", f"{done:,} scans after {time:.1f} {unit}", 4)
+    return _figure(title, panel.wrap(panel.axes(), panel.line(places, "s0"), dot))
+
+
+def _build_count_panel(x: Axis, highest: float) -> Panel:
+    """Build the panel of a figure that counts scans; large numbers get a wide left margin."""
+    y = build_axis(0, max(highest, 1), "scans", min_step=1)
+    left = max(_LEFT, 12 + _DIGIT * max(len(_tick_label(tick, y)) for tick in y.ticks))
+    return Panel(x=x, y=y, left=left, width=_WIDTH - left - _RIGHT)
+
+
 def _style(index: int) -> str:
     return f"s{index % len(DASHES)}"
 
@@ -308,9 +367,14 @@ def _text(x: float, y: float, text: str, anchor: str, css: str = "tick") -> Mark
     )
 
 
-def _box(x: float, y: float, width: float, height: float, css: str) -> Markup:
-    return Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
-        css, x, y, width, height
+def _box(x: float, y: float, width: float, height: float, css: str, tip: str = "") -> Markup:
+    return Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"{}').format(
+        css,
+        x,
+        y,
+        width,
+        height,
+        Markup("><title>{}</title></rect>").format(tip) if tip else Markup("/>"),
     )
 
 
@@ -318,4 +382,4 @@ def _tick_label(tick: float, axis: Axis) -> str:
     """Give all ticks of an axis as many decimals as its step needs."""
     step = axis.ticks[1] - axis.ticks[0] if len(axis.ticks) > 1 else 1.0
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return f"{tick:.{decimals}f}"
+    return f"{tick:,.{decimals}f}"

@@ -1,67 +1,19 @@
-"""A run's report: one HTML file that opens offline, in light, dark and print.
+"""The report of a training or evaluation run."""
 
-The page holds no script and loads nothing: its style, figures and pictures are in it.
-"""
-
-import base64
-import json
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from brainray.reporting import plots
+from brainray.reporting.evaluation import Mistake, build_judged, describe_judged, head_judged
+from brainray.reporting.page import list_settings, render_page, select_sections
 
-MISSING = "\N{EN DASH}"
-"""Shown for a value that is unknown or undefined."""
+__all__ = ["Estimate", "Mistake", "render_report"]
 
-_NBSP = "\N{NO-BREAK SPACE}"
 _SPLITS = {"test": "test", "val": "validation"}  # the first one present makes the headline
-_METRICS = {
-    "accuracy": "Accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "macro_precision": "Macro precision",
-    "macro_sensitivity": "Macro sensitivity (recall)",
-    "macro_specificity": "Macro specificity",
-    "macro_f1": "Macro F1",
-    "macro_auroc": "Macro AUROC",
-    "macro_ap": "Macro average precision",
-    "mcc": "Matthews correlation",
-    "log_loss": "Log loss",
-    "brier": "Brier score",
-    "ece": "Expected calibration error",
-}
-_LOWER_IS_BETTER = ("log_loss", "brier", "ece")
-_CLASS_METRICS = {
-    "precision": "Precision",
-    "sensitivity": "Sensitivity (recall)",
-    "specificity": "Specificity",
-    "f1": "F1",
-    "auroc": "AUROC",
-    "ap": "AP",
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Mistake:
-    """One wrongly classified scan, to be shown as a picture."""
-
-    path: str
-    """Where the scan came from; may hold anything a file name may."""
-    true_class: str
-    """Name of the class it belongs to."""
-    predicted_class: str
-    """Name of the class it was taken for."""
-    confidence: float
-    """Probability of the predicted class, in [0, 1]."""
-    image_png: bytes
-    """The scan as an encoded PNG."""
-    split: str
-    """The split it is from: ``val`` or ``test``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,78 +68,38 @@ def render_report(
         A whole HTML document, encodable as UTF-8 whatever the paths hold.
     """
     splits = {key: name for key, name in _SPLITS.items() if metrics.get(key)}
+    judged = [
+        build_judged(name, f"the {name} set", metrics[split], curves.get(split))
+        for split, name in splits.items()
+    ]
+    tables = {
+        "What training recorded": metrics.get("training") or {},
+        "All settings": configuration,
+    }
     page: dict[str, Any] = {
         "title": title,
         "facts": facts,
         "history": _draw_histories(epochs),
-        "curves": {s: _draw_curves(curves[s], splits[s]) for s in splits if curves.get(s)},
-        "mistakes": mistakes,
-        "settings": _list_settings(metrics.get("training") or {}, configuration),
-        "dashes": plots.DASHES,
+        "settings": list_settings(tables),
         **_describe_splits(metrics, splits),
+        **describe_judged(
+            judged,
+            classes=metrics["classes"],
+            columns=_build_columns(metrics, splits),
+            mistakes=mistakes,
+            splits=splits,
+        ),
     }
-    page["sections"] = _name_sections(page)
-    return _build_environment().get_template("report.html.j2").render(page)
-
-
-def format_number(value: float | None, digits: int = 3) -> str:
-    """Format a metric; :data:`MISSING` for None or a value that is not finite."""
-    if value is None or not math.isfinite(value):
-        return MISSING
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
-
-
-def format_percent(value: float | None) -> str:
-    """Format a fraction as a percentage with one decimal."""
-    number = format_number(None if value is None else 100.0 * value, 1)
-    return number if number == MISSING else f"{number}{_NBSP}%"
-
-
-def format_interval(interval: Sequence[float | None] | None, *, percent: bool = False) -> str:
-    """Format a 95 % interval as ``low–high``; empty if either end is unknown."""
-    if interval is None:
-        return ""
-    scale, digits = (100.0, 1) if percent else (1.0, 3)
-    ends = [format_number(None if end is None else scale * end, digits) for end in interval]
-    return "" if MISSING in ends else "\N{EN DASH}".join(ends) + (f"{_NBSP}%" if percent else "")
-
-
-def format_text(text: object) -> object:
-    """Make text safe to show and to encode; leave anything else as it is.
-
-    Line breaks, control characters, lone surrogates (undecodable file names) and characters
-    that reorder text are written as escapes, so that a path cannot look like another one.
-    """
-    if text is None:
-        return MISSING
-    if not isinstance(text, str) or isinstance(text, Markup):
-        return text
-    return "".join(
-        c
-        if c.isprintable() or unicodedata.category(c) == "Zs"
-        else c.encode("unicode_escape").decode()
-        for c in text
-    )
-
-
-def _build_environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("brainray", "reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=format_text,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=format_number,
-        percent=format_percent,
-        interval=format_interval,
-        base64=lambda data: base64.b64encode(data).decode("ascii"),
-    )
-    return environment
+    headings = {
+        "headline": (judged, f"Accuracy on {judged[0].place}" if judged else ""),
+        "learning": (page["history"], "Learning curves"),
+        **head_judged(judged),
+        "rejected": (page["rejected"], "Rejected scans"),
+        "configuration": (page["settings"], "Configuration"),
+        "reading": (True, "How to read this"),
+    }
+    page["sections"] = select_sections(headings)
+    return render_page("report.html.j2", page)
 
 
 def _describe_splits(metrics: Mapping[str, Any], splits: Mapping[str, str]) -> dict[str, Any]:
@@ -195,16 +107,9 @@ def _describe_splits(metrics: Mapping[str, Any], splits: Mapping[str, str]) -> d
     main = next(iter(splits), None)
     estimates = _build_estimates(metrics[main], splits[main]) if main else []
     return {
-        "classes": metrics["classes"],
-        "splits": splits,
-        "evaluations": {split: metrics[split] for split in splits},
         "estimates": estimates,
         "forest": _build_forest_axis(estimates),
         "twin_correlation": metrics[main].get("twin_correlation") if main else None,
-        "columns": _build_columns(metrics, splits),
-        "metric_names": _METRICS,
-        "lower_is_better": _LOWER_IS_BETTER,
-        "class_metric_names": _CLASS_METRICS,
         "rejected": _count_rejected(metrics, splits),
     }
 
@@ -257,33 +162,6 @@ def _build_columns(
     return columns
 
 
-def _name_sections(page: Mapping[str, Any]) -> dict[str, str]:
-    """Name the sections that have content: anchor to heading, in page order."""
-    splits = page["splits"]
-    headings = {
-        "headline": (splits, f"Accuracy on the {next(iter(splits.values()), '')} set"),
-        "learning": (page["history"], "Learning curves"),
-        "confusion": (splits, "Confusion matrix"),
-        "classes": (splits, "Each class"),
-        "metrics": (splits, "All metrics"),
-        "curves": (page["curves"], "ROC and precision-recall"),
-        "reliability": (page["curves"], "Reliability of the confidence"),
-        "mistakes": (splits, "Worst mistakes"),
-        "rejected": (page["rejected"], "Rejected scans"),
-        "configuration": (page["settings"], "Configuration"),
-        "reading": (True, "How to read this"),
-    }
-    return {anchor: heading for anchor, (content, heading) in headings.items() if content}
-
-
-def _list_settings(
-    training: Mapping[str, Any], configuration: Mapping[str, Any]
-) -> dict[str, dict[str, str]]:
-    """List names and values, by caption; what is empty is left out."""
-    tables = {"What training recorded": _flatten(training), "All settings": _flatten(configuration)}
-    return {caption: values for caption, values in tables.items() if values}
-
-
 def _count_rejected(
     metrics: Mapping[str, Any], splits: Mapping[str, str]
 ) -> dict[str, dict[str, int]]:
@@ -322,53 +200,3 @@ def _draw_histories(epochs: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:
             sizes=sizes,
         )
     return figures
-
-
-def _draw_curves(found: Mapping[str, Any], split: str) -> dict[str, Markup]:
-    """Draw the ROC, PR and reliability figures of one split."""
-    classes = found["per_class"]
-    roc = {
-        name: list(zip(c["roc"]["fpr"], c["roc"]["tpr"], strict=True))
-        for name, c in classes.items()
-    }
-    pr = {
-        name: list(zip(c["pr"]["recall"], c["pr"]["precision"], strict=True))
-        for name, c in classes.items()
-    }
-    reliability = found["reliability"]
-    return {
-        "roc": plots.draw_unit_curves(
-            roc,
-            title=f"ROC curve of each class on the {split} set",
-            x_label="1 \N{MINUS SIGN} specificity (false-positive rate)",
-            y_label="sensitivity (recall)",
-            zoom_left=True,
-            chance=True,
-        ),
-        "pr": plots.draw_unit_curves(
-            pr,
-            title=f"Precision-recall curve of each class on the {split} set",
-            x_label="sensitivity (recall)",
-            y_label="precision",
-            zoom_left=False,
-        ),
-        "reliability": plots.draw_reliability(
-            reliability["confidence"],
-            reliability["accuracy"],
-            reliability["count"],
-            title=f"Accuracy against confidence on the {split} set",
-        ),
-    }
-
-
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested mappings to dotted names and values as text."""
-    flat: dict[str, str] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, str):
-            flat[f"{prefix}{key}"] = value
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value, default=str, ensure_ascii=False)
-    return flat

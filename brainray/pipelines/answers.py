@@ -1,0 +1,360 @@
+"""The answers of bulk runs: their table, what is answered already, and who may write.
+
+::
+
+    O/
+      predictions/<classifier_id>-<run>-<number>.parquet   whole or absent
+      .next/<classifier_id>/                               a set that will replace the others
+      .replaced/<unix time>-…/                             replaced sets, for readers on their way
+      .lock                                                held by the run that writes
+
+A row is the answer to one scan with one content; nothing is ever changed in place, so a run
+that was killed has lost what it had not written, and the next one finds out which that is.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pyarrow import fs
+
+from brainray import storage
+from brainray.errors import ConfigError, StorageError
+from brainray.provenance import collect_versions, read_code_revision
+
+ANSWERS_SCHEMA_VERSION = 1
+PREDICTIONS_FOLDER = "predictions"
+NEXT_FOLDER = ".next"
+REPLACED_FOLDER = ".replaced"
+REPLACED_LIFE_S = 3600.0
+"""What was replaced is deleted by the first run after this time: whoever was reading is done."""
+LOCK_FILE = ".lock"
+
+STATUSES = ("classified", "abstained", "rejected")
+
+LEASE_RENEWAL_S = 10.0
+LEASE_LIFE_S = 60.0
+"""A lease on an object store that was not renewed for so long belongs to a run that is dead."""
+
+_KEY = "S16"  # numpy's type of a key
+
+
+def build_schema(classes: Sequence[str]) -> pa.Schema:
+    """Build the schema of the answers for some classes."""
+    return pa.schema(
+        [
+            pa.field("scan_uri", pa.string(), nullable=False),
+            pa.field("content_sha256", pa.string()),  # null when no byte could be read
+            pa.field("status", pa.string(), nullable=False),  # one of STATUSES
+            pa.field("reason", pa.string()),  # a REJECTION_REASONS key; null when classified
+            pa.field("predicted_class", pa.string()),
+            pa.field("confidence", pa.float32()),
+            *(pa.field(f"prob_{name}", pa.float32()) for name in classes),
+            pa.field("width_px", pa.int32()),
+            pa.field("height_px", pa.int32()),
+            pa.field("classifier_id", pa.string(), nullable=False),
+            pa.field("classified_at", pa.timestamp("us", tz="UTC"), nullable=False),
+            pa.field("size_bytes", pa.int64()),  # of the file; null where it was not known
+            pa.field("modified_ns", pa.int64()),  # of the file, since 1970; null likewise
+        ]
+    )
+
+
+def key_of(*parts: object) -> bytes:
+    """Return 16 bytes that stand for some values; 10**9 scans collide with odds of 1e-21."""
+    joined = json.dumps(parts, ensure_ascii=True).encode()
+    return blake2b(joined, digest_size=16).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What is answered already, as sorted keys of 16 bytes; tasks share one copy."""
+
+    files: NDArray[np.bytes_]
+    """Of (scan_uri, size_bytes, modified_ns): the file is as it was and needs no reading."""
+    contents: NDArray[np.bytes_]
+    """Of (scan_uri, content_sha256), or of (scan_uri, reason) where nothing could be read."""
+
+    @classmethod
+    def of(cls, answers: pa.Table | None) -> "Ledger":
+        """Collect the keys of a table of answers.
+
+        A scan of which no byte could be read is never done with: it is tried again.
+        """
+        if answers is None or not answers.num_rows:
+            return cls(np.zeros(0, _KEY), np.zeros(0, _KEY))
+        uris = answers["scan_uri"].to_pylist()
+        hashes = answers["content_sha256"].to_pylist()
+        sizes, times = answers["size_bytes"].to_pylist(), answers["modified_ns"].to_pylist()
+        reasons = answers["reason"].to_pylist()
+        files = [
+            key_of(uri, size, modified)
+            for uri, size, modified, reason in zip(uris, sizes, times, reasons, strict=True)
+            if modified and reason not in ("missing", "unreadable")
+        ]
+        contents = [
+            key_of(uri, found or reason)
+            for uri, found, reason in zip(uris, hashes, reasons, strict=True)
+        ]
+        return cls(np.unique(np.array(files, _KEY)), np.unique(np.array(contents, _KEY)))
+
+    def has_file(self, scan_uri: str, size_bytes: int, modified_ns: int) -> bool:
+        """Tell whether this very file is answered, as its size and time say."""
+        if not modified_ns:
+            return False
+        size = size_bytes if size_bytes >= 0 else None
+        return _contains(self.files, key_of(scan_uri, size, modified_ns))
+
+    def has_content(self, scan_uri: str, found: str | None) -> bool:
+        """Tell whether the scan is answered with this content hash, or this reason."""
+        return _contains(self.contents, key_of(scan_uri, found))
+
+
+def _contains(keys: NDArray[np.bytes_], key: bytes) -> bool:
+    wanted = np.array(key, _KEY)
+    place = int(np.searchsorted(keys, wanted))
+    return place < len(keys) and bool(keys[place] == wanted)
+
+
+class AnswerSet:
+    """The answers of one classifier below one output."""
+
+    def __init__(self, output_uri: str, card: dict[str, Any], *, replace: bool) -> None:
+        self.output_uri = output_uri
+        self.classifier_id = str(card["classifier_id"])
+        self.classes = tuple(card["classes"])
+        self.published_uri = storage.join(output_uri, PREDICTIONS_FOLDER)
+        self._next_uri = storage.join(output_uri, NEXT_FOLDER, self.classifier_id)
+        others = [n for n in self._list(self.published_uri) if not self._is_ours(n)]
+        self.replaces = replace and bool(others)
+        """Whether the set is gathered out of sight, to take the place of what is there."""
+        self.folder_uri = self._next_uri if self.replaces else self.published_uri
+        self._run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+        self._number = 0
+        self._about = {
+            "schema_version": ANSWERS_SCHEMA_VERSION,
+            "classifier_id": self.classifier_id,
+            "weights_sha256": card["weights"]["sha256"],
+            "preprocessing": card["preprocessing"],
+            "versions": collect_versions(),
+            "code_revision": read_code_revision(),
+        }
+        self.schema = build_schema(self.classes)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Set aside what a killed exchange left, and delete what was replaced long ago."""
+        left = self._list(self._next_uri)
+        if left and not any(map(self._is_ours, left)):
+            self._set_aside()
+        replaced = storage.join(self.output_uri, REPLACED_FOLDER)
+        for name in storage.list_folders(replaced) if storage.is_folder(replaced) else ():
+            if time.time() - float(name.partition("-")[0]) > REPLACED_LIFE_S:
+                filesystem, path = storage.resolve(storage.join(replaced, name))
+                filesystem.delete_dir(path)
+
+    def _set_aside(self) -> None:
+        """Move what lies where the next set was gathered: the set that it replaced."""
+        name = f"{time.time():.0f}-{uuid.uuid4().hex[:6]}"
+        filesystem, path = storage.resolve(self._next_uri)
+        _, folder = storage.resolve(storage.join(self.output_uri, REPLACED_FOLDER))
+        filesystem.create_dir(folder, recursive=True)
+        filesystem.move(path, f"{folder}/{name}")
+        filesystem.delete_dir(path.rpartition("/")[0])
+
+    @staticmethod
+    def _list(folder_uri: str) -> list[str]:
+        if not storage.is_folder(folder_uri):
+            return []
+        names = [file.relative_path for file in storage.list_files(folder_uri)]
+        return [n for n in names if n.endswith(".parquet") and not n.startswith(".")]
+
+    def _is_ours(self, name: str) -> bool:
+        return name.startswith(f"{self.classifier_id}-")
+
+    def list_parts(self) -> list[str]:
+        """Return the places of this set's files."""
+        return [
+            storage.join(self.folder_uri, name)
+            for name in self._list(self.folder_uri)
+            if self._is_ours(name)
+        ]
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read the set, or some columns of it.
+
+        Raises
+        ------
+        StorageError
+            A file of it is damaged.
+        """
+        tables = []
+        for uri in self.list_parts():
+            filesystem, path = storage.resolve(uri)
+            try:
+                tables.append(pq.read_table(path, filesystem=filesystem, columns=columns))
+            except (OSError, pa.ArrowInvalid) as error:
+                raise StorageError(
+                    f"'{uri}' is damaged: {error}. Delete it; its scans are classified again."
+                ) from error
+        schema = self.schema
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns])
+        plain = [table.replace_schema_metadata(None).cast(schema) for table in tables]
+        return pa.concat_tables(plain) if plain else schema.empty_table()
+
+    def read_ledger(self) -> Ledger:
+        """Find out what is answered already."""
+        columns = ["scan_uri", "content_sha256", "size_bytes", "modified_ns", "reason"]
+        return Ledger.of(self.read(columns))
+
+    def write(self, answers: pa.Table, runtime: dict[str, str]) -> None:
+        """Write some answers as one file, whole or not at all, and what computed them.
+
+        ``answers`` has the columns of the schema but for ``classifier_id``.
+        """
+        name = f"{self.classifier_id}-{self._run}-{self._number:06d}.parquet"
+        about = json.dumps(self._about | {"runtime": runtime})
+        ids = pa.array([self.classifier_id] * answers.num_rows, pa.string())
+        table = answers.append_column("classifier_id", ids).select(self.schema.names)
+        table = table.cast(self.schema).replace_schema_metadata({"brainray": about})
+        storage.write_table(storage.join(self.folder_uri, name), table)
+        self._number += 1
+
+    def publish(self) -> None:
+        """Put a gathered set in the place of the others; a reader sees the old or the new.
+
+        On a local disk the two folders change places in one step. On an object store nothing
+        can do that: the new files are copied under their final names, then the old ones are
+        deleted; a reader that asks for ``predictions/<classifier_id>-*`` sees no mixture.
+        """
+        if not self.replaces:
+            return
+        filesystem, published = storage.resolve(self.published_uri)
+        _, gathered = storage.resolve(self._next_uri)
+        if isinstance(filesystem, fs.LocalFileSystem):
+            _exchange(Path(gathered), Path(published))
+            self._set_aside()
+        else:
+            old = [n for n in self._list(self.published_uri) if not self._is_ours(n)]
+            for name in self._list(self._next_uri):
+                filesystem.copy_file(f"{gathered}/{name}", f"{published}/{name}")
+            for name in old:
+                filesystem.delete_file(f"{published}/{name}")
+            filesystem.delete_dir(gathered)
+        self.replaces, self.folder_uri = False, self.published_uri
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Let two folders change places in one step; where the system cannot, in two."""
+    new.mkdir(parents=True, exist_ok=True)
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux, glibc 2.28
+    if rename is not None:
+        places = (_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old))
+        if rename(*places, _RENAME_EXCHANGE) == 0:
+            return
+    aside = old.with_name(f".{old.name}-{uuid.uuid4().hex}")
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)
+
+
+@contextmanager
+def hold_output(output_uri: str) -> Iterator[None]:
+    """Be the only run that writes below an output.
+
+    A local output is locked by the system, which forgets the lock with its process, however
+    that ends. On an object store a lease is written and renewed.
+
+    Raises
+    ------
+    ConfigError
+        Another run holds it.
+    StorageError
+        The output cannot be written.
+    """
+    storage.check_writable(output_uri)
+    filesystem, path = storage.resolve(storage.join(output_uri, LOCK_FILE))
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+    if isinstance(filesystem, fs.LocalFileSystem):
+        with _lock_file(Path(path), holder, output_uri):
+            yield
+    else:
+        with _lease(storage.join(output_uri, LOCK_FILE), holder, output_uri):
+            yield
+
+
+def _refuse(output_uri: str, holder: dict[str, Any]) -> ConfigError:
+    return ConfigError(
+        f"Another run is writing to '{output_uri}' (process {holder.get('pid')} on "
+        f"{holder.get('host')}). Wait for it to end, or give another --output-uri."
+    )
+
+
+@contextmanager
+def _lock_file(path: Path, holder: dict[str, Any], output_uri: str) -> Iterator[None]:
+    with path.open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            text = stream.read()
+            raise _refuse(output_uri, json.loads(text) if text else {}) from None
+        stream.truncate(0)
+        stream.write(json.dumps(holder))
+        stream.flush()
+        yield
+
+
+@contextmanager
+def _lease(uri: str, holder: dict[str, Any], output_uri: str) -> Iterator[None]:
+    def read() -> dict[str, Any]:
+        try:
+            return dict(storage.read_json(uri))
+        except FileNotFoundError:
+            return {}
+
+    def renew() -> None:
+        storage.write_json(uri, holder | {"renewed_unix_s": time.time()})
+
+    found = read()
+    if found and time.time() - found["renewed_unix_s"] < LEASE_LIFE_S:
+        raise _refuse(output_uri, found)
+    renew()
+    time.sleep(1.0)  # two runs that began at once: the one that wrote last has it
+    if read().get("id") != holder["id"]:
+        raise _refuse(output_uri, read())
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(LEASE_RENEWAL_S):
+            renew()
+
+    thread = threading.Thread(target=keep, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        filesystem, path = storage.resolve(uri)
+        filesystem.delete_file(path)

@@ -1,0 +1,347 @@
+"""The bulk stream on Ray Data: list, read and decode, predict; a chunk of scans at a time.
+
+A block is a chunk: one row that holds a whole table, so that Ray neither splits nor joins
+what a task is to do, and so that a chunk leaves the listing the moment it is full.
+"""
+
+import json
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from numpy.typing import NDArray
+from ray.data import Dataset, ExecutionResources
+
+from brainray.dataset.inbox import CHUNK_ROWS, FoundScan, chunk_scans, list_scans
+from brainray.dataset.scan import read_scan
+from brainray.dataset.stream import pause_scheduling
+from brainray.errors import ClassifierError, RejectedImage
+from brainray.model.classifier import load_classifier
+from brainray.model.runtime import RuntimeOptions, open_runtime
+from brainray.pipelines.answers import Ledger
+from brainray.pixels.decode import DecodeLimits, decode_image
+from brainray.pixels.preprocess import Preprocessing, resize_image
+
+BATCH_SIZE = 32
+"""Images of one forward pass on a CPU."""
+GPU_BATCH_SIZE = 128
+
+LIST_CPUS, DECODE_CPUS = 0.1, 0.9
+"""Logical CPUs of the two kinds of task: together one, so that they share the one that the
+predictors leave on a small machine."""
+
+CHUNKS_PER_PREDICTOR = 8
+"""Decoded chunks that may wait for each predictor; more would only take memory."""
+
+CPU_PAUSE_S, GPU_PAUSE_S = 0.1, 0.005
+"""Pause of Ray Data's scheduling loop: short beside what a chunk takes to predict."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BulkPlan:
+    """What a bulk run computes, and with what."""
+
+    scans_uris: tuple[str, ...]
+    output_uri: str
+    classifier_uri: str
+    preprocessing: Preprocessing
+    limits: DecodeLimits
+    runtime: RuntimeOptions
+    calibration: "ray.ObjectRef[NDArray[np.uint8]] | None" = None
+    """Images for int8, shape (n, size, size)."""
+    num_predictors: int
+    num_decoders: int
+    cpus_per_predictor: float
+    """Logical CPUs that one predictor reserves."""
+    gpus_per_predictor: float = 0.0
+
+
+def pack(table: pa.Table) -> bytes:
+    """Write a table as one value."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def unpack(value: pa.Scalar) -> pa.Table:
+    """Read a table from a value, without copying it."""
+    return pa.ipc.open_stream(value.as_buffer()).read_all()
+
+
+def open_bulk_stream(plan: BulkPlan, ledger: "ray.ObjectRef[Ledger]") -> Dataset:
+    """Build the stream of answers; nothing runs until it is read.
+
+    Parameters
+    ----------
+    plan : BulkPlan
+        What to classify, and with what.
+    ledger : ObjectRef of Ledger
+        What is answered already.
+
+    Returns
+    -------
+    Dataset
+        Rows of ``answers`` (see :func:`unpack`), ``runtime`` (JSON) and the busy seconds
+        ``list_s``, ``read_s``, ``decode_s`` and ``predict_s``.
+    """
+    on_gpu = plan.gpus_per_predictor > 0
+    stream = ray.data.range(1, override_num_blocks=1).map_batches(
+        _list_chunks,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"plan": plan, "ledger": ledger},
+        num_cpus=LIST_CPUS,
+    )
+    stream = stream.map_batches(
+        _load_chunk,  # type: ignore[arg-type]
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"plan": plan, "ledger": ledger},
+        num_cpus=DECODE_CPUS,
+        compute=ray.data.TaskPoolStrategy(size=plan.num_decoders),
+    )
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates `max_restarts` here and offers nothing in its place yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        stream = stream.map_batches(
+            _Predictor,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_constructor_kwargs={"plan": plan},
+            num_cpus=plan.cpus_per_predictor,
+            num_gpus=plan.gpus_per_predictor or None,
+            max_restarts=0,  # the run begins again with what is left, and gives up in the end
+            compute=ray.data.ActorPoolStrategy(
+                size=plan.num_predictors, max_tasks_in_flight_per_actor=4
+            ),
+        )
+    context = stream.context
+    context.target_max_block_size = 1  # bytes: every row is a block of its own
+    pause_scheduling(context, GPU_PAUSE_S if on_gpu else CPU_PAUSE_S)
+    chunk_bytes = CHUNK_ROWS * plan.preprocessing.size_px**2
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=(2 + plan.num_predictors) * CHUNKS_PER_PREDICTOR * chunk_bytes
+    )
+    return stream
+
+
+@dataclass(slots=True)
+class Counted:
+    """How many scans there are to answer, counted beside the work."""
+
+    total: int = 0
+    """Scans whose name and time are not known yet."""
+    hidden: int = 0
+    """Hidden files passed over."""
+    is_final: bool = False
+
+
+@contextmanager
+def count_beside(plan: BulkPlan, ledger: Ledger) -> Iterator[Counted]:
+    """Count the scans while the first are already being classified."""
+    counted, stopped = Counted(), threading.Event()
+
+    def count_hidden() -> None:
+        counted.hidden += 1
+
+    def count() -> None:
+        for _ in _list_unanswered(plan, ledger, count_hidden):
+            counted.total += 1
+            if stopped.is_set():
+                return
+        counted.is_final = True
+
+    thread = threading.Thread(target=count, name="count", daemon=True)
+    thread.start()
+    try:
+        yield counted
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _list_unanswered(
+    plan: BulkPlan, ledger: Ledger, hidden: Callable[[], object] = lambda: None
+) -> Iterator[FoundScan]:
+    """List what is not answered yet, as far as names, sizes and times tell."""
+    for scan in list_scans(plan.scans_uris, leave_out=[plan.output_uri], hidden=hidden):
+        if not ledger.has_file(scan.scan_uri, scan.size_bytes, scan.modified_ns):
+            yield scan
+
+
+def _list_chunks(
+    _: pa.Table, *, plan: BulkPlan, ledger: "ray.ObjectRef[Ledger]"
+) -> Iterator[pa.Table]:
+    """List what is to be answered; runs as one Ray Data task beside the others."""
+    scans = _list_unanswered(plan, ray.get(ledger))
+    resumed = time.perf_counter()
+    for chunk in chunk_scans(scans):
+        spent = time.perf_counter() - resumed
+        yield pa.table({"chunk": [pack(chunk)], "list_s": [spent]})
+        resumed = time.perf_counter()
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """One scan, opened or rejected."""
+
+    scan_uri: str
+    size_bytes: int | None
+    modified_ns: int | None
+    reason: str | None
+    content_sha256: str | None = None
+    is_known: bool = False
+    width_px: int | None = None
+    height_px: int | None = None
+    pixels: bytes | None = None
+
+
+class _Stopwatch:
+    """Adds up the time of its laps."""
+
+    def __init__(self) -> None:
+        self.total_s = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.total_s += time.perf_counter() - self._started
+
+
+def _load_chunk(
+    block: pa.Table, *, plan: BulkPlan, ledger: "ray.ObjectRef[Ledger]"
+) -> dict[str, Any]:
+    """Read, decode and resize a chunk of scans; runs as a Ray Data task."""
+    known = ray.get(ledger)
+    reading, decoding = _Stopwatch(), _Stopwatch()
+    loaded = [
+        _load_scan(row, plan, known, reading, decoding)
+        for row in unpack(block["chunk"][0]).to_pylist()
+    ]
+    names = _Loaded.__slots__
+    columns = {name: [getattr(one, name) for one in loaded] for name in names}
+    schema = pa.schema(
+        [
+            ("scan_uri", pa.string()),
+            ("size_bytes", pa.int64()),
+            ("modified_ns", pa.int64()),
+            ("reason", pa.string()),
+            ("content_sha256", pa.string()),
+            ("is_known", pa.bool_()),
+            ("width_px", pa.int32()),
+            ("height_px", pa.int32()),
+            ("pixels", pa.binary(plan.preprocessing.size_px**2)),
+        ]
+    )
+    return {
+        "chunk": [pack(pa.table(columns, schema=schema))],
+        "list_s": block["list_s"].to_numpy(),
+        "read_s": [reading.total_s],
+        "decode_s": [decoding.total_s],
+    }
+
+
+def _load_scan(
+    row: dict[str, Any], plan: BulkPlan, known: Ledger, reading: _Stopwatch, decoding: _Stopwatch
+) -> _Loaded:
+    scan = _Loaded(
+        row["scan_uri"],
+        row["size_bytes"] if row["size_bytes"] >= 0 else None,
+        row["modified_ns"] or None,
+        row["reason"],
+    )
+    try:
+        if scan.reason is None:
+            with reading:
+                content = _read(row, plan.limits)
+                if len(content) <= plan.limits.max_bytes:  # else it was not read to its end
+                    scan.content_sha256 = sha256(content).hexdigest()
+            if not known.has_content(scan.scan_uri, scan.content_sha256):
+                with decoding:
+                    pixels = decode_image(content, plan.limits)
+                    scan.height_px, scan.width_px = pixels.shape
+                    scan.pixels = resize_image(pixels, plan.preprocessing).tobytes()
+    except RejectedImage as rejection:
+        scan.reason = rejection.reason
+    scan.is_known = known.has_content(scan.scan_uri, scan.content_sha256 or scan.reason)
+    return scan
+
+
+def _read(row: dict[str, Any], limits: DecodeLimits) -> bytes:
+    return read_scan(row["uri"], row["row_group"], row["row"], max_bytes=limits.max_bytes)
+
+
+class _Predictor:
+    """Holds an opened classifier, and predicts; one process for each."""
+
+    def __init__(self, plan: BulkPlan) -> None:
+        device = "cuda" if plan.runtime.use_gpu else "cpu"
+        classifier = load_classifier(plan.classifier_uri, device=device)
+        images = ray.get(plan.calibration) if plan.calibration is not None else None
+        self._runtime = open_runtime(classifier, plan.runtime, calibration_images=images)
+        self._side = plan.preprocessing.size_px
+        self._batch_size = GPU_BATCH_SIZE if plan.runtime.use_gpu else BATCH_SIZE
+        self._classes = classifier.classes
+        self._about = json.dumps(
+            {
+                "backend": self._runtime.name,
+                "precision": self._runtime.precision,
+                "description": self._runtime.description,
+            }
+        )
+        self._runtime.predict_probs(np.zeros((1, self._side, self._side), np.uint8))  # warm up
+
+    def __call__(self, block: pa.Table) -> dict[str, Any]:
+        started = time.perf_counter()
+        chunk = unpack(block["chunk"][0])
+        rows = np.flatnonzero(chunk["pixels"].is_valid().to_numpy())
+        probs = np.zeros((chunk.num_rows, len(self._classes)), np.float32)
+        images = self._view_pixels(chunk["pixels"].combine_chunks())
+        for start in range(0, len(rows), self._batch_size):
+            part = rows[start : start + self._batch_size]
+            probs[part] = self._runtime.predict_probs(images[part])
+        if not np.isfinite(probs).all():
+            raise ClassifierError("The classifier gives probabilities that are not numbers.")
+        answers = self._build_answers(chunk.drop_columns(["pixels"]), probs)
+        return {
+            "answers": [pack(answers)],
+            "runtime": [self._about],
+            **{name: block[name].to_numpy() for name in ("list_s", "read_s", "decode_s")},
+            "predict_s": [time.perf_counter() - started],
+        }
+
+    def _view_pixels(self, pixels: pa.FixedSizeBinaryArray) -> NDArray[np.uint8]:
+        values = np.frombuffer(pixels.buffers()[1], np.uint8)
+        start = pixels.offset * self._side**2
+        stop = start + len(pixels) * self._side**2
+        return values[start:stop].reshape(-1, self._side, self._side)
+
+    def _build_answers(self, chunk: pa.Table, probs: NDArray[np.float32]) -> pa.Table:
+        is_classified = chunk["reason"].is_null().to_numpy()
+        top = probs.argmax(1)
+        names = np.array(self._classes, dtype=object)[top]
+        columns: dict[str, pa.Array] = {
+            "status": pa.array(np.where(is_classified, "classified", "rejected").tolist()),
+            "predicted_class": pa.array(names, pa.string(), mask=~is_classified),
+            "confidence": pa.array(probs[np.arange(len(top)), top], mask=~is_classified),
+            **{
+                f"prob_{name}": pa.array(probs[:, k], mask=~is_classified)
+                for k, name in enumerate(self._classes)
+            },
+            "classified_at": pa.array([datetime.now(UTC)] * len(top), pa.timestamp("us", tz="UTC")),
+        }
+        for name, values in columns.items():
+            chunk = chunk.append_column(name, values)
+        return chunk

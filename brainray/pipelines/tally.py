@@ -1,0 +1,144 @@
+"""What a bulk run has seen: counts, times, memory, and what limits it."""
+
+import os
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+
+MEMORY_INTERVAL_S = 2.0
+SATURATED = 0.8
+"""A stage that is busy for this share of the time is what limits the run."""
+
+IDLE = "nothing was new, so nothing was predicted"
+
+STAGES = ("list", "read", "decode", "predict", "write")
+REMEDIES = {
+    "list": "listing-bound: give fewer, fuller folders or a Parquet table",
+    "read": "read-bound: the storage is the limit; bring the scans nearer",
+    "decode": "decode-bound: add CPUs",
+    "predict": "predict-bound: add predictors (CPUs or GPUs)",
+    "write": "write-bound: the output's storage is the limit",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a run has come, for the person who waits."""
+
+    done: int
+    total: int
+    is_total_known: bool
+    rejected: int
+    elapsed_s: float
+    """Since the first answer."""
+    done_at_first: int
+    """Answers of the first chunk, which cost the start."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a run has seen so far."""
+
+    started: float = field(default_factory=time.perf_counter)
+    first_answer: float | None = None
+    done_at_first: int = 0
+    num_new: int = 0
+    num_known: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    classes: Counter[str] = field(default_factory=Counter)
+    stages_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    timeline: list[tuple[float, int]] = field(default_factory=list)
+    runtime: dict[str, str] = field(
+        default_factory=lambda: {"backend": "none", "precision": "none", "description": IDLE}
+    )
+
+    @property
+    def done(self) -> int:
+        """Scans that are through, new or found to be answered already."""
+        return self.num_new + self.num_known
+
+    def add(self, block: pa.Table, answers: pa.Table, num_known: int) -> None:
+        """Count one chunk."""
+        now = time.perf_counter()
+        self.num_new += answers.num_rows
+        self.num_known += num_known
+        self.reasons.update(r for r in answers["reason"].to_pylist() if r)
+        self.classes.update(c for c in answers["predicted_class"].to_pylist() if c)
+        for name in ("list", "read", "decode", "predict"):
+            self.stages_s[name] += block[f"{name}_s"][0].as_py()
+        if self.first_answer is None:
+            self.first_answer, self.done_at_first = now, self.done
+        self.timeline.append((round(now - self.started, 2), self.done))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the counts of the new answers, as metrics.json has them."""
+        return describe_counts(self.num_new, self.reasons, self.classes)
+
+
+def describe_counts(total: int, reasons: "Counter[str]", classes: "Counter[str]") -> dict[str, Any]:
+    """Return counts by status, reason and class, as metrics.json has them."""
+    rejected = sum(reasons.values())
+    return {
+        "total": total,
+        "by_status": {"classified": total - rejected, "abstained": 0, "rejected": rejected},
+        "by_reason": dict(sorted(reasons.items())),
+        "by_class": dict(sorted(classes.items())),
+    }
+
+
+class MemoryWatch:
+    """Watches the memory of this process and of all below it: Ray's, where Ray runs here."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+
+    def __enter__(self) -> "MemoryWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.peak_bytes = max(self.peak_bytes, measure_memory_bytes(os.getpid()))
+            if self._ended.wait(MEMORY_INTERVAL_S):
+                return
+
+
+def measure_memory_bytes(pid: int) -> int:
+    """Measure a process tree: every process's own memory, and what they share once."""
+    own, shared = 0, [0]
+    root = psutil.Process(pid)
+    for process in (root, *root.children(recursive=True)):
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            continue
+        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        own += 1024 * int(fields.get("RssAnon", "0 kB").split()[0])
+        shared.append(1024 * int(fields.get("RssShmem", "0 kB").split()[0]))
+    return own + max(shared)
+
+
+def find_bottleneck(busy: dict[str, float]) -> str:
+    """Say in words what limits a run, from the busy share of every stage."""
+    stage = max(busy, key=lambda name: busy[name])
+    if busy[stage] < SATURATED:
+        return f"nothing is saturated (the busiest stage, {stage}, {busy[stage]:.0%} of the time)"
+    return REMEDIES[stage]
+
+
+def thin(timeline: list[tuple[float, int]], most: int = 200) -> list[list[float]]:
+    """Keep at most so many points of a timeline, the last among them, ready for JSON."""
+    stride = -(-len(timeline) // most) if timeline else 1
+    return [list(point) for point in timeline[::-1][::stride][::-1]]

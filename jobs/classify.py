@@ -1,0 +1,11 @@
+"""`python jobs/classify.py …`, also as `ray job submit -- python jobs/classify.py …`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the code that was submitted, first
+
+from brainray.cli import run_classify
+
+if __name__ == "__main__":
+    run_classify(sys.argv[1:])

@@ -1,0 +1,250 @@
+"""The answers on disk: whole or absent, each known again, one writer, sets that change places."""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from datetime import UTC, datetime
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from brainray import storage
+from brainray.errors import ConfigError, StorageError
+from brainray.pipelines import answers as room
+from brainray.pipelines.answers import AnswerSet, Ledger, build_schema, hold_output
+
+CLASSES = ("glioma", "notumor")
+RUNTIME = {"backend": "torch", "precision": "fp32"}
+
+
+def card(classifier_id: str = "aaa") -> dict[str, Any]:
+    return {
+        "classifier_id": classifier_id,
+        "classes": list(CLASSES),
+        "weights": {"sha256": "0" * 64},
+        "preprocessing": {"size_px": 32},
+    }
+
+
+def rows(*names: str, reason: str | None = None) -> pa.Table:
+    classified = reason is None
+    return pa.Table.from_pylist(
+        [
+            {
+                "scan_uri": name,
+                "content_sha256": None if reason in ("missing", "unreadable") else f"sha-{name}",
+                "status": "classified" if classified else "rejected",
+                "reason": reason,
+                "predicted_class": "glioma" if classified else None,
+                "confidence": 0.75 if classified else None,
+                "prob_glioma": 0.75 if classified else None,
+                "prob_notumor": 0.25 if classified else None,
+                "classified_at": datetime.now(UTC),
+                "size_bytes": 10,
+                "modified_ns": 5,
+            }
+            for name in names
+        ],
+        schema=pa.schema([f for f in build_schema(CLASSES) if f.name != "classifier_id"]),
+    )
+
+
+def open_set(place: Path, classifier_id: str = "aaa", *, replace: bool = False) -> AnswerSet:
+    return AnswerSet(str(place), card(classifier_id), replace=replace)
+
+
+def published(place: Path) -> set[tuple[str, str]]:
+    table = pq.read_table(place / "predictions", columns=["scan_uri", "classifier_id"])
+    return set(zip(*(c.to_pylist() for c in table.columns), strict=True))
+
+
+def test_what_is_written_is_read_and_says_what_wrote_it(tmp_path: Path) -> None:
+    answers = open_set(tmp_path)
+    answers.write(rows("a", "b"), RUNTIME)
+    answers.write(rows("c", reason="empty"), RUNTIME)
+    assert answers.read().num_rows == 3
+    files = sorted((tmp_path / "predictions").iterdir())
+    assert len(files) == 2
+    schema = pq.read_schema(files[0])
+    assert schema.remove_metadata().equals(build_schema(CLASSES))
+    about = json.loads(schema.metadata[b"brainray"])
+    assert about["schema_version"] == room.ANSWERS_SCHEMA_VERSION
+    assert about["weights_sha256"] == "0" * 64
+    assert about["preprocessing"] == {"size_px": 32}
+    assert about["runtime"] == RUNTIME
+    assert about["versions"]["pyarrow"] == pa.__version__
+
+
+def test_the_ledger_knows_files_and_contents(tmp_path: Path) -> None:
+    answers = open_set(tmp_path)
+    answers.write(rows("a"), RUNTIME)
+    answers.write(rows("gone", reason="missing"), RUNTIME)
+    ledger = open_set(tmp_path).read_ledger()
+    assert ledger.has_file("a", 10, 5)
+    assert not ledger.has_file("a", 11, 5)
+    assert not ledger.has_file("a", 10, 6)
+    assert not ledger.has_file("b", 10, 5)
+    assert ledger.has_content("a", "sha-a")
+    assert not ledger.has_content("a", "sha-b")
+    assert not ledger.has_file("gone", 10, 5), "it is looked for again"
+    assert ledger.has_content("gone", "missing")
+    assert not ledger.has_content("gone", "sha-gone")
+
+
+def test_an_empty_ledger_knows_nothing() -> None:
+    assert not Ledger.of(None).has_file("a", 1, 1)
+    assert not Ledger.of(None).has_content("a", "b")
+
+
+def test_another_classifier_makes_a_set_beside(tmp_path: Path) -> None:
+    open_set(tmp_path).write(rows("a"), RUNTIME)
+    other = open_set(tmp_path, "bbb")
+    assert not other.read_ledger().has_content("a", "sha-a")
+    other.write(rows("a"), RUNTIME)
+    assert published(tmp_path) == {("a", "aaa"), ("a", "bbb")}
+    assert open_set(tmp_path).read().num_rows == 1
+    prefixed = pq.read_table(next((tmp_path / "predictions").glob("bbb-*.parquet")))
+    assert prefixed["classifier_id"].to_pylist() == ["bbb"]
+
+
+def test_a_replacing_set_is_out_of_sight_until_it_is_published(tmp_path: Path) -> None:
+    open_set(tmp_path).write(rows("a", "b"), RUNTIME)
+    first = open_set(tmp_path, "bbb", replace=True)
+    first.write(rows("a"), RUNTIME)
+    assert published(tmp_path) == {("a", "aaa"), ("b", "aaa")}
+    again = open_set(tmp_path, "bbb", replace=True)  # the first was killed: this goes on
+    assert again.read_ledger().has_content("a", "sha-a")
+    again.write(rows("b"), RUNTIME)
+    again.publish()
+    assert published(tmp_path) == {("a", "bbb"), ("b", "bbb")}
+    assert again.read().num_rows == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"predictions", ".replaced"}
+    later = open_set(tmp_path, "bbb", replace=True)
+    assert not later.replaces, "there is nothing left to replace"
+
+
+def test_a_reader_never_sees_half_of_an_exchange(tmp_path: Path) -> None:
+    """Read all the time while sets change places; every reading is one set, whole."""
+    names = [f"scan-{n}" for n in range(50)]
+    answers = open_set(tmp_path, "set0")
+    for name in names:
+        answers.write(rows(name), RUNTIME)
+    seen: list[set[str]] = []
+    ended = threading.Event()
+
+    def read() -> None:
+        while not ended.is_set():
+            found = [entry.name.partition("-")[0] for entry in os.scandir(tmp_path / "predictions")]
+            seen.append(set(found))
+            assert len(found) == 50
+
+    def guarded() -> None:
+        try:
+            read()
+        except BaseException as error:  # told to the test below
+            failures.append(error)
+
+    failures: list[BaseException] = []
+    reader = threading.Thread(target=guarded)
+    reader.start()
+    for number in range(1, 6):
+        name = f"set{number}"
+        new = open_set(tmp_path, name, replace=True)
+        for scan in names:
+            new.write(rows(scan), RUNTIME)
+        new.publish()
+    ended.set()
+    reader.join()
+    assert not failures
+    assert all(len(one) == 1 for one in seen)
+    assert len({next(iter(one)) for one in seen}) > 1
+
+
+def test_what_a_killed_exchange_left_is_swept(tmp_path: Path) -> None:
+    open_set(tmp_path).write(rows("a"), RUNTIME)
+    left = tmp_path / ".next" / "aaa"
+    left.mkdir(parents=True)
+    (left / "old-1-000000.parquet").write_bytes(b"the set before")
+    assert open_set(tmp_path).read().num_rows == 1
+    assert not (tmp_path / ".next").exists()
+    (aside,) = (tmp_path / ".replaced").iterdir()
+    assert (aside / "old-1-000000.parquet").exists(), "somebody may still be reading it"
+    aside.rename(aside.with_name("1000000000-long-ago"))
+    open_set(tmp_path)
+    assert not list((tmp_path / ".replaced").iterdir())
+
+
+def test_the_exchange_works_where_the_system_has_no_such_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room.ctypes, "CDLL", lambda *_, **__: object())
+    open_set(tmp_path).write(rows("a"), RUNTIME)
+    new = open_set(tmp_path, "bbb", replace=True)
+    new.write(rows("a"), RUNTIME)
+    new.publish()
+    assert published(tmp_path) == {("a", "bbb")}
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    answers = open_set(tmp_path)
+    answers.write(rows("a"), RUNTIME)
+    (file,) = (tmp_path / "predictions").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(StorageError, match=file.name):
+        answers.read_ledger()
+
+
+def _hold(place: str, started: "Event", seconds: float) -> None:
+    with hold_output(place):
+        started.set()
+        time.sleep(seconds)
+
+
+def test_a_second_run_stops_with_the_first_ones_name_and_its_death_frees_it(
+    tmp_path: Path,
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    started = context.Event()
+    first = context.Process(target=_hold, args=(str(tmp_path), started, 60.0))
+    first.start()
+    assert started.wait(60)
+    with pytest.raises(ConfigError, match=f"process {first.pid}"), hold_output(str(tmp_path)):
+        pass
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    with hold_output(str(tmp_path)):
+        pass
+
+
+def test_a_lease_is_refused_while_it_lives_and_taken_over_when_it_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an object store gets; the file system under it does not matter."""
+    uri = str(tmp_path / "lease.json")
+    monkeypatch.setattr(room, "LEASE_RENEWAL_S", 0.1)
+    holder = {"id": "one", "pid": 1, "host": "h"}
+    other = {"id": "two", "pid": 2, "host": "h"}
+    with room._lease(uri, holder, "out"):
+        before = storage.read_json(uri)["renewed_unix_s"]
+        with pytest.raises(ConfigError, match="process 1 on h"), room._lease(uri, other, "out"):
+            pass
+        time.sleep(0.5)
+        assert storage.read_json(uri)["renewed_unix_s"] > before
+    assert not storage.exists(uri)
+    storage.write_json(uri, holder | {"renewed_unix_s": time.time() - room.LEASE_LIFE_S - 1})
+    with room._lease(uri, other, "out"):
+        assert storage.read_json(uri)["id"] == "two"
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StorageError, match="Cannot write"), hold_output(str(tmp_path / "file")):
+        pass

@@ -1,0 +1,490 @@
+"""The report of a bulk run: nothing hidden, nothing loaded, whatever the set held."""
+
+import base64
+import copy
+import re
+from typing import Any
+
+import pytest
+
+from brainray.metrics import compute_curves, compute_evaluation
+from brainray.pixels.decode import REJECTION_REASONS
+from brainray.reporting import plots
+from brainray.reporting.bulk import UncertainScan, render_bulk_report
+from brainray.reporting.evaluation import Mistake
+from brainray.reporting.page import format_bytes, format_duration, format_moment, format_share
+from tests.test_report import CLASSES, DASH, NBSP, Page, build_mistake, build_predictions
+
+HOSTILE = [
+    ("<script>alert(1)</script>.png", "&lt;script&gt;alert(1)&lt;/script&gt;.png"),
+    (
+        "\"><img src=//x.org/a onerror='b'>&",
+        "&#34;&gt;&lt;img src=//x.org/a onerror=&#39;b&#39;&gt;",
+    ),
+    ("s3://b/a\nb\tc.png", r"s3://b/a\nb\tc.png"),
+    ("\u202egpj.exe", r"\u202egpj.exe"),
+    ("undecodable\udcff.png", r"undecodable\udcff.png"),
+    ("鬼 é.png", "鬼 é.png"),
+]
+COUNTS = [3, 0, 0, 0, 0, 0, 0, 11, 13, 17, 19, 23, 29, 31, 37, 41, 47, 53, 59, 1607]
+
+
+def build_counts() -> dict[str, Any]:
+    return {
+        "total": 2003,
+        "by_status": {"classified": 1990, "abstained": 2, "rejected": 11},
+        "by_reason": {"truncated": 7, "empty": 3, "eaten_by_dog": 1},
+        "by_class": {"glioma": 501, "meningioma": 402, "notumor": 603, "pituitary": 484},
+    }
+
+
+def build_metrics() -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "classifier_id": "4fce01ab",
+        "classes": list(CLASSES),
+        "runtime": {
+            "backend": "openvino",
+            "precision": "bf16",
+            "description": "OpenVINO 2026.4, bf16, 2 threads",
+            "num_predictors": 3,
+        },
+        "counts": build_counts(),
+        "run": {
+            "started_at": "2026-07-12T10:03:11.123456+00:00",
+            "finished_at": "2026-07-12T10:04:12.323456+02:00",
+            "wall_s": 61.2,
+            "num_new": 2003,
+            "num_known": 0,
+            "new_counts": build_counts(),
+            "images_per_s": 32.7,
+            "stages_s": {"list": 0.2, "read": 1.3, "decode": 3.1, "predict": 480.0, "write": 0.4},
+            "stages_busy": {
+                "list": 0.003,
+                "read": 0.021,
+                "decode": 0.052,
+                "predict": 0.934,
+                "write": 0.0071,
+            },
+            "bottleneck": "predict-bound: add predictors (CPUs or GPUs)",
+            "memory_peak_bytes": 1234567890,
+            "timeline": [[0.0, 0], [20.0, 640], [61.0, 2003]],
+        },
+        "confidence_histogram": {
+            "edges": [round(0.05 * i, 2) for i in range(21)],
+            "counts": list(COUNTS),
+        },
+    }
+
+
+def build_uncertain(scan_uri: str = "s3://bucket/glioma/0012.jpg") -> UncertainScan:
+    return UncertainScan(
+        scan_uri=scan_uri,
+        predicted_class="meningioma",
+        confidence=0.4321,
+        second_class="glioma",
+        second_confidence=0.4234,
+        image_png=build_mistake().image_png,
+    )
+
+
+@pytest.fixture
+def plain() -> dict[str, Any]:
+    return {
+        "title": "Ward 7",
+        "metrics": build_metrics(),
+        "uncertain": [build_uncertain()],
+        "configuration": {"input": {"uri": "s3://bucket"}, "batch_size": 32},
+        "facts": {"Set": "s3://bucket"},
+    }
+
+
+@pytest.fixture(scope="module")
+def judgement() -> tuple[dict[str, Any], dict[str, Any]]:
+    y_true, y_prob = build_predictions(200, 3)
+    evaluation = compute_evaluation(y_true, y_prob, CLASSES, num_resamples=50)
+    return evaluation, compute_curves(y_true, y_prob, CLASSES)
+
+
+@pytest.fixture
+def judged(
+    plain: dict[str, Any], judgement: tuple[dict[str, Any], dict[str, Any]]
+) -> dict[str, Any]:
+    evaluation, curves = copy.deepcopy(judgement)
+    plain["metrics"]["evaluation"] = evaluation
+    mistake = Mistake(
+        path="s3://bucket/glioma/0099.jpg",
+        true_class="glioma",
+        predicted_class="pituitary",
+        confidence=0.9876,
+        image_png=build_mistake().image_png,
+    )
+    return {**plain, "curves": curves, "mistakes": [mistake]}
+
+
+def cut(html: str, anchor: str) -> str:
+    """Cut one section out of the page."""
+    start = html.index(f'<section id="{anchor}"')
+    return html[start : html.index("</section>", start) + len("</section>")]
+
+
+def list_headings(html: str) -> list[str]:
+    return [heading[3:] for heading in Page(html).headings if heading.startswith("h2")]
+
+
+def test_whole_page_is_balanced_and_in_order(judged: dict[str, Any]) -> None:
+    html = render_bulk_report(**judged)
+    assert list_headings(html) == [
+        "In short",
+        "Every scan has one answer",
+        "Classes found",
+        "Confidence",
+        "Throughput",
+        "Least certain scans",
+        "Accuracy where the class is known",
+        "Confusion matrix",
+        "Each class",
+        "All metrics",
+        "ROC and precision-recall",
+        "Reliability of the confidence",
+        "Worst mistakes",
+        "Settings",
+        "How to read this",
+    ]
+    page = Page(html)
+    assert page.headings[0] == "h1 Ward 7"
+    assert "Research use only; not a medical device." in page.text
+    anchors = {attrs["href"] for attrs in page.find("a")}
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert anchors == {f"#{name}" for name in ids if name and not name.endswith("-title")}
+    assert len(ids) == len(set(ids))
+
+
+def test_without_evaluation_its_sections_are_left_out(
+    plain: dict[str, Any], judgement: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    expected = [
+        "In short",
+        "Every scan has one answer",
+        "Classes found",
+        "Confidence",
+        "Throughput",
+        "Least certain scans",
+        "Settings",
+        "How to read this",
+    ]
+    html = render_bulk_report(**plain)
+    assert list_headings(html) == expected
+    assert "AUROC" not in html
+    assert "known from before" not in html  # there were none
+    plain["metrics"]["evaluation"] = None
+    plain |= {"curves": judgement[1], "mistakes": [build_mistake()]}
+    assert list_headings(render_bulk_report(**plain)) == expected
+
+
+def test_missing_parts_are_left_out(judged: dict[str, Any]) -> None:
+    judged |= {"curves": None, "mistakes": [], "uncertain": [], "configuration": {}}
+    judged["metrics"]["run"] |= {"timeline": [], "stages_s": {}, "stages_busy": {}}
+    judged["metrics"]["run"]["bottleneck"] = ""
+    judged["metrics"]["counts"]["by_reason"] = {}
+    html = render_bulk_report(**judged)
+    page = Page(html)
+    for absent in ("ROC and precision-recall", "Reliability of the confidence", "Least certain"):
+        assert absent not in " ".join(page.headings)
+    for absent in ("over time", "Bottleneck:", "Busy for", "Why scans have no class"):
+        assert absent not in page.text
+    assert "None to show." in page.text
+    assert not page.find("img")
+    assert "All settings" not in html
+    assert "Runtime (4)" in page.text
+
+
+def test_page_loads_nothing(judged: dict[str, Any]) -> None:
+    judged["uncertain"] = [build_uncertain("https://example.org/a.png")]
+    html = render_bulk_report(**judged)
+    page = Page(html)
+    for tag, attrs in page.tags:
+        for name in ("src", "href", "srcset", "data", "xlink:href", "poster", "action"):
+            target = attrs.get(name)
+            assert target is None or target.startswith(("#", "data:image/png;base64,")), tag
+        assert not [name for name in attrs if name.startswith("on")]
+    for tag in ("script", "link", "iframe", "object"):
+        assert not page.find(tag)
+    assert "url(" not in html
+    assert "@import" not in html
+    policy = [attrs["content"] for attrs in page.find("meta") if "http-equiv" in attrs]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_tables_and_figures_say_what_they_are(judged: dict[str, Any]) -> None:
+    html = render_bulk_report(**judged)
+    page = Page(html)
+    tables = re.findall(r"<table.*?</table>", html, re.DOTALL)
+    assert len(tables) == 11
+    for table in tables:
+        assert re.search(r"<caption>[^<]+</caption>", table), table[:200]
+    figures = [attrs for attrs in page.find("svg") if attrs.get("class") == "plot"]
+    assert len(figures) == 5
+    assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in figures)
+    assert all(attrs.get("scope") in ("row", "col") for attrs in page.find("th"))
+    assert all(attrs["alt"] for attrs in page.find("img"))
+    assert html.count('lang="en"') == 1
+
+
+def test_answers_and_reasons_are_counted_in_words(plain: dict[str, Any]) -> None:
+    html = render_bulk_report(**plain)
+    text = Page(cut(html, "answers")).text
+    assert f"pixels. 11 0.5{NBSP}%" in text
+    assert f"given. 2 0.1{NBSP}%" in text
+    assert f"probability. 1,990 99.4{NBSP}%" in text
+    assert f"{REJECTION_REASONS['truncated']} truncated 7 0.3{NBSP}%" in text
+    assert f"{REJECTION_REASONS['empty']} empty 3 0.1{NBSP}%" in text
+    assert f" eaten_by_dog 1 <{NBSP}0.1{NBSP}%" in text  # a code without words
+    assert text.index("truncated 7") < text.index("empty 3") < text.index("eaten_by_dog")
+    short = Page(cut(html, "short")).text
+    assert "2,003" in short
+    assert f"99.4{NBSP}%" in short
+    assert "2 abstained, 11 rejected" in short
+
+
+def test_statuses_and_classes_that_are_not_known_are_shown(plain: dict[str, Any]) -> None:
+    plain["metrics"]["counts"]["by_status"]["postponed"] = 41
+    plain["metrics"]["counts"]["by_class"]["sarcoma"] = 43
+    html = render_bulk_report(**plain)
+    assert "postponed 41" in Page(cut(html, "answers")).text
+    assert f"sarcoma 43 2.1{NBSP}%" in Page(cut(html, "mix")).text
+
+
+def test_class_mix_has_counts_shares_and_bars(plain: dict[str, Any]) -> None:
+    del plain["metrics"]["counts"]["by_class"]["pituitary"]
+    section = cut(render_bulk_report(**plain), "mix")
+    text = Page(section).text
+    assert f"glioma 501 33.3{NBSP}% meningioma 402 26.7{NBSP}% notumor 603 40.0{NBSP}%" in text
+    assert f"pituitary 0 0.0{NBSP}%" in text
+    bars = re.findall(r"--share: ([\d.]+)%; --tone: var\(--c(\d)\)", section)
+    assert bars == [("33.27", "0"), ("26.69", "1"), ("40.04", "2")]
+
+
+def test_what_a_run_may_add_is_shown(judged: dict[str, Any]) -> None:
+    html = render_bulk_report(**judged)
+    assert "once warm" not in html
+    assert "whose class is not" not in html
+    judged["metrics"]["run"]["images_per_s_warm"] = 1234.56
+    judged["metrics"]["evaluation"]["num_without_truth"] = 1790
+    text = Page(render_bulk_report(**judged)).text
+    assert "once warm 1,234.6" in text
+    assert "200 scans whose class is known; 1,790 more were classified whose class is not." in text
+
+
+def test_a_resumed_run_tells_new_scans_from_known_ones(plain: dict[str, Any]) -> None:
+    assert ">New</th>" not in render_bulk_report(**plain)
+    plain["metrics"]["run"] |= {
+        "num_new": 97,
+        "num_known": 1906,
+        "new_counts": {
+            "total": 97,
+            "by_status": {"classified": 89, "rejected": 8},
+            "by_reason": {"truncated": 5},
+            "by_class": {"glioma": 61, "notumor": 28},
+        },
+    }
+    html = render_bulk_report(**plain)
+    assert "97 new, 1,906 known from before" in Page(cut(html, "short")).text
+    answers = Page(cut(html, "answers")).text
+    assert "1,990 89 " in answers
+    assert "truncated 7 5 " in answers
+    assert "glioma 501 61 " in Page(cut(html, "mix")).text
+
+
+def test_confidence_is_drawn_tabled_and_summed(plain: dict[str, Any]) -> None:
+    html = cut(render_bulk_report(**plain), "confidence")
+    text = Page(html).text
+    for count, low in zip(COUNTS, range(0, 100, 5), strict=True):
+        assert f"{low / 100:.2f}{DASH}{(low + 5) / 100:.2f} {count:,} " in f"{text} "
+        tip = f"<title>{low / 100:.2f} to {(low + 5) / 100:.2f}: {count:,} scans</title>"
+        assert (tip in html) == (count > 0)
+    assert f"below 0.50 44 2.2{NBSP}%" in text
+    assert f"below 0.95 383 19.2{NBSP}%" in text
+
+
+def test_histogram_bars_are_to_scale_and_never_vanish() -> None:
+    figure = plots.draw_histogram([0, 0.25, 0.5, 1], [1, 5000, 10000], title="", x_label="")
+    heights = [float(h) for h in re.findall(r'class="bar"[^>]* height="([\d.]+)"', figure)]
+    assert heights[0] == 1.5
+    assert heights[2] == pytest.approx(2 * heights[1], abs=0.2)
+    widths = [float(w) for w in re.findall(r'class="bar"[^>]* width="([\d.]+)"', figure)]
+    assert widths[2] + 2 == pytest.approx(2 * (widths[0] + 2), abs=0.3)
+
+
+def test_throughput_shows_every_number(plain: dict[str, Any]) -> None:
+    html = cut(render_bulk_report(**plain), "throughput")
+    text = Page(html).text
+    for shown in (
+        "Scans per second 32.7",
+        "New scans 2,003",
+        "Known from before 0",
+        f"61.2{NBSP}s",
+        "2026-07-12 10:03:11 UTC",
+        "2026-07-12 10:04:12 UTC+02:00",
+        "Predictors 3",
+        f"1.15{NBSP}GiB",
+        "predict-bound: add predictors (CPUs or GPUs)",
+        f"list find the files 0.2{NBSP}s 0.3{NBSP}%",
+        f"decode turn bytes into pixels 3.1{NBSP}s 5.2{NBSP}%",
+        f"predict run the network 8{NBSP}min 0{NBSP}s 93.4{NBSP}%",
+        f"write store the answers 0.4{NBSP}s 0.7{NBSP}%",
+    ):
+        assert shown in text
+    assert re.findall(r"--share: ([\d.]+)%; --tone: var\(--wrong\)", html) == ["93.40"]
+    assert "<title>2,003 scans after 61.0 s</title>" in html
+
+
+@pytest.mark.parametrize(
+    ("timeline", "label"),
+    [
+        ([[0, 0]], "(s)"),
+        ([[61.0, 2000]], "(s)"),
+        ([[0, 0], [600, 5]], "(min)"),
+        ([[0, 0], [14400, 3_000_000]], "(h)"),
+    ],
+)
+def test_progress_suits_any_timeline(
+    plain: dict[str, Any], timeline: list[list[float]], label: str
+) -> None:
+    plain["metrics"]["run"]["timeline"] = timeline
+    html = cut(render_bulk_report(**plain), "throughput")
+    assert f"time since the start {label}" in html
+    assert html.count("<circle") == 1
+    assert ('<path class="line s0"' in html) == (len(timeline) > 1)
+    (width,) = re.findall(r'class="panel"[^>]* width="([\d.]+)"', html)
+    (cx,) = re.findall(r'cx="([\d.]+)"', html)
+    assert float(cx) == (0 if timeline == [[0, 0]] else float(width))
+
+
+def test_wide_tick_labels_get_a_wide_margin() -> None:
+    def left(done: int) -> float:
+        figure = plots.draw_progress([(0, 0), (9, done)], title="")
+        return float(re.findall(r'class="panel" x="([\d.]+)"', figure)[0])
+
+    assert left(10) == 36
+    assert left(3_000_000) > 6.5 * len("3,000,000")
+
+
+def test_gallery_shows_picture_runner_up_and_uri(plain: dict[str, Any]) -> None:
+    html = cut(render_bulk_report(**plain), "uncertain")
+    page = Page(html)
+    (image,) = page.find("img")
+    scan = plain["uncertain"][0]
+    assert image["alt"] == "Scan taken for meningioma, runner-up glioma"
+    assert base64.b64decode((image["src"] or "").partition(",")[2]) == scan.image_png
+    assert f"meningioma 43.2{NBSP}% glioma 42.3{NBSP}%" in page.text
+    assert "s3://bucket/glioma/0012.jpg" in page.text
+    assert "--share: 43.2%; --tone: var(--c1)" in html
+    assert "--share: 42.3%; --tone: var(--c0)" in html
+
+
+def test_evaluation_is_shown_as_in_training(judged: dict[str, Any]) -> None:
+    html = render_bulk_report(**judged)
+    evaluation = judged["metrics"]["evaluation"]
+    low, high = evaluation["accuracy_ci95"]
+    accuracy = f"{100 * evaluation['accuracy']:.1f}{NBSP}%"
+    assert accuracy in cut(html, "short")
+    assert accuracy in cut(html, "accuracy")
+    assert f"95 % interval {100 * low:.1f}{DASH}{100 * high:.1f}{NBSP}%" in cut(html, "accuracy")
+    diagonal = re.findall(r'class="right"[^>]*>(\d+)<', cut(html, "confusion"))
+    assert [int(n) for n in diagonal] == [evaluation["confusion"][i][i] for i in range(4)]
+    entry = evaluation["per_class"]["pituitary"]
+    low, high = entry["specificity_ci95"]
+    cell = f"<td>{entry['specificity']:.3f}<small>{low:.3f}{DASH}{high:.3f}</small></td>"
+    assert cell in cut(html, "classes")
+    assert f"<td>{evaluation['mcc']:.3f}<small>" in cut(html, "metrics")
+    assert "ROC curve of each class on the scans of known class" in html
+    mistakes = Page(cut(html, "mistakes")).text
+    assert f"glioma → pituitary at 98.8{NBSP}% s3://bucket/glioma/0099.jpg" in mistakes
+    assert "each taken as evidence of its own" in html
+    evaluation["num_groups"] = 17
+    assert "each taken as evidence of its own" not in render_bulk_report(**judged)
+
+
+@pytest.mark.parametrize(("text", "shown"), HOSTILE)
+def test_uris_cannot_harm_or_mislead(judged: dict[str, Any], text: str, shown: str) -> None:
+    judged["uncertain"] = [
+        UncertainScan(
+            scan_uri=text,
+            predicted_class=text,
+            confidence=0.5,
+            second_class=text,
+            second_confidence=0.4,
+            image_png=b"\x89PNG",
+        )
+    ]
+    judged["title"] = text
+    judged["facts"] = {text: text}
+    judged["configuration"] = {text: text}
+    metrics = judged["metrics"]
+    metrics["classifier_id"] = metrics["run"]["bottleneck"] = metrics["run"]["started_at"] = text
+    metrics["runtime"]["description"] = text
+    metrics["counts"]["by_reason"] = {text: 1}
+    metrics["counts"]["by_class"][text] = 1
+    metrics["run"]["stages_busy"][text] = 0.5
+    html = render_bulk_report(**judged)
+    html.encode("utf-8")
+    assert html.count(shown) >= 18
+    page = Page(html)
+    assert not page.find("script")
+    assert len(page.find("img")) == 2  # of the gallery and of the mistakes
+    assert text.isprintable() or text not in html
+
+
+def test_an_empty_set_renders(plain: dict[str, Any]) -> None:
+    nothing = {"total": 0, "by_status": {}, "by_reason": {}, "by_class": {}}
+    plain["uncertain"] = []
+    plain["metrics"]["counts"] = nothing
+    plain["metrics"]["confidence_histogram"]["counts"] = [0] * 20
+    plain["metrics"]["run"] |= {
+        "wall_s": 0.0,
+        "num_new": 0,
+        "new_counts": nothing,
+        "images_per_s": 0.0,
+        "stages_s": {"list": 0.0},
+        "stages_busy": {"list": 0.0},
+        "bottleneck": "",
+        "memory_peak_bytes": 0,
+        "timeline": [],
+    }
+    plain["metrics"]["runtime"] = {"num_predictors": 1}
+    html = render_bulk_report(**plain)
+    assert list_headings(html) == [
+        "In short",
+        "Every scan has one answer",
+        "Throughput",
+        "Settings",
+        "How to read this",
+    ]
+    text = Page(html).text
+    assert f"Classified {DASH} 0 abstained, 0 rejected" in text
+    assert "Scans per second 0.0 New scans 0 Known from before 0" in text
+    assert f"Wall-clock time 0.0{NBSP}s" in text
+    assert f"Peak memory 0{NBSP}B" in text
+    assert "--share: " not in cut(html, "throughput")  # no bar for nothing
+    assert "None" not in text
+    assert "nan" not in re.sub(r"base64,\S+", "", html)
+
+
+def test_formats() -> None:
+    assert format_share(0.0) == f"0.0{NBSP}%"
+    assert format_share(0.0004) == f"<{NBSP}0.1{NBSP}%"
+    assert format_share(0.0005) == f"0.1{NBSP}%"
+    assert format_share(0.9996) == f">{NBSP}99.9{NBSP}%"
+    assert format_share(1.0) == f"100.0{NBSP}%"
+    assert format_share(None) == format_bytes(None) == format_duration(None) == DASH
+    assert format_duration(0.25) == f"0.2{NBSP}s"
+    assert format_duration(150) == f"2{NBSP}min 30{NBSP}s"
+    assert format_duration(7199.7) == f"2{NBSP}h 0{NBSP}min"
+    assert format_duration(90061) == f"25{NBSP}h 1{NBSP}min"
+    assert format_bytes(1023) == f"1,023{NBSP}B"
+    assert format_bytes(3 * 2**20) == f"3.00{NBSP}MiB"
+    assert format_moment("2026-07-12T10:03:11Z") == "2026-07-12 10:03:11 UTC"
+    assert format_moment("2026-07-12T10:03:11") == "2026-07-12 10:03:11"
+    assert format_moment("yesterday") == "yesterday"
+    assert format_moment(None) is None

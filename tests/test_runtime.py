@@ -1,0 +1,415 @@
+"""Every way to compute gives the answers of plain fp32 torch, as far as its precision allows."""
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from brainray.errors import ConfigError
+from brainray.model import runtime as room
+from brainray.model.classifier import Classifier, load_classifier, save_classifier
+from brainray.model.network import build_network, compute_features
+from brainray.model.runtime import Runtime, RuntimeOptions, measure_disagreement, open_runtime
+from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.preprocess import Preprocessing, load_image, normalise_images
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
+PREPROCESSING = Preprocessing(size_px=32, mean=0.2, std=0.3)
+Images = NDArray[np.uint8]
+Opened = Callable[..., Runtime]
+
+needs_bf16 = pytest.mark.skipif(
+    not room._has_native_bf16(), reason="this processor has no bf16 instructions"
+)
+needs_nncf = pytest.mark.skipif(
+    find_spec("nncf") is None, reason="NNCF is not installed (pip install brainray[int8])"
+)
+
+
+def read_images(folder: Path, preprocessing: Preprocessing) -> Images:
+    paths = sorted(path for path in folder.glob("*/*") if path.is_file())
+    limits = DecodeLimits()
+    return np.stack([load_image(path.read_bytes(), preprocessing, limits) for path in paths])
+
+
+@pytest.fixture(scope="module")
+def images(phantom_folder: Path) -> Images:
+    """Return eight phantoms of each class, in class order."""
+    return read_images(phantom_folder / "Testing", PREPROCESSING)
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Path:
+    """Seal a network whose every layer matters, and whose answers differ between images."""
+    torch.manual_seed(0)
+    network = build_network(len(CLASSES))
+    inputs = normalise_images(torch.from_numpy(images), PREPROCESSING)
+    with torch.no_grad():
+        for name, norm in network.named_modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                # The last of each block would start at zero, and what it follows go unseen.
+                norm.weight.uniform_(*((0.1, 0.3) if name.endswith("bn3") else (0.3, 0.7)))
+                norm.bias.normal_(0, 0.1)
+                norm.momentum = None  # the statistics of these images, not a running mean
+        network(inputs)
+        features = compute_features(network.eval(), inputs)
+        # A head that looks where the features vary most, to enlarge rounding the least.
+        mean = features.mean(0)
+        _, scales, directions = torch.linalg.svd(features - mean, full_matrices=False)
+        deviations = scales[: len(CLASSES)] / len(images) ** 0.5
+        weight = directions[: len(CLASSES)] / deviations[:, None]
+        network.get_parameter("fc.weight").copy_(weight)
+        network.get_parameter("fc.bias").copy_(-weight @ mean)
+    folder = tmp_path_factory.mktemp("sealed") / "classifier"
+    save_classifier(
+        str(folder),
+        network.state_dict(),
+        classes=CLASSES,
+        preprocessing=PREPROCESSING,
+        provenance={},
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(sealed: Path) -> Classifier:
+    return load_classifier(str(sealed))
+
+
+@pytest.fixture(scope="module")
+def expected(classifier: Classifier, images: Images) -> NDArray[np.float32]:
+    probs = classifier.predict_probs(images)
+    assert probs.std(0).min() > 0.05, "the images are too alike to tell anything"
+    return probs
+
+
+@pytest.fixture(scope="module")
+def opened(classifier: Classifier) -> Opened:
+    """Return what opens a runtime, or finds it open already."""
+    known: dict[RuntimeOptions, Runtime] = {}
+
+    def find(**chosen: Any) -> Runtime:  # noqa: ANN401 - any option
+        options = RuntimeOptions(**chosen)
+        if options not in known:
+            known[options] = open_runtime(classifier, options)
+        return known[options]
+
+    return find
+
+
+# --- answers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["openvino", "torch"])
+def test_fp32_is_fp32(
+    backend: str, opened: Opened, images: Images, expected: NDArray[np.float32]
+) -> None:
+    runtime = opened(backend=backend, precision="fp32", num_threads=2)
+    assert (runtime.name, runtime.precision) == (backend, "fp32")
+    assert runtime.description.lower().startswith(f"{backend} 2")
+    assert runtime.description.endswith(", fp32, 2 threads")
+    probs = runtime.predict_probs(images)
+    assert probs.dtype == np.float32
+    np.testing.assert_allclose(probs, expected, atol=1e-5)
+    np.testing.assert_allclose(probs.sum(1), 1, atol=1e-6)
+
+
+@needs_bf16
+@pytest.mark.parametrize("backend", ["openvino", "torch"])
+def test_bf16_is_near(
+    backend: str, opened: Opened, images: Images, expected: NDArray[np.float32]
+) -> None:
+    runtime = opened(backend=backend, precision="bf16", num_threads=2)
+    assert (runtime.name, runtime.precision) == (backend, "bf16")
+    assert runtime.description.endswith(", bf16, 2 threads")
+    difference = np.abs(runtime.predict_probs(images) - expected).max()
+    assert 1e-3 < difference < 5e-2, "not bf16, or not the same network"
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+def test_openvino_answers_exactly_the_same_alone_and_in_any_batch(
+    precision: str, opened: Opened, images: Images
+) -> None:
+    by_one, by_two = (
+        opened(backend="openvino", precision=precision, num_threads=n) for n in (1, 2)
+    )
+    together = by_two.predict_probs(images)
+    assert by_one.description.endswith(", 1 thread")
+    for runtime, sizes in ((by_one, (32,)), (by_two, (1, 3, 5))):
+        for size in sizes:
+            parts = [
+                runtime.predict_probs(images[start : start + size])
+                for start in range(0, len(images), size)
+            ]
+            assert np.array_equal(np.concatenate(parts), together)
+
+
+def test_torch_answers_the_same_alone_and_in_any_batch(
+    opened: Opened, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = opened(backend="torch", precision="fp32", num_threads=2)
+    together = runtime.predict_probs(images)
+    alone = np.concatenate([runtime.predict_probs(image[None]) for image in images])
+    np.testing.assert_allclose(alone, together, atol=1e-5)
+    monkeypatch.setitem(room.CHUNK_SIZE, "cpu", 5)  # 32 images are 7 chunks
+    np.testing.assert_allclose(runtime.predict_probs(images), together, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "torch"])
+def test_several_threads_get_their_own_answers(
+    backend: str, opened: Opened, images: Images, expected: NDArray[np.float32]
+) -> None:
+    runtime = opened(backend=backend, precision="fp32", num_threads=2)
+    parts = [slice(start, start + size) for start, size in ((0, 9), (9, 1), (10, 2), (12, 20))]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        answers = list(pool.map(lambda part: runtime.predict_probs(images[part]), parts * 2))
+    np.testing.assert_allclose(np.concatenate(answers[:4]), expected, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(answers[4:]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "torch"])
+def test_no_images_no_answers(backend: str, opened: Opened, images: Images) -> None:
+    probs = opened(backend=backend, precision="fp32", num_threads=2).predict_probs(images[:0])
+    assert probs.shape == (0, len(CLASSES))
+    assert probs.dtype == np.float32
+
+
+@pytest.mark.parametrize("backend", ["openvino", "torch"])
+def test_images_may_be_read_only_and_strided(
+    backend: str, opened: Opened, images: Images, expected: NDArray[np.float32]
+) -> None:
+    runtime = opened(backend=backend, precision="fp32", num_threads=2)
+    view = images[::-2]
+    view.flags.writeable = False  # as Ray hands them out
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        probs = runtime.predict_probs(view)
+    np.testing.assert_allclose(probs, expected[::-2], atol=1e-5)
+
+
+def test_the_classifier_stays_as_it_is(
+    sealed: Path, images: Images, expected: NDArray[np.float32]
+) -> None:
+    classifier = load_classifier(str(sealed))
+    before = {name: tensor.clone() for name, tensor in classifier.network.state_dict().items()}
+    for backend in ("torch", "openvino"):
+        open_runtime(classifier, RuntimeOptions(backend=backend)).predict_probs(images[:1])
+    after = classifier.network.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    np.testing.assert_allclose(classifier.predict_probs(images), expected, atol=1e-6)
+
+
+# --- int8 ---------------------------------------------------------------------------------
+
+
+@needs_nncf
+def test_int8_is_near_and_keeps_the_first_and_the_last_layer(
+    classifier: Classifier,
+    images: Images,
+    expected: NDArray[np.float32],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models: list[Any] = []
+    quantise = room._quantise
+    monkeypatch.setattr(
+        room, "_quantise", lambda *given: models.append(quantise(*given)) or models[-1]
+    )
+    options = RuntimeOptions(precision="int8", num_threads=2)
+    runtime = open_runtime(classifier, options, calibration_images=images)
+    assert (runtime.name, runtime.precision) == ("openvino", "int8")
+    assert runtime.description.endswith(", int8, 2 threads")
+    found = measure_disagreement(expected, runtime.predict_probs(images))
+    assert 1e-3 < found["largest_difference"] < 0.3
+    assert found["same_top_class"] > 0.85
+
+    layers = [
+        operation
+        for operation in models[0].get_ordered_ops()
+        if operation.get_type_name() in ("Convolution", "MatMul")
+    ]
+    weights = [layer.input_value(1).get_node() for layer in layers]
+    are_scaled = [node.get_type_name() == "Multiply" for node in weights]
+    assert are_scaled == [False, *[True] * 52, False]
+    for layer, node in zip(layers[1:-1], weights[1:-1], strict=True):
+        whole = node.input_value(0).get_node().input_value(0)
+        assert whole.get_element_type().get_type_name() == "i8"
+        channels = layer.output(0).get_shape()[1]
+        assert node.input_value(1).get_shape() == [channels, 1, 1, 1], "not scaled per channel"
+
+
+@needs_nncf
+def test_int8_is_calibrated_on_images_of_every_class(
+    classifier: Classifier, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nncf
+
+    class Seen(Exception):  # noqa: N818 - stops the calibration, tells what it was given
+        pass
+
+    def stop(chosen: Images, _: object) -> None:
+        raise Seen(chosen)
+
+    monkeypatch.setattr(nncf, "Dataset", stop)
+    monkeypatch.setattr(room, "NUM_CALIBRATION_IMAGES", 8)
+    with pytest.raises(Seen) as caught:
+        open_runtime(classifier, RuntimeOptions(precision="int8"), calibration_images=images)
+    (chosen,) = caught.value.args
+    places = [int(np.flatnonzero((images == image).all((1, 2)))[0]) for image in chosen]
+    assert [place // 8 for place in places] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def refuse(classifier: Classifier, *said: str, **chosen: Any) -> None:  # noqa: ANN401
+    """Expect one line that says each of these."""
+    given = chosen.pop("calibration_images", None)
+    with pytest.raises(ConfigError) as caught:
+        open_runtime(classifier, RuntimeOptions(**chosen), calibration_images=given)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in said:
+        assert part in message
+
+
+def test_int8_without_images_is_refused(classifier: Classifier, images: Images) -> None:
+    refuse(classifier, "int8", "--calibration-uri", precision="int8")
+    refuse(classifier, "--calibration-uri", precision="int8", calibration_images=images[:0])
+
+
+def test_int8_without_nncf_is_refused(
+    classifier: Classifier, images: Images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    refuse(classifier, "brainray[int8]", precision="int8", calibration_images=images)
+
+
+# --- choosing -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_auto_takes_bf16_where_the_processor_has_it(
+    has_bf16: bool, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
+    runtime = open_runtime(classifier, RuntimeOptions())
+    assert runtime.name == "openvino"
+    assert runtime.precision == ("bf16" if has_bf16 else "fp32")
+    assert f", {len(os.sched_getaffinity(0))} thread" in runtime.description
+
+
+@pytest.mark.parametrize("backend", ["openvino", "torch"])
+def test_bf16_is_refused_where_it_would_be_emulated(
+    backend: str, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    refuse(classifier, "processor", "--precision fp32", backend=backend, precision="bf16")
+
+
+def test_a_gpu_that_is_not_there_is_refused(
+    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refuse(classifier, "--use-gpu", "torch sees none", use_gpu=True)
+
+
+def test_contradictions_are_refused(classifier: Classifier, images: Images) -> None:
+    refuse(classifier, "--backend torch", use_gpu=True, backend="openvino")
+    refuse(
+        classifier,
+        "--backend openvino",
+        backend="torch",
+        precision="int8",
+        calibration_images=images,
+    )
+    with pytest.raises(ConfigError, match="num_threads"):
+        RuntimeOptions(num_threads=0)
+
+
+# --- disagreement -------------------------------------------------------------------------
+
+
+def test_disagreement_is_counted() -> None:
+    reference = np.array([[0.6, 0.4], [0.2, 0.8], [0.5, 0.5], [1, 0]], np.float32)
+    probs = np.array([[0.45, 0.55], [0.25, 0.75], [0.5, 0.5], [0.9, 0.1]], np.float32)
+    assert measure_disagreement(reference, probs) == {
+        "largest_difference": pytest.approx(0.15),
+        "same_top_class": 0.75,
+        "n": 4,
+    }
+    assert measure_disagreement(reference, reference)["largest_difference"] == 0
+    nothing = measure_disagreement(reference[:0], probs[:0])
+    assert nothing == {
+        "largest_difference": pytest.approx(np.nan, nan_ok=True),
+        "same_top_class": pytest.approx(np.nan, nan_ok=True),
+        "n": 0,
+    }
+
+
+# --- manners ------------------------------------------------------------------------------
+
+OPEN_IN_A_NEW_PROCESS = """
+import sys
+from pathlib import Path
+import numpy as np
+from brainray.model.classifier import load_classifier
+from brainray.model.runtime import RuntimeOptions, open_runtime
+
+assert not {"openvino", "nncf", "ray"} & set(sys.modules), "imported before it is needed"
+home = sorted(Path.home().rglob("*"))
+classifier = load_classifier(sys.argv[1])
+images = np.zeros((4, 32, 32), np.uint8)
+options = RuntimeOptions(precision=sys.argv[2], num_threads=2)
+runtime = open_runtime(classifier, options, calibration_images=images[:1])
+assert runtime.predict_probs(images).shape == (4, 4)
+assert "openvino" in sys.modules
+assert "openvino_telemetry" not in sys.modules, "what reports was imported"
+assert sorted(Path.home().rglob("*")) == home
+"""
+
+
+def test_opening_prints_nothing_leaves_nothing_and_reports_to_nobody(
+    sealed: Path, tmp_path: Path
+) -> None:
+    here = Path(room.__file__).parents[2]
+    precision = "fp32" if find_spec("nncf") is None else "int8"
+    homes = {name: str(tmp_path) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_IN_A_NEW_PROCESS, str(sealed), precision],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(here), **homes},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --- real images --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_bf16
+@pytest.mark.parametrize("backend", ["openvino", "torch"])
+def test_bf16_on_real_images(backend: Any, real_data: Path) -> None:  # noqa: ANN401 - a literal
+    given = os.environ.get("BRAINRAY_CLASSIFIER")
+    if not given:
+        pytest.skip("no trained classifier; set BRAINRAY_CLASSIFIER to a sealed folder")
+    classifier = load_classifier(given)
+    images = read_images(real_data / "Testing", classifier.preprocessing)
+    exact = open_runtime(classifier, RuntimeOptions(precision="fp32")).predict_probs(images)
+    rounded = open_runtime(classifier, RuntimeOptions(backend=backend, precision="bf16"))
+    found = measure_disagreement(exact, rounded.predict_probs(images))
+    assert found["n"] > 100
+    assert found["largest_difference"] < 5e-2, found
+    assert found["same_top_class"] >= 0.995, found
