@@ -86,8 +86,14 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def make_absolute(uri: str) -> str:
-    """Return a URI that means the same from any working directory."""
-    return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().absolute())
+    """Return a URI that means the same from any working directory, without ``..`` in it."""
+    if "://" in uri:
+        return uri.rstrip("/")
+    path = Path(uri).expanduser().absolute()
+    if ".." in path.parts:  # what is above a link depends on where the link leads
+        end = len(path.parts) - path.parts[::-1].index("..")
+        path = Path(*path.parts[:end]).resolve().joinpath(*path.parts[end:])
+    return str(path)
 
 
 def join(uri: str, *parts: str) -> str:

@@ -19,11 +19,13 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from brainray import cli
 from brainray.errors import ConfigError
-from brainray.pipelines.answers import LEASE_LIFE_S
+from brainray.pipelines.answers import ANSWERS_SCHEMA_VERSION, LEASE_LIFE_S, build_schema
 from brainray.pipelines.classify import CPUS_PER_PREDICTOR, ClassifyJob
+from brainray.pixels.decode import REJECTION_REASONS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
+GUIDE = ROOT / "docs" / "bulk.md"
 SCHEMAS = ROOT.parent / "shared" / "schemas"
 TRAIN, CLASSIFY = "rayjob-train.yaml", "raycronjob-classify.yaml"
 
@@ -447,6 +449,36 @@ def test_dockerfile_runs_the_lock_as_a_user(pod_templates: dict[str, dict[str, A
     for name, template in pod_templates.items():
         security = template["spec"]["securityContext"]
         assert (security["runAsUser"], security["runAsGroup"]) == (uid, gid), name
+
+
+# docs/bulk.md
+
+
+def test_the_guides_commands_are_accepted(read_flags: ReadFlags) -> None:
+    text = GUIDE.read_text().replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if "python jobs/classify.py " in line]
+    assert len(commands) >= 4
+    for command in commands:
+        _, _, flags = command.partition("jobs/classify.py ")
+        assert read_flags(shlex.split(flags)).scans_uri, command
+
+
+def test_the_guides_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run_classify(["--help"])
+    helped = set(re.findall(r"--[a-z][a-z.-]+", capsys.readouterr().out))
+    mentioned = set(re.findall(r"--[a-z][a-z.-]+", GUIDE.read_text()))
+    assert mentioned - helped == {"--address", "--working-dir"}, "those are Ray's"
+
+
+def test_the_guide_lists_every_column_and_reason() -> None:
+    text = GUIDE.read_text()
+    rows = re.findall(r"^\| (`.+?) \| .+ \| .+ \|$", text, flags=re.MULTILINE)
+    columns = [name for row in rows for name in re.findall(r"`([\w<>]+)`", row)]
+    assert columns == build_schema(["<class>"]).names
+    (listed,) = re.findall(r"^The reasons are (.+?)\.$", text, flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"`(\w+)`", listed) == list(REJECTION_REASONS)
+    assert f"`schema_version` of these columns (now {ANSWERS_SCHEMA_VERSION})" in text
 
 
 # All of them

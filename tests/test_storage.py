@@ -252,3 +252,16 @@ def test_join_and_resolve_agree_on_any_name(parts: list[str]) -> None:
     expected = "/".join(["/root", *parts])
     assert storage.resolve(storage.join("/root", *parts))[1] == expected
     assert storage.resolve(storage.join("file:///root", *parts))[1] == expected
+
+
+def test_a_place_has_one_name_whatever_way_leads_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    real = str(tmp_path.resolve())
+    assert storage.make_absolute("../c") == f"{real}/a/c"
+    assert storage.make_absolute("../../link/x") == f"{real}/link/x"
+    assert storage.make_absolute(f"{tmp_path}/link/../y") == f"{real}/a/y"
+    assert storage.make_absolute("s3://bucket/a/") == "s3://bucket/a"

@@ -9,6 +9,7 @@ OpenVINO and NNCF are imported when a runtime is opened, not with this module.
 
 import contextlib
 import copy
+import importlib
 import io
 import itertools
 import logging
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -418,6 +420,7 @@ def _quantise(classifier: Classifier, images: NDArray[np.uint8]) -> "openvino.Mo
     Weights are scaled per output channel; ranges of activations come from ``images``, and
     biases are corrected for what rounding does to the mean of each channel.
     """
+    nncf = _import_nncf()
     model = _convert_network(classifier)
     layers = [
         operation.get_friendly_name()
@@ -428,14 +431,7 @@ def _quantise(classifier: Classifier, images: NDArray[np.uint8]) -> "openvino.Mo
     chosen = images[np.linspace(0, len(images) - 1, count).round().astype(np.int64)]
     normalised = _normalise_greys(classifier.preprocessing)
     logger.info("Calibrating int8 on %d images.", count)
-    with _opening, _without_telemetry(), _silence():
-        try:
-            import nncf
-        except ImportError as error:
-            raise ConfigError(
-                "int8 needs NNCF, which is not installed. "
-                "Run `pip install brainray[int8]`, or pass another --precision."
-            ) from error
+    with _opening, _silence():
         quantised: openvino.Model = nncf.quantize(
             model,
             nncf.Dataset(chosen, lambda image: normalised[image][None, None]),
@@ -444,6 +440,17 @@ def _quantise(classifier: Classifier, images: NDArray[np.uint8]) -> "openvino.Mo
             ignored_scope=nncf.IgnoredScope(names=[layers[0], layers[-1]]),
         )
     return quantised
+
+
+def _import_nncf() -> ModuleType:
+    with _opening, _without_telemetry(), _silence():
+        try:
+            return importlib.import_module("nncf")
+        except ImportError as error:
+            raise ConfigError(
+                "int8 needs NNCF, which is not installed. "
+                "Run `pip install brainray[int8]`, or pass another --precision."
+            ) from error
 
 
 @contextmanager

@@ -404,17 +404,10 @@ def build_metrics(
     """Build the content of metrics.json, but for the evaluation."""
     wall_s = time.perf_counter() - tally.started
     done_after_first = tally.done - tally.done_at_first
-    end = tally.timeline[-1][0] if tally.timeline else 0.0
-    warm_s = end - (tally.timeline[0][0] if tally.timeline else 0.0)
-    capacity = dict.fromkeys(STAGES, 1) | {
-        "read": plan.num_decoders,
-        "decode": plan.num_decoders,
-        "predict": plan.num_predictors,
-    }
-    busy = {
-        name: round(min(1.0, spent / (capacity[name] * max(end, 1e-9))), 4) if end else 0.0
-        for name, spent in tally.stages_s.items()
-    }
+    busy = tally.compute_busy(
+        dict.fromkeys(STAGES, 1)
+        | {"read": plan.num_decoders, "decode": plan.num_decoders, "predict": plan.num_predictors}
+    )
     everything = answers.read(["status", "reason", "predicted_class", "confidence"])
     reasons = Counter(reason for reason in everything["reason"].to_pylist() if reason)
     classes = Counter(name for name in everything["predicted_class"].to_pylist() if name)
@@ -434,10 +427,12 @@ def build_metrics(
             "num_known": tally.num_known,
             "new_counts": tally.describe(),
             "images_per_s": round(tally.num_new / wall_s, 3),
-            "images_per_s_warm": round(done_after_first / warm_s, 3) if warm_s else None,
+            "images_per_s_warm": round(done_after_first / tally.warm_s, 3)
+            if tally.warm_s
+            else None,
             "stages_s": {name: round(spent, 3) for name, spent in tally.stages_s.items()},
             "stages_busy": busy,
-            "bottleneck": find_bottleneck(busy) if tally.num_new else "there was nothing to do",
+            "bottleneck": find_bottleneck(busy) if tally.warm_s else "too little was new to tell",
             "memory_peak_bytes": memory_peak_bytes,
             "timeline": thin(tally.timeline),
         },

@@ -48,6 +48,8 @@ class Tally:
     started: float = field(default_factory=time.perf_counter)
     first_answer: float | None = None
     done_at_first: int = 0
+    spent_at_first_s: dict[str, float] = field(default_factory=dict)
+    """Of every stage, until the first chunk was answered."""
     num_new: int = 0
     num_known: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -74,7 +76,22 @@ class Tally:
             self.stages_s[name] += block[f"{name}_s"][0].as_py()
         if self.first_answer is None:
             self.first_answer, self.done_at_first = now, self.done
+            self.spent_at_first_s = dict(self.stages_s)
         self.timeline.append((round(now - self.started, 2), self.done))
+
+    @property
+    def warm_s(self) -> float:
+        """Seconds from the first chunk's answers to the last one's."""
+        return self.timeline[-1][0] - self.timeline[0][0] if self.timeline else 0.0
+
+    def compute_busy(self, capacity: dict[str, int]) -> dict[str, float]:
+        """Compute the busy share of every stage once warm, from how many work at it at a time."""
+        if not self.warm_s:
+            return dict.fromkeys(STAGES, 0.0)
+        return {
+            name: round((spent - self.spent_at_first_s[name]) / (capacity[name] * self.warm_s), 4)
+            for name, spent in self.stages_s.items()
+        }
 
     def describe(self) -> dict[str, Any]:
         """Return the counts of the new answers, as metrics.json has them."""
