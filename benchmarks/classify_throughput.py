@@ -29,7 +29,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import tyro
-from brainray.model.runtime import RuntimeOptions, open_runtime
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -37,6 +36,7 @@ from torchvision.transforms import v2
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
+from brainray.model.runtime import RuntimeOptions, open_runtime
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing, load_image
 
@@ -135,14 +135,9 @@ def run_ceiling(options: Options, classifier_uri: str) -> float:
     images = np.stack(
         [load_image(p.read_bytes(), classifier.preprocessing, DecodeLimits()) for p in files]
     )
-    batches = [
-        images[start : start + options.batch_size]
-        for start in range(0, len(images), options.batch_size)
-    ]
-    runtime.predict_probs(batches[0])
+    runtime.predict_probs(images[: options.batch_size])
     started = time.perf_counter()
-    for batch in batches:
-        runtime.predict_probs(batch)
+    runtime.predict_probs(images)
     return len(images) / (time.perf_counter() - started)
 
 

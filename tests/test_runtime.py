@@ -32,7 +32,7 @@ Opened = Callable[..., Runtime]
 SAID = {"openvino": ", {}, 2 threads", "torch": ", {}, 1 thread"}
 
 needs_bf16 = pytest.mark.skipif(
-    not room._has_native_bf16(), reason="this processor has no bf16 instructions"
+    not room._has_native_bf16(use_gpu=False), reason="this processor has no bf16 instructions"
 )
 needs_nncf = pytest.mark.skipif(
     find_spec("nncf") is None, reason="NNCF is not installed (pip install brainray[int8])"

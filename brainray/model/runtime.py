@@ -62,7 +62,8 @@ class RuntimeOptions:
     """`auto` takes bf16 where the processor or GPU has it natively, else fp32; int8 needs
     calibration images."""
     num_threads: int | None = None
-    """CPU threads to compute with; the cores this process may use when not given."""
+    """CPU threads to compute with (torch: of the whole process). When not given, as many as this
+    process may use cores (openvino), or as torch has."""
     use_gpu: bool = False
     """Compute on a GPU."""
 
@@ -177,7 +178,7 @@ def _choose_precision(options: RuntimeOptions, backend: Backend) -> Precision:
         return "int8"
     if options.precision == "fp32":
         return "fp32"
-    if torch.cuda.is_bf16_supported() if options.use_gpu else _has_native_bf16():
+    if _has_native_bf16(options.use_gpu):
         return "bf16"
     if options.precision == "bf16":
         raise ConfigError(
@@ -187,8 +188,10 @@ def _choose_precision(options: RuntimeOptions, backend: Backend) -> Precision:
     return "fp32"
 
 
-def _has_native_bf16() -> bool:
-    """Return whether the processor multiplies bf16 numbers, rather than emulating it."""
+def _has_native_bf16(use_gpu: bool) -> bool:
+    """Return whether the processor or GPU multiplies bf16 numbers, rather than emulating it."""
+    if use_gpu:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
@@ -241,24 +244,19 @@ class _TorchRuntime(Runtime):
         network.to(self._device, self._dtype).to(memory_format=torch.channels_last)
         head.float()
         self._network = network
-        where = (
-            torch.cuda.get_device_name(self._device)
-            if options.use_gpu
-            else f"{_count(torch.get_num_threads(), 'thread')}"
-        )
-        self.description = f"torch {torch.__version__}, {precision}, {where}"
+        if options.use_gpu:
+            where = torch.cuda.get_device_name(self._device)
+            # Else cuDNN computes convolutions of fp32 numbers in TF32, with 10 bits of mantissa.
+            torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        else:
+            where = _count(torch.get_num_threads(), "thread")
+        self.description = f"torch {torch.__version__.split('+')[0]}, {precision}, {where}"
 
     @torch.inference_mode()
     def _compute_logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
         chunks = pixels.split(CHUNK_SIZE[self._device.type])
-        # By default cuDNN computes fp32 convolutions in TF32, with 10 bits of mantissa.
-        with torch.backends.cudnn.flags(
-            enabled=torch.backends.cudnn.enabled,
-            benchmark=torch.backends.cudnn.benchmark,
-            allow_tf32=False,
-        ):
-            logits = torch.cat([self._compute_chunk(chunk) for chunk in chunks])
+        logits = torch.cat([self._compute_chunk(chunk) for chunk in chunks])
         return logits.cpu().numpy()
 
     def _compute_chunk(self, pixels: torch.Tensor) -> torch.Tensor:

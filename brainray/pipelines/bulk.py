@@ -32,10 +32,6 @@ from brainray.pipelines.answers import Ledger
 from brainray.pixels.decode import DecodeLimits, decode_image
 from brainray.pixels.preprocess import Preprocessing, resize_image
 
-BATCH_SIZE = 32
-"""Images of one forward pass on a CPU."""
-GPU_BATCH_SIZE = 128
-
 LIST_CPUS, DECODE_CPUS = 0.1, 0.9
 """Logical CPUs of the two kinds of task: together one, so that they share the one that the
 predictors leave on a small machine."""
@@ -43,7 +39,7 @@ predictors leave on a small machine."""
 CHUNKS_PER_PREDICTOR = 8
 """Decoded chunks that may wait for each predictor; more would only take memory."""
 
-CPU_PAUSE_S, GPU_PAUSE_S = 0.1, 0.005
+CPU_PAUSE_S, GPU_PAUSE_S = 0.5, 0.005
 """Pause of Ray Data's scheduling loop: short beside what a chunk takes to predict."""
 
 
@@ -220,9 +216,7 @@ class _Stopwatch:
         self.total_s += time.perf_counter() - self._started
 
 
-def _load_chunk(
-    block: pa.Table, *, plan: BulkPlan, ledger: "ray.ObjectRef[Ledger]"
-) -> dict[str, Any]:
+def _load_chunk(block: pa.Table, *, plan: BulkPlan, ledger: "ray.ObjectRef[Ledger]") -> pa.Table:
     """Read, decode and resize a chunk of scans; runs as a Ray Data task."""
     known = ray.get(ledger)
     reading, decoding = _Stopwatch(), _Stopwatch()
@@ -245,12 +239,14 @@ def _load_chunk(
             ("pixels", pa.binary(plan.preprocessing.size_px**2)),
         ]
     )
-    return {
-        "chunk": [pack(pa.table(columns, schema=schema))],
-        "list_s": block["list_s"].to_numpy(),
-        "read_s": [reading.total_s],
-        "decode_s": [decoding.total_s],
-    }
+    return pa.table(
+        {
+            "chunk": [pack(pa.table(columns, schema=schema))],
+            "list_s": block["list_s"],
+            "read_s": [reading.total_s],
+            "decode_s": [decoding.total_s],
+        }
+    )
 
 
 def _load_scan(
@@ -292,7 +288,6 @@ class _Predictor:
         images = ray.get(plan.calibration) if plan.calibration is not None else None
         self._runtime = open_runtime(classifier, plan.runtime, calibration_images=images)
         self._side = plan.preprocessing.size_px
-        self._batch_size = GPU_BATCH_SIZE if plan.runtime.use_gpu else BATCH_SIZE
         self._classes = classifier.classes
         self._about = json.dumps(
             {
@@ -303,24 +298,24 @@ class _Predictor:
         )
         self._runtime.predict_probs(np.zeros((1, self._side, self._side), np.uint8))  # warm up
 
-    def __call__(self, block: pa.Table) -> dict[str, Any]:
+    def __call__(self, block: pa.Table) -> pa.Table:
         started = time.perf_counter()
         chunk = unpack(block["chunk"][0])
         rows = np.flatnonzero(chunk["pixels"].is_valid().to_numpy())
         probs = np.zeros((chunk.num_rows, len(self._classes)), np.float32)
         images = self._view_pixels(chunk["pixels"].combine_chunks())
-        for start in range(0, len(rows), self._batch_size):
-            part = rows[start : start + self._batch_size]
-            probs[part] = self._runtime.predict_probs(images[part])
+        probs[rows] = self._runtime.predict_probs(images[rows])
         if not np.isfinite(probs).all():
             raise ClassifierError("The classifier gives probabilities that are not numbers.")
         answers = self._build_answers(chunk.drop_columns(["pixels"]), probs)
-        return {
-            "answers": [pack(answers)],
-            "runtime": [self._about],
-            **{name: block[name].to_numpy() for name in ("list_s", "read_s", "decode_s")},
-            "predict_s": [time.perf_counter() - started],
-        }
+        return pa.table(
+            {
+                "answers": [pack(answers)],
+                "runtime": [self._about],
+                **{name: block[name] for name in ("list_s", "read_s", "decode_s")},
+                "predict_s": [time.perf_counter() - started],
+            }
+        )
 
     def _view_pixels(self, pixels: pa.FixedSizeBinaryArray) -> NDArray[np.uint8]:
         values = np.frombuffer(pixels.buffers()[1], np.uint8)

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pyarrow as pa
 
-MEMORY_INTERVAL_S = 2.0
+MEMORY_INTERVAL_S = 3.0
 SATURATED = 0.8
 """A stage that is busy for this share of the time is what limits the run."""
 
@@ -89,7 +89,9 @@ class Tally:
         if not self.warm_s:
             return dict.fromkeys(STAGES, 0.0)
         return {
-            name: round((spent - self.spent_at_first_s[name]) / (capacity[name] * self.warm_s), 4)
+            name: round(
+                min(1.0, (spent - self.spent_at_first_s[name]) / (capacity[name] * self.warm_s)), 4
+            )
             for name, spent in self.stages_s.items()
         }
 
