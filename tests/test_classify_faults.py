@@ -108,6 +108,7 @@ def test_ten_kills_at_random_moments(inbox: Path, tiny_classifier: Path, tmp_pat
     assert len(parts) == 10
 
 
+@pytest.mark.slow
 def test_a_killed_predictor_is_replaced(inbox: Path, tiny_classifier: Path, tmp_path: Path) -> None:
     process = start(inbox, tiny_classifier, tmp_path)
     wait_for(lambda: bool(list_parts(tmp_path)), process)
