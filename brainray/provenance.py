@@ -5,7 +5,16 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-LIBRARIES = ("ray", "torch", "torchvision", "pyarrow", "numpy", "scikit-learn", "pillow")
+LIBRARIES = (
+    "ray",
+    "torch",
+    "torchvision",
+    "openvino",
+    "pyarrow",
+    "numpy",
+    "scikit-learn",
+    "pillow",
+)
 
 
 def collect_versions() -> dict[str, str]:

@@ -350,6 +350,29 @@ def test_a_stream_that_keeps_breaking_ends_in_an_error(
     assert sum("going on with what is left" in line for line in said) == 2
 
 
+def test_more_predictors_than_cpus_do_not_starve_the_decoders(
+    inbox: Path, tiny_classifier: Path, tmp_path: Path
+) -> None:
+    job = make_job(inbox, tiny_classifier, tmp_path / "out", num_predictors=3)
+    assert classify(job)["runtime"]["num_predictors"] == 3
+
+
+def test_int8_says_what_it_costs(inbox: Path, tiny_classifier: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nncf", reason="int8 needs NNCF: pip install 'brainray[int8]'")
+    said: list[str] = []
+    job = make_job(
+        inbox,
+        tiny_classifier,
+        tmp_path / "out",
+        backend="auto",
+        precision="int8",
+        calibration_uri=str(inbox),
+    )
+    metrics = classify(job, say=said.append)
+    assert metrics["runtime"]["precision"] == "int8"
+    assert any("int8 against fp32 on 20 of the calibration images" in line for line in said)
+
+
 def test_an_answer_that_comes_twice_is_kept_once() -> None:
     chunk = pa.table({"scan_uri": ["a", "b", "a"], "is_known": [False, True, False]})
     seen: set[bytes] = set()

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
@@ -26,8 +26,8 @@ from brainray.dataset.inbox import CHUNK_ROWS, FoundScan, chunk_scans, list_scan
 from brainray.dataset.scan import read_scan
 from brainray.dataset.stream import pause_scheduling
 from brainray.errors import ClassifierError, RejectedImage
-from brainray.model.classifier import load_classifier
-from brainray.model.runtime import RuntimeOptions, open_runtime
+from brainray.model.classifier import Classifier, load_classifier
+from brainray.model.runtime import RuntimeOptions, measure_disagreement, open_runtime
 from brainray.pipelines.answers import Ledger
 from brainray.pixels.decode import DecodeLimits, decode_image
 from brainray.pixels.preprocess import Preprocessing, resize_image
@@ -35,6 +35,9 @@ from brainray.pixels.preprocess import Preprocessing, resize_image
 LIST_CPUS, DECODE_CPUS = 0.1, 0.9
 """Logical CPUs of the two kinds of task: together one, so that they share the one that the
 predictors leave on a small machine."""
+
+NUM_COST_IMAGES = 128
+"""Images on which int8 is compared with fp32."""
 
 CHUNKS_PER_PREDICTOR = 8
 """Decoded chunks that may wait for each predictor; more would only take memory."""
@@ -289,14 +292,29 @@ class _Predictor:
         self._runtime = open_runtime(classifier, plan.runtime, calibration_images=images)
         self._side = plan.preprocessing.size_px
         self._classes = classifier.classes
-        self._about = json.dumps(
-            {
-                "backend": self._runtime.name,
-                "precision": self._runtime.precision,
-                "description": self._runtime.description,
-            }
-        )
+        about = {
+            "backend": self._runtime.name,
+            "precision": self._runtime.precision,
+            "description": self._runtime.description,
+        }
+        if images is not None:
+            about["cost"] = self._measure_cost(classifier, plan, images[:NUM_COST_IMAGES])
+        self._about = json.dumps(about)
         self._runtime.predict_probs(np.zeros((1, self._side, self._side), np.uint8))  # warm up
+
+    def _measure_cost(
+        self, classifier: Classifier, plan: BulkPlan, images: NDArray[np.uint8]
+    ) -> str:
+        """Say how far the reduced network is from fp32, on images that it was calibrated on."""
+        exact = open_runtime(classifier, replace(plan.runtime, precision="fp32"))
+        found = measure_disagreement(
+            exact.predict_probs(images), self._runtime.predict_probs(images)
+        )
+        return (
+            f"{self._runtime.precision} against fp32 on {found['n']} of the calibration images: "
+            f"{found['same_top_class']:.1%} have the same class, "
+            f"the largest difference of a probability is {found['largest_difference']:.3f}."
+        )
 
     def __call__(self, block: pa.Table) -> pa.Table:
         started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -210,17 +211,20 @@ def plan_run(job: ClassifyJob, classifier: Classifier) -> BulkPlan:
         A GPU was asked for and is not there, or int8 without images to calibrate on.
     """
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    cpus = sum(nodes)
+    cpus = max(1, sum(nodes))
     if job.use_gpu:
         check_gpus(1)
         gpus = ray.cluster_resources().get("GPU", 1.0)
         num_predictors = job.num_predictors or max(1, int(gpus / job.gpus_per_predictor))
-        reserved, threads = 1.0, None
+        threads, wanted = None, 1.0
     else:
-        threads = max(1, min(CPUS_PER_PREDICTOR, max(nodes, default=1)))
-        num_predictors = job.num_predictors or sum(max(1, n // threads) for n in nodes if n)
+        most = max(1, min(CPUS_PER_PREDICTOR, max(nodes, default=1)))
+        num_predictors = job.num_predictors or sum(max(1, n // most) for n in nodes if n)
+        threads = max(1, min(most, cpus // num_predictors))
         # A CPU of each predictor's stays free for decoding, which needs a tenth as much.
-        reserved = max(0.5, threads - 1.0)
+        wanted = max(0.5, threads - 1.0)
+    # However many were asked for, a CPU stays free, or nothing would ever be decoded.
+    reserved = max(0.01, min(wanted, math.floor(100 * (cpus - 1) / num_predictors) / 100))
     left = max(DECODE_CPUS, cpus - LIST_CPUS - num_predictors * reserved)
     options = RuntimeOptions(
         backend=job.backend, precision=job.precision, num_threads=threads, use_gpu=job.use_gpu
@@ -300,6 +304,8 @@ def run_stream(
                         if not tally.done:
                             tally.runtime = json.loads(block["runtime"][0].as_py())
                             say(f"Predicting with {tally.runtime['description']}.")
+                            if "cost" in tally.runtime:
+                                say(tally.runtime["cost"])
                         fresh, num_known = keep_new(unpack(block["answers"][0]), seen)
                         tally.add(block, fresh, num_known)
                         write(fresh)
