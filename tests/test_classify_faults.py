@@ -138,6 +138,7 @@ def _is_predictor(entry: Path, ancestor: int) -> bool:
     return pid == ancestor
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_and_an_interrupt(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
