@@ -134,6 +134,7 @@ def test_the_drivers_death_changes_no_loss(
     assert losses(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_how_to_go_on_and_the_same_command_does(
     phantom_folder: Path, tmp_path: Path, uninterrupted: list[tuple[float, float]]
 ) -> None:
