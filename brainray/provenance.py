@@ -28,6 +28,12 @@ def collect_versions() -> dict[str, str]:
     return versions
 
 
+def describe_versions() -> str:
+    """Say in one line what a report's numbers were computed with."""
+    versions = collect_versions()
+    return f"brainray {versions['brainray']}, Ray {versions['ray']}, torch {versions['torch']}"
+
+
 def read_code_revision() -> str:
     """Return the git revision the code runs from, marked when files differ; else "unknown"."""
     folder = Path(__file__).parent

@@ -6,15 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import REPOSITORY
-
-TIMEOUT_S = 240.0
+from tests.processes import finish, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +38,8 @@ def start(inbox: Path, classifier: Path, output: Path, *extra: str) -> subproces
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=TIMEOUT_S)
-    return process.returncode, output
-
-
 def list_parts(output: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in (output / "predictions").glob("*.parquet")}
-
-
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not happened():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def check_complete(output: Path, inbox: Path) -> None:

@@ -5,16 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import REPOSITORY
-
-TIMEOUT_S = 240.0
+from tests.processes import finish, wait_for
 
 
 def start(data: Path, output: Path, *extra: str) -> subprocess.Popen[str]:
@@ -38,19 +35,6 @@ def start(data: Path, output: Path, *extra: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=TIMEOUT_S)
-    return process.returncode, output
-
-
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not happened():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def read_records(output: Path) -> list[dict[str, Any]]:

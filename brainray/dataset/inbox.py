@@ -89,7 +89,7 @@ def list_scans(
         A given place is not there, or a table lacks ``image_bytes``.
     """
     prefixes = tuple(storage.make_absolute(uri) + "/" for uri in leave_out)
-    several = len(scans_uris) > 1 or scans_uris[0].endswith(LIST_SUFFIXES)
+    several = len(scans_uris) > 1 or scans_uris[0].lower().endswith(LIST_SUFFIXES)
     seen: set[str] = set()
     for scan in chain.from_iterable(_list_place(uri, hidden) for uri in scans_uris):
         if prefixes and scan.uri.startswith(prefixes):

@@ -95,7 +95,7 @@ class ScanStore:
         if self._blocks is not None:
             tables, places = self._find(indices)
             if not tables or column in tables[0].column_names:
-                views = [_view_pixels(table[column], side) for table in tables]
+                views = [view_pixels(table[column], side) for table in tables]
                 for image, (block, row) in zip(images, places, strict=True):
                     image[:] = views[block][row]
                 return images
@@ -130,8 +130,8 @@ def _name_pixels(preprocessing: Preprocessing) -> str:
     return f"pixels_{preprocessing.fit}_{preprocessing.size_px}"
 
 
-def _view_pixels(column: pa.ChunkedArray, side: int) -> NDArray[np.uint8]:
-    """View a column of pixels as an array, shape (rows, side, side), without copying it."""
+def view_pixels(column: pa.ChunkedArray, side: int) -> NDArray[np.uint8]:
+    """View a column of squares as uint8, shape (rows, side, side), without copying it."""
     values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     pixels = np.frombuffer(values.buffers()[1], np.uint8)
     start = values.offset * side**2

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ray.data import Dataset, ExecutionResources
 
 from brainray.dataset.inbox import CHUNK_ROWS, FoundScan, chunk_scans, list_scans
-from brainray.dataset.scan import read_scan
+from brainray.dataset.scan import read_scan, view_pixels
 from brainray.dataset.stream import pause_scheduling
 from brainray.errors import ClassifierError, RejectedImage
 from brainray.model.classifier import Classifier, load_classifier
@@ -321,7 +321,7 @@ class _Predictor:
         chunk = unpack(block["chunk"][0])
         rows = np.flatnonzero(chunk["pixels"].is_valid().to_numpy())
         probs = np.zeros((chunk.num_rows, len(self._classes)), np.float32)
-        images = self._view_pixels(chunk["pixels"].combine_chunks())
+        images = view_pixels(chunk["pixels"], self._side)
         probs[rows] = self._runtime.predict_probs(images[rows])
         if not np.isfinite(probs).all():
             raise ClassifierError("The classifier gives probabilities that are not numbers.")
@@ -334,12 +334,6 @@ class _Predictor:
                 "predict_s": [time.perf_counter() - started],
             }
         )
-
-    def _view_pixels(self, pixels: pa.FixedSizeBinaryArray) -> NDArray[np.uint8]:
-        values = np.frombuffer(pixels.buffers()[1], np.uint8)
-        start = pixels.offset * self._side**2
-        stop = start + len(pixels) * self._side**2
-        return values[start:stop].reshape(-1, self._side, self._side)
 
     def _build_answers(self, chunk: pa.Table, probs: NDArray[np.float32]) -> pa.Table:
         is_classified = chunk["reason"].is_null().to_numpy()

@@ -41,6 +41,7 @@ from brainray.pipelines.bulk import (
     unpack,
 )
 from brainray.pipelines.cluster import check_gpus, connect_ray
+from brainray.pipelines.judge import METRICS_FILE, Say
 from brainray.pipelines.tally import (
     STAGES,
     MemoryWatch,
@@ -54,13 +55,13 @@ from brainray.pipelines.truth import Truth, read_truth
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.picture import render_picture
 from brainray.pixels.preprocess import load_image
-from brainray.provenance import collect_versions, read_code_revision
+from brainray.provenance import describe_versions, read_code_revision
 from brainray.reporting.bulk import UncertainScan, render_bulk_report
 from brainray.reporting.evaluation import Mistake
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE, REPORT_FILE = "metrics.json", "report.html"
+REPORT_FILE = "report.html"
 METRICS_SCHEMA_VERSION = 1
 
 PART_ROWS = 16_384
@@ -71,8 +72,6 @@ NUM_SCANS_SHOWN = 24
 NUM_BINS = 20
 CPUS_PER_PREDICTOR = 4
 """Threads of one predictor on a CPU, where the machine has so many."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -470,7 +469,6 @@ def report(
             curves = compute_curves(y_true, probs[known], classes)
             judged = [uris[row] for row in known]
             mistakes = collect_mistakes(judged, y_true, probs[known], classes, job.limits)
-    versions = collect_versions()
     page = render_bulk_report(
         title="brainray classification report",
         metrics=metrics,
@@ -481,8 +479,7 @@ def report(
         facts={
             "Classifier": classifier.classifier_id,
             "Scans": ", ".join(job.scans_uri),
-            "Versions": f"brainray {versions['brainray']}, Ray {versions['ray']}, "
-            f"torch {versions['torch']}",
+            "Versions": describe_versions(),
             "Revision": read_code_revision(),
         },
     )

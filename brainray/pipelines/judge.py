@@ -21,7 +21,7 @@ from brainray.model.classifier import Classifier, amend_card, load_classifier, r
 from brainray.pipelines.data import PreparedData
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.picture import render_picture
-from brainray.provenance import collect_versions, read_code_revision
+from brainray.provenance import describe_versions, read_code_revision
 from brainray.reporting.report import Mistake, render_report
 
 BATCH_SIZE = 32
@@ -258,7 +258,6 @@ def judge_and_report(
         metrics[split]["rejected"] = data.count_rejected(split)
         curves[split] = compute_curves(data.labels[indices], probs, classes)
         mistakes = collect_mistakes(data, predictions, split, limits)
-    versions = collect_versions()
     report = render_report(
         title=title,
         metrics=metrics,
@@ -269,8 +268,7 @@ def judge_and_report(
         facts={
             "Classifier": card["classifier_id"],
             **facts,
-            "Versions": f"brainray {versions['brainray']}, Ray {versions['ray']}, "
-            f"torch {versions['torch']}",
+            "Versions": describe_versions(),
             "Revision": read_code_revision(),
         },
     )
