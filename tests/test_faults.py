@@ -112,10 +112,13 @@ def test_the_drivers_death_changes_no_loss(
     process.communicate()
     cut = len(read_records(tmp_path))
     assert cut < 4, "the run was over before the driver was killed"
+    leftover = tmp_path / "checkpoints" / ".unfinished-0"
+    leftover.mkdir()
     status, said = finish(start(phantom_folder, tmp_path))
     assert status == 0, said
     assert "Going on with the run" in said
     assert losses(tmp_path) == uninterrupted
+    assert not leftover.exists()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The network, the weights it starts from, and where its statistics come from."""
 
+import copy
 import io
 import pickle
 import socket
@@ -24,6 +25,7 @@ from brainray.model.network import (
     NUM_FEATURES,
     STAGES,
     FrozenBatchNorm2d,
+    PointwiseConv2d,
     StateDict,
     WorkerSyncedBatchNorm2d,
     build_network,
@@ -32,6 +34,7 @@ from brainray.model.network import (
     imagenet_weights_path,
     set_batch_norm,
     stage_of,
+    use_matrix_products,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -462,6 +465,28 @@ def test_a_single_worker_needs_no_synchronisation() -> None:
     torch.testing.assert_close(synced(images), plain(images))
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(synced.state_dict()[name], value)
+
+
+def test_pointwise_convolutions_train_as_the_same_product() -> None:
+    torch.manual_seed(5)
+    images = torch.randn(2, 1, 96, 96).to(memory_format=torch.channels_last)
+    plain = build_network(3).to(memory_format=torch.channels_last)
+    product = use_matrix_products(copy.deepcopy(plain))
+    kinds = [name for name, m in product.named_modules() if isinstance(m, PointwiseConv2d)]
+    assert len(kinds) == 7  # two in each of three blocks, and the shortcut's
+    assert all(name.startswith("layer4.") for name in kinds)
+    results = []
+    for network in (plain, product):
+        for norm in network.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                nn.init.constant_(norm.weight, 0.5)  # else each branch starts at zero
+                norm.momentum = 0.0
+        logits = network.train()(images)
+        logits.square().sum().backward()
+        results.append((logits, {n: p.grad for n, p in network.named_parameters()}))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(product.eval()(images), plain.eval()(images), rtol=0, atol=0)
+    assert list(product.state_dict()) == list(plain.state_dict())
 
 
 BATCH = 6

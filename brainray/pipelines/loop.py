@@ -2,9 +2,11 @@
 
 import math
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -20,13 +22,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pyarrow.fs import LocalFileSystem
 from ray.data import DataIterator
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.util.queue import Queue
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from brainray import runlog
+from brainray import runlog, storage
 from brainray.dataset.scan import ScanStore
 from brainray.dataset.stream import LoadedBatch, StreamPlan, iterate_batches, open_stream
 from brainray.errors import TrainingError
@@ -37,6 +40,7 @@ from brainray.model.network import (
     build_network,
     compute_features,
     set_batch_norm,
+    use_matrix_products,
 )
 from brainray.pipelines.checkpoint import Progress, load_checkpoint, save_checkpoint
 from brainray.pipelines.config import TrainConfig
@@ -46,6 +50,11 @@ from brainray.pixels.preprocess import normalise_images
 
 MESSAGE_INTERVAL_S = 1.0
 """Seconds between two messages to the person at the driver within an epoch."""
+
+UNFINISHED = ".unfinished-"
+"""Begins the name of a checkpoint's folder while it is written."""
+
+PlaceCheckpoint = Callable[[Checkpoint, str], Checkpoint]
 
 HEAD_BATCH_SIZE = 256
 """Features of one step of the head-only epochs; they cost nothing beside the network."""
@@ -65,6 +74,8 @@ class WorkerSetup:
     store: ScanStore
     weights: "ray.ObjectRef[StateDict | None]"
     """Fetched once, by the driver."""
+    checkpoints_uri: str
+    """Where Ray Train keeps the run's checkpoints."""
     records_uri: str
     """metrics.jsonl."""
     tensorboard_uri: str
@@ -107,6 +118,8 @@ class Worker:
         network = build_network(num_classes, weights=ray.get(self.setup.weights))
         network = set_batch_norm(network, self.config.batch_norm, on_gpu=self.setup.use_gpu)
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        if self.config.channels_last and not self.setup.use_gpu:
+            network = use_matrix_products(network)
         return network.to(self.device).to(memory_format=layout)
 
     def _compute_class_weights(self) -> torch.Tensor | None:
@@ -143,7 +156,10 @@ class Worker:
                     averaged=self.averaged,
                     optimizer=self.optimizer,
                 )
-        records = runlog.read_records(self.setup.records_uri) if self.rank == 0 else []
+        if self.rank != 0:
+            return []
+        self._clear_unfinished()
+        records = runlog.read_records(self.setup.records_uri)
         return [record for record in records if record["epoch"] < self.progress.next_epoch]
 
     def _plan_stream(self) -> StreamPlan:
@@ -349,7 +365,7 @@ class Worker:
         if self.rank != 0:
             ray.train.report(record)
             return
-        folder = Path(tempfile.mkdtemp(prefix="brainray-checkpoint-"))
+        folder, place = self._open_checkpoint_folder()
         save_checkpoint(
             folder,
             network=self.network.state_dict(),
@@ -364,8 +380,37 @@ class Worker:
             record,
             checkpoint=Checkpoint.from_directory(folder),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=True,
+            checkpoint_upload_fn=place,
+            delete_local_checkpoint_after_upload=place is None,
         )
+
+    def _open_checkpoint_folder(self) -> tuple[Path, PlaceCheckpoint | None]:
+        """Return a folder to write a checkpoint to, and what puts it in its place.
+
+        On a local disk the folder lies beside its final name and is renamed: a second copy
+        of some hundred megabytes took more than a step's time from the next epoch. Elsewhere
+        Ray Train uploads it.
+        """
+        filesystem, path = storage.resolve(self.setup.checkpoints_uri)
+        is_here = isinstance(filesystem, LocalFileSystem) and Path(path).is_dir()
+        if not is_here:  # where this node lacks the folder, Ray Train says what is wrong
+            return Path(tempfile.mkdtemp(prefix="brainray-checkpoint-")), None
+        folder = Path(path) / f"{UNFINISHED}{uuid.uuid4().hex}"
+        folder.mkdir()
+
+        def place(checkpoint: Checkpoint, name: str) -> Checkpoint:
+            placed = Path(path) / name
+            Path(checkpoint.path).rename(placed)
+            return Checkpoint(str(placed), filesystem)
+
+        return folder, place
+
+    def _clear_unfinished(self) -> None:
+        """Delete what a worker that was killed while it wrote a checkpoint has left."""
+        filesystem, path = storage.resolve(self.setup.checkpoints_uri)
+        if isinstance(filesystem, LocalFileSystem):
+            for folder in Path(path).glob(f"{UNFINISHED}*"):
+                shutil.rmtree(folder)
 
     def _is_patience_over(self, epoch: int) -> bool:
         patience = self.config.patience_epochs

@@ -208,6 +208,7 @@ def fit(
             row_groups=number_row_groups(data) if not data.store.in_object_store else None,
             store=data.store,
             weights=weights,
+            checkpoints_uri=job.at(CHECKPOINTS_FOLDER),
             records_uri=job.at(RECORDS_FILE),
             tensorboard_uri=job.at("tensorboard"),
             cpus_per_worker=compute_cpus_per_worker(job.placement),
