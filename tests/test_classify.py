@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -25,9 +26,10 @@ from brainray.pipelines import classify as room
 from brainray.pipelines.answers import hold_output
 from brainray.pipelines.classify import ClassifyJob, classify, parse_max_rejected
 from brainray.pipelines.tally import Standing, find_bottleneck
-from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits
 from brainray.pixels.preprocess import Preprocessing, load_image
 from tests.conftest import CLASSES
+from tests.test_decode import SAMPLES, mutate
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -348,6 +350,36 @@ def test_a_stream_that_keeps_breaking_ends_in_an_error(
     with pytest.raises(ClassificationError, match="3 times without a new answer"):
         classify(make_job(inbox, tiny_classifier, tmp_path / "out"), say=said.append)
     assert sum("going on with what is left" in line for line in said) == 2
+
+
+@pytest.mark.slow
+def test_twenty_thousand_damaged_scans_get_a_row_each(
+    real_data: Path, tiny_classifier: Path, tmp_path: Path
+) -> None:
+    real = [path.read_bytes() for path in sorted(real_data.glob("Testing/*/*.jpg"))[::20]]
+    drawn = list(SAMPLES.values())
+    names = set()
+    for seed in range(20_000):
+        place = tmp_path / "inbox" / f"{seed // 1000:02d}" / f"{seed:05d}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(mutate(random.Random(seed), real if seed % 2 else drawn))
+        names.add(str(place))
+    metrics = classify(make_job(tmp_path / "inbox", tiny_classifier, tmp_path / "out"))
+    rows = read_rows(tmp_path / "out")
+    assert len(rows) == len(names)
+    assert {row["scan_uri"] for row in rows} == names
+    for row in rows:
+        probs = [row[f"prob_{name}"] for name in CLASSES]
+        if row["status"] == "classified":
+            assert row["reason"] is None
+            assert sum(probs) == pytest.approx(1, abs=1e-5)
+        else:
+            assert row["status"] == "rejected"
+            assert row["reason"] in REJECTION_REASONS
+            assert probs == [None] * len(CLASSES)
+    counts = metrics["counts"]["by_reason"]
+    assert {"truncated", "corrupt", "too_large", "unsupported"} <= set(counts), counts
+    print(metrics["counts"])  # noqa: T201 - read with -s
 
 
 def test_more_predictors_than_cpus_do_not_starve_the_decoders(

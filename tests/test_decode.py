@@ -9,7 +9,7 @@ import time
 import tracemalloc
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -585,9 +585,9 @@ def check_answer(data: bytes) -> str:
     return "decoded"
 
 
-def mutate(dice: random.Random) -> bytes:
+def mutate(dice: random.Random, files: Sequence[bytes] = tuple(SAMPLES.values())) -> bytes:
     """Damage a valid file in one to four places; mend PNG checksums half the time."""
-    data = bytearray(dice.choice(list(SAMPLES.values())))
+    data = bytearray(dice.choice(files))
     for _ in range(dice.randint(1, 4)):
         at = (
             dice.randrange(len(data)) if dice.random() < 0.5 else dice.randrange(min(len(data), 96))
@@ -604,7 +604,7 @@ def mutate(dice: random.Random) -> bytes:
         elif act == 3 and len(data) > 40:
             del data[at : at + dice.randint(1, 40)]
         elif act == 4:
-            other = dice.choice(list(SAMPLES.values()))
+            other = dice.choice(files)
             start = dice.randrange(len(other))
             data[at:at] = other[start : start + dice.randint(1, 60)]
         elif len(data) > 40 and dice.random() < 0.3:
