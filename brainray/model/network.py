@@ -272,7 +272,9 @@ class PointwiseConv2d(nn.Conv2d):
             return super().forward(input)
         rows, columns = self.stride
         positions = input[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
-        return F.linear(positions, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        # Permuted before it is flattened, so that its gradient lies in memory as it does itself.
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(positions, weight, self.bias).permute(0, 3, 1, 2)
 
 
 def use_matrix_products(network: nn.Module) -> nn.Module:
