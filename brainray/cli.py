@@ -21,6 +21,7 @@ from brainray.pipelines.evaluate import EvaluateJob, evaluate
 from brainray.pipelines.tally import Standing
 from brainray.pipelines.train import TrainJob, train
 from brainray.recipes import RECIPES, build_recipe
+from brainray.serving.config import ServeJob
 
 SETTLING_S = 3.0
 """Seconds into an epoch before its pace says anything about its end."""
@@ -66,6 +67,15 @@ class ClassifyOptions:
     """Classify scans in bulk with a sealed classifier; a row of Parquet for every scan."""
 
     job: Annotated[ClassifyJob, tyro.conf.arg(name="")]
+    verbose: bool = False
+    """Show Ray's own lines too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Answer over HTTP with a sealed classifier, on this machine, until Ctrl-C or SIGTERM."""
+
+    job: Annotated[ServeJob, tyro.conf.arg(name="")]
     verbose: bool = False
     """Show Ray's own lines too."""
 
@@ -123,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train": run_train,
         "classify": run_classify,
         "evaluate": run_evaluate,
+        "serve": run_serve,
         "demo": run_demonstration,
         "doctor": run_doctor,
     }
@@ -214,6 +225,19 @@ def run_classify(arguments: list[str]) -> None:
     def run() -> None:
         metrics = classify(job, say=voice.say, tick=voice.progress, verbose=options.verbose)
         _conclude_bulk(voice, metrics, job.output_uri)
+
+    _guard(run)
+
+
+def run_serve(arguments: list[str]) -> None:
+    """`brainray serve`, `python jobs/serve.py`."""
+    options = _guard(lambda: tyro.cli(ServeOptions, args=arguments, prog="brainray serve"))
+    voice = Voice()
+
+    def run() -> None:
+        from brainray.serving.server import serve_here  # Ray Serve: seconds that others save
+
+        serve_here(options.job, say=voice.say, verbose=options.verbose)
 
     _guard(run)
 

@@ -1,0 +1,508 @@
+"""The paths of the service: each reads a request, asks the handler, and writes what it says."""
+
+import base64
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import fastapi_offline
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+import brainray
+from brainray.pixels.decode import REJECTION_REASONS
+from brainray.serving import bodies, inference
+from brainray.serving.auth import Guard, is_open
+from brainray.serving.bodies import part_uploads
+from brainray.serving.gate import App, Gate, dump_json
+from brainray.serving.handler import NOTICE, Answers, Handler, Upload
+from brainray.serving.journal import Journal
+from brainray.serving.meters import METRICS_TYPE, Meters
+from brainray.serving.problem import PROBLEM_TYPE, Problem, name_status, render_problem
+from brainray.serving.schemas import (
+    AnswersBody,
+    ExplainedAnswersBody,
+    HealthBody,
+    InferenceRequest,
+    InferenceResponse,
+    ModelBody,
+    ModelMetadata,
+    ProblemBody,
+    ServerBody,
+)
+
+WEB = Path(str(files("brainray.serving") / "web"))
+SWAGGER = Path(fastapi_offline.__file__).parent / "static"
+"""Swagger UI's own files, as that package brings them: no page asks a third party for anything."""
+
+JSON_TYPE = "application/json"
+OCTETS = "application/octet-stream"
+PAGE_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
+DOCS_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; frame-ancestors 'none'"
+)
+INTENDED_USE = (
+    "Research on classifying slices of brain MRI: comparing classifiers, sorting and finding "
+    "scans in research data."
+)
+NOT_INTENDED_FOR = (
+    "Diagnosis, treatment or triage of patients; scans of other organs or modalities; whole "
+    "volumes. It answers every picture that can be read, also one that is no brain MRI."
+)
+CARD_METRICS = ("metrics", "evaluation")
+
+Render = Literal["map", "overlay"]
+
+
+def build_app(
+    handler: Handler,
+    *,
+    guard: Guard,
+    meters: Meters,
+    journal: Journal,
+    echo_id: bool = True,
+) -> App:
+    """Build the ASGI application."""
+    app = FastAPI(
+        title="brainray",
+        version=brainray.__version__,
+        description=f"Classifies slices of brain MRI. **{NOTICE}**",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    meters.watch("waiting_scans", "Scans waiting for a call.", lambda: handler.courier.num_waiting)
+    meters.watch("model_calls", "Calls under way to the model.", lambda: handler.courier.num_calls)
+    meters.watch("log_lines_dropped", "Log lines nobody took in time.", lambda: journal.dropped)
+    _add_refusals(app)
+    _add_operations(app, handler, meters)
+    _add_answers(app, handler, meters)
+    _add_inference(app, handler, meters)
+    describe = _build_describer(app, is_guarded=guard.is_closed)
+    _add_pages(app, describe)
+    paths = [*describe()["paths"], "/", "/docs", "/openapi.json", "/favicon.ico"]
+    return Gate(
+        app,
+        paths=paths,
+        limits=handler.limits,
+        guard=guard,
+        meters=meters,
+        journal=journal,
+        admit=lambda: handler.courier.check_room(1),
+        echo_id=echo_id,
+    )
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def _refusals(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """Describe the refusals of a path, for OpenAPI."""
+    described: dict[int | str, dict[str, Any]] = {}
+    for status in codes:
+        described[status] = {
+            "description": _DESCRIPTIONS[status],
+            "content": {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemBody"}}},
+        }
+        if status == 429:
+            described[status]["headers"] = {
+                "Retry-After": {
+                    "description": "Seconds to wait.",
+                    "required": True,
+                    "schema": {"type": "string", "pattern": "^[0-9]+$"},
+                }
+            }
+    return described
+
+
+_DESCRIPTIONS = {
+    400: "The request cannot be understood.",
+    401: "The token is missing or wrong.",
+    404: "There is no such model.",
+    406: "None of the accepted formats can be given.",
+    408: "The body did not arrive in time.",
+    413: "The body is larger than the limit.",
+    415: "The body is of a type that is not read here.",
+    422: "The image, or a parameter, cannot be used.",
+    429: "More requests than can be answered; try again after the time in Retry-After.",
+    500: "The service failed.",
+    503: "The model cannot answer now.",
+    504: "The answer took too long.",
+}
+READING, POSTING = (401, 429, 500, 503, 504), (400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
+
+
+def _add_refusals(app: FastAPI) -> None:
+    def refuse(request: Request, problem: Problem) -> Response:
+        if request.url.path.startswith("/v2"):  # where that protocol's clients look for it
+            problem.members["error"] = problem.detail
+        body, headers = render_problem(problem, request.state.request_id)
+        return Response(body, problem.status, headers)
+
+    async def on_problem(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Problem)
+        return refuse(request, error)
+
+    async def on_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        details = {
+            404: "There is nothing at this path. /docs lists what there is.",
+            405: f"{request.method} is not known here. The header Allow lists what is.",
+        }
+        detail = details.get(error.status_code, str(error.detail))
+        return refuse(
+            request, Problem(name_status(error.status_code), detail, dict(error.headers or {}))
+        )
+
+    async def on_invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        return refuse(request, Problem("invalid_parameter", f"{place}: {first['msg']}."))
+
+    app.add_exception_handler(Problem, on_problem)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+
+
+# --- operations ----------------------------------------------------------------------------------
+
+
+def _add_operations(app: FastAPI, handler: Handler, meters: Meters) -> None:
+    @app.get("/healthz", tags=["operations"], response_model=HealthBody, responses=_refusals(500))
+    async def healthz() -> Response:
+        """Tell that this process answers; of the model it says nothing."""
+        return _json({"status": "ok"})
+
+    @app.get(
+        "/readyz", tags=["operations"], response_model=HealthBody, responses=_refusals(500, 503)
+    )
+    async def readyz() -> Response:
+        """Tell that a model is loaded and gives the right answers to images drawn for the test."""
+        await handler.check_ready()
+        return _json({"status": "ok"})
+
+    @app.get(
+        "/metrics",
+        tags=["operations"],
+        response_class=Response,
+        responses={
+            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+            **_refusals(401, 500),
+        },
+    )
+    async def metrics() -> Response:
+        """Count requests, times and answers, and what waits, in Prometheus' text format."""
+        return Response(await meters.render_all(), headers={"content-type": METRICS_TYPE})
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_SCANS_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "Scans as JPEG, PNG, BMP, GIF, TIFF or WebP files: one as the body itself "
+        "(any image/* or application/octet-stream), or one or more in a form.",
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["files"],
+                    "properties": {
+                        "files": {
+                            "type": "array",
+                            "minItems": 1,
+                            "items": {"type": "string", "format": "binary"},
+                        }
+                    },
+                }
+            },
+            "image/jpeg": _BINARY,
+            "image/png": _BINARY,
+            OCTETS: _BINARY,
+        },
+    }
+}
+
+
+def _add_answers(app: FastAPI, handler: Handler, meters: Meters) -> None:
+    @app.post(
+        "/v1/classify",
+        tags=["answers"],
+        response_model=AnswersBody,
+        responses=_refusals(*POSTING),
+        openapi_extra=_SCANS_BODY,
+    )
+    async def classify(request: Request) -> Response:
+        """Classify scans.
+
+        Every file gets one answer, in order; one that cannot be read is answered `rejected` with a
+        reason. Only where the body itself is the scan, what cannot be read is a 422.
+        """
+        started = time.perf_counter()
+        uploads, is_raw = await _read_uploads(request, handler.limits.files)
+        answered = await handler.classify(uploads)
+        meters.count_answers(answered.answers)
+        if is_raw:
+            _refuse_rejected(answered)
+        return _json(_build_body(request, answered, started))
+
+    @app.post(
+        "/v1/explain",
+        tags=["answers"],
+        response_model=ExplainedAnswersBody,
+        responses={200: {"content": {"image/png": _BINARY}}, **_refusals(*POSTING, 406)},
+        openapi_extra=_SCANS_BODY,
+    )
+    async def explain(
+        request: Request,
+        render: Annotated[
+            Render,
+            Query(description="The map alone, to be laid over the scan, or the scan under it."),
+        ] = "map",
+    ) -> Response:
+        """Classify scans, and show where in each the network saw its class.
+
+        With `Accept: image/png` and one raw body the answer is the picture itself.
+        """
+        started = time.perf_counter()
+        uploads, is_raw = await _read_uploads(request, handler.limits.files)
+        accepted = request.headers.get("accept", "*/*")
+        wants_picture = accepted.partition(";")[0].strip() == "image/png"
+        if wants_picture and not is_raw:
+            raise Problem("not_acceptable", "image/png is given for one scan as the body itself.")
+        answered = await handler.explain(uploads)
+        meters.count_answers(answered.answers)
+        if is_raw:
+            _refuse_rejected(answered)
+        pictures = await handler.render(answered, render)
+        if wants_picture:
+            return Response(pictures[0], headers={"content-type": "image/png"})
+        body = _build_body(request, answered, started)
+        body["answers"] = [
+            {
+                **{name: getattr(answer, name) for name in answer.__slots__},
+                "explained_class": shown.explained_class if shown else None,
+                "heat_map_png": base64.b64encode(picture).decode() if picture else None,
+            }
+            for answer, shown, picture in zip(
+                answered.answers, answered.evidence, pictures, strict=True
+            )
+        ]
+        return _json(body)
+
+    @app.get("/v1/model", tags=["answers"], response_model=ModelBody, responses=_refusals(*READING))
+    async def model() -> Response:
+        """Say what answers, what it was measured to do, what it is for, and what is too much."""
+        return _json(_build_card(await handler.describe(), handler))
+
+
+async def _read_uploads(request: Request, most: int) -> tuple[list[Upload], bool]:
+    """Read the scans of a request, and whether the body itself is the scan."""
+    given = request.headers.get("content-type", OCTETS)
+    kind = given.partition(";")[0].strip().lower()
+    if kind == bodies.MULTIPART:
+        return part_uploads(await request.body(), given, most=most), False
+    if kind.startswith("image/") or kind == OCTETS:
+        return [Upload(None, await request.body())], True
+    raise Problem(
+        "unsupported_media_type",
+        f"Expected multipart/form-data, image/* or {OCTETS} as Content-Type.",
+    )
+
+
+def _refuse_rejected(answered: Answers) -> None:
+    (answer,) = answered.answers
+    if answer.status == "rejected":
+        raise Problem("image_rejected", answer.detail or "", members={"reason": answer.reason})
+
+
+def _build_body(request: Request, answered: Answers, started: float) -> dict[str, Any]:
+    return {
+        "request_id": request.state.request_id,
+        "classifier_id": answered.meaning.classifier_id,
+        "classes": answered.meaning.classes,
+        "time_ms": round((time.perf_counter() - started) * 1e3, 2),
+        "notice": NOTICE,
+        "answers": answered.answers,
+    }
+
+
+def _build_card(description: dict[str, Any], handler: Handler) -> dict[str, Any]:
+    card = description["card"]
+    return {
+        "classifier_id": card["classifier_id"],
+        "classes": card["classes"],
+        "preprocessing": card["preprocessing"],
+        "metrics": next((card[name] for name in CARD_METRICS if card.get(name)), None),
+        "runtime": description["runtime"],
+        "intended_use": INTENDED_USE,
+        "not_intended_for": NOT_INTENDED_FOR,
+        "limits": asdict(handler.limits),
+        "rejection_reasons": REJECTION_REASONS,
+        "notice": NOTICE,
+    }
+
+
+# --- Open Inference Protocol ---------------------------------------------------------------------
+
+_INFERENCE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            JSON_TYPE: {"schema": {"$ref": "#/components/schemas/InferenceRequest"}},
+        },
+    }
+}
+_MODEL_PATH = f"/v2/models/{inference.MODEL_NAME}"
+
+
+def _add_inference(app: FastAPI, handler: Handler, meters: Meters) -> None:
+    about = {"tags": ["Open Inference Protocol"]}
+
+    @app.get("/v2", response_model=ServerBody, responses=_refusals(401, 429, 500), **about)
+    async def server() -> Response:
+        """Describe the server."""
+        return _json(
+            {
+                "name": app.title,
+                "version": app.version,
+                "extensions": inference.EXTENSIONS,
+            }
+        )
+
+    @app.get("/v2/health/live", response_model=HealthBody, responses=_refusals(500), **about)
+    async def live() -> Response:
+        """Tell that this process answers."""
+        return _json({"status": "ok"})
+
+    @app.get("/v2/health/ready", response_model=HealthBody, responses=_refusals(500, 503), **about)
+    async def ready() -> Response:
+        """Tell the same as /readyz."""
+        await handler.check_ready()
+        return _json({"status": "ok"})
+
+    @app.get(
+        _MODEL_PATH,
+        response_model=ModelMetadata,
+        response_model_exclude_none=True,
+        responses=_refusals(*READING),
+        **about,
+    )
+    async def metadata() -> Response:
+        """Describe the model's tensors."""
+        meaning = await handler.get_meaning()
+        return _json(inference.describe_model(meaning.classifier_id, meaning.classes))
+
+    @app.get(
+        f"{_MODEL_PATH}/ready",
+        response_model=HealthBody,
+        responses=_refusals(*READING),
+        **about,
+    )
+    async def model_ready() -> Response:
+        """Tell the same as /readyz."""
+        await handler.check_ready()
+        return _json({"status": "ok"})
+
+    @app.post(
+        f"{_MODEL_PATH}/infer",
+        response_model=InferenceResponse,
+        responses=_refusals(*POSTING),
+        openapi_extra=_INFERENCE_BODY,
+        **about,
+    )
+    async def infer(request: Request) -> Response:
+        """Classify scans. The input `image` holds encoded images, in JSON each as base64.
+
+        With the header `Inference-Header-Content-Length` the images may follow the JSON as they
+        are (the protocol's binary data extension), and outputs may be asked for in that way.
+        """
+        asked = inference.read_inference(
+            await request.body(),
+            request.headers.get(inference.LENGTH_HEADER),
+            most=handler.limits.files,
+        )
+        answered = await handler.classify(asked.uploads)
+        meters.count_answers(answered.answers)
+        body, header_length = inference.render_inference(asked, answered)
+        if header_length is None:
+            return Response(body, headers={"content-type": JSON_TYPE})
+        return Response(
+            body, headers={"content-type": OCTETS, inference.LENGTH_HEADER: str(header_length)}
+        )
+
+
+# --- pages ---------------------------------------------------------------------------------------
+
+
+def _build_describer(app: FastAPI, *, is_guarded: bool) -> Callable[[], dict[str, Any]]:
+    """Return what gives the OpenAPI document."""
+    document = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes
+    )
+    schemas = document["components"]["schemas"]
+    for body in (ProblemBody, InferenceRequest):
+        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[body.__name__] = schema
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if not is_guarded:
+                operation["responses"].pop("401", None)
+            elif is_open(path):
+                operation["security"] = []
+    if is_guarded:
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"token": []}]
+    return lambda: document
+
+
+def _add_pages(app: FastAPI, describe: Callable[[], dict[str, Any]]) -> None:
+    page = WEB / "index.html"
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        if not page.exists():
+            raise Problem("not_found", "This installation has no page. /docs lists what there is.")
+        return _html(page.read_bytes(), PAGE_POLICY)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return _json(describe())
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        rendered = get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title=f"{app.title}: HTTP interface",
+            swagger_js_url="static/swagger/swagger-ui-bundle.js",
+            swagger_css_url="static/swagger/swagger-ui.css",
+            swagger_favicon_url="static/swagger/favicon.png",
+        )
+        return _html(bytes(rendered.body), DOCS_POLICY)
+
+    app.mount("/static/swagger", StaticFiles(directory=SWAGGER))
+    app.mount("/static", StaticFiles(directory=WEB, check_dir=False))
+
+
+def _html(content: bytes, policy: str) -> Response:
+    headers = {"content-type": "text/html; charset=utf-8", "content-security-policy": policy}
+    return Response(content, headers=headers)
+
+
+def _json(value: object) -> Response:
+    return Response(dump_json(value), headers={"content-type": JSON_TYPE})
