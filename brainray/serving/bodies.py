@@ -1,17 +1,14 @@
 """Bodies of requests: read with a limit and a time, and parted into files."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from brainray.serving.asgi import Receive
 from brainray.serving.handler import Upload
 from brainray.serving.problem import Problem, too_busy
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 
 FILES_FIELD = "files"
 MULTIPART = "multipart/form-data"
@@ -190,7 +187,11 @@ class _Collector:
 
     def _end_part(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition"))
-        if options.get(b"name") != FILES_FIELD.encode():
+        name = options.get(b"filename")
+        if options.get(b"name") != FILES_FIELD.encode() or name is None:
+            return
+        content = b"".join(self._parts)
+        if not name and not content:  # a browser's form in which no file was chosen
             return
         if len(self.uploads) == self._most:
             raise Problem(
@@ -198,16 +199,13 @@ class _Collector:
                 f"The request has more than {self._most} files. "
                 "Send the others in further requests.",
             )
-        name = options.get(b"filename")
-        self.uploads.append(Upload(_clean_name(name), b"".join(self._parts)))
+        self.uploads.append(Upload(_clean_name(name), content))
 
     def _end(self) -> None:
         self.is_ended = True
 
 
-def _clean_name(name: bytes | None) -> str | None:
+def _clean_name(name: bytes) -> str:
     """Return the last part of a file's name, as text that can be shown."""
-    if name is None:
-        return None
     text = name.decode("utf-8", errors="replace").replace("\\", "/").rpartition("/")[2]
     return "".join(c if c.isprintable() else "\ufffd" for c in text)[:MAX_NAME_CHARACTERS]

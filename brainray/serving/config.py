@@ -1,9 +1,10 @@
 """What a service is made of; importing it starts nothing and imports no Ray."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import tyro
+from pydantic import TypeAdapter, ValidationError
 
 from brainray.errors import ConfigError
 from brainray.serving.limits import ConnectionLimits, ServiceLimits
@@ -37,6 +38,32 @@ class ServiceConfig:
             )
         if self.ingress_replicas < 1:
             raise ConfigError(f"Expected at least one ingress, got {self.ingress_replicas}.")
+
+
+def read_arguments(arguments: dict[str, Any]) -> ServiceConfig:
+    """Read a service's configuration from plain values, as a YAML file gives them.
+
+    Raises
+    ------
+    ConfigError
+        A name that is not known, or a value that is not of its type.
+    """
+    _check_names(arguments, ServiceConfig, "args")
+    try:
+        return TypeAdapter(ServiceConfig).validate_python(arguments)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"args.{place}: {first['msg']}.") from error
+
+
+def _check_names(given: dict[str, Any], kind: type, place: str) -> None:
+    known = {field.name: field for field in fields(kind)}
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"{place} has no '{name}'. It has {', '.join(known)}.")
+        if isinstance(value, dict):
+            _check_names(value, {"model": ModelOptions, "limits": ServiceLimits}[name], name)
 
 
 @dataclass(frozen=True, kw_only=True)

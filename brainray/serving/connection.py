@@ -18,8 +18,7 @@ from starlette.middleware import Middleware
 from uvicorn import config as uvicorn_config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from brainray.serving.bodies import Message, Receive
-from brainray.serving.gate import App, Scope, Send, name_request
+from brainray.serving.asgi import App, Message, Receive, Scope, Send, name_request
 from brainray.serving.limits import ConnectionLimits
 from brainray.serving.problem import PROBLEM_TYPE, name_status
 
@@ -149,6 +148,7 @@ class Closed:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse one request."""
+        del receive
         if scope["type"] == "http":
             headers = [(b"content-length", b"0"), (b"connection", b"close")]
             await send({"type": "http.response.start", "status": 404, "headers": headers})

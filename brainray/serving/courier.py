@@ -88,7 +88,8 @@ class Courier(Generic[Answer]):
         parcel = _Parcel(preprocessing, image, asyncio.get_running_loop().create_future())
         self._waiting.append(parcel)
         self._dispatch()
-        return await parcel.answer  # cancelled with the request; the parcel is then left out
+        answer: Answer = await parcel.answer  # cancelled with the request, and then left out
+        return answer
 
     def _dispatch(self) -> None:
         while self._waiting and len(self._calls) < self._max_calls:

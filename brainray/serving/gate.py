@@ -5,25 +5,20 @@ memory, whole and within its limits, before anything else looks at the request.
 """
 
 import logging
-import re
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Callable, Collection
 
 import orjson
 
+from brainray.serving.asgi import App, Message, Receive, Scope, Send, name_request
 from brainray.serving.auth import OPEN_PATHS, Guard
-from brainray.serving.bodies import Buffers, ClientLeft, Message, Receive, read_body
+from brainray.serving.bodies import Buffers, ClientLeft, read_body
 from brainray.serving.journal import Journal
 from brainray.serving.limits import ServiceLimits
 from brainray.serving.meters import Meters
 from brainray.serving.problem import Problem, render_problem, too_busy
 
-Scope = Message
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+FAULT = "Something went wrong; the service's log says what, under the request_id."
 STATIC = "/static/"
 OTHER = "other"
 """Stands for every path that the application does not have: they may hold anything."""
@@ -36,13 +31,6 @@ PATIENT_PATHS = (*OPEN_PATHS, "/metrics")
 """Answered however many requests are in flight."""
 
 logger = logging.getLogger(__name__)
-
-
-def name_request(given: bytes | None) -> str:
-    """Return the client's name for a request if it is sane, else a new one."""
-    if given is not None and SANE_REQUEST_ID.fullmatch(given):
-        return given.decode()
-    return uuid.uuid4().hex
 
 
 class Gate:
@@ -99,8 +87,7 @@ class Gate:
         except Exception as error:
             logger.exception("Request %s failed.", visit.request_id)
             visit.error = type(error).__name__
-            detail = "Something went wrong; the service's log says what, under the request_id."
-            await visit.refuse(Problem("internal", detail))
+            await visit.refuse(Problem("internal", FAULT))
         finally:
             self._in_flight -= 1
             self._record(visit, scope)

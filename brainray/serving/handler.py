@@ -317,6 +317,6 @@ def _reject(upload: Upload, rejection: RejectedImage, digest: str) -> Answer:
         name=upload.name,
         status="rejected",
         reason=rejection.reason,
-        detail=str(rejection),
+        detail=rejection.message,
         content_sha256=digest,
     )

@@ -2,56 +2,39 @@
 
 import base64
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from copy import deepcopy
 from dataclasses import asdict
-from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import fastapi_offline
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.openapi.utils import get_openapi
-from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 import brainray
 from brainray.pixels.decode import REJECTION_REASONS
 from brainray.serving import bodies, inference
-from brainray.serving.auth import Guard, is_open
+from brainray.serving.asgi import App
+from brainray.serving.auth import Guard
 from brainray.serving.bodies import part_uploads
-from brainray.serving.gate import App, Gate, dump_json
+from brainray.serving.gate import FAULT, Gate, dump_json
 from brainray.serving.handler import NOTICE, Answers, Handler, Upload
 from brainray.serving.journal import Journal
 from brainray.serving.meters import METRICS_TYPE, Meters
+from brainray.serving.pages import add_pages, describe_interface
 from brainray.serving.problem import PROBLEM_TYPE, Problem, name_status, render_problem
 from brainray.serving.schemas import (
     AnswersBody,
     ExplainedAnswersBody,
     HealthBody,
-    InferenceRequest,
     InferenceResponse,
     ModelBody,
     ModelMetadata,
-    ProblemBody,
     ServerBody,
 )
 
-WEB = Path(str(files("brainray.serving") / "web"))
-SWAGGER = Path(fastapi_offline.__file__).parent / "static"
-"""Swagger UI's own files, as that package brings them: no page asks a third party for anything."""
-
 JSON_TYPE = "application/json"
 OCTETS = "application/octet-stream"
-PAGE_POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
-    "form-action 'self'; frame-ancestors 'none'"
-)
-DOCS_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:; frame-ancestors 'none'"
-)
 INTENDED_USE = (
     "Research on classifying slices of brain MRI: comparing classifiers, sorting and finding "
     "scans in research data."
@@ -62,6 +45,8 @@ NOT_INTENDED_FOR = (
 )
 CARD_METRICS = ("metrics", "evaluation")
 
+PROTOCOL = "Open Inference Protocol"
+
 Render = Literal["map", "overlay"]
 
 
@@ -71,9 +56,30 @@ def build_app(
     guard: Guard,
     meters: Meters,
     journal: Journal,
+    render_meters: Callable[[], Awaitable[bytes]] | None = None,
     echo_id: bool = True,
 ) -> App:
-    """Build the ASGI application."""
+    """Build the ASGI application.
+
+    Parameters
+    ----------
+    handler : Handler
+        Answers.
+    guard : Guard
+        Knows the token.
+    meters : Meters
+        Count what this replica does.
+    journal : Journal
+        Takes a line for each request.
+    render_meters : callable, optional
+        Gives the text of /metrics; of this replica alone, if not given.
+    echo_id : bool
+        Whether to send the request's id back; Ray Serve does it by itself.
+    """
+
+    async def render_own() -> bytes:
+        return meters.render()
+
     app = FastAPI(
         title="brainray",
         version=brainray.__version__,
@@ -87,12 +93,12 @@ def build_app(
     meters.watch("model_calls", "Calls under way to the model.", lambda: handler.courier.num_calls)
     meters.watch("log_lines_dropped", "Log lines nobody took in time.", lambda: journal.dropped)
     _add_refusals(app)
-    _add_operations(app, handler, meters)
+    _add_operations(app, handler, render_meters or render_own)
     _add_answers(app, handler, meters)
     _add_inference(app, handler, meters)
-    describe = _build_describer(app, is_guarded=guard.is_closed)
-    _add_pages(app, describe)
-    paths = [*describe()["paths"], "/", "/docs", "/openapi.json", "/favicon.ico"]
+    document = describe_interface(app, handler.limits, is_guarded=guard.is_closed)
+    add_pages(app, document)
+    paths = [*document["paths"], "/", "/docs", "/openapi.json"]
     return Gate(
         app,
         paths=paths,
@@ -172,7 +178,12 @@ def _add_refusals(app: FastAPI) -> None:
         place = ".".join(map(str, first["loc"]))
         return refuse(request, Problem("invalid_parameter", f"{place}: {first['msg']}."))
 
+    async def on_fault(request: Request, error: Exception) -> Response:
+        del error  # the gate logs it, to whom it is raised after this
+        return refuse(request, Problem("internal", FAULT))
+
     app.add_exception_handler(Problem, on_problem)
+    app.add_exception_handler(Exception, on_fault)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, on_invalid)
 
@@ -180,7 +191,9 @@ def _add_refusals(app: FastAPI) -> None:
 # --- operations ----------------------------------------------------------------------------------
 
 
-def _add_operations(app: FastAPI, handler: Handler, meters: Meters) -> None:
+def _add_operations(
+    app: FastAPI, handler: Handler, render_meters: Callable[[], Awaitable[bytes]]
+) -> None:
     @app.get("/healthz", tags=["operations"], response_model=HealthBody, responses=_refusals(500))
     async def healthz() -> Response:
         """Tell that this process answers; of the model it says nothing."""
@@ -204,8 +217,11 @@ def _add_operations(app: FastAPI, handler: Handler, meters: Meters) -> None:
         },
     )
     async def metrics() -> Response:
-        """Count requests, times and answers, and what waits, in Prometheus' text format."""
-        return Response(await meters.render_all(), headers={"content-type": METRICS_TYPE})
+        """Count requests, times and answers, and what waits, in Prometheus' text format.
+
+        All ingress replicas are in it, told apart by the label `replica`.
+        """
+        return Response(await render_meters(), headers={"content-type": METRICS_TYPE})
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -244,7 +260,7 @@ def _add_answers(app: FastAPI, handler: Handler, meters: Meters) -> None:
         tags=["answers"],
         response_model=AnswersBody,
         responses=_refusals(*POSTING),
-        openapi_extra=_SCANS_BODY,
+        openapi_extra=deepcopy(_SCANS_BODY),
     )
     async def classify(request: Request) -> Response:
         """Classify scans.
@@ -265,7 +281,7 @@ def _add_answers(app: FastAPI, handler: Handler, meters: Meters) -> None:
         tags=["answers"],
         response_model=ExplainedAnswersBody,
         responses={200: {"content": {"image/png": _BINARY}}, **_refusals(*POSTING, 406)},
-        openapi_extra=_SCANS_BODY,
+        openapi_extra=deepcopy(_SCANS_BODY),
     )
     async def explain(
         request: Request,
@@ -371,9 +387,7 @@ _MODEL_PATH = f"/v2/models/{inference.MODEL_NAME}"
 
 
 def _add_inference(app: FastAPI, handler: Handler, meters: Meters) -> None:
-    about = {"tags": ["Open Inference Protocol"]}
-
-    @app.get("/v2", response_model=ServerBody, responses=_refusals(401, 429, 500), **about)
+    @app.get("/v2", response_model=ServerBody, responses=_refusals(401, 429, 500), tags=[PROTOCOL])
     async def server() -> Response:
         """Describe the server."""
         return _json(
@@ -384,12 +398,19 @@ def _add_inference(app: FastAPI, handler: Handler, meters: Meters) -> None:
             }
         )
 
-    @app.get("/v2/health/live", response_model=HealthBody, responses=_refusals(500), **about)
+    @app.get(
+        "/v2/health/live", response_model=HealthBody, responses=_refusals(500), tags=[PROTOCOL]
+    )
     async def live() -> Response:
         """Tell that this process answers."""
         return _json({"status": "ok"})
 
-    @app.get("/v2/health/ready", response_model=HealthBody, responses=_refusals(500, 503), **about)
+    @app.get(
+        "/v2/health/ready",
+        response_model=HealthBody,
+        responses=_refusals(500, 503),
+        tags=[PROTOCOL],
+    )
     async def ready() -> Response:
         """Tell the same as /readyz."""
         await handler.check_ready()
@@ -400,7 +421,7 @@ def _add_inference(app: FastAPI, handler: Handler, meters: Meters) -> None:
         response_model=ModelMetadata,
         response_model_exclude_none=True,
         responses=_refusals(*READING),
-        **about,
+        tags=[PROTOCOL],
     )
     async def metadata() -> Response:
         """Describe the model's tensors."""
@@ -411,7 +432,7 @@ def _add_inference(app: FastAPI, handler: Handler, meters: Meters) -> None:
         f"{_MODEL_PATH}/ready",
         response_model=HealthBody,
         responses=_refusals(*READING),
-        **about,
+        tags=[PROTOCOL],
     )
     async def model_ready() -> Response:
         """Tell the same as /readyz."""
@@ -423,7 +444,7 @@ def _add_inference(app: FastAPI, handler: Handler, meters: Meters) -> None:
         response_model=InferenceResponse,
         responses=_refusals(*POSTING),
         openapi_extra=_INFERENCE_BODY,
-        **about,
+        tags=[PROTOCOL],
     )
     async def infer(request: Request) -> Response:
         """Classify scans. The input `image` holds encoded images, in JSON each as base64.
@@ -444,64 +465,6 @@ def _add_inference(app: FastAPI, handler: Handler, meters: Meters) -> None:
         return Response(
             body, headers={"content-type": OCTETS, inference.LENGTH_HEADER: str(header_length)}
         )
-
-
-# --- pages ---------------------------------------------------------------------------------------
-
-
-def _build_describer(app: FastAPI, *, is_guarded: bool) -> Callable[[], dict[str, Any]]:
-    """Return what gives the OpenAPI document."""
-    document = get_openapi(
-        title=app.title, version=app.version, description=app.description, routes=app.routes
-    )
-    schemas = document["components"]["schemas"]
-    for body in (ProblemBody, InferenceRequest):
-        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas |= schema.pop("$defs", {})
-        schemas[body.__name__] = schema
-    for path, operations in document["paths"].items():
-        for operation in operations.values():
-            if not is_guarded:
-                operation["responses"].pop("401", None)
-            elif is_open(path):
-                operation["security"] = []
-    if is_guarded:
-        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"token": []}]
-    return lambda: document
-
-
-def _add_pages(app: FastAPI, describe: Callable[[], dict[str, Any]]) -> None:
-    page = WEB / "index.html"
-
-    @app.get("/", include_in_schema=False)
-    async def index() -> Response:
-        if not page.exists():
-            raise Problem("not_found", "This installation has no page. /docs lists what there is.")
-        return _html(page.read_bytes(), PAGE_POLICY)
-
-    @app.get("/openapi.json", include_in_schema=False)
-    async def openapi() -> Response:
-        return _json(describe())
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        rendered = get_swagger_ui_html(
-            openapi_url="openapi.json",
-            title=f"{app.title}: HTTP interface",
-            swagger_js_url="static/swagger/swagger-ui-bundle.js",
-            swagger_css_url="static/swagger/swagger-ui.css",
-            swagger_favicon_url="static/swagger/favicon.png",
-        )
-        return _html(bytes(rendered.body), DOCS_POLICY)
-
-    app.mount("/static/swagger", StaticFiles(directory=SWAGGER))
-    app.mount("/static", StaticFiles(directory=WEB, check_dir=False))
-
-
-def _html(content: bytes, policy: str) -> Response:
-    headers = {"content-type": "text/html; charset=utf-8", "content-security-policy": policy}
-    return Response(content, headers=headers)
 
 
 def _json(value: object) -> Response:

@@ -1,7 +1,7 @@
 """What the service counts of itself, for Prometheus; nothing of what was in a request."""
 
 from collections import Counter as Tally
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -60,10 +60,23 @@ class Meters:
         for (status, name, reason), count in kinds.items():
             self._answers.labels(status, name, reason, self._replica).inc(count)
 
-    async def render_all(self) -> bytes:
-        """Return the text of all ingress replicas, as far as they are known."""
-        return self.render()
-
     def render(self) -> bytes:
         """Return Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+def merge(texts: Iterable[bytes]) -> bytes:
+    """Merge the texts of several replicas: what is said of a metric once, and then its samples."""
+    heads: dict[str, list[str]] = {}
+    samples: dict[str, list[str]] = {}
+    for text in texts:
+        name = ""
+        for line in text.decode().splitlines():
+            if line.startswith("# HELP "):
+                name = line.split(" ", 3)[2]
+            if not line.startswith("#"):
+                samples.setdefault(name, []).append(line)
+            elif line not in heads.setdefault(name, []):
+                heads[name].append(line)
+    lines = [line for name in heads for line in (*heads[name], *samples.get(name, ()))]
+    return "".join(line + "\n" for line in lines).encode()

@@ -3,7 +3,7 @@
 What goes out on the hot path is written from plain dataclasses; the tests hold it against these.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +11,7 @@ from brainray.pixels.decode import REJECTION_REASONS
 from brainray.serving.problem import PROBLEMS
 
 Fraction = float
+BASE64 = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 
 
 class Body(BaseModel):
@@ -126,8 +127,10 @@ class InputTensor(BaseModel):
 
     name: Literal["image"]
     datatype: Literal["BYTES"]
-    shape: list[int] = Field(min_length=1, max_length=2, description="[N] or [N, 1].")
-    data: list[str] = Field(min_length=1, description="N images: PNG, JPEG, …, base64.")
+    shape: list[int] = Field(description="[N]; what counts is how many images there are.")
+    data: list[Annotated[str, Field(pattern=BASE64)]] = Field(
+        min_length=1, description="N images: PNG, JPEG, …, base64."
+    )
     parameters: dict[str, Any] | None = None
 
 
