@@ -21,7 +21,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
@@ -286,8 +285,9 @@ def _fuse_batch_norm(network: nn.Module) -> nn.Module:
 class _OpenVinoRuntime(Runtime):
     """One image at a time: on a CPU a batch gains nothing, and an answer depends on no other.
 
-    A lone image is computed by all threads together. Where there are many, each thread computes
-    its own: 5 to 10 % more images per second, since no thread waits for another.
+    A lone image is computed by all threads together. Where there are many, of one call or of
+    several at once, each thread computes its own: 5 to 10 % more images per second, since no
+    thread waits for another, and none is idle while calls follow each other.
     """
 
     name = "openvino"
@@ -308,7 +308,8 @@ class _OpenVinoRuntime(Runtime):
         self._core = openvino.Core()
         self._one = self._compile(num_streams=1).create_infer_request()
         self._many: openvino.AsyncInferQueue | None = None
-        self._turn = threading.Lock()
+        self._turn, self._feeding, self._counting = (threading.Lock() for _ in range(3))
+        self._num_calls = 0
         self._normalised = _normalise_greys(self._preprocessing)
         version = openvino.get_version().split("-")[0]
         threads = _count(self._num_threads, "thread")
@@ -330,17 +331,35 @@ class _OpenVinoRuntime(Runtime):
 
     def _compute_logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         logits = np.empty((len(images), self._num_classes), np.float32)
-        with self._turn:
-            if self._num_threads == 1 or len(images) < 2 * self._num_threads:
-                for index, image in enumerate(images):
-                    logits[index] = self._one.infer([self._normalised[image][None, None]])[0]
-                return logits
-            queue = self._build_queue()
-            queue.set_callback(partial(_keep_output, logits))
-            for index, image in enumerate(images):
-                queue.start_async([self._normalised[image][None, None]], index)
-            queue.wait_all()
+        with self._count_call() as is_alone:
+            if self._num_threads == 1 or (is_alone and len(images) < 2 * self._num_threads):
+                with self._turn:
+                    for index, image in enumerate(images):
+                        logits[index] = self._one.infer([self._normalised[image][None, None]])[0]
+            else:
+                self._compute_many(images, logits)
         return logits
+
+    @contextmanager
+    def _count_call(self) -> Iterator[bool]:
+        """Count a call while it lasts, and tell whether it is the only one."""
+        with self._counting:
+            self._num_calls += 1
+            is_alone = self._num_calls == 1
+        try:
+            yield is_alone
+        finally:
+            with self._counting:
+                self._num_calls -= 1
+
+    def _compute_many(self, images: NDArray[np.uint8], logits: NDArray[np.float32]) -> None:
+        """Compute each image in a thread of its own, beside those of other calls."""
+        parcel = _Parcel(logits)
+        for index, image in enumerate(images):
+            values = self._normalised[image][None, None]
+            with self._feeding:
+                self._build_queue().start_async([values], (parcel, index))
+        parcel.wait()
 
     def _build_queue(self) -> "openvino.AsyncInferQueue":
         """Compile the model once more, for many images, when they first come."""
@@ -350,11 +369,35 @@ class _OpenVinoRuntime(Runtime):
             self._many = openvino.AsyncInferQueue(
                 self._compile(num_streams=self._num_threads), self._num_threads
             )
+            self._many.set_callback(_keep_output)
         return self._many
 
 
-def _keep_output(logits: NDArray[np.float32], request: "openvino.InferRequest", index: int) -> None:
-    logits[index] = request.get_output_tensor(0).data[0]
+class _Parcel:
+    """The images of one call, until the last of them is computed."""
+
+    def __init__(self, logits: NDArray[np.float32]) -> None:
+        self._logits = logits
+        self._left = len(logits)
+        self._lock = threading.Lock()
+        self._is_done = threading.Event()
+
+    def keep(self, index: int, logits: NDArray[np.float32]) -> None:
+        """Take one image's logits."""
+        self._logits[index] = logits
+        with self._lock:
+            self._left -= 1
+            if self._left == 0:
+                self._is_done.set()
+
+    def wait(self) -> None:
+        """Wait for the last image."""
+        self._is_done.wait()
+
+
+def _keep_output(request: "openvino.InferRequest", place: tuple[_Parcel, int]) -> None:
+    parcel, index = place
+    parcel.keep(index, request.get_output_tensor(0).data[0])
 
 
 def _normalise_greys(preprocessing: Preprocessing) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.5}
 trained network, whose answers move most; a wrong preprocessing or class order moves them more."""
 
 NUM_TEST_IMAGES = 2
+WARM_UP_REPEATS = 32
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,10 @@ class SelfTest:
                 f", more than {TOLERANCES[runtime.precision]}. Compute with --precision fp32."
             )
 
+    def warm_up(self, runtime: Runtime) -> None:
+        """Compute a batch once: OpenVINO compiles the model anew for the first one."""
+        runtime.predict_probs(np.repeat(self._images, WARM_UP_REPEATS, axis=0))
+
 
 class _Opened:
     """A classifier, ready to answer and tested."""
@@ -110,6 +115,7 @@ class _Opened:
             classifier = load_classifier(options.classifier_uri, device="cuda")
         self.runtime = open_runtime(classifier, options.build_runtime_options())
         test.check(self.runtime)
+        test.warm_up(self.runtime)
         self.test = test
         self.card = classifier.card
         self.meaning = Meaning(

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import FrameType
+from typing import Any
 
 import ray
 from ray import serve
@@ -64,10 +65,11 @@ def serve_here(job: ServeJob, *, say: Say, verbose: bool = False) -> None:
     stop = StopSignals()
     try:
         start(job, config, verbose=verbose)
+        stop.install()  # once more: Ray has put its own in their place, which print a stack trace
         announce(job, classifier, say)
         stop.wait(check_running)
         say("Draining: what is in flight is answered, nothing else is taken.")
-        serve.shutdown()
+        serve.delete(APPLICATION)
     finally:
         ray.shutdown()
         stop.restore()
@@ -259,9 +261,11 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._asked = threading.Event()
-        self._before = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._before = self.install()
+
+    def install(self) -> dict[int, Any]:
+        """Take the signals, and return what took them before."""
+        return {n: signal.signal(n, self._ask) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         del number, frame
