@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
+from brainray import cli
 from brainray.pixels.decode import REJECTION_REASONS
 from brainray.serving.asgi import App
 from brainray.serving.config import ServeJob, ServiceConfig
@@ -612,3 +613,40 @@ def test_an_address_that_others_reach_needs_a_token(
     check_address(ServeJob(service=service, host=host, insecure=True))
     monkeypatch.setenv("BRAINRAY_API_TOKEN", TOKEN)
     check_address(job)
+
+
+def test_what_a_person_can_mend_is_one_line_and_exit_2(
+    tiny_classifier: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("BRAINRAY_API_TOKEN", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    short, taken = tmp_path / "token", socket()
+    short.write_text("short")
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    here = ("--classifier-uri", tiny_classifier, "--port", find_port())
+    for words, said in (
+        (("--classifier-uri", tmp_path, "--port", find_port()), "No classifier at"),
+        ((*here, "--port", taken.getsockname()[1]), "Cannot listen on 127.0.0.1"),
+        ((*here, "--port", 99999), "from 1 to 65535"),
+        ((*here, "--host", "0.0.0.0"), "there is no token"),
+        ((*here, "--host", "no-such-host.invalid", "--insecure"), "Cannot listen on"),
+        ((*here, "--api-token-file", short), "at least 16 ASCII characters"),
+        ((*here, "--api-token-file", tmp_path / "nowhere"), "Cannot read the token file"),
+        ((*here, "--tls-cert", short), "go together"),
+        ((*here, "--tls-cert", short, "--tls-key", short), "Cannot use the certificate"),
+        ((*here, "--ingress-replicas", 2), "one process speaks HTTP"),
+        ((*here, "--log-path", tmp_path / "no" / "log"), "Cannot write the log"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["serve", *map(str, words)])
+        lines = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2, lines
+        assert [said in line for line in lines if line.startswith("error: ")] == [True], lines
+    monkeypatch.setenv("RAY_ADDRESS", "ray://somewhere")
+    with pytest.raises(SystemExit):
+        cli.main(["serve", *map(str, here)])
+    assert "serve deploy" in capsys.readouterr().err

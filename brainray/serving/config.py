@@ -28,7 +28,8 @@ class ServiceConfig:
     api_token_file: str | None = None
     """File with the token that requests need; else $BRAINRAY_API_TOKEN, else they need none."""
     log_path: str | None = None
-    """Where the service's log lines go; its Ray log file, if not given."""
+    """File that the service's log lines are appended to; if not given, standard output, and on a
+    cluster the replica's log file."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_replicas <= self.max_replicas:

@@ -1,10 +1,13 @@
 """The service's log: a line of JSON for each request, wherever it is wanted."""
 
 import os
-import sys
 from typing import Any
 
 import orjson
+
+from brainray.errors import ConfigError
+
+STDERR = 2
 
 
 class Journal:
@@ -13,16 +16,26 @@ class Journal:
     Parameters
     ----------
     path : str, optional
-        A file or a pipe, appended to; standard error if not given or not to be opened.
+        A file or a pipe, appended to; standard error if not given.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be opened.
     """
 
     def __init__(self, path: str | None = None) -> None:
         self.dropped = 0
         """Lines that nobody took in time."""
-        self._file = sys.stderr.fileno()
+        self._file = STDERR
         if path is not None:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
-            self._file = os.open(path, flags, 0o600)
+            try:
+                self._file = os.open(path, flags, 0o600)
+            except OSError as error:
+                raise ConfigError(
+                    f"Cannot write the log to '{path}' ({error.strerror}). Pass another --log-path."
+                ) from error
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one line."""

@@ -28,6 +28,7 @@ from brainray.serving.app import QUIET, build_application
 from brainray.serving.auth import TOKEN_VARIABLE, read_token
 from brainray.serving.config import ServeJob, ServiceConfig
 from brainray.serving.connection import DIRECT_VARIABLE, write_environment
+from brainray.serving.journal import Journal
 
 Say = Callable[[str], None]
 
@@ -60,12 +61,16 @@ def serve_here(job: ServeJob, *, say: Say, verbose: bool = False) -> None:
     check_address(job)
     check_certificate(job)
     check_port(job.host, job.port)
+    Journal(job.service.log_path)
     classifier = load_classifier(job.service.model.classifier_uri)
     config = share_cpus(job.service, count_cpus())
+    config = replace(config, log_path=config.log_path or find_output())
     stop = StopSignals()
     try:
-        start(job, config, verbose=verbose)
+        start_ray(job, verbose=verbose)
         stop.install()  # once more: Ray has put its own in their place, which print a stack trace
+        start_service(job, config)
+        stop.is_serving = True
         announce(job, classifier, say)
         stop.wait(check_running)
         say("Draining: what is in flight is answered, nothing else is taken.")
@@ -158,8 +163,8 @@ def share_cpus(config: ServiceConfig, num_cpus: int) -> ServiceConfig:
     return replace(config, model=replace(config.model, num_threads=threads), replica_cpus=reserved)
 
 
-def start(job: ServeJob, config: ServiceConfig, *, verbose: bool) -> None:
-    """Start Ray, Serve and the application; return when it answers."""
+def start_ray(job: ServeJob, *, verbose: bool) -> None:
+    """Start Ray on this machine, for this service alone."""
     os.environ.update(build_environment(job))
     level = logging.INFO if verbose else logging.ERROR
     for name in ("ray", "ray.serve"):
@@ -171,6 +176,16 @@ def start(job: ServeJob, config: ServiceConfig, *, verbose: bool) -> None:
         log_to_driver=verbose,
         logging_level=level,
     )
+
+
+def start_service(job: ServeJob, config: ServiceConfig) -> None:
+    """Start Serve and the application; return when it answers.
+
+    Raises
+    ------
+    ServingError
+        It does not.
+    """
     tls = {"ssl_certfile": job.tls_cert, "ssl_keyfile": job.tls_key} if job.tls_cert else {}
     serve.start(
         proxy_location="HeadOnly",
@@ -210,6 +225,16 @@ def build_environment(job: ServeJob) -> dict[str, str]:
         "RAY_enable_metrics_collection": "0",
         **write_environment(job.connections),
     }
+
+
+def find_output() -> str | None:
+    """Return a path under which other processes write to this one's standard output (Linux)."""
+    path = f"/proc/{os.getpid()}/fd/1"
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK))
+    except OSError:  # a socket, or a system without /proc: Ray's log file takes the lines
+        return None
+    return path
 
 
 def find_free_port(host: str) -> int:
@@ -257,9 +282,13 @@ def describe_failure() -> str | None:
 
 
 class StopSignals:
-    """Waits for SIGTERM or Ctrl-C, which then no longer interrupt."""
+    """Waits for SIGTERM or Ctrl-C, which then no longer interrupt.
+
+    Before the service answers, Ctrl-C interrupts its start.
+    """
 
     def __init__(self) -> None:
+        self.is_serving = False
         self._asked = threading.Event()
         self._before = self.install()
 
@@ -268,7 +297,9 @@ class StopSignals:
         return {n: signal.signal(n, self._ask) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
+        del frame
+        if number == signal.SIGINT and not self.is_serving:
+            raise KeyboardInterrupt
         self._asked.set()
 
     def wait(self, check: Callable[[], None]) -> None:
