@@ -239,7 +239,7 @@ def run_serve(arguments: list[str]) -> None:
 
         serve_here(options.job, say=voice.say, verbose=options.verbose)
 
-    _guard(run)
+    _guard(run, interrupted="interrupted before the service was ready.")
 
 
 def run_demonstration(arguments: list[str]) -> None:
@@ -345,7 +345,10 @@ def _percent(scores: dict[str, Any]) -> str:
     return f"{scores['accuracy']:.1%}{around}"
 
 
-def _guard(run: Callable[[], Answer]) -> Answer:
+def _guard(
+    run: Callable[[], Answer],
+    interrupted: str = "interrupted: the same command goes on where this one was.",
+) -> Answer:
     """Turn errors into one line and an exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -357,7 +360,7 @@ def _guard(run: Callable[[], Answer]) -> Answer:
         print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
         status = EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one was.", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         status = EXIT_INTERRUPTED
     sys.stdout.flush()
     sys.exit(status)

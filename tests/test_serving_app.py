@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import io
 import json
 import re
 import threading
@@ -19,6 +20,7 @@ import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from PIL import Image
 
 from brainray import cli
 from brainray.pixels.decode import REJECTION_REASONS
@@ -28,7 +30,7 @@ from brainray.serving.connection import Threshold, WatchedConnection
 from brainray.serving.limits import ConnectionLimits, ServiceLimits
 from brainray.serving.predictor import ModelOptions, Predictor
 from brainray.serving.problem import PROBLEMS, Problem
-from brainray.serving.schemas import AnswersBody, ProblemBody
+from brainray.serving.schemas import AnswersBody, ExplainedAnswersBody, ProblemBody
 from brainray.serving.server import check_address, share_cpus
 from tests.conftest import CLASSES
 from tests.service import LocalModel, build_test_app, find_port, open_client, open_predictor
@@ -156,6 +158,39 @@ def test_the_model_says_what_it_is_for_and_what_is_too_much(model: LocalModel) -
     metadata = ask(build_test_app(model), "GET", "/v2/models/brainray").json()
     assert metadata["versions"] == [body["classifier_id"]]
     assert metadata["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
+
+
+def test_evidence_is_a_picture_of_the_scans_size(model: LocalModel, scan: bytes) -> None:
+    app = build_test_app(model)
+    size = Image.open(io.BytesIO(scan)).size
+    files = [("files", ("a.jpg", scan)), ("files", ("b.jpg", b"no"))]
+    body = ExplainedAnswersBody.model_validate(ask(app, "POST", "/v1/explain", files=files).json())
+    shown, rejected = body.answers
+    assert shown.explained_class == shown.predicted_class
+    assert shown.heat_map_png is not None
+    picture = Image.open(io.BytesIO(base64.b64decode(shown.heat_map_png)))
+    assert (picture.format, picture.mode, picture.size) == ("PNG", "RGBA", size)
+    alpha = np.asarray(picture)[..., 3]
+    assert alpha[5, 5] > 100, "the evidence is in the upper left"
+    assert alpha[-5, -5] == 0
+    assert (rejected.status, rejected.heat_map_png, rejected.explained_class) == (
+        *("rejected", None, None),
+    )
+    answer = ask(
+        app,
+        "POST",
+        "/v1/explain?render=overlay",
+        content=scan,
+        headers={**JPEG, "accept": "image/png"},
+    )
+    assert answer.headers["content-type"] == "image/png"
+    overlay = Image.open(io.BytesIO(answer.content))
+    assert (overlay.mode, overlay.size) == ("RGB", size)
+    plain = np.asarray(Image.open(io.BytesIO(scan)).convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(overlay)[-5, -5], plain[-5, -5])
+    assert (np.asarray(overlay)[5, 5] != plain[5, 5]).any()
+    answer = ask(app, "POST", "/v1/explain", files=files, headers={"accept": "image/png"})
+    check_problem(answer, 406, "not_acceptable")
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -157,6 +157,11 @@ class Handler:
     async def explain(self, uploads: Sequence[Upload]) -> Answers:
         """Answer every upload, with the evidence for its most probable class."""
         return await self._answer(uploads, self.explainer, keep_pixels=True)
+
+    async def draw(self, render: Callable[..., bytes], evidence: Evidence, *how: object) -> bytes:
+        """Have a picture made where scans are decoded, beside the answering of others."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._decoders, render, evidence, *how)
 
     async def describe(self) -> dict[str, Any]:
         """Return the card of the classifier that answers, and what computes."""

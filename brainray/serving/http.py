@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 from copy import deepcopy
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -22,6 +22,7 @@ from brainray.serving.handler import NOTICE, Answers, Handler, Upload
 from brainray.serving.journal import Journal
 from brainray.serving.meters import METRICS_TYPE, Meters
 from brainray.serving.pages import add_pages, describe_interface
+from brainray.serving.pictures import Render, render_evidence
 from brainray.serving.problem import PROBLEM_TYPE, Problem, name_status, render_problem
 from brainray.serving.schemas import (
     AnswersBody,
@@ -46,8 +47,6 @@ NOT_INTENDED_FOR = (
 CARD_METRICS = ("metrics", "evaluation")
 
 PROTOCOL = "Open Inference Protocol"
-
-Render = Literal["map", "overlay"]
 
 
 def build_app(
@@ -231,7 +230,7 @@ _SCANS_BODY = {
     "requestBody": {
         "required": True,
         "description": "Scans as JPEG, PNG, BMP, GIF, TIFF or WebP files: one as the body itself "
-        "(any image/* or application/octet-stream), or one or more in a form.",
+        "(image/*, or application/octet-stream), or one or more in a form.",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -246,9 +245,9 @@ _SCANS_BODY = {
                     },
                 }
             },
-            "image/jpeg": _BINARY,
-            "image/png": _BINARY,
-            OCTETS: _BINARY,
+            # application/octet-stream is left to the words above: whoever reads a schema would
+            # take it that any bytes are good, and what is no image is a 422.
+            "image/*": _BINARY,
         },
     }
 }
@@ -304,9 +303,12 @@ def _add_answers(app: FastAPI, handler: Handler, meters: Meters) -> None:
         meters.count_answers(answered.answers)
         if is_raw:
             _refuse_rejected(answered)
-        pictures = await handler.render(answered, render)
+        pictures = [
+            None if shown is None else await handler.draw(render_evidence, shown, render)
+            for shown in answered.evidence
+        ]
         if wants_picture:
-            return Response(pictures[0], headers={"content-type": "image/png"})
+            return Response(pictures[0] or b"", headers={"content-type": "image/png"})
         body = _build_body(request, answered, started)
         body["answers"] = [
             {

@@ -153,7 +153,10 @@ class Predictor:
         opened = self._opened
         if preprocessing != opened.meaning.preprocessing:
             return Reply(opened.meaning, None)
-        probs, maps = opened.runtime.explain(np.stack(images))
+        explain = getattr(opened.runtime, "explain", None)
+        if explain is None:
+            raise ServingError("This runtime computes no maps.")
+        probs, maps = explain(np.stack(images))
         return Reply(opened.meaning, probs, maps)
 
     def describe(self) -> dict[str, Any]:
