@@ -4,19 +4,25 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from brainray.serving.schemas import ProblemBody
-from tests.service import Service, is_ready, start_service
+from tests.service import Service, find_port, is_ready, spawn, start_service
 from tests.test_serving_handler import seal
 
 JPEG = {"content-type": "image/jpeg"}
@@ -235,3 +241,68 @@ def test_too_much_is_refused_and_then_all_is_well(
             wait(lambda: after.statuses[200] > 100)
         assert set(after.statuses) == {200}
         assert len(set(after.classifiers)) == 1
+
+
+@pytest.mark.slow
+def test_tls_and_a_token(tiny_classifier: Path, tmp_path: Path, scan: bytes) -> None:
+    certificate, key = make_certificate(tmp_path)
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef")
+    token.chmod(0o600)
+    port = find_port()
+    process = spawn(
+        *("--classifier-uri", tiny_classifier, "--port", port, "--log-path", tmp_path / "log"),
+        *("--host", "0.0.0.0", "--api-token-file", token),
+        *("--tls-cert", certificate, "--tls-key", key),
+    )
+    service = Service(process, port, tmp_path / "log")
+    trust = ssl.create_default_context(cafile=str(certificate))
+    try:
+        with httpx.Client(base_url=f"https://localhost:{port}", verify=trust) as client:
+
+            def is_up() -> bool:
+                with suppress(httpx.HTTPError):
+                    return client.get("/readyz").status_code == 200
+                return False
+
+            wait(is_up)
+            answer = client.post("/v1/classify", content=scan, headers=JPEG)
+            assert answer.status_code == 401
+            headers = {**JPEG, "authorization": "Bearer 0123456789abcdef"}
+            answer = client.post("/v1/classify", content=scan, headers=headers)
+            assert answer.status_code == 200
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"http://localhost:{port}/healthz")
+    finally:
+        status, said = service.stop()
+    assert status == 0, said
+    assert f"serving     https://0.0.0.0:{port}/" in said
+    assert "token       needed" in said
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """Make a certificate for localhost that vouches for itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(minutes=5))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    files = folder / "tls.crt", folder / "tls.key"
+    files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    files[1].write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return files

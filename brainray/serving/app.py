@@ -224,7 +224,7 @@ def build_application(config: ServiceConfig) -> Application:
         autoscaling_config={
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
-            "target_ongoing_requests": CALLS_PER_REPLICA - 0.5,
+            "target_ongoing_requests": CALLS_PER_REPLICA,
             "upscale_delay_s": 5,
             "downscale_delay_s": 120,
         },

@@ -225,6 +225,27 @@ def _add_operations(
 
 # --- answers -------------------------------------------------------------------------------------
 
+_EXAMPLE = {
+    "request_id": "5f0c2c5b8d3e4a7f9b1d6c3e2a4f8b70",
+    "classifier_id": "f4efae25798c",
+    "classes": ["glioma", "meningioma", "notumor", "pituitary"],
+    "time_ms": 23.1,
+    "notice": NOTICE,
+    "answers": [
+        {
+            "name": "a.jpg",
+            "status": "classified",
+            "reason": None,
+            "detail": None,
+            "predicted_class": "glioma",
+            "confidence": 0.93,
+            "probs": {"glioma": 0.93, "meningioma": 0.05, "notumor": 0.01, "pituitary": 0.01},
+            "width_px": 512,
+            "height_px": 512,
+            "content_sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        }
+    ],
+}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _SCANS_BODY = {
     "requestBody": {
@@ -258,7 +279,7 @@ def _add_answers(app: FastAPI, handler: Handler, meters: Meters) -> None:
         "/v1/classify",
         tags=["answers"],
         response_model=AnswersBody,
-        responses=_refusals(*POSTING),
+        responses={200: {"content": {JSON_TYPE: {"example": _EXAMPLE}}}, **_refusals(*POSTING)},
         openapi_extra=deepcopy(_SCANS_BODY),
     )
     async def classify(request: Request) -> Response:
@@ -266,6 +287,9 @@ def _add_answers(app: FastAPI, handler: Handler, meters: Meters) -> None:
 
         Every file gets one answer, in order; one that cannot be read is answered `rejected` with a
         reason. Only where the body itself is the scan, what cannot be read is a 422.
+
+            curl -F files=@a.jpg -F files=@b.png http://127.0.0.1:8000/v1/classify
+            curl --data-binary @a.jpg -H "Content-Type: image/jpeg" http://127.0.0.1:8000/v1/classify
         """
         started = time.perf_counter()
         uploads, is_raw = await _read_uploads(request, handler.limits.files)
