@@ -54,13 +54,8 @@ class LocalModel:
     async def explain(
         self, preprocessing: Preprocessing, images: Sequence[NDArray[np.uint8]]
     ) -> Reply:
-        reply = await self.predict(preprocessing, images)
-        if reply.probs is None:
-            return reply
-        count, classes = reply.probs.shape
-        maps = np.zeros((count, classes, 7, 7), np.float32)
-        maps[:, :, :3, :3] = np.arange(1, classes + 1)[:, None, None]  # the upper left
-        return Reply(reply.meaning, reply.probs, maps)
+        self.calls.append(len(images))
+        return self.predictor.explain(preprocessing, images)
 
     async def describe(self) -> dict[str, Any]:
         return self.predictor.describe()

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,14 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainray.errors import RejectedImage
-from brainray.pixels.decode import DecodeLimits, decode_image
-from brainray.pixels.preprocess import Preprocessing, resize_image
+from brainray.model.answer import Answer, OpenedScan, build_answer, build_rejection, open_scan
+from brainray.model.network import STRIDE_PX
+from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.picture import render_map, render_overlay
+from brainray.pixels.preprocess import Preprocessing
 from brainray.serving.courier import Courier
 from brainray.serving.limits import ServiceLimits
 from brainray.serving.predictor import Meaning, Reply
 from brainray.serving.problem import Problem
 
-NOTICE = "Research use only; not a medical device."
+Render = Literal["map", "overlay"]
 
 MAX_CHANGES = 5
 """How often a scan is made ready anew because the classifier was replaced meanwhile."""
@@ -29,8 +32,6 @@ READY_FOR_S = 2.0
 """How long a passed self-test stands for the next one, in seconds."""
 READY_TIME_S = 5.0
 """Time in which a model must pass its self-test, in seconds."""
-
-Status = Literal["classified", "abstained", "rejected"]
 
 
 class Model(Protocol):
@@ -61,22 +62,6 @@ class Upload:
     content: bytes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What became of one scan; the fields are the service's JSON."""
-
-    name: str | None
-    status: Status
-    reason: str | None = None
-    detail: str | None = None
-    predicted_class: str | None = None
-    confidence: np.float32 | None = None
-    probs: dict[str, np.float32] | None = None
-    width_px: int | None = None
-    height_px: int | None = None
-    content_sha256: str
-
-
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """Where in one scan the network saw its class."""
@@ -86,6 +71,14 @@ class Evidence:
     class_map: NDArray[np.float32]
     """Of the explained class, shape (h, w)."""
     explained_class: str
+    preprocessing: Preprocessing
+
+    def render(self, kind: Render) -> bytes:
+        """Render it as a PNG: the map alone, or the scan with the map on it."""
+        if kind == "overlay":
+            return render_overlay(self.class_map, self.pixels, self.preprocessing, STRIDE_PX)
+        height, width = self.pixels.shape
+        return render_map(self.class_map, (height, width), self.preprocessing, STRIDE_PX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +88,6 @@ class Answers:
     meaning: Meaning
     answers: list[Answer]
     evidence: list[Evidence | None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    """A scan that could be read."""
-
-    image: NDArray[np.uint8]
-    pixels: NDArray[np.uint8] | None
-    width_px: int
-    height_px: int
 
 
 class Handler:
@@ -158,10 +141,13 @@ class Handler:
         """Answer every upload, with the evidence for its most probable class."""
         return await self._answer(uploads, self.explainer, keep_pixels=True)
 
-    async def draw(self, render: Callable[..., bytes], evidence: Evidence, *how: object) -> bytes:
-        """Have a picture made where scans are decoded, beside the answering of others."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._decoders, render, evidence, *how)
+    async def draw(self, answered: Answers, kind: Render) -> list[bytes | None]:
+        """Make the pictures of a request, in the threads that decode."""
+        run = asyncio.get_running_loop().run_in_executor
+        return [
+            None if shown is None else await run(self._decoders, shown.render, kind)
+            for shown in answered.evidence
+        ]
 
     async def describe(self) -> dict[str, Any]:
         """Return the card of the classifier that answers, and what computes."""
@@ -241,28 +227,22 @@ class Handler:
             upload.content,
             meaning.preprocessing,
             self.limits.decode,
-            keep_pixels,
         )
         if isinstance(opened, RejectedImage):
-            return _reject(upload, opened, digest), None
-        reply = await courier.carry(meaning.preprocessing, opened.image)
+            return build_rejection(upload.name, digest, opened), None
+        image, shape = opened.image, opened.pixels.shape
+        pixels = opened.pixels if keep_pixels else None
+        del opened  # what only waits for the model need not hold a large scan
+        reply = await courier.carry(meaning.preprocessing, image)
         if reply.probs is None or reply.meaning.classifier_id != meaning.classifier_id:
             self._meaning = reply.meaning
             return None
-        probs, top = reply.probs[0], int(reply.probs[0].argmax())
-        answer = Answer(
-            name=upload.name,
-            status="classified",
-            predicted_class=meaning.classes[top],
-            confidence=probs[top],
-            probs=dict(zip(meaning.classes, probs, strict=True)),
-            width_px=opened.width_px,
-            height_px=opened.height_px,
-            content_sha256=digest,
-        )
-        if reply.maps is None or opened.pixels is None:
+        answer = build_answer(upload.name, digest, shape, meaning.classes, reply.probs[0])
+        if reply.maps is None or pixels is None:
             return answer, None
-        return answer, Evidence(opened.pixels, reply.maps[0, top], meaning.classes[top])
+        top = int(reply.probs[0].argmax())
+        evidence = Evidence(pixels, reply.maps[0, top], meaning.classes[top], meaning.preprocessing)
+        return answer, evidence
 
     async def _call(
         self,
@@ -304,24 +284,11 @@ async def bound(seconds: float) -> AsyncIterator[None]:
 
 
 def _open_upload(
-    content: bytes, preprocessing: Preprocessing, limits: DecodeLimits, keep_pixels: bool
-) -> tuple[_Opened | RejectedImage, str]:
+    content: bytes, preprocessing: Preprocessing, limits: DecodeLimits
+) -> tuple[OpenedScan | RejectedImage, str]:
     """Decode and resize one scan; runs in a thread."""
     digest = sha256(content).hexdigest()
     try:
-        pixels = decode_image(content, limits)
+        return open_scan(content, preprocessing, limits), digest
     except RejectedImage as rejection:
         return rejection, digest
-    height, width = pixels.shape
-    image = resize_image(pixels, preprocessing)
-    return _Opened(image, pixels if keep_pixels else None, width, height), digest
-
-
-def _reject(upload: Upload, rejection: RejectedImage, digest: str) -> Answer:
-    return Answer(
-        name=upload.name,
-        status="rejected",
-        reason=rejection.reason,
-        detail=rejection.message,
-        content_sha256=digest,
-    )

@@ -12,17 +12,17 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 import brainray
+from brainray.model.answer import NOTICE
 from brainray.pixels.decode import REJECTION_REASONS
 from brainray.serving import bodies, inference
 from brainray.serving.asgi import App
 from brainray.serving.auth import Guard
 from brainray.serving.bodies import part_uploads
 from brainray.serving.gate import FAULT, Gate, dump_json
-from brainray.serving.handler import NOTICE, Answers, Handler, Upload
+from brainray.serving.handler import Answers, Handler, Render, Upload
 from brainray.serving.journal import Journal
 from brainray.serving.meters import METRICS_TYPE, Meters
 from brainray.serving.pages import add_pages, describe_interface
-from brainray.serving.pictures import Render, render_evidence
 from brainray.serving.problem import PROBLEM_TYPE, Problem, name_status, render_problem
 from brainray.serving.schemas import (
     AnswersBody,
@@ -327,10 +327,7 @@ def _add_answers(app: FastAPI, handler: Handler, meters: Meters) -> None:
         meters.count_answers(answered.answers)
         if is_raw:
             _refuse_rejected(answered)
-        pictures = [
-            None if shown is None else await handler.draw(render_evidence, shown, render)
-            for shown in answered.evidence
-        ]
+        pictures = await handler.draw(answered, render)
         if wants_picture:
             return Response(pictures[0] or b"", headers={"content-type": "image/png"})
         body = _build_body(request, answered, started)

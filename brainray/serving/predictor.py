@@ -153,10 +153,7 @@ class Predictor:
         opened = self._opened
         if preprocessing != opened.meaning.preprocessing:
             return Reply(opened.meaning, None)
-        explain = getattr(opened.runtime, "explain", None)
-        if explain is None:
-            raise ServingError("This runtime computes no maps.")
-        probs, maps = explain(np.stack(images))
+        probs, maps = opened.runtime.explain(np.stack(images))
         return Reply(opened.meaning, probs, maps)
 
     def describe(self) -> dict[str, Any]:
