@@ -21,6 +21,7 @@ from brainray.pipelines.evaluate import EvaluateJob, evaluate
 from brainray.pipelines.tally import Standing
 from brainray.pipelines.train import TrainJob, train
 from brainray.recipes import RECIPES, build_recipe
+from brainray.serving.config import ServeJob
 
 SETTLING_S = 3.0
 """Seconds into an epoch before its pace says anything about its end."""
@@ -66,6 +67,15 @@ class ClassifyOptions:
     """Classify scans in bulk with a sealed classifier; a row of Parquet for every scan."""
 
     job: Annotated[ClassifyJob, tyro.conf.arg(name="")]
+    verbose: bool = False
+    """Show Ray's own lines too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Answer over HTTP with a sealed classifier, on this machine, until Ctrl-C or SIGTERM."""
+
+    job: Annotated[ServeJob, tyro.conf.arg(name="")]
     verbose: bool = False
     """Show Ray's own lines too."""
 
@@ -123,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train": run_train,
         "classify": run_classify,
         "evaluate": run_evaluate,
+        "serve": run_serve,
         "demo": run_demonstration,
         "doctor": run_doctor,
     }
@@ -216,6 +227,19 @@ def run_classify(arguments: list[str]) -> None:
         _conclude_bulk(voice, metrics, job.output_uri)
 
     _guard(run)
+
+
+def run_serve(arguments: list[str]) -> None:
+    """`brainray serve`, `python jobs/serve.py`."""
+    options = _guard(lambda: tyro.cli(ServeOptions, args=arguments, prog="brainray serve"))
+    voice = Voice()
+
+    def run() -> None:
+        from brainray.serving.server import serve_here  # Ray Serve: seconds that others save
+
+        serve_here(options.job, say=voice.say, verbose=options.verbose)
+
+    _guard(run, interrupted="interrupted before the service was ready.")
 
 
 def run_demonstration(arguments: list[str]) -> None:
@@ -321,7 +345,10 @@ def _percent(scores: dict[str, Any]) -> str:
     return f"{scores['accuracy']:.1%}{around}"
 
 
-def _guard(run: Callable[[], Answer]) -> Answer:
+def _guard(
+    run: Callable[[], Answer],
+    interrupted: str = "interrupted: the same command goes on where this one was.",
+) -> Answer:
     """Turn errors into one line and an exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
@@ -333,7 +360,7 @@ def _guard(run: Callable[[], Answer]) -> Answer:
         print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
         status = EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one was.", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         status = EXIT_INTERRUPTED
     sys.stdout.flush()
     sys.exit(status)

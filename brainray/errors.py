@@ -11,7 +11,8 @@
     │   ├── ClassifierError       a damaged or foreign classifier folder
     │   └── RejectedImage         one scan's bytes; carries a stable reason code
     ├── TrainingError             what a user cannot mend; exit 1
-    └── ClassificationError       likewise, of a bulk run
+    ├── ClassificationError       likewise, of a bulk run
+    └── ServingError              likewise, of the service
 
 A message says what was expected, what was found, where, and the remedy.
 """
@@ -51,6 +52,10 @@ class TrainingError(BrainrayError):
 
 class ClassificationError(BrainrayError):
     """A bulk run failed for a reason that the user cannot mend from the command line."""
+
+
+class ServingError(BrainrayError):
+    """The service failed for a reason that the user cannot mend from the command line."""
 
 
 class RejectedImage(UserError):  # noqa: N818 - a rejection is an answer, not a fault

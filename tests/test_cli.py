@@ -23,7 +23,9 @@ def test_without_a_command_it_says_which_there_are(capsys: pytest.CaptureFixture
     for words, expected in (((), 2), (("--help",), 0), (("nonsense",), 2)):
         status, out, err = run(capsys, *words)
         assert status == expected
-        assert "train | classify | evaluate | demo | doctor" in (out if expected == 0 else err)
+        assert "train | classify | evaluate | serve | demo | doctor" in (
+            out if expected == 0 else err
+        )
 
 
 def test_a_mistyped_flag_exits_2_and_names_the_right_one(
@@ -153,7 +155,7 @@ def test_scores_are_printed_beside_what_they_must_be_read_beside() -> None:
 
 
 def test_jobs_are_the_same_doors() -> None:
-    for name in ("train", "evaluate"):
+    for name in ("train", "evaluate", "classify", "serve"):
         text = (Path(__file__).parents[1] / "jobs" / f"{name}.py").read_text()
         assert f"run_{name}(sys.argv[1:])" in text
         assert callable(getattr(cli, f"run_{name}"))

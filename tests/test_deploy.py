@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import importlib
 import json
 import re
 import shlex
@@ -16,12 +17,16 @@ import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 
 from brainray import cli
 from brainray.errors import ConfigError
 from brainray.pipelines.answers import ANSWERS_SCHEMA_VERSION, LEASE_LIFE_S, build_schema
 from brainray.pipelines.classify import CPUS_PER_PREDICTOR, ClassifyJob
 from brainray.pixels.decode import REJECTION_REASONS
+from brainray.serving.auth import TOKEN_VARIABLE
+from brainray.serving.config import read_arguments
+from brainray.serving.connection import INSTALLER
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -526,3 +531,38 @@ def test_no_account_is_invented() -> None:
     names = ["cluster.yaml", "deploy/Dockerfile", f"deploy/{TRAIN}", f"deploy/{CLASSIFY}"]
     found = {name: identifier.findall((ROOT / name).read_text()) for name in names}
     assert found == {name: [] for name in names}
+
+
+# --- Ray Serve -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def serve_config() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
+
+
+def test_serve_config_follows_rays_schema(serve_config: dict[str, Any]) -> None:
+    schema = ServeDeploySchema.model_validate(serve_config)
+    (application,) = schema.applications
+    assert application.route_prefix == "/"
+    known = set(ServeDeploySchema.model_fields)
+    assert set(serve_config) <= known, "Ray ignores what it does not know"
+    assert set(serve_config["http_options"]) <= set(HTTPOptionsSchema.model_fields)
+
+
+def test_serve_config_builds_the_service(serve_config: dict[str, Any]) -> None:
+    (application,) = serve_config["applications"]
+    module, name = application["import_path"].split(":")
+    build = getattr(importlib.import_module(module), name)
+    config = read_arguments(application["args"])
+    assert config.limits.request_s < serve_config["http_options"]["request_timeout_s"]
+    built = build(application["args"])
+    assert built._bound_deployment.name == "Ingress"
+
+
+def test_serve_config_opens_nothing_and_holds_no_secret(serve_config: dict[str, Any]) -> None:
+    assert serve_config["http_options"]["host"] == "127.0.0.1"
+    assert not [path for path, _ in walk(serve_config) if "token" in path.lower()]
+    text = (ROOT / "deploy" / "serve.yaml").read_text()
+    assert TOKEN_VARIABLE in text
+    assert f"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH={INSTALLER}" in text

@@ -21,6 +21,9 @@ from brainray.errors import StorageError, WeightsError
 ARCHITECTURE = "resnet50"
 NUM_FEATURES = 2048
 """Width of the pooled features below the head."""
+STRIDE_PX = 32
+"""Pixels of the input from one cell of the last features to the next. Cell i is centred on pixel
+32 i, for every layer that halves the size keeps its first pixel: cells begin at the very edge."""
 
 DOWNLOAD_TIMEOUT_S = 20.0
 """Silence after which a download of weights counts as failed."""
@@ -199,6 +202,16 @@ def compute_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     finally:
         handle.remove()
     return kept[0]
+
+
+def split_head(network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return what gives the last features, (N, 2048, h, w), and what gives logits from them.
+
+    Both share the network's weights and hooks.
+    """
+    parts = dict(network.named_children())
+    head = nn.Sequential(parts.pop("avgpool"), nn.Flatten(1), parts.pop("fc"))
+    return nn.Sequential(*parts.values()), head
 
 
 class _SumOverWorkers(torch.autograd.Function):

@@ -41,6 +41,26 @@ class Preprocessing:
             raise ConfigError(f"std must be positive, got {self.std}.")
 
 
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Where a scan lies in the network's square, in its pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def find_frame(height: int, width: int, preprocessing: Preprocessing) -> Frame:
+    """Return where a scan of a height and a width comes to lie in the network's square."""
+    side = preprocessing.size_px
+    if preprocessing.fit == "stretch":
+        return Frame(0, 0, side, side)
+    scale = side / max(height, width)
+    inner_width, inner_height = max(1, round(width * scale)), max(1, round(height * scale))
+    return Frame((side - inner_width) // 2, (side - inner_height) // 2, inner_width, inner_height)
+
+
 def resize_image(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """Resize grey pixels to the network's square, with antialiasing.
 
@@ -63,14 +83,12 @@ def resize_image(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDA
     height, width = pixels.shape
     if (height, width) == (side, side):
         return pixels
-    image = Image.fromarray(pixels)
-    if preprocessing.fit == "stretch":
-        return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
-    scale = side / max(height, width)
-    inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+    frame = find_frame(height, width, preprocessing)
+    resized = Image.fromarray(pixels).resize((frame.width, frame.height), Image.Resampling.BILINEAR)
+    if resized.size == (side, side):
+        return np.asarray(resized)
     canvas = Image.new("L", (side, side), 0)
-    corner = ((side - inner[0]) // 2, (side - inner[1]) // 2)
-    canvas.paste(image.resize(inner, Image.Resampling.BILINEAR), corner)
+    canvas.paste(resized, (frame.left, frame.top))
     return np.asarray(canvas)
 
 

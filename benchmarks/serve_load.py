@@ -1,0 +1,359 @@
+"""The service under load: against the bare model on the same cores, and against a plain app.
+
+    python benchmarks/serve_load.py --scans-uri FOLDER
+
+Needs `wrk` and `hey` (Debian packages). Three sides take turns within one run:
+
+* ``bare``: the runtime alone, one scan after another and many at once, decoded and in memory.
+* ``service``: `jobs/serve.py`, asked by wrk, which posts real scans as raw bodies.
+* ``plain``: FastAPI, uvicorn, Pillow and eager fp32 PyTorch, as most write it, asked likewise.
+
+Then the service is asked four times more than it can answer, at a fixed rate (hey), and after that
+once more as before: status counts, memory over time, and what is left of the speed.
+"""
+
+import csv
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+import tyro
+
+from brainray.labels import BRAIN_TUMOUR_CLASSES
+from brainray.model.classifier import load_classifier, save_classifier
+from brainray.model.network import build_network
+from brainray.model.runtime import RuntimeOptions, open_runtime
+from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.preprocess import Preprocessing, load_image
+
+REPOSITORY = Path(__file__).parents[1]
+START_S = 180.0
+WRK_SCRIPT = """
+local scans, number, statuses = {}, 0, {}
+for path in io.lines(os.getenv("SCANS")) do
+  local file = io.open(path, "rb"); scans[#scans + 1] = file:read("*all"); file:close()
+end
+request = function()
+  number = number + 1
+  return wrk.format("POST", nil, {["Content-Type"] = "image/jpeg"}, scans[number % #scans + 1])
+end
+done = function(summary, latency, requests)
+  io.write(string.format('JSON {"requests": %d, "seconds": %f, "p50_ms": %f, "p95_ms": %f, ' ..
+    '"p99_ms": %f, "failed": %d, "broken": %d}\\n', summary.requests, summary.duration / 1e6,
+    latency:percentile(50) / 1e3, latency:percentile(95) / 1e3, latency:percentile(99) / 1e3,
+    summary.errors.status, summary.errors.connect + summary.errors.read + summary.errors.write +
+    summary.errors.timeout))
+end
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured, and for how long."""
+
+    scans_uri: str
+    """Local folder of scans."""
+    classifier_uri: str | None = None
+    """A sealed classifier; random weights at 224 px if not given, which are as fast."""
+    num_scans: int = 64
+    """Scans that are posted in turn."""
+    connections: tuple[int, ...] = (1, 4, 16, 64)
+    """Requests at a time."""
+    duration_s: int = 15
+    """Of each turn at each number of connections."""
+    rounds: int = 3
+    """Turns of each side."""
+    with_plain: bool = True
+    """Measure the plain app too."""
+    overload_s: int = 120
+    """How long too much is asked; 0 leaves it out."""
+    port: int = 8300
+    """Port of the service; the plain app has the next one."""
+    side: Literal["all", "bare", "plain"] = "all"
+    """`all` measures; the others are what it starts."""
+
+
+# --- sides ---------------------------------------------------------------------------------------
+
+
+def measure_bare(classifier_uri: str, files: list[Path]) -> None:
+    """Print ms a scan one after another, and scans/s at once."""
+    classifier = load_classifier(classifier_uri)
+    runtime = open_runtime(classifier, RuntimeOptions())
+    images = np.stack(
+        [load_image(f.read_bytes(), classifier.preprocessing, DecodeLimits()) for f in files]
+    )
+    runtime.predict_probs(images)
+    times = []
+    for image in np.concatenate([images, images]):
+        started = time.perf_counter()
+        runtime.predict_probs(image[None])
+        times.append(time.perf_counter() - started)
+    rates = []
+    for _ in range(4):
+        started = time.perf_counter()
+        runtime.predict_probs(images)
+        rates.append(len(images) / (time.perf_counter() - started))
+    found = {
+        "p50_ms": statistics.median(times) * 1e3,
+        "one_per_s": len(times) / sum(times),
+        "many_per_s": statistics.median(rates),
+    }
+    print("JSON", json.dumps(found))
+
+
+def run_plain_app(classifier_uri: str, port: int) -> None:
+    """Serve as most write it."""
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from PIL import Image
+    from torchvision.transforms import v2
+
+    classifier = load_classifier(classifier_uri)
+    network = classifier.network.to(memory_format=torch.contiguous_format)
+    preprocessing = classifier.preprocessing
+    transform = v2.Compose(
+        [
+            v2.Resize((preprocessing.size_px, preprocessing.size_px)),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([preprocessing.mean], [preprocessing.std]),
+        ]
+    )
+    app = FastAPI()
+
+    @app.get("/readyz")
+    def readyz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.post("/v1/classify")
+    async def classify(request: Request) -> dict[str, Any]:
+        image = Image.open(io.BytesIO(await request.body())).convert("L")
+        with torch.inference_mode():
+            probs = network(transform(image).unsqueeze(0)).softmax(1)[0]
+        return {"probs": dict(zip(classifier.classes, probs.tolist(), strict=True))}
+
+    uvicorn.run(app, port=port, log_level="error", access_log=False)
+
+
+@contextmanager
+def running(port: int, *command: str) -> Iterator[psutil.Process]:
+    """Run a server until it is ready, and end it afterwards."""
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + START_S
+        while not is_ready(port):
+            assert process.poll() is None, "the server ended before it was ready"
+            assert time.monotonic() < deadline, "the server did not become ready"
+            time.sleep(0.2)
+        yield psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def is_ready(port: int) -> bool:
+    """Tell whether a server answers."""
+    with (
+        suppress(OSError),
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer,
+    ):
+        return bool(answer.status == 200)
+    return False
+
+
+# --- load ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all turns share."""
+
+    options: Options
+    classifier_uri: str
+    files: list[Path]
+    folder: Path
+
+    def run_wrk(self, port: int, connections: int, seconds: int) -> dict[str, float]:
+        """Ask as fast as so many connections can, and return what wrk found."""
+        script, names = self.folder / "post.lua", self.folder / "scans.txt"
+        script.write_text(WRK_SCRIPT)
+        names.write_text("".join(f"{file.absolute()}\n" for file in self.files))
+        output = subprocess.run(
+            [
+                *("wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "60s"),
+                *("-s", str(script), f"http://127.0.0.1:{port}/v1/classify"),
+            ],
+            env={"SCANS": str(names), "PATH": "/usr/bin:/usr/local/bin:/bin"},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+        return read_json(output)
+
+    def run_self(self, side: str) -> list[str]:
+        """Return the command that runs one side of this file."""
+        return [
+            *(sys.executable, __file__, "--side", side, "--scans-uri", self.options.scans_uri),
+            *("--classifier-uri", self.classifier_uri, "--port", str(self.options.port)),
+            *("--num-scans", str(self.options.num_scans)),
+        ]
+
+    def serve(self) -> list[str]:
+        """Return the command that starts the service."""
+        return [
+            *(sys.executable, "jobs/serve.py", "--classifier-uri", self.classifier_uri),
+            *("--port", str(self.options.port)),
+        ]
+
+
+def read_json(output: str) -> dict[str, float]:
+    """Read the line of figures in a command's output."""
+    (line,) = [line for line in output.splitlines() if line.startswith("JSON ")]
+    found: dict[str, float] = json.loads(line.removeprefix("JSON "))
+    return found
+
+
+def compare(bench: Bench) -> float:
+    """Let the sides take turns; print every figure, and return the service's best rate."""
+    options, best = bench.options, 0.0
+    for turn in range(1, options.rounds + 1):
+        output = subprocess.run(
+            bench.run_self("bare"), check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+        bare = read_json(output)
+        print(
+            f"round {turn}  bare     one after another {bare['p50_ms']:6.1f} ms "
+            f"{bare['one_per_s']:6.1f} scans/s   many at once {bare['many_per_s']:6.1f} scans/s"
+        )
+        with running(options.port, *bench.serve()):
+            bench.run_wrk(options.port, 4, 3)
+            for connections in options.connections:
+                found = bench.run_wrk(options.port, connections, options.duration_s)
+                rate = show(turn, "service", connections, found, bare)
+                best = max(best, rate)
+        if options.with_plain:
+            with running(options.port + 1, *bench.run_self("plain")):
+                bench.run_wrk(options.port + 1, 4, 3)
+                for connections in options.connections:
+                    found = bench.run_wrk(options.port + 1, connections, options.duration_s)
+                    show(turn, "plain", connections, found, bare)
+    return best
+
+
+def show(
+    turn: int, side: str, connections: int, found: dict[str, float], bare: dict[str, float]
+) -> float:
+    """Print one turn beside the bare model of its round, and return its scans/s."""
+    rate = (found["requests"] - found["failed"]) / found["seconds"]
+    print(
+        f"round {turn}  {side:<8} {connections:>3} connections  p50 {found['p50_ms']:7.1f}  "
+        f"p95 {found['p95_ms']:7.1f}  p99 {found['p99_ms']:7.1f} ms  {rate:6.1f} scans/s  "
+        f"{rate / bare['many_per_s']:5.1%} of bare  p50 {found['p50_ms'] - bare['p50_ms']:+7.1f} ms"
+        f"  failed {found['failed']:.0f}  broken {found['broken']:.0f}",
+        flush=True,
+    )
+    return rate
+
+
+def overload(bench: Bench, rate: float) -> None:
+    """Ask four times too much at a fixed rate; print what came, memory, and the speed after."""
+    options = bench.options
+    workers = 800  # so many that all of them waiting for answers do not slow the asking down
+    with running(options.port, *bench.serve()) as server:
+        before = bench.run_wrk(options.port, 16, options.duration_s)
+        memory: list[tuple[float, float]] = []
+        stopped = threading.Event()
+        watcher = threading.Thread(target=watch_memory, args=(server, memory, stopped))
+        watcher.start()
+        output = subprocess.run(
+            [
+                *("hey", "-z", f"{options.overload_s}s", "-c", str(workers)),
+                *("-q", f"{4 * rate / workers:.4f}", "-t", "60", "-m", "POST", "-o", "csv"),
+                *("-T", "image/jpeg", "-D", str(bench.files[0])),
+                f"http://127.0.0.1:{options.port}/v1/classify",
+            ],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+        stopped.set()
+        watcher.join()
+        after = bench.run_wrk(options.port, 16, options.duration_s)
+    rows = list(csv.DictReader(io.StringIO(output)))
+    print(f"overload {len(rows) / options.overload_s:.0f} requests/s for {options.overload_s} s")
+    counts = Counter(row["status-code"] for row in rows)
+    for status, count in sorted(counts.items()):
+        times = sorted(float(r["response-time"]) for r in rows if r["status-code"] == status)
+        print(
+            f"  status {status}  {count:>7}  {count / options.overload_s:7.1f} /s  "
+            f"p50 {times[len(times) // 2]:.3f} s  p99 {times[int(len(times) * 0.99)]:.3f} s"
+        )
+    for part in range(5):
+        at, mib = memory[min(len(memory) - 1, part * (len(memory) - 1) // 4)]
+        print(f"  memory at {at:5.0f} s  {mib:7.0f} MiB")
+    for name, found in (("before", before), ("after", after)):
+        print(f"  {name:<6} {found['requests'] / found['seconds']:6.1f} scans/s, 16 connections")
+
+
+def watch_memory(
+    server: psutil.Process, memory: list[tuple[float, float]], stopped: threading.Event
+) -> None:
+    """Note the memory that the server's processes have for themselves."""
+    started = time.monotonic()
+    while not stopped.is_set():
+        total = 0
+        for process in (server, *server.children(recursive=True)):
+            with suppress(psutil.Error):
+                total += process.memory_full_info().uss
+        memory.append((time.monotonic() - started, total / 2**20))
+        stopped.wait(2)
+
+
+def seal_random(folder: Path) -> str:
+    """Seal a classifier with random weights."""
+    torch.manual_seed(0)
+    save_classifier(
+        str(folder),
+        build_network(len(BRAIN_TUMOUR_CLASSES)).state_dict(),
+        classes=BRAIN_TUMOUR_CLASSES,
+        preprocessing=Preprocessing(),
+        provenance={},
+    )
+    return str(folder)
+
+
+def main(options: Options) -> None:
+    """Measure, or be one of the sides."""
+    found = sorted(Path(options.scans_uri).rglob("*.jpg"))
+    files = found[:: max(1, len(found) // options.num_scans)][: options.num_scans]
+    if options.side == "bare":
+        measure_bare(str(options.classifier_uri), files)
+    elif options.side == "plain":
+        run_plain_app(str(options.classifier_uri), options.port + 1)
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            uri = options.classifier_uri or seal_random(Path(name) / "classifier")
+            bench = Bench(options, uri, files, Path(name))
+            best = compare(bench)
+            if options.overload_s:
+                overload(bench, best)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,161 @@
+"""A service to test: in this process without Ray, or as the command starts it."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from brainray.pixels.preprocess import Preprocessing
+from brainray.serving.asgi import App
+from brainray.serving.auth import Guard
+from brainray.serving.handler import Handler
+from brainray.serving.http import build_app
+from brainray.serving.journal import Journal
+from brainray.serving.limits import ServiceLimits
+from brainray.serving.meters import Meters
+from brainray.serving.predictor import ModelOptions, Predictor, Reply
+from tests.conftest import REPOSITORY
+
+START_S = 120.0
+
+
+class LocalModel:
+    """A predictor in this process, that counts its calls and may be slow or broken."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+        self.calls: list[int] = []
+        self.delay_s = 0.0
+        self.error: Exception | None = None
+
+    async def predict(
+        self, preprocessing: Preprocessing, images: Sequence[NDArray[np.uint8]]
+    ) -> Reply:
+        self.calls.append(len(images))
+        await asyncio.sleep(self.delay_s)
+        if self.error is not None:
+            raise self.error
+        return self.predictor.predict(preprocessing, images)
+
+    async def explain(
+        self, preprocessing: Preprocessing, images: Sequence[NDArray[np.uint8]]
+    ) -> Reply:
+        self.calls.append(len(images))
+        return self.predictor.explain(preprocessing, images)
+
+    async def describe(self) -> dict[str, Any]:
+        return self.predictor.describe()
+
+    async def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+        self.predictor.check()
+
+
+def open_predictor(classifier: Path, **changes: Any) -> Predictor:  # noqa: ANN401
+    options: dict[str, Any] = {"backend": "torch", "precision": "fp32", **changes}
+    return Predictor(ModelOptions(classifier_uri=str(classifier), **options))
+
+
+def build_test_app(
+    model: LocalModel,
+    limits: ServiceLimits | None = None,
+    token: str | None = None,
+    log_path: Path | None = None,
+) -> App:
+    return build_app(
+        Handler(model, limits or ServiceLimits()),
+        guard=Guard(token),
+        meters=Meters("here"),
+        journal=Journal(str(log_path or os.devnull)),
+    )
+
+
+def open_client(app: App, **headers: str) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=transport, base_url="http://here", headers=headers)
+
+
+def find_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Service:
+    """A running service."""
+
+    process: subprocess.Popen[str]
+    port: int
+    log_path: Path
+    scheme: str = "http"
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://127.0.0.1:{self.port}"
+
+    def read_log(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        output, _ = self.process.communicate(timeout=START_S)
+        return self.process.returncode, output
+
+
+def spawn(*words: object, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start `jobs/serve.py`."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS",)}
+    return subprocess.Popen(
+        [sys.executable, "jobs/serve.py", *map(str, words)],
+        cwd=REPOSITORY,
+        env=inherited | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def start_service(classifier: Path, folder: Path, *words: object) -> Service:
+    """Start a service, and return when it is ready."""
+    port, log_path = find_port(), folder / "log.jsonl"
+    process = spawn(
+        *("--classifier-uri", classifier, "--port", port, "--log-path", log_path),
+        *("--backend", "torch", "--precision", "fp32", *words),
+    )
+    service = Service(process, port, log_path)
+    deadline = time.monotonic() + START_S
+    while not is_ready(service.url):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the service did not become ready"
+        time.sleep(0.2)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Research use only"):  # the last line of its start
+            break
+    return service
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=10) as answer:
+            return bool(answer.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False

@@ -1,0 +1,259 @@
+"""Class activation maps: exact, about the weights, and where the evidence is."""
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.stats import spearmanr
+
+from brainray.model import runtime as room
+from brainray.model.classifier import Classifier
+from brainray.model.network import STRIDE_PX, build_network, compute_features
+from brainray.model.runtime import Runtime, RuntimeOptions, open_runtime
+from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.picture import render_map
+from brainray.pixels.preprocess import Preprocessing, load_image, normalise_images, resize_image
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
+PREPROCESSING = Preprocessing(size_px=96, mean=0.2, std=0.3)
+BACKENDS = ("openvino", "torch")
+needs_bf16 = pytest.mark.skipif(
+    not room._has_native_bf16(use_gpu=False), reason="this processor has no bf16 instructions"
+)
+
+
+def wrap(network: torch.nn.Module, preprocessing: Preprocessing = PREPROCESSING) -> Classifier:
+    network = network.eval().to(memory_format=torch.channels_last)
+    return Classifier(network, CLASSES, preprocessing, {"classifier_id": "0"})
+
+
+def open_one(classifier: Classifier, backend: str, precision: str = "fp32") -> Runtime:
+    threads = 1 if backend == "torch" else 2
+    options = RuntimeOptions(backend=backend, precision=precision, num_threads=threads)  # type: ignore[arg-type]
+    return open_runtime(classifier, options)
+
+
+@pytest.fixture(scope="module")
+def images(phantom_folder: Path) -> NDArray[np.uint8]:
+    """Return eight phantoms of each class, in class order."""
+    paths = sorted(phantom_folder.glob("Testing/*/*"))
+    return np.stack(
+        [load_image(path.read_bytes(), PREPROCESSING, DecodeLimits()) for path in paths]
+    )
+
+
+@pytest.fixture(scope="module")
+def classifier(images: NDArray[np.uint8]) -> Classifier:
+    """Return random features, at work in every layer, under a head that is fitted to phantoms."""
+    torch.manual_seed(0)
+    network = build_network(len(CLASSES))
+    inputs = normalise_images(torch.from_numpy(images), PREPROCESSING)
+    with torch.no_grad():
+        for name, norm in network.named_modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.weight.uniform_(*((0.1, 0.3) if name.endswith("bn3") else (0.3, 0.7)))
+                norm.bias.normal_(0, 0.1)
+                norm.momentum = None
+        network(inputs)
+        features = compute_features(network.eval(), inputs)
+        mean = features.mean(0)
+        centred = features - mean
+        truth = torch.eye(len(CLASSES)).repeat_interleave(8, 0) * 4 - 1
+        ridge = centred @ centred.T + 0.1 * torch.eye(len(images))
+        weight = (centred.T @ torch.linalg.solve(ridge, truth)).T
+        network.get_parameter("fc.weight").copy_(weight)
+        network.get_parameter("fc.bias").copy_(-weight @ mean)
+    return wrap(network)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def runtime(classifier: Classifier, request: pytest.FixtureRequest) -> Runtime:
+    return open_one(classifier, request.param)
+
+
+# --- exactness ----------------------------------------------------------------------------
+
+
+def test_the_mean_of_a_map_is_the_logit_of_eager_torch(
+    runtime: Runtime, classifier: Classifier, images: NDArray[np.uint8]
+) -> None:
+    probs, maps = runtime.explain(images)
+    assert (maps.shape, maps.dtype) == ((len(images), 4, 3, 3), np.float32)
+    with torch.no_grad():
+        logits = classifier.network(normalise_images(torch.from_numpy(images), PREPROCESSING))
+    assert np.ptp(maps, axis=(2, 3)).min() > 1e-2, "the cells are alike: nothing to tell apart"
+    np.testing.assert_allclose(maps.mean((2, 3)), logits.numpy(), atol=1e-4)
+    np.testing.assert_allclose(probs, runtime.predict_probs(images), atol=1e-5)
+    assert (probs.argmax(1) == np.repeat(np.arange(4), 8)).mean() > 0.9
+
+
+@needs_bf16
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_explains_what_it_answers(
+    backend: str, classifier: Classifier, images: NDArray[np.uint8]
+) -> None:
+    runtime = open_one(classifier, backend, "bf16")
+    probs, maps = runtime.explain(images)
+    np.testing.assert_allclose(probs, runtime.predict_probs(images), atol=2e-3)
+    exact_probs, exact = open_one(classifier, "torch").explain(images)
+    assert np.abs(maps - exact).max() < 0.1 * np.ptp(exact)
+    assert 0 < np.abs(probs - exact_probs).max() < 5e-2
+
+
+@pytest.mark.skipif(find_spec("nncf") is None, reason="NNCF is not installed (brainray[int8])")
+def test_int8_explains_what_it_answers(classifier: Classifier, images: NDArray[np.uint8]) -> None:
+    options = RuntimeOptions(precision="int8", num_threads=2)
+    runtime = open_runtime(classifier, options, calibration_images=images)
+    probs, maps = runtime.explain(images)
+    np.testing.assert_allclose(probs, runtime.predict_probs(images), atol=2e-3)
+    _, exact = open_one(classifier, "torch").explain(images)
+    assert spearmanr(maps.ravel(), exact.ravel()).statistic > 0.9
+
+
+@pytest.mark.parametrize("size_px", [32, 33, 96, 100])
+def test_there_is_a_cell_for_every_stride_begun(size_px: int) -> None:
+    classifier = wrap(build_network(4), Preprocessing(size_px=size_px))
+    image = np.zeros((1, size_px, size_px), np.uint8)
+    for backend in BACKENDS:
+        _, maps = open_one(classifier, backend).explain(image)
+        assert maps.shape == (1, 4, -(-size_px // 32), -(-size_px // 32))
+
+
+def test_no_images_no_maps(runtime: Runtime, images: NDArray[np.uint8]) -> None:
+    probs, maps = runtime.explain(images[:0])
+    assert (probs.shape, maps.shape) == ((0, 4), (0, 4, 3, 3))
+
+
+def test_threads_that_explain_and_predict_at_once_get_their_own(
+    classifier: Classifier, images: NDArray[np.uint8]
+) -> None:
+    expected, expected_maps = open_one(classifier, "torch").explain(images)
+    runtime = open_one(classifier, "openvino")  # new: the first call compiles
+    parts = [slice(start, start + 8) for start in range(0, 32, 8)]
+    with ThreadPoolExecutor(8) as pool:
+        explained = [pool.submit(runtime.explain, images[part]) for part in parts]
+        predicted = [pool.submit(runtime.predict_probs, images[part]) for part in parts]
+    for part, one, other in zip(parts, explained, predicted, strict=True):
+        np.testing.assert_allclose(one.result()[0], expected[part], atol=1e-4)
+        np.testing.assert_allclose(one.result()[1], expected_maps[part], atol=1e-3)
+        np.testing.assert_allclose(other.result(), expected[part], atol=1e-4)
+
+
+# --- faithfulness -------------------------------------------------------------------------
+
+
+def test_other_weights_give_another_map(classifier: Classifier, images: NDArray[np.uint8]) -> None:
+    """The sanity check of Adebayo et al., NeurIPS 2018: a map that ignores the weights is none."""
+    shuffled = build_network(4)
+    shuffled.load_state_dict(classifier.network.state_dict())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in shuffled.named_parameters():
+            if name.startswith(("layer4", "fc.weight")):
+                values = parameter.flatten()
+                order = torch.randperm(len(values), generator=generator)
+                parameter.copy_(values[order].view_as(parameter))
+    _, maps = open_one(classifier, "torch").explain(images)
+    _, others = open_one(wrap(shuffled), "torch").explain(images)
+    predicted = np.repeat(np.arange(4), 8)
+    rows = np.arange(len(images))
+    found = [
+        spearmanr(maps[row, k].ravel(), others[row, k].ravel()).statistic
+        for row, k in zip(rows, predicted, strict=True)
+    ]
+    assert abs(np.mean(found)) < 0.3
+
+
+def test_deleting_the_hottest_region_costs_the_most(
+    classifier: Classifier, images: NDArray[np.uint8]
+) -> None:
+    """Deletion, as in Petsiuk et al., BMVC 2018, against all the other regions of the scan."""
+    runtime = open_one(classifier, "torch")
+    _, maps = runtime.explain(images)
+    drops = np.zeros((len(images), 9))
+    predicted = np.repeat(np.arange(4), 8)
+    rows = np.arange(len(images))
+    logits = maps.mean((2, 3))[rows, predicted]
+    for cell in range(9):
+        left = np.stack([delete(image, *divmod(cell, 3)) for image in images])
+        drops[:, cell] = logits - runtime.explain(left)[1].mean((2, 3))[rows, predicted]
+    hottest = maps[rows, predicted].reshape(-1, 9).argmax(1)
+    at_hottest = drops[rows, hottest]
+    elsewhere = (drops.sum(1) - at_hottest) / 8
+    assert at_hottest.mean() > 1.5 * elsewhere.mean(), (at_hottest.mean(), elsewhere.mean())
+    assert (at_hottest > elsewhere).mean() > 0.7
+
+
+def delete(image: NDArray[np.uint8], row: int, column: int) -> NDArray[np.uint8]:
+    """Return an image whose pixels around a cell's centre are those of its mean."""
+    left = image.copy()
+    half = STRIDE_PX // 2
+    y, x = row * STRIDE_PX, column * STRIDE_PX
+    left[max(0, y - half) : y + half, max(0, x - half) : x + half] = image.mean().astype(np.uint8)
+    return left
+
+
+# --- places -------------------------------------------------------------------------------
+
+
+def build_spotter() -> torch.nn.Module:
+    """Build a network whose first class is brightness, seen in each cell around its centre only.
+
+    The residual branches add nothing, so a cell sees what its shortcuts bring: 11 x 11 pixels.
+    """
+    network = build_network(len(CLASSES))
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "downsample.0" in name or name in ("conv1.weight", "fc.weight", "fc.bias"):
+                parameter.zero_()
+                parameter.view(len(parameter), -1)[0, 0] = 1
+        network.get_parameter("conv1.weight")[0] = 1 / 49
+        network.get_parameter("fc.bias").zero_()
+    return network
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cell_is_centred_on_a_multiple_of_the_stride(backend: str) -> None:
+    preprocessing = Preprocessing(size_px=160, mean=0.0, std=1.0)
+    runtime = open_one(wrap(build_spotter(), preprocessing), backend)
+    for row in range(5):
+        for column in range(5):
+            image = np.zeros((160, 160), np.uint8)
+            y, x = row * STRIDE_PX, column * STRIDE_PX
+            image[max(0, y - 9) : y + 10, max(0, x - 9) : x + 10] = 255
+            (maps,) = runtime.explain(image[None])[1]
+            expected = np.zeros((5, 5), bool)
+            expected[row, column] = True
+            np.testing.assert_array_equal(maps[0] > 0, expected)
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+@pytest.mark.parametrize("shape", [(300, 300), (240, 480), (481, 260), (100, 61)])
+def test_the_picture_is_hot_where_the_scan_is_bright(shape: tuple[int, int], fit: str) -> None:
+    preprocessing = Preprocessing(size_px=224, mean=0.0, std=1.0, fit=fit)  # type: ignore[arg-type]
+    runtime = open_one(wrap(build_spotter(), preprocessing), "torch")
+    height, width = shape
+    rows, columns = np.mgrid[:height, :width]
+    for down, right in ((0.3, 0.35), (0.5, 0.5), (0.62, 0.7)):
+        y, x = down * height, right * width
+        radius = max(shape) / 6
+        bump = np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / radius**2)
+        scan = (bump * 255).astype(np.uint8)
+        _, maps = runtime.explain(resize_image(scan, preprocessing)[None])
+        picture = Image.open(io.BytesIO(render_map(maps[0, 0], shape, preprocessing, STRIDE_PX)))
+        alpha = np.asarray(picture)[..., 3].astype(float) ** 2
+        assert alpha.shape == shape
+        centre = (alpha * rows).sum() / alpha.sum(), (alpha * columns).sum() / alpha.sum()
+        bright = scan.astype(float) ** 2
+        expected = (bright * rows).sum() / bright.sum(), (bright * columns).sum() / bright.sum()
+        # A third of a cell; half a cell is what taking cells for tiles would be off.
+        tolerance = STRIDE_PX / 3 / 224 * max(shape)
+        assert np.hypot(*np.subtract(centre, expected)) < tolerance

@@ -1,0 +1,684 @@
+"""The whole application as ASGI, without Ray: what goes in over HTTP, and what comes out."""
+
+import asyncio
+import base64
+import io
+import json
+import re
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from pathlib import Path
+from socket import create_connection, socket
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from PIL import Image
+
+from brainray import cli
+from brainray.pixels.decode import REJECTION_REASONS
+from brainray.serving.asgi import App
+from brainray.serving.config import ServeJob, ServiceConfig
+from brainray.serving.connection import Threshold, WatchedConnection
+from brainray.serving.limits import ConnectionLimits, ServiceLimits
+from brainray.serving.predictor import ModelOptions, Predictor
+from brainray.serving.problem import PROBLEMS, Problem
+from brainray.serving.schemas import AnswersBody, ExplainedAnswersBody, ProblemBody
+from brainray.serving.server import check_address, share_cpus
+from tests.conftest import CLASSES
+from tests.service import LocalModel, build_test_app, find_port, open_client, open_predictor
+
+TOKEN = "0123456789abcdef"
+JPEG = {"content-type": "image/jpeg"}
+INFER = "/v2/models/brainray/infer"
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_classifier: Path) -> Predictor:
+    return open_predictor(tiny_classifier)
+
+
+@pytest.fixture
+def model(predictor: Predictor) -> LocalModel:
+    return LocalModel(predictor)
+
+
+@pytest.fixture(scope="module")
+def scan(phantom_folder: Path) -> bytes:
+    return next((phantom_folder / "Testing" / "glioma").iterdir()).read_bytes()
+
+
+def ask(
+    app: App,
+    method: str,
+    path: str,
+    **request: Any,  # noqa: ANN401
+) -> httpx.Response:
+    """Send one request."""
+
+    async def run() -> httpx.Response:
+        async with open_client(app) as client:
+            return await client.request(method, path, **request)
+
+    return asyncio.run(run())
+
+
+def check_problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    assert (answer.status_code, answer.headers["content-type"]) == (
+        status,
+        "application/problem+json",
+    ), answer.text
+    body: dict[str, Any] = answer.json()
+    ProblemBody.model_validate(body)
+    assert (body["status"], body["code"]) == (status, code)
+    assert body["request_id"] == answer.headers["x-request-id"]
+    assert "Traceback" not in answer.text
+    return body
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def test_one_scan_as_the_body(model: LocalModel, scan: bytes) -> None:
+    for kind in ("image/jpeg", "application/octet-stream", "image/x-anything; q=1", None):
+        headers = {} if kind is None else {"content-type": kind}
+        answer = ask(build_test_app(model), "POST", "/v1/classify", content=scan, headers=headers)
+        assert answer.status_code == 200, answer.text
+        body = AnswersBody.model_validate(answer.json())
+        assert body.notice == "Research use only; not a medical device."
+        assert body.classes == list(CLASSES)
+        (one,) = body.answers
+        assert (one.name, one.status, one.reason) == (None, "classified", None)
+        assert one.probs is not None
+        assert sum(one.probs.values()) == pytest.approx(1, abs=1e-5)
+        assert one.confidence == max(one.probs.values())
+
+
+def test_several_files_in_a_form(model: LocalModel, scan: bytes) -> None:
+    files = [("files", ("a.jpg", scan)), ("files", ("b.jpg", b"no")), ("files", ("c.jpg", scan))]
+    answer = ask(build_test_app(model), "POST", "/v1/classify", files=files)
+    assert answer.status_code == 200
+    answers = AnswersBody.model_validate(answer.json()).answers
+    assert [(a.name, a.status) for a in answers] == [
+        ("a.jpg", "classified"),
+        ("b.jpg", "rejected"),
+        ("c.jpg", "classified"),
+    ]
+    assert answers[1].reason == "not_an_image"
+
+
+def test_one_body_that_is_no_scan_is_a_422(model: LocalModel, scan: bytes) -> None:
+    app = build_test_app(model)
+    for content, reason in ((b"text", "not_an_image"), (scan[:900], "truncated"), (b"", "empty")):
+        answer = ask(app, "POST", "/v1/classify", content=content, headers=JPEG)
+        body = check_problem(answer, 422, "image_rejected")
+        assert body["reason"] == reason
+    form = [("files", ("b.jpg", b"no"))]
+    assert ask(app, "POST", "/v1/classify", files=form).status_code == 200
+
+
+def test_the_protocols_json_and_binary_answers_agree(model: LocalModel, scan: bytes) -> None:
+    app = build_test_app(model)
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [2]}
+    data = [base64.b64encode(content).decode() for content in (scan, b"no")]
+    plain = ask(app, "POST", INFER, json={"inputs": [{**tensor, "data": data}]})
+    assert plain.status_code == 200, plain.text
+    outputs = {t["name"]: t["data"] for t in plain.json()["outputs"]}
+    wanted = [{"name": "probs", "parameters": {"binary_data": True}}]
+    asked = {"id": "5", "inputs": [{**tensor, "data": data}], "outputs": wanted}
+    packed = ask(app, "POST", INFER, json=asked)
+    length = int(packed.headers["inference-header-content-length"])
+    document = json.loads(packed.content[:length])
+    assert document["id"] == "5"
+    assert document["outputs"][0]["shape"] == [2, 4]
+    probs = np.frombuffer(packed.content[length:], "<f4")
+    np.testing.assert_allclose(probs, outputs["probs"], atol=1e-6)
+    direct = ask(app, "POST", "/v1/classify", content=scan, headers=JPEG).json()["answers"][0]
+    np.testing.assert_allclose(list(direct["probs"].values()), outputs["probs"][:4], atol=1e-6)
+
+
+def test_the_protocols_clients_find_their_error_member(model: LocalModel) -> None:
+    answer = ask(build_test_app(model), "POST", INFER, content=b"{", headers={})
+    assert check_problem(answer, 400, "invalid_request")["error"].startswith("The body is not JSON")
+
+
+def test_the_model_says_what_it_is_for_and_what_is_too_much(model: LocalModel) -> None:
+    body = ask(build_test_app(model, ServiceLimits(files=3)), "GET", "/v1/model").json()
+    assert body["limits"]["files"] == 3
+    assert body["preprocessing"]["size_px"] == 32
+    assert body["rejection_reasons"] == REJECTION_REASONS
+    assert "Diagnosis" in body["not_intended_for"]
+    metadata = ask(build_test_app(model), "GET", "/v2/models/brainray").json()
+    assert metadata["versions"] == [body["classifier_id"]]
+    assert metadata["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
+
+
+def test_evidence_is_a_picture_of_the_scans_size(model: LocalModel, scan: bytes) -> None:
+    app = build_test_app(model)
+    size = Image.open(io.BytesIO(scan)).size
+    files = [("files", ("a.jpg", scan)), ("files", ("b.jpg", b"no"))]
+    body = ExplainedAnswersBody.model_validate(ask(app, "POST", "/v1/explain", files=files).json())
+    shown, rejected = body.answers
+    assert shown.explained_class == shown.predicted_class
+    assert shown.heat_map_png is not None
+    picture = Image.open(io.BytesIO(base64.b64decode(shown.heat_map_png)))
+    assert (picture.format, picture.mode, picture.size) == ("PNG", "RGBA", size)
+    assert np.asarray(picture)[..., 3].max() == 255, "opaque where the evidence is strongest"
+    assert (rejected.status, rejected.heat_map_png, rejected.explained_class) == (
+        *("rejected", None, None),
+    )
+    answer = ask(
+        app,
+        "POST",
+        "/v1/explain?render=overlay",
+        content=scan,
+        headers={**JPEG, "accept": "image/png"},
+    )
+    assert answer.headers["content-type"] == "image/png"
+    overlay = Image.open(io.BytesIO(answer.content))
+    assert (overlay.mode, overlay.size) == ("RGB", size)
+    colours = np.asarray(overlay).astype(int)
+    assert np.ptp(colours, axis=2).max() > 50, "there is colour on the grey scan"
+    answer = ask(app, "POST", "/v1/explain", files=files, headers={"accept": "image/png"})
+    check_problem(answer, 406, "not_acceptable")
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("GET", "/v1/classify/", 404, "not_found"),
+        ("GET", "/static/../../limits.py", 404, "not_found"),
+        ("GET", "/static/%2e%2e/limits.py", 404, "not_found"),
+        ("GET", "/v1/classify", 405, "method_not_allowed"),
+        ("DELETE", "/healthz", 405, "method_not_allowed"),
+        ("POST", "/v2/models/other/infer", 404, "not_found"),
+    ],
+)
+def test_what_is_not_there_is_a_problem(
+    model: LocalModel, method: str, path: str, status: int, code: str
+) -> None:
+    answer = ask(build_test_app(model), method, path)
+    check_problem(answer, status, code)
+    if status == 405:
+        assert answer.headers["allow"] in ("POST", "GET")
+
+
+def test_types_and_parameters_are_checked(model: LocalModel, scan: bytes) -> None:
+    app = build_test_app(model)
+    answer = ask(app, "POST", "/v1/classify", content=scan, headers={"content-type": "text/plain"})
+    check_problem(answer, 415, "unsupported_media_type")
+    answer = ask(app, "POST", "/v1/classify", content=b"{}", headers={"content-type": "x"})
+    check_problem(answer, 415, "unsupported_media_type")
+    answer = ask(app, "POST", "/v1/explain?render=cake", content=scan, headers=JPEG)
+    check_problem(answer, 422, "invalid_parameter")
+
+
+def test_a_declared_body_too_large_is_refused_unread(model: LocalModel) -> None:
+    app = build_test_app(model, ServiceLimits(body_bytes=1000))
+    reads = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal reads
+        reads += 1
+        yield b"x" * 5000
+
+    headers = {**JPEG, "content-length": "5000"}
+    answer = ask(app, "POST", "/v1/classify", content=body(), headers=headers)
+    check_problem(answer, 413, "body_too_large")
+    assert answer.headers["connection"] == "close"
+    assert reads == 0
+
+
+def test_a_body_of_unknown_length_is_stopped_at_the_limit(model: LocalModel) -> None:
+    app = build_test_app(model, ServiceLimits(body_bytes=1000))
+    sent = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 100
+            yield b"x" * 100
+
+    answer = ask(app, "POST", "/v1/classify", content=body(), headers=JPEG)
+    check_problem(answer, 413, "body_too_large")
+    assert sent <= 1200
+
+
+def test_a_body_that_does_not_come_is_given_up(model: LocalModel, scan: bytes) -> None:
+    app = build_test_app(model, ServiceLimits(body_s=0.2))
+
+    async def body() -> AsyncIterator[bytes]:
+        yield scan[:10]
+        await asyncio.sleep(60)
+
+    started = time.monotonic()
+    answer = ask(app, "POST", "/v1/classify", content=body(), headers=JPEG)
+    check_problem(answer, 408, "body_too_slow")
+    assert time.monotonic() - started < 5
+
+
+def test_what_is_held_and_what_is_in_flight_is_bounded(model: LocalModel, scan: bytes) -> None:
+    limits = ServiceLimits(in_flight=2, buffered_bytes=10**6)
+    app = build_test_app(model, limits)
+    model.delay_s = 0.5
+
+    async def run() -> tuple[list[httpx.Response], httpx.Response, httpx.Response]:
+        async with open_client(app) as client:
+
+            async def post(content: bytes) -> httpx.Response:
+                return await client.post("/v1/classify", content=content, headers=JPEG)
+
+            three = [asyncio.create_task(post(scan)) for _ in range(3)]
+            await asyncio.sleep(0.2)
+            health = await client.get("/healthz")
+            answers = [await one for one in three]
+            return answers, health, await post(b"x" * 2 * 10**6)
+
+    answers, health, large = asyncio.run(run())
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 429]
+    busy = next(answer for answer in answers if answer.status_code == 429)
+    check_problem(busy, 429, "too_busy")
+    assert busy.headers["retry-after"] == "1"
+    assert health.status_code == 200, "whoever asks for health is answered all the same"
+    check_problem(large, 429, "too_busy")
+    after = ask(app, "POST", "/v1/classify", content=scan, headers=JPEG)
+    assert after.status_code == 200, "what was refused is held no longer"
+
+
+def test_a_model_that_is_away_is_a_503_and_not_ready(model: LocalModel, scan: bytes) -> None:
+    model.error = Problem("model_unavailable", "It is away.", {"retry-after": "1"})
+    app = build_test_app(model)
+    answer = ask(app, "POST", "/v1/classify", content=scan, headers=JPEG)
+    check_problem(answer, 503, "model_unavailable")
+    assert answer.headers["retry-after"] == "1"
+    check_problem(ask(app, "GET", "/readyz"), 503, "model_unavailable")
+    assert ask(app, "GET", "/healthz").json() == {"status": "ok"}
+
+
+def test_a_fault_of_ours_is_a_500_that_tells_nothing(
+    model: LocalModel, scan: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.error = RuntimeError("secret of the house")
+    answer = ask(build_test_app(model), "POST", "/v1/classify", content=scan, headers=JPEG)
+    body = check_problem(answer, 500, "internal")
+    assert "secret" not in answer.text
+    assert "secret of the house" in caplog.text
+    assert body["request_id"] in caplog.text
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    path=st.sampled_from(["/v1/classify", INFER, "/v1/explain"]),
+    kind=st.one_of(
+        st.sampled_from(
+            ["multipart/form-data; boundary=B", "image/png", "application/json", "multipart/"]
+        ),
+        st.text(st.characters(max_codepoint=255, exclude_categories=("Cc",)), max_size=30),
+    ),
+    content=st.one_of(
+        st.binary(max_size=300),
+        st.binary(max_size=60).map(lambda tail: b"--B\r\nContent-Disposition: form-data;" + tail),
+        st.binary(max_size=60).map(lambda tail: b'{"inputs":[{"name":"image"' + tail),
+    ),
+    length=st.sampled_from([None, "0", "-1", "7", "x", "99999999999999999999"]),
+)
+def test_no_request_is_a_fault_of_ours(
+    predictor: Predictor, path: str, kind: str, content: bytes, length: str | None
+) -> None:
+    headers = {"content-type": kind.encode("latin-1")}
+    if length is not None:
+        headers["inference-header-content-length"] = length.encode()
+    app = build_test_app(LocalModel(predictor))
+    answer = ask(app, "POST", path, content=content, headers=headers)
+    assert answer.status_code < 500, answer.text
+    if answer.status_code >= 400:
+        check_problem(answer, answer.status_code, answer.json()["code"])
+
+
+# --- token, names, log, counts -------------------------------------------------------------------
+
+
+def test_with_a_token_nothing_but_health_and_the_page_is_open(model: LocalModel) -> None:
+    app = build_test_app(model, token=TOKEN)
+    for path in ("/v1/model", "/metrics", "/docs", "/openapi.json", "/v2", "/nowhere"):
+        answer = ask(app, "GET", path)
+        check_problem(answer, 401, "unauthorized")
+        assert answer.headers["www-authenticate"].startswith("Bearer")
+        headers = {"authorization": f"Bearer {TOKEN}"}
+        assert ask(app, "GET", path, headers=headers).status_code in (200, 404)
+    for path in ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"):
+        assert ask(app, "GET", path).status_code == 200
+    assert ask(app, "GET", "/static/swagger/swagger-ui.css").status_code == 200
+
+
+def test_a_request_keeps_its_name_if_it_is_sane(model: LocalModel) -> None:
+    app = build_test_app(model)
+    given_name = {"x-request-id": "scan-7:a.b_c"}
+    assert ask(app, "GET", "/healthz", headers=given_name).headers["x-request-id"] == "scan-7:a.b_c"
+    for name in ("", "a b", "x" * 65, "<script>", "a\tb"):
+        answer = ask(app, "GET", "/healthz", headers={"x-request-id": name})
+        assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
+
+
+def test_the_log_has_a_line_for_a_request_and_nothing_of_what_was_in_it(
+    model: LocalModel, scan: bytes, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    app = build_test_app(model, log_path=log)
+    files = [("files", ("patient-name.jpg", scan))]
+    answer = ask(app, "POST", "/v1/classify?patient=name", files=files)
+    ask(app, "GET", "/patient-name")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(line["path"], line["status"]) for line in lines] == [
+        ("/v1/classify", 200),
+        ("other", 404),
+    ]
+    assert lines[0]["request_id"] == answer.headers["x-request-id"]
+    assert lines[0]["duration_ms"] >= lines[0]["body_ms"] >= 0
+    assert "patient" not in log.read_text()
+
+
+def test_counts_are_for_prometheus(model: LocalModel, scan: bytes) -> None:
+    app = build_test_app(model)
+    ask(app, "POST", "/v1/classify", content=scan, headers=JPEG)
+    ask(app, "POST", "/v1/classify", content=b"no", headers=JPEG)
+    ask(app, "GET", "/wp-login.php")
+    answer = ask(app, "GET", "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    for line in (
+        '{method="POST",path="/v1/classify",replica="here",status="200"} 1.0',
+        '{method="POST",path="/v1/classify",replica="here",status="422"} 1.0',
+        'brainray_requests_total{method="GET",path="other",replica="here",status="404"} 1.0',
+        'brainray_request_seconds_count{path="/v1/classify",replica="here"} 2.0',
+        'reason="not_an_image",replica="here",status="rejected"} 1.0',
+        'brainray_in_flight_requests{replica="here"} 1.0',
+        'brainray_waiting_scans{replica="here"} 0.0',
+    ):
+        assert line in answer.text
+    assert 'reason="",replica="here",status="classified"} 1.0' in answer.text
+
+
+# --- description ---------------------------------------------------------------------------------
+
+
+def test_the_docs_ask_nobody_else(model: LocalModel) -> None:
+    app = build_test_app(model)
+    page = ask(app, "GET", "/docs").text
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert loaded
+    for place in loaded:
+        assert "//" not in place
+        assert ask(app, "GET", "/" + place).status_code == 200
+    assert "http" not in re.sub(r"window\.location\.\w+", "", page)
+
+
+def test_the_interface_is_described_with_every_status(model: LocalModel) -> None:
+    document = ask(
+        build_test_app(model, token=TOKEN),
+        "GET",
+        "/openapi.json",
+        headers={"authorization": f"Bearer {TOKEN}"},
+    ).json()
+    assert document["openapi"].startswith("3.1")
+    operations = {
+        (path, method): operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+    assert len(operations) == 12
+    for (path, method), operation in operations.items():
+        statuses = set(operation["responses"])
+        assert "500" in statuses
+        if method == "post":
+            others = "400 401 408 413 415 422 429 503 504"
+            assert {"200", *others.split()} <= statuses
+        assert ("401" in statuses) == (operation.get("security") != []) or path == "/metrics"
+    schemas = document["components"]["schemas"]
+    assert set(schemas["ProblemBody"]["properties"]["code"]["enum"]) == set(PROBLEMS)
+    open_document = ask(build_test_app(model), "GET", "/openapi.json").json()
+    assert "401" not in json.dumps(open_document)
+
+
+def test_answers_are_what_the_description_says(model: LocalModel, scan: bytes) -> None:
+    app = build_test_app(model)
+    document = ask(app, "GET", "/openapi.json").json()
+    files = [("files", ("a.jpg", scan)), ("files", ("b.jpg", b"no"))]
+    for path, answer in (
+        ("/v1/classify", ask(app, "POST", "/v1/classify", files=files)),
+        ("/v1/model", ask(app, "GET", "/v1/model")),
+        ("/v2", ask(app, "GET", "/v2")),
+        ("/v2/models/brainray", ask(app, "GET", "/v2/models/brainray")),
+    ):
+        operation = next(iter(document["paths"][path].values()))
+        schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
+        Draft202012Validator({**schema, "components": document["components"]}).validate(
+            answer.json()
+        )
+
+
+# --- connections ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def watched(predictor: Predictor, monkeypatch_module: pytest.MonkeyPatch) -> Iterator[int]:
+    """Serve with uvicorn, under tight limits for connections."""
+    limits = ConnectionLimits(header_bytes=4000, header_s=0.5, connections=20)
+    monkeypatch_module.setattr(WatchedConnection, "_limits", limits)
+    port = find_port()
+    config = uvicorn.Config(
+        Threshold(build_test_app(LocalModel(predictor))),  # type: ignore[arg-type]
+        port=port,
+        http=WatchedConnection,
+        log_level="critical",
+        timeout_keep_alive=1,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield port
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def talk(port: int, *pieces: bytes, pause_s: float = 0.0) -> bytes:
+    """Send pieces, and return all that comes until the connection is closed."""
+    with create_connection(("127.0.0.1", port), timeout=10) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+            time.sleep(pause_s)
+        said = b""
+        with suppress(ConnectionResetError):  # closed with something of ours unread
+            while part := connection.recv(65536):
+                said += part
+        return said
+
+
+def test_who_says_nothing_is_shown_out(watched: int) -> None:
+    started = time.monotonic()
+    assert talk(watched) == b""
+    assert talk(watched, b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: ") == b""
+    assert 0.9 < time.monotonic() - started < 5
+
+
+def test_who_says_headers_bit_by_bit_is_shown_out(watched: int) -> None:
+    started = time.monotonic()
+    with create_connection(("127.0.0.1", watched), timeout=10) as slow:
+        slow.sendall(b"GET /healthz HTTP/1.1\r\n")
+        while not is_closed(slow):
+            slow.sendall(b"X: y\r\n")
+            assert time.monotonic() - started < 5
+    assert time.monotonic() - started > 0.4
+
+
+def is_closed(connection: socket) -> bool:
+    """Wait a moment for the other side to close."""
+    connection.settimeout(0.05)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
+
+
+def test_headers_have_a_limit(watched: int) -> None:
+    many = b"".join(b"X%d: yyyyyyyyyy\r\n" % number for number in range(2000))
+    for head in (b"X: " + b"y" * 10**6 + b"\r\n", many):
+        try:
+            said = talk(watched, b"GET /healthz HTTP/1.1\r\nHost: a\r\n" + head + b"\r\n")
+        except ConnectionError:  # it was closed while we still talked
+            continue
+        assert said.startswith(b"HTTP/1.1 431 ")
+    assert b" 431 " in talk(watched, b"GET /" + b"x" * 5000 + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+
+
+def test_a_large_body_is_no_header(watched: int) -> None:
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Length: 300000\r\n"
+    said = talk(watched, head + b"Connection: close\r\n\r\n" + b"x" * 300_000)
+    assert said.startswith(b"HTTP/1.1 422 ")
+    two = head + b"\r\n" + b"x" * 300_000
+    said = talk(watched, two, two)
+    assert said.count(b"HTTP/1.1 422 ") == 2, "one after another on a connection"
+
+
+def test_there_are_no_more_connections_than_allowed(watched: int) -> None:
+    kept = [create_connection(("127.0.0.1", watched), timeout=10) for _ in range(20)]
+    time.sleep(0.1)
+    assert talk(watched, b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n") == b""
+    for connection in kept:
+        connection.close()
+    time.sleep(0.3)
+    said = talk(watched, b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    assert said.startswith(b"HTTP/1.1 200 ")
+
+
+def test_what_is_no_http_is_a_400(watched: int) -> None:
+    assert talk(watched, b"\x16\x03\x01\x02\x00\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    assert talk(watched, b"GET / HTTP/9.9\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+
+
+def test_nothing_reaches_ray_that_is_meant_for_it() -> None:
+    seen: dict[str, Any] = {}
+
+    async def app(scope: Any, _: Any, send: Any) -> None:  # noqa: ANN401
+        seen["headers"] = dict(scope["headers"])
+        headers = [(b"content-type", b"text/plain"), (b"retry-after", b"3")]
+        await send({"type": "http.response.start", "status": 500, "headers": headers})
+        await send({"type": "http.response.body", "body": b"ray.exceptions.ActorDiedError"})
+
+    headers = {
+        "x-request-timeout-seconds": "-1",
+        "x-request-disconnect-disabled": "?1",
+        "serve_multiplexed_model_id": "x",
+        "x-request-id": "not sane",
+        "x-kept": "1",
+    }
+    answer = ask(Threshold(app), "GET", "/", headers=headers)
+    assert b"x-kept" in seen["headers"]
+    assert not {b"x-request-timeout-seconds", b"x-request-disconnect-disabled"} & set(
+        seen["headers"]
+    )
+    assert b"serve_multiplexed_model_id" not in seen["headers"]
+    assert re.fullmatch(b"[0-9a-f]{32}", seen["headers"][b"x-request-id"])
+    body = answer.json()
+    ProblemBody.model_validate(body)
+    assert (answer.status_code, body["code"]) == (503, "model_unavailable")
+    assert "ActorDied" not in answer.text
+    assert answer.headers["retry-after"] == "3"
+
+
+# --- the door ------------------------------------------------------------------------------------
+
+
+def test_threads_are_shared_out_and_a_successor_fits() -> None:
+    model = ModelOptions(classifier_uri="x")
+    for replicas, cpus, threads in ((1, 2, 2), (2, 8, 4), (3, 2, 1)):
+        config = share_cpus(ServiceConfig(model=model, max_replicas=replicas), cpus)
+        assert config.model.num_threads == threads
+        assert config.replica_cpus is not None
+        assert 2 * replicas * config.replica_cpus <= cpus + 0.01
+
+
+@pytest.mark.parametrize(
+    ("host", "needs_token"),
+    [
+        ("127.0.0.1", False),
+        ("::1", False),
+        ("localhost", False),
+        ("127.8.8.8", False),
+        ("0.0.0.0", True),
+        ("::", True),
+        ("10.0.0.7", True),
+        ("gpu-3", True),
+    ],
+)
+def test_an_address_that_others_reach_needs_a_token(
+    host: str, needs_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BRAINRAY_API_TOKEN", raising=False)
+    service = ServiceConfig(model=ModelOptions(classifier_uri="x"))
+    job = ServeJob(service=service, host=host)
+    if needs_token:
+        with pytest.raises(ValueError, match="--insecure"):
+            check_address(job)
+    else:
+        check_address(job)
+    check_address(ServeJob(service=service, host=host, insecure=True))
+    monkeypatch.setenv("BRAINRAY_API_TOKEN", TOKEN)
+    check_address(job)
+
+
+def test_what_a_person_can_mend_is_one_line_and_exit_2(
+    tiny_classifier: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("BRAINRAY_API_TOKEN", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    short, taken = tmp_path / "token", socket()
+    short.write_text("short")
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    here = ("--classifier-uri", tiny_classifier, "--port", find_port())
+    for words, said in (
+        (("--classifier-uri", tmp_path, "--port", find_port()), "No classifier at"),
+        ((*here, "--port", taken.getsockname()[1]), "Cannot listen on 127.0.0.1"),
+        ((*here, "--port", 99999), "from 1 to 65535"),
+        ((*here, "--host", "0.0.0.0"), "there is no token"),
+        ((*here, "--host", "no-such-host.invalid", "--insecure"), "Cannot listen on"),
+        ((*here, "--api-token-file", short), "at least 16 ASCII characters"),
+        ((*here, "--api-token-file", tmp_path / "nowhere"), "Cannot read the token file"),
+        ((*here, "--tls-cert", short), "go together"),
+        ((*here, "--tls-cert", short, "--tls-key", short), "Cannot use the certificate"),
+        ((*here, "--ingress-replicas", 2), "one process speaks HTTP"),
+        ((*here, "--log-path", tmp_path / "no" / "log"), "Cannot write the log"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["serve", *map(str, words)])
+        lines = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2, lines
+        assert [said in line for line in lines if line.startswith("error: ")] == [True], lines
+    monkeypatch.setenv("RAY_ADDRESS", "ray://somewhere")
+    with pytest.raises(SystemExit):
+        cli.main(["serve", *map(str, here)])
+    assert "serve deploy" in capsys.readouterr().err

@@ -1,0 +1,564 @@
+"""From bytes to answers, without HTTP and without Ray."""
+
+import asyncio
+import base64
+import json
+import logging
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from brainray.errors import ClassifierError, ConfigError, ServingError
+from brainray.model.classifier import load_classifier, save_classifier
+from brainray.model.network import build_network
+from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.preprocess import Preprocessing, load_image
+from brainray.serving.auth import Guard, read_token
+from brainray.serving.bodies import part_uploads
+from brainray.serving.config import ServiceConfig, read_arguments
+from brainray.serving.courier import Courier
+from brainray.serving.handler import Answers, Handler, Upload
+from brainray.serving.inference import read_inference, render_inference
+from brainray.serving.limits import ConnectionLimits, ServiceLimits
+from brainray.serving.meters import Meters, merge
+from brainray.serving.predictor import Predictor
+from brainray.serving.problem import Problem
+from tests.conftest import CLASSES
+from tests.service import LocalModel, open_predictor
+
+TOKEN = "a token of sixteen".replace(" ", "-")
+SEEN = Preprocessing(size_px=32)
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_classifier: Path) -> Predictor:
+    return open_predictor(tiny_classifier)
+
+
+@pytest.fixture
+def model(predictor: Predictor) -> LocalModel:
+    return LocalModel(predictor)
+
+
+@pytest.fixture(scope="module")
+def scans(phantom_folder: Path) -> list[bytes]:
+    files = sorted((phantom_folder / "Testing").rglob("*.jpg"))
+    return [file.read_bytes() for file in files[::4]]
+
+
+def seal(folder: Path, *, seed: int, size_px: int = 32) -> Path:
+    import torch
+
+    torch.manual_seed(seed)
+    save_classifier(
+        str(folder),
+        build_network(len(CLASSES)).state_dict(),
+        classes=CLASSES,
+        preprocessing=Preprocessing(size_px=size_px),
+        provenance={},
+    )
+    return folder
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def test_every_upload_has_one_answer_in_order(
+    model: LocalModel, tiny_classifier: Path, scans: list[bytes]
+) -> None:
+    uploads = [
+        Upload("a.jpg", scans[0]),
+        Upload("b.txt", b"text"),
+        Upload(None, scans[1]),
+        Upload("cut.jpg", scans[2][: len(scans[2]) // 2]),
+        Upload("none", b""),
+    ]
+    answered = asyncio.run(Handler(model, ServiceLimits()).classify(uploads))
+    assert [a.name for a in answered.answers] == ["a.jpg", "b.txt", None, "cut.jpg", "none"]
+    assert [a.reason for a in answered.answers] == [
+        *(None, "not_an_image", None, "truncated", "empty"),
+    ]
+    classifier = load_classifier(str(tiny_classifier))
+    for row in (0, 2):
+        image = load_image(uploads[row].content, classifier.preprocessing, DecodeLimits())
+        expected = classifier.predict_probs(np.stack([image]))[0]
+        answer = answered.answers[row]
+        assert answer.probs is not None
+        np.testing.assert_allclose(list(answer.probs.values()), expected, atol=1e-5)
+        assert list(answer.probs) == list(CLASSES)
+        assert answer.predicted_class == CLASSES[int(expected.argmax())]
+        assert answer.confidence == max(answer.probs.values())
+        assert answer.status == "classified"
+    rejected = answered.answers[1]
+    assert (rejected.status, rejected.probs, rejected.confidence) == ("rejected", None, None)
+    assert rejected.detail is not None
+    assert not rejected.detail.startswith("not_an_image"), "the code is said once"
+
+
+def test_the_sizes_and_the_hash_are_those_of_the_file(model: LocalModel) -> None:
+    import io
+    from hashlib import sha256
+
+    from PIL import Image
+
+    sink = io.BytesIO()
+    Image.new("L", (70, 40), 90).save(sink, "PNG")
+    (answer,) = asyncio.run(
+        Handler(model, ServiceLimits()).classify([Upload(None, sink.getvalue())])
+    ).answers
+    assert (answer.width_px, answer.height_px) == (70, 40)
+    assert answer.content_sha256 == sha256(sink.getvalue()).hexdigest()
+
+
+def test_limits_of_a_request_are_problems(model: LocalModel, scans: list[bytes]) -> None:
+    upload = Upload(None, scans[0])
+
+    def refusal(limits: ServiceLimits, uploads: list[Upload]) -> str:
+        with pytest.raises(Problem) as caught:
+            asyncio.run(Handler(model, limits).classify(uploads))
+        return caught.value.code
+
+    assert refusal(ServiceLimits(files=2), [upload] * 3) == "too_many_files"
+    assert refusal(ServiceLimits(queued=1, files=32), [upload] * 32) == "too_busy"
+    model.delay_s = 5
+    assert refusal(ServiceLimits(request_s=0.05), [upload]) == "timeout"
+    pixels = ServiceLimits(pixels=100)
+    model.delay_s = 0
+    (answer,) = asyncio.run(Handler(model, pixels).classify([upload])).answers
+    assert answer.reason == "too_large"
+
+
+def test_a_replaced_classifier_answers_all_of_a_request(tmp_path: Path, scans: list[bytes]) -> None:
+    """With another size, even: what was resized for the old one is resized again."""
+    old = open_predictor(seal(tmp_path / "old", seed=1))
+    new = open_predictor(seal(tmp_path / "new", seed=2, size_px=48))
+    model = LocalModel(old)
+    handler = Handler(model, ServiceLimits(), max_calls=1, max_images=2)
+
+    async def run() -> tuple[Answers, Answers]:
+        before = await handler.classify([Upload(None, scans[0])])
+        model.delay_s = 0.05
+        asked = asyncio.ensure_future(handler.classify([Upload(None, scan) for scan in scans[:6]]))
+        await asyncio.sleep(0.08)
+        model.predictor = new
+        return before, await asked
+
+    before, after = asyncio.run(run())
+    assert before.meaning.classifier_id == old.describe()["card"]["classifier_id"]
+    assert after.meaning.classifier_id == new.describe()["card"]["classifier_id"]
+    for scan, answer in zip(scans, after.answers, strict=False):
+        image = load_image(scan, Preprocessing(size_px=48), DecodeLimits())
+        probs = new.predict(Preprocessing(size_px=48), [image]).probs
+        assert probs is not None
+        assert answer.probs is not None
+        np.testing.assert_allclose(list(answer.probs.values()), probs[0], atol=1e-6)
+
+
+# --- courier -------------------------------------------------------------------------------------
+
+
+class Road:
+    """Keeps calls until they are let go."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+        self.open = asyncio.Event()
+
+    async def send(self, _: Preprocessing, images: Sequence[NDArray[np.uint8]]) -> list[int]:
+        names = [int(image[0, 0]) for image in images]
+        self.calls.append(names)
+        await self.open.wait()
+        if 13 in names:
+            raise ServingError("unlucky")
+        return [name * 2 for name in names]
+
+
+def picture(number: int) -> NDArray[np.uint8]:
+    return np.full((1, 1), number, np.uint8)
+
+
+async def start_carrying(
+    courier: Courier[int], numbers: Sequence[int], preprocessing: Preprocessing = SEEN
+) -> list["asyncio.Task[int]"]:
+    tasks = [asyncio.create_task(courier.carry(preprocessing, picture(n))) for n in numbers]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_what_comes_to_a_free_model_is_sent_alone_and_what_waited_together() -> None:
+    async def run() -> None:
+        road = Road()
+        courier = Courier(road.send, max_calls=2, max_images=3, max_waiting=10)
+        tasks = await start_carrying(courier, range(1, 8))
+        await asyncio.sleep(0)
+        assert road.calls == [[1], [2]], "nothing waits for company"
+        assert (courier.num_calls, courier.num_waiting) == (2, 5)
+        road.open.set()
+        assert await asyncio.gather(*tasks) == [2, 4, 6, 8, 10, 12, 14]
+        assert road.calls[2:] == [[3, 4, 5], [6, 7]], "bounded, and in order"
+        assert (courier.num_calls, courier.num_waiting) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_waiting_is_bounded() -> None:
+    async def run() -> None:
+        road = Road()
+        courier = Courier(road.send, max_calls=1, max_images=1, max_waiting=2)
+        tasks = await start_carrying(courier, (1, 2, 3))
+        with pytest.raises(Problem) as caught:
+            await courier.carry(SEEN, picture(4))
+        assert caught.value.code == "too_busy"
+        assert caught.value.headers["retry-after"] == "1"
+        road.open.set()
+        assert await asyncio.gather(*tasks) == [2, 4, 6]
+
+    asyncio.run(run())
+
+
+def test_what_nobody_wants_any_more_is_not_sent() -> None:
+    async def run() -> None:
+        road = Road()
+        courier = Courier(road.send, max_calls=1, max_images=4, max_waiting=9)
+        tasks = await start_carrying(courier, (1, 2, 3))
+        tasks[1].cancel()
+        await asyncio.sleep(0)
+        road.open.set()
+        assert await tasks[2] == 6
+        assert road.calls == [[1], [3]]
+
+    asyncio.run(run())
+
+
+def test_a_failed_call_fails_those_in_it_and_no_other() -> None:
+    async def run() -> None:
+        road = Road()
+        courier = Courier(road.send, max_calls=1, max_images=2, max_waiting=9)
+        tasks = await start_carrying(courier, (1, 13, 2, 3))
+        road.open.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(r) for r in results] == [int, ServingError, ServingError, int]
+        assert courier.num_calls == 0
+
+    asyncio.run(run())
+
+
+def test_images_of_two_preprocessings_do_not_share_a_call() -> None:
+    async def run() -> None:
+        road = Road()
+        courier = Courier(road.send, max_calls=1, max_images=9, max_waiting=9)
+        tasks = await start_carrying(courier, (1, 2))
+        tasks += await start_carrying(courier, (3, 4), Preprocessing(size_px=64))
+        road.open.set()
+        await asyncio.gather(*tasks)
+        assert road.calls == [[1], [2], [3, 4]]
+
+    asyncio.run(run())
+
+
+# --- predictor -----------------------------------------------------------------------------------
+
+
+def test_the_self_test_notices_what_answers_wrongly(
+    tiny_classifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = open_predictor(tiny_classifier)
+    predictor.check()
+    runtime = predictor._opened.runtime
+    right = runtime.predict_probs
+
+    def answer_with(change: Any) -> None:  # noqa: ANN401
+        monkeypatch.setattr(runtime, "predict_probs", lambda images: change(right(images)))
+
+    for change, said in (
+        (lambda probs: np.roll(probs, 1, axis=1), "differ from fp32's"),
+        (lambda probs: probs * np.float32("nan"), "no probabilities"),
+        (lambda probs: probs * np.float32(0.5), "no probabilities"),
+    ):
+        answer_with(change)
+        with pytest.raises(ServingError, match=said):
+            predictor.check()
+
+
+def test_numbers_that_are_none_are_never_an_answer(
+    tiny_classifier: Path, monkeypatch: pytest.MonkeyPatch, scans: list[bytes]
+) -> None:
+    predictor = open_predictor(tiny_classifier)
+    monkeypatch.setattr(
+        predictor._opened.runtime,
+        "predict_probs",
+        lambda images: np.full((len(images), 4), np.nan, np.float32),
+    )
+    with pytest.raises(ServingError, match="not numbers"):
+        asyncio.run(
+            Handler(LocalModel(predictor), ServiceLimits()).classify([Upload(None, scans[0])])
+        )
+
+
+def test_a_followed_folder_is_taken_when_it_is_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = seal(tmp_path / "classifier", seed=1)
+    still, predictor = open_predictor(folder), open_predictor(folder, follow=True)
+    assert predictor.follow() is False, "nothing has changed"
+    first = predictor.describe()["card"]["classifier_id"]
+    weights = (folder / "model.safetensors").read_bytes()
+    seal(folder, seed=2)
+    second_weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights)  # half written
+    with caplog.at_level(logging.WARNING):
+        assert predictor.follow() is False
+    assert "not the sealed ones" in caplog.text
+    assert predictor.describe()["card"]["classifier_id"] == first
+    (folder / "model.safetensors").write_bytes(second_weights)
+    assert predictor.follow() is True
+    assert predictor.describe()["card"]["classifier_id"] != first
+    predictor.check()
+    assert still.follow() is False, "nobody asked it to"
+
+
+def test_a_missing_classifier_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ClassifierError, match="No classifier at"):
+        open_predictor(tmp_path)
+
+
+def test_readiness_is_asked_anew_after_a_while(
+    model: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = Handler(model, ServiceLimits())
+
+    async def run() -> None:
+        await handler.check_ready()
+        model.error = ServingError("broken")
+        await handler.check_ready()  # a passed test stands for a moment
+        monkeypatch.setattr(handler, "_ready_until", 0.0)
+        with pytest.raises(ServingError):
+            await handler.check_ready()
+
+    asyncio.run(run())
+
+
+# --- bodies --------------------------------------------------------------------------------------
+
+
+def make_form(*parts: tuple[str, bytes], end: str = "--B--\r\n") -> bytes:
+    made = b"".join(
+        b"--B\r\n" + head.encode() + b"\r\n\r\n" + content + b"\r\n" for head, content in parts
+    )
+    return made + end.encode()
+
+
+def file_head(name: str, field: str = "files") -> str:
+    return f'Content-Disposition: form-data; name="{field}"; filename="{name}"'
+
+
+FORM = "multipart/form-data; boundary=B"
+
+
+def test_a_form_is_parted_into_its_files() -> None:
+    body = make_form(
+        (file_head("a.jpg") + "\r\nContent-Type: image/jpeg", b"\xff\r\n--\x00"),
+        (file_head("c.jpg", "other"), b"not asked for"),
+        ('Content-Disposition: form-data; name="files"', b"not a file"),
+        (file_head(""), b""),
+        (file_head("C:\\\\scans\\\\x.png"), b""),
+        (file_head("../../etc/passwd"), b"3"),
+    )
+    uploads = part_uploads(body, FORM, most=9)
+    assert uploads == [
+        Upload("a.jpg", b"\xff\r\n--\x00"),
+        Upload("x.png", b""),
+        Upload("passwd", b"3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "code"),
+    [
+        (b"", FORM, "invalid_request"),
+        (b"nonsense", FORM, "invalid_request"),
+        (make_form((file_head("a"), b"1"), end=""), FORM, "invalid_request"),
+        (make_form((file_head("a"), b"1")), "multipart/form-data", "invalid_request"),
+        (make_form((file_head("a", "scan"), b"1")), FORM, "no_files"),
+        (make_form(), FORM, "no_files"),
+        (make_form(*[(file_head("a"), b"1")] * 3), FORM, "too_many_files"),
+        (b"--B\r\nno colon\r\n\r\n1\r\n--B--\r\n", FORM, "invalid_request"),
+    ],
+)
+def test_what_is_no_form_has_a_code(body: bytes, kind: str, code: str) -> None:
+    with pytest.raises(Problem) as caught:
+        part_uploads(body, kind, most=2)
+    assert caught.value.code == code
+
+
+# --- Open Inference Protocol ---------------------------------------------------------------------
+
+
+def make_inference(**changes: Any) -> dict[str, Any]:  # noqa: ANN401
+    tensor = {
+        "name": "image",
+        "datatype": "BYTES",
+        "shape": [2],
+        "data": [base64.b64encode(content).decode() for content in (b"one", b"")],
+    }
+    return {"id": "7", "inputs": [tensor | changes]}
+
+
+def test_json_and_binary_data_are_the_same_request() -> None:
+    plain = read_inference(json.dumps(make_inference()).encode(), None, most=9)
+    binary = struct.pack("<I", 3) + b"one" + struct.pack("<I", 0)
+    document = make_inference(parameters={"binary_data_size": len(binary)})
+    del document["inputs"][0]["data"]
+    header = json.dumps(document).encode()
+    packed = read_inference(header + binary, str(len(header)), most=9)
+    assert plain == packed
+    assert [upload.content for upload in plain.uploads] == [b"one", b""]
+    assert plain.wanted == dict.fromkeys(("probs", "predicted_class", "status", "reason"), False)
+
+
+@pytest.mark.parametrize(
+    ("body", "header_length"),
+    [
+        (b"{", None),
+        (b"[]", None),
+        (b"[" * 100_000, None),
+        (b"\xff\xfe", None),
+        (json.dumps({"inputs": []}).encode(), None),
+        (json.dumps({"inputs": [3]}).encode(), None),
+        (json.dumps(make_inference(name="scan")).encode(), None),
+        (json.dumps(make_inference(datatype="FP32")).encode(), None),
+        (json.dumps(make_inference(data=["!"])).encode(), None),
+        (json.dumps(make_inference(data=[[1]])).encode(), None),
+        (json.dumps(make_inference(parameters=[])).encode(), None),
+        (json.dumps(make_inference()).encode(), "9999"),
+        (json.dumps(make_inference()).encode(), "²"),
+        (json.dumps(make_inference(parameters={"binary_data_size": 4})).encode(), "1"),
+    ],
+)
+def test_what_is_no_inference_has_a_code(body: bytes, header_length: str | None) -> None:
+    with pytest.raises(Problem) as caught:
+        read_inference(body, header_length, most=9)
+    assert caught.value.code == "invalid_request"
+
+
+@pytest.mark.parametrize("binary", [b"\x09\0\0\0abc", b"\x01\0", b"", b"\xff\xff\xff\xff"])
+def test_binary_data_that_end_early_have_a_code(binary: bytes) -> None:
+    document = make_inference(parameters={"binary_data_size": len(binary)})
+    header = json.dumps(document).encode()
+    with pytest.raises(Problem) as caught:
+        read_inference(header + binary, str(len(header)), most=9)
+    assert caught.value.code == "invalid_request"
+
+
+def test_outputs_are_row_for_row(model: LocalModel, scans: list[bytes]) -> None:
+    asked = read_inference(json.dumps(make_inference()).encode(), None, most=9)
+    answered = asyncio.run(
+        Handler(model, ServiceLimits()).classify([Upload(None, scans[0]), Upload(None, b"x")])
+    )
+    body, header_length = render_inference(asked, answered)
+    assert header_length is None
+    outputs = {tensor["name"]: tensor for tensor in json.loads(body)["outputs"]}
+    probs = np.array(outputs["probs"]["data"]).reshape(outputs["probs"]["shape"])
+    assert probs.shape == (2, 4)
+    assert probs[0].sum() == pytest.approx(1, abs=1e-5)
+    assert not probs[1].any(), "a rejected scan has no probabilities"
+    assert outputs["status"]["data"] == ["classified", "rejected"]
+    assert outputs["reason"]["data"] == ["", "not_an_image"]
+    assert outputs["predicted_class"]["data"][1] == ""
+
+
+# --- token, configuration, counts ----------------------------------------------------------------
+
+
+def test_the_token_is_read_and_judged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "token"
+    file.write_text(TOKEN + "\n")
+    file.chmod(0o644)
+    assert read_token(str(file), {}) == TOKEN
+    assert "chmod 600" in caplog.text
+    assert read_token(None, {"BRAINRAY_API_TOKEN": TOKEN}) == TOKEN
+    assert read_token(None, {}) is None
+    for text in ("short", "two words that are long", "", "é" * 20):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="openssl rand"):
+            read_token(str(file), {})
+    with pytest.raises(ConfigError, match="Cannot read the token file"):
+        read_token(str(tmp_path / "nowhere"), {})
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "passes"),
+    [
+        ("/v1/classify", f"Bearer {TOKEN}", True),
+        ("/v1/classify", f"bearer {TOKEN}", True),
+        ("/v1/classify", TOKEN, False),
+        ("/v1/classify", f"Basic {TOKEN}", False),
+        ("/v1/classify", f"Bearer {TOKEN}x", False),
+        ("/v1/classify", None, False),
+        ("/metrics", None, False),
+        ("/docs", None, False),
+        ("/openapi.json", None, False),
+        ("/v2/models/brainray/ready", None, False),
+        ("/healthz", None, True),
+        ("/readyz", None, True),
+        ("/v2/health/live", None, True),
+        ("/", None, True),
+        ("/static/page.js", None, True),
+        ("/static", None, False),
+    ],
+)
+def test_the_guard_lets_through_who_has_the_token(
+    path: str, given: str | None, passes: bool
+) -> None:
+    header = None if given is None else given.encode()
+    if passes:
+        Guard(TOKEN).check(path, header)
+        return
+    with pytest.raises(Problem) as caught:
+        Guard(TOKEN).check(path, header)
+    assert caught.value.status == 401
+    assert "Bearer" in caught.value.headers["www-authenticate"]
+    assert TOKEN not in caught.value.detail
+    Guard(None).check(path, None)
+
+
+def test_a_config_files_arguments_are_checked() -> None:
+    config = read_arguments(
+        {"model": {"classifier_uri": "s3://b/c"}, "limits": {"queued": 3}, "max_replicas": 4}
+    )
+    assert isinstance(config, ServiceConfig)
+    assert (config.model.classifier_uri, config.limits.queued) == ("s3://b/c", 3)
+    assert asdict(config)["limits"]["files"] == 32
+    good = {"model": {"classifier_uri": "x"}}
+    for arguments, said in (
+        ({**good, "max_replica": 3}, "has no 'max_replica'"),
+        ({"model": {"classifier_uri": "x", "gpu": True}}, "has no 'gpu'"),
+        ({**good, "limits": {"queued": "many"}}, "limits.queued"),
+        ({**good, "limits": {"queued": 0}}, "queued must be positive"),
+        ({**good, "min_replicas": 3}, "min_replicas <= max_replicas"),
+        ({}, "model"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            read_arguments(arguments)
+    with pytest.raises(ConfigError, match="header_s must be positive"):
+        ConnectionLimits(header_s=0)
+
+
+def test_counts_of_replicas_are_merged_into_one_text() -> None:
+    texts = []
+    for name in ("one", "two"):
+        meters = Meters(name)
+        meters.count_request("/v1/classify", "POST", 200, 0.03)
+        texts.append(meters.render())
+    merged = merge(texts).decode()
+    assert merged.count("# TYPE brainray_requests_total counter") == 1
+    for name in ("one", "two"):
+        assert f'path="/v1/classify",replica="{name}",status="200"}} 1.0' in merged
+    head = merged.index("# TYPE brainray_request_seconds ")
+    assert merged.rindex("brainray_requests_total{") < head < merged.index("_seconds_bucket{")
