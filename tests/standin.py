@@ -4,13 +4,13 @@ import asyncio
 import base64
 import io
 import json
+import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from email import message_from_bytes
 from hashlib import sha256
 from typing import Any
 
@@ -88,7 +88,7 @@ def build_standin(state: StandIn) -> Starlette:
         return refuse_stranger(request, state) or JSONResponse({**CARD, "metrics": state.metrics})
 
     async def explain(request: Request) -> Response:
-        name, content = read_file(await request.body(), request.headers["content-type"])
+        name, content = read_file(await request.body())
         refusal = refuse_stranger(request, state)
         if refusal is not None:
             return refusal
@@ -150,14 +150,12 @@ def write_problem(
     )
 
 
-def read_file(body: bytes, content_type: str) -> tuple[str, bytes]:
-    """Read the one part `files` of a form."""
-    message = message_from_bytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
-    (part,) = message.get_payload()  # type: ignore[misc]
-    assert part.get_param("name", header="content-disposition") == "files"  # type: ignore[union-attr]
-    name = part.get_filename()  # type: ignore[union-attr]
-    raw = name.encode("ascii", "surrogateescape").decode() if name else ""
-    return raw, part.get_payload(decode=True)  # type: ignore[union-attr,return-value]
+def read_file(body: bytes) -> tuple[str, bytes]:
+    """Read the one part `files` of a form, as a browser writes it."""
+    head, _, rest = body.partition(b"\r\n\r\n")
+    found = re.search(rb'form-data; name="files"; filename="(.*)"', head)
+    assert found, head
+    return found[1].decode(), rest.rpartition(b"\r\n--")[0]
 
 
 def answer_file(name: str, content: bytes, render: str) -> dict[str, Any]:

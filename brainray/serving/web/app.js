@@ -104,10 +104,9 @@ async function checkFile(file) {
 /** Put off a scan that may be answered later; say whether it was. */
 function postpone(scan, problem) {
   if (problem.status === 401) {
-    queue.lock();
+    meetRefusal(problem);
     scan.show("waiting", "Waiting for the token");
     queue.addFirst(scan);
-    askForToken(readToken() !== null);
     return true;
   }
   scan.tries += 1;
@@ -143,6 +142,7 @@ function showTally() {
   $("progress").hidden = all;
   $("download").disabled = !done.length;
   $("retry").hidden = failed.length < 2;
+  $("retry").textContent = `Try ${failed.length} again`;
 }
 
 function clearScans() {
@@ -261,13 +261,19 @@ function listenForViewer() {
 
 // ---- the token ---------------------------------------------------------------------------------
 
+/** Ask for the token, unless that was done since the refused request began. */
+function meetRefusal(problem) {
+  if (problem.token !== readToken()) return;
+  queue.lock();
+  if (!$("token-dialog").open) askForToken(problem.token !== null);
+}
+
 function askForToken(wasRefused) {
+  keepToken(null);
   $("token-button").hidden = false;
   $("token-button").textContent = "Enter token";
   $("token-error").textContent = wasRefused
     ? "The service did not accept the token. Check it, and enter it again." : "";
-  if ($("token-dialog").open) return;
-  keepToken(null);
   $("token").value = "";
   $("token-dialog").showModal();
   $("token").focus();
@@ -330,9 +336,9 @@ async function showModel() {
 
 function showMissingModel(problem) {
   if (problem.status === 401) {
-    queue.lock();
     $("card").replaceChildren(element("p", "muted", "Shown once there is a token."));
-    askForToken(readToken() !== null);
+    meetRefusal(problem);
+    if (readToken() !== null) showModel(); // another was entered meanwhile
     return;
   }
   const again = element("button", "", "Ask again");

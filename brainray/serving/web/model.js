@@ -47,9 +47,9 @@ function renderAccuracy(scores) {
   const interval = scores.accuracy_ci95;
   const images = isNumber(scores.n) ? `${scores.n.toLocaleString("en")} ${scores.name} images` : `${scores.name} images`;
   if (Array.isArray(interval)) {
-    box.append(renderInterval(scores.accuracy, interval));
     const [low, high] = interval.map((end) => (100 * end).toFixed(1));
-    box.append(element("p", "", `95 % interval ${low} to ${high} %, on ${images}.`));
+    box.append(element("p", "range", `${low} – ${high} %`));
+    box.append(element("p", "", `95 % interval, on ${images}.`));
   } else {
     box.append(element("p", "", `On ${images}; no interval.`));
   }
@@ -57,16 +57,6 @@ function renderAccuracy(scores) {
     box.append(element("p", "", `${percent(scores.no_twin.accuracy)} on those that have no near-twin in the training images.`));
   }
   return box;
-}
-
-/** Draw accuracy and interval on a scale from 0 to 1. */
-function renderInterval(accuracy, [low, high]) {
-  const scale = element("div", "interval", element("i", "range"), element("i", "point"));
-  scale.setAttribute("aria-hidden", "true");
-  scale.style.setProperty("--low", low);
-  scale.style.setProperty("--high", high);
-  scale.style.setProperty("--at", accuracy);
-  return scale;
 }
 
 function isNumber(value) {

@@ -109,7 +109,7 @@ export class Scan {
     answer.heat_map_png = null; // it lives in the picture now
     this.#write(answer);
     this.item.dataset.status = answer.status;
-    this.show("answered", { classified: "", abstained: "Abstained", rejected: "Rejected" }[answer.status]);
+    this.show("answered", { classified: "", abstained: "Abstained", rejected: "Rejected" }[answer.status] ?? answer.status);
   }
 
   /** Say that there is no answer, and why. */
@@ -119,7 +119,7 @@ export class Scan {
     fill(words, explainProblem(problem));
     fill(detail, problem.detail);
     blank.textContent = "No answer";
-    again.hidden = false;
+    again.hidden = problem.code === "body_too_large"; // it will not have shrunk
     this.show("failed", "No answer");
   }
 
@@ -162,8 +162,13 @@ export class Scan {
     if (!base64) return;
     const { pixels, map } = this.#parts;
     const target = this.render === "overlay" ? pixels : map;
-    target.src = this.#keep(new Blob([decodeBase64(base64)], { type: "image/png" }));
-    await target.decode().then(() => this.#reveal(target), () => target.removeAttribute("src"));
+    try {
+      target.src = this.#keep(new Blob([decodeBase64(base64)], { type: "image/png" }));
+      await target.decode();
+      this.#reveal(target);
+    } catch { // an answer without a map is an answer
+      target.removeAttribute("src");
+    }
   }
 
   #reveal(image) {
@@ -183,6 +188,9 @@ function describeFacts(answer, file, render) {
   const facts = [];
   if (answer.width_px) facts.push(`${answer.width_px} × ${answer.height_px} px`);
   if (answer.reason) facts.push(answer.reason);
+  if (answer.status === "abstained" && answer.explained_class) {
+    facts.push(`heat map of ${answer.explained_class}`);
+  }
   if (answer.status !== "rejected" && render === "overlay") {
     facts.push("drawn by the service, heat map included");
   }

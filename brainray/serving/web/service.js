@@ -3,11 +3,12 @@
 const TOKEN_KEY = "brainray-token"; // of sessionStorage: this tab, until it is closed
 const REQUEST_TIME_MS = 120_000;
 
-/** A request that got no answer but a reason: RFC 9457's members, and how long to wait. */
+/** A request that got no answer but a reason: RFC 9457's members, how long to wait, and the token
+ *  that it was made with. */
 export class Problem extends Error {
-  constructor({ code, status = 0, title = null, detail = null, waitSeconds = null }) {
+  constructor({ code, status = 0, title = null, detail = null, waitSeconds = null, token = null }) {
     super(detail ?? code);
-    Object.assign(this, { code, status, title, detail, waitSeconds });
+    Object.assign(this, { code, status, title, detail, waitSeconds, token });
   }
 
   /** Whether the same request may well be answered later. */
@@ -60,7 +61,7 @@ async function ask(path, { signal, ...request }) {
     if (signal?.aborted) throw error;
     throw new Problem({ code: late.aborted ? "timeout" : "unreachable" });
   }
-  if (!response.ok) throw await readProblem(response);
+  if (!response.ok) throw await readProblem(response, token);
   try {
     return await response.json();
   } catch (error) {
@@ -69,7 +70,7 @@ async function ask(path, { signal, ...request }) {
   }
 }
 
-async function readProblem(response) {
+async function readProblem(response, token) {
   const { status } = response;
   const waitSeconds = readRetryAfter(response.headers.get("retry-after"));
   let body = {};
@@ -80,7 +81,7 @@ async function readProblem(response) {
   }
   const code = body.code ?? { 401: "unauthorized", 413: "body_too_large", 429: "too_busy",
     503: "model_unavailable", 504: "timeout" }[status] ?? "not_understood";
-  return new Problem({ ...body, code, status, waitSeconds });
+  return new Problem({ ...body, code, status, waitSeconds, token });
 }
 
 /** Read seconds, or a date (RFC 9110, 10.2.3); null where there is neither. */

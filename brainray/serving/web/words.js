@@ -11,7 +11,7 @@ const REJECTIONS = {
   unsupported: "This format, or this variant of it, is not supported. Save the image as PNG.",
   multi_frame: "The file holds several images, and which is meant is ambiguous. Save the slice you mean by itself.",
 };
-const ABSTENTION = "No class was probable enough to be given. Look at the scan yourself.";
+const ABSTENTION = "No class was probable enough to be given. These are the probabilities.";
 
 const PROBLEMS = {
   unauthorized: "The service did not accept the token.",
@@ -54,7 +54,8 @@ export function formatBytes(bytes) {
     bytes /= 1024;
     power += 1;
   }
-  return `${bytes.toFixed(bytes < 10 && power > 0 ? 1 : 0)} ${units[power]}`;
+  const digits = bytes < 10 && !Number.isInteger(bytes) ? 1 : 0;
+  return `${bytes.toFixed(digits)} ${units[power]}`;
 }
 
 /** Write a count with its noun: 1 scan, 2 scans. */
