@@ -1,0 +1,509 @@
+"""The page in a real browser, against a server that answers as the service would."""
+
+import csv
+import io
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+
+from brainray.pixels.decode import REJECTION_REASONS
+from brainray.pixels.phantoms import draw_phantom
+from tests.conftest import CLASSES
+from tests.standin import CARD, CLASSIFIER_ID, TOKEN, WEB, StandIn, serve_standin
+
+WAIT_S = 10.0
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+CONTRAST = """
+const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
+  .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const ground = (node) => {
+  for (let at = node; at; at = at.parentElement) {
+    const colour = parse(getComputedStyle(at).backgroundColor);
+    if (colour.length === 3 || colour[3] === 1) return colour;
+  }
+  return [255, 255, 255];
+};
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+const found = [];
+while (walker.nextNode()) {
+  const holder = walker.currentNode.parentElement;
+  if (!walker.currentNode.data.trim() || !holder.checkVisibility() || holder.closest(":disabled")) {
+    continue;
+  }
+  const [a, b] = [parse(getComputedStyle(holder).color), ground(holder)].map(light);
+  found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), walker.currentNode.data.trim()]);
+}
+return found;
+"""
+
+
+@dataclass
+class Page:
+    """The page in a browser, and the folder that downloads go to."""
+
+    driver: webdriver.Chrome
+    downloads: Path
+
+    def open(self, state: StandIn) -> None:
+        self.driver.get(state.url)
+
+    def by_id(self, name: str) -> WebElement:
+        return self.driver.find_element(By.ID, name)
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def run(self, script: str, *arguments: object) -> Any:  # noqa: ANN401 - whatever it returns
+        return self.driver.execute_script(script, *arguments)
+
+    def call(self, module: str, expression: str, *arguments: object) -> Any:  # noqa: ANN401
+        """Evaluate an expression with a module of the page as ``m``."""
+        return self.driver.execute_async_script(
+            f"const done = arguments[arguments.length - 1];"
+            f"import('/static/{module}').then((m) => done({expression}));",
+            *arguments,
+        )
+
+    def choose(self, *paths: Path) -> None:
+        self.by_id("files").send_keys("\n".join(map(str, paths)))
+
+    def choose_and_wait(self, *paths: Path) -> list[WebElement]:
+        self.choose(*paths)
+        until(lambda: self.count_done() == len(paths))
+        return self.all(".scan")
+
+    def count_done(self) -> int:
+        return len(self.all(".scan[data-phase=answered], .scan[data-phase=failed]"))
+
+    def press(self, *keys: str) -> None:
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def focused(self) -> str:
+        return cast(
+            str, self.run("const at = document.activeElement; return at.id || at.className;")
+        )
+
+    def emulate(self, **features: str) -> None:
+        values = [{"name": name.replace("_", "-"), "value": v} for name, v in features.items()]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": values})
+
+    def read_csv(self) -> tuple[str, list[dict[str, str]]]:
+        place = self.downloads / "brainray-answers.csv"
+        until(place.exists)
+        text = place.read_bytes().decode()
+        place.unlink()
+        return text, list(csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline="")))
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.03)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    binary = next(filter(None, map(shutil.which, BROWSERS)), None)
+    driver_path = shutil.which("chromedriver")
+    if binary is None or driver_path is None:
+        pytest.skip("no Chromium, or no chromedriver, on the PATH")
+    downloads = tmp_path_factory.mktemp("downloads")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    options.add_argument("--headless=new")
+    options.add_argument("--window-size=1280,900")
+    options.add_argument("--disable-dev-shm-usage")
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        options.add_argument("--no-sandbox")
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(driver_path))
+    yield Page(driver, downloads)
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser: Page) -> Iterator[Page]:
+    yield browser
+    browser.emulate()
+    messages = [entry["message"] for entry in browser.driver.get_log("browser")]
+    assert not [one for one in messages if "Failed to load resource" not in one]
+
+
+@pytest.fixture
+def standin() -> Iterator[StandIn]:
+    with serve_standin(StandIn()) as state:
+        yield state
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw a folder of scans, whose names say what the stand-in answers."""
+    folder = tmp_path_factory.mktemp("scans")
+    dice = np.random.default_rng(1)
+    for name in ("glioma.png", "meningioma.png", "abstain.png", "busy.png", "fault.png"):
+        Image.fromarray(draw_phantom("glioma", dice)).save(folder / name)
+    Image.fromarray(draw_phantom("pituitary", dice)).save(folder / "pituitary.tif")
+    whole = (folder / "glioma.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 3])
+    (folder / "words.png").write_text("not an image")
+    return folder
+
+
+def test_a_scan_gets_its_class_bars_and_words(page: Page, standin: StandIn, scans: Path) -> None:
+    page.open(standin)
+    (scan,) = page.choose_and_wait(scans / "meningioma.png")
+    assert scan.find_element(By.CSS_SELECTOR, ".verdict").text.split() == [
+        "meningioma",
+        "93.7",
+        "%",
+    ]
+    bars = scan.find_elements(By.CSS_SELECTOR, ".probs li")
+    assert [bar.find_element(By.CSS_SELECTOR, ".label").text for bar in bars] == list(CLASSES)
+    assert [bar.find_element(By.CSS_SELECTOR, ".number").text for bar in bars] == [
+        "4.3 %",
+        "93.7 %",
+        "2.0 %",
+        "< 0.1 %",
+    ]
+    widths = page.run(
+        "return [...document.querySelectorAll('.track')].map((track) =>"
+        " track.firstChild.getBoundingClientRect().width / track.getBoundingClientRect().width)"
+    )
+    assert widths == pytest.approx([0.043, 0.9366, 0.02, 0.0004], abs=0.01)
+    until(lambda: page.by_id("live").text == "meningioma.png: meningioma, 93.7 %. All done.")
+    assert page.by_id("live").get_attribute("aria-live") == "polite"
+    assert page.by_id("tally").text == "1 scan · 1 classified"
+
+
+def test_the_slider_changes_how_much_of_the_map_is_seen(
+    page: Page, standin: StandIn, scans: Path
+) -> None:
+    page.open(standin)
+    (scan,) = page.choose_and_wait(scans / "glioma.png")
+    pixels, layer = scan.find_elements(By.CSS_SELECTOR, ".picture img")
+    assert pixels.rect == layer.rect
+    assert page.run("return arguments[0].naturalWidth", layer) > 0
+    assert layer.value_of_css_property("opacity") == "0.8"
+    page.by_id("opacity").send_keys(Keys.HOME)
+    assert layer.value_of_css_property("opacity") == "0"
+    page.by_id("opacity").send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert layer.value_of_css_property("opacity") == "0.1"
+    assert page.by_id("opacity-value").text == "10 %"
+    assert pixels.value_of_css_property("opacity") == "1"
+
+
+def test_what_has_no_class_says_why(page: Page, standin: StandIn, scans: Path) -> None:
+    page.open(standin)
+    names = ("abstain.png", "cut.png", "words.png")
+    abstained, cut, words = page.choose_and_wait(*(scans / name for name in names))
+    assert "Abstained" in abstained.text
+    assert "No class was probable enough" in abstained.text
+    assert "38.0 %" in abstained.text
+    assert "Rejected" in cut.text
+    assert "cut off on its way" in cut.text
+    assert "Resend it." in cut.text  # the service's own words
+    assert "truncated" in cut.text
+    assert "not an image in any known format" in words.text
+    assert page.by_id("tally").text == "3 scans · 1 abstained · 2 rejected"
+    until(lambda: "words.png: rejected." in page.by_id("live").text)
+
+
+def test_every_reason_code_has_words(page: Page, standin: StandIn) -> None:
+    page.open(standin)
+    reasons = list(REJECTION_REASONS)
+    words = page.call(
+        "words.js",
+        "arguments[0].map((reason) => m.explainStatus({ status: 'rejected', reason }))",
+        reasons,
+    )
+    fallback = page.call("words.js", "m.explainStatus({ status: 'rejected', reason: 'new' })")
+    assert len(set(words)) == len(reasons)
+    assert fallback not in words
+    assert fallback == "The scan could not be read."
+
+
+def test_shares_that_are_not_quite_whole_do_not_look_so(page: Page, standin: StandIn) -> None:
+    page.open(standin)
+    shares = page.call(
+        "words.js", "arguments[0].map(m.formatShare)", [0, 1e-9, 0.5, 0.99951, 0.9999999, 1]
+    )
+    assert shares == ["0.0 %", "< 0.1 %", "50.0 %", "> 99.9 %", "> 99.9 %", "100.0 %"]
+
+
+def test_answers_download_as_csv(page: Page, standin: StandIn, scans: Path, tmp_path: Path) -> None:
+    page.open(standin)
+    for name in ("=1+1.png", 'a, "b" größe.png'):
+        shutil.copy(scans / "glioma.png", tmp_path / name)
+    page.choose_and_wait(
+        tmp_path / "=1+1.png", tmp_path / 'a, "b" größe.png', scans / "cut.png", scans / "fault.png"
+    )
+    page.by_id("download").click()
+    text, rows = page.read_csv()
+    assert text.startswith("\ufeff")
+    columns = ["name", "content_sha256", "status", "reason", "predicted_class", "confidence"]
+    columns += [f"prob_{name}" for name in CLASSES]
+    assert list(rows[0]) == [*columns, "width_px", "height_px", "classifier_id"]
+    assert [row["name"] for row in rows] == [
+        "'=1+1.png",
+        'a, "b" größe.png',
+        "cut.png",
+        "fault.png",
+    ]
+    assert [row["status"] for row in rows] == [
+        "classified",
+        "classified",
+        "rejected",
+        "unanswered",
+    ]
+    assert rows[0]["predicted_class"] == "glioma"
+    assert rows[0]["confidence"] == rows[0]["prob_glioma"] == "0.9366"
+    assert rows[0]["classifier_id"] == CLASSIFIER_ID
+    assert len(rows[0]["content_sha256"]) == 64
+    assert rows[2]["reason"] == "truncated"
+    assert rows[2]["prob_glioma"] == ""
+    assert rows[3]["reason"] == "internal"
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "＝", " =", "\u200b="])
+def test_no_cell_is_taken_for_a_formula(page: Page, standin: StandIn, start: str) -> None:
+    if page.driver.current_url == "data:,":
+        page.open(standin)
+    nasty = f"{start}HYPERLINK(1)"
+    text = page.call("csv.js", "m.renderCsv([{ name: arguments[0] }], ['-x'])", nasty)
+    (row,) = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
+    assert row["name"] == f"'{nasty}"
+
+
+def test_keys_alone_do_it_all(page: Page, standin: StandIn, scans: Path) -> None:
+    page.open(standin)
+    until(lambda: page.all("#card .accuracy"))
+    page.press(Keys.TAB)
+    assert page.focused() == "skip"
+    page.press(Keys.TAB)
+    assert page.focused() == "files"
+    assert page.all(".button")[0].value_of_css_property("outline-style") == "solid"
+    page.choose_and_wait(scans / "glioma.png", scans / "meningioma.png")
+    assert page.focused() == "files"
+    page.press(Keys.TAB)
+    assert page.focused() == "opacity"
+    page.press(Keys.ARROW_LEFT)
+    assert page.all(".map")[0].value_of_css_property("opacity") == "0.75"
+    page.press(Keys.TAB)
+    assert page.focused() == "download"
+    page.press(Keys.ENTER)
+    assert len(page.read_csv()[1]) == 2
+    page.press(Keys.TAB, Keys.TAB)
+    assert page.focused() == "picture"
+    page.press(Keys.ENTER)
+    assert page.by_id("viewer-words").text == "glioma, 93.7 %"
+    page.press(Keys.ARROW_RIGHT)
+    assert page.by_id("viewer-name").text == "meningioma.png"
+    page.press(Keys.ESCAPE)
+    assert not page.by_id("viewer").is_displayed()
+    assert page.focused() == "picture"
+    ActionChains(page.driver).key_down(Keys.SHIFT).send_keys(Keys.TAB).key_up(Keys.SHIFT).perform()
+    assert page.focused() == "clear"
+    page.press(Keys.ENTER)
+    assert page.focused() == "files"
+    assert not page.all(".scan")
+    assert page.by_id("live").text == "Cleared."
+
+
+def test_everything_to_press_has_a_name(page: Page, standin: StandIn, scans: Path) -> None:
+    page.open(standin)
+    page.choose_and_wait(scans / "glioma.png", scans / "fault.png")
+    things = [one for one in page.all("a, button, input") if one.is_displayed()]
+    names = [one.accessible_name for one in things]
+    assert all(names), [one.get_attribute("outerHTML") for one in things]
+    assert "Enlarge glioma.png" in names
+    assert "Heat map" in names
+
+
+def test_nothing_leaves_the_origin(page: Page, standin: StandIn, scans: Path) -> None:
+    page.open(standin)
+    page.choose_and_wait(scans / "glioma.png", scans / "pituitary.tif")
+    names = page.run("return performance.getEntriesByType('resource').map((one) => one.name)")
+    assert any("/v1/explain" in name for name in names)
+    assert all(name.startswith((standin.url, f"blob:{standin.url}")) for name in names), names
+    assert page.run("return document.cookie + localStorage.length") == "0"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_in_light_and_dark(
+    page: Page, standin: StandIn, scans: Path, scheme: str
+) -> None:
+    page.emulate(prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
+    page.open(standin)
+    until(lambda: page.all("#card .accuracy"))
+    names = ("glioma.png", "abstain.png", "cut.png", "fault.png", "pituitary.tif")
+    page.choose_and_wait(*(scans / name for name in names))
+    colour = page.run("return getComputedStyle(document.body).backgroundColor")
+    channels = [int(part) for part in colour[4:-1].split(",")]
+    assert max(channels) < 40 if scheme == "dark" else min(channels) > 230
+    found = page.run(CONTRAST)
+    assert len(found) > 40
+    assert not [pair for pair in found if pair[0] < 4.5]
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1920])
+def test_it_fits_every_width(page: Page, standin: StandIn, scans: Path, width: int) -> None:
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        page.open(standin)
+        page.choose_and_wait(scans / "glioma.png", scans / "cut.png", scans / "fault.png")
+        assert page.run("return document.documentElement.scrollWidth") <= width
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_busy_service_is_asked_again_when_it_says(
+    page: Page, standin: StandIn, scans: Path
+) -> None:
+    page.open(standin)
+    page.choose(scans / "busy.png")
+    until(lambda: "busy; trying again in 1 s" in page.all(".scan .state")[0].text)
+    until(lambda: page.count_done() == 1)
+    assert "glioma" in page.all(".scan")[0].text
+    first, second = standin.moments["busy.png"]
+    assert second - first >= 1.0
+
+
+def test_a_failure_is_told_and_can_be_tried_again(
+    page: Page, standin: StandIn, scans: Path
+) -> None:
+    page.open(standin)
+    (scan,) = page.choose_and_wait(scans / "fault.png")
+    assert "The service failed on this scan." in scan.text
+    assert "The service's log says what." in scan.text
+    scan.find_element(By.CSS_SELECTOR, ".again").click()
+    assert page.focused().startswith("scan-")
+    until(lambda: scan.get_attribute("data-phase") == "answered")
+    assert "failed" not in scan.text
+    assert page.by_id("tally").text == "1 scan · 1 classified"
+
+
+def test_a_service_that_is_gone_is_told(page: Page, scans: Path) -> None:
+    with serve_standin(StandIn()) as state:
+        page.open(state)
+        until(lambda: page.all("#card .accuracy"))
+    (scan,) = page.choose_and_wait(scans / "glioma.png")
+    assert "The service cannot be reached." in scan.text
+
+
+def test_a_token_is_asked_for_and_kept_in_the_tab(
+    page: Page, standin: StandIn, scans: Path
+) -> None:
+    standin.needs_token = True
+    page.open(standin)
+    until(page.by_id("token-dialog").is_displayed)
+    assert page.focused() == "token"
+    page.press(Keys.ESCAPE)
+    page.choose(scans / "glioma.png")
+    assert "Waiting" in page.all(".scan .state")[0].text
+    page.by_id("token-button").click()
+    page.press("wrong-token", Keys.ENTER)
+    until(lambda: "did not accept the token" in page.by_id("token-error").text)
+    page.press(TOKEN, Keys.ENTER)
+    until(lambda: page.count_done() == 1)
+    assert "glioma" in page.all(".scan")[0].text
+    until(lambda: page.all("#card .accuracy"))
+    assert page.run("return Object.values(sessionStorage)") == [TOKEN]
+    assert page.run("return document.cookie + localStorage.length") == "0"
+    page.by_id("token-button").click()
+    assert page.run("return sessionStorage.length") == 0
+
+
+def test_few_are_asked_at_a_time(page: Page, standin: StandIn, scans: Path, tmp_path: Path) -> None:
+    standin.delay_s = 0.1
+    page.open(standin)
+    paths = [tmp_path / f"glioma-{number}.png" for number in range(8)]
+    for path in paths:
+        shutil.copy(scans / "glioma.png", path)
+    page.choose_and_wait(*paths)
+    assert 1 < standin.most_at_once <= 3
+    assert set(standin.asked.values()) == {1}
+
+
+def test_what_browsers_cannot_draw_is_drawn_by_the_service(
+    page: Page, standin: StandIn, scans: Path
+) -> None:
+    page.open(standin)
+    (scan,) = page.choose_and_wait(scans / "pituitary.tif")
+    assert standin.renders == ["overlay"]
+    assert "drawn by the service" in scan.text
+    picture = scan.find_element(By.CSS_SELECTOR, ".pixels")
+    assert page.run("return arguments[0].naturalWidth", picture) > 0
+
+
+def test_a_file_beyond_the_limit_is_not_sent(page: Page, standin: StandIn, tmp_path: Path) -> None:
+    page.open(standin)
+    until(lambda: page.all("#card .accuracy"))
+    (tmp_path / "big.bmp").write_bytes(bytes(CARD["limits"]["body_bytes"] + 1))
+    (scan,) = page.choose_and_wait(tmp_path / "big.bmp")
+    assert "larger than this service takes" in scan.text
+    assert not standin.asked
+
+
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_scans_can_be_dropped_and_pasted(page: Page, standin: StandIn, way: str) -> None:
+    page.open(standin)
+    page.run(
+        """
+        const transfer = new DataTransfer();
+        transfer.items.add(new File(["hello"], "note.txt"));
+        document.body.dispatchEvent(arguments[0] === "drop"
+          ? new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true })
+          : new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true }));
+        """,
+        way,
+    )
+    until(lambda: page.count_done() == 1)
+    assert "note.txt" in page.all(".scan")[0].text
+
+
+def test_the_card_says_how_well_it_was_measured(page: Page, standin: StandIn) -> None:
+    page.open(standin)
+    until(lambda: page.all("#card .accuracy"))
+    words = page.by_id("card").text
+    assert "96.3 %" in words  # of the test images, not of the validation images
+    assert "95.2 – 97.4 %" in words
+    assert "1,311 test images" in words
+    assert "94.0 % on those that have no near-twin" in words
+    assert CLASSIFIER_ID in words
+    assert all(name in words for name in CLASSES)
+    assert "not a medical device" in page.all(".notice")[0].text
+
+
+def test_a_card_without_scores_says_so(page: Page, standin: StandIn) -> None:
+    standin.metrics = None
+    page.open(standin)
+    until(lambda: "nobody has measured it" in page.by_id("card").text)
+    assert "%" not in page.by_id("card").text
+
+
+def test_the_page_holds_no_inline_code_and_no_foreign_address() -> None:
+    text = "".join(path.read_text() for path in sorted(WEB.iterdir()))
+    assert "innerHTML" not in text
+    assert " style=" not in text
+    addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\"\s]*", text))
+    assert addresses == {"http://www.w3.org/2000/svg"}  # a name, not a place
