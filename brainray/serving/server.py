@@ -5,6 +5,7 @@ processor for each request, where the ingress takes 0.3 ms. A single ingress pro
 that: at 3,000 requests a second it is far from being what limits.
 """
 
+import fcntl
 import ipaddress
 import logging
 import os
@@ -231,6 +232,8 @@ def find_output() -> str | None:
     """Return a path under which other processes write to this one's standard output (Linux)."""
     path = f"/proc/{os.getpid()}/fd/1"
     try:
+        # Into a file that was opened with `>`, each would otherwise write over the other's lines.
+        fcntl.fcntl(1, fcntl.F_SETFL, fcntl.fcntl(1, fcntl.F_GETFL) | os.O_APPEND)
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK))
     except OSError:  # a socket, or a system without /proc: Ray's log file takes the lines
         return None
