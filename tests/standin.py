@@ -50,7 +50,7 @@ CARD: dict[str, Any] = {
             "no_twin": {"n": 702, "accuracy": 0.9402},
         },
     },
-    "runtime": {"backend": "openvino", "precision": "fp32"},
+    "runtime": {"backend": "openvino", "precision": "fp32", "description": "OpenVINO, fp32"},
     "intended_use": "Research on classifying slices of brain MRI: comparing classifiers, sorting "
     "and finding scans in research data.",
     "not_intended_for": "Diagnosis, treatment or triage of patients; scans of other organs or "

@@ -144,7 +144,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 def page(browser: Page) -> Iterator[Page]:
     yield browser
     browser.emulate()
-    messages = [entry["message"] for entry in browser.driver.get_log("browser")]
+    messages = [entry["message"] for entry in browser.driver.get_log("browser")]  # type: ignore[no-untyped-call]
     assert not [one for one in messages if "Failed to load resource" not in one]
 
 
@@ -453,6 +453,21 @@ def test_what_browsers_cannot_draw_is_drawn_by_the_service(
     assert "drawn by the service" in scan.text
     picture = scan.find_element(By.CSS_SELECTOR, ".pixels")
     assert page.run("return arguments[0].naturalWidth", picture) > 0
+
+
+def test_a_map_is_not_laid_over_a_scan_drawn_otherwise(
+    page: Page, standin: StandIn, scans: Path, tmp_path: Path
+) -> None:
+    image = Image.open(scans / "glioma.png").convert("L").crop((0, 0, 120, 80))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn, which browsers do and the stand-in does not
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    page.open(standin)
+    (scan,) = page.choose_and_wait(tmp_path / "turned.jpg")
+    assert standin.renders == ["map", "overlay"]
+    pixels, layer = scan.find_elements(By.CSS_SELECTOR, ".picture img")
+    assert page.run("return arguments[0].naturalWidth", pixels) == 120
+    assert not layer.is_displayed()
 
 
 def test_a_file_beyond_the_limit_is_not_sent(page: Page, standin: StandIn, tmp_path: Path) -> None:

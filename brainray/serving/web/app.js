@@ -9,7 +9,7 @@ import { Problem, explainScan, keepToken, readModel, readToken } from "./service
 import { explainProblem, formatBytes, formatCount } from "./words.js";
 
 const PARALLEL = 3;
-const MAX_TRIES = 6; // of a scan, while the service is busy
+const MAX_TRIES = 7; // of a scan while the service is busy: about a minute, with the waits between
 const MAX_WAIT_S = 60; // longer, and a person decides
 const SPEAK_AFTER_MS = 400;
 const MOST_SPOKEN = 3; // more answers at once are counted, not read out
@@ -110,7 +110,7 @@ function postpone(scan, problem) {
     return true;
   }
   scan.tries += 1;
-  const seconds = problem.waitSeconds ?? 2 ** (scan.tries - 1);
+  const seconds = Math.max(problem.waitSeconds ?? 0, 2 ** (scan.tries - 1));
   if (!problem.mayPass || scan.tries >= MAX_TRIES || seconds > MAX_WAIT_S) return false;
   scan.show("waiting", `The service is busy; trying again in ${Math.max(1, Math.ceil(seconds))} s`);
   queue.pause(seconds);

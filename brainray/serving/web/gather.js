@@ -10,13 +10,18 @@ export async function gatherDropped(transfer) {
 
 async function gatherEntry(entry) {
   if (entry.name.startsWith(".")) return [];
-  if (entry.isFile) {
-    try {
-      return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
-    } catch { // nobody may read it; the answer says so
-      return [new File([], entry.name)];
-    }
+  try {
+    return entry.isFile ? [await openFile(entry)] : await gatherFolder(entry);
+  } catch { // it may not be read; an empty file in its place is answered, not dropped in silence
+    return [new File([], entry.name)];
   }
+}
+
+function openFile(entry) {
+  return new Promise((resolve, reject) => entry.file(resolve, reject));
+}
+
+async function gatherFolder(entry) {
   const reader = entry.createReader();
   const found = [];
   for (;;) { // a reader gives a hundred at a time

@@ -11,7 +11,7 @@ export function renderModel(model) {
     ["Classes", model.classes.join(", ")],
     ["Id", code(model.classifier_id)],
     ["Input", model.preprocessing?.size_px && `${model.preprocessing.size_px} × ${model.preprocessing.size_px} px, grey`],
-    ["Computes with", Object.values(model.runtime ?? {}).join(", ")],
+    ["Computes with", model.runtime?.description],
   ].filter(([, value]) => value);
   parts.push(element("dl", "facts", ...facts.flatMap(([term, value]) => [
     element("dt", "", term), element("dd", "", value),
