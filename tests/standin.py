@@ -91,13 +91,14 @@ def build_standin(state: StandIn) -> Starlette:
         name, content = read_file(await request.body())
         refusal = refuse_stranger(request, state)
         if refusal is not None:
+            await asyncio.sleep(1.0 if name.startswith("late") else 0)
             return refusal
         render = request.query_params["render"]
         state.asked[name] += 1
         state.renders.append(render)
         state.moments.setdefault(name, []).append(time.monotonic())
         if name.startswith("busy") and state.asked[name] == 1:
-            return write_problem(429, "too_busy", "128 scans wait already.", {"retry-after": "1"})
+            return write_problem(429, "too_busy", "128 scans wait already.", {"retry-after": "2"})
         if name.startswith("fault") and state.asked[name] == 1:
             return write_problem(500, "internal", "The service's log says what.")
         state.at_once += 1
