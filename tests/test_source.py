@@ -336,7 +336,75 @@ def test_parquet_missing_column(tmp_path: Path, name: str) -> None:
     words = refusal(file)
     assert words.startswith(f"No column {name} in '{file}' (it has ")
     assert "other" in words
-    assert words.endswith("Expected image_bytes and label; path and group are optional.")
+    assert "Expected label, and image_bytes (or, in a manifest of places, uri or path)" in words
+
+
+# ------------------------------------------------------------------------ splits in columns, places
+
+
+def test_a_split_column_says_the_split(tmp_path: Path) -> None:
+    given = ["train", "Training", "val", "TEST"]
+    file = write_parquet(tmp_path / "scans.parquet", 16, split=[s for s in given for _ in CLASSES])
+    splits = column(find_samples(str(file), CLASSES), "split")
+    assert splits == [s for s in ("train", "train", "val", "test") for _ in CLASSES]
+
+
+def test_an_empty_split_column_says_nothing(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "scans.parquet", 4, split=pa.nulls(4, pa.string()))
+    assert column(find_samples(str(file), CLASSES), "split") == [""] * 4
+
+
+@pytest.mark.parametrize(("bad", "said"), [("dev", "Unknown split 'dev'"), ("", "No split in row")])
+def test_a_split_that_cannot_be_meant_is_refused(tmp_path: Path, bad: str, said: str) -> None:
+    file = write_parquet(tmp_path / "a.parquet", 8, split=[*["train"] * 7, bad])
+    assert said in refusal(file)
+
+
+def write_manifest(file: Path, places: Sequence[str], **columns: Iterable[Any]) -> Path:
+    labels = [place.split("/")[-2] for place in places]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"label": labels} | columns), file)
+    return file
+
+
+@pytest.mark.parametrize("name", ["uri", "path"])
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_manifest_of_places_is_a_data_set(tmp_path: Path, name: str, absolute: bool) -> None:
+    fill(tmp_path / "scans", names=("1.jpg", "2 é.jpg"))
+    files = sorted((tmp_path / "scans").rglob("*.jpg"))
+    places = [str(f if absolute else f.relative_to(tmp_path)) for f in files]
+    splits = ["train", "test"] * 4
+    manifest = write_manifest(
+        tmp_path / "split.parquet", places, **{name: places, "split": splits, "group": range(8)}
+    )
+    found = find_samples(str(manifest), CLASSES)
+    assert found.samples.schema == SAMPLE_SCHEMA
+    assert column(found, "split") == splits
+    assert column(found, "group") == [str(number) for number in range(8)]
+    assert column(found, "path") == places
+    for row, file in zip(found.samples.to_pylist(), files, strict=True):
+        assert storage.read_bytes(row["uri"]) == file.read_bytes()
+        assert (row["row_group"], row["row"]) == (-1, -1)
+    sizes = [file.stat().st_size for file in files]
+    assert column(found, "size_bytes") == [sum(sizes) // 8] * 8
+
+
+def test_a_manifest_may_point_into_parquet(tmp_path: Path) -> None:
+    table = write_parquet(tmp_path / "bytes" / "scans.parquet", 8, rows_per_group=4)
+    whole = find_samples(str(table), CLASSES).samples
+    kept = whole.take([6, 1, 4, 3]).append_column("extra", pa.array([1.0] * 4))
+    labels = [CLASSES[label] for label in kept["label"].to_pylist()]
+    kept = kept.set_column(kept.column_names.index("label"), "label", pa.array(labels))
+    pq.write_table(kept, tmp_path / "manifest.parquet")
+    found = find_samples(str(tmp_path / "manifest.parquet"), CLASSES)
+    assert found.samples == whole.take([6, 1, 4, 3])
+
+
+def test_a_manifest_without_a_place_in_a_row_is_refused(tmp_path: Path) -> None:
+    manifest = write_manifest(
+        tmp_path / "m.parquet", [f"{name}/1.jpg" for name in CLASSES], uri=["a", None, "c", "d"]
+    )
+    assert f"No place in row 1 of '{manifest}'" in refusal(manifest)
 
 
 @pytest.mark.parametrize("label", ["glioma_2", None, ""])

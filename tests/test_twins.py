@@ -12,13 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
-from brainray.dataset import twins
+from brainray.dataset import neighbours
+from brainray.dataset.neighbours import build_sketches
 from brainray.dataset.twins import (
     NEAR_TWIN_CORRELATION,
     compute_thumbnail,
     find_nearest,
     group_twins,
+    measure_recall,
     merge_groups,
     standardise_thumbnails,
 )
@@ -116,14 +120,16 @@ def test_groups_match_brute_force_at_any_block_border(
     links = np.minimum(apart, 360 - apart) <= 10
     expected = group_by_brute_force(links)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(twins, "_BLOCK_ROWS", block_rows)
+        patch.setattr(neighbours, "_BLOCK_ROWS", block_rows)
+        patch.setattr(neighbours, "_BLOCK_COLUMNS", 6 - block_rows)
+        patch.setattr(neighbours, "_BATCH_PAIRS", block_rows)
         groups = group_twins(on_circle(*degrees), min_correlation=float(np.cos(np.deg2rad(10.5))))
     assert groups.dtype == np.int64
     assert groups.tolist() == expected  # numbered from 0, in order of first appearance
 
 
 def test_permutation_keeps_the_partition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(twins, "_BLOCK_ROWS", 16)
+    monkeypatch.setattr(neighbours, "_BLOCK_ROWS", 16)
     thumbnails = draw_thumbnails(60)
     thumbnails[30:] = thumbnails[:30] ^ 1  # each has one twin, half a set away
     order = np.random.default_rng(1).permutation(60)
@@ -133,7 +139,8 @@ def test_permutation_keeps_the_partition(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_find_nearest_matches_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(twins, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(neighbours, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(neighbours, "_BLOCK_COLUMNS", 5)
     here, there = draw_thumbnails(24, seed=1), draw_thumbnails(19, seed=2)
     there[18] = here[23]
     nearest, correlation = find_nearest(standardise_thumbnails(here), standardise_thumbnails(there))
@@ -143,6 +150,85 @@ def test_find_nearest_matches_brute_force(monkeypatch: pytest.MonkeyPatch) -> No
     assert (nearest[23], float(correlation[23])) == (18, pytest.approx(1))
     empty = find_nearest(np.zeros((0, 576), np.float32), standardise_thumbnails(there))
     assert [len(part) for part in empty] == [0, 0]
+
+
+# ------------------------------------------------------------------------- the search, at any size
+
+
+def draw_look_alikes(count: int, seed: int = 0) -> NDArray[np.float32]:
+    """Draw standardised thumbnails of which every third resembles another, more or less."""
+    rng = np.random.default_rng(seed)
+    patterns = rng.normal(0, 1, (12, 576))
+    pixels = 128 + 30 * (rng.normal(0, 1, (count, 12)) @ patterns) / 3
+    pixels += rng.normal(0, 6, (count, 576))
+    third = count // 3
+    noise = rng.normal(0, 1, (third, 576)) * rng.uniform(0, 12, (third, 1))
+    pixels[:third] = pixels[third : 2 * third] + noise
+    order = rng.permutation(count)
+    return standardise_thumbnails(np.clip(pixels, 0, 255).astype(np.uint8)[order])
+
+
+@pytest.mark.parametrize("min_correlation", [0.9, 0.96, 0.995])
+def test_groups_match_comparing_every_pair(min_correlation: float) -> None:
+    standardised = draw_look_alikes(3000)
+    links = standardised @ standardised.T >= min_correlation
+    _, expected = connected_components(coo_array(links), directed=False)
+    assert len(set(expected)) < 3000
+    groups = group_twins(standardised, min_correlation=min_correlation)
+    assert groups.tolist() == expected.tolist()
+
+
+def test_cells_find_what_comparing_every_pair_finds() -> None:
+    standardised = draw_look_alikes(6000, seed=1)
+    exact = group_twins(standardised, min_correlation=0.96)
+    by_cells = group_twins(standardised, min_correlation=0.96, exact_pairs=0)
+    recall = measure_recall(standardised, by_cells, min_correlation=0.96, num_samples=6000)
+    assert recall["num_pairs"] == int((standardised @ standardised.T >= 0.96).sum()) - 6000
+    assert recall["num_grouped"] >= 0.999 * recall["num_pairs"]
+    for group in np.unique(by_cells):  # a group by cells never joins what is apart
+        assert len(set(exact[by_cells == group])) == 1
+
+
+def test_recall_counts_pairs_that_were_missed() -> None:
+    standardised = draw_look_alikes(300)
+    alone = measure_recall(standardised, np.arange(300), min_correlation=0.96)
+    assert alone["num_pairs"] > 20
+    assert alone["num_grouped"] == 0
+
+
+def test_nearest_by_cells_is_nearly_always_the_nearest() -> None:
+    standardised = draw_look_alikes(6000, seed=2)
+    queries, reference = standardised[:1500], standardised[1500:]
+    nearest, correlation = find_nearest(queries, reference, exact_pairs=0)
+    best = (queries @ reference.T).max(axis=1)
+    named = np.einsum("ij,ij->i", queries, reference[nearest])
+    np.testing.assert_allclose(correlation, named, atol=2e-6)
+    assert (correlation >= best - 2e-6).mean() > 0.9
+    assert (correlation[best >= 0.96] >= 0.96).mean() > 0.99
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1000), count=st.integers(2, 40), num_axes=st.integers(0, 40),
+    dimensions=st.integers(1, 40),
+)  # fmt: skip
+def test_a_product_of_sketches_is_never_below_that_of_the_vectors(
+    seed: int, count: int, num_axes: int, dimensions: int
+) -> None:
+    vectors = np.random.default_rng(seed).normal(size=(count, dimensions)).astype(np.float32)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
+    sketches = build_sketches(vectors, num_axes)
+    assert sketches.shape == (count, min(num_axes, dimensions) + 1)
+    assert (sketches @ sketches.T >= vectors @ vectors.T - 1e-5).all()
+
+
+def test_many_copies_of_one_image_are_one_group_and_blank_ones_are_not() -> None:
+    thumbnails = draw_thumbnails(40)
+    thumbnails[5:25] = thumbnails[4]
+    thumbnails[30:35] = 9
+    groups = group_twins(standardise_thumbnails(thumbnails), min_correlation=1.0)
+    assert len(set(groups[4:25])) == 1
+    assert len(set(groups)) == 40 - 20
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Find the scans of a data set: class folders or Parquet tables become one sample table.
+"""Find the scans of a data set: class folders, Parquet tables, manifests become one sample table.
 
 Nothing here opens an image. A sample table (:data:`SAMPLE_SCHEMA`) has a row for every
 scan: where its bytes are, what it is called, its label and the split it was given.
@@ -41,6 +41,11 @@ SPLIT_NAMES = {
 }
 """Folder (or Parquet file) names, in lower case, and the split they mean."""
 
+_PLACE_COLUMNS = ("uri", "row_group", "row", "size_bytes")
+"""Columns of a manifest of places; all but ``uri`` may be left out."""
+
+_SIZES_LOOKED_AT = 64
+
 SPLITS_IN_WORDS = "Training/, Testing/, or train/, val/, test/"
 
 
@@ -75,7 +80,10 @@ def find_samples(
     ----------
     data_uri : str
         A folder of class folders, of split folders holding class folders, or of Parquet
-        files; or one Parquet file. Local, s3:// or gs://.
+        files; or one Parquet file. Local, s3:// or gs://. A Parquet file holds the scans
+        (``image_bytes``), or is a manifest of places that says where they are: ``uri``, with
+        ``row_group`` and ``row`` for a scan within a Parquet file, or else ``path``; relative
+        places are below the manifest's folder.
     classes : sequence of str
         Class names in class order; a class folder must be one of them.
     splits : sequence of str, optional
@@ -234,13 +242,18 @@ def _read_parquet_file(file: storage.FoundFile, classes: Sequence[str]) -> pa.Ta
     try:
         with pq.ParquetFile(path, filesystem=filesystem) as parquet:
             names = parquet.schema_arrow.names
-            missing = [name for name in ("image_bytes", "label") if name not in names]
-            if missing:
+            has_place = any(name in names for name in ("image_bytes", "uri", "path"))
+            if "label" not in names or not has_place:
+                missing = "image_bytes" if "label" in names else "label"
                 raise DataError(
-                    f"No column {', '.join(missing)} in '{file.uri}' (it has {', '.join(names)}). "
-                    "Expected image_bytes and label; path and group are optional."
+                    f"No column {missing} in '{file.uri}' (it has {', '.join(names)}). Expected "
+                    "label, and image_bytes (or, in a manifest of places, uri or path); "
+                    "split and group are optional."
                 )
-            wanted = [name for name in ("label", "path", "group") if name in names]
+            wanted = [name for name in ("label", "path", "split", "group") if name in names]
+            if "image_bytes" not in names:
+                wanted += [name for name in _PLACE_COLUMNS if name in names]
+                return _describe_places(parquet.read(columns=wanted), file, classes)
             parts = [
                 _describe_row_group(parquet, index, wanted, file, classes)
                 for index in range(parquet.num_row_groups)
@@ -270,20 +283,94 @@ def _describe_row_group(
         if "path" in wanted
         else pa.array([f"{file.relative_path}#{index}-{row}" for row in range(count)])
     )
-    groups = table["group"].cast(pa.string()) if "group" in wanted else pa.nulls(count, pa.string())
-    return pa.table(
-        {
-            "path": paths,
-            "uri": pa.array([file.uri] * count),
-            "row_group": pa.array([index] * count, pa.int32()),
-            "row": pa.array(range(count), pa.int64()),
-            "label": _read_labels(table["label"], file.uri, classes),
-            "split": pa.array([_split_of(file.relative_path)] * count),
-            "group": groups,
-            "size_bytes": pa.array([size // max(count, 1)] * count, pa.int64()),
-        },
-        schema=SAMPLE_SCHEMA,
-    )
+    places = {
+        "path": paths,
+        "uri": pa.array([file.uri] * count),
+        "row_group": pa.array([index] * count, pa.int32()),
+        "row": pa.array(range(count), pa.int64()),
+        "size_bytes": pa.array([size // max(count, 1)] * count, pa.int64()),
+    }
+    return _complete_samples(table, places, file, classes)
+
+
+def _describe_places(table: pa.Table, file: storage.FoundFile, classes: Sequence[str]) -> pa.Table:
+    """Read a manifest of places: rows that say where a scan's bytes are, and do not hold them."""
+    count, names = table.num_rows, table.column_names
+    given = table["uri" if "uri" in names else "path"].cast(pa.string()).to_pylist()
+    if None in given:
+        raise DataError(
+            f"No place in row {given.index(None)} of '{file.uri}'. Expected the uri of a scan "
+            "in every row."
+        )
+    folder = file.uri.rpartition("/")[0]
+    uris = [_place_beside(folder, place) for place in given]
+    in_file = pa.array([-1] * count, pa.int64())
+    places = {
+        "path": table["path"].cast(pa.string()) if "path" in names else pa.array(given),
+        "uri": pa.array(uris, pa.string()),
+        "row_group": (table["row_group"] if "row_group" in names else in_file).cast(pa.int32()),
+        "row": (table["row"] if "row" in names else in_file).cast(pa.int64()),
+        "size_bytes": (
+            table["size_bytes"].cast(pa.int64())
+            if "size_bytes" in names
+            else pa.array([_estimate_size(uris)] * count, pa.int64())
+        ),
+    }
+    return _complete_samples(table, places, file, classes)
+
+
+def _place_beside(folder: str, place: str) -> str:
+    """Return a scan's place: as given, or below the manifest's folder where it is relative."""
+    if "://" in place or place.startswith(("/", "~")):
+        return storage.make_absolute(place)
+    return storage.join(folder, *place.split("/"))
+
+
+def _estimate_size(uris: Sequence[str]) -> int:
+    """Return the mean size of a few of the files, in bytes; those that are missing count as 0."""
+    looked_at = uris[:: max(1, len(uris) // _SIZES_LOOKED_AT)]
+    found = [storage.find_file(uri) for uri in looked_at]
+    sizes = [max(file.size_bytes, 0) if file else 0 for file in found]
+    return sum(sizes) // max(len(sizes), 1)
+
+
+def _complete_samples(
+    table: pa.Table,
+    places: dict[str, pa.Array],
+    file: storage.FoundFile,
+    classes: Sequence[str],
+) -> pa.Table:
+    """Add label, split and group, the table's own or its file's, to where the scans are."""
+    count, names = table.num_rows, table.column_names
+    columns = places | {
+        "label": _read_labels(table["label"], file.uri, classes),
+        "split": (
+            _read_splits(table["split"], file.uri)
+            if "split" in names
+            else pa.array([_split_of(file.relative_path)] * count, pa.string())
+        ),
+        "group": (
+            table["group"].cast(pa.string()) if "group" in names else pa.nulls(count, pa.string())
+        ),
+    }
+    return pa.table({field.name: columns[field.name] for field in SAMPLE_SCHEMA}, SAMPLE_SCHEMA)
+
+
+def _read_splits(column: pa.ChunkedArray, where: str) -> pa.Array:
+    """Take split names, as folders may have them; all empty where nothing is said."""
+    given = [str(value or "").lower() for value in column.to_pylist()]
+    unknown = [value for value in given if value and value not in SPLIT_NAMES]
+    if unknown:
+        raise DataError(
+            f"Unknown split '{unknown[0]}' in {where}. Expected train, val or test in the column "
+            "`split`. Rename it, or leave the column out."
+        )
+    if "" in given and any(given):
+        raise DataError(
+            f"No split in row {given.index('')} of {where}, while others have one. Expected train, "
+            "val or test in every row, or in none."
+        )
+    return pa.array([SPLIT_NAMES.get(value, "") for value in given], pa.string())
 
 
 def _read_labels(column: pa.ChunkedArray, where: str, classes: Sequence[str]) -> pa.Array:

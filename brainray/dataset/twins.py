@@ -13,6 +13,13 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from brainray.dataset.neighbours import (
+    EXACT_PAIRS,
+    find_nearest_rows,
+    iterate_candidates,
+    multiply_rows,
+)
+
 THUMBNAIL_PX = 24
 """Side of a thumbnail, in pixels: coarse enough to forgive a JPEG's noise."""
 
@@ -22,7 +29,7 @@ NEAR_TWIN_CORRELATION = 0.995
 On the 1,311 official test images of the Kaggle brain-tumour set 37 % have one.
 """
 
-_BLOCK_ROWS = 2048
+_RECALL_ROWS = 16_384
 
 
 def compute_thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -61,7 +68,12 @@ def standardise_thumbnails(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]
     return standardised
 
 
-def group_twins(standardised: NDArray[np.float32], *, min_correlation: float) -> NDArray[np.int64]:
+def group_twins(
+    standardised: NDArray[np.float32],
+    *,
+    min_correlation: float,
+    exact_pairs: int = EXACT_PAIRS,
+) -> NDArray[np.int64]:
     """Group near-identical slices by single linkage.
 
     Parameters
@@ -70,27 +82,112 @@ def group_twins(standardised: NDArray[np.float32], *, min_correlation: float) ->
         From :func:`standardise_thumbnails`.
     min_correlation : float
         Two slices at or above it are of one group, and so are the slices of a chain.
+    exact_pairs : int
+        Pairs of slices up to which none is missed; beyond it a few may be, see
+        :func:`measure_recall`.
 
     Returns
     -------
     ndarray of int64, shape (N,)
         Group numbers from 0, in order of first appearance.
     """
+    first, copy_of = _find_copies(standardised)
+    vectors = standardised[first]
+    groups = np.arange(len(vectors))
+    exact = is_exact(len(vectors), exact_pairs)
+    for left, right in iterate_candidates(vectors, min_correlation, exact=exact):
+        apart = groups[left] != groups[right]  # what a chain has joined needs no look
+        left, right = left[apart], right[apart]
+        close = multiply_rows(vectors, left, right) >= min_correlation
+        groups = _join(groups, left[close], right[close])
+    return _number_by_appearance(groups[copy_of])
+
+
+def is_exact(num_images: int, exact_pairs: int = EXACT_PAIRS) -> bool:
+    """Tell whether grouping so many images compares every pair."""
+    return num_images * (num_images - 1) // 2 <= exact_pairs
+
+
+def _find_copies(standardised: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the first row of each kind, (n,), and the kind of each row, (N,).
+
+    A thousand copies of one image would otherwise be half a million pairs. Rows of zeros
+    correlate with nothing, and so not with one another.
+    """
+    rows = np.ascontiguousarray(standardised)
+    if not rows.size:
+        empty = np.zeros(0, np.int64)
+        return empty, empty
+    as_bytes = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1]))).ravel()
+    _, first, kind = np.unique(as_bytes, return_index=True, return_inverse=True)
+    first_copy = first[kind]
+    blank = np.flatnonzero(~rows.any(axis=1))
+    first_copy[blank] = blank
+    distinct, copy_of = np.unique(first_copy, return_inverse=True)
+    return distinct, copy_of
+
+
+def _join(
+    groups: NDArray[np.int64], left: NDArray[np.int64], right: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Join the groups of pairs of slices."""
+    if not len(left):
+        return groups
+    size = int(groups.max()) + 1
+    links = coo_array(
+        (np.ones(len(left), np.int8), (groups[left], groups[right])), shape=(size, size)
+    )
+    _, joined = connected_components(links, directed=False)
+    return np.asarray(joined, dtype=np.int64)[groups]
+
+
+def _number_by_appearance(groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first)).astype(np.int64)[inverse]
+
+
+def measure_recall(
+    standardised: NDArray[np.float32],
+    groups: NDArray[np.int64],
+    *,
+    min_correlation: float,
+    num_samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, int]:
+    """Measure, on a sample, how many near-identical pairs were put into one group.
+
+    Parameters
+    ----------
+    standardised : ndarray of float32, shape (N, 576)
+    groups : ndarray of int64, shape (N,)
+        From :func:`group_twins`.
+    num_samples : int
+        Slices that are compared with all.
+
+    Returns
+    -------
+    dict of str to int
+        ``num_samples``; ``num_pairs``, pairs of a sampled slice and another that reach the
+        threshold; ``num_grouped``, those of them in one group.
+    """
     count = len(standardised)
-    rows, columns = [], []
-    for start in range(0, count, _BLOCK_ROWS):
-        block = standardised[start : start + _BLOCK_ROWS]
-        row, column = np.nonzero(block @ standardised[start:].T >= min_correlation)
-        rows.append(row + start)
-        columns.append(column + start)
-    row, column = (np.concatenate(part or [np.zeros(0, np.int64)]) for part in (rows, columns))
-    links = coo_array((np.ones(len(row), np.int8), (row, column)), shape=(count, count))
-    _, groups = connected_components(links, directed=False)
-    return np.asarray(groups, dtype=np.int64)
+    rng = np.random.default_rng(seed)
+    sampled = np.sort(rng.choice(count, min(num_samples, count), replace=False))
+    num_pairs = num_grouped = 0
+    for start in range(0, count, _RECALL_ROWS):
+        similarity = standardised[sampled] @ standardised[start : start + _RECALL_ROWS].T
+        row, column = np.nonzero(similarity >= min_correlation)
+        other = sampled[row] != column + start
+        num_pairs += int(other.sum())
+        num_grouped += int((groups[sampled[row]] == groups[column + start])[other].sum())
+    return {"num_samples": len(sampled), "num_pairs": num_pairs, "num_grouped": num_grouped}
 
 
 def find_nearest(
-    standardised: NDArray[np.float32], reference: NDArray[np.float32]
+    standardised: NDArray[np.float32],
+    reference: NDArray[np.float32],
+    *,
+    exact_pairs: int = EXACT_PAIRS,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Find each slice's most similar slice of a reference set.
 
@@ -98,6 +195,9 @@ def find_nearest(
     ----------
     standardised : ndarray of float32, shape (N, 576)
     reference : ndarray of float32, shape (M, 576), M >= 1
+    exact_pairs : int
+        Pairs, N times M, up to which it is surely the most similar one; beyond, a slice may
+        get the second best. The correlation is that of the slice named in any case.
 
     Returns
     -------
@@ -106,14 +206,8 @@ def find_nearest(
     correlation : ndarray of float32, shape (N,)
         In [-1, 1].
     """
-    nearest = np.empty(len(standardised), np.int64)
-    correlation = np.empty(len(standardised), np.float32)
-    for start in range(0, len(standardised), _BLOCK_ROWS):
-        part = slice(start, start + _BLOCK_ROWS)
-        similarity = standardised[part] @ reference.T
-        nearest[part] = similarity.argmax(axis=1)
-        correlation[part] = similarity.max(axis=1)
-    return nearest, correlation
+    exact = len(standardised) * len(reference) <= exact_pairs
+    return find_nearest_rows(standardised, reference, exact=exact)
 
 
 def merge_groups(twins: NDArray[np.int64], given: Sequence[str | None]) -> NDArray[np.int64]:
