@@ -423,6 +423,22 @@ def test_the_docs_ask_nobody_else(model: LocalModel) -> None:
     assert "http" not in re.sub(r"window\.location\.\w+", "", page)
 
 
+def test_the_page_and_all_it_loads_come_from_here(model: LocalModel) -> None:
+    app = build_test_app(model, token=TOKEN)
+    page = ask(app, "GET", "/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "script-src" not in page.headers["content-security-policy"]
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    loaded = re.findall(r'(?:src|href)="(static/[^"]+)"', page.text)
+    assert {Path(place).suffix for place in loaded} == {".js", ".css", ".svg"}
+    for place in loaded:
+        answer = ask(app, "GET", "/" + place)
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].split(";")[0] in (
+            *("text/javascript", "text/css", "image/svg+xml"),
+        )
+
+
 def test_the_interface_is_described_with_every_status(model: LocalModel) -> None:
     document = ask(
         build_test_app(model, token=TOKEN),
