@@ -1,6 +1,7 @@
 """The doors for a person: `brainray COMMAND`; jobs/*.py are the same doors."""
 
 import dataclasses
+import json
 import logging
 import sys
 import time
@@ -13,7 +14,9 @@ from rich.console import Console
 
 from brainray import runlog, storage
 from brainray.errors import BrainrayError, UserError
+from brainray.pipelines.audit import AuditJob, audit, list_excessive_leaks
 from brainray.pipelines.classify import ClassifyJob, classify
+from brainray.pipelines.compare import CompareJob, compare
 from brainray.pipelines.config import Placement, TrainConfig
 from brainray.pipelines.demo import DemoJob, run_demo
 from brainray.pipelines.doctor import examine
@@ -28,7 +31,7 @@ SETTLING_S = 3.0
 
 REDRAW_S = 0.5
 
-EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USER, EXIT_LEAKS, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 DEFAULT_RECIPE: Literal["cpu"] = "cpu"
 Answer = TypeVar("Answer")
@@ -78,6 +81,24 @@ class ServeOptions:
     job: Annotated[ServeJob, tyro.conf.arg(name="")]
     verbose: bool = False
     """Show Ray's own lines too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions:
+    """Look for twins across splits, label conflicts and shortcuts in a data set."""
+
+    job: Annotated[AuditJob, tyro.conf.arg(name="")]
+    verbose: bool = False
+    """Show Ray's own lines too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Compare two classifiers by their predictions for the same images."""
+
+    job: Annotated[CompareJob, tyro.conf.arg(name="")]
+    json: bool = False
+    """Print compare.json instead of a table."""
 
 
 class Voice:
@@ -134,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "classify": run_classify,
         "evaluate": run_evaluate,
         "serve": run_serve,
+        "audit": run_audit,
+        "compare": run_compare,
         "demo": run_demonstration,
         "doctor": run_doctor,
     }
@@ -242,6 +265,50 @@ def run_serve(arguments: list[str]) -> None:
     _guard(run, interrupted="interrupted before the service was ready.")
 
 
+def run_audit(arguments: list[str]) -> None:
+    """`brainray audit`, `python jobs/audit.py`; exits 3 when more leaks than was allowed."""
+    options = _guard(lambda: tyro.cli(AuditOptions, args=arguments, prog="brainray audit"))
+    voice = Voice()
+    job = dataclasses.replace(
+        options.job,
+        data_uri=storage.make_absolute(options.job.data_uri),
+        output_uri=storage.make_absolute(options.job.output_uri),
+    )
+
+    def run() -> dict[str, Any]:
+        document = audit(job, say=voice.say, verbose=options.verbose)
+        _conclude_audit(voice, document, job.output_uri)
+        return document
+
+    excessive = list_excessive_leaks(_guard(run))
+    if excessive:
+        shares = " and ".join(
+            f"{share:.1%} of the {name} scans" for name, share in excessive.items()
+        )
+        print(
+            f"leak: {shares} have a near-twin in training, more than --max-leak {job.max_leak}. "
+            "Make a split that parts no group: --make-split grouped.",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_LEAKS)
+
+
+def run_compare(arguments: list[str]) -> None:
+    """`brainray compare A B`, `python jobs/compare.py A B`."""
+    options = _guard(lambda: tyro.cli(CompareOptions, args=arguments, prog="brainray compare"))
+    job = dataclasses.replace(
+        options.job,
+        a_uri=storage.make_absolute(options.job.a_uri),
+        b_uri=storage.make_absolute(options.job.b_uri),
+        output_uri=options.job.output_uri and storage.make_absolute(options.job.output_uri),
+    )
+    document = _guard(lambda: compare(job))
+    if options.json:
+        print(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False))
+        return
+    print("\n".join(describe_comparison(document)))
+
+
 def run_demonstration(arguments: list[str]) -> None:
     """`brainray demo`."""
     job = _guard(lambda: tyro.cli(DemoJob, args=arguments, prog="brainray demo"))
@@ -287,6 +354,104 @@ def _conclude_bulk(voice: Voice, metrics: dict[str, Any], output_uri: str) -> No
     voice.say(f"answers     {storage.join(output_uri, 'predictions')}")
     voice.say(f"report      {storage.join(output_uri, 'report.html')}")
     voice.say("Research use only; not a medical device.")
+
+
+def _conclude_audit(voice: Voice, document: dict[str, Any], output_uri: str) -> None:
+    """Print what an audit found, and where things are."""
+    for line in describe_audit(document):
+        voice.say(line)
+    if "split" in document:
+        worst = max(row["imbalance"] for row in document["split"]["splits"])
+        voice.say(f"new split   {document['split']['uri']} (class shares within {worst:.1%})")
+    voice.say(f"report      {storage.join(output_uri, 'audit.html')}")
+    voice.say("Research use only; not a medical device.")
+
+
+def describe_audit(document: dict[str, Any]) -> list[str]:
+    """Say what an audit found, a line for each kind.
+
+    Parameters
+    ----------
+    document : dict
+        The content of audit.json.
+    """
+    unreadable = document["num_scans"] - document["num_usable"]
+    groups, near, copies = document["groups"], document["near_twins"], document["copies"]
+    lines = [f"scans       {document['num_scans']:,}, of which {unreadable:,} cannot be read"]
+    for split, leak in document["leaks"].items():
+        baseline = leak["baseline_1nn"][0]["accuracy"]
+        lines.append(
+            f"{split:<11} {leak['share_near_twin']:.1%} of {leak['n']:,} have a near-twin in "
+            f"training ({leak['num_near_twin']:,}; {leak['num_exact_twin']:,} pixel for pixel); "
+            f"the nearest thumbnail scores {baseline:.1%}"
+        )
+    lines.append(
+        f"copies      {copies['num_repeated']:,} sets of identical pixels "
+        f"({copies['num_images_in_repeated']:,} scans); {groups['num_groups']:,} groups of "
+        f"look-alikes, the largest {groups['largest']:,}"
+    )
+    lines.append(
+        f"conflicts   {copies['num_mixed']:,} sets of copies, {near['num_mixed']:,} of near-twins "
+        f"and {groups['num_mixed']:,} groups mix classes"
+    )
+    if document["shortcuts"]:
+        strongest = max(document["shortcuts"][:-1], key=lambda row: row["balanced_accuracy"])
+        lines.append(
+            f"shortcut    {strongest['trait']} alone: balanced accuracy "
+            f"{strongest['balanced_accuracy']:.1%} (chance {strongest['chance']:.1%})"
+        )
+    return lines
+
+
+def describe_comparison(document: dict[str, Any]) -> list[str]:
+    """Say how two classifiers compare, as the lines of a table.
+
+    Parameters
+    ----------
+    document : dict
+        What :func:`brainray.pipelines.compare.compare` returned.
+    """
+    kind = "groups" if document["join"]["has_groups"] else "images, each a group of its own"
+    lines = [
+        *(f"{name.upper()}  {document[name]['uri']}" for name in ("a", "b")),
+        f"{document['n']:,} images, {document['num_groups']:,} {kind}; differences are B - A, "
+        "with 95 % intervals",
+        "",
+        f"{'':<18} {'A':>7} {'B':>7} {'difference':>11}  {'interval':<18} {'p':>6}  B is",
+    ]
+    lines += [_describe_difference(name, row) for name, row in document["scores"].items()]
+    lines += [
+        _describe_difference(f"AUROC {name}"[:18], row)
+        for name, row in document["auroc"].items()
+        if row is not None
+    ]
+    test = document["mcnemar"]
+    corrected = (
+        "Holm's correction over the five scores, and over the classes"
+        if document["primary"] is None
+        else f"{document['primary']} alone decides among the scores"
+    )
+    return [
+        *lines,
+        "",
+        f"only A is right on {test['only_a']:,} images, only B on {test['only_b']:,}: "
+        f"McNemar mid-p {test['p_mid']:.3g}, exact {test['p_exact']:.3g}",
+        f"p: paired bootstrap over groups; for AUROC DeLong, which knows no groups. {corrected}.",
+        "Research use only; not a medical device.",
+    ]
+
+
+def _describe_difference(name: str, row: dict[str, Any]) -> str:
+    numbers = [f"{row[key]:.4f}" if row[key] is not None else "-" for key in ("a", "b")]
+    difference = f"{row['difference']:+.4f}" if row["difference"] is not None else "-"
+    ends = row["difference_ci95"]
+    interval = f"[{ends[0]:+.4f}, {ends[1]:+.4f}]" if ends else ""
+    p = row["p_adjusted"] if row["p_adjusted"] is not None else row["p_value"]
+    shown = "-" if p is None else f"{p:.3f}" if p >= 0.0005 else "<.0005"
+    return (
+        f"{name:<18} {numbers[0]:>7} {numbers[1]:>7} {difference:>11}  {interval:<18} {shown:>6}  "
+        f"{row['verdict'] or '(not tested)'}"
+    )
 
 
 def describe_counts(run: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ asked for, so that no epoch decodes again what the first look has decoded.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from hashlib import sha256
 from typing import Any
@@ -23,6 +23,7 @@ from brainray.dataset.twins import THUMBNAIL_PX, compute_thumbnail
 from brainray.errors import RejectedImage, StorageError
 from brainray.pixels.decode import DecodeLimits, decode_image
 from brainray.pixels.preprocess import Preprocessing, load_image, resize_image
+from brainray.pixels.traits import ImageTraits, measure_traits
 
 SCAN_ROWS_PER_TASK = 256
 """Scans opened by one task: about a tenth of a second of work for 224-px JPEGs."""
@@ -34,12 +35,28 @@ Ray Data asks for half of the store for blocks in flight; the rest is left to th
 """
 
 
+TRAIT_TYPES = {
+    "pixel_sha256": pa.string(),
+    "width_px": pa.int32(),
+    "height_px": pa.int32(),
+    "mode": pa.string(),
+    "format": pa.string(),
+    "size_bytes": pa.int64(),
+    "mean_grey": pa.float32(),
+    "border_grey": pa.float32(),
+    "border_dark_share": pa.float32(),
+}
+"""Columns of a scan with traits."""
+assert set(TRAIT_TYPES) == {field.name for field in fields(ImageTraits)}
+
+
 @dataclass(frozen=True, slots=True)
 class ScanResult:
     """What opening every scan brought."""
 
     table: pa.Table
-    """Columns index, content_sha256, thumbnail (null when rejected) and reason, in sample order."""
+    """Columns index, content_sha256, thumbnail (null when rejected) and reason, in sample order;
+    with those of :class:`brainray.pixels.traits.ImageTraits` where they were asked for."""
     store: "ScanStore"
     """Gives the encoded bytes of any scan again."""
 
@@ -183,7 +200,11 @@ def _read_row_group(uri: str, row_group: int) -> pa.ChunkedArray:
 
 
 def scan_samples(
-    samples: pa.Table, *, limits: DecodeLimits, keep: Collection[Preprocessing] = ()
+    samples: pa.Table,
+    *,
+    limits: DecodeLimits,
+    keep: Collection[Preprocessing] = (),
+    with_traits: bool = False,
 ) -> ScanResult:
     """Open every scan once, in parallel Ray Data tasks.
 
@@ -195,6 +216,8 @@ def scan_samples(
         What is too large to open.
     keep : collection of Preprocessing
         Pixels that will be asked for again; they are kept where they fit.
+    with_traits : bool
+        Whether to measure what an image is besides its picture.
     """
     num_bytes = sum(samples["size_bytes"].to_pylist())
     num_pixels = samples.num_rows * sum(one.size_px**2 for one in keep)
@@ -211,11 +234,17 @@ def scan_samples(
             _scan_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
             batch_size=None,
             batch_format="pyarrow",
-            fn_kwargs={"limits": limits, "keep_bytes": fits, "keep": kept},
+            fn_kwargs={
+                "limits": limits,
+                "keep_bytes": fits,
+                "keep": kept,
+                "with_traits": with_traits,
+            },
         )
         .materialize()
     )
-    findings = scanned.select_columns(["index", "content_sha256", "thumbnail", "reason"])
+    traits = list(TRAIT_TYPES) if with_traits else []
+    findings = scanned.select_columns(["index", "content_sha256", "thumbnail", "reason", *traits])
     table = pa.concat_tables(ray.get(findings.to_arrow_refs())).sort_by("index")
     blocks = scanned.to_arrow_refs() if fits else None
     return ScanResult(table, ScanStore(ray.put(samples), blocks))
@@ -240,12 +269,18 @@ class _Look:
     content: bytes = b""
     squares: tuple[bytes | None, ...] = ()
     """The thumbnail, then the pixels to keep."""
+    traits: ImageTraits | None = None
 
 
 def _scan_batch(
-    batch: pa.Table, *, limits: DecodeLimits, keep_bytes: bool, keep: Sequence[Preprocessing]
+    batch: pa.Table,
+    *,
+    limits: DecodeLimits,
+    keep_bytes: bool,
+    keep: Sequence[Preprocessing],
+    with_traits: bool,
 ) -> pa.Table:
-    looks = [_look_at(batch, row, limits, keep) for row in range(batch.num_rows)]
+    looks = [_look_at(batch, row, limits, keep, with_traits) for row in range(batch.num_rows)]
     columns: dict[str, Any] = {
         "index": batch["index"],
         "content_sha256": pa.array([look.content_sha256 for look in looks], pa.string()),
@@ -258,11 +293,18 @@ def _scan_batch(
     for place, (name, side) in enumerate(zip(names, sides, strict=True)):
         values = [look.squares[place] if look.squares else None for look in looks]
         columns[name] = pa.array(values, pa.binary(side**2))
+    for name, kind in TRAIT_TYPES.items() if with_traits else ():
+        values = [getattr(look.traits, name) if look.traits else None for look in looks]
+        columns[name] = pa.array(values, kind)
     return pa.table(columns)
 
 
 def _look_at(
-    batch: pa.Table, row: int, limits: DecodeLimits, keep: Sequence[Preprocessing]
+    batch: pa.Table,
+    row: int,
+    limits: DecodeLimits,
+    keep: Sequence[Preprocessing],
+    with_traits: bool,
 ) -> _Look:
     content = b""
     try:
@@ -273,5 +315,9 @@ def _look_at(
         return _Look(sha256(content).hexdigest() if has_content else None, rejection.reason)
     squares = (compute_thumbnail(pixels), *(resize_image(pixels, one) for one in keep))
     return _Look(
-        sha256(content).hexdigest(), None, content, tuple(square.tobytes() for square in squares)
+        sha256(content).hexdigest(),
+        None,
+        content,
+        tuple(square.tobytes() for square in squares),
+        measure_traits(content, pixels, limits) if with_traits else None,
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -124,6 +125,86 @@ def _hold_out(
         raise DataError("No training images. Expected a train or Training folder.")
     held_out = split_groups(labels[pool], groups[pool], fraction, seed=seed)
     splits[pool[held_out]] = name
+
+
+def assign_folds(
+    labels: NDArray[np.int64], groups: NDArray[np.int64], num_folds: int, *, seed: int
+) -> NDArray[np.int64]:
+    """Give every image a fold for cross-validation, stratified by class; groups stay whole.
+
+    Parameters
+    ----------
+    labels, groups : ndarray of int64, shape (N,)
+    num_folds : int
+        At least 2.
+
+    Returns
+    -------
+    ndarray of int64, shape (N,)
+        0 to ``num_folds`` − 1; each has images of every class.
+
+    Raises
+    ------
+    DataError
+        A class has fewer groups than there are folds.
+    """
+    folds = np.full(len(labels), -1, np.int64)
+    for label in np.unique(labels):
+        present = len(np.unique(groups[labels == label]))
+        if present < num_folds:
+            raise DataError(
+                f"Class number {label} has {present} groups of near-identical images; {num_folds} "
+                "folds need at least as many. Add images, or lower --folds."
+            )
+    splitter = StratifiedGroupKFold(n_splits=num_folds, shuffle=True, random_state=seed)
+    for number, (_, chosen) in enumerate(splitter.split(labels, labels, groups)):
+        folds[chosen] = number
+    for number in range(num_folds):
+        absent = np.setdiff1d(labels, labels[folds == number])
+        if len(absent):
+            raise DataError(
+                f"The groups of class number {absent[0]} are too uneven for {num_folds} folds: one "
+                "would have no image of it. Lower --folds, or give another --seed."
+            )
+    return folds
+
+
+def describe_balance(
+    parts: NDArray[np.str_], names: Sequence[str], labels: NDArray[np.int64], num_classes: int
+) -> list[dict[str, Any]]:
+    """Say how far the parts of a split are from the whole's class shares.
+
+    Parameters
+    ----------
+    parts : ndarray of str, shape (N,)
+        Name of each image's part.
+    names : sequence of str
+        The parts to describe; one without images is left out.
+    labels : ndarray of int64, shape (N,)
+
+    Returns
+    -------
+    list of dict
+        For each part: ``part``, ``n``, ``share`` of all images,
+        ``per_class`` counts, and ``imbalance``, the largest difference of a class's share in
+        the part from its share in the whole, in [0, 1].
+    """
+    whole = np.bincount(labels, minlength=num_classes) / len(labels)
+    rows = []
+    for name in names:
+        counts = np.bincount(labels[parts == name], minlength=num_classes)
+        if not counts.any():
+            continue
+        rows.append(
+            {
+                "part": name,
+                "n": int(counts.sum()),
+                "share": float(counts.sum() / len(labels)),
+                "per_class": counts.tolist(),
+                "imbalance": float(np.abs(counts / counts.sum() - whole).max()),
+            }
+        )
+    return rows
 
 
 def hash_manifest(manifest: pa.Table) -> str:

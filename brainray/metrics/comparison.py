@@ -1,0 +1,297 @@
+"""Two classifiers on the same images: differences with intervals, tests, and a verdict."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binom, norm, rankdata
+
+from brainray.errors import ConfigError
+from brainray.metrics.checks import check_predictions, number_groups
+from brainray.metrics.intervals import Report, resample
+from brainray.metrics.scores import FloatArray, IntArray, build_scorer
+
+COMPARED = ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "log_loss")
+"""Scores that are compared, as :func:`brainray.metrics.compute_evaluation` defines them."""
+
+LOWER_IS_BETTER = frozenset({"log_loss"})
+
+_LEAST_VARIANCE = 1e-18
+"""Below it a variance is rounding: standard errors of 1e-9 do not come from data."""
+
+BETTER, WORSE, UNDECIDED = "better", "worse", "cannot tell"
+
+
+def compare_predictions(
+    y_true: ArrayLike,
+    prob_a: ArrayLike,
+    prob_b: ArrayLike,
+    classes: Sequence[str],
+    *,
+    groups: ArrayLike | None = None,
+    primary: str | None = None,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    alpha: float = 0.05,
+) -> dict[str, Any]:
+    """Compare two classifiers' predictions for the same images.
+
+    Parameters
+    ----------
+    y_true : array-like of int, shape (N,)
+    prob_a, prob_b : array-like of float, shape (N, K)
+        Class probabilities of either, in class order.
+    classes : sequence of str
+        The K class names, in class order.
+    groups : array-like of int, shape (N,), optional
+        Images of one group are resampled together. By default each is its own.
+    primary : str, optional
+        The one score of :data:`COMPARED` that decides; the others then get no verdict. By
+        default all do, and their p-values are corrected for there being several.
+    num_resamples : int
+        Bootstrap resamples, at least 100.
+    seed : int
+        Of the resampling.
+    alpha : float
+        Probability of a wrong verdict, over all verdicts, that is put up with.
+
+    Returns
+    -------
+    dict
+        Ready for ``json.dump``; differences are B − A, and a verdict is on B.
+
+        - ``n``, ``num_groups``, ``alpha``, ``correction`` (``holm`` or ``primary``), ``primary``.
+        - ``scores``: for each name ``a``, ``b``, ``difference``, ``difference_ci95``,
+          ``p_value``, ``p_adjusted`` and ``verdict``: better, worse, or cannot tell (None
+          where another score is the primary one).
+        - ``mcnemar``: see :func:`compute_mcnemar`.
+        - ``auroc``: for each class what :func:`compute_delong_test` gives, with ``p_adjusted`` (by
+          Holm, over the classes) and ``verdict``; None where undefined.
+
+    Raises
+    ------
+    DataError, ConfigError
+        As in :func:`brainray.metrics.compute_evaluation`; or an unknown ``primary``.
+
+    Notes
+    -----
+    The same groups are drawn for both classifiers in every resample [1]_, so that what is hard
+    for both cancels. The p-value is twice the smaller share of resamples in which the difference
+    is on either side of 0 (each counted once more [1]_), so that it agrees with the interval.
+    McNemar's and DeLong's tests take every image as evidence of its own; where groups are large
+    they are too sure, and the bootstrap is what to believe.
+
+    References
+    ----------
+    .. [1] Davison and Hinkley, "Bootstrap methods and their application" (1997), sections
+       3.8 and 4.4.
+    .. [2] Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal
+       of Statistics 6 (1979).
+    """
+    if primary is not None and primary not in COMPARED:
+        raise ConfigError(f"Unknown score '{primary}'. Expected one of {', '.join(COMPARED)}.")
+    if num_resamples < 100:
+        raise ConfigError(f"Expected at least 100 resamples, got {num_resamples}.")
+    if not 0 < alpha < 1:
+        raise ConfigError(f"Expected alpha in (0, 1), got {alpha}.")
+    truth, given_a, names = check_predictions(y_true, prob_a, classes)
+    _, given_b, _ = check_predictions(y_true, prob_b, classes)
+    group_of, num_groups = number_groups(groups, truth.size)
+    drawn = [
+        resample(build_scorer(truth, prob), group_of, num_groups, num_resamples, seed)
+        for prob in (given_a, given_b)
+    ]
+    return {
+        "n": int(truth.size),
+        "num_groups": num_groups,
+        "num_resamples": num_resamples,
+        "alpha": alpha,
+        "correction": "holm" if primary is None else "primary",
+        "primary": primary,
+        "scores": _compare_scores(drawn[0], drawn[1], primary, alpha),
+        "mcnemar": compute_mcnemar(given_a.argmax(1) == truth, given_b.argmax(1) == truth),
+        "auroc": _compare_auroc(truth, given_a, given_b, names, alpha),
+    }
+
+
+def _compare_scores(a: Report, b: Report, primary: str | None, alpha: float) -> dict[str, Any]:
+    scores = {name: _compare_score(name, a, b) for name in COMPARED}
+    tested = [name for name in COMPARED if primary in (None, name)]
+    adjusted = adjust_holm([scores[name]["p_value"] for name in tested])
+    for name, p_adjusted in zip(tested, adjusted, strict=True):
+        sign = -1 if name in LOWER_IS_BETTER else 1
+        scores[name]["p_adjusted"] = p_adjusted
+        scores[name]["verdict"] = _judge(scores[name]["difference"], p_adjusted, alpha, sign)
+    return scores
+
+
+def _compare_score(name: str, a: Report, b: Report) -> dict[str, Any]:
+    assert a.resamples is not None
+    assert b.resamples is not None
+    values = [float(report.get_overall(report.point, name)[0]) for report in (a, b)]
+    drawn = b.get_overall(b.resamples, name) - a.get_overall(a.resamples, name)
+    defined = drawn[~np.isnan(drawn)]
+    enough = not np.isnan(values).any() and 2 * defined.size >= drawn.size
+    return {
+        "a": None if np.isnan(values[0]) else values[0],
+        "b": None if np.isnan(values[1]) else values[1],
+        "difference": None if np.isnan(values).any() else values[1] - values[0],
+        "difference_ci95": np.percentile(defined, [2.5, 97.5]).tolist() if enough else None,
+        "p_value": _compute_bootstrap_p(defined) if enough else None,
+        "p_adjusted": None,
+        "verdict": None,
+    }
+
+
+def _compute_bootstrap_p(drawn: FloatArray) -> float:
+    """Compute the two-sided p-value of no difference from resampled differences."""
+    below, above = int((drawn <= 0).sum()), int((drawn >= 0).sum())
+    return min(1.0, 2 * (min(below, above) + 1) / (drawn.size + 1))
+
+
+def _judge(difference: float | None, p: float | None, alpha: float, sign: int = 1) -> str:
+    if difference is None or p is None or p > alpha or difference == 0:
+        return UNDECIDED
+    return BETTER if sign * difference > 0 else WORSE
+
+
+def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Adjust p-values by Holm's method for there being several; None stays None.
+
+    References
+    ----------
+    .. [1] Holm, Scandinavian Journal of Statistics 6 (1979).
+    """
+    given = sorted((p, at) for at, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p, at) in enumerate(given):
+        highest = max(highest, min(1.0, (len(given) - rank) * p))
+        adjusted[at] = highest
+    return adjusted
+
+
+def compute_mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> dict[str, Any]:
+    """Test whether two classifiers are right equally often, by the images that tell them apart.
+
+    Parameters
+    ----------
+    right_a, right_b : ndarray of bool, shape (N,)
+        Whether each is right on each image.
+
+    Returns
+    -------
+    dict
+        ``only_a`` and ``only_b``, images on which one alone is right; ``p_exact``, two-sided
+        binomial; ``p_mid``, the same with half of the observed outcome's probability, which
+        keeps closer to its level [1]_.
+
+    References
+    ----------
+    .. [1] Fagerland, Lydersen and Laake, "The McNemar test for binary matched-pairs data:
+       mid-p and asymptotic are better than exact conditional", BMC Medical Research
+       Methodology 13 (2013).
+    """
+    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
+    fewer, total = min(only_a, only_b), only_a + only_b
+    doubled = 2 * float(binom.cdf(fewer, total, 0.5))
+    return {
+        "only_a": only_a,
+        "only_b": only_b,
+        "p_exact": min(1.0, doubled),
+        "p_mid": min(1.0, doubled - float(binom.pmf(fewer, total, 0.5))),
+    }
+
+
+def _compare_auroc(
+    truth: IntArray, a: FloatArray, b: FloatArray, names: Sequence[str], alpha: float
+) -> dict[str, Any]:
+    found = {
+        name: compute_delong_test(truth == k, np.stack([a[:, k], b[:, k]]))
+        for k, name in enumerate(names)
+    }
+    adjusted = adjust_holm([one["p_value"] if one else None for one in found.values()])
+    for one, p_adjusted in zip(found.values(), adjusted, strict=True):
+        if one is not None:
+            one["p_adjusted"] = p_adjusted
+            one["verdict"] = _judge(one["difference"], p_adjusted, alpha)
+    return found
+
+
+def compute_delong_test(
+    is_positive: NDArray[np.bool_], scores: FloatArray
+) -> dict[str, Any] | None:
+    """Test whether two AUROCs on the same images differ, by DeLong's method.
+
+    Parameters
+    ----------
+    is_positive : ndarray of bool, shape (N,)
+    scores : ndarray of float64, shape (2, N)
+        Of classifier A, and of B.
+
+    Returns
+    -------
+    dict or None
+        ``a``, ``b``, ``difference`` (B − A), ``difference_ci95``, ``z`` and ``p_value``
+        (two-sided, normal). ``z`` is None where the difference has no variance; equal curves
+        then have a p-value of 1, others None. None where there are fewer than two images of
+        the class, or of the rest.
+
+    References
+    ----------
+    .. [1] DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated
+       receiver operating characteristic curves", Biometrics 44 (1988).
+    .. [2] Sun and Xu, "Fast implementation of DeLong's algorithm", IEEE Signal Processing
+       Letters 21 (2014): mid-ranks, N log N.
+    """
+    areas, covariance = compute_delong(is_positive, scores)
+    if np.isnan(covariance).any():
+        return None
+    difference = float(areas[1] - areas[0])
+    variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+    found: dict[str, Any] = {
+        "a": float(areas[0]),
+        "b": float(areas[1]),
+        "difference": difference,
+        "difference_ci95": None,
+        "z": None,
+        "p_value": 1.0 if difference == 0 else None,
+    }
+    if variance > _LEAST_VARIANCE:
+        error = variance**0.5
+        reach = float(norm.ppf(0.975)) * error
+        found["difference_ci95"] = [difference - reach, difference + reach]
+        found["z"] = difference / error
+        found["p_value"] = float(2 * norm.sf(abs(difference) / error))
+    return found
+
+
+def compute_delong(
+    is_positive: NDArray[np.bool_], scores: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Compute AUROCs on the same images, and their covariance.
+
+    Parameters
+    ----------
+    is_positive : ndarray of bool, shape (N,)
+    scores : ndarray of float64, shape (C, N)
+        Higher means more likely positive; a tie counts half.
+
+    Returns
+    -------
+    areas : ndarray of float64, shape (C,)
+    covariance : ndarray of float64, shape (C, C)
+        Both NaN where there are fewer than two positives or negatives.
+    """
+    num_positive, num_negative = int(is_positive.sum()), int((~is_positive).sum())
+    count = len(scores)
+    if min(num_positive, num_negative) < 2:
+        return np.full(count, np.nan), np.full((count, count), np.nan)
+    among_all = rankdata(scores, axis=1)  # mid-ranks
+    among_positive = rankdata(scores[:, is_positive], axis=1)
+    among_negative = rankdata(scores[:, ~is_positive], axis=1)
+    beaten = (among_all[:, is_positive] - among_positive) / num_negative
+    losing = 1 - (among_all[:, ~is_positive] - among_negative) / num_positive
+    covariance = np.cov(beaten) / num_positive + np.cov(losing) / num_negative
+    return beaten.mean(axis=1), np.reshape(covariance, (count, count))
