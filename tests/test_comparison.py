@@ -1,14 +1,12 @@
-"""Two classifiers on the same images: statistics against published and independent values."""
-
-from pathlib import Path
-from typing import Any
+"""Comparing classifiers: against published values, other implementations, and simulations."""
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
+from scipy.stats import mannwhitneyu
+from sklearn.metrics import f1_score, log_loss, roc_auc_score
 
 from brainray.errors import ConfigError, DataError
 from brainray.metrics.comparison import (
@@ -19,187 +17,239 @@ from brainray.metrics.comparison import (
     compute_delong_test,
     compute_mcnemar,
 )
-from brainray.pipelines.compare import CompareJob, compare
-from brainray.storage import read_json
-from tests.conftest import CLASSES
+
+CLASSES = ("a", "b", "c")
+Probs = NDArray[np.float64]
 
 
-def test_mcnemar_gives_the_published_values() -> None:
-    """Check the airway study of Fagerland et al. (2013), table 3: 1 and 7 discordant pairs."""
-    right_a = np.array([True] * 1 + [False] * 7 + [True] * 13)
-    right_b = np.array([False] * 1 + [True] * 7 + [True] * 13)
-    found = compute_mcnemar(right_a, right_b)
+def draw(count: int, *sharpness: float, seed: int = 0) -> tuple[NDArray[np.int64], list[Probs]]:
+    """Draw labels, and the probabilities of classifiers that see much of the same noise."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 3, count)
+    shared = rng.normal(size=(count, 3))
+    probs = []
+    for sharp in sharpness:
+        logits = sharp * np.eye(3)[truth] + shared + 0.5 * rng.normal(size=(count, 3))
+        weights = np.exp(logits)
+        probs.append(weights / weights.sum(1, keepdims=True))
+    return truth, probs
+
+
+# ----------------------------------------------------------------------------------------- McNemar
+
+
+def mark(only_a: int, only_b: int, both: int = 5, none: int = 3) -> list[NDArray[np.bool_]]:
+    a = [True] * only_a + [False] * only_b + [True] * both + [False] * none
+    b = [False] * only_a + [True] * only_b + [True] * both + [False] * none
+    return [np.array(a), np.array(b)]
+
+
+def test_mcnemar_is_the_published_one() -> None:
+    # Airway hyper-responsiveness before and after transplantation, Fagerland et al. (2013),
+    # table 1 and its discussion: exact 0.070, mid-p 0.039.
+    found = compute_mcnemar(*mark(1, 7))
     assert (found["only_a"], found["only_b"]) == (1, 7)
-    assert found["p_exact"] == pytest.approx(0.0703, abs=5e-5)
-    assert found["p_mid"] == pytest.approx(0.0391, abs=5e-5)
+    assert found["p_exact"] == pytest.approx(0.0703125)
+    assert found["p_mid"] == pytest.approx(0.0390625)
 
 
-def test_mcnemar_without_a_difference_says_nothing() -> None:
-    right = np.array([True, False, True])
-    assert compute_mcnemar(right, right)["p_exact"] == 1.0
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (4, 4)])
+def test_mcnemar_of_equals(only_a: int, only_b: int) -> None:
+    found = compute_mcnemar(*mark(only_a, only_b))
+    assert found["p_exact"] == 1
+    assert found["p_mid"] == pytest.approx(1)
 
 
-def test_holm_adjusts_in_order_and_passes_over_gaps() -> None:
-    assert adjust_holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
-    assert adjust_holm([0.5, 0.9]) == [1.0, 1.0]
+# ------------------------------------------------------------------------------------------ DeLong
 
 
-def draw_scores(num_images: int, seed: int) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    dice = np.random.default_rng(seed)
-    is_positive = dice.random(num_images) < 0.4
-    scores = dice.normal(is_positive * np.array([[0.6], [1.2]]), 1.0)
-    return is_positive, scores.round(1)  # rounded, so that there are ties
-
-
-def test_delong_equals_its_definition() -> None:
-    is_positive, scores = draw_scores(60, seed=1)
-    areas, covariance = compute_delong(is_positive, scores)
-    wins = [  # psi of DeLong et al. (1988), equation 2: one for each positive and negative
-        (row[is_positive][:, None] > row[~is_positive])
-        + 0.5 * (row[is_positive][:, None] == row[~is_positive])
-        for row in scores
-    ]
-    for at, row in enumerate(scores):
-        assert areas[at] == pytest.approx(roc_auc_score(is_positive, row))
-    by_positive = np.cov([one.mean(1) for one in wins]) / is_positive.sum()
-    by_negative = np.cov([one.mean(0) for one in wins]) / (~is_positive).sum()
-    np.testing.assert_allclose(covariance, by_positive + by_negative)
-
-
-def test_delong_test_needs_two_images_of_each_kind() -> None:
-    scores = np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])
-    assert compute_delong_test(np.array([True, False, False]), scores) is None
-
-
-def test_equal_curves_do_not_differ() -> None:
-    is_positive, scores = draw_scores(40, seed=2)
-    found = compute_delong_test(is_positive, scores[[0, 0]])
-    assert found is not None
-    assert (found["difference"], found["p_value"], found["z"]) == (0.0, 1.0, None)
-
-
-def draw_probs(truth: NDArray[np.int64], skill: float, seed: int) -> NDArray[np.float64]:
-    logits = np.random.default_rng(seed).normal(size=(len(truth), 4))
-    logits[np.arange(len(truth)), truth] += skill
-    powers = np.exp(logits)
-    return powers / powers.sum(1, keepdims=True)
-
-
-def test_a_better_classifier_is_called_better_and_the_other_worse() -> None:
-    truth = np.random.default_rng(0).integers(0, 4, 400)
-    weak, strong = draw_probs(truth, 0.5, 1), draw_probs(truth, 4.0, 2)
-    found = compare_predictions(truth, weak, strong, CLASSES, num_resamples=200)
-    for name in COMPARED:
-        assert found["scores"][name]["verdict"] == "better", name
-    accuracy = found["scores"]["accuracy"]
-    expected = accuracy_score(truth, strong.argmax(1)) - accuracy_score(truth, weak.argmax(1))
-    assert accuracy["difference"] == pytest.approx(expected)
-    low, high = accuracy["difference_ci95"]
-    assert 0 < low < expected < high
-    loss = found["scores"]["log_loss"]
-    assert loss["difference"] == pytest.approx(log_loss(truth, strong) - log_loss(truth, weak))
-    assert found["auroc"]["glioma"]["verdict"] == "better"
-    swapped = compare_predictions(truth, strong, weak, CLASSES, num_resamples=200)
-    assert {swapped["scores"][name]["verdict"] for name in COMPARED} == {"worse"}
-
-
-def test_a_classifier_is_not_told_from_itself() -> None:
-    truth = np.random.default_rng(0).integers(0, 4, 80)
-    probs = draw_probs(truth, 1.0, 1)
-    found = compare_predictions(truth, probs, probs, CLASSES, num_resamples=100)
-    for name in COMPARED:
-        assert found["scores"][name]["difference"] == 0
-        assert found["scores"][name]["verdict"] == "cannot tell"
-
-
-def test_a_single_primary_score_is_not_corrected() -> None:
-    truth = np.random.default_rng(0).integers(0, 4, 120)
-    weak, strong = draw_probs(truth, 1.0, 1), draw_probs(truth, 1.6, 2)
-    found = compare_predictions(truth, weak, strong, CLASSES, primary="macro_f1", num_resamples=100)
-    assert found["scores"]["macro_f1"]["p_adjusted"] == found["scores"]["macro_f1"]["p_value"]
-    assert found["scores"]["accuracy"]["verdict"] is None
-    with pytest.raises(ConfigError, match="Unknown score 'kappa'"):
-        compare_predictions(truth, weak, strong, CLASSES, primary="kappa")
-
-
-def test_images_of_one_group_are_less_evidence() -> None:
-    truth = np.tile(np.arange(4), 10)
-    weak, strong = draw_probs(truth, 1.0, 1), draw_probs(truth, 2.0, 2)
-    copies = np.repeat(np.arange(40), 6)  # every image six times
-    widths = {}
-    for name, groups in (("alone", None), ("grouped", copies)):
-        found = compare_predictions(
-            truth[copies], weak[copies], strong[copies], CLASSES, groups=groups, num_resamples=400
-        )
-        low, high = found["scores"]["accuracy"]["difference_ci95"]
-        widths[name] = high - low
-    assert found["num_groups"] == 40
-    assert widths["grouped"] / widths["alone"] == pytest.approx(6**0.5, rel=0.25)
-
-
-# --- the job --------------------------------------------------------------------------------------
-
-
-def write_predictions(place: Path, skill: float, **changes: Any) -> Path:  # noqa: ANN401
-    truth = np.tile(np.arange(4), 12)
-    probs = draw_probs(truth, skill, seed=int(skill * 10))
-    columns: dict[str, Any] = {
-        "path": [f"scan-{number}.jpg" for number in range(48)],
-        "content_sha256": [f"{number:064x}" for number in range(48)],
-        "true_class": [CLASSES[label] for label in truth],
-        **{f"prob_{name}": probs[:, k] for k, name in enumerate(CLASSES)},
-    } | changes
-    place.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), place)
-    return place
-
-
-def test_tables_are_joined_whatever_their_order(tmp_path: Path) -> None:
-    a = write_predictions(tmp_path / "a" / "predictions" / "test.parquet", 1.0)
-    b = write_predictions(tmp_path / "b.parquet", 3.0)
-    table = pq.read_table(b)
-    straight = compare(CompareJob(a_uri=str(a), b_uri=str(b), num_resamples=100))
-    pq.write_table(table.take(np.random.default_rng(0).permutation(48)), b)
-    job = CompareJob(
-        a_uri=str(tmp_path / "a"),
-        b_uri=str(b),
-        output_uri=str(tmp_path / "out"),
-        num_resamples=100,
+def compute_delong_by_definition(positive: NDArray[np.bool_], scores: Probs) -> tuple[Probs, Probs]:
+    """Compare every positive with every negative, as DeLong et al. (1988) define it."""
+    x, y = scores[:, positive], scores[:, ~positive]
+    wins = (x[:, :, None] > y[:, None, :]) + 0.5 * (x[:, :, None] == y[:, None, :])
+    return wins.mean((1, 2)), (
+        np.cov(wins.mean(2)) / x.shape[1] + np.cov(wins.mean(1)) / y.shape[1]
     )
-    found = compare(job)
-    assert found["scores"] == straight["scores"]
-    assert found["join"]["by"] == "path"
-    assert read_json(str(tmp_path / "out" / "compare.json"))["scores"] == found["scores"]
 
 
-def test_a_data_set_that_moved_is_joined_by_content(tmp_path: Path) -> None:
-    a = write_predictions(tmp_path / "a.parquet", 1.0)
-    moved = [f"elsewhere/{number}.jpg" for number in range(48)]
-    b = write_predictions(tmp_path / "b.parquet", 3.0, path=moved)
-    found = compare(CompareJob(a_uri=str(a), b_uri=str(b), num_resamples=100))
-    assert (found["join"]["by"], found["n"]) == ("content_sha256", 48)
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    num_positive=st.integers(2, 25),
+    num_negative=st.integers(2, 25),
+    levels=st.integers(2, 40),
+)
+def test_fast_delong_is_the_definition(
+    seed: int, num_positive: int, num_negative: int, levels: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    positive = rng.permutation(np.repeat([True, False], [num_positive, num_negative]))
+    scores = rng.integers(0, levels, (2, len(positive))) / levels  # with ties
+    areas, covariance = compute_delong(positive, scores)
+    expected_areas, expected = compute_delong_by_definition(positive, scores)
+    np.testing.assert_allclose(areas, expected_areas, atol=1e-12)
+    np.testing.assert_allclose(covariance, expected, atol=1e-12)
+    for area, row in zip(areas, scores, strict=True):
+        assert area == pytest.approx(roc_auc_score(positive, row))
+        statistic = mannwhitneyu(row[positive], row[~positive]).statistic
+        assert area == pytest.approx(statistic / (num_positive * num_negative))
 
 
-def test_other_images_are_refused_unless_the_common_ones_are_asked_for(tmp_path: Path) -> None:
-    a = write_predictions(tmp_path / "a.parquet", 1.0)
-    b = write_predictions(tmp_path / "b.parquet", 3.0)
-    pq.write_table(pq.read_table(b).slice(0, 40), b)
-    with pytest.raises(DataError, match="8 are only in"):
-        compare(CompareJob(a_uri=str(a), b_uri=str(b)))
-    found = compare(CompareJob(a_uri=str(a), b_uri=str(b), common=True, num_resamples=100))
-    assert (found["n"], found["join"]["num_only_a"]) == (40, 8)
+def test_delong_by_hand() -> None:
+    # Positives 3, 1 against negatives 2, 0: A wins 3 of 4, B all. A's shares: 1, 1/2 of the
+    # positives and 1/2, 1 of the negatives, variance 1/8 each, so 1/8/2 + 1/8/2 = 1/8.
+    positive = np.array([True, True, False, False])
+    scores = np.array([[3.0, 1.0, 2.0, 0.0], [3.0, 2.0, 1.0, 0.0]])
+    found = compute_delong_test(positive, scores)
+    assert found is not None
+    assert (found["a"], found["b"], found["difference"]) == (0.75, 1.0, 0.25)
+    assert found["z"] == pytest.approx(0.25 / 0.125**0.5)
+    assert found["p_value"] == pytest.approx(0.4795, abs=1e-4)  # of z = 0.7071
 
 
-def test_tables_that_disagree_on_the_truth_are_refused(tmp_path: Path) -> None:
-    a = write_predictions(tmp_path / "a.parquet", 1.0)
-    labels = [CLASSES[(number + (number == 7)) % 4] for number in range(48)]
-    b = write_predictions(tmp_path / "b.parquet", 3.0, true_class=labels)
-    with pytest.raises(DataError, match="1 of 48 images differ"):
-        compare(CompareJob(a_uri=str(a), b_uri=str(b)))
+def test_delong_keeps_its_level() -> None:
+    rng = np.random.default_rng(3)
+    rejected = 0
+    for _ in range(400):
+        positive = np.arange(120) < 50
+        scores = rng.normal(size=(2, 120)) + positive + 0.5 * rng.normal(size=120)
+        found = compute_delong_test(positive, scores)
+        assert found is not None
+        rejected += found["p_value"] < 0.05
+    assert 0.02 < rejected / 400 < 0.09
 
 
-def test_another_content_behind_a_path_is_refused(tmp_path: Path) -> None:
-    a = write_predictions(tmp_path / "a.parquet", 1.0)
-    b = write_predictions(tmp_path / "b.parquet", 3.0, content_sha256=["f" * 64] * 48)
-    with pytest.raises(DataError, match="another content"):
-        compare(CompareJob(a_uri=str(a), b_uri=str(b)))
+def test_delong_without_variance_or_without_enough_images() -> None:
+    positive = np.array([True, True, False, False])
+    same = compute_delong_test(positive, np.array([[3.0, 2, 1, 0]] * 2))
+    assert same is not None
+    assert (same["p_value"], same["z"]) == (1.0, None)
+    opposite = compute_delong_test(positive, np.array([[3.0, 2, 1, 0], [0.0, 1, 2, 3]]))
+    assert opposite is not None
+    assert (opposite["difference"], opposite["p_value"]) == (-1.0, None)
+    assert compute_delong_test(np.array([True, False, False]), np.ones((2, 3))) is None
+
+
+# -------------------------------------------------------------------------------------------- Holm
+
+
+def test_holm_is_the_textbook_one() -> None:
+    # Sorted 0.005, 0.011, 0.02, 0.04, 0.13 times 5, 4, 3, 2, 1, never falling.
+    assert adjust_holm([0.04, 0.005, None, 0.13, 0.011, 0.02]) == pytest.approx(
+        [0.08, 0.025, None, 0.13, 0.044, 0.06]
+    )
+    assert adjust_holm([0.5, 0.9]) == [1.0, 1.0]
+    assert adjust_holm([]) == []
+
+
+# --------------------------------------------------------------------------------- the whole of it
+
+
+def test_scores_are_those_of_scikit_learn() -> None:
+    truth, (a, b) = draw(300, 1.0, 2.0)
+    found = compare_predictions(truth, a, b, CLASSES, num_resamples=100)
+    for side, prob in (("a", a), ("b", b)):
+        scores = {name: found["scores"][name][side] for name in COMPARED}
+        assert scores["accuracy"] == pytest.approx((prob.argmax(1) == truth).mean())
+        assert scores["macro_f1"] == pytest.approx(f1_score(truth, prob.argmax(1), average="macro"))
+        assert scores["macro_auroc"] == pytest.approx(roc_auc_score(truth, prob, multi_class="ovr"))
+        assert scores["log_loss"] == pytest.approx(log_loss(truth, prob))
+    accuracy = found["scores"]["accuracy"]
+    assert accuracy["difference"] == pytest.approx(accuracy["b"] - accuracy["a"])
+
+
+def test_a_sharper_classifier_is_better_and_the_other_way_round_worse() -> None:
+    truth, (a, b) = draw(600, 1.0, 2.5)
+    forwards = compare_predictions(truth, a, b, CLASSES, num_resamples=1000)
+    backwards = compare_predictions(truth, b, a, CLASSES, num_resamples=1000)
+    assert {row["verdict"] for row in forwards["scores"].values()} == {"better"}
+    assert {row["verdict"] for row in backwards["scores"].values()} == {"worse"}
+    assert {row["verdict"] for row in forwards["auroc"].values()} == {"better"}
+    assert forwards["scores"]["log_loss"]["difference"] < 0
+    for name in COMPARED:
+        low, high = forwards["scores"][name]["difference_ci95"]
+        assert low < forwards["scores"][name]["difference"] < high
+        assert forwards["scores"][name]["p_adjusted"] >= forwards["scores"][name]["p_value"]
+
+
+def test_equals_cannot_be_told_apart() -> None:
+    truth, (a, b) = draw(300, 1.5, 1.5)
+    found = compare_predictions(truth, a, b, CLASSES, num_resamples=500)
+    assert {row["verdict"] for row in found["scores"].values()} == {"cannot tell"}
+    same = compare_predictions(truth, a, a, CLASSES, num_resamples=100)
+    for row in same["scores"].values():
+        assert (row["difference"], row["p_value"], row["verdict"]) == (0, 1, "cannot tell")
+
+
+def test_pairing_and_groups_decide_how_sure_one_is() -> None:
+    truth, (a, b) = draw(400, 1.5, 1.9)
+    groups = np.repeat(np.arange(40), 10)
+    copied = [np.repeat(part[:40], 10, axis=0) for part in (truth, a, b)]
+    alone = compare_predictions(*copied, CLASSES, num_resamples=500)
+    grouped = compare_predictions(*copied, CLASSES, groups=groups, num_resamples=500)
+    few = compare_predictions(truth[:40], a[:40], b[:40], CLASSES, num_resamples=500)
+
+    def width(found: dict[str, dict[str, dict[str, list[float]]]]) -> float:
+        low, high = found["scores"]["log_loss"]["difference_ci95"]
+        return high - low
+
+    assert width(grouped) > 2 * width(alone)  # ten copies are not ten images
+    assert width(grouped) == pytest.approx(width(few), rel=0.15)
+    spread = [compare_predictions(truth, p, q, CLASSES, num_resamples=500) for p, q in
+              ((a, b), (a, np.roll(b, 1, axis=0)))]  # fmt: skip
+    assert width(spread[0]) < width(spread[1])
+
+
+def test_the_bootstrap_keeps_its_level() -> None:
+    decided = 0
+    for seed in range(60):
+        truth, (a, b) = draw(150, 1.5, 1.5, seed=seed)
+        found = compare_predictions(truth, a, b, CLASSES, num_resamples=200, seed=seed)
+        decided += any(row["verdict"] != "cannot tell" for row in found["scores"].values())
+    assert decided <= 8  # 5 % of 60 is 3; 9 or more would happen once in 250 times
+
+
+def test_a_primary_score_decides_alone() -> None:
+    truth, (a, b) = draw(600, 1.0, 2.5)
+    found = compare_predictions(truth, a, b, CLASSES, primary="macro_f1", num_resamples=500)
+    verdicts = {name: row["verdict"] for name, row in found["scores"].items()}
+    assert verdicts.pop("macro_f1") == "better"
+    assert set(verdicts.values()) == {None}
+    row = found["scores"]["macro_f1"]
+    assert row["p_adjusted"] == row["p_value"]
+
+
+def test_a_class_without_images_is_left_out_of_what_it_cannot_tell() -> None:
+    truth, (a, b) = draw(200, 1.0, 1.2)
+    truth[truth == 2] = 0
+    found = compare_predictions(truth, a, b, CLASSES, num_resamples=200)
+    assert found["auroc"]["c"] is None
+    assert found["scores"]["macro_auroc"]["a"] is not None
+
+
+def test_one_group_is_not_enough_to_tell() -> None:
+    truth, (a, b) = draw(60, 0.5, 4.0)
+    found = compare_predictions(truth, a, b, CLASSES, groups=np.zeros(60, np.int64))
+    for row in found["scores"].values():
+        assert (row["difference_ci95"], row["p_value"]) == (None, None)
+        assert row["verdict"] == "cannot tell"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"primary": "auc"}, "Unknown score 'auc'"),
+        ({"num_resamples": 10}, "at least 100"),
+        ({"alpha": 1.0}, "alpha"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, object], said: str) -> None:
+    truth, (a, b) = draw(20, 1.0, 1.0)
+    with pytest.raises(ConfigError, match=said):
+        compare_predictions(truth, a, b, CLASSES, **options)  # type: ignore[arg-type]
+
+
+def test_other_shapes_are_refused() -> None:
+    truth, (a, b) = draw(20, 1.0, 1.0)
+    with pytest.raises(DataError, match="shape"):
+        compare_predictions(truth, a, b[:19], CLASSES)

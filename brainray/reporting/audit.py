@@ -156,7 +156,7 @@ def _say_bounds(low: float | None, high: float | None) -> str:
         return "All held-out scans"
     if high is None:
         return f"{low} or more: a near-twin"
-    return f"below {high}" if low is None else f"{low} to {high}"
+    return f"Below {high}" if low is None else f"{low} to {high}"
 
 
 def _interval(given: Sequence[float] | None) -> tuple[float, float] | None:

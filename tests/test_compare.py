@@ -1,0 +1,87 @@
+"""Two runs' predictions, joined image by image, or refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+
+from brainray.errors import DataError
+from brainray.pipelines.compare import CompareJob, compare
+from brainray.storage import read_json
+from tests.conftest import CLASSES
+
+
+def draw_probs(truth: NDArray[np.int64], skill: float, seed: int) -> NDArray[np.float64]:
+    logits = np.random.default_rng(seed).normal(size=(len(truth), 4))
+    logits[np.arange(len(truth)), truth] += skill
+    powers = np.exp(logits)
+    return powers / powers.sum(1, keepdims=True)
+
+
+def write_predictions(place: Path, skill: float, **changes: Any) -> Path:  # noqa: ANN401
+    truth = np.tile(np.arange(4), 12)
+    probs = draw_probs(truth, skill, seed=int(skill * 10))
+    columns: dict[str, Any] = {
+        "path": [f"scan-{number}.jpg" for number in range(48)],
+        "content_sha256": [f"{number:064x}" for number in range(48)],
+        "true_class": [CLASSES[label] for label in truth],
+        **{f"prob_{name}": probs[:, k] for k, name in enumerate(CLASSES)},
+    } | changes
+    place.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), place)
+    return place
+
+
+def test_tables_are_joined_whatever_their_order(tmp_path: Path) -> None:
+    a = write_predictions(tmp_path / "a" / "predictions" / "test.parquet", 1.0)
+    b = write_predictions(tmp_path / "b.parquet", 3.0)
+    table = pq.read_table(b)
+    straight = compare(CompareJob(a_uri=str(a), b_uri=str(b), num_resamples=100))
+    pq.write_table(table.take(np.random.default_rng(0).permutation(48)), b)
+    job = CompareJob(
+        a_uri=str(tmp_path / "a"),
+        b_uri=str(b),
+        output_uri=str(tmp_path / "out"),
+        num_resamples=100,
+    )
+    found = compare(job)
+    assert found["scores"] == straight["scores"]
+    assert found["join"]["by"] == "path"
+    assert read_json(str(tmp_path / "out" / "compare.json"))["scores"] == found["scores"]
+
+
+def test_a_data_set_that_moved_is_joined_by_content(tmp_path: Path) -> None:
+    a = write_predictions(tmp_path / "a.parquet", 1.0)
+    moved = [f"elsewhere/{number}.jpg" for number in range(48)]
+    b = write_predictions(tmp_path / "b.parquet", 3.0, path=moved)
+    found = compare(CompareJob(a_uri=str(a), b_uri=str(b), num_resamples=100))
+    assert (found["join"]["by"], found["n"]) == ("content_sha256", 48)
+
+
+def test_other_images_are_refused_unless_the_common_ones_are_asked_for(tmp_path: Path) -> None:
+    a = write_predictions(tmp_path / "a.parquet", 1.0)
+    b = write_predictions(tmp_path / "b.parquet", 3.0)
+    pq.write_table(pq.read_table(b).slice(0, 40), b)
+    with pytest.raises(DataError, match="8 are only in"):
+        compare(CompareJob(a_uri=str(a), b_uri=str(b)))
+    found = compare(CompareJob(a_uri=str(a), b_uri=str(b), common=True, num_resamples=100))
+    assert (found["n"], found["join"]["num_only_a"]) == (40, 8)
+
+
+def test_tables_that_disagree_on_the_truth_are_refused(tmp_path: Path) -> None:
+    a = write_predictions(tmp_path / "a.parquet", 1.0)
+    labels = [CLASSES[(number + (number == 7)) % 4] for number in range(48)]
+    b = write_predictions(tmp_path / "b.parquet", 3.0, true_class=labels)
+    with pytest.raises(DataError, match="1 of 48 images differ"):
+        compare(CompareJob(a_uri=str(a), b_uri=str(b)))
+
+
+def test_another_content_behind_a_path_is_refused(tmp_path: Path) -> None:
+    a = write_predictions(tmp_path / "a.parquet", 1.0)
+    b = write_predictions(tmp_path / "b.parquet", 3.0, content_sha256=["f" * 64] * 48)
+    with pytest.raises(DataError, match="another content"):
+        compare(CompareJob(a_uri=str(a), b_uri=str(b)))
