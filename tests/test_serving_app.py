@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from socket import create_connection, socket
 from typing import Any
@@ -28,7 +29,7 @@ from brainray.serving.asgi import App
 from brainray.serving.config import ServeJob, ServiceConfig
 from brainray.serving.connection import Threshold, WatchedConnection
 from brainray.serving.limits import ConnectionLimits, ServiceLimits
-from brainray.serving.predictor import ModelOptions, Predictor
+from brainray.serving.predictor import ModelOptions, Predictor, Reply
 from brainray.serving.problem import PROBLEMS, Problem
 from brainray.serving.schemas import AnswersBody, ExplainedAnswersBody, ProblemBody
 from brainray.serving.server import check_address, share_cpus
@@ -160,7 +161,17 @@ def test_the_model_says_what_it_is_for_and_what_is_too_much(model: LocalModel) -
     assert metadata["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
 
 
-def test_evidence_is_a_picture_of_the_scans_size(model: LocalModel, scan: bytes) -> None:
+def test_evidence_is_a_picture_of_the_scans_size(
+    model: LocalModel, scan: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explain = model.predictor.explain
+
+    def explain_with_evidence(*asked: Any) -> Reply:  # noqa: ANN401
+        reply = explain(*asked)  # of random weights, which may speak against every class
+        assert reply.maps is not None
+        return replace(reply, maps=np.abs(reply.maps) + 1)
+
+    monkeypatch.setattr(model.predictor, "explain", explain_with_evidence)
     app = build_test_app(model)
     size = Image.open(io.BytesIO(scan)).size
     files = [("files", ("a.jpg", scan)), ("files", ("b.jpg", b"no"))]

@@ -14,6 +14,8 @@ from typing import Any
 
 import orjson
 import ray
+from ray.serve._private import replica
+from ray.serve._private.http_util import start_asgi_http_server
 from starlette.middleware import Middleware
 from uvicorn import config as uvicorn_config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -50,10 +52,21 @@ def install() -> list[Middleware]:
     that one is closed.
     """
     uvicorn_config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{WatchedConnection.__name__}"
+    replica.start_asgi_http_server = _listen_at_once  # type: ignore[attr-defined]
     name = ray.get_runtime_context().get_actor_name() or ""
     if os.environ.get(DIRECT_VARIABLE) == "1" and name.startswith("SERVE_PROXY"):
         return [Middleware(Closed)]
     return [Middleware(Threshold)]
+
+
+async def _listen_at_once(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - Ray's own
+    """Start the server of a replica, also on a port that had connections a moment ago.
+
+    Ray 2.60 binds it without SO_REUSEADDR. After an ingress was killed, the kernel keeps its port
+    for a minute; the one that took its place failed to bind, Ray struck the port off its list, and
+    the service never listened again. Drop this when Ray's direct ingress sets the option.
+    """
+    return await start_asgi_http_server(*arguments, **{**options, "enable_so_reuseport": True})
 
 
 def write_environment(limits: ConnectionLimits) -> dict[str, str]:
