@@ -13,7 +13,8 @@ import tyro
 from rich.console import Console
 
 from brainray import runlog, storage
-from brainray.errors import BrainrayError, UserError
+from brainray.errors import BrainrayError, ConfigError, UserError
+from brainray.handful import asks_for_bulk, find_files, run_handful
 from brainray.pipelines.audit import AuditJob, audit, list_excessive_leaks
 from brainray.pipelines.classify import ClassifyJob, classify
 from brainray.pipelines.compare import CompareJob, compare
@@ -67,7 +68,10 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyOptions:
-    """Classify scans in bulk with a sealed classifier; a row of Parquet for every scan."""
+    """Classify scans in bulk with a sealed classifier; a row of Parquet for every scan.
+
+    `brainray classify FILE… --classifier-uri CLASSIFIER` prints the answers to a few files.
+    """
 
     job: Annotated[ClassifyJob, tyro.conf.arg(name="")]
     verbose: bool = False
@@ -228,15 +232,11 @@ def run_evaluate(arguments: list[str]) -> None:
 
 
 def run_classify(arguments: list[str]) -> None:
-    """`brainray classify`, `python jobs/classify.py`."""
-    options = _guard(
-        lambda: tyro.cli(
-            ClassifyOptions,
-            args=arguments,
-            prog="brainray classify",
-            config=(tyro.conf.UseAppendAction,),
-        )
-    )
+    """`brainray classify`, `python jobs/classify.py`; with files in place of --scans-uri, those."""
+    if find_files(arguments):
+        run_handful(arguments)
+        return
+    options = _guard(lambda: _parse_classify(arguments))
     voice = Voice()
     job = dataclasses.replace(
         options.job,
@@ -250,6 +250,21 @@ def run_classify(arguments: list[str]) -> None:
         _conclude_bulk(voice, metrics, job.output_uri)
 
     _guard(run)
+
+
+def _parse_classify(arguments: list[str]) -> ClassifyOptions:
+    if not asks_for_bulk(arguments) and not {"-h", "--help"} & set(arguments):
+        raise ConfigError(
+            "Expected scans to classify. Give FILE … --classifier-uri CLASSIFIER for a table of "
+            "answers, or --scans-uri PLACE --classifier-uri CLASSIFIER --output-uri OUT for a bulk "
+            "run; --help lists all options."
+        )
+    return tyro.cli(
+        ClassifyOptions,
+        args=arguments,
+        prog="brainray classify",
+        config=(tyro.conf.UseAppendAction,),
+    )
 
 
 def run_serve(arguments: list[str]) -> None:
