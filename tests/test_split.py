@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from brainray.dataset.split import MANIFEST_SCHEMA, assign_splits, hash_manifest, split_groups
+from brainray.dataset.split import (
+    MANIFEST_SCHEMA,
+    assign_folds,
+    assign_splits,
+    describe_balance,
+    hash_manifest,
+    split_groups,
+)
 from brainray.errors import DataError
 
 Labels = NDArray[np.int64]
@@ -239,3 +246,52 @@ def test_hash_is_of_what_is_said_not_of_how_it_is_stored() -> None:
 def test_hash_follows_every_column_that_shapes_a_run(name: str, value: object) -> None:
     manifest = build_manifest()
     assert hash_manifest(change(manifest, name, value)) != hash_manifest(manifest)
+
+
+# ------------------------------------------------------------------------------- folds and balance
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 15)), min_size=4, max_size=80),
+    num_folds=st.integers(2, 5),
+    seed=st.integers(0, 5),
+)
+def test_folds_part_no_group_or_are_refused_in_words(
+    rows: list[tuple[int, int]], num_folds: int, seed: int
+) -> None:
+    labels, groups = (np.array(part, np.int64) for part in zip(*rows, strict=True))
+    try:
+        folds = assign_folds(labels, groups, num_folds, seed=seed)
+    except DataError as error:
+        assert "--folds" in str(error)
+        return
+    assert not straddles(groups, *(folds == number for number in range(num_folds)))
+    for number in range(num_folds):
+        assert set(labels[folds == number]) == set(labels)
+
+
+def test_folds_are_even_stratified_and_seeded() -> None:
+    labels, groups = draw(500)
+    folds = assign_folds(labels, groups, 5, seed=0)
+    whole = np.bincount(labels) / len(labels)
+    for number in range(5):
+        part = np.bincount(labels[folds == number]) / (folds == number).sum()
+        assert (folds == number).mean() == pytest.approx(0.2, rel=0.05)
+        assert np.abs(part - whole).max() < 0.02
+    assert (assign_folds(labels, groups, 5, seed=0) == folds).all()
+    assert (assign_folds(labels, groups, 5, seed=1) != folds).any()
+
+
+def test_imbalance_is_the_largest_difference_of_a_share() -> None:
+    parts = np.array(["a"] * 4 + ["b"] * 6)
+    labels = np.array([0, 0, 0, 1, 0, 1, 1, 1, 1, 1])
+    rows = describe_balance(parts, ("b", "c", "a"), labels, 3)
+    assert [row["part"] for row in rows] == ["b", "a"]
+    assert rows[1] == {
+        "part": "a",
+        "n": 4,
+        "share": 0.4,
+        "per_class": [3, 1, 0],
+        "imbalance": pytest.approx(0.75 - 0.4),
+    }
