@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from brainray.pixels.preprocess import Preprocessing
 from brainray.serving.asgi import App
 from brainray.serving.auth import Guard
+from brainray.serving.gate import Gate
 from brainray.serving.handler import Handler
 from brainray.serving.http import build_app
 from brainray.serving.journal import Journal
@@ -76,7 +77,7 @@ def build_test_app(
     limits: ServiceLimits | None = None,
     token: str | None = None,
     log_path: Path | None = None,
-) -> App:
+) -> Gate:
     return build_app(
         Handler(model, limits or ServiceLimits()),
         guard=Guard(token),

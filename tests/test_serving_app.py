@@ -307,6 +307,36 @@ def test_what_is_held_and_what_is_in_flight_is_bounded(model: LocalModel, scan: 
     assert after.status_code == 200, "what was refused is held no longer"
 
 
+def test_a_service_that_stops_finishes_what_it_has_and_takes_no_more(
+    model: LocalModel, scan: bytes
+) -> None:
+    app = build_test_app(model)
+    model.delay_s = 0.5
+
+    async def run() -> tuple[list[httpx.Response], float]:
+        async with open_client(app) as client:
+            taken = asyncio.create_task(client.post("/v1/classify", content=scan, headers=JPEG))
+            await asyncio.sleep(0.2)
+            started = time.monotonic()
+            draining = asyncio.create_task(app.drain())
+            await asyncio.sleep(0.05)
+            late = [
+                await client.post("/v1/classify", content=scan, headers=JPEG),
+                await client.get("/readyz"),
+                await client.get("/healthz"),
+            ]
+            await draining
+            return [await taken, *late], time.monotonic() - started
+
+    (taken, late, ready, live), seconds = asyncio.run(run())
+    assert taken.status_code == 200
+    assert 0.1 < seconds < 5
+    for answer in (late, ready):
+        check_problem(answer, 503, "model_unavailable")
+        assert (answer.headers["retry-after"], answer.headers["connection"]) == ("1", "close")
+    assert live.status_code == 200
+
+
 def test_a_model_that_is_away_is_a_503_and_not_ready(model: LocalModel, scan: bytes) -> None:
     model.error = Problem("model_unavailable", "It is away.", {"retry-after": "1"})
     app = build_test_app(model)

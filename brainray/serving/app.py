@@ -192,6 +192,10 @@ class Ingress:
             self._posting = asyncio.create_task(self._post())
         return self._app
 
+    async def drain(self) -> None:
+        """Take no further request, and return when those in flight are answered."""
+        await self._app.drain()
+
     async def _post(self) -> None:
         """Tell the board what this replica counts, over and over."""
         while True:

@@ -4,6 +4,7 @@ It wraps the whole application (plain ASGI), so that nothing gets around it, and
 memory, whole and within its limits, before anything else looks at the request.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -12,11 +13,11 @@ import orjson
 
 from brainray.serving.asgi import App, Message, Receive, Scope, Send, name_request
 from brainray.serving.auth import OPEN_PATHS, Guard
-from brainray.serving.bodies import Buffers, ClientLeft, read_body
+from brainray.serving.bodies import CLOSE, Buffers, ClientLeft, read_body
 from brainray.serving.journal import Journal
 from brainray.serving.limits import ServiceLimits
 from brainray.serving.meters import Meters
-from brainray.serving.problem import Problem, render_problem, too_busy
+from brainray.serving.problem import RETRY_AFTER_S, Problem, render_problem, too_busy
 
 FAULT = "Something went wrong; the service's log says what, under the request_id."
 STATIC = "/static/"
@@ -27,6 +28,9 @@ SAFE_HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 )
+LIVE_PATHS = ("/healthz", "/v2/health/live")
+"""Answered to the end; to be ready is over when the service takes no more requests."""
+DRAIN_POLL_S = 0.05
 PATIENT_PATHS = (*OPEN_PATHS, "/metrics")
 """Answered however many requests are in flight."""
 
@@ -65,8 +69,15 @@ class Gate:
         self._admit, self._echo_id = admit, echo_id
         self._buffers = Buffers(limits.buffered_bytes)
         self._in_flight = 0
+        self._is_closing = False
         meters.watch("in_flight_requests", "Requests in flight.", lambda: self._in_flight)
         meters.watch("buffered_bytes", "Bytes of bodies held.", lambda: self._buffers.held)
+
+    async def drain(self) -> None:
+        """Take no further request, and return when those in flight are answered."""
+        self._is_closing = True
+        while self._in_flight:
+            await asyncio.sleep(DRAIN_POLL_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -95,6 +106,12 @@ class Gate:
     async def _pass(self, visit: "_Visit", scope: Scope, receive: Receive) -> None:
         """Check a request, read its body, and let it through."""
         path = scope["path"]
+        if self._is_closing and path not in LIVE_PATHS:
+            raise Problem(
+                "model_unavailable",
+                "The service is stopping. Ask another one, or try again later.",
+                {"retry-after": str(RETRY_AFTER_S), **CLOSE},
+            )
         self._guard.check(path, visit.headers.get(b"authorization"))
         if path not in PATIENT_PATHS and self._in_flight > self._limits.in_flight:
             raise too_busy(

@@ -15,7 +15,6 @@ import brainray
 from brainray.model.answer import NOTICE
 from brainray.pixels.decode import REJECTION_REASONS
 from brainray.serving import bodies, inference
-from brainray.serving.asgi import App
 from brainray.serving.auth import Guard
 from brainray.serving.bodies import part_uploads
 from brainray.serving.gate import FAULT, Gate, dump_json
@@ -57,7 +56,7 @@ def build_app(
     journal: Journal,
     render_meters: Callable[[], Awaitable[bytes]] | None = None,
     echo_id: bool = True,
-) -> App:
+) -> Gate:
     """Build the ASGI application.
 
     Parameters

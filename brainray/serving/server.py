@@ -21,6 +21,8 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from brainray.errors import ConfigError, ServingError
@@ -33,10 +35,12 @@ from brainray.serving.journal import Journal
 
 Say = Callable[[str], None]
 
+logger = logging.getLogger(__name__)
+
 APPLICATION = "brainray"
 POLL_S = 0.5
 DRAIN_S = 60.0
-"""Longest time that requests in flight have at the end, in seconds; Serve ends sooner without."""
+"""Longest time that requests in flight have at the end, in seconds."""
 
 
 def serve_here(job: ServeJob, *, say: Say, verbose: bool = False) -> None:
@@ -75,6 +79,7 @@ def serve_here(job: ServeJob, *, say: Say, verbose: bool = False) -> None:
         announce(job, classifier, say)
         stop.wait(check_running)
         say("Draining: what is in flight is answered, nothing else is taken.")
+        drain()
         serve.delete(APPLICATION)
     finally:
         ray.shutdown()
@@ -270,6 +275,19 @@ def check_running() -> None:
     failure = describe_failure()
     if failure is not None:
         raise ServingError(f"The service ended by itself: {failure}")
+
+
+def drain() -> None:
+    """Wait until the ingress has answered what it had taken.
+
+    Serve ends all deployments of an application together: the model would be gone before scans
+    that still wait for it.
+    """
+    asked = serve.get_app_handle(APPLICATION).drain.remote()
+    try:
+        asked.result(timeout_s=DRAIN_S)
+    except (RayError, TimeoutError, RayServeException) as error:
+        logger.warning("Not everything in flight was answered: %s", error)
 
 
 def describe_failure() -> str | None:
