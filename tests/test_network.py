@@ -25,7 +25,7 @@ from brainray.model.network import (
     NUM_FEATURES,
     STAGES,
     FrozenBatchNorm2d,
-    PointwiseConv2d,
+    ProductConv2d,
     StateDict,
     WorkerSyncedBatchNorm2d,
     build_network,
@@ -467,14 +467,15 @@ def test_a_single_worker_needs_no_synchronisation() -> None:
         torch.testing.assert_close(synced.state_dict()[name], value)
 
 
-def test_pointwise_convolutions_train_as_the_same_product() -> None:
+def test_convolutions_train_as_the_same_product() -> None:
     torch.manual_seed(5)
-    images = torch.randn(2, 1, 96, 96).to(memory_format=torch.channels_last)
-    plain = build_network(3).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 1, 96, 96, dtype=torch.float64).to(memory_format=torch.channels_last)
+    plain = build_network(3).double().to(memory_format=torch.channels_last)
     product = use_matrix_products(copy.deepcopy(plain))
-    kinds = [name for name, m in product.named_modules() if isinstance(m, PointwiseConv2d)]
-    assert len(kinds) == 7  # two in each of three blocks, and the shortcut's
-    assert all(name.startswith("layer4.") for name in kinds)
+    kinds = [name for name, m in product.named_modules() if isinstance(m, ProductConv2d)]
+    # Two of 1 x 1 in each block and the shortcut's: six blocks, then three and their strided one.
+    assert [sum(name.startswith(stage) for name in kinds) for stage in STAGES[1:5]] == [0, 0, 13, 8]
+    assert "layer4.0.conv2" in kinds
     results = []
     for network in (plain, product):
         for norm in network.modules():
@@ -484,10 +485,12 @@ def test_pointwise_convolutions_train_as_the_same_product() -> None:
         logits = network.train()(images)
         logits.square().sum().backward()
         results.append((logits, {n: p.grad for n, p in network.named_parameters()}))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
-    weight = product.get_submodule("layer4.1.conv3").weight
-    (gradient,) = torch.autograd.grad(product(images).sum(), weight)
-    assert gradient.stride() == weight.stride()  # else DDP copies it once more, and warns
+    torch.testing.assert_close(results[1], results[0], rtol=1e-7, atol=1e-9)
+    weights = [product.get_submodule(name).weight for name in kinds]
+    for gradient, weight in zip(
+        torch.autograd.grad(product(images).sum(), weights), weights, strict=True
+    ):
+        assert gradient.stride() == weight.stride()  # else DDP copies it once more, and warns
     torch.testing.assert_close(product.eval()(images), plain.eval()(images), rtol=0, atol=0)
     assert list(product.state_dict()) == list(plain.state_dict())
 

@@ -27,7 +27,6 @@ from ray.data import DataIterator
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.util.queue import Queue
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from brainray import runlog, storage
 from brainray.dataset.scan import ScanStore
@@ -83,6 +82,32 @@ class WorkerSetup:
     use_gpu: bool
     messages: Queue | None = None
     """Takes progress for the person at the driver."""
+
+
+def sum_in_bf16(
+    kept: dict[int, torch.Tensor],
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # mypy does not see torch's C names
+) -> torch.futures.Future[torch.Tensor]:
+    """Sum a bucket of gradients over the workers, in bf16: a hook for DDP.
+
+    torch's own ``bf16_compress_hook`` averages, with a pass over the gradients to divide them,
+    and takes new memory each time.
+
+    Parameters
+    ----------
+    kept : dict of Tensor
+        Memory of each bucket between the steps.
+    bucket : GradBucket
+        Gradients of fp32, overwritten with the sums.
+    """
+    gradients, index = bucket.buffer(), bucket.index()
+    if index not in kept or kept[index].shape != gradients.shape:  # DDP may build them anew
+        kept[index] = torch.empty_like(gradients, dtype=torch.bfloat16)
+    work = dist.all_reduce(kept[index].copy_(gradients), async_op=True)
+    summed: torch.futures.Future[torch.Tensor] = work.get_future().then(
+        lambda done: gradients.copy_(done.value()[0])
+    )
+    return summed
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
@@ -201,7 +226,7 @@ class Worker:
             )
             if self.config.precision == "bf16":
                 # Autocast computes the gradients of the weights in bf16: so they may travel.
-                network.register_comm_hook(None, bf16_compress_hook)
+                network.register_comm_hook({}, sum_in_bf16)
         return torch.compile(network) if self.config.compile else network  # type: ignore[return-value]
 
     def _autocast(self) -> AbstractContextManager[object]:
@@ -288,8 +313,9 @@ class Worker:
             self.optimizer, optimisation, step, self.plan.steps_per_epoch, config.num_epochs
         )
         self.optimizer.zero_grad()
-        # DDP averages over workers; this makes that the mean over the global batch.
-        (loss * (self.world_size / global_size)).backward()
+        # Workers' gradients are summed in bf16, averaged in fp32: either way, the batch's mean.
+        summed = self.world_size == 1 or config.precision == "bf16"
+        (loss * ((1 if summed else self.world_size) / global_size)).backward()
         if optimisation.clip_norm:
             nn.utils.clip_grad_norm_(self.network.parameters(), optimisation.clip_norm)
         self.optimizer.step()
