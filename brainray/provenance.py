@@ -1,5 +1,6 @@
 """Where a result came from: versions of the code and of the libraries below it."""
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +33,17 @@ def describe_versions() -> str:
     """Say in one line what a report's numbers were computed with."""
     versions = collect_versions()
     return f"brainray {versions['brainray']}, Ray {versions['ray']}, torch {versions['torch']}"
+
+
+def describe_cpu() -> str:
+    """Say which processor this is, and how many of its CPUs this process may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.machine()
+    return f"{model}, {len(os.sched_getaffinity(0))} CPUs"
 
 
 def read_code_revision() -> str:

@@ -104,6 +104,14 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/") or "/", *parts]).replace("//", "/", int(uri == "/"))
 
 
+def get_name(uri: str) -> str:
+    """Return the last name of a place: no folder above it, no credentials, no query."""
+    if "://" not in uri:
+        return make_absolute(uri).rpartition("/")[2]
+    parts = urlsplit(uri)
+    return unquote(parts.path).rstrip("/").rpartition("/")[2] or parts.hostname or ""
+
+
 def _explain(action: str, uri: str, error: Exception) -> StorageError:
     return StorageError(f"Cannot {action} '{uri}': {error}")
 

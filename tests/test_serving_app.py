@@ -31,7 +31,7 @@ from brainray.serving.connection import Threshold, WatchedConnection
 from brainray.serving.limits import ConnectionLimits, ServiceLimits
 from brainray.serving.predictor import ModelOptions, Predictor, Reply
 from brainray.serving.problem import PROBLEMS, Problem
-from brainray.serving.schemas import AnswersBody, ExplainedAnswersBody, ProblemBody
+from brainray.serving.schemas import AnswersBody, ExplainedAnswersBody, ModelBody, ProblemBody
 from brainray.serving.server import check_address, share_cpus
 from tests.conftest import CLASSES
 from tests.service import LocalModel, build_test_app, find_port, open_client, open_predictor
@@ -159,6 +159,17 @@ def test_the_model_says_what_it_is_for_and_what_is_too_much(model: LocalModel) -
     metadata = ask(build_test_app(model), "GET", "/v2/models/brainray").json()
     assert metadata["versions"] == [body["classifier_id"]]
     assert metadata["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
+
+
+def test_the_model_gives_its_card_where_it_has_one(
+    model: LocalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = build_test_app(model)
+    assert ask(app, "GET", "/v1/model").json()["model_card"] is None, "sealed without one"
+    written = {"limits": ["It sees one slice."]}
+    monkeypatch.setitem(model.predictor.describe()["card"], "model_card", written)
+    body = ModelBody.model_validate(ask(app, "GET", "/v1/model").json())
+    assert body.model_card == written
 
 
 def test_evidence_is_a_picture_of_the_scans_size(

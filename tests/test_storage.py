@@ -265,3 +265,18 @@ def test_a_place_has_one_name_whatever_way_leads_to_it(
     assert storage.make_absolute("../../link/x") == f"{real}/link/x"
     assert storage.make_absolute(f"{tmp_path}/link/../y") == f"{real}/a/y"
     assert storage.make_absolute("s3://bucket/a/") == "s3://bucket/a"
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("/data/somebody/scans", "scans"),
+        ("/data/scans/", "scans"),
+        ("s3://key:secret@bucket/a/scans?region=eu", "scans"),
+        ("s3://key:secret@bucket", "bucket"),
+        ("file:///data/two%20words", "two words"),
+        ("/", ""),
+    ],
+)
+def test_the_name_of_a_place_is_its_last_part_alone(uri: str, name: str) -> None:
+    assert storage.get_name(uri) == name

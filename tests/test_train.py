@@ -19,6 +19,7 @@ from brainray.pipelines.train import TrainJob, train
 from brainray.pixels.augment import NO_AUGMENTATION
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing, load_image
+from brainray.provenance import describe_cpu
 from brainray.recipes import smoke
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -94,6 +95,24 @@ def test_metrics_hold_the_promised_names(
             assert expected <= scores["per_class"][name].keys()
         assert 0 <= scores["no_twin"]["n"] <= scores["n"]
         assert 0 <= scores["baseline_1nn"]["accuracy"] <= 1
+
+
+def test_the_classifier_has_a_model_card(
+    finished: tuple[TrainJob, dict[str, Any], list[str]],
+) -> None:
+    job, metrics, _ = finished
+    text = Path(job.at("classifier", "MODEL_CARD.md")).read_text()
+    found = load_classifier(job.at("classifier")).card["model_card"]
+    for split in ("test", "val"):
+        accuracy = metrics[split]["accuracy"]
+        assert found["results"][split]["all"]["accuracy"] == accuracy
+        assert f"| Accuracy | {accuracy:.3f} (" in text
+    assert found["data"]["splits"]["test"]["per_class"] == [8, 8, 8, 8]
+    assert [found["data"]["splits"][split]["given"] for split in ("test", "val")] == [True, False]
+    assert found["data"]["name"] == Path(job.data_uri).name
+    assert found["training"]["num_workers"] == 2
+    assert found["training"]["hardware"] == describe_cpu()
+    assert str(Path(job.data_uri).parent) not in text
 
 
 def test_the_manifest_keeps_groups_together_and_testing_apart(

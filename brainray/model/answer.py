@@ -19,6 +19,14 @@ from brainray.pixels.decode import DecodeLimits, decode_image
 from brainray.pixels.preprocess import Preprocessing, resize_image
 
 NOTICE = "Research use only; not a medical device."
+INTENDED_USE = (
+    "Research on classifying slices of brain MRI: comparing classifiers, sorting and finding "
+    "scans in research data."
+)
+NOT_INTENDED_FOR = (
+    "Diagnosis, treatment or triage of patients; scans of other organs or modalities; whole "
+    "volumes. It answers every picture that can be read, also one that is no brain MRI."
+)
 
 Status = Literal["classified", "abstained", "rejected"]
 

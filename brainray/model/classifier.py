@@ -5,6 +5,7 @@
     classifier/
       model.safetensors    the weights
       classifier.json      class order, preprocessing, where they came from, the weights' hash
+      MODEL_CARD.md        what training knew of it, for people; absent in older folders
 
 Nothing in it is pickled. Whoever opens the folder needs no flag.
 """

@@ -19,6 +19,7 @@ from brainray.errors import RejectedImage
 from brainray.metrics import compute_accuracy, compute_curves, compute_evaluation
 from brainray.model.classifier import Classifier, amend_card, load_classifier, read_card
 from brainray.pipelines.data import PreparedData
+from brainray.pipelines.modelcard import write_model_card
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.picture import render_picture
 from brainray.provenance import describe_versions, read_code_revision
@@ -275,5 +276,6 @@ def judge_and_report(
     storage.write_bytes(storage.join(output_uri, "report.html"), report.encode())
     if training is not None:
         amend_card(classifier_uri, {"metrics": {split: metrics[split] for split in curves}})
+        write_model_card(classifier_uri, data, metrics, data_uri=facts["Data"])
     storage.write_json(storage.join(output_uri, METRICS_FILE), metrics)
     return metrics

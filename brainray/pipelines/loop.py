@@ -46,6 +46,7 @@ from brainray.pipelines.config import TrainConfig
 from brainray.pipelines.optimisation import build_optimizer, set_learning_rate
 from brainray.pixels.augment import augment_images, mix_images, roll_dice
 from brainray.pixels.preprocess import normalise_images
+from brainray.provenance import describe_cpu
 
 MESSAGE_INTERVAL_S = 1.0
 """Seconds between two messages to the person at the driver within an epoch."""
@@ -229,6 +230,12 @@ class Worker:
                 network.register_comm_hook({}, sum_in_bf16)
         return torch.compile(network) if self.config.compile else network  # type: ignore[return-value]
 
+    def _describe_hardware(self) -> str:
+        """Say what this worker computes on."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return describe_cpu()
+
     def _autocast(self) -> AbstractContextManager[object]:
         if self.config.precision == "fp32":
             return nullcontext()
@@ -281,6 +288,7 @@ class Worker:
             "is_best": is_best,
             "num_train_images": round(num_images),
             "world_size": self.world_size,
+            "hardware": self._describe_hardware(),
             "images_per_s": num_images / train_s,
             "time_s": self.progress.time_s,
             "unix_time_s": time.time(),

@@ -341,6 +341,7 @@ def summarise_training(job: TrainJob, records: list[runlog.Record]) -> dict[str,
         "time_s": records[-1]["time_s"],
         "images_per_s": sum(r["num_train_images"] for r in records) / records[-1]["time_s"],
         "world_size": records[-1]["world_size"],
+        "hardware": records[-1].get("hardware"),  # a run that began with an older version has none
     }
 
 

@@ -8,7 +8,7 @@ import base64
 import json
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -38,7 +38,7 @@ def render_page(template: str, page: Mapping[str, Any]) -> str:
     str
         A whole HTML document, encodable as UTF-8 whatever its values hold.
     """
-    return _build_environment().get_template(template).render(page)
+    return build_environment(format_text).get_template(template).render(page)
 
 
 def select_sections(headings: Mapping[str, tuple[object, str]]) -> dict[str, str]:
@@ -54,8 +54,28 @@ def select_sections(headings: Mapping[str, tuple[object, str]]) -> dict[str, str
 
 def list_settings(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
     """List dotted names and values, by caption; a table that is empty is left out."""
-    flat = {caption: _flatten(values) for caption, values in tables.items()}
-    return {caption: values for caption, values in flat.items() if values}
+    flat = {caption: flatten(values) for caption, values in tables.items()}
+    return {
+        caption: {name: format_setting(value) for name, value in values.items()}
+        for caption, values in flat.items()
+        if values
+    }
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted names; other values stay as they are."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def format_setting(value: object) -> str:
+    """Format any value of a configuration."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
@@ -141,12 +161,19 @@ def format_text(text: object) -> object:
     )
 
 
-def _build_environment() -> Environment:
+def build_environment(finalize: Callable[[object], object]) -> Environment:
+    """Build the template environment.
+
+    Parameters
+    ----------
+    finalize : callable
+        Makes a value safe to show in the language of the templates.
+    """
     environment = Environment(
         loader=PackageLoader("brainray", "reporting"),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=format_text,
+        finalize=finalize,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -162,16 +189,3 @@ def _build_environment() -> Environment:
         base64=lambda data: base64.b64encode(data).decode("ascii"),
     )
     return environment
-
-
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested mappings to dotted names and values as text."""
-    flat: dict[str, str] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, str):
-            flat[f"{prefix}{key}"] = value
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value, default=str, ensure_ascii=False)
-    return flat

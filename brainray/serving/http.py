@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 import brainray
-from brainray.model.answer import NOTICE
+from brainray.model.answer import INTENDED_USE, NOT_INTENDED_FOR, NOTICE
 from brainray.pixels.decode import REJECTION_REASONS
 from brainray.serving import bodies, inference
 from brainray.serving.auth import Guard
@@ -35,14 +35,6 @@ from brainray.serving.schemas import (
 
 JSON_TYPE = "application/json"
 OCTETS = "application/octet-stream"
-INTENDED_USE = (
-    "Research on classifying slices of brain MRI: comparing classifiers, sorting and finding "
-    "scans in research data."
-)
-NOT_INTENDED_FOR = (
-    "Diagnosis, treatment or triage of patients; scans of other organs or modalities; whole "
-    "volumes. It answers every picture that can be read, also one that is no brain MRI."
-)
 CARD_METRICS = ("metrics", "evaluation")
 
 PROTOCOL = "Open Inference Protocol"
@@ -389,6 +381,7 @@ def _build_card(description: dict[str, Any], handler: Handler) -> dict[str, Any]
         "runtime": description["runtime"],
         "intended_use": INTENDED_USE,
         "not_intended_for": NOT_INTENDED_FOR,
+        "model_card": card.get("model_card"),
         "limits": asdict(handler.limits),
         "rejection_reasons": REJECTION_REASONS,
         "notice": NOTICE,

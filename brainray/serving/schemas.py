@@ -73,6 +73,9 @@ class ModelBody(Body):
     runtime: dict[str, str]
     intended_use: str
     not_intended_for: str
+    model_card: dict[str, Any] | None = Field(
+        description="What the training run knew of it; null for one sealed without a card."
+    )
     limits: dict[str, float]
     rejection_reasons: dict[str, str]
     notice: str

@@ -1,0 +1,378 @@
+"""The model card: its numbers are the metrics', and nothing a user may write breaks it."""
+
+import copy
+import html
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+from brainray.dataset.source import FoundSamples
+from brainray.metrics import compute_evaluation
+from brainray.model.answer import NOTICE
+from brainray.pipelines.data import PreparedData
+from brainray.pipelines.modelcard import summarise_data
+from brainray.reporting.card import build_model_card, render_model_card
+from brainray.reporting.guidelines import CLAIM, TRIPOD_AI
+from brainray.reporting.page import format_text
+from tests.test_report import CLASSES, build_predictions, build_split
+
+HOSTILE = (
+    "a|b",
+    "`code` \\",
+    "*bold* _and_ ~~gone~~",
+    "line\nbreak\r\n---\n# Heading",
+    "<script>alert(1)</script> &amp;",
+    "[link](http://example.org) ![x](y)",
+    "$x$ no_tumour_",
+    "\N{RIGHT-TO-LEFT OVERRIDE}rtl",
+)
+BEATEN = "is right more often than the classifier"
+
+
+@pytest.fixture(scope="module")
+def full_metrics() -> dict[str, Any]:
+    test, val = build_split(200, 1)[0], build_split(120, 0)[0]
+    training = {
+        "num_epochs": 5,
+        "best_epoch": 3,
+        "monitor": "val_macro_f1",
+        "best_score": 0.75,
+        "time_s": 3700.0,
+        "world_size": 2,
+        "hardware": "AMD EPYC 9V45, 2 CPUs",
+    }
+    return {"test": test, "val": val, "training": training}
+
+
+@pytest.fixture
+def metrics(full_metrics: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(full_metrics)
+
+
+def build_card(classes: tuple[str, ...] = CLASSES, **parts: Any) -> dict[str, Any]:  # noqa: ANN401
+    config = {
+        "classes": list(classes),
+        "seed": 7,
+        "weights": "imagenet",
+        "weights_uri": "/home/somebody/weights/start.pth",
+        "group_correlation": 0.96,
+        "val_fraction": 0.15,
+        "test_fraction": 0.2,
+        "optimisation": {"class_weights": "balanced"},
+    }
+    return {
+        "classifier_id": "0123456789ab",
+        "classes": list(classes),
+        "architecture": {"name": "resnet50", "in_channels": 1, "num_classes": len(classes)},
+        "preprocessing": {"size_px": 64, "fit": "stretch", "mean": 0.449, "std": 0.226},
+        "weights": {"file": "model.safetensors", "size_bytes": 94_000_000},
+        "training": {"recipe": "tiny", "config": config},
+        "data_manifest_sha256": "ab" * 32,
+        "versions": {"python": "3.11.9", "torch": "2.15.0"},
+        "code_revision": "e78b1eedcafe",
+        **parts,
+    }
+
+
+def build_data(num_classes: int = 4) -> dict[str, Any]:
+    counts = {"n": 10 * num_classes, "num_groups": 9, "per_class": [10] * num_classes}
+    return {
+        "name": "brain-tumor-mri",
+        "num_scans": 30 * num_classes + 2,
+        "rejected": {"truncated": 2},
+        "rejected_per_class": [2] + [0] * (num_classes - 1),
+        "num_groups": 27,
+        "num_shared_groups": 0,
+        "num_grouped_by_user": 0,
+        "splits": {
+            "train": {**counts, "given": True},
+            "val": {**counts, "given": False},
+            "test": {**counts, "given": True},
+        },
+    }
+
+
+def render(card: dict[str, Any], metrics: dict[str, Any], data: dict[str, Any]) -> str:
+    return render_model_card(build_model_card(card, metrics, data))
+
+
+def read_html(text: str) -> str:
+    """Read the card as GitHub does."""
+    body = text.split("---\n", 2)[2]
+    return str(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(body))
+
+
+def read_tables(text: str, heading: str) -> list[list[list[str]]]:
+    """Return the cells of the tables of a section."""
+    page = read_html(text)
+    part = re.split(r"<h[23]>", page.split(f">{heading}</h")[1])[0]
+    return [
+        [
+            [html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
+            for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+        ]
+        for table in re.findall(r"<table>(.*?)</table>", part, re.DOTALL)
+    ]
+
+
+def write_estimate(found: dict[str, Any], name: str) -> str:
+    if name not in found:
+        return "–"
+    interval = found[f"{name}_ci95"]
+    ends = "no interval" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+    return f"{found[name]:.3f} ({ends})"
+
+
+def test_every_number_is_that_of_the_metrics(metrics: dict[str, Any]) -> None:
+    text = render(build_card(), metrics, build_data())
+    for heading, split in (("Test split", "test"), ("Validation split", "val")):
+        found = metrics[split]
+        baseline = found["baseline_1nn"]
+        parts = [found, found["no_twin"], baseline, baseline["no_twin"]]
+        scores, classes, classes_no_twin, confusion = read_tables(text, heading)
+        assert scores[0][1:] == [
+            *("Classifier", "Classifier, no near-twin"),
+            *("Nearest thumbnail", "Nearest thumbnail, no near-twin"),
+        ]
+        rows = {row[0].split(" (")[0].split(",")[0]: row[1:] for row in scores[1:]}
+        assert rows.pop("Images") == [str(part["n"]) for part in parts]
+        assert rows.pop("Groups")[:2] == [str(part["num_groups"]) for part in parts[:2]]
+        names = {
+            "Accuracy": "accuracy",
+            "Balanced accuracy": "balanced_accuracy",
+            "Macro F1": "macro_f1",
+            "Macro AUROC": "macro_auroc",
+            "Matthews correlation": "mcc",
+            "Log loss": "log_loss",
+            "Brier score": "brier",
+            "Expected calibration error": "ece",
+        }
+        assert rows == {
+            label: [write_estimate(part, name) for part in parts] for label, name in names.items()
+        }
+        for table, part in ((classes, found), (classes_no_twin, found["no_twin"])):
+            assert table[0] == ["Class", "Images", "Sensitivity", "Specificity", "Precision"]
+            assert table[1:] == [
+                [name, str(one["n"])]
+                + [write_estimate(one, key) for key in ("sensitivity", "specificity", "precision")]
+                for name, one in part["per_class"].items()
+            ]
+        assert [row[1:] for row in confusion[1:]] == [
+            list(map(str, row)) for row in found["confusion"]
+        ]
+    assert "Images with a near-twin: 50.0\N{NO-BREAK SPACE}% (thumbnails correlate at 0.995" in text
+
+
+def test_it_says_how_data_and_classifier_came_about(metrics: dict[str, Any]) -> None:
+    text = render(build_card(), metrics, build_data())
+    for line in (
+        NOTICE,
+        "classifier 0123456789ab",
+        "size_px 64, fit stretch",
+        "brain-tumor-mri",
+        "rejected: truncated 2",
+        "correlate at 0.96 or more",
+        "test split was made:** as the data set gives it",
+        "about 15.0\N{NO-BREAK SPACE}% held out, seed 7",
+        "5 run; sealed: epoch 4, the best by val_macro_f1 (0.750)",
+        "1\N{NO-BREAK SPACE}h 2\N{NO-BREAK SPACE}min, with 2 workers",
+        "AMD EPYC 9V45, 2 CPUs",
+        "e78b1eedcafe",
+        "torch 2.15.0",
+    ):
+        assert line in text, line
+    (counts,) = read_tables(text, "Data")
+    assert counts[0] == ["Split", "Images", "Groups", *CLASSES]
+    assert counts[1] == ["training", "40", "9", "10", "10", "10", "10"]
+    assert counts[4] == ["rejected", "2", "–", "2", "0", "0", "0"]
+    (settings,) = read_tables(text, "Training")
+    assert ["optimisation.class_weights", "balanced"] in settings
+    assert ["weights_uri", "start.pth"] in settings
+    assert "somebody" not in text, "no folder of the machine"
+
+
+def test_the_front_matter_is_yaml_that_hugging_face_knows(metrics: dict[str, Any]) -> None:
+    text = render(build_card(HOSTILE[:4]), {"training": metrics["training"]}, build_data())
+    _, front, _ = text.split("---\n", 2)
+    found = yaml.safe_load(front)
+    assert found["license"] == "unknown"
+    assert found["pipeline_tag"] == "image-classification"
+    assert found["library_name"] == "brainray"
+    assert "mri" in found["tags"]
+
+
+def test_hostile_names_are_shown_as_they_are() -> None:
+    y_true = np.arange(80) % len(HOSTILE)
+    y_prob = np.full((80, len(HOSTILE)), 1 / len(HOSTILE))
+    evaluation = compute_evaluation(y_true, y_prob, HOSTILE, num_resamples=0)
+    data = build_data(len(HOSTILE)) | {"name": HOSTILE[3]}
+    card = build_card(HOSTILE, trust={HOSTILE[0]: HOSTILE[4]})
+    text = render(card, {"test": evaluation}, data)
+    shown = [format_text(name) for name in HOSTILE]
+    (counts,) = read_tables(text, "Data")
+    assert counts[0][3:] == shown
+    scores, classes, confusion = read_tables(text, "Test split")
+    assert [row[0] for row in classes[1:]] == shown
+    assert confusion[0][1:] == [row[0] for row in confusion[1:]] == shown
+    for table in (counts, scores, classes, confusion):
+        assert len({len(row) for row in table}) == 1
+    page = read_html(text)
+    assert set(re.findall(r"<(\w+)", page)) <= {
+        *("h1", "h2", "h3", "p", "strong", "ul", "li", "blockquote"),
+        *("table", "thead", "tbody", "tr", "th", "td"),
+    }
+    assert "Heading</h" not in page
+    text.encode()
+
+
+@pytest.mark.parametrize(("all_beat", "no_twin_beats"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_that_a_vote_of_thumbnails_is_better_is_said_where_it_is(
+    metrics: dict[str, Any], all_beat: int, no_twin_beats: int
+) -> None:
+    for split in ("test", "val"):
+        found = metrics[split]
+        found["baseline_1nn"]["accuracy"] = found["accuracy"]
+        found["baseline_1nn"]["no_twin"]["accuracy"] = found["no_twin"]["accuracy"]
+    test = metrics["test"]
+    test["baseline_1nn"]["accuracy"] += 0.001 * all_beat
+    test["baseline_1nn"]["no_twin"]["accuracy"] += 0.001 * no_twin_beats
+    text = render(build_card(), metrics, build_data())
+    assert text.count(BEATEN) == all_beat + no_twin_beats
+    assert ("On the test split, all images: the nearest" in text) == bool(all_beat)
+    assert ("On the test split, images without a near-twin: the" in text) == bool(no_twin_beats)
+
+
+def test_what_is_absent_is_called_so() -> None:
+    y_true, y_prob = build_predictions(40, 0)
+    evaluation = compute_evaluation(y_true, y_prob, CLASSES, num_resamples=0)
+    card = build_card(training={}, versions={}, code_revision=None, data_manifest_sha256=None)
+    data = build_data() | {"name": "", "rejected": {}}
+    del data["splits"]["test"]
+    text = render(card, {"val": evaluation}, data)
+    for line in (
+        "**Data set:** not known; hash of its manifest: not known",
+        "rejected: none",
+        "**Recipe:** not known",
+        "**Epochs:** not known run; sealed: epoch not known",
+        "**Started from:** not known",
+        "**Wall time of the epochs:** not known, with not known workers",
+        "**Hardware:** not known",
+        "**Code revision:** not known",
+        "**Versions:** not known",
+        "Images with a near-twin: not known.",
+        "There is no test split",
+        "Probabilities are not calibrated after training; the classifier never abstains",
+        "it never abstains",
+    ):
+        assert line in text, line
+    assert "(no interval)" in text
+    assert "measure memory" not in text
+    assert "cannot be read (" not in text
+    scores, *_ = read_tables(text, "Validation split")
+    assert scores[0] == ["", "Classifier"]
+
+
+def test_a_split_of_near_twins_alone_has_no_other_scores(metrics: dict[str, Any]) -> None:
+    metrics["test"]["no_twin"] = {"n": 0}
+    metrics["test"]["baseline_1nn"]["no_twin"] = {"n": 0}
+    text = render(build_card(), metrics, build_data())
+    assert "Every image has one: there are no scores without." in text
+    assert read_tables(text, "Test split")[0][0] == ["", "Classifier", "Nearest thumbnail"]
+    assert "100.0\N{NO-BREAK SPACE}% of the test images have a near-twin" in text
+
+
+def test_limits_follow_from_the_data(metrics: dict[str, Any]) -> None:
+    data = build_data()
+    text = render(build_card(), metrics, data)
+    assert "No patient is known by name" in text
+    assert "more than one split, as the data set gives" not in text
+    named = render(
+        build_card(), metrics, data | {"num_grouped_by_user": 122, "num_shared_groups": 3}
+    )
+    assert "names a group, a patient perhaps, for 122 of 122 scans" in named
+    assert "No patient is known by name" not in named
+    assert "3 groups of near-identical slices lie in more than one split" in named
+
+
+def test_what_is_known_of_trust_is_shown_whatever_it_is(metrics: dict[str, Any]) -> None:
+    trust = {"method": "vector", "scale": [1.0, 2.0], "fit": {"n": 816, "ece": 0.0123}}
+    model_card = build_model_card(build_card(trust=trust), metrics, build_data())
+    assert model_card["trust"] == {"method": "vector", "fit.n": 816, "fit.ece": 0.0123}
+    text = render_model_card(model_card)
+    section = text.split("## Calibration, abstention, outsiders\n")[1].split("\n## ")[0]
+    assert section.strip().splitlines() == [
+        "- **method:** vector",
+        "- **fit.n:** 816",
+        "- **fit.ece:** 0.0123",
+    ]
+    assert "never abstains" not in text
+
+
+def test_the_json_says_the_same(metrics: dict[str, Any]) -> None:
+    model_card = build_model_card(build_card(), metrics, build_data())
+    read = json.loads(json.dumps(model_card, allow_nan=False))
+    assert render_model_card(read) == render_model_card(model_card)
+    test = read["results"]["test"]
+    assert test["all"]["accuracy"] == metrics["test"]["accuracy"]
+    assert test["near_twin_share"] == 0.5
+    assert read["training"]["sealed_epoch"] == 4
+    assert read["training"]["configuration"]["weights_uri"] == "start.pth"
+
+
+def test_guidelines_are_whole_and_point_to_what_is_there(metrics: dict[str, Any]) -> None:
+    assert [item.number for item in CLAIM.items] == [str(n) for n in range(1, 45)]
+    numbers = [item.number for item in TRIPOD_AI.items]
+    assert len(numbers) == len(set(numbers)) == 52
+    main = [int(number.rstrip("abcdefg")) for number in numbers]
+    assert main == sorted(main)
+    assert set(main) == set(range(1, 28))
+    text = render(build_card(), metrics, build_data())
+    headings = set(re.findall(r"^## (.*)$", text, re.MULTILINE))
+    for item in (*CLAIM.items, *TRIPOD_AI.items):
+        for words in re.findall(r"[Ss]ee ([^.;:]*)", item.answer or ""):
+            assert any(words.startswith(heading) for heading in headings), item
+    for guideline in (CLAIM, TRIPOD_AI):
+        (table,) = read_tables(text, guideline.name)
+        assert [row[0] for row in table[1:]] == [item.number for item in guideline.items]
+        assert [row[0] for row in table[1:] if row[2] == "open"] == [
+            item.number for item in guideline.items if item.answer is None
+        ]
+    assert "complian" not in text
+    assert "no claim that a guideline is met" in text
+
+
+def test_images_are_counted_by_split_class_and_group() -> None:
+    splits = ["train", "train", "train", "val", "test", "rejected"]
+    manifest = pa.table({"group": [0, 0, 1, 2, 1, 9], "reason": [None] * 5 + ["truncated"]})
+    samples = pa.table(
+        {
+            "split": ["train", "train", "train", "train", "test", "train"],
+            "group": pa.array(["p1", None, None, None, None, None], pa.string()),
+        }
+    )
+    data = PreparedData(
+        FoundSamples(samples),
+        manifest,
+        np.array([0, 1, 1, 0, 1, 0]),
+        np.array(splits),
+        None,  # type: ignore[arg-type]  # no scan is read
+    )
+    assert summarise_data(data, ["a", "b"]) == {
+        "num_scans": 6,
+        "rejected": {"truncated": 1},
+        "rejected_per_class": [1, 0],
+        "num_groups": 3,
+        "num_shared_groups": 1,
+        "num_grouped_by_user": 1,
+        "splits": {
+            "train": {"n": 3, "num_groups": 2, "per_class": [1, 2], "given": True},
+            "val": {"n": 1, "num_groups": 1, "per_class": [1, 0], "given": False},
+            "test": {"n": 1, "num_groups": 1, "per_class": [0, 1], "given": True},
+        },
+    }
