@@ -82,6 +82,34 @@ def test_what_is_written_is_read_and_says_what_wrote_it(tmp_path: Path) -> None:
     assert about["versions"]["pyarrow"] == pa.__version__
 
 
+def test_the_metadata_says_how_a_map_lies_over_the_square(tmp_path: Path) -> None:
+    answers = AnswerSet(str(tmp_path), card() | {"preprocessing": {"size_px": 100}}, replace=False)
+    answers.write(rows("a"), RUNTIME)
+    (file,) = (tmp_path / "predictions").iterdir()
+    about = json.loads(pq.read_schema(file).metadata[b"brainray"])
+    assert about["class_map"] == {"height": 4, "width": 4, "stride_px": 32}
+
+
+def test_files_of_the_first_schema_are_read_beside_those_of_this_one(tmp_path: Path) -> None:
+    answers = open_set(tmp_path)
+    first = rows("old").append_column("classifier_id", pa.array(["aaa"]))
+    first = first.select([name for name in answers.schema.names if name != "class_map"])
+    storage.write_table(str(tmp_path / "predictions" / "aaa-0-000000.parquet"), first)
+    answers.write(rows("without"), RUNTIME)
+    new = rows("with")
+    maps = pa.array([[1.5, -2.0, 0.25, 0.0]], pa.list_(pa.float32()))
+    place = new.schema.get_field_index("class_map")
+    answers.write(new.set_column(place, new.schema.field(place), maps), RUNTIME)
+    table = open_set(tmp_path).read()
+    assert table.schema.equals(build_schema(CLASSES))
+    found = dict(zip(table["scan_uri"].to_pylist(), table["class_map"].to_pylist(), strict=True))
+    assert found == {"old": None, "without": None, "with": [1.5, -2.0, 0.25, 0.0]}
+    assert open_set(tmp_path).read(["class_map"]).column_names == ["class_map"]
+    ledger = open_set(tmp_path).read_ledger()
+    assert all(ledger.has_content(name, f"sha-{name}") for name in found)
+    assert {name for name, _ in published(tmp_path)} == set(found)
+
+
 def test_the_ledger_knows_files_and_contents(tmp_path: Path) -> None:
     answers = open_set(tmp_path)
     answers.write(rows("a"), RUNTIME)

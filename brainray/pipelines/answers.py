@@ -36,9 +36,11 @@ from pyarrow import fs
 
 from brainray import storage
 from brainray.errors import ConfigError, StorageError
+from brainray.model.network import STRIDE_PX
 from brainray.provenance import collect_versions, read_code_revision
 
-ANSWERS_SCHEMA_VERSION = 1
+ANSWERS_SCHEMA_VERSION = 2
+"""2 added ``class_map``; files of 1 are read as if it were null."""
 PREDICTIONS_FOLDER = "predictions"
 NEXT_FOLDER = ".next"
 REPLACED_FOLDER = ".replaced"
@@ -72,8 +74,16 @@ def build_schema(classes: Sequence[str]) -> pa.Schema:
             pa.field("classified_at", pa.timestamp("us", tz="UTC"), nullable=False),
             pa.field("size_bytes", pa.int64()),  # of the file; null where it was not known
             pa.field("modified_ns", pa.int64()),  # of the file, since 1970; null likewise
+            # In logits, row by row; null unless it was asked for and the scan is classified.
+            pa.field("class_map", pa.list_(pa.float32())),
         ]
     )
+
+
+def describe_class_map(size_px: int) -> dict[str, int]:
+    """Say how a class map lies over the network's square, as the files of answers do."""
+    side = -(-size_px // STRIDE_PX)
+    return {"height": side, "width": side, "stride_px": STRIDE_PX}
 
 
 def key_of(*parts: object) -> bytes:
@@ -152,6 +162,7 @@ class AnswerSet:
             "classifier_id": self.classifier_id,
             "weights_sha256": card["weights"]["sha256"],
             "preprocessing": card["preprocessing"],
+            "class_map": describe_class_map(card["preprocessing"]["size_px"]),
             "versions": collect_versions(),
             "code_revision": read_code_revision(),
         }
@@ -204,20 +215,20 @@ class AnswerSet:
         StorageError
             A file of it is damaged.
         """
-        tables = []
+        schema = self.schema
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns])
+        tables = [schema.empty_table()]
         for uri in self.list_parts():
             filesystem, path = storage.resolve(uri)
             try:
-                tables.append(pq.read_table(path, filesystem=filesystem, columns=columns))
+                # With a schema, a column that an older file lacks is null.
+                tables.append(pq.read_table(path, filesystem=filesystem, schema=schema))
             except (OSError, pa.ArrowInvalid) as error:
                 raise StorageError(
                     f"'{uri}' is damaged: {error}. Delete it; its scans are classified again."
                 ) from error
-        schema = self.schema
-        if columns is not None:
-            schema = pa.schema([schema.field(name) for name in columns])
-        plain = [table.replace_schema_metadata(None).cast(schema) for table in tables]
-        return pa.concat_tables(plain) if plain else schema.empty_table()
+        return pa.concat_tables(tables)
 
     def read_ledger(self) -> Ledger:
         """Find out what is answered already."""
