@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import dataclasses
 import re
 from typing import Any
 
@@ -381,6 +382,24 @@ def test_gallery_shows_picture_runner_up_and_uri(plain: dict[str, Any]) -> None:
     assert "s3://bucket/glioma/0012.jpg" in page.text
     assert "--share: 43.2%; --tone: var(--c1)" in html
     assert "--share: 42.3%; --tone: var(--c0)" in html
+
+
+def test_gallery_shows_the_map_beside_the_scan(judged: dict[str, Any]) -> None:
+    scan, mistake = judged["uncertain"][0], judged["mistakes"][0]
+    assert "coarse" not in render_bulk_report(**judged)
+    judged["uncertain"] = [scan, dataclasses.replace(scan, overlay_png=b"map")]
+    judged["mistakes"] = [dataclasses.replace(mistake, overlay_png=b"other")]
+    html = render_bulk_report(**judged)
+    for anchor, count, content in (("uncertain", 3, b"map"), ("mistakes", 2, b"other")):
+        page = Page(cut(html, anchor))
+        images = page.find("img")
+        assert len(images) == count
+        assert base64.b64decode((images[-1]["src"] or "").partition(",")[2]) == content
+        assert 'class="gallery paired"' in cut(html, anchor)
+        assert "They say where evidence was found, not what it was." in page.text
+    uncertain = Page(cut(html, "uncertain")).find("img")
+    assert uncertain[-1]["alt"] == "Where the network saw meningioma"
+    assert Page(cut(html, "mistakes")).find("img")[-1]["alt"] == "Where the network saw pituitary"
 
 
 def test_evaluation_is_shown_as_in_training(judged: dict[str, Any]) -> None:

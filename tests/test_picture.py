@@ -48,6 +48,17 @@ def test_no_evidence_for_the_class_is_an_empty_picture(value: float) -> None:
     np.testing.assert_array_equal(overlay, np.repeat(scan[..., None], 3, axis=2))
 
 
+@pytest.mark.parametrize("shape", [(300, 200), (90, 160), (20, 30)])
+def test_an_overlay_among_many_is_small(shape: tuple[int, int]) -> None:
+    scan = np.full(shape, 90, np.uint8)
+    class_map = spot(1, 2)
+    small = read(render_overlay(class_map, scan, STRETCH, STRIDE, shown_px=100))[1]
+    assert max(small.shape) == min(100, max(shape))
+    whole = read(render_overlay(class_map, scan, STRETCH, STRIDE))[1]
+    expected = Image.fromarray(whole).resize(small.shape[1::-1], Image.Resampling.BOX)
+    assert np.abs(small - np.asarray(expected, float)).max() < 16
+
+
 def test_the_overlay_is_the_scan_with_its_share_of_the_map() -> None:
     scan = np.random.default_rng(0).integers(0, 256, (60, 96), dtype=np.uint8)
     class_map = spot(0, 2)

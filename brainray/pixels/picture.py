@@ -13,6 +13,9 @@ PICTURE_PX = 224
 SHOWN_PX = 1024
 """Longer side of a scan as shown under a heat map, at most; the map itself is far coarser."""
 
+GALLERY_OVERLAY_PX = 160
+"""Longer side of an overlay among many: in colour a picture takes twice the bytes."""
+
 OVERLAY_ALPHA = 0.6
 """Share of colour where the evidence is strongest; the scan stays visible under it."""
 
@@ -72,6 +75,8 @@ def render_overlay(
     pixels: NDArray[np.uint8],
     preprocessing: Preprocessing,
     stride_px: int,
+    *,
+    shown_px: int = SHOWN_PX,
 ) -> bytes:
     """Render a scan with the evidence for a class on it, as one opaque PNG.
 
@@ -81,14 +86,16 @@ def render_overlay(
         The scan, from :func:`brainray.pixels.decode.decode_image`.
     class_map, preprocessing, stride_px
         As for :func:`render_map`.
+    shown_px : int
+        Longer side of the picture, at most.
 
     Returns
     -------
     bytes
-        An RGB PNG of the same size as that of :func:`render_map`.
+        An RGB PNG, by default of the same size as that of :func:`render_map`.
     """
     height, width = pixels.shape
-    levels = _compute_levels(class_map, (height, width), preprocessing, stride_px)
+    levels = _compute_levels(class_map, (height, width), preprocessing, stride_px, shown_px)
     image = Image.fromarray(pixels)
     if levels.shape != pixels.shape:
         image = image.resize(levels.shape[::-1], Image.Resampling.BOX)
@@ -102,9 +109,10 @@ def _compute_levels(
     shape: tuple[int, int],
     preprocessing: Preprocessing,
     stride_px: int,
+    shown_px: int = SHOWN_PX,
 ) -> NDArray[np.uint8]:
     """Return the evidence at every pixel of the scan as shown: 0 none, 255 the strongest."""
-    shrunk = min(1.0, SHOWN_PX / max(shape))
+    shrunk = min(1.0, shown_px / max(shape))
     height, width = (max(1, round(length * shrunk)) for length in shape)
     peak = float(class_map.max())
     if not peak > 0:

@@ -42,6 +42,8 @@ class UncertainScan:
     """Probability of the runner-up, in [0, 1]."""
     image_png: bytes
     """The scan as an encoded PNG."""
+    overlay_png: bytes | None = None
+    """The same, and on it where the network saw the predicted class; None if that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

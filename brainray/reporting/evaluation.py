@@ -47,6 +47,8 @@ class Mistake:
     """Probability of the predicted class, in [0, 1]."""
     image_png: bytes
     """The scan as an encoded PNG."""
+    overlay_png: bytes | None = None
+    """The same, and on it where the network saw the predicted class; None if that is not known."""
     split: str = ""
     """The split it is from: ``val`` or ``test``; empty where there are no splits."""
 
