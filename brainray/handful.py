@@ -27,7 +27,7 @@ from brainray.pixels.decode import DecodeLimits
 BULK_OPTION = "--scans-uri"
 FLAGS = tuple(
     f"--{prefix}{name}"
-    for name in ("json", "verbose", "replace", "use-gpu")
+    for name in ("json", "verbose", "replace", "explain", "use-gpu")
     for prefix in ("", "no-")
 )
 """Options of either `brainray classify` that no value follows."""

@@ -22,6 +22,7 @@ from brainray import storage
 from brainray.errors import ClassificationError, ConfigError, DataError, StorageError
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
+from brainray.model.runtime import RuntimeOptions, open_runtime
 from brainray.pipelines import classify as room
 from brainray.pipelines.answers import hold_output
 from brainray.pipelines.classify import ClassifyJob, classify, parse_max_rejected
@@ -125,6 +126,7 @@ def test_every_scan_has_its_row_and_the_rows_say_what_the_classifier_says(
     output = tmp_path / "out"
     metrics = classify(make_job(inbox, tiny_classifier, output))
     rows = {row["scan_uri"]: row for row in read_rows(output)}
+    assert {row["class_map"] for row in rows.values()} == {None}
     files = sorted(p for p in inbox.rglob("*") if p.is_file())
     assert sorted(rows) == [str(file) for file in files]
     classifier = load_classifier(str(tiny_classifier))
@@ -156,6 +158,7 @@ def test_every_scan_has_its_row_and_the_rows_say_what_the_classifier_says(
     assert metrics == json.loads((output / "metrics.json").read_text())
     report = (output / "report.html").read_text()
     assert classifier.classifier_id in report
+    assert "Where the network saw" not in report
 
 
 def test_whatever_lies_in_an_inbox_gets_its_row(
@@ -205,6 +208,51 @@ def test_a_second_run_does_only_what_is_new(
         "missing",
         None,
     ]
+
+
+def test_explained_answers_have_the_map_of_their_class(
+    inbox: Path, phantom_folder: Path, tmp_path: Path
+) -> None:
+    uri, output = str(tmp_path / "classifier"), tmp_path / "out"
+    save_classifier(
+        uri,
+        build_network(len(CLASSES)).state_dict(),
+        classes=CLASSES,
+        preprocessing=Preprocessing(size_px=64),
+        provenance={},
+    )
+    (inbox / "empty.jpg").touch()
+    job = make_job(inbox, Path(uri), output, explain=True, labels="folder")
+    classify(job)
+    rows = {row["scan_uri"]: row for row in read_rows(output)}
+    classifier = load_classifier(uri)
+    runtime = open_runtime(classifier, RuntimeOptions(backend="torch", precision="fp32"))
+    for scan, row in rows.items():
+        if row["status"] == "rejected":
+            assert row["class_map"] is None
+            continue
+        content = Path(scan).read_bytes()
+        image = load_image(content, classifier.preprocessing, DecodeLimits())
+        _, maps = runtime.explain(image[None])
+        expected = maps[0, CLASSES.index(row["predicted_class"])]
+        np.testing.assert_allclose(np.reshape(row["class_map"], (2, 2)), expected, atol=1e-4)
+        assert row["confidence"] == max(row[f"prob_{name}"] for name in CLASSES)
+    mistakes = sum(
+        row["predicted_class"] != Path(scan).parent.name
+        for scan, row in rows.items()
+        if row["predicted_class"]
+    )
+    assert mistakes
+    report = (output / "report.html").read_text()
+    assert report.count('alt="Where the network saw ') == len(rows) - 1 + mistakes
+
+    shutil.copy(next(phantom_folder.glob("Training/*/*")), inbox / "new.jpg")
+    plain = replace(job, explain=False)
+    assert classify(plain)["run"]["num_new"] == 1
+    assert classify(job)["run"]["num_new"] == 0, "a map alone is no reason to do a scan again"
+    later = {row["scan_uri"]: row for row in read_rows(output)}
+    assert later.pop(str(inbox / "new.jpg"))["class_map"] is None
+    assert later == rows
 
 
 def test_another_classifier_stands_beside_or_replaces(

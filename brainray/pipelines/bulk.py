@@ -58,6 +58,8 @@ class BulkPlan:
     runtime: RuntimeOptions
     calibration: "ray.ObjectRef[NDArray[np.uint8]] | None" = None
     """Images for int8, shape (n, size, size)."""
+    explain: bool = False
+    """Whether answers have their class maps."""
     num_predictors: int
     num_decoders: int
     cpus_per_predictor: float
@@ -291,6 +293,7 @@ class _Predictor:
         images = ray.get(plan.calibration) if plan.calibration is not None else None
         self._runtime = open_runtime(classifier, plan.runtime, calibration_images=images)
         self._side = plan.preprocessing.size_px
+        self._explain = plan.explain
         self._classes = classifier.classes
         about = {
             "backend": self._runtime.name,
@@ -300,7 +303,8 @@ class _Predictor:
         if images is not None:
             about["cost"] = self._measure_cost(classifier, plan, images[:NUM_COST_IMAGES])
         self._about = json.dumps(about)
-        self._runtime.predict_probs(np.zeros((1, self._side, self._side), np.uint8))  # warm up
+        predict = self._runtime.explain if plan.explain else self._runtime.predict_probs
+        predict(np.zeros((1, self._side, self._side), np.uint8))  # warm up
 
     def _measure_cost(
         self, classifier: Classifier, plan: BulkPlan, images: NDArray[np.uint8]
@@ -322,10 +326,16 @@ class _Predictor:
         rows = np.flatnonzero(chunk["pixels"].is_valid().to_numpy())
         probs = np.zeros((chunk.num_rows, len(self._classes)), np.float32)
         images = view_pixels(chunk["pixels"], self._side)
-        probs[rows] = self._runtime.predict_probs(images[rows])
+        class_maps: list[NDArray[np.float32] | None] = [None] * chunk.num_rows
+        if self._explain:
+            probs[rows], maps = self._runtime.explain(images[rows])
+            for row, of_classes in zip(rows, maps, strict=True):
+                class_maps[row] = of_classes[probs[row].argmax()].ravel()
+        else:
+            probs[rows] = self._runtime.predict_probs(images[rows])
         if not np.isfinite(probs).all():
             raise ClassifierError("The classifier gives probabilities that are not numbers.")
-        answers = self._build_answers(chunk.drop_columns(["pixels"]), probs)
+        answers = self._build_answers(chunk.drop_columns(["pixels"]), probs, class_maps)
         return pa.table(
             {
                 "answers": [pack(answers)],
@@ -335,7 +345,12 @@ class _Predictor:
             }
         )
 
-    def _build_answers(self, chunk: pa.Table, probs: NDArray[np.float32]) -> pa.Table:
+    def _build_answers(
+        self,
+        chunk: pa.Table,
+        probs: NDArray[np.float32],
+        class_maps: list[NDArray[np.float32] | None],
+    ) -> pa.Table:
         is_classified = chunk["reason"].is_null().to_numpy()
         top = probs.argmax(1)
         names = np.array(self._classes, dtype=object)[top]
@@ -348,6 +363,7 @@ class _Predictor:
                 for k, name in enumerate(self._classes)
             },
             "classified_at": pa.array([datetime.now(UTC)] * len(top), pa.timestamp("us", tz="UTC")),
+            "class_map": pa.array(class_maps, pa.list_(pa.float32())),
         }
         for name, values in columns.items():
             chunk = chunk.append_column(name, values)

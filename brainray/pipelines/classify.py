@@ -29,8 +29,15 @@ from brainray.errors import (
 )
 from brainray.metrics import compute_curves, compute_evaluation
 from brainray.model.classifier import Classifier, load_classifier
+from brainray.model.network import STRIDE_PX
 from brainray.model.runtime import RuntimeOptions
-from brainray.pipelines.answers import AnswerSet, Ledger, hold_output, key_of
+from brainray.pipelines.answers import (
+    AnswerSet,
+    Ledger,
+    describe_class_map,
+    hold_output,
+    key_of,
+)
 from brainray.pipelines.bulk import (
     DECODE_CPUS,
     LIST_CPUS,
@@ -52,9 +59,9 @@ from brainray.pipelines.tally import (
     thin,
 )
 from brainray.pipelines.truth import Truth, read_truth
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.picture import render_picture
-from brainray.pixels.preprocess import load_image
+from brainray.pixels.decode import DecodeLimits, decode_image
+from brainray.pixels.picture import GALLERY_OVERLAY_PX, render_overlay, render_picture
+from brainray.pixels.preprocess import Preprocessing, load_image
 from brainray.provenance import describe_versions, read_code_revision
 from brainray.reporting.bulk import UncertainScan, render_bulk_report
 from brainray.reporting.evaluation import Mistake
@@ -88,6 +95,8 @@ class ClassifyJob:
     labels: str | None = None
     """Where the truth is: `folder` (the name of a scan's folder is its class), or a CSV file
     with the columns scan_uri and label."""
+    explain: bool = False
+    """Write beside each answer where in the scan the network saw its class."""
     replace: bool = False
     """Put this classifier's answers in the place of another's, when they are complete."""
     max_rejected: str = "100%"
@@ -237,6 +246,7 @@ def plan_run(job: ClassifyJob, classifier: Classifier) -> BulkPlan:
         limits=job.limits,
         runtime=options,
         calibration=None if images is None else ray.put(images),
+        explain=job.explain,
         num_predictors=num_predictors,
         num_decoders=job.num_decoders or max(1, int(left / DECODE_CPUS)),
         cpus_per_predictor=reserved,
@@ -454,10 +464,16 @@ def report(
 ) -> None:
     """Judge the answers where the truth is known, and write report and metrics."""
     classes = classifier.classes
-    table = answers.read(["scan_uri", "status", *(f"prob_{name}" for name in classes)])
+    columns = ["scan_uri", "status", *(f"prob_{name}" for name in classes)]
+    table = answers.read([*columns, "class_map"] if job.explain else columns)
     table = table.filter(pc.equal(table["status"], "classified"))
     probs = np.stack([table[f"prob_{name}"].to_numpy() for name in classes], axis=1)
     uris = table["scan_uri"].to_pylist()
+
+    def draw(row: int) -> list[Drawn]:
+        class_map = table["class_map"][row].as_py() if job.explain else None
+        return draw_scan(uris[row], class_map, classifier.preprocessing, job.limits)
+
     curves, mistakes = None, []
     if truth is not None:
         labels = [truth(uri) for uri in uris]
@@ -467,12 +483,11 @@ def report(
             metrics["evaluation"] = compute_evaluation(y_true, probs[known], classes)
             metrics["evaluation"]["num_without_truth"] = len(labels) - len(known)
             curves = compute_curves(y_true, probs[known], classes)
-            judged = [uris[row] for row in known]
-            mistakes = collect_mistakes(judged, y_true, probs[known], classes, job.limits)
+            mistakes = collect_mistakes(uris, known, y_true, probs[known], classes, draw)
     page = render_bulk_report(
         title="brainray classification report",
         metrics=metrics,
-        uncertain=collect_uncertain(uris, probs, classes, job.limits),
+        uncertain=collect_uncertain(uris, probs, classes, draw),
         configuration=asdict(job),
         curves=curves,
         mistakes=mistakes,
@@ -487,17 +502,52 @@ def report(
     storage.write_json(storage.join(job.output_uri, METRICS_FILE), metrics)
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A scan as the galleries show it."""
+
+    image_png: bytes
+    overlay_png: bytes | None
+    """The same, with its class map on it; None if it has none."""
+
+
+def draw_scan(
+    scan_uri: str,
+    class_map: Sequence[float] | None,
+    preprocessing: Preprocessing,
+    limits: DecodeLimits,
+) -> list[Drawn]:
+    """Draw a scan, and its class map on it; nothing if it has vanished since it was classified."""
+    try:
+        content = read_named_scan(scan_uri)
+        image_png = render_picture(content, limits)
+        if class_map is None:
+            return [Drawn(image_png, None)]
+        pixels = decode_image(content, limits)
+    except RejectedImage:
+        return []
+    side = describe_class_map(preprocessing.size_px)["height"]
+    overlay_png = render_overlay(
+        np.array(class_map, np.float32).reshape(side, side),
+        pixels,
+        preprocessing,
+        STRIDE_PX,
+        shown_px=GALLERY_OVERLAY_PX,
+    )
+    return [Drawn(image_png, overlay_png)]
+
+
 def collect_uncertain(
     uris: Sequence[str],
     probs: NDArray[np.float32],
     classes: tuple[str, ...],
-    limits: DecodeLimits,
+    draw: Callable[[int], list[Drawn]],
 ) -> list[UncertainScan]:
     """Collect the least certain scans, with their pictures."""
     found = []
     for row in np.argsort(probs.max(axis=1), kind="stable")[:NUM_SCANS_SHOWN]:
         first, second = np.argsort(-probs[row])[:2]
-        for picture in _picture(uris[row], limits):
+        for drawn in draw(int(row)):
             found.append(
                 UncertainScan(
                     scan_uri=uris[row],
@@ -505,7 +555,8 @@ def collect_uncertain(
                     confidence=float(probs[row, first]),
                     second_class=classes[second],
                     second_confidence=float(probs[row, second]),
-                    image_png=picture,
+                    image_png=drawn.image_png,
+                    overlay_png=drawn.overlay_png,
                 )
             )
     return found
@@ -513,31 +564,28 @@ def collect_uncertain(
 
 def collect_mistakes(
     uris: Sequence[str],
+    known: NDArray[np.int64],
     y_true: NDArray[np.int64],
     probs: NDArray[np.float32],
     classes: tuple[str, ...],
-    limits: DecodeLimits,
+    draw: Callable[[int], list[Drawn]],
 ) -> list[Mistake]:
-    """Collect the most confident mistakes, with their pictures."""
+    """Collect the most confident mistakes, with their pictures.
+
+    ``y_true`` and ``probs`` are of the scans whose numbers are ``known``.
+    """
     top = probs.argmax(axis=1)
     wrong = np.flatnonzero(top != y_true)
     worst = wrong[np.argsort(-probs[wrong, top[wrong]], kind="stable")][:NUM_SCANS_SHOWN]
     return [
         Mistake(
-            path=uris[row],
+            path=uris[known[row]],
             true_class=classes[y_true[row]],
             predicted_class=classes[top[row]],
             confidence=float(probs[row, top[row]]),
-            image_png=picture,
+            image_png=drawn.image_png,
+            overlay_png=drawn.overlay_png,
         )
         for row in worst
-        for picture in _picture(uris[row], limits)
+        for drawn in draw(int(known[row]))
     ]
-
-
-def _picture(scan_uri: str, limits: DecodeLimits) -> list[bytes]:
-    """Return a scan's picture; none if it has vanished since it was classified."""
-    try:
-        return [render_picture(read_named_scan(scan_uri), limits)]
-    except RejectedImage:
-        return []
