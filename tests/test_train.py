@@ -1,32 +1,42 @@
 """The main job, whole: what it writes, and that it says no when it should."""
 
+import base64
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from brainray import storage
 from brainray.dataset.split import hash_manifest
 from brainray.errors import ConfigError, TrainingError
+from brainray.model.answer import open_scan
 from brainray.model.classifier import load_classifier
+from brainray.model.explain import compute_class_maps
+from brainray.model.network import STRIDE_PX, split_head
 from brainray.pipelines.config import Placement, TrainConfig
 from brainray.pipelines.evaluate import EvaluateJob, evaluate
 from brainray.pipelines.optimisation import Optimisation
 from brainray.pipelines.train import TrainJob, train
 from brainray.pixels.augment import NO_AUGMENTATION
 from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import Preprocessing, load_image
+from brainray.pixels.picture import GALLERY_OVERLAY_PX, render_overlay
+from brainray.pixels.preprocess import Preprocessing, load_image, normalise_images
 from brainray.provenance import describe_cpu
 from brainray.recipes import smoke
+from tests.test_report import Page
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
+PREPROCESSING = Preprocessing(size_px=40)
 TINY = TrainConfig(
     weights="none",
-    preprocessing=Preprocessing(size_px=40),
+    preprocessing=PREPROCESSING,
     train_sizes_px=(32, 40),
     num_epochs=2,
     global_batch_size=16,
@@ -153,6 +163,36 @@ def test_predictions_are_those_of_the_sealed_classifier(
     np.testing.assert_allclose(found, expected, atol=1e-5)
     right = sum(row["true_class"] == row["predicted_class"] for row in rows)
     assert metrics["test"]["accuracy"] == pytest.approx(right / len(rows))
+
+
+def test_the_report_shows_where_the_class_was_seen_that_a_scan_was_taken_for(
+    finished: tuple[TrainJob, dict[str, Any], list[str]],
+) -> None:
+    job, _, _ = finished
+    images = Page(Path(job.at("report.html")).read_text()).find("img")
+    rows = storage.read_table(job.at("predictions", "test.parquet")).to_pylist()
+    wrong = [row for row in rows if row["true_class"] != row["predicted_class"]]
+    assert len(images) == 2 * min(len(wrong), 24) > 0
+    worst = max(wrong, key=lambda row: row["confidence"])
+    classifier = load_classifier(job.at("classifier"))
+    scan = open_scan(
+        (Path(job.data_uri) / worst["path"]).read_bytes(), classifier.preprocessing, DecodeLimits()
+    )
+    trunk, _ = split_head(classifier.network)
+    weight, bias = (
+        classifier.network.get_parameter(f"fc.{name}").detach() for name in ("weight", "bias")
+    )
+    with torch.no_grad():
+        features = trunk(normalise_images(torch.from_numpy(scan.image[None]), PREPROCESSING))
+    maps = compute_class_maps(features.numpy(), weight.numpy(), bias.numpy())
+    class_map = maps[0, classifier.classes.index(worst["predicted_class"])]
+    expected = render_overlay(
+        class_map, scan.pixels, PREPROCESSING, STRIDE_PX, shown_px=GALLERY_OVERLAY_PX
+    )
+    assert images[1]["alt"] == f"Where the network saw {worst['predicted_class']}"
+    shown = base64.b64decode((images[1]["src"] or "").partition(",")[2])
+    pictures = [np.asarray(Image.open(io.BytesIO(png)), int) for png in (shown, expected)]
+    np.testing.assert_allclose(*pictures, atol=2)
 
 
 def test_a_finished_run_says_so_at_once_and_changes_nothing(

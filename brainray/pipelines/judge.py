@@ -17,11 +17,14 @@ from brainray.dataset.scan import ScanStore
 from brainray.dataset.twins import NEAR_TWIN_CORRELATION
 from brainray.errors import RejectedImage
 from brainray.metrics import compute_accuracy, compute_curves, compute_evaluation
+from brainray.model.answer import open_scan
 from brainray.model.classifier import Classifier, amend_card, load_classifier, read_card
+from brainray.model.network import STRIDE_PX
+from brainray.model.runtime import RuntimeOptions, open_runtime
 from brainray.pipelines.data import PreparedData
 from brainray.pipelines.modelcard import write_model_card
 from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.picture import render_picture
+from brainray.pixels.picture import GALLERY_OVERLAY_PX, render_overlay, render_picture
 from brainray.provenance import describe_versions, read_code_revision
 from brainray.reporting.report import Mistake, render_report
 
@@ -180,20 +183,34 @@ def _judge_part(
 
 
 def collect_mistakes(
-    data: PreparedData, predictions: pa.Table, split: str, limits: DecodeLimits
+    data: PreparedData,
+    predictions: pa.Table,
+    split: str,
+    classifier_uri: str,
+    limits: DecodeLimits,
 ) -> list[Mistake]:
-    """Collect the most confident mistakes of a split, with their pictures."""
+    """Collect the most confident mistakes of a split, and where the network saw what is not there.
+
+    They are few: the maps are computed here, on the CPU.
+    """
     wrong = predictions.filter(
         pc.not_equal(predictions["true_class"], predictions["predicted_class"])
     )
     worst = wrong.sort_by([("confidence", "descending")]).slice(0, NUM_MISTAKES_SHOWN)
     numbers = {path: i for i, path in enumerate(data.manifest["path"].to_pylist())}
-    mistakes = []
+    mistakes: list[Mistake] = []
+    if not worst.num_rows:
+        return mistakes
+    classifier = load_classifier(classifier_uri)
+    runtime = open_runtime(classifier, RuntimeOptions(backend="torch", precision="fp32"))
     for row in worst.to_pylist():
         try:
             (content,) = data.store.read([numbers[row["path"]]])
+            scan = open_scan(content, classifier.preprocessing, limits)
         except RejectedImage:  # vanished since it was judged
             continue
+        _, maps = runtime.explain(scan.image[None])
+        class_map = maps[0, classifier.classes.index(row["predicted_class"])]
         mistakes.append(
             Mistake(
                 path=row["path"],
@@ -201,6 +218,13 @@ def collect_mistakes(
                 predicted_class=row["predicted_class"],
                 confidence=row["confidence"],
                 image_png=render_picture(content, limits),
+                overlay_png=render_overlay(
+                    class_map,
+                    scan.pixels,
+                    classifier.preprocessing,
+                    STRIDE_PX,
+                    shown_px=GALLERY_OVERLAY_PX,
+                ),
                 split=split,
             )
         )
@@ -246,7 +270,6 @@ def judge_and_report(
     if training is not None:
         metrics["training"] = training
     curves: dict[str, Any] = {}
-    mistakes: list[Mistake] = []
     for split in (name for name in splits if len(data.select(name))):
         indices = data.select(split)
         say(f"Judging {len(indices):,} {split} images.")
@@ -258,7 +281,9 @@ def judge_and_report(
         metrics[split] = judge_split(data, indices, probs, classes)
         metrics[split]["rejected"] = data.count_rejected(split)
         curves[split] = compute_curves(data.labels[indices], probs, classes)
-        mistakes = collect_mistakes(data, predictions, split, limits)
+    mistakes: list[Mistake] = []
+    if curves:  # of the last split
+        mistakes = collect_mistakes(data, predictions, split, classifier_uri, limits)
     report = render_report(
         title=title,
         metrics=metrics,
