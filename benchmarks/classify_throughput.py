@@ -10,7 +10,9 @@ Four sides take turns within one run, each in a process of its own:
 * ``plain``: Pillow, torchvision transforms, a DataLoader, the network in eager fp32.
 * ``timm``: the loop of timm's inference.py: channels-last, bf16 autocast, a DataLoader.
 
-All have the same machine, network, weights, size and images; rates are images/s.
+All have the same machine, network, weights, size and images; rates are images/s. With
+``--explain``, the job's turns alternate with those of ``explained`` instead, the job with the
+class maps of its answers.
 """
 
 import statistics
@@ -41,6 +43,7 @@ from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing, load_image
 
 SIDES = ("job", "ceiling", "plain", "timm")
+EXPLAIN_SIDES = ("job", "explained")
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -62,7 +65,9 @@ class Options:
     """DataLoader processes of the plain and the timm side."""
     rounds: int = 5
     """Turns of each side."""
-    side: Literal["all", "job", "ceiling", "plain", "timm"] = "all"
+    explain: bool = False
+    """Compare the job with itself when it explains its answers."""
+    side: Literal["all", "job", "ceiling", "plain", "timm", "explained"] = "all"
     """`all` compares; the others run one turn of one side."""
 
 
@@ -141,7 +146,7 @@ def run_ceiling(options: Options, classifier_uri: str) -> float:
     return len(images) / (time.perf_counter() - started)
 
 
-def run_job(options: Options, classifier_uri: str) -> tuple[float, float]:
+def run_job(options: Options, classifier_uri: str, *, explain: bool = False) -> tuple[float, float]:
     """Run the bulk job and return images/s once warm, and with the start."""
     from brainray.pipelines.classify import ClassifyJob, classify
 
@@ -154,6 +159,7 @@ def run_job(options: Options, classifier_uri: str) -> tuple[float, float]:
             scans_uri=(str(inbox),),
             classifier_uri=classifier_uri,
             output_uri=str(Path(folder) / "out"),
+            explain=explain,
         )
         run = classify(job)["run"]
     print({name: run[name] for name in ("stages_s", "stages_busy", "bottleneck")}, file=sys.stderr)
@@ -184,9 +190,10 @@ def seal_random(folder: Path) -> str:
 
 def compare(options: Options, classifier_uri: str) -> None:
     """Let the sides take turns; print every turn, the medians and the ratios."""
-    rates: dict[str, list[float]] = {side: [] for side in (*SIDES, "whole")}
+    sides = EXPLAIN_SIDES if options.explain else SIDES
+    rates: dict[str, list[float]] = {side: [] for side in (*sides, "whole")}
     for turn in range(options.rounds):
-        for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
+        for side in sides if turn % 2 == 0 else sides[::-1]:
             warm, *whole = measure(side, classifier_uri)
             rates[side].append(warm)
             rates["whole"] += whole
@@ -194,7 +201,7 @@ def compare(options: Options, classifier_uri: str) -> None:
         print(f"round {turn + 1}  {latest}  images/s", flush=True)
     middle = "  ".join(f"{side} {statistics.median(values):6.1f}" for side, values in rates.items())
     print(f"median   {middle}  images/s")
-    for other in ("ceiling", "plain", "timm"):
+    for other in sides[1:]:
         ratios = [a / b for a, b in zip(rates["job"], rates[other], strict=True)]
         print(
             f"job / {other:<8} {statistics.median(ratios):6.3f} "
@@ -208,6 +215,7 @@ def main(options: Options) -> None:
         uri = options.classifier_uri or seal_random(Path(folder) / "classifier")
         turns: dict[str, Callable[[], tuple[float, ...]]] = {
             "job": lambda: run_job(options, uri),
+            "explained": lambda: run_job(options, uri, explain=True)[:1],
             "ceiling": lambda: (run_ceiling(options, uri),),
             "plain": lambda: (run_loop(options, uri, like_timm=False),),
             "timm": lambda: (run_loop(options, uri, like_timm=True),),
