@@ -186,16 +186,17 @@ def _build_row(answer: Answer) -> tuple[Text | ProgressBar, ...]:
         words = ": ".join(filter(None, (answer.reason, answer.detail)))
         return name, Text(answer.status, "yellow"), Text(), Text(), Text(_show(words))
     ordered = sorted(answer.probs.items(), key=lambda pair: -pair[1])
-    others = ", ".join(f"{label} {_percent(prob)}" for label, prob in ordered[1:3])
+    most, *others = [f"{label} {_percent(prob)}" for label, prob in ordered[:3]]
     bar = ProgressBar(
         total=1, completed=float(answer.confidence), width=BAR_WIDTH, complete_style="cyan"
     )
+    is_given = answer.predicted_class is not None
     return (
         name,
-        Text(answer.predicted_class or answer.status, "bold"),
+        Text(answer.predicted_class or answer.status, "bold" if is_given else "yellow"),
         bar,
         Text(_percent(answer.confidence)),
-        Text(f"then {others}", "dim"),
+        Text(f"then {', '.join(others)}" if is_given else f"most probable {most}", "dim"),
     )
 
 

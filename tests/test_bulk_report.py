@@ -235,7 +235,7 @@ def test_tables_and_figures_say_what_they_are(judged: dict[str, Any]) -> None:
 def test_answers_and_reasons_are_counted_in_words(plain: dict[str, Any]) -> None:
     html = render_bulk_report(**plain)
     text = Page(cut(html, "answers")).text
-    assert f"pixels. 11 0.5{NBSP}%" in text
+    assert f"classifier knows. 11 0.5{NBSP}%" in text
     assert f"given. 2 0.1{NBSP}%" in text
     assert f"probability. 1,990 99.4{NBSP}%" in text
     assert f"{REJECTION_REASONS['truncated']} truncated 7 0.3{NBSP}%" in text

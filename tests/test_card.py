@@ -27,8 +27,8 @@ HOSTILE = (
     "`code` \\",
     "*bold* _and_ ~~gone~~",
     "line\nbreak\r\n---\n# Heading",
-    "<script>alert(1)</script> &amp;",
-    "[link](http://example.org) ![x](y)",
+    "<script>alert(1) &amp;",
+    "[link](example.org) ![x](y)",
     "$x$ no_tumour_",
     "\N{RIGHT-TO-LEFT OVERRIDE}rtl",
 )
@@ -181,7 +181,7 @@ def test_it_says_how_data_and_classifier_came_about(metrics: dict[str, Any]) -> 
         "test split was made:** as the data set gives it",
         "about 15.0\N{NO-BREAK SPACE}% held out, seed 7",
         "5 run; sealed: epoch 4, the best by val_macro_f1 (0.750)",
-        "1\N{NO-BREAK SPACE}h 2\N{NO-BREAK SPACE}min, with 2 workers",
+        "61\N{NO-BREAK SPACE}min 40\N{NO-BREAK SPACE}s, with 2 workers",
         "AMD EPYC 9V45, 2 CPUs",
         "e78b1eedcafe",
         "torch 2.15.0",
@@ -268,7 +268,9 @@ def test_what_is_absent_is_called_so() -> None:
         "Images with a near-twin: not known.",
         "There is no test split",
         "Probabilities are not calibrated after training; the classifier never abstains",
-        "it never abstains",
+        "- Its probabilities are not calibrated after training.",
+        "- It never abstains:",
+        "every picture gets an answer",
     ):
         assert line in text, line
     assert "(no interval)" in text
@@ -301,17 +303,29 @@ def test_limits_follow_from_the_data(metrics: dict[str, Any]) -> None:
 
 
 def test_what_is_known_of_trust_is_shown_whatever_it_is(metrics: dict[str, Any]) -> None:
-    trust = {"method": "vector", "scale": [1.0, 2.0], "fit": {"n": 816, "ece": 0.0123}}
+    trust = {
+        "scale": [1.0, 2.0],
+        "min_confidence": 0.6,
+        "max_distance": 80.5,
+        "facts": {"method": "vector", "num_val_images": 816},
+    }
     model_card = build_model_card(build_card(trust=trust), metrics, build_data())
-    assert model_card["trust"] == {"method": "vector", "fit.n": 816, "fit.ece": 0.0123}
+    assert model_card["trust"] == {
+        "min_confidence": 0.6,
+        "max_distance": 80.5,
+        "facts.method": "vector",
+        "facts.num_val_images": 816,
+    }
     text = render_model_card(model_card)
     section = text.split("## Calibration, abstention, outsiders\n")[1].split("\n## ")[0]
     assert section.strip().splitlines() == [
-        "- **method:** vector",
-        "- **fit.n:** 816",
-        "- **fit.ece:** 0.0123",
+        "- **min_confidence:** 0.6",
+        "- **max_distance:** 80.5",
+        "- **facts.method:** vector",
+        "- **facts.num_val_images:** 816",
     ]
-    assert "never abstains" not in text
+    for limit in ("never abstains", "not calibrated", "every picture gets an answer"):
+        assert limit not in text
 
 
 def test_the_json_says_the_same(metrics: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The sealed folder: what goes in comes out, and what was touched is refused."""
 
+import hashlib
 import json
 import os
 import struct
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from brainray.errors import ClassifierError
+from brainray.model.calibration import fit_likeness
 from brainray.model.classifier import (
     CARD_FILE,
+    TRUST_FILE,
     WEIGHTS_FILE,
     amend_card,
     load_classifier,
@@ -23,6 +27,7 @@ from brainray.model.classifier import (
     save_classifier,
 )
 from brainray.model.network import StateDict, build_network
+from brainray.model.trust import Trust
 from brainray.pixels.preprocess import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,7 +167,7 @@ def test_card_that_is_no_json(folder: Path, content: bytes | None) -> None:
 @pytest.mark.parametrize("card", [[], "text", None, {}])
 def test_card_of_something_else(folder: Path, card: object) -> None:
     (folder / CARD_FILE).write_text(json.dumps(card))
-    refuse(folder, "schema 1", "found None")
+    refuse(folder, "schema 2", "found None")
 
 
 def edit(path: str, value: object) -> Callable[[dict[str, Any]], None]:
@@ -183,8 +188,8 @@ def edit(path: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("schema_version", 2, ["schema 1", "found 2"]),
-        ("schema_version", ..., ["schema 1", "found None"]),
+        ("schema_version", 3, ["schema 2", "found 3"]),
+        ("schema_version", ..., ["schema 2", "found None"]),
         ("architecture.name", "resnet18", ["resnet50", "'resnet18'"]),
         ("preprocessing.rotation", 1, ["preprocessing", "rotation", "size_px"]),
         ("preprocessing.std", ..., ["preprocessing", "fit, mean, size_px, std", "size_px."]),
@@ -201,6 +206,9 @@ def edit(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ("classes", None, ["lacks classes"]),
         ("preprocessing", [], ["lacks preprocessing"]),
         ("classifier_id", ..., ["lacks classifier_id"]),
+        ("trust", ..., ["lacks trust"]),
+        ("trust.min_confidence", 0.2, ["classes, preprocessing, trust", "changed after"]),
+        ("trust.scale", [2.0, 1.0, 1.0], ["changed after"]),
     ],
 )
 def test_card_that_was_changed(folder: Path, path: str, value: object, said: list[str]) -> None:
@@ -208,6 +216,88 @@ def test_card_that_was_changed(folder: Path, path: str, value: object, said: lis
     edit(path, value)(card)
     (folder / CARD_FILE).write_text(json.dumps(card))
     refuse(folder, *said)
+
+
+# --- trust --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wary(tmp_path: Path, network: torch.nn.Module) -> Path:
+    """Seal a classifier that scales its logits and knows what its images are like."""
+    folder = tmp_path / "wary"
+    save_classifier(
+        str(folder),
+        network.state_dict(),
+        classes=CLASSES,
+        preprocessing=PREPROCESSING,
+        provenance=PROVENANCE,
+        trust=fit_some_trust(),
+    )
+    return folder
+
+
+def fit_some_trust() -> Trust:
+    features = np.random.default_rng(0).normal(size=(60, 2048)).astype(np.float32)
+    return Trust(
+        np.array([0.5, 1.0, 2.0], np.float32),
+        np.array([0.1, 0.0, -0.1], np.float32),
+        0.4,
+        fit_likeness(features, np.repeat([0, 1, 2], 20), 3),
+        90.0,
+        {"method": "vector"},
+    )
+
+
+def test_trust_is_sealed_too(wary: Path, sealed: Path, images: NDArray[np.uint8]) -> None:
+    classifier, plain = load_classifier(str(wary)), load_classifier(str(sealed))
+    assert classifier.classifier_id != plain.classifier_id
+    trust = classifier.trust
+    assert (trust.min_confidence, trust.max_distance, trust.facts["method"]) == (0.4, 90, "vector")
+    outputs = classifier.compute_outputs(images)
+    logits = outputs.logits * [0.5, 1.0, 2.0] + [0.1, 0.0, -0.1]
+    np.testing.assert_allclose(classifier.predict_probs(images), softmax(logits, 1), atol=1e-6)
+    np.testing.assert_allclose(plain.predict_probs(images), softmax(outputs.logits, 1), atol=1e-6)
+    expected = fit_some_trust().compute_distances(outputs.features)
+    np.testing.assert_allclose(trust.compute_distances(outputs.features), expected, rtol=1e-5)
+    assert (plain.trust.compute_distances(outputs.features) == 0).all()
+
+
+def test_damaged_likeness(wary: Path) -> None:
+    content = bytearray((wary / TRUST_FILE).read_bytes())
+    content[-1] ^= 1
+    (wary / TRUST_FILE).write_bytes(content)
+    refuse(wary, TRUST_FILE, "not the sealed ones")
+    (wary / TRUST_FILE).unlink()
+    refuse(wary, f"No {TRUST_FILE}")
+
+
+def test_sealing_without_trust_leaves_none(wary: Path, network: torch.nn.Module) -> None:
+    save_classifier(
+        str(wary),
+        network.state_dict(),
+        classes=CLASSES,
+        preprocessing=PREPROCESSING,
+        provenance={},
+    )
+    assert sorted(path.name for path in wary.iterdir()) == [CARD_FILE, WEIGHTS_FILE]
+
+
+def test_a_folder_of_the_first_schema_is_opened(folder: Path, images: NDArray[np.uint8]) -> None:
+    card = read_card(str(folder))
+    del card["trust"]
+    meaning = {name: card[name] for name in ("classes", "preprocessing")}
+    canonical = json.dumps([card["weights"]["sha256"], meaning], sort_keys=True)
+    card |= {
+        "schema_version": 1,
+        "classifier_id": hashlib.sha256(canonical.encode()).hexdigest()[:12],
+    }
+    expected = load_classifier(str(folder)).predict_probs(images)
+    (folder / CARD_FILE).write_text(json.dumps(card))
+    classifier = load_classifier(str(folder))
+    np.testing.assert_array_equal(classifier.predict_probs(images), expected)
+    assert classifier.trust.find_reasons(expected, np.zeros(len(images), np.float32)) == [None] * 5
+    amend_card(str(folder), {"note": 1})
+    assert load_classifier(str(folder)).classifier_id == card["classifier_id"]
 
 
 # --- identity -----------------------------------------------------------------------------

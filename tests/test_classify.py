@@ -233,7 +233,8 @@ def test_explained_answers_have_the_map_of_their_class(
             continue
         content = Path(scan).read_bytes()
         image = load_image(content, classifier.preprocessing, DecodeLimits())
-        _, maps = runtime.explain(image[None])
+        maps = runtime.explain(image[None]).maps
+        assert maps is not None
         expected = maps[0, CLASSES.index(row["predicted_class"])]
         np.testing.assert_allclose(np.reshape(row["class_map"], (2, 2)), expected, atol=1e-4)
         assert row["confidence"] == max(row[f"prob_{name}"] for name in CLASSES)

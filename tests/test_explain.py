@@ -16,6 +16,7 @@ from brainray.model import runtime as room
 from brainray.model.classifier import Classifier
 from brainray.model.network import STRIDE_PX, build_network, compute_features
 from brainray.model.runtime import Runtime, RuntimeOptions, open_runtime
+from brainray.model.trust import Trust
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.picture import render_map
 from brainray.pixels.preprocess import Preprocessing, load_image, normalise_images, resize_image
@@ -32,13 +33,22 @@ needs_bf16 = pytest.mark.skipif(
 
 def wrap(network: torch.nn.Module, preprocessing: Preprocessing = PREPROCESSING) -> Classifier:
     network = network.eval().to(memory_format=torch.channels_last)
-    return Classifier(network, CLASSES, preprocessing, {"classifier_id": "0"})
+    trust = Trust.nothing(len(CLASSES))
+    return Classifier(network, CLASSES, preprocessing, trust, {"classifier_id": "0"})
 
 
 def open_one(classifier: Classifier, backend: str, precision: str = "fp32") -> Runtime:
     threads = 1 if backend == "torch" else 2
     options = RuntimeOptions(backend=backend, precision=precision, num_threads=threads)  # type: ignore[arg-type]
     return open_runtime(classifier, options)
+
+
+def explain(
+    runtime: Runtime, images: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    found = runtime.explain(images)
+    assert found.maps is not None
+    return found.probs, found.maps
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +95,7 @@ def runtime(classifier: Classifier, request: pytest.FixtureRequest) -> Runtime:
 def test_the_mean_of_a_map_is_the_logit_of_eager_torch(
     runtime: Runtime, classifier: Classifier, images: NDArray[np.uint8]
 ) -> None:
-    probs, maps = runtime.explain(images)
+    probs, maps = explain(runtime, images)
     assert (maps.shape, maps.dtype) == ((len(images), 4, 3, 3), np.float32)
     with torch.no_grad():
         logits = classifier.network(normalise_images(torch.from_numpy(images), PREPROCESSING))
@@ -101,9 +111,9 @@ def test_bf16_explains_what_it_answers(
     backend: str, classifier: Classifier, images: NDArray[np.uint8]
 ) -> None:
     runtime = open_one(classifier, backend, "bf16")
-    probs, maps = runtime.explain(images)
+    probs, maps = explain(runtime, images)
     np.testing.assert_allclose(probs, runtime.predict_probs(images), atol=2e-3)
-    exact_probs, exact = open_one(classifier, "torch").explain(images)
+    exact_probs, exact = explain(open_one(classifier, "torch"), images)
     assert np.abs(maps - exact).max() < 0.1 * np.ptp(exact)
     assert 0 < np.abs(probs - exact_probs).max() < 5e-2
 
@@ -112,9 +122,9 @@ def test_bf16_explains_what_it_answers(
 def test_int8_explains_what_it_answers(classifier: Classifier, images: NDArray[np.uint8]) -> None:
     options = RuntimeOptions(precision="int8", num_threads=2)
     runtime = open_runtime(classifier, options, calibration_images=images)
-    probs, maps = runtime.explain(images)
+    probs, maps = explain(runtime, images)
     np.testing.assert_allclose(probs, runtime.predict_probs(images), atol=2e-3)
-    _, exact = open_one(classifier, "torch").explain(images)
+    _, exact = explain(open_one(classifier, "torch"), images)
     assert spearmanr(maps.ravel(), exact.ravel()).statistic > 0.9
 
 
@@ -123,23 +133,23 @@ def test_there_is_a_cell_for_every_stride_begun(size_px: int) -> None:
     classifier = wrap(build_network(4), Preprocessing(size_px=size_px))
     image = np.zeros((1, size_px, size_px), np.uint8)
     for backend in BACKENDS:
-        _, maps = open_one(classifier, backend).explain(image)
+        _, maps = explain(open_one(classifier, backend), image)
         assert maps.shape == (1, 4, -(-size_px // 32), -(-size_px // 32))
 
 
 def test_no_images_no_maps(runtime: Runtime, images: NDArray[np.uint8]) -> None:
-    probs, maps = runtime.explain(images[:0])
+    probs, maps = explain(runtime, images[:0])
     assert (probs.shape, maps.shape) == ((0, 4), (0, 4, 3, 3))
 
 
 def test_threads_that_explain_and_predict_at_once_get_their_own(
     classifier: Classifier, images: NDArray[np.uint8]
 ) -> None:
-    expected, expected_maps = open_one(classifier, "torch").explain(images)
+    expected, expected_maps = explain(open_one(classifier, "torch"), images)
     runtime = open_one(classifier, "openvino")  # new: the first call compiles
     parts = [slice(start, start + 8) for start in range(0, 32, 8)]
     with ThreadPoolExecutor(8) as pool:
-        explained = [pool.submit(runtime.explain, images[part]) for part in parts]
+        explained = [pool.submit(explain, runtime, images[part]) for part in parts]
         predicted = [pool.submit(runtime.predict_probs, images[part]) for part in parts]
     for part, one, other in zip(parts, explained, predicted, strict=True):
         np.testing.assert_allclose(one.result()[0], expected[part], atol=1e-4)
@@ -161,8 +171,8 @@ def test_other_weights_give_another_map(classifier: Classifier, images: NDArray[
                 values = parameter.flatten()
                 order = torch.randperm(len(values), generator=generator)
                 parameter.copy_(values[order].view_as(parameter))
-    _, maps = open_one(classifier, "torch").explain(images)
-    _, others = open_one(wrap(shuffled), "torch").explain(images)
+    _, maps = explain(open_one(classifier, "torch"), images)
+    _, others = explain(open_one(wrap(shuffled), "torch"), images)
     predicted = np.repeat(np.arange(4), 8)
     rows = np.arange(len(images))
     found = [
@@ -177,14 +187,14 @@ def test_deleting_the_hottest_region_costs_the_most(
 ) -> None:
     """Deletion, as in Petsiuk et al., BMVC 2018, against all the other regions of the scan."""
     runtime = open_one(classifier, "torch")
-    _, maps = runtime.explain(images)
+    _, maps = explain(runtime, images)
     drops = np.zeros((len(images), 9))
     predicted = np.repeat(np.arange(4), 8)
     rows = np.arange(len(images))
     logits = maps.mean((2, 3))[rows, predicted]
     for cell in range(9):
         left = np.stack([delete(image, *divmod(cell, 3)) for image in images])
-        drops[:, cell] = logits - runtime.explain(left)[1].mean((2, 3))[rows, predicted]
+        drops[:, cell] = logits - explain(runtime, left)[1].mean((2, 3))[rows, predicted]
     hottest = maps[rows, predicted].reshape(-1, 9).argmax(1)
     at_hottest = drops[rows, hottest]
     elsewhere = (drops.sum(1) - at_hottest) / 8
@@ -229,7 +239,7 @@ def test_a_cell_is_centred_on_a_multiple_of_the_stride(backend: str) -> None:
             image = np.zeros((160, 160), np.uint8)
             y, x = row * STRIDE_PX, column * STRIDE_PX
             image[max(0, y - 9) : y + 10, max(0, x - 9) : x + 10] = 255
-            (maps,) = runtime.explain(image[None])[1]
+            (maps,) = explain(runtime, image[None])[1]
             expected = np.zeros((5, 5), bool)
             expected[row, column] = True
             np.testing.assert_array_equal(maps[0] > 0, expected)
@@ -247,7 +257,7 @@ def test_the_picture_is_hot_where_the_scan_is_bright(shape: tuple[int, int], fit
         radius = max(shape) / 6
         bump = np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / radius**2)
         scan = (bump * 255).astype(np.uint8)
-        _, maps = runtime.explain(resize_image(scan, preprocessing)[None])
+        _, maps = explain(runtime, resize_image(scan, preprocessing)[None])
         picture = Image.open(io.BytesIO(render_map(maps[0, 0], shape, preprocessing, STRIDE_PX)))
         alpha = np.asarray(picture)[..., 3].astype(float) ** 2
         assert alpha.shape == shape

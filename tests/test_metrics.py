@@ -18,6 +18,7 @@ from brainray.metrics import (
     compute_accuracy,
     compute_curves,
     compute_evaluation,
+    compute_risk_coverage,
     intervals,
     scores,
     summarise,
@@ -488,3 +489,32 @@ def test_ranking_scores_depend_on_order_alone(seed: int) -> None:
     reversed_ = scores._compute_areas(scores._rank(is_positive, -y_prob[:, 0]), weights)
     np.testing.assert_array_equal(plain, squared)
     np.testing.assert_allclose(plain[0], 1 - reversed_[0], atol=1e-12)
+
+
+# --- risk and coverage --------------------------------------------------------------------
+
+
+def test_risk_coverage_of_four_answers() -> None:
+    """By hand: sorted by confidence right, wrong, right, wrong."""
+    y_prob = [[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]]
+    found = compute_risk_coverage([0, 1, 1, 1], y_prob, ["a", "b"], min_confidence=0.65)
+    assert found["curve"]["coverage"] == [0.25, 0.5, 0.75, 1.0]
+    assert found["curve"]["risk"] == pytest.approx([0, 1 / 2, 1 / 3, 1 / 2])
+    assert found["aurc"] == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
+    assert found["aurc_oracle"] == pytest.approx((0 + 0 + 1 / 3 + 1 / 2) / 4)
+    assert (found["coverage"], found["num_answered"]) == (0.75, 3)
+    assert found["risk"] == pytest.approx(1 / 3)
+    low, high = found["risk_ci95"]
+    assert (low, high) == pytest.approx((0.0615, 0.7923), abs=1e-4)  # Wilson's, 1 of 3
+
+
+def test_risk_coverage_answers_equals_together() -> None:
+    y_prob = [[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]]
+    found = compute_risk_coverage([0, 1, 0], y_prob, ["a", "b"])
+    assert found["curve"]["coverage"] == pytest.approx([2 / 3, 1])
+    assert found["aurc"] == pytest.approx((2 * 1 / 2 + 1 / 3) / 3)
+
+
+def test_nothing_answered_has_no_risk() -> None:
+    found = compute_risk_coverage([0], [[0.9, 0.1]], ["a", "b"], min_confidence=0.95)
+    assert (found["coverage"], found["risk"], found["risk_ci95"]) == (0, None, None)

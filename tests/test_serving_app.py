@@ -24,7 +24,7 @@ from jsonschema import Draft202012Validator
 from PIL import Image
 
 from brainray import cli
-from brainray.pixels.decode import REJECTION_REASONS
+from brainray.model.answer import REASONS
 from brainray.serving.asgi import App
 from brainray.serving.config import ServeJob, ServiceConfig
 from brainray.serving.connection import Threshold, WatchedConnection
@@ -154,7 +154,7 @@ def test_the_model_says_what_it_is_for_and_what_is_too_much(model: LocalModel) -
     body = ask(build_test_app(model, ServiceLimits(files=3)), "GET", "/v1/model").json()
     assert body["limits"]["files"] == 3
     assert body["preprocessing"]["size_px"] == 32
-    assert body["rejection_reasons"] == REJECTION_REASONS
+    assert body["rejection_reasons"] == REASONS
     assert "Diagnosis" in body["not_intended_for"]
     metadata = ask(build_test_app(model), "GET", "/v2/models/brainray").json()
     assert metadata["versions"] == [body["classifier_id"]]
@@ -179,8 +179,10 @@ def test_evidence_is_a_picture_of_the_scans_size(
 
     def explain_with_evidence(*asked: Any) -> Reply:  # noqa: ANN401
         reply = explain(*asked)  # of random weights, which may speak against every class
-        assert reply.maps is not None
-        return replace(reply, maps=np.abs(reply.maps) + 1)
+        found = reply.prediction
+        assert found is not None
+        assert found.maps is not None
+        return replace(reply, prediction=replace(found, maps=np.abs(found.maps) + 1))
 
     monkeypatch.setattr(model.predictor, "explain", explain_with_evidence)
     app = build_test_app(model)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from brainray.errors import ClassifierError, ConfigError, ServingError
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
+from brainray.model.runtime import Prediction
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing, load_image
 from brainray.serving.auth import Guard, read_token
@@ -154,10 +155,10 @@ def test_a_replaced_classifier_answers_all_of_a_request(tmp_path: Path, scans: l
     assert after.meaning.classifier_id == new.describe()["card"]["classifier_id"]
     for scan, answer in zip(scans, after.answers, strict=False):
         image = load_image(scan, Preprocessing(size_px=48), DecodeLimits())
-        probs = new.predict(Preprocessing(size_px=48), [image]).probs
-        assert probs is not None
+        found = new.predict(Preprocessing(size_px=48), [image]).prediction
+        assert found is not None
         assert answer.probs is not None
-        np.testing.assert_allclose(list(answer.probs.values()), probs[0], atol=1e-6)
+        np.testing.assert_allclose(list(answer.probs.values()), found.probs[0], atol=1e-6)
 
 
 # --- courier -------------------------------------------------------------------------------------
@@ -292,8 +293,10 @@ def test_numbers_that_are_none_are_never_an_answer(
     predictor = open_predictor(tiny_classifier)
     monkeypatch.setattr(
         predictor._opened.runtime,
-        "predict_probs",
-        lambda images: np.full((len(images), 4), np.nan, np.float32),
+        "predict",
+        lambda images: Prediction(
+            np.full((len(images), 4), np.nan, np.float32), [None] * len(images)
+        ),
     )
     with pytest.raises(ServingError, match="not numbers"):
         asyncio.run(

@@ -10,6 +10,7 @@ from brainray.metrics.checks import ROW_SUM_TOLERANCE
 from brainray.metrics.curves import MAX_CURVE_POINTS, compute_curves
 from brainray.metrics.evaluation import compute_accuracy, compute_evaluation, summarise
 from brainray.metrics.scores import LOG_LOSS_FLOOR, NUM_RELIABILITY_BINS
+from brainray.metrics.selective import compute_risk_coverage
 
 __all__ = [
     "LOG_LOSS_FLOOR",
@@ -19,5 +20,6 @@ __all__ = [
     "compute_accuracy",
     "compute_curves",
     "compute_evaluation",
+    "compute_risk_coverage",
     "summarise",
 ]

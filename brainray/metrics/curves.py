@@ -58,16 +58,16 @@ def _trace_class(is_positive: NDArray[np.bool_], scores: FloatArray) -> dict[str
     fpr, tpr, recall, precision = none, none, none, none
     if is_positive.any():
         precision, recall, _ = precision_recall_curve(is_positive, scores, drop_intermediate=True)
-        recall, precision = _thin(recall[::-1], precision[::-1])
+        recall, precision = thin_curve(recall[::-1], precision[::-1])
         if not is_positive.all():
-            fpr, tpr = _thin(*roc_curve(is_positive, scores)[:2])
+            fpr, tpr = thin_curve(*roc_curve(is_positive, scores)[:2])
     return {
         "roc": {"fpr": fpr.tolist(), "tpr": tpr.tolist()},
         "pr": {"recall": recall.tolist(), "precision": precision.tolist()},
     }
 
 
-def _thin(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
+def thin_curve(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Keep at most 200 points, evenly spaced along the curve, both ends among them.
 
     Along the curve, not by rank: a steep rise has few points in x and needs them all.

@@ -1,7 +1,7 @@
 """One scan's answer: the same from every door that is handed bytes.
 
-A scan is opened (:func:`open_scan`), what it shows is predicted by a runtime, and the probabilities
-become its answer; or it cannot be opened, and that is its answer.
+A scan is opened (:func:`open_scan`), what it shows is predicted by a runtime, and the prediction
+becomes its answer; or it cannot be opened, and that is its answer.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from brainray.errors import RejectedImage
 from brainray.model.classifier import Classifier
 from brainray.model.runtime import Runtime
-from brainray.pixels.decode import DecodeLimits, decode_image
+from brainray.model.trust import TRUST_REASONS, UNLIKE_TRAINING
+from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits, decode_image
 from brainray.pixels.preprocess import Preprocessing, resize_image
 
 NOTICE = "Research use only; not a medical device."
@@ -25,10 +26,20 @@ INTENDED_USE = (
 )
 NOT_INTENDED_FOR = (
     "Diagnosis, treatment or triage of patients; scans of other organs or modalities; whole "
-    "volumes. It answers every picture that can be read, also one that is no brain MRI."
+    "volumes. A picture that is no brain MRI may get a class all the same."
 )
 
 Status = Literal["classified", "abstained", "rejected"]
+
+REASONS: dict[str, str] = REJECTION_REASONS | TRUST_REASONS
+"""Why a scan may get no class: stable code to one sentence."""
+
+
+def name_status(reason: str | None) -> Status:
+    """Return what became of a scan that could be read: a class, or none for this reason."""
+    if reason is None:
+        return "classified"
+    return "rejected" if reason == UNLIKE_TRAINING else "abstained"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,13 +49,14 @@ class Answer:
     name: str | None
     status: Status
     reason: str | None = None
-    """Why it was rejected: a key of :data:`brainray.pixels.decode.REJECTION_REASONS`."""
+    """Why it has no class: a key of :data:`REASONS`."""
     detail: str | None = None
     """The same in words."""
     predicted_class: str | None = None
     confidence: np.float32 | None = None
-    """Probability of that class."""
+    """Probability of the most probable class, given or withheld."""
     probs: dict[str, np.float32] | None = None
+    """None where it was rejected."""
     width_px: int | None = None
     height_px: int | None = None
     content_sha256: str | None = None
@@ -79,6 +91,7 @@ def build_answer(
     shape: tuple[int, int],
     classes: Sequence[str],
     probs: NDArray[np.float32],
+    reason: str | None = None,
 ) -> Answer:
     """Build the answer to a scan that was opened and predicted.
 
@@ -90,15 +103,21 @@ def build_answer(
         In class order.
     probs : ndarray of float32, shape (K,)
         In class order.
+    reason : str, optional
+        Why no class is given: a key of :data:`brainray.model.trust.TRUST_REASONS`.
     """
     top = int(probs.argmax())
     height, width = shape
+    status = name_status(reason)
+    is_rejected = status == "rejected"
     return Answer(
         name=name,
-        status="classified",
-        predicted_class=classes[top],
-        confidence=probs[top],
-        probs=dict(zip(classes, probs, strict=True)),
+        status=status,
+        reason=reason,
+        detail=None if reason is None else REASONS[reason],
+        predicted_class=classes[top] if status == "classified" else None,
+        confidence=None if is_rejected else probs[top],
+        probs=None if is_rejected else dict(zip(classes, probs, strict=True)),
         width_px=width,
         height_px=height,
         content_sha256=content_sha256,
@@ -132,6 +151,7 @@ def answer_scan(
         scan = open_scan(content, classifier.preprocessing, limits)
     except RejectedImage as rejection:
         return build_rejection(name, digest, rejection)
-    probs = runtime.predict_probs(scan.image[None])[0]
+    found = runtime.predict(scan.image[None])
     height, width = scan.pixels.shape
-    return build_answer(name, digest, (height, width), classifier.classes, probs)
+    shape = (height, width)
+    return build_answer(name, digest, shape, classifier.classes, found.probs[0], found.reasons[0])

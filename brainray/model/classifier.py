@@ -4,7 +4,9 @@
 
     classifier/
       model.safetensors    the weights
-      classifier.json      class order, preprocessing, where they came from, the weights' hash
+      trust.safetensors    where the features of the training images lie; absent if not fitted
+      classifier.json      class order, preprocessing, calibration and thresholds, where they came
+                           from, the hashes of the others
       MODEL_CARD.md        what training knew of it, for people; absent in older folders
 
 Nothing in it is pickled. Whoever opens the folder needs no flag.
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import safetensors
+import safetensors.numpy
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
@@ -26,11 +29,15 @@ from torch import nn
 from brainray import storage
 from brainray.errors import BrainrayError, ClassifierError
 from brainray.labels import check_classes
-from brainray.model.network import ARCHITECTURE, StateDict, build_network
+from brainray.model.network import ARCHITECTURE, StateDict, build_network, compute_features
+from brainray.model.trust import Outputs, Trust
 from brainray.pixels.preprocess import Preprocessing, normalise_images
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 knew no `trust`: its softmax stands, and it always gives a class."""
 WEIGHTS_FILE = "model.safetensors"
+TRUST_FILE = "trust.safetensors"
 CARD_FILE = "classifier.json"
 
 SEALED_PARTS = (
@@ -40,6 +47,7 @@ SEALED_PARTS = (
     "classes",
     "preprocessing",
     "weights",
+    "trust",
 )
 """Parts of classifier.json that say what the weights mean; never amended."""
 
@@ -51,17 +59,34 @@ class Classifier:
     network: nn.Module
     classes: tuple[str, ...]
     preprocessing: Preprocessing
+    trust: Trust
     card: dict[str, Any]
     """The content of classifier.json."""
 
     @property
     def classifier_id(self) -> str:
-        """First 12 hexadecimal digits of the hash over weights, classes and preprocessing."""
+        """First 12 hexadecimal digits of the hash over all that shapes an answer."""
         return str(self.card["classifier_id"])
 
     @torch.inference_mode()
+    def compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:
+        """Compute logits and features.
+
+        Parameters
+        ----------
+        images : ndarray of uint8, shape (N, size_px, size_px)
+            From :func:`brainray.pixels.preprocess.load_image` with this preprocessing.
+        """
+        device = next(self.network.parameters()).device
+        pixels = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(device)
+        inputs = normalise_images(pixels, self.preprocessing)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        features = compute_features(self.network, inputs)
+        logits = self.network.get_submodule("fc")(features)
+        return Outputs(logits.float().cpu().numpy(), features.float().cpu().numpy())
+
     def predict_probs(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Predict class probabilities.
+        """Predict calibrated class probabilities.
 
         Parameters
         ----------
@@ -73,12 +98,7 @@ class Classifier:
         ndarray of float32, shape (N, K)
             Rows sum to 1; columns in class order.
         """
-        device = next(self.network.parameters()).device
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-        inputs = normalise_images(pixels, self.preprocessing)
-        logits = self.network(inputs.contiguous(memory_format=torch.channels_last))
-        probs: NDArray[np.float32] = logits.float().softmax(1).cpu().numpy()
-        return probs
+        return self.trust.calibrate(self.compute_outputs(images).logits)
 
 
 def save_classifier(
@@ -88,6 +108,7 @@ def save_classifier(
     classes: Sequence[str],
     preprocessing: Preprocessing,
     provenance: dict[str, Any],
+    trust: Trust | None = None,
 ) -> str:
     """Seal a classifier folder.
 
@@ -103,6 +124,8 @@ def save_classifier(
         What turns pixels into the network's input.
     provenance : dict
         JSON-ready: training configuration, data manifest hash, metrics, versions, revision.
+    trust : Trust, optional
+        How its answers are calibrated and withheld; not at all, if not given.
 
     Returns
     -------
@@ -112,7 +135,16 @@ def save_classifier(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     content = safetensors.torch.save(tensors)
     weights_sha256 = hashlib.sha256(content).hexdigest()
-    meaning = {"classes": list(classes), "preprocessing": asdict(preprocessing)}
+    trust = trust or Trust.nothing(len(classes))
+    sealed_trust = trust.describe()
+    arrays = safetensors.numpy.save(trust.list_tensors()) if trust.likeness else None
+    if arrays is not None:
+        sealed_trust["sha256"] = hashlib.sha256(arrays).hexdigest()
+    meaning = {
+        "classes": list(classes),
+        "preprocessing": asdict(preprocessing),
+        "trust": sealed_trust,
+    }
     classifier_id = _identify(weights_sha256, meaning)
     card = {
         **provenance,
@@ -123,12 +155,18 @@ def save_classifier(
         "weights": {"file": WEIGHTS_FILE, "sha256": weights_sha256, "size_bytes": len(content)},
     }
     storage.write_bytes(storage.join(classifier_uri, WEIGHTS_FILE), content)
+    trust_uri = storage.join(classifier_uri, TRUST_FILE)
+    if arrays is not None:
+        storage.write_bytes(trust_uri, arrays)
+    elif storage.exists(trust_uri):
+        filesystem, path = storage.resolve(trust_uri)
+        filesystem.delete_file(path)
     storage.write_json(storage.join(classifier_uri, CARD_FILE), card)
     return classifier_id
 
 
 def _identify(weights_sha256: str, meaning: dict[str, Any]) -> str:
-    """Return the id over the weights' hash, the class order and the preprocessing."""
+    """Return the id over the weights' hash and what says what they mean."""
     canonical = json.dumps([weights_sha256, meaning], sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
@@ -136,7 +174,7 @@ def _identify(weights_sha256: str, meaning: dict[str, Any]) -> str:
 def amend_card(classifier_uri: str, additions: dict[str, Any]) -> None:
     """Add to what a sealed classifier says of itself; weights and meaning stay as they are."""
     card = read_card(classifier_uri)
-    sealed = {name: card[name] for name in SEALED_PARTS}
+    sealed = {name: card[name] for name in SEALED_PARTS if name in card}
     storage.write_json(storage.join(classifier_uri, CARD_FILE), card | additions | sealed)
 
 
@@ -161,7 +199,7 @@ def read_card(classifier_uri: str) -> dict[str, Any]:
             f"The classifier at '{classifier_uri}' is damaged: {error}"
         ) from error
     found = card.get("schema_version") if isinstance(card, dict) else None
-    if found != SCHEMA_VERSION:
+    if found not in READABLE_VERSIONS:
         raise ClassifierError(
             f"Expected classifier schema {SCHEMA_VERSION} in '{uri}', found {found}. "
             "Use the brainray version that wrote it, or train again."
@@ -172,7 +210,7 @@ def read_card(classifier_uri: str) -> dict[str, Any]:
         "classes": list,
         "preprocessing": dict,
         "weights": dict,
-    }
+    } | ({"trust": dict} if found > 1 else {})
     missing = [name for name, kind in needed.items() if not isinstance(card.get(name), kind)]
     if missing:
         raise ClassifierError(f"'{uri}' lacks {', '.join(missing)}. Restore the folder.")
@@ -205,14 +243,41 @@ def load_classifier(classifier_uri: str, *, device: str = "cpu") -> Classifier:
             f"The weights in '{classifier_uri}' do not fit a {ARCHITECTURE} with "
             f"{len(classes)} classes. Restore the folder."
         ) from error
-    meaning = {"classes": card["classes"], "preprocessing": card["preprocessing"]}
+    parts = ("classes", "preprocessing", "trust")
+    meaning: dict[str, Any] = {name: card[name] for name in parts if name in card}
     if card["classifier_id"] != _identify(card["weights"]["sha256"], meaning):
         raise ClassifierError(
-            f"The class order or the preprocessing in '{classifier_uri}' was changed after it "
-            f"was sealed: they do not give the id {card['classifier_id']}. Restore the folder."
+            f"The {', '.join(meaning)} in '{classifier_uri}' were changed after they were sealed: "
+            f"they do not give the id {card['classifier_id']}. Restore the folder."
         )
     network = network.to(torch.device(device)).to(memory_format=torch.channels_last).eval()
-    return Classifier(network, classes, preprocessing, card)
+    trust = read_trust(card, classifier_uri)
+    return Classifier(network, classes, preprocessing, trust, card)
+
+
+def read_trust(card: dict[str, Any], where: str) -> Trust:
+    """Read how a classifier's answers are calibrated and withheld.
+
+    Parameters
+    ----------
+    card : dict
+        From :func:`read_card`.
+    where : str
+        The classifier's folder.
+
+    Raises
+    ------
+    ClassifierError
+        It is damaged.
+    """
+    described = card.get("trust")
+    if described is None:
+        return Trust.nothing(len(card["classes"]))
+    tensors: dict[str, NDArray[np.float32]] = {}
+    if "sha256" in described:
+        content = _read_sealed(storage.join(where, TRUST_FILE), described["sha256"])
+        tensors = safetensors.numpy.load(content)
+    return Trust.restore(described, tensors)
 
 
 def _read_meaning(card: dict[str, Any], where: str) -> tuple[tuple[str, ...], Preprocessing]:
@@ -233,17 +298,23 @@ def _read_meaning(card: dict[str, Any], where: str) -> tuple[tuple[str, ...], Pr
 
 def _read_sealed_weights(card: dict[str, Any], where: str) -> StateDict:
     uri = storage.join(where, WEIGHTS_FILE)
-    try:
-        content = storage.read_bytes(uri)
-    except FileNotFoundError as error:
-        raise ClassifierError(f"No {WEIGHTS_FILE} in '{where}'. Restore the folder.") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != card["weights"].get("sha256"):
-        raise ClassifierError(
-            f"The weights in '{where}' are not the sealed ones: expected SHA-256 "
-            f"{str(card['weights'].get('sha256'))[:12]}…, found {found[:12]}…. Restore the folder."
-        )
+    content = _read_sealed(uri, str(card["weights"].get("sha256")))
     try:
         return safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
         raise ClassifierError(f"'{uri}' is not a safetensors file: {error}") from error
+
+
+def _read_sealed(uri: str, sha256: str) -> bytes:
+    where, _, name = uri.rpartition("/")
+    try:
+        content = storage.read_bytes(uri)
+    except FileNotFoundError as error:
+        raise ClassifierError(f"No {name} in '{where}'. Restore the folder.") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ClassifierError(
+            f"The bytes of {name} in '{where}' are not the sealed ones: expected SHA-256 "
+            f"{sha256[:12]}…, found {found[:12]}…. Restore the folder."
+        )
+    return content

@@ -204,7 +204,7 @@ def compute_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return kept[0]
 
 
-def split_head(network: nn.Module) -> tuple[nn.Module, nn.Module]:
+def split_head(network: nn.Module) -> tuple[nn.Module, nn.Sequential]:
     """Return what gives the last features, (N, 2048, h, w), and what gives logits from them.
 
     Both share the network's weights and hooks.

@@ -34,6 +34,7 @@ from brainray.errors import ConfigError
 from brainray.model.classifier import Classifier
 from brainray.model.explain import compute_class_maps
 from brainray.model.network import NUM_FEATURES, STRIDE_PX, split_head
+from brainray.model.trust import Outputs
 from brainray.pixels.preprocess import Preprocessing, normalise_images
 
 if TYPE_CHECKING:
@@ -75,6 +76,27 @@ class RuntimeOptions:
             raise ConfigError(f"num_threads must be at least 1, got {self.num_threads}.")
 
 
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a classifier says to some images."""
+
+    probs: NDArray[np.float32]
+    """Calibrated class probabilities, shape (N, K); rows sum to 1, columns in class order."""
+    reasons: list[str | None]
+    """Why an image gets no class: a key of :data:`brainray.model.trust.TRUST_REASONS`; None where
+    it gets one."""
+    maps: NDArray[np.float32] | None = None
+    """Class activation maps of :func:`brainray.model.explain.compute_class_maps`, in logits before
+    calibration, shape (N, K, h, w); a cell for every :data:`brainray.model.network.STRIDE_PX`
+    pixels, begun or whole. Their mean is the logit, within 1e-4 in fp32. None if not asked for."""
+
+    def take(self, row: int) -> "Prediction":
+        """Return what is said to one of the images."""
+        rows = slice(row, row + 1)
+        maps = None if self.maps is None else self.maps[rows]
+        return Prediction(self.probs[rows], self.reasons[rows], maps)
+
+
 class Runtime(ABC):
     """A classifier made ready to compute; several threads may use it at once."""
 
@@ -86,6 +108,7 @@ class Runtime(ABC):
     def __init__(self, classifier: Classifier) -> None:
         self._num_classes = len(classifier.classes)
         self._preprocessing = classifier.preprocessing
+        self._trust = classifier.trust
         head = classifier.network.get_submodule("fc")
         self._weight, self._bias = (
             head.get_parameter(name).detach().float().cpu().numpy().copy()
@@ -93,7 +116,11 @@ class Runtime(ABC):
         )
 
     def predict_probs(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Predict class probabilities.
+        """Predict class probabilities: those of :meth:`predict`."""
+        return self.predict(images).probs
+
+    def predict(self, images: NDArray[np.uint8]) -> Prediction:
+        """Predict class probabilities, and for which images they are not to be trusted.
 
         Parameters
         ----------
@@ -103,16 +130,16 @@ class Runtime(ABC):
 
         Returns
         -------
-        ndarray of float32, shape (N, K)
-            Rows sum to 1; columns in class order. The softmax is computed in float32 whatever
-            the precision of the network.
+        Prediction
+            Without maps. Probabilities are computed in float32 whatever the precision of the
+            network.
         """
         self._check(images)
         if len(images) == 0:
-            return np.empty((0, self._num_classes), np.float32)
-        return _softmax(self._compute_logits(images))
+            return Prediction(np.empty((0, self._num_classes), np.float32), [])
+        return self._conclude(self._compute_outputs(images))
 
-    def explain(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def explain(self, images: NDArray[np.uint8]) -> Prediction:
         """Predict class probabilities, and where the evidence for each class lies.
 
         Any backend and precision can. The first call compiles the network again (OpenVINO).
@@ -120,29 +147,33 @@ class Runtime(ABC):
         Parameters
         ----------
         images : ndarray of uint8, shape (N, size_px, size_px)
-            As for :meth:`predict_probs`.
+            As for :meth:`predict`.
 
         Returns
         -------
-        probs : ndarray of float32, shape (N, K)
-            Those of :meth:`predict_probs`: the same to the last bit in torch, within 1e-5 in
-            OpenVINO's fp32, and within 0.002 in its bf16 (3e-4 measured) and int8 (none measured),
-            which may round elsewhere when the features are kept.
-        maps : ndarray of float32, shape (N, K, h, w)
-            Class activation maps of :func:`brainray.model.explain.compute_class_maps`, in logits;
-            a cell for every :data:`brainray.model.network.STRIDE_PX` pixels, begun or whole. Their
-            mean is the logit, within 1e-4 in fp32.
+        Prediction
+            With maps. The probabilities are those of :meth:`predict`: the same to the last bit in
+            torch, within 1e-5 in OpenVINO's fp32, and within 0.002 in its bf16 (3e-4 measured) and
+            int8 (none measured), which may round elsewhere when the features are kept.
         """
         self._check(images)
         side = -(-self._preprocessing.size_px // STRIDE_PX)
         probs = np.empty((len(images), self._num_classes), np.float32)
         maps = np.empty((len(images), self._num_classes, side, side), np.float32)
+        reasons: list[str | None] = []
         for start in range(0, len(images), EXPLAIN_CHUNK_SIZE):
             chunk = slice(start, start + EXPLAIN_CHUNK_SIZE)
             logits, features = self._compute_features(images[chunk])
-            probs[chunk] = _softmax(logits)
+            found = self._conclude(Outputs(logits, features.mean(axis=(2, 3))))
+            probs[chunk] = found.probs
+            reasons += found.reasons
             maps[chunk] = compute_class_maps(features, self._weight, self._bias)
-        return probs, maps
+        return Prediction(probs, reasons, maps)
+
+    def _conclude(self, outputs: Outputs) -> Prediction:
+        probs = self._trust.calibrate(outputs.logits)
+        distances = self._trust.compute_distances(outputs.features)
+        return Prediction(probs, self._trust.find_reasons(probs, distances))
 
     def _check(self, images: NDArray[np.uint8]) -> None:
         side = self._preprocessing.size_px
@@ -150,20 +181,14 @@ class Runtime(ABC):
         assert images.shape[1:] == (side, side), images.shape
 
     @abstractmethod
-    def _compute_logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return logits, shape (N, K), of at least one image."""
+    def _compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:
+        """Return logits and pooled features of at least one image."""
 
     @abstractmethod
     def _compute_features(
         self, images: NDArray[np.uint8]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return logits, and the last features, (N, 2048, h, w), of a few images."""
-
-
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probs: NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
-    return probs
 
 
 def open_runtime(
@@ -295,7 +320,6 @@ class _TorchRuntime(Runtime):
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         network.to(self._device, self._dtype).to(memory_format=torch.channels_last)
         head.float()
-        self._network = network
         self._trunk, self._head = split_head(network)
         if options.use_gpu:
             where = torch.cuda.get_device_name(self._device)
@@ -306,11 +330,16 @@ class _TorchRuntime(Runtime):
         self.description = f"torch {torch.__version__.split('+')[0]}, {precision}, {where}"
 
     @torch.inference_mode()
-    def _compute_logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
-        chunks = pixels.split(CHUNK_SIZE[self._device.type])
-        logits = torch.cat([self._network(self._prepare(chunk)) for chunk in chunks])
-        return logits.cpu().numpy()
+        pool, layer = self._head[:-1], self._head[-1]
+        features = torch.cat(
+            [
+                pool(self._trunk(self._prepare(chunk))).float()
+                for chunk in pixels.split(CHUNK_SIZE[self._device.type])
+            ]
+        )
+        return Outputs(layer(features).cpu().numpy(), features.cpu().numpy())
 
     @torch.inference_mode()
     def _compute_features(
@@ -365,9 +394,9 @@ class _OpenVinoRuntime(Runtime):
 
         self.precision = precision
         self._num_threads = options.num_threads or len(os.sched_getaffinity(0))
-        self._model = model
+        self._model = _keep_pooled(model)
         self._core = openvino.Core()
-        self._one = self._compile(model, num_streams=1).create_infer_request()
+        self._one = self._compile(self._model, num_streams=1).create_infer_request()
         self._many: openvino.AsyncInferQueue | None = None
         self._explaining: openvino.InferRequest | None = None
         self._turn, self._feeding, self._counting = (threading.Lock() for _ in range(3))
@@ -391,16 +420,20 @@ class _OpenVinoRuntime(Runtime):
             },
         )
 
-    def _compute_logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        logits = np.empty((len(images), self._num_classes), np.float32)
+    def _compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:
+        outputs = Outputs(
+            np.empty((len(images), self._num_classes), np.float32),
+            np.empty((len(images), NUM_FEATURES), np.float32),
+        )
         with self._count_call() as is_alone:
             if self._num_threads == 1 or (is_alone and len(images) < 2 * self._num_threads):
                 with self._turn:
                     for index, image in enumerate(images):
-                        logits[index] = self._one.infer([self._normalised[image][None, None]])[0]
+                        self._one.infer([self._normalised[image][None, None]])
+                        _copy_outputs(self._one, outputs, index)
             else:
-                self._compute_many(images, logits)
-        return logits
+                self._compute_many(images, outputs)
+        return outputs
 
     @contextmanager
     def _count_call(self) -> Iterator[bool]:
@@ -414,9 +447,9 @@ class _OpenVinoRuntime(Runtime):
             with self._counting:
                 self._num_calls -= 1
 
-    def _compute_many(self, images: NDArray[np.uint8], logits: NDArray[np.float32]) -> None:
+    def _compute_many(self, images: NDArray[np.uint8], outputs: Outputs) -> None:
         """Compute each image in a thread of its own, beside those of other calls."""
-        parcel = _Parcel(logits)
+        parcel = _Parcel(outputs)
         for index, image in enumerate(images):
             values = self._normalised[image][None, None]
             with self._feeding:
@@ -446,22 +479,22 @@ class _OpenVinoRuntime(Runtime):
             for index, image in enumerate(images):
                 outputs = self._explaining.infer([self._normalised[image][None, None]])
                 logits[index] = outputs[0]
-                features.append(outputs[1].copy())
+                features.append(outputs[2].copy())
         return logits, np.concatenate(features)
 
 
 class _Parcel:
     """The images of one call, until the last of them is computed."""
 
-    def __init__(self, logits: NDArray[np.float32]) -> None:
-        self._logits = logits
-        self._left = len(logits)
+    def __init__(self, outputs: Outputs) -> None:
+        self._outputs = outputs
+        self._left = len(outputs.logits)
         self._lock = threading.Lock()
         self._is_done = threading.Event()
 
-    def keep(self, index: int, logits: NDArray[np.float32]) -> None:
-        """Take one image's logits."""
-        self._logits[index] = logits
+    def keep(self, index: int, request: "openvino.InferRequest") -> None:
+        """Take what was computed of one image."""
+        _copy_outputs(request, self._outputs, index)
         with self._lock:
             self._left -= 1
             if self._left == 0:
@@ -474,11 +507,26 @@ class _Parcel:
 
 def _keep_output(request: "openvino.InferRequest", place: tuple[_Parcel, int]) -> None:
     parcel, index = place
-    parcel.keep(index, request.get_output_tensor(0).data[0])
+    parcel.keep(index, request)
+
+
+def _copy_outputs(request: "openvino.InferRequest", outputs: Outputs, index: int) -> None:
+    outputs.logits[index] = request.get_output_tensor(0).data[0]
+    outputs.features[index] = request.get_output_tensor(1).data.reshape(NUM_FEATURES)
+
+
+def _keep_pooled(model: "openvino.Model") -> "openvino.Model":
+    """Return a copy whose second output are the pooled features."""
+    kept = model.clone()
+    node = kept.output(0).get_node()
+    while node.get_type_name() not in ("ReduceMean", "AvgPool", "AdaptiveAvgPool"):
+        node = node.input_value(0).get_node()
+    kept.add_outputs(node.output(0))
+    return kept
 
 
 def _keep_features(model: "openvino.Model") -> "openvino.Model":
-    """Return a copy whose second output are the features that the head averages."""
+    """Return a copy whose third output are the features that the head averages."""
     kept = model.clone()
     node = kept.output(0).get_node()
     while node.get_type_name() != "Relu":  # the last one is where the head begins

@@ -64,9 +64,9 @@ def build_schema(classes: Sequence[str]) -> pa.Schema:
             pa.field("scan_uri", pa.string(), nullable=False),
             pa.field("content_sha256", pa.string()),  # null when no byte could be read
             pa.field("status", pa.string(), nullable=False),  # one of STATUSES
-            pa.field("reason", pa.string()),  # a REJECTION_REASONS key; null when classified
-            pa.field("predicted_class", pa.string()),
-            pa.field("confidence", pa.float32()),
+            pa.field("reason", pa.string()),  # a key of model.answer.REASONS; null when classified
+            pa.field("predicted_class", pa.string()),  # null unless classified
+            pa.field("confidence", pa.float32()),  # of the most probable class; null if rejected
             *(pa.field(f"prob_{name}", pa.float32()) for name in classes),
             pa.field("width_px", pa.int32()),
             pa.field("height_px", pa.int32()),

@@ -26,10 +26,12 @@ from brainray.dataset.inbox import CHUNK_ROWS, FoundScan, chunk_scans, list_scan
 from brainray.dataset.scan import read_scan, view_pixels
 from brainray.dataset.stream import pause_scheduling
 from brainray.errors import ClassifierError, RejectedImage
+from brainray.model.answer import name_status
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.runtime import RuntimeOptions, measure_disagreement, open_runtime
+from brainray.model.trust import UNLIKE_TRAINING
 from brainray.pipelines.answers import Ledger
-from brainray.pixels.decode import DecodeLimits, decode_image
+from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits, decode_image
 from brainray.pixels.preprocess import Preprocessing, resize_image
 
 LIST_CPUS, DECODE_CPUS = 0.1, 0.9
@@ -325,17 +327,20 @@ class _Predictor:
         chunk = unpack(block["chunk"][0])
         rows = np.flatnonzero(chunk["pixels"].is_valid().to_numpy())
         probs = np.zeros((chunk.num_rows, len(self._classes)), np.float32)
+        reasons = chunk["reason"].to_pylist()
         images = view_pixels(chunk["pixels"], self._side)
+        ask = self._runtime.explain if self._explain else self._runtime.predict
+        found = ask(images[rows])
+        probs[rows] = found.probs
         class_maps: list[NDArray[np.float32] | None] = [None] * chunk.num_rows
-        if self._explain:
-            probs[rows], maps = self._runtime.explain(images[rows])
-            for row, of_classes in zip(rows, maps, strict=True):
-                class_maps[row] = of_classes[probs[row].argmax()].ravel()
-        else:
-            probs[rows] = self._runtime.predict_probs(images[rows])
+        for place, row in enumerate(rows):
+            reasons[row] = found.reasons[place]
+            if found.maps is not None and reasons[row] != UNLIKE_TRAINING:
+                class_maps[row] = found.maps[place, found.probs[place].argmax()].ravel()
         if not np.isfinite(probs).all():
             raise ClassifierError("The classifier gives probabilities that are not numbers.")
-        answers = self._build_answers(chunk.drop_columns(["pixels"]), probs, class_maps)
+        chunk = chunk.drop_columns(["pixels", "reason"])
+        answers = self._build_answers(chunk, probs, reasons, class_maps)
         return pa.table(
             {
                 "answers": [pack(answers)],
@@ -349,17 +354,20 @@ class _Predictor:
         self,
         chunk: pa.Table,
         probs: NDArray[np.float32],
+        reasons: list[str | None],
         class_maps: list[NDArray[np.float32] | None],
     ) -> pa.Table:
-        is_classified = chunk["reason"].is_null().to_numpy()
+        statuses = ["rejected" if r in REJECTION_REASONS else name_status(r) for r in reasons]
+        status = np.array(statuses, dtype=object)
         top = probs.argmax(1)
         names = np.array(self._classes, dtype=object)[top]
         columns: dict[str, pa.Array] = {
-            "status": pa.array(np.where(is_classified, "classified", "rejected").tolist()),
-            "predicted_class": pa.array(names, pa.string(), mask=~is_classified),
-            "confidence": pa.array(probs[np.arange(len(top)), top], mask=~is_classified),
+            "reason": pa.array(reasons, pa.string()),
+            "status": pa.array(status, pa.string()),
+            "predicted_class": pa.array(names, pa.string(), mask=status != "classified"),
+            "confidence": pa.array(probs[np.arange(len(top)), top], mask=status == "rejected"),
             **{
-                f"prob_{name}": pa.array(probs[:, k], mask=~is_classified)
+                f"prob_{name}": pa.array(probs[:, k], mask=status == "rejected")
                 for k, name in enumerate(self._classes)
             },
             "classified_at": pa.array([datetime.now(UTC)] * len(top), pa.timestamp("us", tz="UTC")),

@@ -31,6 +31,7 @@ from brainray.metrics import compute_curves, compute_evaluation
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.network import STRIDE_PX
 from brainray.model.runtime import RuntimeOptions
+from brainray.model.trust import LOW_CONFIDENCE
 from brainray.pipelines.answers import (
     AnswerSet,
     Ledger,
@@ -54,6 +55,7 @@ from brainray.pipelines.tally import (
     MemoryWatch,
     Standing,
     Tally,
+    count_rejected,
     describe_counts,
     find_bottleneck,
     thin,
@@ -197,7 +199,7 @@ def check_rejected(tally: Tally, limit: Callable[[int], float], text: str) -> No
     DataError
         More were than allowed.
     """
-    rejected = sum(tally.reasons.values())
+    rejected = count_rejected(tally.reasons)
     if rejected > limit(tally.num_new):
         raise DataError(
             f"{rejected:,} of {tally.num_new:,} new scans were rejected "
@@ -207,7 +209,9 @@ def check_rejected(tally: Tally, limit: Callable[[int], float], text: str) -> No
 
 
 def _list_reasons(reasons: "Counter[str]") -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    return ", ".join(
+        f"{count:,} {reason}" for reason, count in reasons.most_common() if reason != LOW_CONFIDENCE
+    )
 
 
 def plan_run(job: ClassifyJob, classifier: Classifier) -> BulkPlan:
@@ -373,7 +377,7 @@ def take_standing(tally: Tally, counted: Counted) -> Standing:
         done=tally.done,
         total=max(counted.total, tally.done),
         is_total_known=counted.is_final,
-        rejected=sum(tally.reasons.values()),
+        rejected=count_rejected(tally.reasons),
         elapsed_s=now - (tally.first_answer or now),
         done_at_first=tally.done_at_first,
     )
@@ -464,9 +468,9 @@ def report(
 ) -> None:
     """Judge the answers where the truth is known, and write report and metrics."""
     classes = classifier.classes
-    columns = ["scan_uri", "status", *(f"prob_{name}" for name in classes)]
+    columns = ["scan_uri", "confidence", *(f"prob_{name}" for name in classes)]
     table = answers.read([*columns, "class_map"] if job.explain else columns)
-    table = table.filter(pc.equal(table["status"], "classified"))
+    table = table.filter(pc.is_valid(table["confidence"]))  # the least probable ones as well
     probs = np.stack([table[f"prob_{name}"].to_numpy() for name in classes], axis=1)
     uris = table["scan_uri"].to_pylist()
 

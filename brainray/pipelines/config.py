@@ -6,6 +6,7 @@ from typing import Any, Literal
 from brainray.errors import ConfigError
 from brainray.labels import BRAIN_TUMOUR_CLASSES, check_classes
 from brainray.model.network import BatchNormMode
+from brainray.model.trust import TrustOptions
 from brainray.pipelines.optimisation import Optimisation
 from brainray.pixels.augment import Augmentation
 from brainray.pixels.decode import DecodeLimits
@@ -30,6 +31,8 @@ class TrainConfig:
     """Training only."""
     optimisation: Optimisation = Optimisation()
     """How the weights move."""
+    trust: TrustOptions = TrustOptions()
+    """How its answers are calibrated and withheld; sealed with the classifier."""
     limits: DecodeLimits = DecodeLimits()
     """What is too large to open."""
     val_fraction: float = 0.15

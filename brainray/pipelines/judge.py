@@ -16,11 +16,17 @@ from brainray import storage
 from brainray.dataset.scan import ScanStore
 from brainray.dataset.twins import NEAR_TWIN_CORRELATION
 from brainray.errors import RejectedImage
-from brainray.metrics import compute_accuracy, compute_curves, compute_evaluation
-from brainray.model.answer import open_scan
-from brainray.model.classifier import Classifier, amend_card, load_classifier, read_card
+from brainray.metrics import (
+    compute_accuracy,
+    compute_curves,
+    compute_evaluation,
+    compute_risk_coverage,
+)
+from brainray.model.answer import name_status, open_scan
+from brainray.model.classifier import Classifier, amend_card, load_classifier, read_card, read_trust
 from brainray.model.network import STRIDE_PX
 from brainray.model.runtime import RuntimeOptions, open_runtime
+from brainray.model.trust import Trust
 from brainray.pipelines.data import PreparedData
 from brainray.pipelines.modelcard import write_model_card
 from brainray.pixels.decode import DecodeLimits
@@ -42,8 +48,8 @@ Say = Callable[[str], None]
 
 
 @lru_cache(maxsize=1)
-def _open_classifier(classifier_uri: str, use_gpu: bool) -> Classifier:
-    """Open the classifier, once in each of Ray's processes."""
+def _open_classifier(classifier_uri: str, classifier_id: str, use_gpu: bool) -> Classifier:  # noqa: ARG001
+    """Open the classifier, once in each of Ray's processes; anew if another one is there."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # one task at a time has the node
     return load_classifier(classifier_uri, device="cuda" if use_gpu else "cpu")
 
@@ -53,38 +59,50 @@ def _answer_batch(
     *,
     store: ScanStore,
     classifier_uri: str,
+    classifier_id: str,
     limits: DecodeLimits,
     use_gpu: bool,
+    with_features: bool,
 ) -> dict[str, NDArray[Any]]:
-    """Decode and classify some samples; runs as a Ray Data task."""
-    classifier = _open_classifier(classifier_uri, use_gpu)
+    """Decode some samples and run the network on them; runs as a Ray Data task."""
+    classifier = _open_classifier(classifier_uri, classifier_id, use_gpu)
     images = store.load_images(batch["index"].tolist(), classifier.preprocessing, limits)
     parts = [
-        classifier.predict_probs(images[start : start + BATCH_SIZE])
+        classifier.compute_outputs(images[start : start + BATCH_SIZE])
         for start in range(0, len(images), BATCH_SIZE)
     ]
-    return {"index": batch["index"], "prob": np.concatenate(parts)}
+    features = np.concatenate([part.features for part in parts])
+    return {
+        "index": batch["index"],
+        "logits": np.concatenate([part.logits for part in parts]),
+        "distance": classifier.trust.compute_distances(features),
+        **({"features": features} if with_features else {}),
+    }
 
 
-def predict_samples(
+def compute_outputs(
     indices: NDArray[np.int64],
     store: ScanStore,
     classifier_uri: str,
     *,
     limits: DecodeLimits,
     use_gpu: bool,
-) -> NDArray[np.float32]:
-    """Predict the class probabilities of some samples, in Ray Data tasks.
+    with_features: bool = False,
+) -> dict[str, NDArray[np.float32]]:
+    """Run a classifier's network on some samples, in Ray Data tasks.
 
     Parameters
     ----------
     indices : ndarray of int64, shape (n,)
         Sample numbers, none twice.
+    with_features : bool
+        Whether to return the features too: 8 kB for each sample.
 
     Returns
     -------
-    ndarray of float32, shape (n, K)
-        In the order of ``indices``.
+    dict of ndarray of float32
+        In the order of ``indices``: ``logits``, shape (n, K), not calibrated; ``distance`` to the
+        training images, shape (n,), 0 where the classifier knows none; ``features``, shape (n, C).
     """
     parts = [
         pa.table({"index": indices[start : start + ROWS_PER_TASK]})
@@ -96,29 +114,41 @@ def predict_samples(
         fn_kwargs={
             "store": store,
             "classifier_uri": classifier_uri,
+            "classifier_id": read_card(classifier_uri)["classifier_id"],
             "limits": limits,
             "use_gpu": use_gpu,
+            "with_features": with_features,
         },
         num_gpus=1 if use_gpu else 0,
         compute=ray.data.TaskPoolStrategy(size=1),
     )
     place = {int(index): row for row, index in enumerate(indices)}
-    rows, probs = [], []
+    rows: list[int] = []
+    batches: list[dict[str, NDArray[np.float32]]] = []
     for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
-        rows += [place[int(index)] for index in batch["index"]]
-        probs.append(batch["prob"])
+        rows += [place[int(index)] for index in batch.pop("index")]
+        batches.append(batch)
     assert sorted(rows) == list(range(len(indices))), "every sample has one answer"
-    return np.asarray(np.concatenate(probs)[np.argsort(rows)], dtype=np.float32)
+    order = np.argsort(rows)
+    return {
+        name: np.asarray(np.concatenate([batch[name] for batch in batches])[order], np.float32)
+        for name in batches[0]
+    }
 
 
 def build_predictions(
     data: PreparedData,
     indices: NDArray[np.int64],
     probs: NDArray[np.float32],
+    reasons: Sequence[str | None],
     classes: Sequence[str],
     classifier_id: str,
 ) -> pa.Table:
-    """Build the table of answers: a row for every scan judged, with its truth beside it."""
+    """Build the table of answers: a row for every scan judged, with its truth beside it.
+
+    ``status`` and ``reason`` are what any door would answer; ``predicted_class`` is the most
+    probable one all the same, for all are judged.
+    """
     rows = data.manifest.take(pa.array(indices))
     top = probs.argmax(1)
     columns: dict[str, Any] = {
@@ -127,6 +157,8 @@ def build_predictions(
     }
     columns |= {
         "true_class": rows["label"],
+        "status": [name_status(reason) for reason in reasons],
+        "reason": pa.array(reasons, pa.string()),
         "predicted_class": [classes[k] for k in top],
         "confidence": probs[np.arange(len(top)), top],
         **{f"prob_{name}": probs[:, k] for k, name in enumerate(classes)},
@@ -182,6 +214,44 @@ def _judge_part(
     return compute_evaluation(labels[part], probs[part], classes, groups=groups[part])
 
 
+def judge_trust(
+    labels: NDArray[np.int64],
+    logits: NDArray[np.float32],
+    reasons: Sequence[str | None],
+    trust: Trust,
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """Judge what a classifier says of its own answers.
+
+    Returns
+    -------
+    dict
+        ``calibration``: log loss, Brier score and calibration error ``before`` (of the plain
+        softmax) and ``after``; ``selective``: what
+        :func:`brainray.metrics.compute_risk_coverage` gives at the sealed threshold;
+        ``by_reason``: how many images any door would give no class.
+    """
+    plain, probs = Trust.nothing(len(classes)).calibrate(logits), trust.calibrate(logits)
+    scores = {
+        name: compute_evaluation(labels, values, classes, num_resamples=0)
+        for name, values in (("before", plain), ("after", probs))
+    }
+    without_class = [reason for reason in reasons if reason]
+    return {
+        "calibration": {
+            "method": trust.facts.get("method", "none"),
+            **{
+                name: {score: found[score] for score in ("log_loss", "brier", "ece")}
+                for name, found in scores.items()
+            },
+        },
+        "selective": compute_risk_coverage(
+            labels, probs, classes, min_confidence=trust.min_confidence
+        ),
+        "by_reason": {reason: without_class.count(reason) for reason in sorted(set(without_class))},
+    }
+
+
 def collect_mistakes(
     data: PreparedData,
     predictions: pa.Table,
@@ -209,7 +279,8 @@ def collect_mistakes(
             scan = open_scan(content, classifier.preprocessing, limits)
         except RejectedImage:  # vanished since it was judged
             continue
-        _, maps = runtime.explain(scan.image[None])
+        maps = runtime.explain(scan.image[None]).maps
+        assert maps is not None
         class_map = maps[0, classifier.classes.index(row["predicted_class"])]
         mistakes.append(
             Mistake(
@@ -262,6 +333,7 @@ def judge_and_report(
     """
     card = read_card(classifier_uri)
     classes = tuple(card["classes"])
+    trust = read_trust(card, classifier_uri)
     metrics: dict[str, Any] = {
         "schema_version": METRICS_SCHEMA_VERSION,
         "classifier_id": card["classifier_id"],
@@ -273,13 +345,22 @@ def judge_and_report(
     for split in (name for name in splits if len(data.select(name))):
         indices = data.select(split)
         say(f"Judging {len(indices):,} {split} images.")
-        probs = predict_samples(indices, data.store, classifier_uri, limits=limits, use_gpu=use_gpu)
-        predictions = build_predictions(data, indices, probs, classes, card["classifier_id"])
+        outputs = compute_outputs(
+            indices, data.store, classifier_uri, limits=limits, use_gpu=use_gpu
+        )
+        probs = trust.calibrate(outputs["logits"])
+        reasons = trust.find_reasons(probs, outputs["distance"])
+        predictions = build_predictions(
+            data, indices, probs, reasons, classes, card["classifier_id"]
+        )
         storage.write_table(
             storage.join(output_uri, "predictions", f"{split}.parquet"), predictions
         )
         metrics[split] = judge_split(data, indices, probs, classes)
         metrics[split]["rejected"] = data.count_rejected(split)
+        metrics[split]["trust"] = judge_trust(
+            data.labels[indices], outputs["logits"], reasons, trust, classes
+        )
         curves[split] = compute_curves(data.labels[indices], probs, classes)
     mistakes: list[Mistake] = []
     if curves:  # of the last split

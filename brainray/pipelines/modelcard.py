@@ -55,7 +55,8 @@ def summarise_data(data: PreparedData, classes: list[str]) -> dict[str, Any]:
     _, counts = np.unique(np.concatenate(list(found.values())), return_counts=True)
 
     def count_classes(split: str) -> list[int]:
-        return np.bincount(data.labels[data.select(split)], minlength=len(classes)).tolist()
+        counts = np.bincount(data.labels[data.select(split)], minlength=len(classes))
+        return [int(count) for count in counts]
 
     samples = data.found.samples
     return {

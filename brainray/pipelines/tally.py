@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 import pyarrow as pa
 
+from brainray.model.trust import LOW_CONFIDENCE
+
 MEMORY_INTERVAL_S = 3.0
 SATURATED = 0.8
 """A stage that is busy for this share of the time is what limits the run."""
@@ -102,13 +104,23 @@ class Tally:
 
 def describe_counts(total: int, reasons: "Counter[str]", classes: "Counter[str]") -> dict[str, Any]:
     """Return counts by status, reason and class, as metrics.json has them."""
-    rejected = sum(reasons.values())
+    rejected = count_rejected(reasons)
+    without_class = sum(reasons.values())
     return {
         "total": total,
-        "by_status": {"classified": total - rejected, "abstained": 0, "rejected": rejected},
+        "by_status": {
+            "classified": total - without_class,
+            "abstained": without_class - rejected,
+            "rejected": rejected,
+        },
         "by_reason": dict(sorted(reasons.items())),
         "by_class": dict(sorted(classes.items())),
     }
+
+
+def count_rejected(reasons: "Counter[str]") -> int:
+    """Count the scans that were rejected: those that an image's low confidence does not explain."""
+    return sum(count for reason, count in reasons.items() if reason != LOW_CONFIDENCE)
 
 
 class MemoryWatch:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from brainray import runlog, storage
 from brainray.dataset.source import find_samples
 from brainray.dataset.split import hash_manifest
 from brainray.errors import ConfigError, TrainingError
+from brainray.model.calibration import MIN_IMAGES, fit_trust
 from brainray.model.classifier import save_classifier
 from brainray.model.network import fetch_weights
+from brainray.model.trust import Outputs, Trust
 from brainray.pipelines.checkpoint import load_network_weights
 from brainray.pipelines.cluster import compute_cpus_per_worker, connect_ray
 from brainray.pipelines.config import Placement, TrainConfig, find_differences
 from brainray.pipelines.data import MANIFEST_FILE, PreparedData, prepare_training_data
-from brainray.pipelines.judge import METRICS_FILE, Say, judge_and_report
+from brainray.pipelines.judge import METRICS_FILE, Say, compute_outputs, judge_and_report
 from brainray.pipelines.loop import WorkerSetup, train_worker
 from brainray.provenance import collect_versions, read_code_revision
 
@@ -38,6 +41,9 @@ RUN_FILE = "run.json"
 RECORDS_FILE = "metrics.jsonl"
 CLASSIFIER_FOLDER = "classifier"
 CHECKPOINTS_FOLDER = "checkpoints"
+
+MAX_LIKENESS_IMAGES = 4000
+"""Training images whose features say where such images lie; more would only take time."""
 
 Tick = Callable[[dict[str, Any]], None]
 
@@ -104,7 +110,7 @@ def train(
         say("No weights to start from: the head-only epochs are left out.")
     keep_manifest(job, data)
     result = fit(job, data, ray.put(weights), say, tick)
-    seal(job, data, result)
+    seal(job, data, result, say)
     return judge(job, data, say)
 
 
@@ -304,14 +310,15 @@ def relay_messages(say: Say, tick: Tick) -> Iterator[Queue]:
         messages.shutdown(grace_period_s=0)
 
 
-def seal(job: TrainJob, data: PreparedData, result: Result) -> None:
-    """Seal the weights of the best epoch."""
+def seal(job: TrainJob, data: PreparedData, result: Result, say: Say) -> None:
+    """Seal the weights of the best epoch, then with them what their answers are worth."""
     best = result.get_best_checkpoint(job.config.monitor, "max")
     if best is None:
         raise TrainingError("Training ended without a checkpoint.")
     with best.as_directory() as folder:
         state = load_network_weights(Path(folder))
-    save_classifier(
+    save = partial(
+        save_classifier,
         job.at(CLASSIFIER_FOLDER),
         state,
         classes=job.config.classes,
@@ -326,6 +333,47 @@ def seal(job: TrainJob, data: PreparedData, result: Result) -> None:
             "versions": collect_versions(),
             "code_revision": read_code_revision(),
         },
+    )
+    save()
+    trust = fit_trust_on(job, data, say)
+    if trust is not None:
+        save(trust=trust)
+
+
+def fit_trust_on(job: TrainJob, data: PreparedData, say: Say) -> Trust | None:
+    """Fit what the sealed classifier says of its own answers; None where there is too little."""
+    train, val = data.select("train"), data.select("val")
+    if min(len(train), len(val)) < MIN_IMAGES:
+        say(
+            f"Fewer than {MIN_IMAGES} training or validation images: no calibration, no threshold, "
+            "no rejection of foreign images."
+        )
+        return None
+    dice = np.random.default_rng(job.config.seed)
+    chosen = np.sort(dice.choice(train, min(len(train), MAX_LIKENESS_IMAGES), replace=False))
+    say(f"Calibrating on {len(val):,} val images, beside {len(chosen):,} of train.")
+    train_outputs, val_outputs = (
+        Outputs(found["logits"], found["features"])
+        for found in (
+            compute_outputs(
+                indices,
+                data.store,
+                job.at(CLASSIFIER_FOLDER),
+                limits=job.config.limits,
+                use_gpu=job.placement.use_gpu,
+                with_features=True,
+            )
+            for indices in (chosen, val)
+        )
+    )
+    groups = data.manifest["group"].take(val).to_numpy()
+    return fit_trust(
+        train_outputs,
+        data.labels[chosen],
+        val_outputs,
+        data.labels[val],
+        groups,
+        job.config.trust,
     )
 
 

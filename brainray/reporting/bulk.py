@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from brainray.pixels.decode import REJECTION_REASONS
+from brainray.model.answer import REASONS
 from brainray.reporting import plots
 from brainray.reporting.evaluation import Mistake, build_judged, describe_judged, head_judged
 from brainray.reporting.page import format_moment, list_settings, render_page, select_sections
@@ -14,7 +14,10 @@ from brainray.reporting.page import format_moment, list_settings, render_page, s
 _STATUSES = {
     "classified": ("Classified", "The scan was given a class, with its probability."),
     "abstained": ("Abstained", "No class was probable enough to be given."),
-    "rejected": ("Rejected", "The file could not be turned into pixels."),
+    "rejected": (
+        "Rejected",
+        "The file is not an image that can be read, or is unlike what the classifier knows.",
+    ),
 }
 _STAGES = {
     "list": "find the files",
@@ -172,7 +175,7 @@ def _list_facts(metrics: Mapping[str, Any]) -> dict[str, str]:
 def _count_answers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Count the scans by status, by reason and by class."""
     counts, new = metrics["counts"], metrics["run"]["new_counts"]
-    reasons = {code: (sentence, code) for code, sentence in REJECTION_REASONS.items()}
+    reasons = {code: (sentence, code) for code, sentence in REASONS.items()}
     found = {code: n for code, n in counts["by_reason"].items() if n}
     by_reason = sorted(found, key=lambda code: (-found[code], code))
     classes = dict.fromkeys([*metrics["classes"], *counts["by_class"]])

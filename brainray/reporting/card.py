@@ -228,11 +228,12 @@ def _list_limits(
         "Age, sex, scanner and sequence are not known: no subgroup was looked at.",
         "It is one training run: how much another seed would change is not known.",
     ]
-    if not trust:
-        limits.append(
-            "Its probabilities are not calibrated after training, and it never abstains: every "
-            "picture that can be read gets a class."
-        )
+    if trust.get("facts.method", "none") == "none":
+        limits.append("Its probabilities are not calibrated after training.")
+    if not trust.get("min_confidence"):
+        limits.append("It never abstains: the most probable class is given, however improbable.")
+    if trust.get("max_distance") is None:
+        limits.append("It does not know what is no brain MRI: every picture gets an answer.")
     if data["rejected"]:
         count = sum(data["rejected"].values())
         limits.append(f"Scans that cannot be read ({count:,} here) are in no score.")

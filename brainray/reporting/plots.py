@@ -249,6 +249,32 @@ def _draw_inset(panel: Panel, lines: Sequence[tuple[Points, str]], *, zoom_left:
     )
 
 
+def draw_risk_coverage(curves: Mapping[str, Points], *, title: str, marked: Points) -> Markup:
+    """Draw risk over coverage, and mark where thresholds stand.
+
+    Parameters
+    ----------
+    curves : mapping of str to sequence of (float, float)
+        Coverage and risk, in [0, 1], by name; the order gives the style.
+    title : str
+        What a screen reader says of the figure.
+    marked : sequence of (float, float)
+        A point of each curve, in the same order.
+    """
+    highest = max((risk for points in curves.values() for _, risk in points), default=0.0)
+    panel = Panel(
+        x=build_axis(0, 1, "coverage: share of scans that get a class"),
+        y=build_axis(0, max(highest, 0.01), "risk: share of these that is wrong"),
+    )
+    parts = [panel.axes()]
+    for i, (name, points) in enumerate(curves.items()):
+        parts.append(panel.line(points, _style(i)))
+        for coverage, risk in marked[i : i + 1]:
+            tip = f"{name}: {coverage:.1%} get a class, {risk:.1%} of these are wrong"
+            parts.append(panel.dot(coverage, risk, _style(i), tip, radius=5))
+    return _figure(title, panel.wrap(*parts))
+
+
 def draw_reliability(
     confidence: Sequence[float | None],
     accuracy: Sequence[float | None],

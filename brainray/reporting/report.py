@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from brainray.model.trust import TRUST_REASONS
 from brainray.reporting import plots
 from brainray.reporting.evaluation import Mistake, build_judged, describe_judged, head_judged
 from brainray.reporting.page import list_settings, render_page, select_sections
@@ -49,7 +50,7 @@ def render_report(
     metrics : dict
         Content of ``metrics.json``: ``classes``, and per split (``test``, ``val``; either may
         be absent) what :func:`brainray.metrics.compute_evaluation` returned, with ``no_twin``,
-        ``baseline_1nn`` and ``rejected`` where known. ``training`` is shown as a table.
+        ``baseline_1nn``, ``trust`` and ``rejected`` where known. ``training`` is shown as a table.
     epochs : sequence of dict
         Records of ``metrics.jsonl``; empty for an evaluation. Of an epoch recorded twice, as
         after a resume, the later record counts.
@@ -94,6 +95,7 @@ def render_report(
         "headline": (judged, f"Accuracy on {judged[0].place}" if judged else ""),
         "learning": (page["history"], "Learning curves"),
         **head_judged(judged),
+        "trust": (page["trusted"], "Calibration and abstention"),
         "rejected": (page["rejected"], "Rejected scans"),
         "configuration": (page["settings"], "Configuration"),
         "reading": (True, "How to read this"),
@@ -111,7 +113,29 @@ def _describe_splits(metrics: Mapping[str, Any], splits: Mapping[str, str]) -> d
         "forest": _build_forest_axis(estimates),
         "twin_correlation": metrics[main].get("twin_correlation") if main else None,
         "rejected": _count_rejected(metrics, splits),
+        **_describe_trust({name: metrics[split].get("trust") for split, name in splits.items()}),
     }
+
+
+def _describe_trust(found: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Gather what the page says of calibration and abstention, by the split's name."""
+    trusted = {name: trust for name, trust in found.items() if trust}
+    selective = [trust["selective"] for trust in trusted.values()]
+    figure = plots.draw_risk_coverage(
+        {
+            name: list(
+                zip(
+                    trust["selective"]["curve"]["coverage"],
+                    trust["selective"]["curve"]["risk"],
+                    strict=True,
+                )
+            )
+            for name, trust in trusted.items()
+        },
+        title="Risk over coverage",
+        marked=[(one["coverage"], one["risk"] or 0.0) for one in selective],
+    )
+    return {"trusted": trusted, "risk_coverage": figure, "reason_words": TRUST_REASONS}
 
 
 def _build_estimates(evaluation: Mapping[str, Any], split: str) -> list[Estimate]:

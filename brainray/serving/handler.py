@@ -234,14 +234,17 @@ class Handler:
         pixels = opened.pixels if keep_pixels else None
         del opened  # what only waits for the model need not hold a large scan
         reply = await courier.carry(meaning.preprocessing, image)
-        if reply.probs is None or reply.meaning.classifier_id != meaning.classifier_id:
+        found = reply.prediction
+        if found is None or reply.meaning.classifier_id != meaning.classifier_id:
             self._meaning = reply.meaning
             return None
-        answer = build_answer(upload.name, digest, shape, meaning.classes, reply.probs[0])
-        if reply.maps is None or pixels is None:
+        answer = build_answer(
+            upload.name, digest, shape, meaning.classes, found.probs[0], found.reasons[0]
+        )
+        if found.maps is None or pixels is None or answer.status == "rejected":
             return answer, None
-        top = int(reply.probs[0].argmax())
-        evidence = Evidence(pixels, reply.maps[0, top], meaning.classes[top], meaning.preprocessing)
+        top = int(found.probs[0].argmax())
+        evidence = Evidence(pixels, found.maps[0, top], meaning.classes[top], meaning.preprocessing)
         return answer, evidence
 
     async def _call(
@@ -252,16 +255,10 @@ class Handler:
     ) -> list[Reply]:
         """Make one call, and part its reply into one for each image."""
         reply: Reply = await ask(preprocessing, images)
-        if reply.probs is None:
+        found = reply.prediction
+        if found is None:
             return [reply] * len(images)
-        return [
-            Reply(
-                reply.meaning,
-                reply.probs[row : row + 1],
-                None if reply.maps is None else reply.maps[row : row + 1],
-            )
-            for row in range(len(images))
-        ]
+        return [Reply(reply.meaning, found.take(row)) for row in range(len(images))]
 
 
 @asynccontextmanager

@@ -12,8 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 import brainray
-from brainray.model.answer import INTENDED_USE, NOT_INTENDED_FOR, NOTICE
-from brainray.pixels.decode import REJECTION_REASONS
+from brainray.model.answer import INTENDED_USE, NOT_INTENDED_FOR, NOTICE, REASONS
 from brainray.serving import bodies, inference
 from brainray.serving.auth import Guard
 from brainray.serving.bodies import part_uploads
@@ -383,7 +382,7 @@ def _build_card(description: dict[str, Any], handler: Handler) -> dict[str, Any]
         "not_intended_for": NOT_INTENDED_FOR,
         "model_card": card.get("model_card"),
         "limits": asdict(handler.limits),
-        "rejection_reasons": REJECTION_REASONS,
+        "rejection_reasons": REASONS,
         "notice": NOTICE,
     }
 

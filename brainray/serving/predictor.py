@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from brainray.errors import BrainrayError, ServingError
 from brainray.model.classifier import Classifier, load_classifier, read_card
-from brainray.model.runtime import Precision, Runtime, RuntimeOptions, open_runtime
+from brainray.model.runtime import Precision, Prediction, Runtime, RuntimeOptions, open_runtime
 from brainray.pixels.phantoms.painter import draw_phantom
 from brainray.pixels.preprocess import Preprocessing, resize_image
 
@@ -65,11 +65,9 @@ class Reply:
     """Answers to the images of one call."""
 
     meaning: Meaning
-    probs: NDArray[np.float32] | None
-    """Shape (N, K); None where the images were made with another preprocessing than this
-    classifier's, and have to be made again."""
-    maps: NDArray[np.float32] | None = None
-    """Shape (N, K, h, w); only where they were asked for."""
+    prediction: Prediction | None
+    """None where the images were made with another preprocessing than this classifier's, and have
+    to be made again."""
 
 
 class SelfTest:
@@ -143,18 +141,17 @@ class Predictor:
         opened = self._opened  # one, whatever takes its place meanwhile
         if preprocessing != opened.meaning.preprocessing:
             return Reply(opened.meaning, None)
-        probs = opened.runtime.predict_probs(np.stack(images))
-        if not np.isfinite(probs).all():
+        found = opened.runtime.predict(np.stack(images))
+        if not np.isfinite(found.probs).all():
             raise ServingError("The classifier gives probabilities that are not numbers.")
-        return Reply(opened.meaning, probs)
+        return Reply(opened.meaning, found)
 
     def explain(self, preprocessing: Preprocessing, images: Sequence[NDArray[np.uint8]]) -> Reply:
         """Predict class probabilities, and where in the image each class's evidence is."""
         opened = self._opened
         if preprocessing != opened.meaning.preprocessing:
             return Reply(opened.meaning, None)
-        probs, maps = opened.runtime.explain(np.stack(images))
-        return Reply(opened.meaning, probs, maps)
+        return Reply(opened.meaning, opened.runtime.explain(np.stack(images)))
 
     def describe(self) -> dict[str, Any]:
         """Return the classifier's card, and what computes."""

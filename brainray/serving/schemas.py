@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from brainray.pixels.decode import REJECTION_REASONS
+from brainray.model.answer import REASONS
 from brainray.serving.problem import PROBLEMS
 
 Fraction = float
@@ -25,12 +25,12 @@ class AnswerBody(Body):
 
     name: str | None = Field(description="File name as it came; null where there was none.")
     status: Literal["classified", "abstained", "rejected"]
-    reason: Literal[tuple(REJECTION_REASONS)] | None = Field(  # type: ignore[valid-type]
-        description="Why the scan was rejected: a stable code."
+    reason: Literal[tuple(REASONS)] | None = Field(  # type: ignore[valid-type]
+        description="Why the scan has no class: a stable code."
     )
     detail: str | None = Field(description="The same in words, with what to do.")
     predicted_class: str | None
-    confidence: Fraction | None = Field(ge=0, le=1, description="Probability of that class.")
+    confidence: Fraction | None = Field(ge=0, le=1, description="Of the most probable class.")
     probs: dict[str, Fraction] | None = Field(description="Probability of every class.")
     width_px: int | None = Field(ge=1)
     height_px: int | None = Field(ge=1)

@@ -10,6 +10,7 @@ const REJECTIONS = {
   too_large: "The image is larger than this service takes. Send a smaller one, or a single slice.",
   unsupported: "This format, or this variant of it, is not supported. Save the image as PNG.",
   multi_frame: "The file holds several images, and which is meant is ambiguous. Save the slice you mean by itself.",
+  unlike_training: "This does not look like the brain MRI slices that the classifier was trained on. Send a slice like those.",
 };
 const ABSTENTION = "No class was probable enough to be given. These are the probabilities.";
 

@@ -1,0 +1,185 @@
+"""Images that are no brain MRI slices: how many of them a classifier rejects.
+
+    pip install matplotlib scikit-image pydicom pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg
+    python benchmarks/outsiders.py --classifier-uri C --scans-uri ../data/Testing
+
+The outsiders are the samples that installed libraries bring (photographs, microscopy, chest
+X-rays, CT, ultrasound), and drawn charts, pages of text, blank and noise images. Beside the
+sealed distance stand other scores that need nothing more, by how well each tells outsiders from
+the scans (AUROC): a threshold of their own could be set on any of them. DICOM images of modality
+MR are left out; what else is in the folders of the libraries is taken whole.
+"""
+
+import io
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from sklearn.metrics import roc_auc_score
+
+from brainray import storage
+from brainray.dataset.inbox import list_scans
+from brainray.errors import RejectedImage
+from brainray.model.answer import open_scan
+from brainray.model.classifier import Classifier, load_classifier
+from brainray.model.trust import UNLIKE_TRAINING, Outputs, compute_energy
+from brainray.pixels.decode import DecodeLimits
+
+BATCH_SIZE = 32
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".tif", ".tiff", ".bmp", ".webp"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is judged."""
+
+    classifier_uri: str
+    """A sealed classifier folder."""
+    scans_uri: str
+    """Local folder of real scans."""
+
+
+def find_library_images() -> Iterator[tuple[str, bytes]]:
+    """Yield kind and bytes of the pictures that libraries bring as samples."""
+    import skimage
+    import sklearn
+
+    folders = {
+        "scikit-image": Path(skimage.__file__).parent / "data",
+        "scikit-learn": Path(sklearn.__file__).parent / "datasets" / "images",
+        "matplotlib": Path(mpl.get_data_path()) / "sample_data",
+    }
+    for kind, folder in folders.items():
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                yield kind, path.read_bytes()
+
+
+def find_dicom_images() -> Iterator[tuple[str, bytes]]:
+    """Yield kind and bytes of pydicom's samples of other modalities than MR, as grey PNGs."""
+    import pydicom
+
+    warnings.simplefilter("ignore")  # many of the samples are broken on purpose
+    for path in sorted((Path(pydicom.__file__).parent / "data" / "test_files").rglob("*.dcm")):
+        try:
+            found = pydicom.dcmread(path)
+            modality, pixels = found.Modality, found.pixel_array
+        except Exception:
+            continue
+        if modality == "MR":
+            continue
+        if int(found.get("NumberOfFrames", 1)) > 1:
+            pixels = pixels[len(pixels) // 2]
+        low, high = np.percentile(pixels, [0.5, 99.5])
+        scaled = np.clip((pixels - low) / max(high - low, 1e-6), 0, 1) * 255
+        yield f"DICOM {modality}", encode(scaled.astype(np.uint8))
+
+
+def draw_images() -> Iterator[tuple[str, bytes]]:
+    """Yield kind and bytes of charts, text, blank and noise images."""
+    dice = np.random.default_rng(0)
+    for number in range(12):
+        figure = Figure(figsize=(4, 3 + number % 3))
+        axes = figure.subplots()
+        draw = (axes.plot, axes.bar, axes.scatter)[number % 3]
+        draw(np.arange(20), dice.normal(size=20).cumsum())
+        sink = io.BytesIO()
+        figure.savefig(sink, format="png")
+        yield "chart", sink.getvalue()
+    for number in range(6):
+        page = Image.new("L", (300 + 40 * number, 400), 255)
+        ImageDraw.Draw(page).multiline_text(
+            (20, 20), "\n".join("".join(dice.choice(list("abcdefg "), 40)) for _ in range(22)), 0
+        )
+        yield "text", encode(np.asarray(page))
+    for grey in (0, 1, 32, 64, 128, 192, 254, 255):
+        yield "blank", encode(np.full((256, 256), grey, np.uint8))
+    for number in range(12):
+        side = 64 * 2 ** (number % 4)
+        fields = (
+            dice.integers(0, 256, (side, side)),
+            np.clip(dice.normal(60, 40, (side, side)), 0, 255),
+            (dice.random((side, side)) < 0.1) * 255,
+        )
+        yield "noise", encode(fields[number % 3].astype(np.uint8))
+    for number in range(6):
+        ramp = np.add.outer(np.arange(200) * (number + 1), np.arange(220) * (5 - number)) % 256
+        yield "gradient", encode(ramp.astype(np.uint8))
+
+
+def encode(pixels: NDArray[np.uint8]) -> bytes:
+    """Encode pixels as PNG."""
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def compute_outputs(classifier: Classifier, contents: list[bytes]) -> tuple[list[int], Outputs]:
+    """Return the numbers of the images that can be read, and what the network gives for them."""
+    images, numbers = [], []
+    for number, content in enumerate(contents):
+        try:
+            images.append(open_scan(content, classifier.preprocessing, DecodeLimits()).image)
+        except RejectedImage:
+            continue
+        numbers.append(number)
+    parts = [
+        classifier.compute_outputs(np.stack(images[start : start + BATCH_SIZE]))
+        for start in range(0, len(images), BATCH_SIZE)
+    ]
+    return numbers, Outputs(
+        np.concatenate([part.logits for part in parts]),
+        np.concatenate([part.features for part in parts]),
+    )
+
+
+def main(options: Options) -> None:
+    """Print what became of outsiders and of scans, and how well each score tells them apart."""
+    classifier = load_classifier(options.classifier_uri)
+    trust = classifier.trust
+    scans = [storage.read_bytes(found.uri) for found in list_scans([options.scans_uri])]
+    _, inside = compute_outputs(classifier, scans)
+    found = [*find_library_images(), *find_dicom_images(), *draw_images()]
+    numbers, outside = compute_outputs(classifier, [content for _, content in found])
+    kinds = [found[number][0] for number in numbers]
+
+    def list_reasons(outputs: Outputs) -> list[str | None]:
+        distances = trust.compute_distances(outputs.features)
+        return trust.find_reasons(trust.calibrate(outputs.logits), distances)
+
+    by_kind: dict[str, list[bool]] = defaultdict(list)
+    for kind, reason in zip(kinds, list_reasons(outside), strict=True):
+        by_kind[kind].append(reason == UNLIKE_TRAINING)
+    print(f"{'outsiders':<16}{'n':>6}{'rejected':>10}")
+    for kind, rejected in by_kind.items():
+        print(f"{kind:<16}{len(rejected):>6}{np.mean(rejected):>10.1%}")
+    everything = np.concatenate(list(by_kind.values()))
+    print(f"{'all':<16}{len(everything):>6}{everything.mean():>10.1%}")
+    print(f"could not be read: {len(found) - len(numbers)}")
+    passed = np.array([reason != UNLIKE_TRAINING for reason in list_reasons(inside)])
+    print(f"scans that pass: {passed.mean():.1%} of {len(passed):,}")
+
+    is_outside = np.repeat([0, 1], [len(inside.logits), len(outside.logits)])
+    both = Outputs(
+        np.concatenate([inside.logits, outside.logits]),
+        np.concatenate([inside.features, outside.features]),
+    )
+    scores = {
+        "distance (sealed)": trust.compute_distances(both.features),
+        "energy": compute_energy(both.logits),
+        "1 - confidence": 1 - trust.calibrate(both.logits).max(axis=1),
+    }
+    for name, values in scores.items():
+        print(f"AUROC of {name:<20}{roc_auc_score(is_outside, values):.3f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

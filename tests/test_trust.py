@@ -1,0 +1,251 @@
+"""Calibration, abstention and likeness, against what is known of drawn numbers."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.special import softmax
+from scipy.stats import chi2
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.frozen import FrozenEstimator
+from sklearn.linear_model import LogisticRegression
+
+from brainray.errors import ClassifierError, ConfigError
+from brainray.model.calibration import (
+    choose_calibration,
+    choose_max_distance,
+    choose_min_confidence,
+    fit_calibration,
+    fit_likeness,
+    fit_trust,
+)
+from brainray.model.trust import (
+    ABSTAIN_ALWAYS,
+    LOW_CONFIDENCE,
+    UNLIKE_TRAINING,
+    Likeness,
+    Outputs,
+    Trust,
+    TrustOptions,
+    compute_energy,
+)
+
+NUM_CLASSES = 4
+
+
+def draw(
+    count: int, scale: NDArray[np.float64], shift: NDArray[np.float64], seed: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Draw logits, and labels from the probabilities that scaling and shifting them gives."""
+    dice = np.random.default_rng(seed)
+    logits = dice.normal(0, 4, (count, NUM_CLASSES))
+    probs = softmax(logits * scale + shift, axis=1)
+    labels = (probs.cumsum(1) > dice.random((count, 1))).argmax(1)
+    return logits.astype(np.float32), labels
+
+
+# --- calibration --------------------------------------------------------------------------
+
+
+def test_temperature_is_recovered_and_is_scikit_learns() -> None:
+    logits, labels = draw(8000, np.full(4, 0.4), np.zeros(4), 0)
+    scale, shift = fit_calibration(logits, labels, "temperature")
+    np.testing.assert_allclose(scale, 0.4, atol=0.02)
+    np.testing.assert_array_equal(shift, 0)
+
+    class Logits(LogisticRegression):  # type: ignore[misc]
+        """Gives the logits it is asked about."""
+
+        def decision_function(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+            return x
+
+    given = Logits().fit(logits[:50], np.resize(np.arange(4), 50))
+    known = CalibratedClassifierCV(FrozenEstimator(given), method="temperature")
+    known.fit(logits, labels)
+    np.testing.assert_allclose(
+        Trust(scale, shift).calibrate(logits), known.predict_proba(logits), atol=2e-3
+    )
+
+
+def test_vector_scaling_is_recovered() -> None:
+    scale, shift = np.array([0.3, 0.5, 0.8, 0.6]), np.array([0.5, -1.0, 0.7, -0.2])
+    logits, labels = draw(20000, scale, shift, 1)
+    found = fit_calibration(logits, labels, "vector")
+    np.testing.assert_allclose(found[0], scale, atol=0.04)
+    np.testing.assert_allclose(found[1], shift, atol=0.08)
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "expected"),
+    [
+        (np.full(4, 0.4), np.zeros(4), "temperature"),
+        (np.array([0.3, 0.5, 0.8, 0.6]), np.array([0.5, -1.0, 0.7, -0.2]), "vector"),
+    ],
+)
+def test_what_wins_on_held_out_groups_is_chosen(
+    scale: NDArray[np.float64], shift: NDArray[np.float64], expected: str
+) -> None:
+    logits, labels = draw(3000, scale, shift, 2)
+    method, losses = choose_calibration(logits, labels, np.arange(3000) // 3)
+    assert method == expected
+    assert losses[method] == min(losses.values()) < losses["none"]
+
+
+def test_a_group_is_never_fitted_and_judged_at_once() -> None:
+    """Were twins on both sides, a scale and a shift for each class would win on pure noise."""
+    dice = np.random.default_rng(0)
+    logits = np.repeat(dice.normal(0, 0.3, (12, 4)), 30, axis=0).astype(np.float32)
+    labels = np.repeat(dice.integers(0, 4, 12), 30)
+    groups = np.repeat(np.arange(12), 30)
+    by_group, by_image = (
+        choose_calibration(logits, labels, given)[1]["vector"] for given in (groups, np.arange(360))
+    )
+    assert by_image < 0.8 * by_group
+
+
+# --- abstention ---------------------------------------------------------------------------
+
+
+def answer(confidence: list[float], is_right: list[bool]) -> tuple[NDArray[np.float32], NDArray]:
+    top = np.array(confidence, np.float32)
+    probs = np.column_stack([top, 1 - top, np.zeros((len(top), 2), np.float32)])
+    return probs, np.where(is_right, 0, 2)
+
+
+def test_the_threshold_keeps_the_stated_risk() -> None:
+    probs, labels = answer([0.99, 0.9, 0.8, 0.7, 0.6], [True, True, False, True, True])
+    assert choose_min_confidence(probs, labels, 0.2) == 0.0  # 1 of 5
+    assert choose_min_confidence(probs, labels, 0.1) == pytest.approx(0.85)  # 0 of 2
+    assert choose_min_confidence(probs, labels, 1.0) == 0.0
+    probs, labels = answer([0.99, 0.9, 0.8], [False, False, True])
+    assert choose_min_confidence(probs, labels, 0.1) == ABSTAIN_ALWAYS
+
+
+def test_equal_confidences_are_answered_all_or_none() -> None:
+    probs, labels = answer([0.9, 0.8, 0.8, 0.7], [True, True, False, False])
+    assert choose_min_confidence(probs, labels, 0.3) == pytest.approx(0.85)
+
+
+# --- likeness -----------------------------------------------------------------------------
+
+
+def test_distances_are_mahalanobis_and_follow_chi_squared() -> None:
+    dice = np.random.default_rng(0)
+    spread = np.concatenate([[9.0, 4.0, 2.0], np.full(17, 0.5)])
+    means = dice.normal(0, 20, (3, 20))
+    turn = np.linalg.qr(dice.normal(size=(20, 20)))[0]
+
+    def sample(count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        labels = dice.integers(0, 3, count)
+        noise = dice.normal(size=(count, 20)) * spread @ turn
+        return (means[labels] + noise).astype(np.float32), labels
+
+    likeness = fit_likeness(*sample(20000), 3)
+    features, labels = sample(4000)
+    squares = likeness.compute_distances(features) ** 2
+    # The covariance's 10 free directions and the rest are the drawn ones.
+    inverse = np.linalg.inv(turn.T @ np.diag(spread**2) @ turn)
+    apart = features - means[labels]
+    exact = np.einsum("ni,ij,nj->n", apart, inverse, apart)
+    np.testing.assert_allclose(squares, exact, rtol=0.15)
+    shares = [(squares <= chi2(20).ppf(q)).mean() for q in (0.1, 0.5, 0.9, 0.99)]
+    np.testing.assert_allclose(shares, [0.1, 0.5, 0.9, 0.99], atol=0.03)
+
+
+def test_a_new_image_passes_at_the_stated_rate() -> None:
+    dice = np.random.default_rng(0)
+    passed = []
+    for _ in range(400):
+        distances = dice.exponential(size=120).astype(np.float32)
+        passed.append(dice.exponential(size=100) <= choose_max_distance(distances, 0.95))
+    assert np.mean(passed) == pytest.approx(0.95, abs=0.01)
+    assert choose_max_distance(np.arange(98, dtype=np.float32), 0.99) == math.inf
+    assert choose_max_distance(np.arange(99, dtype=np.float32), 0.99) == 98
+    assert choose_max_distance(np.arange(500, dtype=np.float32), 1.0) == math.inf
+
+
+def test_a_class_without_images_is_left_out() -> None:
+    features = np.random.default_rng(0).normal(size=(60, 12)).astype(np.float32)
+    likeness = fit_likeness(features, np.repeat([0, 2], 30), 4)
+    assert likeness.means.shape == (2, 12)
+    assert np.isfinite(likeness.compute_distances(features)).all()
+
+
+def test_energy_is_higher_where_no_logit_is_high() -> None:
+    low, high = compute_energy(np.array([[9, 0, 0, 0], [1, 0, 0, 0]], np.float32))
+    assert low < high
+    assert low == pytest.approx(-math.log(math.exp(9) + 3))
+
+
+# --- the whole ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fitted() -> Trust:
+    logits, labels = draw(600, np.full(4, 0.4), np.zeros(4), 5)
+    dice = np.random.default_rng(5)
+    features = dice.normal(size=(600, 32)).astype(np.float32) + np.eye(4, 32)[labels] * 6
+    outputs = Outputs(logits, features.astype(np.float32))
+    options = TrustOptions(max_risk=0.1, pass_rate=0.98)
+    return fit_trust(outputs, labels, outputs, labels, np.arange(600), options)
+
+
+def test_each_image_has_one_reason_at_most(fitted: Trust) -> None:
+    near, far = np.zeros(3, np.float32), np.full(3, 1e3, np.float32)
+    probs = np.array([[1, 0, 0, 0], [0.3, 0.3, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2]], np.float32)
+    assert fitted.find_reasons(probs, near) == [None, LOW_CONFIDENCE, LOW_CONFIDENCE]
+    assert fitted.find_reasons(probs, far) == [UNLIKE_TRAINING] * 3
+    not_known = np.full(3, np.nan, np.float32)
+    assert fitted.find_reasons(probs, not_known) == [UNLIKE_TRAINING] * 3
+
+
+def test_what_is_sealed_comes_back_the_same(fitted: Trust) -> None:
+    described = json.loads(json.dumps(fitted.describe(), allow_nan=False))
+    again = Trust.restore(described, fitted.list_tensors())
+    logits, _ = draw(50, np.ones(4), np.zeros(4), 6)
+    np.testing.assert_array_equal(again.calibrate(logits), fitted.calibrate(logits))
+    features = np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)
+    np.testing.assert_array_equal(
+        again.compute_distances(features), fitted.compute_distances(features)
+    )
+    assert (again.min_confidence, again.max_distance) == (
+        fitted.min_confidence,
+        fitted.max_distance,
+    )
+    assert again.facts["method"] == "temperature"
+
+
+def test_asking_for_nothing_changes_nothing() -> None:
+    logits, labels = draw(300, np.full(4, 0.4), np.zeros(4), 7)
+    outputs = Outputs(logits, np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32))
+    options = TrustOptions(calibrate=False, max_risk=1.0, pass_rate=1.0)
+    trust = fit_trust(outputs, labels, outputs, labels, np.arange(300), options)
+    np.testing.assert_allclose(trust.calibrate(logits), softmax(logits, axis=1), atol=1e-6)
+    distances = trust.compute_distances(1e3 * outputs.features)
+    assert trust.find_reasons(trust.calibrate(logits), distances) == [None] * 300
+
+
+@pytest.mark.parametrize("change", [{"scale": None}, {"min_confidence": "much"}, {"facts": 3}])
+def test_damage_is_told(fitted: Trust, change: dict[str, object]) -> None:
+    with pytest.raises(ClassifierError, match="cannot be understood"):
+        Trust.restore(fitted.describe() | change, fitted.list_tensors())
+
+
+def test_a_likeness_of_other_arrays_is_damage(fitted: Trust) -> None:
+    with pytest.raises(ClassifierError, match="cannot be understood"):
+        Trust.restore(fitted.describe(), {"means": np.zeros((1, 2), np.float32)})
+
+
+@pytest.mark.parametrize("change", [{"max_risk": 0.0}, {"pass_rate": 1.5}])
+def test_rates_are_rates(change: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"in \(0, 1\]"):
+        TrustOptions(**change)  # type: ignore[arg-type]
+
+
+def test_likeness_keeps_float32() -> None:
+    features = np.random.default_rng(0).normal(size=(80, 16)).astype(np.float32)
+    likeness = fit_likeness(features, np.zeros(80, np.int64), 1)
+    assert isinstance(likeness, Likeness)
+    assert likeness.compute_distances(features).dtype == np.float32
