@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from brainray.metrics import compute_accuracy, compute_curves, compute_evaluation
+from brainray.metrics import (
+    compute_accuracy,
+    compute_curves,
+    compute_evaluation,
+    compute_risk_coverage,
+)
 from brainray.reporting import plots
 from brainray.reporting.page import format_interval, format_number, format_percent, format_text
 from brainray.reporting.report import Mistake, render_report
@@ -343,6 +348,33 @@ def test_undefined_values_are_dashes(inputs: dict[str, Any]) -> None:
     assert f"Test: ECE {DASH}" in page.text
     assert "None" not in page.text
     assert "0 scans without a near-twin in training" in page.text
+
+
+def test_trust_stands_beside_its_curve(inputs: dict[str, Any]) -> None:
+    assert 'id="trust"' not in render_report(**inputs)  # nothing was fitted, nothing is said
+    y_true, y_prob = build_predictions(200, 1)
+    selective = compute_risk_coverage(y_true, y_prob, CLASSES, min_confidence=0.9)
+    scores = {"log_loss": 0.5, "brier": 0.25, "ece": 0.125}
+    trust = {
+        "calibration": {
+            "method": "temperature",
+            "before": scores,
+            "after": {name: value / 2 for name, value in scores.items()},
+        },
+        "selective": selective,
+        "by_reason": {"low_confidence": 31},
+    }
+    html = render_report(
+        **inputs
+        | {"metrics": inputs["metrics"] | {"test": {**inputs["metrics"]["test"], "trust": trust}}}
+    )
+    section = html[html.index('<section id="trust"') :].split("</section>")[0] + "</section>"
+    page = Page(section)
+    for shown in ("temperature", "0.125 → 0.062", "0.500 → 0.250", "31", "low_confidence"):
+        assert shown in page.text, shown
+    assert f"{100 * selective['coverage']:.1f}" in page.text
+    assert section.count("<figure") == 1
+    assert f"{selective['coverage']:.1%} of the scans get a class" in section
 
 
 def test_configuration_and_rejections_are_listed(inputs: dict[str, Any]) -> None:

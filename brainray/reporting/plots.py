@@ -249,30 +249,26 @@ def _draw_inset(panel: Panel, lines: Sequence[tuple[Points, str]], *, zoom_left:
     )
 
 
-def draw_risk_coverage(curves: Mapping[str, Points], *, title: str, marked: Points) -> Markup:
-    """Draw risk over coverage, and mark where thresholds stand.
+def draw_risk_coverage(points: Points, *, title: str, marked: tuple[float, float]) -> Markup:
+    """Draw risk over coverage, and mark where the threshold stands.
 
     Parameters
     ----------
-    curves : mapping of str to sequence of (float, float)
-        Coverage and risk, in [0, 1], by name; the order gives the style.
+    points : sequence of (float, float)
+        Coverage and risk, in [0, 1].
     title : str
         What a screen reader says of the figure.
-    marked : sequence of (float, float)
-        A point of each curve, in the same order.
+    marked : (float, float)
+        Coverage and risk at the threshold.
     """
-    highest = max((risk for points in curves.values() for _, risk in points), default=0.0)
     panel = Panel(
         x=build_axis(0, 1, "coverage: share of scans that get a class"),
-        y=build_axis(0, max(highest, 0.01), "risk: share of these that is wrong"),
+        y=build_axis(0, max([0.01, *(risk for _, risk in points)]), "risk: share of these, wrong"),
     )
-    parts = [panel.axes()]
-    for i, (name, points) in enumerate(curves.items()):
-        parts.append(panel.line(points, _style(i)))
-        for coverage, risk in marked[i : i + 1]:
-            tip = f"{name}: {coverage:.1%} get a class, {risk:.1%} of these are wrong"
-            parts.append(panel.dot(coverage, risk, _style(i), tip, radius=5))
-    return _figure(title, panel.wrap(*parts))
+    coverage, risk = marked
+    tip = f"{coverage:.1%} of the scans get a class, {risk:.1%} of these are wrong"
+    parts = [panel.axes(), panel.line(points, _style(0))]
+    return _figure(title, panel.wrap(*parts, panel.dot(coverage, risk, _style(0), tip, radius=5)))
 
 
 def draw_reliability(

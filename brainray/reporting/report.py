@@ -120,22 +120,16 @@ def _describe_splits(metrics: Mapping[str, Any], splits: Mapping[str, str]) -> d
 def _describe_trust(found: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
     """Gather what the page says of calibration and abstention, by the split's name."""
     trusted = {name: trust for name, trust in found.items() if trust}
-    selective = [trust["selective"] for trust in trusted.values()]
-    figure = plots.draw_risk_coverage(
-        {
-            name: list(
-                zip(
-                    trust["selective"]["curve"]["coverage"],
-                    trust["selective"]["curve"]["risk"],
-                    strict=True,
-                )
-            )
-            for name, trust in trusted.items()
-        },
-        title="Risk over coverage",
-        marked=[(one["coverage"], one["risk"] or 0.0) for one in selective],
-    )
-    return {"trusted": trusted, "risk_coverage": figure, "reason_words": TRUST_REASONS}
+    figures = {}
+    for name, trust in trusted.items():
+        selective = trust["selective"]
+        curve = selective["curve"]
+        figures[name] = plots.draw_risk_coverage(
+            list(zip(curve["coverage"], curve["risk"], strict=True)),
+            title=f"Risk over coverage, {name}",
+            marked=(selective["coverage"], selective["risk"] or 0.0),
+        )
+    return {"trusted": trusted, "risk_coverage": figures, "reason_words": TRUST_REASONS}
 
 
 def _build_estimates(evaluation: Mapping[str, Any], split: str) -> list[Estimate]:
