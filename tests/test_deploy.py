@@ -21,9 +21,9 @@ from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 
 from brainray import cli
 from brainray.errors import ConfigError
+from brainray.model.answer import REASONS
 from brainray.pipelines.answers import ANSWERS_SCHEMA_VERSION, LEASE_LIFE_S, build_schema
 from brainray.pipelines.classify import CPUS_PER_PREDICTOR, ClassifyJob
-from brainray.pixels.decode import REJECTION_REASONS
 from brainray.serving.auth import TOKEN_VARIABLE
 from brainray.serving.config import read_arguments
 from brainray.serving.connection import INSTALLER
@@ -482,7 +482,7 @@ def test_the_guide_lists_every_column_and_reason() -> None:
     columns = [name for row in rows for name in re.findall(r"`([\w<>]+)`", row)]
     assert columns == build_schema(["<class>"]).names
     (listed,) = re.findall(r"^The reasons are (.+?)\.$", text, flags=re.MULTILINE | re.DOTALL)
-    assert re.findall(r"`(\w+)`", listed) == list(REJECTION_REASONS)
+    assert re.findall(r"`(\w+)`", listed) == list(REASONS)
     assert f"`schema_version` of these columns (now {ANSWERS_SCHEMA_VERSION})" in text
 
 
