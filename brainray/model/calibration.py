@@ -196,7 +196,7 @@ def fit_likeness(
     least = np.finfo(np.float32).tiny + 1e-9 * variances.max()
     return Likeness(
         means.astype(np.float32),
-        fitted.components_.astype(np.float32),
+        np.ascontiguousarray(fitted.components_, np.float32),
         np.maximum(variances, least).astype(np.float32),
     )
 
