@@ -22,6 +22,7 @@ from brainray.pipelines.config import Placement, TrainConfig
 from brainray.pipelines.demo import DemoJob, run_demo
 from brainray.pipelines.doctor import examine
 from brainray.pipelines.evaluate import EvaluateJob, evaluate
+from brainray.pipelines.folds import cross_validate
 from brainray.pipelines.tally import Standing
 from brainray.pipelines.train import TrainJob, train
 from brainray.recipes import RECIPES, build_recipe
@@ -51,6 +52,9 @@ class TrainOptions:
     """Where everything is written. The same command goes on with what it finds here."""
     recipe: RecipeName = DEFAULT_RECIPE
     """Named configuration that the other options override."""
+    folds: int | None = None
+    """Cross-validate: train so many times, each time without one of as many parts of the training
+    images (groups stay whole), and judge each part by the classifier that never saw it."""
     placement: Annotated[Placement, tyro.conf.arg(name="")] = Placement()
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
     verbose: bool = False
@@ -178,16 +182,18 @@ def run_train(arguments: list[str]) -> None:
     """`brainray train`, `python jobs/train.py`."""
     options = _guard(lambda: _parse_train(arguments))
     voice = Voice()
-    job = TrainJob(
-        data_uri=storage.make_absolute(options.data_uri),
-        output_uri=storage.make_absolute(options.output_uri),
-        config=options.config,
-        placement=options.placement,
-        recipe=options.recipe,
-    )
 
     def run() -> None:
-        metrics = train(job, say=voice.say, tick=voice.tick, verbose=options.verbose)
+        job = TrainJob(
+            data_uri=storage.make_absolute(options.data_uri),
+            output_uri=storage.make_absolute(options.output_uri),
+            config=options.config,
+            placement=options.placement,
+            recipe=options.recipe,
+            folds=options.folds,
+        )
+        run_job = train if job.folds is None else cross_validate
+        metrics = run_job(job, say=voice.say, tick=voice.tick, verbose=options.verbose)
         _conclude(voice, metrics, job.output_uri)
 
     _guard(run)
@@ -350,9 +356,11 @@ def run_doctor(arguments: list[str]) -> None:
 
 def _conclude(voice: Voice, metrics: dict[str, Any], output_uri: str) -> None:
     """Print the scores, each beside what it must be read beside, and where things are."""
-    for split in ("val", "test"):
+    for split in ("val", "test", "cv"):
         if split in metrics:
             voice.say(describe_scores(split, metrics[split]))
+    if "spread" in metrics:
+        voice.say(describe_spread(metrics["spread"], len(metrics["folds"])))
     if "training" in metrics:
         voice.say(f"classifier  {storage.join(output_uri, 'classifier')}")
     voice.say(f"report      {storage.join(output_uri, 'report.html')}")
@@ -517,6 +525,23 @@ def describe_scores(split: str, scores: dict[str, Any]) -> str:
         line += f"  | without near-twins ({no_twin['n']:,}) {apart}"
         line += f"  | nearest thumbnail {nearest['accuracy']:.1%}"
     return line
+
+
+def describe_spread(spread: dict[str, dict[str, float]], num_folds: int) -> str:
+    """Say in one line how the folds of a cross-validation differ.
+
+    Parameters
+    ----------
+    spread : dict
+        ``spread`` of metrics.json.
+    """
+    names = {"accuracy": "accuracy", "macro_f1": "macro F1", "macro_auroc": "AUROC"}
+    parts = [
+        f"{names[name]} {row['min']:.3f} to {row['max']:.3f} (mean {row['mean']:.3f}, "
+        f"SD {row['sd']:.3f})"
+        for name, row in spread.items()
+    ]
+    return f"spread over the {num_folds} folds, no interval: " + "; ".join(parts)
 
 
 def _percent(scores: dict[str, Any]) -> str:

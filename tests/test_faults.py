@@ -138,3 +138,26 @@ def test_an_interrupt_says_how_to_go_on_and_the_same_command_does(
     status, said = finish(start(phantom_folder, tmp_path))
     assert status == 0
     assert "Already finished" in said
+
+
+@pytest.mark.slow
+def test_a_cross_validation_goes_on_with_the_fold_in_which_it_was_killed(
+    phantom_folder: Path, tmp_path: Path
+) -> None:
+    command = (phantom_folder, tmp_path, "--folds", "2", "--val-fraction", "0.25")
+    second = tmp_path / "fold-1"
+    process = start(*command)
+    wait_for(lambda: has_checkpoint(second), process)
+    process.kill()
+    process.communicate()
+    cut = losses(second)
+    assert len(cut) < 4, "the fold was over before the driver was killed"
+    first = (tmp_path / "fold-0" / "metrics.jsonl").stat()
+    status, said = finish(start(*command))
+    assert status == 0, said
+    assert "Fold 1 of 2 is finished." in said
+    assert "Fold 2 of 2 goes on: " in said
+    assert (tmp_path / "fold-0" / "metrics.jsonl").stat().st_mtime_ns == first.st_mtime_ns
+    assert losses(second)[: len(cut)] == cut
+    assert [record["epoch"] for record in read_records(second)] == [0, 1, 2, 3]
+    assert said.strip().splitlines()[-4].startswith("cv ")

@@ -196,6 +196,29 @@ def test_headline_sets_three_accuracies_side_by_side(inputs: dict[str, Any]) -> 
     assert "correlates at 0.995" in headline
 
 
+def test_cross_validation_shows_its_folds_and_no_interval_from_them(inputs: dict[str, Any]) -> None:
+    metrics = inputs["metrics"]
+    metrics["cv"], inputs["curves"] = metrics.pop("test"), {"cv": inputs["curves"]["test"]}
+    del metrics["val"], metrics["training"]
+    score = {"accuracy": 0.8, "macro_f1": 0.75, "macro_auroc": 0.85}
+    ends = {f"{name}_ci95": [value - 0.1, value + 0.1] for name, value in score.items()}
+    fold = {"n": 100, **score, **ends, "best_epoch": 6, "num_epochs": 9}
+    metrics["folds"] = [{"fold": number, **fold} for number in range(2)]
+    row = {"mean": 0.111, "sd": 0.222, "min": 0.333, "max": 0.444}
+    metrics["spread"] = dict.fromkeys(score, row)
+    inputs["epochs"] = []
+    page = Page(render_report(**inputs))
+    headings = [heading[3:] for heading in page.headings if heading.startswith("h2")]
+    assert headings[:3] == ["Accuracy on the pooled folds", "The folds", "Confusion matrix"]
+    table = page.text[page.text.index("Each fold with its") : page.text.index("Blue is right")]
+    assert f"fold-1 100 0.800 0.700{DASH}0.900 0.750" in table
+    assert "7 of 9" in table
+    for label, value in (("Mean", 0.111), ("Standard deviation", 0.222), ("Largest", 0.444)):
+        assert f"{label} {value} {value} {value}" in table
+    assert "It is no interval" in page.text
+    assert "200 scans of the pooled folds" in page.text
+
+
 def test_headline_falls_back_to_validation(inputs: dict[str, Any]) -> None:
     del inputs["metrics"]["test"], inputs["curves"]["test"]
     page = Page(render_report(**inputs))

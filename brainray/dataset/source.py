@@ -87,8 +87,8 @@ def find_samples(
     classes : sequence of str
         Class names in class order; a class folder must be one of them.
     splits : sequence of str, optional
-        Only these of "train", "val", "test" must be complete and are returned. A data set
-        without splits is returned whole.
+        Only these of "train", "val", "test" (and "", where nothing is said) must be complete
+        and are returned. A data set without splits is returned whole.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def _keep_splits(samples: pa.Table, splits: Sequence[str], data_uri: str) -> pa.
     keep = [value in splits for value in samples["split"].to_pylist()]
     if not any(keep):
         raise DataError(
-            f"Expected {' or '.join(splits)} scans in '{data_uri}', found only "
+            f"Expected {' or '.join(filter(None, splits))} scans in '{data_uri}', found only "
             f"{', '.join(sorted(present))}. Point --data-uri at the folder of the class folders."
         )
     return samples.filter(pa.array(keep))

@@ -34,8 +34,9 @@ class CompareJob:
     """The classifier to judge, likewise. Verdicts and differences are on B against A."""
     output_uri: str | None = None
     """Where compare.json goes, if anywhere."""
-    split: Literal["test", "val"] = "test"
-    """Split whose predictions are compared, where a folder is given."""
+    split: Literal["test", "val", "cv"] = "test"
+    """Split whose predictions are compared, where a folder is given; `cv` for the folds of two
+    cross-validations."""
     common: bool = False
     """Compare on the images that both have, where they do not have the same."""
     primary: str | None = None

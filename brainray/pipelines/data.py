@@ -1,13 +1,14 @@
 """From a data set's place to samples that are scanned, grouped and split."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from brainray.dataset.scan import ScanStore, scan_samples
+from brainray.dataset.findings import REFERENCES
+from brainray.dataset.scan import ScanResult, ScanStore, scan_samples
 from brainray.dataset.source import FoundSamples
 from brainray.dataset.split import MANIFEST_SCHEMA, assign_splits
 from brainray.dataset.twins import (
@@ -18,8 +19,26 @@ from brainray.dataset.twins import (
 )
 from brainray.errors import DataError
 from brainray.pipelines.config import TrainConfig
+from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.preprocess import Preprocessing
 
 MANIFEST_FILE = "manifest.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedData:
+    """A data set that is scanned and grouped, and not split yet."""
+
+    found: FoundSamples
+    scan: ScanResult
+    labels: NDArray[np.int64]
+    """Class of every sample, shape (N,)."""
+    kept: NDArray[np.int64]
+    """Numbers of the samples that could be opened, shape (n,)."""
+    standardised: NDArray[np.float32]
+    """Their thumbnails, shape (n, 576)."""
+    groups: NDArray[np.int64]
+    """Their groups, shape (n,)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +51,8 @@ class PreparedData:
     labels: NDArray[np.int64]
     """Class of every sample, shape (N,)."""
     splits: NDArray[np.str_]
-    """train, val, test or rejected, shape (N,)."""
+    """train, val, test or rejected, shape (N,); in place of the first three, fold-0, fold-1 …
+    where a data set is cross-validated."""
     store: ScanStore
     """Gives the encoded bytes of any sample."""
 
@@ -59,28 +79,88 @@ def prepare_training_data(found: FoundSamples, config: TrainConfig) -> PreparedD
     DataError
         The folders, labels or images do not make a data set.
     """
-    samples = found.samples
-    scan = scan_samples(samples, limits=config.limits, keep=config.list_pixel_sizes())
-    labels = samples["label"].to_numpy().astype(np.int64)
-    kept = check_usable(labels, scan.table, config.classes)
-    standardised = standardise_thumbnails(stack_thumbnails(scan.table["thumbnail"].take(kept)))
-    groups = merge_groups(
-        group_twins(standardised, min_correlation=config.group_correlation),
-        samples["group"].take(kept).to_pylist(),
-    )
-    splits = np.full(len(labels), "rejected", dtype="<U8")
-    splits[kept] = assign_splits(
-        samples["split"].take(kept).to_pylist(),
-        labels[kept],
-        groups,
+    data = group_training_data(found, config)
+    splits = assign_splits(
+        found.samples["split"].take(data.kept).to_pylist(),
+        data.labels[data.kept],
+        data.groups,
         val_fraction=config.val_fraction,
         test_fraction=config.test_fraction,
         seed=config.seed,
     )
-    manifest = build_manifest(found, scan.table, config.classes, kept, groups, splits)
-    for split, references in (("val", ("train",)), ("test", ("train", "val"))):
-        manifest = look_up_nearest(manifest, standardised, kept, splits, split, references)
-    return PreparedData(found, manifest, labels, splits, scan.store)
+    return split_samples(data, config.classes, splits)
+
+
+def group_training_data(found: FoundSamples, config: TrainConfig) -> GroupedData:
+    """Scan and group a data set as a run of some configuration asks for it."""
+    return group_samples(
+        found,
+        config.classes,
+        keep=config.list_pixel_sizes(),
+        limits=config.limits,
+        min_correlation=config.group_correlation,
+    )
+
+
+def group_samples(
+    found: FoundSamples,
+    classes: Sequence[str],
+    *,
+    keep: Sequence[Preprocessing],
+    limits: DecodeLimits,
+    min_correlation: float,
+) -> GroupedData:
+    """Open every scan of a data set once, and group those that look alike.
+
+    Parameters
+    ----------
+    keep : sequence of Preprocessing
+        What pixels to leave in the object store, if they fit.
+    min_correlation : float
+        Of the thumbnails of two slices of one group, in (0, 1].
+
+    Raises
+    ------
+    DataError
+        Not one scan of a class can be opened.
+    """
+    samples = found.samples
+    scan = scan_samples(samples, limits=limits, keep=keep)
+    labels = samples["label"].to_numpy().astype(np.int64)
+    kept = check_usable(labels, scan.table, classes)
+    standardised = standardise_thumbnails(stack_thumbnails(scan.table["thumbnail"].take(kept)))
+    groups = merge_groups(
+        group_twins(standardised, min_correlation=min_correlation),
+        samples["group"].take(kept).to_pylist(),
+    )
+    return GroupedData(found, scan, labels, kept, standardised, groups)
+
+
+def split_samples(
+    data: GroupedData,
+    classes: Sequence[str],
+    splits: NDArray[np.str_],
+    references: Mapping[str, Sequence[str]] = REFERENCES,
+) -> PreparedData:
+    """Give the scans their splits, and look up what each resembles most elsewhere.
+
+    Parameters
+    ----------
+    splits : ndarray of str, shape (n,)
+        Of the scans that could be opened.
+    references : mapping of str to sequence of str
+        The splits that those of a held-out split are looked up in.
+    """
+    every_split = np.full(len(data.labels), "rejected", dtype="<U12")
+    every_split[data.kept] = splits
+    manifest = build_manifest(
+        data.found, data.scan.table, classes, data.kept, data.groups, every_split
+    )
+    for split, others in references.items():
+        manifest = look_up_nearest(
+            manifest, data.standardised, data.kept, every_split, split, others
+        )
+    return PreparedData(data.found, manifest, data.labels, every_split, data.scan.store)
 
 
 def stack_thumbnails(column: pa.ChunkedArray) -> NDArray[np.uint8]:

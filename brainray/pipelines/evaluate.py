@@ -1,25 +1,24 @@
 """Judge a sealed classifier on a labelled data set, without training anything."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from brainray import storage
-from brainray.dataset.scan import scan_samples
 from brainray.dataset.source import FoundSamples, find_samples
 from brainray.dataset.split import hash_manifest
-from brainray.dataset.twins import find_nearest, group_twins, merge_groups, standardise_thumbnails
+from brainray.dataset.twins import find_nearest, standardise_thumbnails
 from brainray.errors import DataError
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.pipelines.cluster import check_gpus, connect_ray
 from brainray.pipelines.data import (
     MANIFEST_FILE,
     PreparedData,
-    build_manifest,
-    check_usable,
+    group_samples,
+    split_samples,
     stack_thumbnails,
     write_nearest,
 )
@@ -114,26 +113,26 @@ def prepare_evaluation_data(
     found: FoundSamples, classifier: Classifier, training: pa.Table | None, job: EvaluateJob
 ) -> PreparedData:
     """Scan and group the scans to judge, and look up their nearest training images."""
-    samples, classes = found.samples, classifier.classes
-    scan = scan_samples(samples, limits=job.limits, keep=[classifier.preprocessing])
-    labels = samples["label"].to_numpy().astype(np.int64)
-    kept = check_usable(labels, scan.table, classes)
-    standardised = standardise_thumbnails(stack_thumbnails(scan.table["thumbnail"].take(kept)))
-    groups = merge_groups(
-        group_twins(standardised, min_correlation=job.group_correlation),
-        samples["group"].take(kept).to_pylist(),
+    data = group_samples(
+        found,
+        classifier.classes,
+        keep=[classifier.preprocessing],
+        limits=job.limits,
+        min_correlation=job.group_correlation,
     )
-    splits = np.full(len(labels), "rejected", dtype="<U8")
-    splits[kept] = "test"
-    manifest = build_manifest(found, scan.table, classes, kept, groups, splits)
-    if training is not None:
-        reference = training.filter(
-            pa.array([split in ("train", "val") for split in training["split"].to_pylist()])
-        )
-        nearest, correlation = find_nearest(
-            standardised, standardise_thumbnails(stack_thumbnails(reference["thumbnail"]))
-        )
-        manifest = write_nearest(
-            manifest, kept, correlation, reference["label"].take(pa.array(nearest)).to_pylist()
-        )
-    return PreparedData(found, manifest, labels, splits, scan.store)
+    prepared = split_samples(data, classifier.classes, np.full(len(data.kept), "test"))
+    if training is None:
+        return prepared
+    reference = training.filter(
+        pa.array([split in ("train", "val") for split in training["split"].to_pylist()])
+    )
+    nearest, correlation = find_nearest(
+        data.standardised, standardise_thumbnails(stack_thumbnails(reference["thumbnail"]))
+    )
+    manifest = write_nearest(
+        prepared.manifest,
+        data.kept,
+        correlation,
+        reference["label"].take(pa.array(nearest)).to_pylist(),
+    )
+    return replace(prepared, manifest=manifest)

@@ -1,7 +1,7 @@
 """Judging a sealed classifier on scans whose class is known: predictions, metrics, report."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -256,12 +256,17 @@ def collect_mistakes(
     data: PreparedData,
     predictions: pa.Table,
     split: str,
-    classifier_uri: str,
+    classifier_uris: Mapping[str, str],
     limits: DecodeLimits,
 ) -> list[Mistake]:
     """Collect the most confident mistakes of a split, and where the network saw what is not there.
 
     They are few: the maps are computed here, on the CPU.
+
+    Parameters
+    ----------
+    classifier_uris : mapping
+        Where the classifier of each ``classifier_id`` in the predictions is.
     """
     wrong = predictions.filter(
         pc.not_equal(predictions["true_class"], predictions["predicted_class"])
@@ -271,15 +276,20 @@ def collect_mistakes(
     mistakes: list[Mistake] = []
     if not worst.num_rows:
         return mistakes
-    classifier = load_classifier(classifier_uri)
-    runtime = open_runtime(classifier, RuntimeOptions(backend="torch", precision="fp32"))
+    classifiers = {
+        name: load_classifier(classifier_uris[name])
+        for name in pc.unique(worst["classifier_id"]).to_pylist()
+    }
+    options = RuntimeOptions(backend="torch", precision="fp32")
+    runtimes = {name: open_runtime(found, options) for name, found in classifiers.items()}
     for row in worst.to_pylist():
+        classifier = classifiers[row["classifier_id"]]
         try:
             (content,) = data.store.read([numbers[row["path"]]])
             scan = open_scan(content, classifier.preprocessing, limits)
         except RejectedImage:  # vanished since it was judged
             continue
-        maps = runtime.explain(scan.image[None]).maps
+        maps = runtimes[row["classifier_id"]].explain(scan.image[None]).maps
         assert maps is not None
         class_map = maps[0, classifier.classes.index(row["predicted_class"])]
         mistakes.append(
@@ -364,7 +374,8 @@ def judge_and_report(
         curves[split] = compute_curves(data.labels[indices], probs, classes)
     mistakes: list[Mistake] = []
     if curves:  # of the last split
-        mistakes = collect_mistakes(data, predictions, split, classifier_uri, limits)
+        classifier_uris = {card["classifier_id"]: classifier_uri}
+        mistakes = collect_mistakes(data, predictions, split, classifier_uris, limits)
     report = render_report(
         title=title,
         metrics=metrics,

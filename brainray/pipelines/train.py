@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -57,6 +57,14 @@ class TrainJob:
     config: TrainConfig
     placement: Placement
     recipe: str = "custom"
+    folds: int | None = None
+    """Folds of the cross-validation that this is; None for a run of its own."""
+    fold: int | None = None
+    """Which of them it holds out, from 0; None for all of them, one after the other."""
+
+    def __post_init__(self) -> None:
+        if self.folds is not None and self.folds < 2:
+            raise ConfigError(f"folds must be at least 2, got {self.folds}.")
 
     def at(self, *parts: str) -> str:
         """Return a place below the output."""
@@ -95,23 +103,47 @@ def train(
     TrainingError
         The workers failed more often than ``max_failures``.
     """
+    assert job.folds is None, "cross_validate() is for this"
+    finished = find_finished(job, say)
+    if finished is not None:
+        return finished
+    found = find_samples(job.data_uri, job.config.classes)
+    weights = fetch_weights(job.config.weights, job.config.weights_uri)
+    connect_ray(verbose=verbose)
+    data = prepare_training_data(found, job.config)
+    describe_plan(job, data, ("train", "val", "test"), say)
+    keep_manifest(job, data)
+    return train_prepared(job, data, ray.put(weights), say, tick)
+
+
+def train_prepared(
+    job: TrainJob,
+    data: PreparedData,
+    weights: "ray.ObjectRef[Any]",
+    say: Say,
+    tick: Tick,
+) -> dict[str, Any]:
+    """Train, seal, judge and report, on data that are split and on weights that are fetched."""
+    result = fit(job, data, weights, say, tick)
+    seal(job, data, result, say)
+    return judge(job, data, say)
+
+
+def find_finished(job: TrainJob, say: Say) -> dict[str, Any] | None:
+    """Return the metrics of this very run if it is finished; say where it stands.
+
+    Raises
+    ------
+    ConfigError, StorageError
+        As :func:`check_run`.
+    """
     going_on = check_run(job)
     if storage.exists(job.at(METRICS_FILE)):
         say(f"Already finished: {job.output_uri}. Give another --output-uri to train anew.")
         return dict(storage.read_json(job.at(METRICS_FILE)))
     if going_on:
         say(f"Going on with the run in {job.output_uri}.")
-    found = find_samples(job.data_uri, job.config.classes)
-    weights = fetch_weights(job.config.weights, job.config.weights_uri)
-    connect_ray(verbose=verbose)
-    data = prepare_training_data(found, job.config)
-    say(describe_data(data))
-    if job.config.head_epochs and not job.config.starts_with_head:
-        say("No weights to start from: the head-only epochs are left out.")
-    keep_manifest(job, data)
-    result = fit(job, data, ray.put(weights), say, tick)
-    seal(job, data, result, say)
-    return judge(job, data, say)
+    return None
 
 
 def check_run(job: TrainJob) -> bool:
@@ -142,7 +174,12 @@ def check_run(job: TrainJob) -> bool:
 
 def describe_run(job: TrainJob) -> dict[str, Any]:
     """Return what makes two calls the same run, ready for JSON."""
-    return {"data_uri": job.data_uri, "config": _plain(asdict(job.config))}
+    return {
+        "data_uri": job.data_uri,
+        "folds": job.folds,
+        "fold": job.fold,
+        "config": _plain(asdict(job.config)),
+    }
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - any configuration value
@@ -152,9 +189,16 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - any configuration value
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def describe_data(data: PreparedData) -> str:
+def describe_plan(job: TrainJob, data: PreparedData, splits: Sequence[str], say: Say) -> None:
+    """Say what the data set holds, and what of the recipe is left out."""
+    say(describe_data(data, splits))
+    if job.config.head_epochs and not job.config.starts_with_head:
+        say("No weights to start from: the head-only epochs are left out.")
+
+
+def describe_data(data: PreparedData, splits: Sequence[str]) -> str:
     """Say in one line what the data set holds."""
-    counts = ", ".join(f"{len(data.select(split)):,} {split}" for split in ("train", "val", "test"))
+    counts = ", ".join(f"{len(data.select(split)):,} {split}" for split in splits)
     groups = len(set(data.manifest["group"].to_pylist()))
     line = f"Data: {counts} images in {groups:,} groups of near-identical slices"
     rejected = data.count_rejected()
@@ -179,9 +223,9 @@ def keep_manifest(job: TrainJob, data: PreparedData) -> None:
     try:
         saved = storage.read_table(uri)
     except FileNotFoundError:
-        storage.write_table(uri, data.manifest)
         about = {"recipe": job.recipe, "versions": collect_versions()}
         storage.write_json(job.at(RUN_FILE), describe_run(job) | about)
+        storage.write_table(uri, data.manifest)  # last: without it, both are written again
         return
     if hash_manifest(saved) != hash_manifest(data.manifest):
         raise ConfigError(

@@ -14,7 +14,13 @@ from brainray.reporting.page import list_settings, render_page, select_sections
 
 __all__ = ["Estimate", "Mistake", "render_report"]
 
-_SPLITS = {"test": "test", "val": "validation"}  # the first one present makes the headline
+_SPLITS = {  # name and place; the first one present makes the headline
+    "cv": ("pooled", "the pooled folds"),
+    "test": ("test", "the test set"),
+    "val": ("validation", "the validation set"),
+}
+_FOLD_SCORES = {"accuracy": "Accuracy", "macro_f1": "Macro F1", "macro_auroc": "Macro AUROC"}
+_SPREAD = {"mean": "Mean", "sd": "Standard deviation", "min": "Smallest", "max": "Largest"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,16 +47,17 @@ def render_report(
     configuration: dict[str, Any],
     facts: dict[str, str],
 ) -> str:
-    """Render the report of a training or evaluation run.
+    """Render the report of a training or evaluation run, or of a cross-validation.
 
     Parameters
     ----------
     title : str
         Heading of the page.
     metrics : dict
-        Content of ``metrics.json``: ``classes``, and per split (``test``, ``val``; either may
-        be absent) what :func:`brainray.metrics.compute_evaluation` returned, with ``no_twin``,
-        ``baseline_1nn``, ``trust`` and ``rejected`` where known. ``training`` is shown as a table.
+        Content of ``metrics.json``: ``classes``, and per split (``test``, ``val``, ``cv``; each
+        may be absent) what :func:`brainray.metrics.compute_evaluation` returned, with ``no_twin``,
+        ``baseline_1nn``, ``trust`` and ``rejected`` where known. ``training`` is shown as a table,
+        and so are ``folds`` with their ``spread``.
     epochs : sequence of dict
         Records of ``metrics.jsonl``; empty for an evaluation. Of an epoch recorded twice, as
         after a resume, the later record counts.
@@ -68,9 +75,9 @@ def render_report(
     str
         A whole HTML document, encodable as UTF-8 whatever the paths hold.
     """
-    splits = {key: name for key, name in _SPLITS.items() if metrics.get(key)}
+    splits = {key: name for key, (name, _) in _SPLITS.items() if metrics.get(key)}
     judged = [
-        build_judged(name, f"the {name} set", metrics[split], curves.get(split))
+        build_judged(name, _SPLITS[split][1], metrics[split], curves.get(split))
         for split, name in splits.items()
     ]
     tables = {
@@ -81,6 +88,10 @@ def render_report(
         "title": title,
         "facts": facts,
         "history": _draw_histories(epochs),
+        "folds": metrics.get("folds") or [],
+        "spread": metrics.get("spread") or {},
+        "fold_scores": _FOLD_SCORES,
+        "spread_names": _SPREAD,
         "settings": list_settings(tables),
         **_describe_splits(metrics, splits),
         **describe_judged(
@@ -93,6 +104,7 @@ def render_report(
     }
     headings = {
         "headline": (judged, f"Accuracy on {judged[0].place}" if judged else ""),
+        "folds": (page["folds"], "The folds"),
         "learning": (page["history"], "Learning curves"),
         **head_judged(judged),
         "trust": (page["trusted"], "Calibration and abstention"),
@@ -107,7 +119,7 @@ def render_report(
 def _describe_splits(metrics: Mapping[str, Any], splits: Mapping[str, str]) -> dict[str, Any]:
     """Gather what the page says of the evaluated splits."""
     main = next(iter(splits), None)
-    estimates = _build_estimates(metrics[main], splits[main]) if main else []
+    estimates = _build_estimates(metrics[main], _SPLITS[main][1]) if main else []
     return {
         "estimates": estimates,
         "forest": _build_forest_axis(estimates),
@@ -132,10 +144,10 @@ def _describe_trust(found: Mapping[str, Mapping[str, Any] | None]) -> dict[str, 
     return {"trusted": trusted, "risk_coverage": figures, "reason_words": TRUST_REASONS}
 
 
-def _build_estimates(evaluation: Mapping[str, Any], split: str) -> list[Estimate]:
+def _build_estimates(evaluation: Mapping[str, Any], place: str) -> list[Estimate]:
     """Build the accuracies that stand side by side: all scans, no twins, and the baseline's."""
     baseline = evaluation.get("baseline_1nn")
-    where = f"scans of the {split} set"
+    where = f"scans of {place}"
     alone = "scans without a near-twin in training"
     return [
         _build_estimate("Classifier, all scans", where, evaluation),
