@@ -1,7 +1,9 @@
 """Class activation maps: exact, about the weights, and where the evidence is."""
 
 import io
+import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from brainray.model import runtime as room
-from brainray.model.classifier import Classifier
+from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.network import STRIDE_PX, build_network, compute_features
 from brainray.model.runtime import Runtime, RuntimeOptions, open_runtime
 from brainray.model.trust import Trust
@@ -186,20 +188,72 @@ def test_deleting_the_hottest_region_costs_the_most(
     classifier: Classifier, images: NDArray[np.uint8]
 ) -> None:
     """Deletion, as in Petsiuk et al., BMVC 2018, against all the other regions of the scan."""
-    runtime = open_one(classifier, "torch")
-    _, maps = explain(runtime, images)
-    drops = np.zeros((len(images), 9))
-    predicted = np.repeat(np.arange(4), 8)
-    rows = np.arange(len(images))
-    logits = maps.mean((2, 3))[rows, predicted]
-    for cell in range(9):
-        left = np.stack([delete(image, *divmod(cell, 3)) for image in images])
-        drops[:, cell] = logits - explain(runtime, left)[1].mean((2, 3))[rows, predicted]
-    hottest = maps[rows, predicted].reshape(-1, 9).argmax(1)
-    at_hottest = drops[rows, hottest]
-    elsewhere = (drops.sum(1) - at_hottest) / 8
+    classes = np.repeat(np.arange(4), 8)
+    before, hottest, after = delete_each(open_one(classifier, "torch"), images, classes)
+    at_hottest, elsewhere = compare_drops(before.logits, after.logits, hottest)
     assert at_hottest.mean() > 1.5 * elsewhere.mean(), (at_hottest.mean(), elsewhere.mean())
     assert (at_hottest > elsewhere).mean() > 0.7
+
+
+@pytest.mark.slow
+def test_deleting_the_hottest_region_costs_a_trained_network_the_most(real_data: Path) -> None:
+    """The same on test slices, in the probability of the class that was given."""
+    given = os.environ.get("BRAINRAY_CLASSIFIER")
+    if not given:
+        pytest.skip("no trained classifier; set BRAINRAY_CLASSIFIER to a sealed folder")
+    classifier = load_classifier(given)
+    images = np.stack(
+        [
+            load_image(path.read_bytes(), classifier.preprocessing, DecodeLimits())
+            for name in classifier.classes
+            for path in sorted((real_data / "Testing" / name).iterdir())[:40]
+        ]
+    )
+    runtime = open_one(classifier, "openvino")
+    predicted = runtime.predict_probs(images).argmax(1)
+    before, hottest, after = delete_each(runtime, images, predicted)
+    at_hottest, elsewhere = compare_drops(before.probs, after.probs, hottest)
+    print(f"hottest {at_hottest.mean():.3f}, elsewhere {elsewhere.mean():.3f}")  # noqa: T201
+    assert at_hottest.mean() > 2 * elsewhere.mean()
+    assert (at_hottest > elsewhere).mean() > 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What was found for one class of each image; of the last axis, one for each cell deleted."""
+
+    probs: NDArray[np.float32]
+    logits: NDArray[np.float32]
+
+
+def delete_each(
+    runtime: Runtime, images: NDArray[np.uint8], classes: NDArray[np.int64]
+) -> tuple[Evidence, NDArray[np.int64], Evidence]:
+    """Return what speaks for a class, the cell where most does, and the same without each cell."""
+    rows = np.arange(len(images))
+
+    def look(changed: NDArray[np.uint8]) -> tuple[Evidence, NDArray[np.float32]]:
+        probs, maps = explain(runtime, changed)
+        of_class = maps[rows, classes]
+        return Evidence(probs[rows, classes], of_class.mean((1, 2))), of_class
+
+    before, maps = look(images)
+    cells = list(np.ndindex(*maps.shape[1:]))
+    found = [look(np.stack([delete(image, *cell) for image in images]))[0] for cell in cells]
+    after = Evidence(
+        np.stack([one.probs for one in found], axis=1),
+        np.stack([one.logits for one in found], axis=1),
+    )
+    return before, maps.reshape(len(images), -1).argmax(1), after
+
+
+def compare_drops(
+    before: NDArray[np.float32], after: NDArray[np.float32], hottest: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return how far each image's value falls without its hottest cell, and without another."""
+    drops = before[:, None] - after
+    at_hottest = drops[np.arange(len(drops)), hottest]
+    return at_hottest, (drops.sum(1) - at_hottest) / (drops.shape[1] - 1)
 
 
 def delete(image: NDArray[np.uint8], row: int, column: int) -> NDArray[np.uint8]:
