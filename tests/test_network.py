@@ -32,6 +32,7 @@ from brainray.model.network import (
     compute_features,
     fetch_weights,
     imagenet_weights_path,
+    measure_statistics,
     set_batch_norm,
     stage_of,
     use_matrix_products,
@@ -411,6 +412,28 @@ def build_small(seed: int = 0) -> nn.Sequential:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
     return network
+
+
+def test_statistics_are_measured_on_the_images_given() -> None:
+    network = build_small()
+    norm = network.get_submodule("1")
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.running_mean = torch.full((5,), 7.0)  # of other images
+    before = norm.momentum
+    batches = [3 + 2 * torch.randn(6, 2, 9, 9) for _ in range(3)]
+    measure_statistics(network, iter(batches))
+    assert (network.training, norm.momentum) == (False, before)
+    with torch.no_grad():
+        seen = [network.get_submodule("0")(batch) for batch in batches]
+        mean = torch.stack([maps.mean((0, 2, 3)) for maps in seen]).mean(0)
+        variance = torch.stack([maps.var((0, 2, 3)) for maps in seen]).mean(0)
+        torch.testing.assert_close(norm.running_mean, mean)
+        torch.testing.assert_close(norm.running_var, variance)
+        # The second layer is measured behind the first as training has it: normalised by batch.
+        answers = torch.cat([network(batch) for batch in batches])
+        last = network.get_submodule("4")
+        normalised = (answers.mean((0, 2, 3)) - last.bias) / last.weight
+    assert normalised.abs().max() < 0.1
 
 
 def test_frozen_statistics_stay_in_training() -> None:

@@ -144,6 +144,30 @@ def test_the_manifest_keeps_groups_together_and_testing_apart(
     assert card["training"]["config"]["seed"] == TINY.seed
 
 
+def test_the_sealed_statistics_are_of_training_images_as_they_are(
+    finished: tuple[TrainJob, dict[str, Any], list[str]],
+) -> None:
+    job, _, lines = finished
+    classifier = load_classifier(job.at("classifier"))
+    manifest = storage.read_table(job.at("manifest.parquet")).to_pylist()
+    images = np.stack(
+        [
+            load_image(
+                (Path(job.data_uri) / row["path"]).read_bytes(), PREPROCESSING, DecodeLimits()
+            )
+            for row in manifest
+            if row["split"] == "train"
+        ]
+    )
+    with torch.no_grad():
+        stem = classifier.network.get_submodule("conv1")
+        seen = stem(normalise_images(torch.from_numpy(images), PREPROCESSING))
+    norm = classifier.network.get_submodule("bn1")
+    assert isinstance(norm, torch.nn.BatchNorm2d)
+    torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
+    assert any(f"statistics on {len(images)} images" in line for line in lines)
+
+
 def test_predictions_are_those_of_the_sealed_classifier(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:

@@ -2,7 +2,7 @@
 
 import pickle
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -212,6 +212,38 @@ def split_head(network: nn.Module) -> tuple[nn.Module, nn.Sequential]:
     parts = dict(network.named_children())
     head = nn.Sequential(parts.pop("avgpool"), nn.Flatten(1), parts.pop("fc"))
     return nn.Sequential(*parts.values()), head
+
+
+@torch.no_grad()
+def measure_statistics(network: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    """Measure the batch normalisation's statistics anew, each batch counting the same.
+
+    While the network trains they are moving averages over augmented images and over weights
+    that were other ones by then; averaged weights never had any of their own [1]_ [2]_.
+
+    Parameters
+    ----------
+    network : Module
+        Changed in place; left in evaluation mode.
+    batches : iterable of Tensor, shape (N, 1, H, W)
+        What the network will be given; N above 1.
+
+    References
+    ----------
+    .. [1] Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021, arXiv:2105.07576, section 3.
+    .. [2] Touvron et al., Fixing the train-test resolution discrepancy, NeurIPS 2019.
+    """
+    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # torch's word for the plain mean over batches
+    network.train()
+    for images in batches:
+        network(images)
+    network.eval()
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
 
 
 class _SumOverWorkers(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """The main job: from a folder of scans to a sealed classifier with its metrics and report."""
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from numpy.typing import NDArray
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -20,12 +22,13 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Empty, Queue
 
 from brainray import runlog, storage
+from brainray.dataset.scan import ScanStore
 from brainray.dataset.source import find_samples
 from brainray.dataset.split import hash_manifest
 from brainray.errors import ConfigError, TrainingError
 from brainray.model.calibration import MIN_IMAGES, fit_trust
 from brainray.model.classifier import save_classifier
-from brainray.model.network import fetch_weights
+from brainray.model.network import StateDict, build_network, fetch_weights, measure_statistics
 from brainray.model.trust import Outputs, Trust
 from brainray.pipelines.checkpoint import load_network_weights
 from brainray.pipelines.cluster import compute_cpus_per_worker, connect_ray
@@ -33,6 +36,7 @@ from brainray.pipelines.config import Placement, TrainConfig, find_differences
 from brainray.pipelines.data import MANIFEST_FILE, PreparedData, prepare_training_data
 from brainray.pipelines.judge import METRICS_FILE, Say, compute_outputs, judge_and_report
 from brainray.pipelines.loop import WorkerSetup, train_worker
+from brainray.pixels.preprocess import normalise_images
 from brainray.provenance import collect_versions, read_code_revision
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,11 @@ CHECKPOINTS_FOLDER = "checkpoints"
 
 MAX_LIKENESS_IMAGES = 4000
 """Training images whose features say where such images lie; more would only take time."""
+
+MAX_STATISTICS_IMAGES = 2048
+"""Training images that give the sealed network its statistics; a mean over so many is settled."""
+STATISTICS_BATCH_SIZE = 128
+"""Of as many images is each of the variances that are averaged."""
 
 Tick = Callable[[dict[str, Any]], None]
 
@@ -361,6 +370,8 @@ def seal(job: TrainJob, data: PreparedData, result: Result, say: Say) -> None:
         raise TrainingError("Training ended without a checkpoint.")
     with best.as_directory() as folder:
         state = load_network_weights(Path(folder))
+    if job.config.batch_norm != "frozen":
+        state = settle_statistics(job, data, state, say)
     save = partial(
         save_classifier,
         job.at(CLASSIFIER_FOLDER),
@@ -382,6 +393,45 @@ def seal(job: TrainJob, data: PreparedData, result: Result, say: Say) -> None:
     trust = fit_trust_on(job, data, say)
     if trust is not None:
         save(trust=trust)
+
+
+def settle_statistics(job: TrainJob, data: PreparedData, state: StateDict, say: Say) -> StateDict:
+    """Give the network the statistics of training images as any door will show them.
+
+    Those of the training are of augmented images, which are smoother: on the Kaggle set's
+    validation images (`cpu` recipe, seed 0) they cost 2.8 points of accuracy.
+    """
+    train = data.select("train")
+    dice = np.random.default_rng(job.config.seed)
+    chosen = dice.permutation(train)[:MAX_STATISTICS_IMAGES]
+    say(f"Measuring the normalisation's statistics on {len(chosen):,} images as they are.")
+    use_gpu = job.placement.use_gpu
+    task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_measure_statistics)
+    settled: StateDict = ray.get(task.remote(state, chosen, data.store, job.config, use_gpu))
+    return settled
+
+
+def _measure_statistics(
+    state: StateDict,
+    indices: NDArray[np.int64],
+    store: ScanStore,
+    config: TrainConfig,
+    use_gpu: bool,
+) -> StateDict:
+    """Return the weights with new statistics; runs as a Ray task."""
+    device = torch.device("cuda" if use_gpu else "cpu")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    network = build_network(len(config.classes), weights=state)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    images = store.load_images(indices.tolist(), config.preprocessing, config.limits)
+    batches = (
+        normalise_images(torch.from_numpy(part).to(device), config.preprocessing)
+        for part in np.array_split(images, -(-len(images) // STATISTICS_BATCH_SIZE))
+    )
+    bf16 = config.precision == "bf16"
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        measure_statistics(network, batches)
+    return {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
 def fit_trust_on(job: TrainJob, data: PreparedData, say: Say) -> Trust | None:
