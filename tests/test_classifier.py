@@ -26,7 +26,7 @@ from brainray.model.classifier import (
     read_card,
     save_classifier,
 )
-from brainray.model.network import StateDict, build_network
+from brainray.model.network import STAGE_WIDTHS, StateDict, build_network
 from brainray.model.trust import Trust
 from brainray.pixels.preprocess import Preprocessing
 
@@ -237,12 +237,12 @@ def wary(tmp_path: Path, network: torch.nn.Module) -> Path:
 
 
 def fit_some_trust() -> Trust:
-    features = np.random.default_rng(0).normal(size=(60, 2048)).astype(np.float32)
+    features = np.random.default_rng(0).random((60, sum(STAGE_WIDTHS)), np.float32)
     return Trust(
         np.array([0.5, 1.0, 2.0], np.float32),
         np.array([0.1, 0.0, -0.1], np.float32),
         0.4,
-        fit_likeness(features, np.repeat([0, 1, 2], 20), 3),
+        fit_likeness(features, np.repeat([0, 1, 2], 20), 3, STAGE_WIDTHS),
         90.0,
         {"method": "vector"},
     )

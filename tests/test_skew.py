@@ -14,6 +14,7 @@ from PIL import Image
 from brainray.dataset.source import find_samples
 from brainray.model.calibration import fit_likeness
 from brainray.model.classifier import load_classifier, save_classifier
+from brainray.model.network import STAGE_WIDTHS
 from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING, Outputs, Trust
 from brainray.pipelines.classify import ClassifyJob, classify
 from brainray.pipelines.evaluate import EvaluateJob, prepare_evaluation_data
@@ -87,7 +88,8 @@ def wary_classifier(
     trust = Trust(scale.astype(np.float32), shift.astype(np.float32))
     confidence = np.sort(trust.calibrate(test.logits).max(1))
     middle = len(confidence) // 2 + int(np.diff(confidence[len(confidence) // 2 :][:6]).argmax())
-    likeness = fit_likeness(train.features, np.zeros(len(train.features), np.int64), 1)
+    one_class = np.zeros(len(train.features), np.int64)
+    likeness = fit_likeness(train.features, one_class, 1, STAGE_WIDTHS)
     foreign = opened.compute_outputs(resize_image(NOISE, opened.preprocessing)[None]).features
     far, near = likeness.compute_distances(foreign), likeness.compute_distances(test.features)
     assert far[0] > 1.2 * near.max(), "noise is farther from phantoms than phantoms are"

@@ -134,20 +134,20 @@ def test_equal_confidences_are_answered_all_or_none() -> None:
 def test_distances_are_mahalanobis_and_follow_chi_squared() -> None:
     dice = np.random.default_rng(0)
     spread = np.concatenate([[9.0, 4.0, 2.0], np.full(17, 0.5)])
-    means = dice.normal(0, 20, (3, 20))
+    means = dice.normal(200, 20, (3, 20))  # of the roots
     turn = np.linalg.qr(dice.normal(size=(20, 20)))[0]
 
     def sample(count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         labels = dice.integers(0, 3, count)
         noise = dice.normal(size=(count, 20)) * spread @ turn
-        return (means[labels] + noise).astype(np.float32), labels
+        return ((means[labels] + noise) ** 2).astype(np.float32), labels
 
-    likeness = fit_likeness(*sample(20000), 3)
+    likeness = fit_likeness(*sample(20000), 3, (20,))
     features, labels = sample(4000)
-    squares = likeness.compute_distances(features) ** 2
+    squares = 20 * likeness.compute_distances(features) ** 2
     # The covariance's 10 free directions and the rest are the drawn ones.
     inverse = np.linalg.inv(turn.T @ np.diag(spread**2) @ turn)
-    apart = features - means[labels]
+    apart = np.sqrt(features) - means[labels]
     exact = np.einsum("ni,ij,nj->n", apart, inverse, apart)
     np.testing.assert_allclose(squares, exact, rtol=0.15)
     shares = [(squares <= chi2(20).ppf(q)).mean() for q in (0.1, 0.5, 0.9, 0.99)]
@@ -167,10 +167,34 @@ def test_a_new_image_passes_at_the_stated_rate() -> None:
 
 
 def test_a_class_without_images_is_left_out() -> None:
-    features = np.random.default_rng(0).normal(size=(60, 12)).astype(np.float32)
-    likeness = fit_likeness(features, np.repeat([0, 2], 30), 4)
-    assert likeness.means.shape == (2, 12)
+    features = np.random.default_rng(0).random((60, 12), np.float32)
+    likeness = fit_likeness(features, np.repeat([0, 2], 30), 4, (12,))
+    assert likeness.clouds[0].means.shape == (2, 12)
     assert np.isfinite(likeness.compute_distances(features)).all()
+
+
+@pytest.mark.parametrize("strange", [0, 1])
+def test_an_image_strange_to_any_stage_is_far(strange: int) -> None:
+    dice = np.random.default_rng(0)
+    features = dice.random((400, 32), np.float32)
+    likeness = fit_likeness(features, np.zeros(400, np.int64), 1, (12, 20))
+    squares = likeness.compute_distances(features) ** 2
+    assert squares.mean() == pytest.approx(2, rel=0.02)  # each stage counts alike
+    features[:, (slice(12), slice(12, 32))[strange]] += 2
+    assert likeness.compute_distances(features).min() > np.sqrt(squares.max())
+
+
+def test_arrays_of_the_second_schema_know_the_last_stage_only(fitted: Trust) -> None:
+    arrays = {
+        "means": np.full((1, 20), 3, np.float32),
+        "components": np.eye(2, 20, dtype=np.float32),
+        "variances": np.array([4, 1, 0.25], np.float32),
+    }
+    old = Trust.restore(fitted.describe(), arrays)
+    features = np.full((1, 32), 3, np.float32)
+    features[0, :12] = 99  # of an earlier stage
+    features[0, [12, 13, 14]] += [2, 2, 1]
+    assert old.compute_distances(features)[0] == pytest.approx(np.sqrt(1 + 4 + 4))
 
 
 def test_energy_is_higher_where_no_logit_is_high() -> None:
@@ -186,10 +210,10 @@ def test_energy_is_higher_where_no_logit_is_high() -> None:
 def fitted() -> Trust:
     logits, labels = draw(600, np.full(4, 0.4), np.zeros(4), 5)
     dice = np.random.default_rng(5)
-    features = dice.normal(size=(600, 32)).astype(np.float32) + np.eye(4, 32)[labels] * 6
+    features = np.abs(dice.normal(size=(600, 32)) + np.eye(4, 32)[labels] * 6)
     outputs = Outputs(logits, features.astype(np.float32))
     options = TrustOptions(max_risk=0.1, pass_rate=0.98)
-    return fit_trust(outputs, labels, outputs, labels, np.arange(600), options)
+    return fit_trust(outputs, labels, outputs, labels, np.arange(600), options, widths=(12, 20))
 
 
 def test_each_image_has_one_reason_at_most(fitted: Trust) -> None:
@@ -206,7 +230,7 @@ def test_what_is_sealed_comes_back_the_same(fitted: Trust) -> None:
     again = Trust.restore(described, fitted.list_tensors())
     logits, _ = draw(50, np.ones(4), np.zeros(4), 6)
     np.testing.assert_array_equal(again.calibrate(logits), fitted.calibrate(logits))
-    features = np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)
+    features = np.random.default_rng(1).random((50, 32), np.float32)
     np.testing.assert_array_equal(
         again.compute_distances(features), fitted.compute_distances(features)
     )
@@ -219,9 +243,9 @@ def test_what_is_sealed_comes_back_the_same(fitted: Trust) -> None:
 
 def test_asking_for_nothing_changes_nothing() -> None:
     logits, labels = draw(300, np.full(4, 0.4), np.zeros(4), 7)
-    outputs = Outputs(logits, np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32))
+    outputs = Outputs(logits, np.random.default_rng(0).random((300, 8), np.float32))
     options = TrustOptions(calibrate=False, max_risk=1.0, pass_rate=1.0)
-    trust = fit_trust(outputs, labels, outputs, labels, np.arange(300), options)
+    trust = fit_trust(outputs, labels, outputs, labels, np.arange(300), options, widths=(8,))
     np.testing.assert_allclose(trust.calibrate(logits), softmax(logits, axis=1), atol=1e-6)
     distances = trust.compute_distances(1e3 * outputs.features)
     assert trust.find_reasons(trust.calibrate(logits), distances) == [None] * 300
@@ -245,7 +269,7 @@ def test_rates_are_rates(change: dict[str, float]) -> None:
 
 
 def test_likeness_keeps_float32() -> None:
-    features = np.random.default_rng(0).normal(size=(80, 16)).astype(np.float32)
-    likeness = fit_likeness(features, np.zeros(80, np.int64), 1)
+    features = np.random.default_rng(0).random((80, 16), np.float32)
+    likeness = fit_likeness(features, np.zeros(80, np.int64), 1, (16,))
     assert isinstance(likeness, Likeness)
     assert likeness.compute_distances(features).dtype == np.float32

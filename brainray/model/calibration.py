@@ -1,6 +1,7 @@
 """Fit what a classifier says of its own answers, to images that did not move its weights."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +11,15 @@ from scipy.special import log_softmax
 from sklearn.decomposition import PCA
 from sklearn.model_selection import GroupKFold
 
-from brainray.model.trust import ABSTAIN_ALWAYS, Likeness, Outputs, Trust, TrustOptions
+from brainray.model.trust import (
+    ABSTAIN_ALWAYS,
+    Cloud,
+    Likeness,
+    Outputs,
+    Trust,
+    TrustOptions,
+    take_roots,
+)
 
 CalibrationMethod = Literal["none", "temperature", "vector"]
 
@@ -29,6 +38,8 @@ def fit_trust(
     val_labels: NDArray[np.int64],
     val_groups: NDArray[np.int64],
     options: TrustOptions,
+    *,
+    widths: Sequence[int],
 ) -> Trust:
     """Fit what a classifier says of its own answers.
 
@@ -40,6 +51,8 @@ def fit_trust(
         Of images that moved no weight: for everything else.
     options : TrustOptions
         What is asked for. There are at least :data:`MIN_IMAGES` of either kind.
+    widths : sequence of int
+        Of the stages that the columns of the features are of.
     """
     assert min(len(train_labels), len(val_labels)) >= MIN_IMAGES
     num_classes = val.logits.shape[1]
@@ -57,7 +70,7 @@ def fit_trust(
         facts |= {"method": method, "held_out_log_loss": losses}
         scale, shift = fit_calibration(val.logits, val_labels, method)
     probs = Trust(scale, shift).calibrate(val.logits)
-    likeness = fit_likeness(train.features, train_labels, num_classes)
+    likeness = fit_likeness(train.features, train_labels, num_classes, widths)
     return Trust(
         scale,
         shift,
@@ -177,24 +190,41 @@ def choose_min_confidence(
 
 
 def fit_likeness(
-    features: NDArray[np.float32], labels: NDArray[np.int64], num_classes: int
+    features: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    num_classes: int,
+    widths: Sequence[int],
 ) -> Likeness:
     """Fit where the features of training images lie.
 
     Parameters
     ----------
     features : ndarray of float32, shape (N, C)
+        None is negative.
     labels : ndarray of int64, shape (N,)
         A class without images has no mean: nothing is like it.
+    widths : sequence of int
+        Of the stages that the columns of ``features`` are of; their sum is C.
     """
+    assert sum(widths) == features.shape[1], (widths, features.shape)
     present = [k for k in range(num_classes) if (labels == k).any()]
-    means = np.stack([features[labels == k].mean(axis=0, dtype=np.float64) for k in present])
-    apart = features - means[np.searchsorted(present, labels)]
-    directions = min(NUM_COMPONENTS, len(features) // 4, features.shape[1] // 2)
-    fitted = PCA(directions, svd_solver="covariance_eigh").fit(apart)
-    variances = np.append(fitted.explained_variance_, fitted.noise_variance_)
+    rows = np.searchsorted(present, labels)
+    stages = np.split(take_roots(features), np.cumsum(widths)[:-1], axis=1)
+    return Likeness(tuple(_fit_cloud(stage, rows) for stage in stages))
+
+
+def _fit_cloud(features: NDArray[np.float32], labels: NDArray[np.int64]) -> Cloud:
+    """Fit where one stage's features lie; each of the classes, counted from 0, has images."""
+    count, width = features.shape
+    means = np.stack(
+        [features[labels == k].mean(axis=0, dtype=np.float64) for k in range(labels.max() + 1)]
+    )
+    directions = min(NUM_COMPONENTS, count // 4, width // 2)
+    fitted = PCA(directions, svd_solver="covariance_eigh").fit(features - means[labels])
+    # A squared distance is about the number of channels; so divided, every stage counts alike.
+    variances = width * np.append(fitted.explained_variance_, fitted.noise_variance_)
     least = np.finfo(np.float32).tiny + 1e-9 * variances.max()
-    return Likeness(
+    return Cloud(
         means.astype(np.float32),
         np.ascontiguousarray(fitted.components_, np.float32),
         np.maximum(variances, least).astype(np.float32),

@@ -29,13 +29,14 @@ from torch import nn
 from brainray import storage
 from brainray.errors import BrainrayError, ClassifierError
 from brainray.labels import check_classes
-from brainray.model.network import ARCHITECTURE, StateDict, build_network, compute_features
+from brainray.model.network import ARCHITECTURE, StateDict, build_network, pool_stages, split_head
 from brainray.model.trust import Outputs, Trust
 from brainray.pixels.preprocess import Preprocessing, normalise_images
 
-SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, 2)
-"""Version 1 knew no `trust`: its softmax stands, and it always gives a class."""
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
+"""Version 1 knew no `trust`: its softmax stands, and it always gives a class. Version 2 knew where
+the last stage's features lie, and no other's."""
 WEIGHTS_FILE = "model.safetensors"
 TRUST_FILE = "trust.safetensors"
 CARD_FILE = "classifier.json"
@@ -81,9 +82,10 @@ class Classifier:
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(device)
         inputs = normalise_images(pixels, self.preprocessing)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-        features = compute_features(self.network, inputs)
-        logits = self.network.get_submodule("fc")(features)
-        return Outputs(logits.float().cpu().numpy(), features.float().cpu().numpy())
+        trunk, head = split_head(self.network)
+        _, pooled = pool_stages(trunk, inputs)
+        logits = head[-1](pooled[-1])
+        return Outputs(logits.float().cpu().numpy(), torch.cat(pooled, 1).cpu().numpy())
 
     def predict_probs(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Predict calibrated class probabilities.

@@ -21,6 +21,8 @@ from brainray.errors import StorageError, WeightsError
 ARCHITECTURE = "resnet50"
 NUM_FEATURES = 2048
 """Width of the pooled features below the head."""
+STAGE_WIDTHS = (512, 1024, NUM_FEATURES)
+"""Channels of what layer2, layer3 and layer4 give."""
 STRIDE_PX = 32
 """Pixels of the input from one cell of the last features to the next. Cell i is centred on pixel
 32 i, for every layer that halves the size keeps its first pixel: cells begin at the very edge."""
@@ -204,7 +206,7 @@ def compute_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return kept[0]
 
 
-def split_head(network: nn.Module) -> tuple[nn.Module, nn.Sequential]:
+def split_head(network: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
     """Return what gives the last features, (N, 2048, h, w), and what gives logits from them.
 
     Both share the network's weights and hooks.
@@ -214,6 +216,7 @@ def split_head(network: nn.Module) -> tuple[nn.Module, nn.Sequential]:
     return nn.Sequential(*parts.values()), head
 
 
+<<<<<<< HEAD
 @torch.no_grad()
 def measure_statistics(network: nn.Module, batches: Iterable[torch.Tensor]) -> None:
     """Measure the batch normalisation's statistics anew, each batch counting the same.
@@ -244,6 +247,33 @@ def measure_statistics(network: nn.Module, batches: Iterable[torch.Tensor]) -> N
     network.eval()
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
+=======
+def pool_stages(
+    trunk: nn.Sequential, images: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Run a network without its head, and average what each of the last stages gives.
+
+    Parameters
+    ----------
+    trunk : Sequential
+        From :func:`split_head`.
+    images : Tensor, shape (N, 1, H, W)
+
+    Returns
+    -------
+    features : Tensor, shape (N, 2048, h, w)
+        The last features.
+    pooled : list of Tensor of float32
+        Means over the cells, shapes (N, C) with C of :data:`STAGE_WIDTHS`; the last of them
+        is what the head's layer is given.
+    """
+    pooled = []
+    for number, part in enumerate(trunk, start=len(STAGE_WIDTHS) - len(trunk)):
+        images = part(images)
+        if number >= 0:
+            pooled.append(images.mean((2, 3), dtype=torch.float32))
+    return images, pooled
+>>>>>>> outsiders
 
 
 class _SumOverWorkers(torch.autograd.Function):

@@ -33,7 +33,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from brainray.errors import ConfigError
 from brainray.model.classifier import Classifier
 from brainray.model.explain import compute_class_maps
-from brainray.model.network import NUM_FEATURES, STRIDE_PX, split_head
+from brainray.model.network import STAGE_WIDTHS, STRIDE_PX, pool_stages, split_head
 from brainray.model.trust import Outputs
 from brainray.pixels.preprocess import Preprocessing, normalise_images
 
@@ -163,8 +163,8 @@ class Runtime(ABC):
         reasons: list[str | None] = []
         for start in range(0, len(images), EXPLAIN_CHUNK_SIZE):
             chunk = slice(start, start + EXPLAIN_CHUNK_SIZE)
-            logits, features = self._compute_features(images[chunk])
-            found = self._conclude(Outputs(logits, features.mean(axis=(2, 3))))
+            outputs, features = self._compute_features(images[chunk])
+            found = self._conclude(outputs)
             probs[chunk] = found.probs
             reasons += found.reasons
             maps[chunk] = compute_class_maps(features, self._weight, self._bias)
@@ -185,10 +185,8 @@ class Runtime(ABC):
         """Return logits and pooled features of at least one image."""
 
     @abstractmethod
-    def _compute_features(
-        self, images: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return logits, and the last features, (N, 2048, h, w), of a few images."""
+    def _compute_features(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
+        """Return the same, and the last features, (N, 2048, h, w), of a few images."""
 
 
 def open_runtime(
@@ -315,12 +313,10 @@ class _TorchRuntime(Runtime):
             torch.set_num_threads(options.num_threads)  # torch has one pool for the process
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         network = _fuse_batch_norm(classifier.network)
-        head = network.get_submodule("fc")
-        # In bf16 a logit of 8 to 16 is a multiple of 1/16; the head costs too little for that.
-        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         network.to(self._device, self._dtype).to(memory_format=torch.channels_last)
-        head.float()
-        self._trunk, self._head = split_head(network)
+        self._trunk, head = split_head(network)
+        # In bf16 a logit of 8 to 16 is a multiple of 1/16; the head costs too little for that.
+        self._layer = head[-1].float()
         if options.use_gpu:
             where = torch.cuda.get_device_name(self._device)
             # Else cuDNN computes convolutions of fp32 numbers in TF32, with 10 bits of mantissa.
@@ -332,23 +328,21 @@ class _TorchRuntime(Runtime):
     @torch.inference_mode()
     def _compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
-        pool, layer = self._head[:-1], self._head[-1]
-        features = torch.cat(
-            [
-                pool(self._trunk(self._prepare(chunk))).float()
-                for chunk in pixels.split(CHUNK_SIZE[self._device.type])
-            ]
-        )
-        return Outputs(layer(features).cpu().numpy(), features.cpu().numpy())
+        chunks = [self._run(chunk)[1:] for chunk in pixels.split(CHUNK_SIZE[self._device.type])]
+        logits, features = (torch.cat(parts).cpu().numpy() for parts in zip(*chunks, strict=True))
+        return Outputs(logits, features)
 
     @torch.inference_mode()
-    def _compute_features(
-        self, images: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _compute_features(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
-        features = self._trunk(self._prepare(pixels))
-        logits = self._head(features)
-        return logits.cpu().numpy(), features.float().contiguous().cpu().numpy()
+        features, logits, pooled = self._run(pixels)
+        outputs = Outputs(logits.cpu().numpy(), pooled.cpu().numpy())
+        return outputs, features.float().contiguous().cpu().numpy()
+
+    def _run(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the last features, the logits and the pooled features."""
+        features, pooled = pool_stages(self._trunk, self._prepare(pixels))
+        return features, self._layer(pooled[-1]), torch.cat(pooled, 1)
 
     def _prepare(self, pixels: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda":
@@ -394,7 +388,7 @@ class _OpenVinoRuntime(Runtime):
 
         self.precision = precision
         self._num_threads = options.num_threads or len(os.sched_getaffinity(0))
-        self._model = _keep_pooled(model)
+        self._model = model
         self._core = openvino.Core()
         self._one = self._compile(self._model, num_streams=1).create_infer_request()
         self._many: openvino.AsyncInferQueue | None = None
@@ -421,10 +415,7 @@ class _OpenVinoRuntime(Runtime):
         )
 
     def _compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:
-        outputs = Outputs(
-            np.empty((len(images), self._num_classes), np.float32),
-            np.empty((len(images), NUM_FEATURES), np.float32),
-        )
+        outputs = self._allocate(len(images))
         with self._count_call() as is_alone:
             if self._num_threads == 1 or (is_alone and len(images) < 2 * self._num_threads):
                 with self._turn:
@@ -467,20 +458,24 @@ class _OpenVinoRuntime(Runtime):
             self._many.set_callback(_keep_output)
         return self._many
 
-    def _compute_features(
-        self, images: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        logits = np.empty((len(images), self._num_classes), np.float32)
+    def _compute_features(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
+        outputs = self._allocate(len(images))
         features = []
         with self._turn:
             if self._explaining is None:  # compiled once more, when it is first asked for
                 model = _keep_features(self._model)
                 self._explaining = self._compile(model, num_streams=1).create_infer_request()
             for index, image in enumerate(images):
-                outputs = self._explaining.infer([self._normalised[image][None, None]])
-                logits[index] = outputs[0]
-                features.append(outputs[2].copy())
-        return logits, np.concatenate(features)
+                self._explaining.infer([self._normalised[image][None, None]])
+                _copy_outputs(self._explaining, outputs, index)
+                features.append(self._explaining.get_output_tensor(2).data.copy())
+        return outputs, np.concatenate(features)
+
+    def _allocate(self, count: int) -> Outputs:
+        return Outputs(
+            np.empty((count, self._num_classes), np.float32),
+            np.empty((count, sum(STAGE_WIDTHS)), np.float32),
+        )
 
 
 class _Parcel:
@@ -512,17 +507,7 @@ def _keep_output(request: "openvino.InferRequest", place: tuple[_Parcel, int]) -
 
 def _copy_outputs(request: "openvino.InferRequest", outputs: Outputs, index: int) -> None:
     outputs.logits[index] = request.get_output_tensor(0).data[0]
-    outputs.features[index] = request.get_output_tensor(1).data.reshape(NUM_FEATURES)
-
-
-def _keep_pooled(model: "openvino.Model") -> "openvino.Model":
-    """Return a copy whose second output are the pooled features."""
-    kept = model.clone()
-    node = kept.output(0).get_node()
-    while node.get_type_name() not in ("ReduceMean", "AvgPool", "AdaptiveAvgPool"):
-        node = node.input_value(0).get_node()
-    kept.add_outputs(node.output(0))
-    return kept
+    outputs.features[index] = request.get_output_tensor(1).data[0]
 
 
 def _keep_features(model: "openvino.Model") -> "openvino.Model":
@@ -531,7 +516,7 @@ def _keep_features(model: "openvino.Model") -> "openvino.Model":
     node = kept.output(0).get_node()
     while node.get_type_name() != "Relu":  # the last one is where the head begins
         node = node.input_value(0).get_node()
-    assert node.output(0).get_shape()[1] == NUM_FEATURES, node
+    assert node.output(0).get_shape()[1] == STAGE_WIDTHS[-1], node
     kept.add_outputs(node.output(0))
     return kept
 
@@ -568,6 +553,18 @@ def _without_telemetry() -> Iterator[None]:
             sys.modules[sender] = before
 
 
+class _WithFeatures(nn.Module):
+    """Gives logits, (N, K), and pooled features, (N, C)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.trunk, self.head = split_head(network)
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        _, pooled = pool_stages(self.trunk, inputs)
+        return self.head[-1](pooled[-1]), torch.cat(pooled, 1)
+
+
 def _convert_network(classifier: Classifier) -> "openvino.Model":
     """Convert a classifier's network to OpenVINO, for one image at a time.
 
@@ -580,7 +577,7 @@ def _convert_network(classifier: Classifier) -> "openvino.Model":
         # torch 2.15 deprecates tracing; torch.export takes six seconds where it takes a half.
         warnings.simplefilter("ignore", FutureWarning)
         decoder = TorchScriptPythonDecoder(
-            classifier.network,
+            _WithFeatures(classifier.network),
             example_input=torch.zeros(1, 1, 32, 32),
             trace_kwargs={"check_trace": False},
         )

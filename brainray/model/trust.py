@@ -51,22 +51,21 @@ class Outputs:
     logits: NDArray[np.float32]
     """Shape (N, K)."""
     features: NDArray[np.float32]
-    """What the head is given, shape (N, C)."""
+    """Means over the cells of what each stage gives, side by side, shape (N, C); the last stage's
+    are what the head is given."""
 
 
 @dataclass(frozen=True, slots=True)
-class Likeness:
-    """Where the features of the training images lie.
+class Cloud:
+    """Where one stage's features of the training images lie.
 
-    They are taken as Gaussian around their class's mean, all classes with one covariance [1]_:
-    its own variance along each of the first principal directions, one for all the rest [2]_,
-    since there are more features than the images would settle.
+    They are taken as Gaussian around their class's mean, all classes with one covariance: its
+    own variance along each of the first principal directions, one for all the rest [1]_, since
+    there are more features than the images would settle.
 
     References
     ----------
-    .. [1] Lee et al., A simple unified framework for detecting out-of-distribution samples and
-       adversarial attacks, NeurIPS 2018.
-    .. [2] Tipping and Bishop, Probabilistic principal component analysis, J. R. Statist. Soc. B
+    .. [1] Tipping and Bishop, Probabilistic principal component analysis, J. R. Statist. Soc. B
        61, 1999.
     """
 
@@ -77,18 +76,8 @@ class Likeness:
     variances: NDArray[np.float32]
     """Along each of them, and in any other direction: shape (D + 1,)."""
 
-    def compute_distances(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Compute the Mahalanobis distance to the nearest class.
-
-        Parameters
-        ----------
-        features : ndarray of float32, shape (N, C)
-
-        Returns
-        -------
-        ndarray of float32, shape (N,)
-            About the square root of C for a training image.
-        """
+    def compute_squares(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Compute the squared Mahalanobis distance of features, (N, C), to the nearest class."""
         projected, centres = (values @ self.components.T for values in (features, self.means))
         nearest = np.full(len(features), np.inf, np.float32)
         for mean, centre in zip(self.means, centres, strict=True):
@@ -96,7 +85,49 @@ class Likeness:
             rest = np.maximum(((features - mean) ** 2).sum(1) - along.sum(1), 0)
             squares = np.column_stack([along, rest]) / self.variances
             nearest = np.minimum(nearest, squares.sum(1))
-        return np.sqrt(nearest)
+        return nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """Where the features of the training images lie, stage by stage [1]_.
+
+    What an earlier stage gives is of textures, and tells a photograph or a blurred slice that
+    the last stage takes for one of its own.
+
+    References
+    ----------
+    .. [1] Lee et al., A simple unified framework for detecting out-of-distribution samples and
+       adversarial attacks, NeurIPS 2018.
+    """
+
+    clouds: tuple[Cloud, ...]
+    """Of the network's last stages, in their order."""
+    takes_roots: bool = True
+    """Whether they are of the features' square roots: means of what is never negative are skew,
+    their roots nearly Gaussian."""
+
+    def compute_distances(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Compute how far images are from the training's: the root of the clouds' sum of squares.
+
+        Parameters
+        ----------
+        features : ndarray of float32, shape (N, C)
+            Columns of stages that have no cloud come first.
+
+        Returns
+        -------
+        ndarray of float32, shape (N,)
+            About the square root of the number of clouds for a training image.
+        """
+        values = take_roots(features) if self.takes_roots else features
+        squares = np.zeros(len(values), np.float32)
+        stop = values.shape[1]
+        for cloud in reversed(self.clouds):
+            start = stop - cloud.means.shape[1]
+            squares += cloud.compute_squares(values[:, start:stop])
+            stop = start
+        return np.sqrt(squares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +189,13 @@ class Trust:
 
     def list_tensors(self) -> dict[str, NDArray[np.float32]]:
         """Return the arrays of the likeness, by name; none if there is none."""
-        if self.likeness is None:
-            return {}
-        names = ("means", "components", "variances")
+        clouds = () if self.likeness is None else self.likeness.clouds
         # safetensors writes memory as it lies, whatever the strides say.
-        return {name: np.ascontiguousarray(getattr(self.likeness, name)) for name in names}
+        return {
+            f"{name}.{number}": np.ascontiguousarray(getattr(cloud, name))
+            for number, cloud in enumerate(clouds)
+            for name in ("means", "components", "variances")
+        }
 
     @classmethod
     def restore(cls, described: dict[str, Any], tensors: dict[str, NDArray[np.float32]]) -> "Trust":
@@ -179,7 +212,7 @@ class Trust:
                 np.array([float(value) for value in described["scale"]], np.float32),
                 np.array([float(value) for value in described["shift"]], np.float32),
                 float(described["min_confidence"]),
-                Likeness(**tensors) if tensors else None,
+                _restore_likeness(tensors) if tensors else None,
                 math.inf if furthest is None else float(furthest),
                 dict(described["facts"]),
             )
@@ -187,6 +220,26 @@ class Trust:
             raise ClassifierError(
                 f"The classifier's calibration cannot be understood ({error}). Restore the folder."
             ) from error
+
+
+def _restore_likeness(tensors: dict[str, NDArray[np.float32]]) -> Likeness:
+    """Return the likeness of these arrays.
+
+    Those of the second schema have no number: one cloud, of the last stage's plain features.
+    """
+    if "means" in tensors:
+        return Likeness((Cloud(**tensors),), takes_roots=False)
+    by_number: dict[int, dict[str, NDArray[np.float32]]] = {}
+    for full_name, values in tensors.items():
+        name, _, number = full_name.partition(".")
+        by_number.setdefault(int(number), {})[name] = values
+    return Likeness(tuple(Cloud(**by_number[number]) for number in sorted(by_number)))
+
+
+def take_roots(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Take the square roots of features; rounding may have left one just below 0."""
+    roots: NDArray[np.float32] = np.sqrt(np.maximum(features, 0))
+    return roots
 
 
 def compute_energy(logits: NDArray[np.float32]) -> NDArray[np.float64]:

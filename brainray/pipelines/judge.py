@@ -96,7 +96,7 @@ def compute_outputs(
     indices : ndarray of int64, shape (n,)
         Sample numbers, none twice.
     with_features : bool
-        Whether to return the features too: 8 kB for each sample.
+        Whether to return the features too: 14 kB for each sample.
 
     Returns
     -------

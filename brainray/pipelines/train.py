@@ -28,7 +28,13 @@ from brainray.dataset.split import hash_manifest
 from brainray.errors import ConfigError, TrainingError
 from brainray.model.calibration import MIN_IMAGES, fit_trust
 from brainray.model.classifier import save_classifier
-from brainray.model.network import StateDict, build_network, fetch_weights, measure_statistics
+from brainray.model.network import (
+    STAGE_WIDTHS,
+    StateDict,
+    build_network,
+    fetch_weights,
+    measure_statistics,
+)
 from brainray.model.trust import Outputs, Trust
 from brainray.pipelines.checkpoint import load_network_weights
 from brainray.pipelines.cluster import compute_cpus_per_worker, connect_ray
@@ -468,6 +474,7 @@ def fit_trust_on(job: TrainJob, data: PreparedData, say: Say) -> Trust | None:
         data.labels[val],
         groups,
         job.config.trust,
+        widths=STAGE_WIDTHS,
     )
 
 
