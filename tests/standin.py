@@ -55,6 +55,16 @@ CARD: dict[str, Any] = {
     "and finding scans in research data.",
     "not_intended_for": "Diagnosis, treatment or triage of patients; scans of other organs or "
     "modalities; whole volumes.",
+    "model_card": {
+        "notice": NOTICE,
+        "data": {"name": "<b>ours</b>", "num_scans": 6361, "hardware": None, "rejected": {}},
+        "results": {
+            "test": {"accuracy": 0.9634123, "accuracy_ci95": [0.9521, 0.974], "given": True},
+            "confusion": [[140, 2], [1, 144]],
+        },
+        "limits": ["Only slices were judged.", "One hospital."],
+        "guidelines": [{"name": "CLAIM", "items": [{"item": "1", "answer": "title"}]}],
+    },
     "limits": {"body_bytes": MAX_BYTES, "files": 32},
     "rejection_reasons": {},
     "notice": NOTICE,
@@ -67,6 +77,7 @@ class StandIn:
 
     needs_token: bool = False
     metrics: Any = field(default_factory=lambda: CARD["metrics"])
+    model_card: Any = field(default_factory=lambda: CARD["model_card"])
     asked: Counter[str] = field(default_factory=Counter)
     """Requests for each file name."""
     renders: list[str] = field(default_factory=list)
@@ -85,7 +96,8 @@ def build_standin(state: StandIn) -> Starlette:
         return FileResponse(WEB / "index.html", headers=HEADERS)
 
     async def model(request: Request) -> Response:
-        return refuse_stranger(request, state) or JSONResponse({**CARD, "metrics": state.metrics})
+        card = {**CARD, "metrics": state.metrics, "model_card": state.model_card}
+        return refuse_stranger(request, state) or JSONResponse(card)
 
     async def explain(request: Request) -> Response:
         name, content = read_file(await request.body())

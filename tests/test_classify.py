@@ -1,8 +1,10 @@
 """Bulk runs on Ray: one row for every scan, only what is new, and nothing half written."""
 
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -27,10 +29,12 @@ from brainray.pipelines import classify as room
 from brainray.pipelines.answers import hold_output
 from brainray.pipelines.classify import ClassifyJob, classify, parse_max_rejected
 from brainray.pipelines.tally import Standing, find_bottleneck
-from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits
+from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits, decode_image
 from brainray.pixels.preprocess import Preprocessing, load_image
-from tests.conftest import CLASSES
+from tests.conftest import CLASSES, REPOSITORY
 from tests.test_decode import SAMPLES, mutate
+
+GUIDE = REPOSITORY / "docs" / "bulk.md"
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -254,6 +258,22 @@ def test_explained_answers_have_the_map_of_their_class(
     later = {row["scan_uri"]: row for row in read_rows(output)}
     assert later.pop(str(inbox / "new.jpg"))["class_map"] is None
     assert later == rows
+    check_the_guide_draws_a_map(output, tmp_path)
+
+
+def check_the_guide_draws_a_map(output: Path, folder: Path) -> None:
+    """Run what docs/bulk.md says, on answers with and without maps."""
+    (code,) = re.findall(r"```python\n(.*?class_map.*?)```", GUIDE.read_text(), re.DOTALL)
+    (folder / "ANSWERS").symlink_to(output)
+    named: dict[str, Any] = {}
+    with contextlib.chdir(folder):
+        exec(compile(code, str(GUIDE), "exec"), named)
+    shown = np.asarray(Image.open(folder / "overlay.png"))
+    pixels = decode_image(Path(named["row"]["scan_uri"]).read_bytes(), DecodeLimits())
+    assert shown.shape == (*pixels.shape, 3)
+    coloured = np.ptp(shown, axis=2) > 0
+    assert coloured.any()
+    assert (shown[~coloured][:, 0] == pixels[~coloured]).all()
 
 
 def test_another_classifier_stands_beside_or_replaces(

@@ -524,6 +524,61 @@ def test_the_card_says_how_well_it_was_measured(page: Page, standin: StandIn) ->
     assert "not a medical device" in page.all(".notice")[0].text
 
 
+MODEL_CARD_TEXT = """\
+notice
+Research use only; not a medical device.
+data
+name: <b>ours</b>
+num scans: 6361
+hardware: –
+rejected: –
+results
+test
+  accuracy: 0.9634
+  accuracy ci95: 0.9521, 0.974
+  given: yes
+confusion
+  • 140, 2
+  • 1, 144
+limits
+• Only slices were judged.
+• One hospital.
+guidelines
+• name: CLAIM
+  items
+    • item: 1
+      answer: title"""
+
+
+def test_the_model_card_opens_as_text_by_keys_alone(page: Page, standin: StandIn) -> None:
+    page.open(standin)
+    button = page.by_id("model-card-button")
+    until(button.is_displayed)
+    page.run("arguments[0].focus()", button)
+    page.press(Keys.ENTER)
+    assert page.by_id("model-card").aria_role == "dialog"
+    assert page.focused() == "model-card-text"
+    text = page.by_id("model-card-text")
+    parts = text.find_elements(By.CSS_SELECTOR, "h3, pre")
+    assert "\n".join(one.get_attribute("textContent") or "" for one in parts) == MODEL_CARD_TEXT
+    assert not text.find_elements(By.TAG_NAME, "b")
+    assert CLASSIFIER_ID in page.by_id("model-card").text
+    assert min(ratio for ratio, _ in page.run(CONTRAST)) >= 4.5
+    page.press(Keys.ESCAPE)
+    assert not page.by_id("model-card").is_displayed()
+    assert page.focused() == "model-card-button"
+    button.click()
+    page.by_id("model-card-close").click()
+    assert not page.by_id("model-card").is_displayed()
+
+
+def test_a_classifier_without_a_model_card_offers_none(page: Page, standin: StandIn) -> None:
+    standin.model_card = None
+    page.open(standin)
+    until(lambda: page.all("#card .accuracy"))
+    assert not page.by_id("model-card-button").is_displayed()
+
+
 def test_a_card_without_scores_says_so(page: Page, standin: StandIn) -> None:
     standin.metrics = None
     page.open(standin)

@@ -15,8 +15,9 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from brainray.dataset import neighbours
-from brainray.dataset.neighbours import build_sketches
+from brainray.dataset import neighbours, spread
+from brainray.dataset.neighbours import Block, build_sketches, count_products, list_tiles
+from brainray.dataset.spread import spread_blocks
 from brainray.dataset.twins import (
     NEAR_TWIN_CORRELATION,
     compute_thumbnail,
@@ -205,6 +206,47 @@ def test_nearest_by_cells_is_nearly_always_the_nearest() -> None:
     np.testing.assert_allclose(correlation, named, atol=2e-6)
     assert (correlation >= best - 2e-6).mean() > 0.9
     assert (correlation[best >= 0.96] >= 0.96).mean() > 0.99
+
+
+def count_in_process(blocks: list[Block], rows: NDArray[np.float32]) -> tuple[int, int, int]:
+    return os.getpid(), count_products(blocks), len(rows)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_much_work_is_done_in_several_tasks_and_a_little_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks, rows = list_tiles(20_000, 30_000), np.zeros((7, 3), np.float32)
+    assert list(spread_blocks(count_in_process, blocks, rows)) == [
+        (os.getpid(), 20_000 * 30_000, 7)
+    ]
+    monkeypatch.setattr(spread, "LEAST_PRODUCTS", 20_000 * 30_000)
+    found = list(spread_blocks(count_in_process, blocks, rows))
+    assert len(found) >= 2
+    assert os.getpid() not in {process for process, _, _ in found}
+    assert sum(products for _, products, _ in found) == 20_000 * 30_000
+    assert {shape for _, _, shape in found} == {7}
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("exact_pairs", [0, neighbours.EXACT_PAIRS])
+def test_tasks_find_what_one_process_finds(
+    monkeypatch: pytest.MonkeyPatch, exact_pairs: int
+) -> None:
+    standardised = draw_look_alikes(3000)
+    here = group_twins(standardised, min_correlation=0.96, exact_pairs=exact_pairs)
+    near_here = find_nearest(standardised[:900], standardised[900:], exact_pairs=exact_pairs)
+    monkeypatch.setattr(spread, "LEAST_PRODUCTS", 0)
+    there = group_twins(
+        standardised, min_correlation=0.96, exact_pairs=exact_pairs, spread=spread_blocks
+    )
+    near_there = find_nearest(
+        standardised[:900], standardised[900:], exact_pairs=exact_pairs, spread=spread_blocks
+    )
+    assert 1000 < len(set(here)) < 3000
+    assert here.tolist() == there.tolist()
+    assert near_here[0].tolist() == near_there[0].tolist()
+    np.testing.assert_allclose(near_here[1], near_there[1], atol=2e-6)
 
 
 @settings(max_examples=30, deadline=None)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from brainray.dataset.neighbours import Spread, do_here
 from brainray.dataset.twins import NEAR_TWIN_CORRELATION, find_nearest
 from brainray.metrics import compute_accuracy
 
@@ -114,11 +115,12 @@ def find_conflicts(
     list of Pair
         The most similar first.
     """
-    names, group_of = np.unique(groups, return_inverse=True)
+    names, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     mixed = _find_mixed(group_of, labels, len(names)) & (names >= 0)
+    members = np.split(np.argsort(group_of, kind="stable"), np.cumsum(sizes)[:-1])
     pairs = []
     for group in np.flatnonzero(mixed):
-        rows = np.flatnonzero(group_of == group)[:_MAX_MEMBERS]
+        rows = members[group][:_MAX_MEMBERS]
         similarity = standardised[rows] @ standardised[rows].T
         similarity[labels[rows][:, None] == labels[rows]] = -np.inf
         left, right = np.unravel_index(similarity.argmax(), similarity.shape)
@@ -132,7 +134,7 @@ def _pair(left: int, right: int, correlation: np.float32 | float) -> Pair:
 
 
 def look_up_nearest(
-    splits: NDArray[np.str_], standardised: NDArray[np.float32]
+    splits: NDArray[np.str_], standardised: NDArray[np.float32], spread: Spread = do_here
 ) -> dict[str, Nearest]:
     """Find every held-out image's most similar one among those it must not resemble."""
     found = {}
@@ -140,7 +142,9 @@ def look_up_nearest(
         rows = np.flatnonzero(splits == split)
         pool = np.flatnonzero(np.isin(splits, references))
         if len(rows) and len(pool):
-            nearest, correlation = find_nearest(standardised[rows], standardised[pool])
+            nearest, correlation = find_nearest(
+                standardised[rows], standardised[pool], spread=spread
+            )
             found[split] = Nearest(rows=rows, nearest=pool[nearest], correlation=correlation)
     return found
 

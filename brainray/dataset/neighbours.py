@@ -20,13 +20,32 @@ References
    TPAMI 33 (2011), section 4: the inverted file; here without quantising.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatRows = NDArray[np.float32]
 Indices = NDArray[np.int64]
+Rows = Indices | slice
+Block = tuple[Rows, Rows]
+"""Rows that are compared with rows: all of the first with all of the second."""
+
+Found = TypeVar("Found")
+
+
+class Spread(Protocol):
+    """Does work on blocks, in one place or in several, and yields what each has found."""
+
+    def __call__(
+        self,
+        work: Callable[..., Found],
+        blocks: Sequence[Block],
+        *shared: Any,  # noqa: ANN401 - whatever the work takes besides
+    ) -> Iterator[Found]:
+        """Call ``work(some_blocks, *shared)`` until every block was among some."""
+
 
 NUM_AXES = 32
 """Leading axes in a sketch. They hold 66 % of the variance of the Kaggle set's thumbnails, and
@@ -76,24 +95,71 @@ def multiply_rows(vectors: FloatRows, left: Indices, right: Indices) -> FloatRow
     return products
 
 
-def iterate_candidates(
-    vectors: FloatRows, min_product: float, *, exact: bool
-) -> Iterator[tuple[Indices, Indices]]:
-    """Yield batches of pairs of rows, among them those whose product reaches a threshold.
+def list_tiles(num_rows: int, num_columns: int, *, is_symmetric: bool = False) -> list[Block]:
+    """List the blocks that hold every pair of a row and a column.
 
     Parameters
     ----------
-    vectors : ndarray of float32, shape (N, D)
-        Of length 1 (or 0).
-    exact : bool
-        Whether every pair that reaches the threshold must be among them.
+    is_symmetric : bool
+        Whether (i, j) need not be there where (j, i) is.
     """
-    sketches = build_sketches(vectors)
+    return [
+        (slice(top, min(top + _BLOCK_ROWS, num_rows)), slice(start, start + width))
+        for top in range(0, num_rows, _BLOCK_ROWS)
+        for start in range(top if is_symmetric else 0, num_columns, _BLOCK_COLUMNS)
+        if (width := min(_BLOCK_COLUMNS, num_columns - start))
+    ]
+
+
+def list_cells(queries: FloatRows, reference: FloatRows) -> list[Block]:
+    """List, cell by cell, the queries that visit it and the reference rows in it.
+
+    Parameters
+    ----------
+    queries, reference : ndarray of float32, shape (N, D) and (M, D)
+        Sketches, of one and the same :func:`build_sketches`.
+    """
+    num_cells = max(1, round(len(reference) ** 0.5))
+    rng = np.random.default_rng(0)
+    centres = reference[rng.choice(len(reference), num_cells, replace=False)]
+    members = _list_by_cell(_find_cells(reference, centres, 1), num_cells)
+    visitors = _list_by_cell(_find_cells(queries, centres, NUM_PROBES), num_cells)
+    return [pair for pair in zip(visitors, members, strict=True) if len(pair[0]) and len(pair[1])]
+
+
+def count_products(blocks: Sequence[Block]) -> int:
+    """Count the products that some blocks take."""
+    return sum(_count(rows) * _count(columns) for rows, columns in blocks)
+
+
+def _count(rows: Rows) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def do_here(work: Callable[..., Found], blocks: Sequence[Block], *shared: Any) -> Iterator[Found]:  # noqa: ANN401
+    """Do all of the work in this process: the least of what a :data:`Spread` can do."""
+    yield work(blocks, *shared)
+
+
+def iterate_candidates(
+    blocks: Sequence[Block], sketches: FloatRows, min_product: float
+) -> Iterator[tuple[Indices, Indices]]:
+    """Yield batches of pairs of rows, among them those of the blocks that reach a threshold.
+
+    Parameters
+    ----------
+    blocks : sequence of Block
+        From :func:`list_tiles` or :func:`list_cells`.
+    sketches : ndarray of float32, shape (N, D)
+        From :func:`build_sketches`, of vectors of length 1 (or 0).
+    """
     bound = min_product - _BOUND_SLACK
-    found = _compare_all(sketches, bound) if exact else _compare_cells(sketches, bound)
+    numbers = np.arange(len(sketches))
     waiting: list[tuple[Indices, Indices]] = []
-    for pairs in found:
-        waiting.append(pairs)
+    for rows, columns in blocks:
+        left, right = _find_reaching(sketches[rows], sketches[columns], bound)
+        left, right = numbers[rows][left], numbers[columns][right]
+        waiting.append((left[left != right], right[left != right]))
         if sum(len(left) for left, _ in waiting) >= _BATCH_PAIRS:
             yield _concatenate(waiting)
             waiting = []
@@ -106,38 +172,10 @@ def _concatenate(parts: list[tuple[Indices, Indices]]) -> tuple[Indices, Indices
     return np.concatenate(left), np.concatenate(right)
 
 
-def _compare_all(sketches: FloatRows, bound: float) -> Iterator[tuple[Indices, Indices]]:
-    for top in range(0, len(sketches), _BLOCK_ROWS):
-        block = sketches[top : top + _BLOCK_ROWS]
-        for start in range(top, len(sketches), _BLOCK_COLUMNS):
-            left, right = _find_reaching(block, sketches[start : start + _BLOCK_COLUMNS], bound)
-            once = left + top < right + start
-            yield left[once] + top, right[once] + start
-
-
-def _compare_cells(sketches: FloatRows, bound: float) -> Iterator[tuple[Indices, Indices]]:
-    for visitors, members in _iterate_cells(sketches, sketches):
-        left, right = _find_reaching(sketches[visitors], sketches[members], bound)
-        left, right = visitors[left], members[right]
-        yield left[left != right], right[left != right]
-
-
 def _find_reaching(left: FloatRows, right: FloatRows, bound: float) -> tuple[Indices, Indices]:
     reaching = np.flatnonzero(left @ right.T >= bound)  # five times faster than nonzero in 2-D
     rows, columns = np.divmod(reaching, len(right))
     return rows, columns
-
-
-def _iterate_cells(queries: FloatRows, reference: FloatRows) -> Iterator[tuple[Indices, Indices]]:
-    """Yield, cell by cell, the queries that visit it and the reference rows in it."""
-    num_cells = max(1, round(len(reference) ** 0.5))
-    rng = np.random.default_rng(0)
-    centres = reference[rng.choice(len(reference), num_cells, replace=False)]
-    members = _list_by_cell(_find_cells(reference, centres, 1), num_cells)
-    visitors = _list_by_cell(_find_cells(queries, centres, NUM_PROBES), num_cells)
-    for cell in range(num_cells):
-        if len(visitors[cell]) and len(members[cell]):
-            yield visitors[cell], members[cell]
 
 
 def _find_cells(sketches: FloatRows, centres: FloatRows, count: int) -> Indices:
@@ -159,42 +197,32 @@ def _list_by_cell(cells: Indices, num_cells: int) -> list[Indices]:
 
 
 def find_nearest_rows(
-    queries: FloatRows, reference: FloatRows, *, exact: bool
+    blocks: Sequence[Block], queries: FloatRows, reference: FloatRows
 ) -> tuple[Indices, FloatRows]:
-    """Find each query's row of the reference with the largest product.
+    """Find each query's row of the reference with the largest product, within some blocks.
 
     Returns
     -------
     nearest : ndarray of int64, shape (N,)
+        0 where a query is in none of the blocks.
     product : ndarray of float32, shape (N,)
+        −inf where a query is in none of the blocks.
     """
     nearest = np.zeros(len(queries), np.int64)
     product = np.full(len(queries), -np.inf, np.float32)
-    if exact:
-        for start in range(0, len(queries), _BLOCK_ROWS):
-            part = np.arange(start, min(start + _BLOCK_ROWS, len(queries)))
-            for first in range(0, len(reference), _BLOCK_COLUMNS):
-                columns = np.arange(first, min(first + _BLOCK_COLUMNS, len(reference)))
-                _keep_nearest(queries, reference, part, columns, nearest, product)
-        return nearest, product
-    sketches = build_sketches(np.concatenate([reference, queries]))
-    for visitors, members in _iterate_cells(sketches[len(reference) :], sketches[: len(reference)]):
-        _keep_nearest(queries, reference, visitors, members, nearest, product)
+    numbers = np.arange(max(len(queries), len(reference)))
+    for rows, columns in blocks:
+        products = queries[rows] @ reference[columns].T
+        best = products.argmax(axis=1)
+        reached = products[np.arange(len(products)), best]
+        keep_nearer(nearest, product, numbers[rows], numbers[columns][best], reached)
     return nearest, product
 
 
-def _keep_nearest(
-    queries: FloatRows,
-    reference: FloatRows,
-    rows: Indices,
-    columns: Indices,
-    nearest: Indices,
-    product: FloatRows,
+def keep_nearer(
+    nearest: Indices, product: FloatRows, rows: Indices, others: Indices, reached: FloatRows
 ) -> None:
-    """Compare some queries with some of the reference, and keep what is nearer than before."""
-    products = queries[rows] @ reference[columns].T
-    best = products.argmax(axis=1)
-    reached = products[np.arange(len(rows)), best]
+    """Put in what is nearer to some rows than what they have."""
     nearer = reached > product[rows]
-    nearest[rows[nearer]] = columns[best[nearer]]
+    nearest[rows[nearer]] = others[nearer]
     product[rows[nearer]] = reached[nearer]

@@ -15,8 +15,15 @@ from scipy.sparse.csgraph import connected_components
 
 from brainray.dataset.neighbours import (
     EXACT_PAIRS,
+    Block,
+    Spread,
+    build_sketches,
+    do_here,
     find_nearest_rows,
     iterate_candidates,
+    keep_nearer,
+    list_cells,
+    list_tiles,
     multiply_rows,
 )
 
@@ -73,6 +80,7 @@ def group_twins(
     *,
     min_correlation: float,
     exact_pairs: int = EXACT_PAIRS,
+    spread: Spread = do_here,
 ) -> NDArray[np.int64]:
     """Group near-identical slices by single linkage.
 
@@ -85,6 +93,8 @@ def group_twins(
     exact_pairs : int
         Pairs of slices up to which none is missed; beyond it a few may be, see
         :func:`measure_recall`.
+    spread : Spread
+        Where the work is done.
 
     Returns
     -------
@@ -93,14 +103,32 @@ def group_twins(
     """
     first, copy_of = _find_copies(standardised)
     vectors = standardised[first]
+    sketches = build_sketches(vectors)
+    if is_exact(len(vectors), exact_pairs):
+        blocks = list_tiles(len(vectors), len(vectors), is_symmetric=True)
+    else:
+        blocks = list_cells(sketches, sketches)
     groups = np.arange(len(vectors))
-    exact = is_exact(len(vectors), exact_pairs)
-    for left, right in iterate_candidates(vectors, min_correlation, exact=exact):
+    for linked in spread(_group_blocks, blocks, vectors, sketches, min_correlation):
+        groups = _join(groups, np.arange(len(vectors)), linked)
+    return _number_by_appearance(groups[copy_of])
+
+
+def _group_blocks(
+    blocks: Sequence[Block],
+    vectors: NDArray[np.float32],
+    sketches: NDArray[np.float32],
+    min_correlation: float,
+) -> NDArray[np.int64]:
+    """Group what some blocks link; return the first slice of each one's group, shape (n,)."""
+    groups = np.arange(len(vectors))
+    for left, right in iterate_candidates(blocks, sketches, min_correlation):
         apart = groups[left] != groups[right]  # what a chain has joined needs no look
         left, right = left[apart], right[apart]
         close = multiply_rows(vectors, left, right) >= min_correlation
         groups = _join(groups, left[close], right[close])
-    return _number_by_appearance(groups[copy_of])
+    _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
+    return np.asarray(first[group_of], dtype=np.int64)
 
 
 def is_exact(num_images: int, exact_pairs: int = EXACT_PAIRS) -> bool:
@@ -188,6 +216,7 @@ def find_nearest(
     reference: NDArray[np.float32],
     *,
     exact_pairs: int = EXACT_PAIRS,
+    spread: Spread = do_here,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Find each slice's most similar slice of a reference set.
 
@@ -198,6 +227,8 @@ def find_nearest(
     exact_pairs : int
         Pairs, N times M, up to which it is surely the most similar one; beyond, a slice may
         get the second best. The correlation is that of the slice named in any case.
+    spread : Spread
+        Where the work is done.
 
     Returns
     -------
@@ -206,8 +237,16 @@ def find_nearest(
     correlation : ndarray of float32, shape (N,)
         In [-1, 1].
     """
-    exact = len(standardised) * len(reference) <= exact_pairs
-    return find_nearest_rows(standardised, reference, exact=exact)
+    count = len(standardised)
+    if count * len(reference) <= exact_pairs:
+        blocks = list_tiles(count, len(reference))
+    else:
+        sketches = build_sketches(np.concatenate([standardised, reference]))
+        blocks = list_cells(sketches[:count], sketches[count:])
+    nearest, correlation = np.zeros(count, np.int64), np.full(count, -np.inf, np.float32)
+    for others, reached in spread(find_nearest_rows, blocks, standardised, reference):
+        keep_nearer(nearest, correlation, np.arange(count), others, reached)
+    return nearest, correlation
 
 
 def merge_groups(twins: NDArray[np.int64], given: Sequence[str | None]) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from brainray.dataset.scan import TRAIT_TYPES, read_samples, scan_samples
 from brainray.dataset.shortcuts import build_traits, judge_shortcuts
 from brainray.dataset.source import FoundSamples, find_samples
 from brainray.dataset.split import assign_folds, assign_splits, describe_balance
+from brainray.dataset.spread import spread_blocks
 from brainray.dataset.twins import (
     NEAR_TWIN_CORRELATION,
     group_twins,
@@ -192,16 +193,19 @@ def compare_images(samples: pa.Table, scan: pa.Table, job: AuditJob) -> AuditedD
     kept = check_usable(every_label, scan, job.classes)
     splits = np.array(samples["split"].take(kept).to_pylist(), dtype="<U5")
     standardised = standardise_thumbnails(stack_thumbnails(scan["thumbnail"].take(kept)))
-    twins = group_twins(standardised, min_correlation=job.group_correlation)
+    twins, near = (
+        group_twins(standardised, min_correlation=least, spread=spread_blocks)
+        for least in (job.group_correlation, NEAR_TWIN_CORRELATION)
+    )
     return AuditedData(
         kept=kept,
         labels=every_label[kept],
         splits=splits,
         standardised=standardised,
         copies=findings.number_copies(scan["pixel_sha256"].take(kept).to_pylist()),
-        near=group_twins(standardised, min_correlation=NEAR_TWIN_CORRELATION),
+        near=near,
         groups=merge_groups(twins, samples["group"].take(kept).to_pylist()),
-        nearest=findings.look_up_nearest(splits, standardised),
+        nearest=findings.look_up_nearest(splits, standardised, spread_blocks),
     )
 
 

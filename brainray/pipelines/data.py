@@ -11,6 +11,7 @@ from brainray.dataset.findings import REFERENCES
 from brainray.dataset.scan import ScanResult, ScanStore, scan_samples
 from brainray.dataset.source import FoundSamples
 from brainray.dataset.split import MANIFEST_SCHEMA, assign_splits
+from brainray.dataset.spread import spread_blocks
 from brainray.dataset.twins import (
     find_nearest,
     group_twins,
@@ -130,7 +131,7 @@ def group_samples(
     kept = check_usable(labels, scan.table, classes)
     standardised = standardise_thumbnails(stack_thumbnails(scan.table["thumbnail"].take(kept)))
     groups = merge_groups(
-        group_twins(standardised, min_correlation=min_correlation),
+        group_twins(standardised, min_correlation=min_correlation, spread=spread_blocks),
         samples["group"].take(kept).to_pylist(),
     )
     return GroupedData(found, scan, labels, kept, standardised, groups)
@@ -243,7 +244,9 @@ def look_up_nearest(
     pool = np.flatnonzero(np.isin(splits[kept], references))
     if not len(queries) or not len(pool):
         return manifest
-    nearest, correlation = find_nearest(standardised[queries], standardised[pool])
+    nearest, correlation = find_nearest(
+        standardised[queries], standardised[pool], spread=spread_blocks
+    )
     labels = manifest["label"].take(pa.array(kept[pool[nearest]])).to_pylist()
     return write_nearest(manifest, kept[queries], correlation, labels)
 

@@ -2,7 +2,7 @@
 
 import { renderCsv } from "./csv.js";
 import { gatherDropped, hasFiles } from "./gather.js";
-import { describeLimit, element, renderModel } from "./model.js";
+import { describeLimit, element, renderModel, renderModelCard } from "./model.js";
 import { Queue } from "./queue.js";
 import { Scan } from "./scan.js";
 import { Problem, explainScan, keepToken, readModel, readToken } from "./service.js";
@@ -326,12 +326,27 @@ async function showModel() {
     model = await readModel();
     card.replaceChildren(...renderModel(model));
     $("size-limit").textContent = describeLimit(model);
+    $("model-card-button").hidden = !model.model_card;
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
     showMissingModel(error);
   } finally {
     card.setAttribute("aria-busy", "false");
   }
+}
+
+function listenForModelCard() {
+  const dialog = $("model-card");
+  $("model-card-button").addEventListener("click", () => {
+    $("model-card-id").textContent = model.classifier_id;
+    $("model-card-text").replaceChildren(...renderModelCard(model.model_card));
+    dialog.showModal();
+    $("model-card-text").focus(); // the arrow keys scroll it at once
+  });
+  $("model-card-close").addEventListener("click", () => dialog.close());
+  dialog.addEventListener("click", ({ target }) => {
+    if (target === dialog) dialog.close();
+  });
 }
 
 function showMissingModel(problem) {
@@ -353,6 +368,7 @@ listenForFiles();
 listenForOpacity();
 listenForViewer();
 listenForToken();
+listenForModelCard();
 $("clear").addEventListener("click", clearScans);
 $("download").addEventListener("click", downloadCsv);
 $("retry").addEventListener("click", () => {

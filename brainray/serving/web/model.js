@@ -24,6 +24,43 @@ export function renderModel(model) {
   return parts;
 }
 
+/** Lay out a model card, section by section, as plain text. */
+export function renderModelCard(card) {
+  return Object.entries(card).flatMap(([name, value]) => [
+    element("h3", "", nameField(name)), element("pre", "", outline(value).join("\n")),
+  ]);
+}
+
+/** List the lines of a value of JSON; what is inside another is indented. */
+function outline(value) {
+  if (!isNested(value)) return [formatValue(value)];
+  if (Array.isArray(value)) {
+    return value.flatMap((item) => outline(item).map((line, at) => (at ? "  " : "• ") + line));
+  }
+  return Object.entries(value).flatMap(([name, inner]) => (isNested(inner)
+    ? [nameField(name), ...outline(inner).map((line) => `  ${line}`)]
+    : [`${nameField(name)}: ${formatValue(inner)}`]));
+}
+
+/** Tell whether a value takes lines of its own: not a list of numbers or single words. */
+function isNested(value) {
+  if (Array.isArray(value)) {
+    return value.some((item) => Array.isArray(item) || isNested(item) || String(item).includes(" "));
+  }
+  return value !== null && typeof value === "object" && Object.keys(value).length > 0;
+}
+
+function formatValue(value) {
+  if (Array.isArray(value)) return value.map(formatValue).join(", ") || "none";
+  if (value === null || typeof value === "object") return "–";
+  if (typeof value === "boolean") return value ? "yes" : "no";
+  return isNumber(value) ? String(Number(value.toPrecision(4 + 6 * Number.isInteger(value)))) : value;
+}
+
+function nameField(name) {
+  return name.replaceAll("_", " ");
+}
+
 /** Say how large a file may be. */
 export function describeLimit(model) {
   const most = model.limits?.body_bytes;
