@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import tracemalloc
 from datetime import UTC, datetime
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -127,8 +128,21 @@ def test_the_ledger_knows_files_and_contents(tmp_path: Path) -> None:
 
 
 def test_an_empty_ledger_knows_nothing() -> None:
-    assert not Ledger.of(None).has_file("a", 1, 1)
-    assert not Ledger.of(None).has_content("a", "b")
+    assert not Ledger.of([]).has_file("a", 1, 1)
+    assert not Ledger.of([]).has_content("a", "b")
+
+
+def test_a_ledger_takes_the_memory_of_its_keys_not_of_the_answers(tmp_path: Path) -> None:
+    names = [f"s3://hospital/inbox/{number:06d}.jpg" for number in range(2_000)]
+    for start in range(0, 2_000, 100):
+        open_set(tmp_path).write(rows(*names[start : start + 100]), RUNTIME)
+    answers = open_set(tmp_path)
+    tracemalloc.start()
+    ledger = answers.read_ledger()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(ledger.files) == len(ledger.contents) == 2_000
+    assert peak < 300 * 2_000, "bytes; all rows at once take 800 for each"
 
 
 def test_another_classifier_makes_a_set_beside(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 
 from brainray import cli
@@ -24,19 +26,24 @@ from brainray.errors import ConfigError
 from brainray.model.answer import REASONS
 from brainray.pipelines.answers import ANSWERS_SCHEMA_VERSION, LEASE_LIFE_S, build_schema
 from brainray.pipelines.classify import CPUS_PER_PREDICTOR, ClassifyJob
-from brainray.serving.auth import TOKEN_VARIABLE
-from brainray.serving.config import read_arguments
+from brainray.pixels.decode import DecodeLimits
+from brainray.serving.auth import MIN_TOKEN_CHARACTERS, TOKEN_VARIABLE
+from brainray.serving.config import ServeJob, read_arguments
 from brainray.serving.connection import INSTALLER
+from brainray.serving.limits import ServiceLimits
+from brainray.serving.server import is_loopback
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 GUIDE = ROOT / "docs" / "bulk.md"
+SECURITY = ROOT / "docs" / "security.md"
 SCHEMAS = ROOT.parent / "shared" / "schemas"
-TRAIN, CLASSIFY = "rayjob-train.yaml", "raycronjob-classify.yaml"
+TRAIN, CLASSIFY, SERVE = "rayjob-train.yaml", "raycronjob-classify.yaml", "rayservice.yaml"
 
-# For what holds of one of the two manifests only.
+# For what holds of some of the manifests only.
 only_training = pytest.mark.parametrize("documents", [TRAIN], indirect=True)
 only_classifying = pytest.mark.parametrize("documents", [CLASSIFY], indirect=True)
+only_serving = pytest.mark.parametrize("documents", [SERVE], indirect=True)
 
 # Dashboard and jobs, Ray client, GCS: each of them runs code for whoever reaches it.
 CODE_PORTS = {8265, 10001, 6379}
@@ -96,14 +103,14 @@ def cluster() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "cluster.yaml").read_text())
 
 
-@pytest.fixture(params=[TRAIN, CLASSIFY])
+@pytest.fixture(params=[TRAIN, CLASSIFY, SERVE])
 def documents(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((ROOT / "deploy" / request.param).read_text()))
 
 
 @pytest.fixture
 def resource(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what KubeRay acts upon: a RayJob, or a RayCronJob that makes RayJobs."""
+    """Return what KubeRay acts upon: a RayJob, a RayCronJob that makes RayJobs, a RayService."""
     (found,) = (document for document in documents if document["apiVersion"] == "ray.io/v1")
     return found
 
@@ -115,6 +122,11 @@ def rayjob_spec(resource: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
+def ray_cluster(resource: dict[str, Any], rayjob_spec: dict[str, Any]) -> dict[str, Any]:
+    return rayjob_spec["rayClusterConfig" if resource["kind"] == "RayService" else "rayClusterSpec"]
+
+
+@pytest.fixture
 def resource_schema(resource: dict[str, Any]) -> dict[str, Any]:
     place = SCHEMAS / f"ray.io_v1_{resource['kind']}.json.gz"
     if not place.exists():
@@ -123,11 +135,15 @@ def resource_schema(resource: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def pod_templates(rayjob_spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    ray = rayjob_spec["rayClusterSpec"]
-    workers = {group["groupName"]: group["template"] for group in ray["workerGroupSpecs"]}
-    submitter = rayjob_spec["submitterPodTemplate"]
-    return {"head": ray["headGroupSpec"]["template"], "submitter": submitter, **workers}
+def pod_templates(
+    rayjob_spec: dict[str, Any], ray_cluster: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return every pod that is made; a service has no submitter."""
+    templates = {g["groupName"]: g["template"] for g in ray_cluster["workerGroupSpecs"]}
+    templates["head"] = ray_cluster["headGroupSpec"]["template"]
+    if "submitterPodTemplate" in rayjob_spec:
+        templates["submitter"] = rayjob_spec["submitterPodTemplate"]
+    return templates
 
 
 @pytest.fixture
@@ -249,7 +265,7 @@ def test_cluster_mounts_only_files_of_the_repository(
     assert missing == []
 
 
-# deploy/rayjob-train.yaml, deploy/raycronjob-classify.yaml
+# deploy/rayjob-train.yaml, deploy/raycronjob-classify.yaml, deploy/rayservice.yaml
 
 
 def test_resource_follows_its_definition(
@@ -358,16 +374,15 @@ def test_cronjob_runs_never_meet(resource: dict[str, Any], rayjob_spec: dict[str
     assert ended_s + grace_s + LEASE_LIFE_S < 3600
 
 
-def test_rayjob_requires_a_token(rayjob_spec: dict[str, Any]) -> None:
-    ray = rayjob_spec["rayClusterSpec"]
-    assert ray["authOptions"] == {"mode": "token"}
-    assert ray["rayVersion"] == locked_ray_version()
+def test_cluster_of_a_manifest_requires_a_token(ray_cluster: dict[str, Any]) -> None:
+    assert ray_cluster["authOptions"] == {"mode": "token"}
+    assert ray_cluster["rayVersion"] == locked_ray_version()
 
 
 def test_every_pod_is_bounded_and_unprivileged(
     pod_templates: dict[str, dict[str, Any]],
 ) -> None:
-    assert len(pod_templates) == 3
+    assert len(pod_templates) >= 2
     for name, template in pod_templates.items():
         pod = template["spec"]
         assert pod["securityContext"]["runAsNonRoot"] is True, name
@@ -376,6 +391,12 @@ def test_every_pod_is_bounded_and_unprivileged(
         security = container["securityContext"]
         assert security["allowPrivilegeEscalation"] is False, name
         assert security["capabilities"] == {"drop": ["ALL"]}, name
+        assert security["readOnlyRootFilesystem"] is True, name
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert set(mounts) == {"/tmp", "/home/ray"}, "what Ray and its libraries write to"
+        assert {v["name"]: v["emptyDir"] for v in pod["volumes"]} == {
+            n: {} for n in mounts.values()
+        }
         for bound in ("requests", "limits"):
             assert {"cpu", "memory"} <= set(container["resources"][bound]), (name, bound)
 
@@ -385,11 +406,12 @@ def test_every_pod_is_bounded_and_unprivileged(
     [
         (TRAIN, {"head": 0, "submitter": 0, "gpu": 1}),
         (CLASSIFY, {"head": 0, "submitter": 0, "cpu": 0}),
+        (SERVE, {"head": 0, "cpu": 0}),
     ],
     indirect=["documents"],
 )
 def test_only_workers_that_compute_on_gpus_hold_them(
-    rayjob_spec: dict[str, Any],
+    ray_cluster: dict[str, Any],
     pod_templates: dict[str, dict[str, Any]],
     expected: dict[str, int],
 ) -> None:
@@ -398,8 +420,7 @@ def test_only_workers_that_compute_on_gpus_hold_them(
         for name, template in pod_templates.items()
     }
     assert gpus == expected
-    head = rayjob_spec["rayClusterSpec"]["headGroupSpec"]
-    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert ray_cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
 def test_ray_pods_send_no_usage_reports(pod_templates: dict[str, dict[str, Any]]) -> None:
@@ -502,7 +523,10 @@ def test_images_are_named_after_the_lock(pod_templates: dict[str, dict[str, Any]
 def test_nothing_listens_everywhere(
     cluster: dict[str, Any], documents: list[dict[str, Any]]
 ) -> None:
-    # The parsed values, not the text: a comment may name what is avoided.
+    # The parsed values, not the text: a comment may name what is avoided. What Serve listens on
+    # within a pod is tested with the service.
+    for document in documents:
+        document["spec"].pop("serveConfigV2", None)
     leaves = [(path, str(v)) for path, v in [*walk(cluster), *walk(documents)]]
     leaves += [(name, " ".join(words)) for name, words in dockerfile_instructions()]
     everywhere = re.compile(r"0\.0\.0\.0|(?<![\w:])::(?![\w:])|--\w+-host[= ]\*")
@@ -511,8 +535,17 @@ def test_nothing_listens_everywhere(
 
 
 def test_no_port_that_runs_code_is_published(documents: list[dict[str, Any]]) -> None:
-    kinds = [document["kind"] for document in documents]
-    assert kinds in (["RayJob", "NetworkPolicy"], ["RayCronJob", "NetworkPolicy"])
+    (policy,) = (document for document in documents if document["kind"] == "NetworkPolicy")
+    for rule in policy["spec"]["ingress"]:
+        ports = {entry["port"] for entry in rule.get("ports", [])}
+        (peer,) = rule["from"]
+        if peer["podSelector"] == policy["spec"]["podSelector"]:
+            continue  # the cluster's own pods
+        assert ports, "a rule without `ports` opens them all"
+        if "namespaceSelector" not in peer:  # clients
+            assert not ports & CODE_PORTS
+    kinds = {document["kind"] for document in documents}
+    assert not kinds & {"Service", "Ingress", "Gateway", "HTTPRoute"}
     publishing = ("/hostPort", "/hostNetwork", "/enableIngress", "/headService", "/nodePort")
     for path, value in walk(documents):
         assert not path.endswith(publishing), path
@@ -528,17 +561,55 @@ def test_no_port_that_runs_code_is_published(documents: list[dict[str, Any]]) ->
 
 def test_no_account_is_invented() -> None:
     identifier = re.compile(r"\b\d{12}\b|\b(?:ami|sg|subnet|vpc)-[0-9a-f]{8,17}\b|\bAKIA\w{16}\b")
-    names = ["cluster.yaml", "deploy/Dockerfile", f"deploy/{TRAIN}", f"deploy/{CLASSIFY}"]
+    names = [
+        "cluster.yaml",
+        "deploy/Dockerfile",
+        *(f"deploy/{m}" for m in (TRAIN, CLASSIFY, SERVE)),
+    ]
     found = {name: identifier.findall((ROOT / name).read_text()) for name in names}
     assert found == {name: [] for name in names}
 
 
-# --- Ray Serve -----------------------------------------------------------------------------------
+# --- docs/security.md -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def serve_config() -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
+def test_one_file_listens_everywhere(repository_files: list[str]) -> None:
+    kinds = (".py", ".yaml", "Dockerfile", "Makefile")
+    listening = [
+        name
+        for name in repository_files
+        if name.endswith(kinds) and not name.startswith("tests/")
+        if re.search(r"\b0\.0\.0\.0\b|[\"']::[\"']", (ROOT / name).read_text())
+    ]
+    assert listening == [f"deploy/{SERVE}"]
+    (host,) = (field.default for field in fields(ServeJob) if field.name == "host")
+    assert is_loopback(host)
+    assert f"The one file that says `0.0.0.0` is [deploy/{SERVE}]" in SECURITY.read_text()
+
+
+def test_the_security_page_says_the_limits_and_ports_that_hold() -> None:
+    text = SECURITY.read_text()
+    mib = 2**20
+    assert f"| {DecodeLimits().max_bytes // mib} MiB (`--limits.max-bytes`)" in text
+    assert f"| {ServiceLimits().body_bytes // mib} MiB, the whole body" in text
+    assert f"| {DecodeLimits().max_pixels // 10**6} million |" in text
+    assert f"| scans of a request | | {ServiceLimits().files} |" in text
+    assert f"{MIN_TOKEN_CHARACTERS} characters or more" in text
+    for port in CODE_PORTS:
+        assert re.search(rf"^\| {port} \| .*\*\*runs code\*\*", text, flags=re.MULTILINE), port
+
+
+# --- Ray Serve: deploy/serve.yaml, deploy/rayservice.yaml ----------------------------------------
+
+
+def read_serve_config(name: str) -> dict[str, Any]:
+    first = next(iter(yaml.safe_load_all((ROOT / "deploy" / name).read_text())))
+    return yaml.safe_load(first["spec"]["serveConfigV2"]) if name == SERVE else first
+
+
+@pytest.fixture(params=["serve.yaml", SERVE])
+def serve_config(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return read_serve_config(request.param)
 
 
 def test_serve_config_follows_rays_schema(serve_config: dict[str, Any]) -> None:
@@ -561,8 +632,86 @@ def test_serve_config_builds_the_service(serve_config: dict[str, Any]) -> None:
 
 
 def test_serve_config_opens_nothing_and_holds_no_secret(serve_config: dict[str, Any]) -> None:
-    assert serve_config["http_options"]["host"] == "127.0.0.1"
     assert not [path for path, _ in walk(serve_config) if "token" in path.lower()]
+    config = read_serve_config("serve.yaml")
+    assert config["http_options"]["host"] == "127.0.0.1"
     text = (ROOT / "deploy" / "serve.yaml").read_text()
     assert TOKEN_VARIABLE in text
     assert f"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH={INSTALLER}" in text
+
+
+def test_both_serve_configs_agree() -> None:
+    """But for the address, which a pod's probes must reach, and for how many are always there."""
+    alone, embedded = read_serve_config("serve.yaml"), read_serve_config(SERVE)
+    differing = [
+        path
+        for (path, value), (other, found) in zip(walk(alone), walk(embedded), strict=True)
+        if (path, value) != (other, found) and not isinstance(value, dict | list)
+    ]
+    assert differing == ["/http_options/host", "/applications/0/args/min_replicas"]
+    assert read_arguments(embedded["applications"][0]["args"]).min_replicas >= 2
+
+
+@only_serving
+def test_service_answers_nobody_without_a_token(
+    documents: list[dict[str, Any]], pod_templates: dict[str, dict[str, Any]]
+) -> None:
+    """Serve listens on every address of its pods; two things stand before it."""
+    (policy,) = (document for document in documents if document["kind"] == "NetworkPolicy")
+    port = read_serve_config(SERVE)["http_options"]["port"]
+    (clients,) = (
+        r
+        for r in policy["spec"]["ingress"]
+        if {"protocol": "TCP", "port": port} in r.get("ports", [])
+    )
+    assert clients["from"] == [{"podSelector": {"matchLabels": {"brainray-client": "true"}}}]
+    for name, template in pod_templates.items():
+        environment = {e["name"]: e for e in template["spec"]["containers"][0]["env"]}
+        reference = environment[TOKEN_VARIABLE]["valueFrom"]["secretKeyRef"]
+        assert not reference.get("optional", False), name
+        for variable in re.findall(
+            r"\b(RAY_SERVE_\w+)=(\S+)", (ROOT / "deploy/serve.yaml").read_text()
+        ):
+            assert environment[variable[0]]["value"] == variable[1], name
+
+
+@only_serving
+def test_service_has_room_for_every_replica(ray_cluster: dict[str, Any]) -> None:
+    (application,) = read_serve_config(SERVE)["applications"]
+    config = read_arguments(application["args"])
+    (workers,) = ray_cluster["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    each = int(container["resources"]["limits"]["cpu"]) // (config.model.num_threads or 1)
+    assert workers["replicas"] * each == config.max_replicas
+
+
+@only_serving
+def test_service_pods_are_probed(pod_templates: dict[str, dict[str, Any]]) -> None:
+    """By paths that need neither token: PUBLIC_EXACT_PATHS of Ray's agent, and Serve's proxy."""
+    for name, template in pod_templates.items():
+        (container,) = template["spec"]["containers"]
+        probes = {kind: container[f"{kind}Probe"]["httpGet"] for kind in ("liveness", "readiness")}
+        assert probes["liveness"] == {"path": "/api/healthz", "port": 52365}, name
+        assert probes["liveness"]["path"] in PUBLIC_EXACT_PATHS
+        port = read_serve_config(SERVE)["http_options"]["port"]
+        traffic = {"path": "/-/healthz", "port": port}
+        assert probes["readiness"] == (probes["liveness"] if name == "head" else traffic), name
+
+
+@only_serving
+def test_disruption_budget_keeps_a_worker(
+    documents: list[dict[str, Any]], pod_templates: dict[str, dict[str, Any]]
+) -> None:
+    (budget,) = (document for document in documents if document["kind"] == "PodDisruptionBudget")
+    assert budget["apiVersion"] == "policy/v1"
+    spec = budget["spec"]
+    # For pods whose controller has no scale, the API knows this one form.
+    assert set(spec) == {"minAvailable", "unhealthyPodEvictionPolicy", "selector"}
+    assert (
+        0
+        < spec["minAvailable"]
+        < read_arguments(read_serve_config(SERVE)["applications"][0]["args"]).min_replicas
+    )
+    labels = dict(spec["selector"]["matchLabels"])
+    assert labels.pop("ray.io/node-type") == "worker"  # KubeRay's own label
+    assert labels.items() <= pod_templates["cpu"]["metadata"]["labels"].items()

@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -102,27 +102,30 @@ class Ledger:
     """Of (scan_uri, content_sha256), or of (scan_uri, reason) where nothing could be read."""
 
     @classmethod
-    def of(cls, answers: pa.Table | None) -> "Ledger":
-        """Collect the keys of a table of answers.
+    def of(cls, parts: Iterable[pa.Table]) -> "Ledger":
+        """Collect the keys of some tables of answers, one table after the other.
 
+        A key takes 16 bytes, the row that it stands for most of a kilobyte of Python's objects.
         A scan of which no byte could be read is never done with: it is tried again.
         """
-        if answers is None or not answers.num_rows:
-            return cls(np.zeros(0, _KEY), np.zeros(0, _KEY))
-        uris = answers["scan_uri"].to_pylist()
-        hashes = answers["content_sha256"].to_pylist()
-        sizes, times = answers["size_bytes"].to_pylist(), answers["modified_ns"].to_pylist()
-        reasons = answers["reason"].to_pylist()
-        files = [
-            key_of(uri, size, modified)
-            for uri, size, modified, reason in zip(uris, sizes, times, reasons, strict=True)
-            if modified and reason not in ("missing", "unreadable")
-        ]
-        contents = [
-            key_of(uri, found or reason)
-            for uri, found, reason in zip(uris, hashes, reasons, strict=True)
-        ]
-        return cls(np.unique(np.array(files, _KEY)), np.unique(np.array(contents, _KEY)))
+        files, contents = [np.zeros(0, _KEY)], [np.zeros(0, _KEY)]
+        for part in parts:
+            uris = part["scan_uri"].to_pylist()
+            hashes = part["content_sha256"].to_pylist()
+            sizes, times = part["size_bytes"].to_pylist(), part["modified_ns"].to_pylist()
+            reasons = part["reason"].to_pylist()
+            of_files = [
+                key_of(uri, size, modified)
+                for uri, size, modified, reason in zip(uris, sizes, times, reasons, strict=True)
+                if modified and reason not in ("missing", "unreadable")
+            ]
+            of_contents = [
+                key_of(uri, found or reason)
+                for uri, found, reason in zip(uris, hashes, reasons, strict=True)
+            ]
+            files.append(np.array(of_files, _KEY))
+            contents.append(np.array(of_contents, _KEY))
+        return cls(np.unique(np.concatenate(files)), np.unique(np.concatenate(contents)))
 
     def has_file(self, scan_uri: str, size_bytes: int, modified_ns: int) -> bool:
         """Tell whether this very file is answered, as its size and time say."""
@@ -215,25 +218,38 @@ class AnswerSet:
         StorageError
             A file of it is damaged.
         """
-        schema = self.schema
-        if columns is not None:
-            schema = pa.schema([schema.field(name) for name in columns])
-        tables = [schema.empty_table()]
+        parts = list(self.iterate(columns))
+        return pa.concat_tables(parts or [self._choose(columns).empty_table()])
+
+    def iterate(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Yield the set, or some columns of it, file by file.
+
+        Raises
+        ------
+        StorageError
+            A file of it is damaged.
+        """
+        schema = self._choose(columns)
         for uri in self.list_parts():
             filesystem, path = storage.resolve(uri)
             try:
                 # With a schema, a column that an older file lacks is null.
-                tables.append(pq.read_table(path, filesystem=filesystem, schema=schema))
+                part = pq.read_table(path, filesystem=filesystem, schema=schema)
             except (OSError, pa.ArrowInvalid) as error:
                 raise StorageError(
                     f"'{uri}' is damaged: {error}. Delete it; its scans are classified again."
                 ) from error
-        return pa.concat_tables(tables)
+            yield part
+
+    def _choose(self, columns: Sequence[str] | None) -> pa.Schema:
+        if columns is None:
+            return self.schema
+        return pa.schema([self.schema.field(name) for name in columns])
 
     def read_ledger(self) -> Ledger:
         """Find out what is answered already."""
         columns = ["scan_uri", "content_sha256", "size_bytes", "modified_ns", "reason"]
-        return Ledger.of(self.read(columns))
+        return Ledger.of(self.iterate(columns))
 
     def write(self, answers: pa.Table, runtime: dict[str, str]) -> None:
         """Write some answers as one file, whole or not at all, and what computed them.

@@ -427,17 +427,19 @@ def build_metrics(
         dict.fromkeys(STAGES, 1)
         | {"read": plan.num_decoders, "decode": plan.num_decoders, "predict": plan.num_predictors}
     )
-    everything = answers.read(["status", "reason", "predicted_class", "confidence"])
-    reasons = Counter(reason for reason in everything["reason"].to_pylist() if reason)
-    classes = Counter(name for name in everything["predicted_class"].to_pylist() if name)
-    confidence = everything["confidence"].drop_null().to_numpy()
-    counts, edges = np.histogram(confidence, bins=NUM_BINS, range=(0.0, 1.0))
+    total, reasons, classes = 0, Counter[str](), Counter[str]()
+    counts, edges = np.histogram([], bins=NUM_BINS, range=(0.0, 1.0))
+    for part in answers.iterate(["reason", "predicted_class", "confidence"]):
+        total += part.num_rows
+        reasons.update(reason for reason in part["reason"].to_pylist() if reason)
+        classes.update(name for name in part["predicted_class"].to_pylist() if name)
+        counts += np.histogram(part["confidence"].drop_null().to_numpy(), edges)[0]
     return {
         "schema_version": METRICS_SCHEMA_VERSION,
         "classifier_id": classifier.classifier_id,
         "classes": list(classifier.classes),
         "runtime": tally.runtime | {"num_predictors": plan.num_predictors},
-        "counts": describe_counts(everything.num_rows, reasons, classes),
+        "counts": describe_counts(total, reasons, classes),
         "run": {
             "started_at": started_at.isoformat(),
             "finished_at": datetime.now(UTC).isoformat(),
@@ -472,15 +474,15 @@ def report(
     table = answers.read([*columns, "class_map"] if job.explain else columns)
     table = table.filter(pc.is_valid(table["confidence"]))  # the least probable ones as well
     probs = np.stack([table[f"prob_{name}"].to_numpy() for name in classes], axis=1)
-    uris = table["scan_uri"].to_pylist()
+    uris = table["scan_uri"]
 
     def draw(row: int) -> list[Drawn]:
         class_map = table["class_map"][row].as_py() if job.explain else None
-        return draw_scan(uris[row], class_map, classifier.preprocessing, job.limits)
+        return draw_scan(uris[row].as_py(), class_map, classifier.preprocessing, job.limits)
 
     curves, mistakes = None, []
     if truth is not None:
-        labels = [truth(uri) for uri in uris]
+        labels = [truth(uri.as_py()) for uri in uris]
         known = np.flatnonzero([label is not None for label in labels])
         if len(known):
             y_true = np.array([classes.index(str(labels[row])) for row in known])
@@ -542,7 +544,7 @@ def draw_scan(
 
 
 def collect_uncertain(
-    uris: Sequence[str],
+    uris: pa.ChunkedArray,
     probs: NDArray[np.float32],
     classes: tuple[str, ...],
     draw: Callable[[int], list[Drawn]],
@@ -554,7 +556,7 @@ def collect_uncertain(
         for drawn in draw(int(row)):
             found.append(
                 UncertainScan(
-                    scan_uri=uris[row],
+                    scan_uri=uris[row].as_py(),
                     predicted_class=classes[first],
                     confidence=float(probs[row, first]),
                     second_class=classes[second],
@@ -567,7 +569,7 @@ def collect_uncertain(
 
 
 def collect_mistakes(
-    uris: Sequence[str],
+    uris: pa.ChunkedArray,
     known: NDArray[np.int64],
     y_true: NDArray[np.int64],
     probs: NDArray[np.float32],
@@ -583,7 +585,7 @@ def collect_mistakes(
     worst = wrong[np.argsort(-probs[wrong, top[wrong]], kind="stable")][:NUM_SCANS_SHOWN]
     return [
         Mistake(
-            path=uris[known[row]],
+            path=uris[known[row]].as_py(),
             true_class=classes[y_true[row]],
             predicted_class=classes[top[row]],
             confidence=float(probs[row, top[row]]),
