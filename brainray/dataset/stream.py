@@ -39,6 +39,10 @@ LOOP_PAUSE_S = 0.2
 """Pause between two looks of Ray Data's scheduling loop: a few percent of a core instead of
 most of one. A look deals out everything that is ready, so a chunk waits at most this long."""
 
+TASK_CPUS = 0.01
+"""Logical CPUs of a task that reads and decodes. How many run at a time is said beside; asking for
+whole ones, they would wait for ever where training workers or predictors hold part of each node."""
+
 MIN_CHUNKS_PER_WORKER = 3
 """Chunks of each worker that may wait in the object store: one in use, two ahead."""
 
@@ -203,7 +207,7 @@ def pause_scheduling(context: DataContext, pause_s: float) -> None:
     context.custom_execution_callback_classes.append(Pause)
 
 
-def open_stream(plan: StreamPlan, store: ScanStore, *, num_cpus: float) -> list[DataIterator]:
+def open_stream(plan: StreamPlan, store: ScanStore, *, num_tasks: int) -> list[DataIterator]:
     """Start the stream of a run and return every worker's end of it.
 
     Parameters
@@ -212,8 +216,8 @@ def open_stream(plan: StreamPlan, store: ScanStore, *, num_cpus: float) -> list[
         What is left of the run.
     store : ScanStore
         Where the encoded bytes are.
-    num_cpus : float
-        Logical CPUs that decoding may take: those that the training workers leave.
+    num_tasks : int
+        Tasks that decode at a time: as many as there are CPUs that the training workers leave.
     """
     chunks = list_chunks(plan)
     tickets = len(chunks) * plan.world_size
@@ -221,12 +225,13 @@ def open_stream(plan: StreamPlan, store: ScanStore, *, num_cpus: float) -> list[
         _decode_chunk,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
         batch_size=None,
         fn_kwargs={"plan": plan, "store": store},
+        num_cpus=TASK_CPUS,
+        compute=ray.data.TaskPoolStrategy(size=num_tasks),
     )
     pause_scheduling(stream.context, LOOP_PAUSE_S)
     options = stream.context.execution_options
     options.preserve_order = True
     options.resource_limits = ExecutionResources.for_limits(
-        cpu=num_cpus,
         object_store_memory=2 * MIN_CHUNKS_PER_WORKER * plan.world_size * CHUNK_BYTES,
     )
     return list(stream.streaming_split(plan.world_size, equal=False))
