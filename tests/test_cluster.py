@@ -85,7 +85,7 @@ TWO = Need(bundle={"CPU": 0.9}, count=2, what="worker", remedy="ask for less")
 def test_a_cluster_that_is_too_small_is_refused_unless_it_can_grow(
     known_nodes: list[dict[str, Any]],
 ) -> None:
-    with pytest.raises(ConfigError, match="room for 1 .* Nothing adds nodes to it by itself"):
+    with pytest.raises(ConfigError, match=r"room for 1 .* Nothing adds nodes to it by itself"):
         check_fits(TWO)
     known_nodes[0]["Labels"] = {"ray.io/node-group": "head"}
     check_fits(TWO)

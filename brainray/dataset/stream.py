@@ -23,7 +23,8 @@ from typing import Any, Literal
 import numpy as np
 import ray.data
 from numpy.typing import NDArray
-from ray.data import DataContext, DataIterator, ExecutionResources
+from ray.data import DataContext, DataIterator, Dataset, ExecutionResources
+from ray.data._internal.datasource.range_datasource import RangeDatasource
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from brainray.dataset.scan import ScanStore
@@ -207,6 +208,17 @@ def pause_scheduling(context: DataContext, pause_s: float) -> None:
     context.custom_execution_callback_classes.append(Pause)
 
 
+def count_off(count: int) -> Dataset:
+    """Return the numbers from 0, each a block of its own, as the column ``id``.
+
+    ``ray.data.range`` does the same with tasks that ask for a whole CPU.
+    """
+    numbers: Dataset = ray.data.read_datasource(
+        RangeDatasource(count, column_name="id"), override_num_blocks=count, num_cpus=TASK_CPUS
+    )
+    return numbers
+
+
 def open_stream(plan: StreamPlan, store: ScanStore, *, num_tasks: int) -> list[DataIterator]:
     """Start the stream of a run and return every worker's end of it.
 
@@ -221,7 +233,7 @@ def open_stream(plan: StreamPlan, store: ScanStore, *, num_tasks: int) -> list[D
     """
     chunks = list_chunks(plan)
     tickets = len(chunks) * plan.world_size
-    stream = ray.data.range(tickets, override_num_blocks=tickets).map_batches(
+    stream = count_off(tickets).map_batches(
         _decode_chunk,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
         batch_size=None,
         fn_kwargs={"plan": plan, "store": store},

@@ -24,7 +24,7 @@ from ray.data import Dataset, ExecutionResources
 
 from brainray.dataset.inbox import CHUNK_ROWS, FoundScan, chunk_scans, list_scans
 from brainray.dataset.scan import read_scan, view_pixels
-from brainray.dataset.stream import TASK_CPUS, pause_scheduling
+from brainray.dataset.stream import TASK_CPUS, count_off, pause_scheduling
 from brainray.errors import ClassifierError, RejectedImage
 from brainray.model.answer import name_status
 from brainray.model.classifier import Classifier, load_classifier
@@ -95,7 +95,7 @@ def open_bulk_stream(plan: BulkPlan, ledger: "ray.ObjectRef[Ledger]") -> Dataset
         ``list_s``, ``read_s``, ``decode_s`` and ``predict_s``.
     """
     on_gpu = plan.gpus_per_predictor > 0
-    stream = ray.data.range(1, override_num_blocks=1).map_batches(
+    stream = count_off(1).map_batches(
         _list_chunks,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
         batch_size=None,
         batch_format="pyarrow",
