@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from tests.conftest import REPOSITORY
-from tests.processes import TIMEOUT_S
+from tests.processes import TIMEOUT_S, finish
 
 BIN = Path(sys.executable).parent
 STORE_BYTES = 150 * 10**6
@@ -35,6 +35,14 @@ class Node:
             return psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
+
+    def find_id(self) -> str:
+        """Return the id by which Ray knows the node, which is on its raylet's command line."""
+        for process in self.list_processes():
+            for word in process.cmdline():
+                if word.startswith("--node_id="):
+                    return word.partition("=")[2]
+        raise AssertionError("the node has no raylet")
 
     def kill(self) -> None:
         """Take the node away at once, as when its machine loses power."""
@@ -63,6 +71,7 @@ class Cluster:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",
             **extra,
         }
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -76,12 +85,24 @@ class Cluster:
             f"--temp-dir={self.folder / 'ray'}",
             num_cpus=head_cpus,
         )
-        self._wait_for(self.dashboard_port)
+        try:
+            self._wait_for(self.dashboard_port)
+        except AssertionError:
+            self.close()
+            raise
         for num_cpus in node_cpus:
             self.add_node(num_cpus)
 
     def add_node(self, num_cpus: int) -> Node:
         return self._start(f"--address={self.address}", num_cpus=num_cpus)
+
+    def drain(self, node: Node, *, deadline_s: int) -> None:
+        """Announce that a node will be taken back, as a cloud does with spot machines."""
+        words = ("--reason-message", "spot", "--deadline-remaining-seconds", deadline_s)
+        reason = "DRAIN_NODE_REASON_PREEMPTION"
+        command = ("ray", "drain-node", "--address", self.address, "--node-id", node.find_id())
+        status, said = finish(self.ask(*command, "--reason", reason, *words))
+        assert status == 0, said
 
     @property
     def address(self) -> str:

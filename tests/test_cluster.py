@@ -21,7 +21,7 @@ from brainray.pipelines import cluster as cluster_room
 from brainray.pipelines.cluster import Need, check_fits, count_fitting, find_lacking, share_cpus
 from brainray.pipelines.cluster import tell_waiting as tell
 from tests.conftest import REPOSITORY
-from tests.nodes import Cluster
+from tests.nodes import Cluster, Node
 from tests.processes import finish, wait_for
 
 MAX_PACKAGE_BYTES = 5 * 2**20
@@ -237,7 +237,7 @@ def read_records(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def count_checkpoints(output: Path) -> int:
+def count_epochs(output: Path) -> int:
     return len(read_records(output))
 
 
@@ -247,7 +247,7 @@ def test_a_stopped_training_job_goes_on_where_it_was(
 ) -> None:
     words = (*describe_training(phantom_folder, tmp_path, epochs=12), "--num-workers", "2")
     first = submit(three_nodes, checkout, "train", *words, name="stopped")
-    wait_for(lambda: count_checkpoints(tmp_path) >= 1, first)
+    wait_for(lambda: count_epochs(tmp_path) >= 1, first)
     status, said = finish(three_nodes.ask("ray", "job", "stop", "stopped"))
     assert status == 0, said
     status, said = finish(first)
@@ -331,16 +331,16 @@ def test_a_bulk_run_outlives_a_node_at_any_moment(
     lose_a_node(inbox, tiny_classifier, tmp_path, mortal_nodes, random.Random(seed))
 
 
-def find_worker_node(cluster: Cluster, *, but: int = -1) -> int:
-    """Return the number of a node on which a training worker runs."""
-    for number, node in enumerate(cluster.nodes):
+def find_worker_node(cluster: Cluster) -> Node:
+    """Return a node on which a training worker runs."""
+    for node in cluster.nodes:
         for process in node.list_processes():
             try:
-                if number != but and any("RayTrainWorker" in word for word in process.cmdline()):
-                    return number
+                if any("RayTrainWorker" in word for word in process.cmdline()):
+                    return node
             except psutil.NoSuchProcess:
                 continue
-    return -1
+    raise AssertionError("no training worker runs")
 
 
 @pytest.mark.slow
@@ -351,12 +351,15 @@ def test_training_outlives_a_killed_a_drained_and_a_joining_node(
     try:
         words = (*describe_training(phantom_folder, tmp_path, epochs=16), "--min-workers", "1")
         process = cluster.start(sys.executable, "jobs/train.py", *words, "--num-workers", "3")
-        wait_for(lambda: count_checkpoints(tmp_path) >= 1, process)
-        cluster.nodes.pop(find_worker_node(cluster)).kill()
-        before = count_checkpoints(tmp_path)
-        wait_for(lambda: count_checkpoints(tmp_path) > before + 1, process)
+        wait_for(lambda: count_epochs(tmp_path) >= 1, process)
+        find_worker_node(cluster).kill()
+        before = count_epochs(tmp_path)
+        wait_for(lambda: count_epochs(tmp_path) > before + 1, process)
         cluster.add_node(1)
-        cluster.drain(find_worker_node(cluster), deadline_s=10)
+        drained = find_worker_node(cluster)
+        cluster.drain(drained, deadline_s=10)
+        time.sleep(10)
+        drained.kill()
         status, said = finish(process)
     finally:
         cluster.close()
