@@ -31,10 +31,16 @@ class Node:
         self.process = process
 
     def list_processes(self) -> list[psutil.Process]:
-        try:
-            return psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
+        """List what the node has started, also what has outlived its parent."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == self.process.pid:
+                    found.append(process)
+                    found += process.children(recursive=True)
+            except (psutil.NoSuchProcess, ProcessLookupError):
+                continue
+        return found
 
     def find_id(self) -> str:
         """Return the id by which Ray knows the node, which is on its raylet's command line."""
@@ -46,7 +52,7 @@ class Node:
 
     def kill(self) -> None:
         """Take the node away at once, as when its machine loses power."""
-        for process in [psutil.Process(self.process.pid), *self.list_processes()]:
+        for process in self.list_processes():
             try:
                 process.kill()
             except psutil.NoSuchProcess:
@@ -72,6 +78,10 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "RAY_JOB_STOP_WAIT_TIME_S": "60",
+            # A busy machine takes longer to start a node than Ray waits for it.
+            "RAY_raylet_start_wait_time_s": "300",
+            "RAY_agent_register_timeout_ms": "300000",
+            "RAY_worker_register_timeout_seconds": "300",
             **extra,
         }
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -158,10 +168,7 @@ class Cluster:
 
     def close(self) -> None:
         for node in self.nodes:
-            node_processes = node.list_processes()
-            if node.process.poll() is None:
-                node.kill()
-            psutil.wait_procs(node_processes, timeout=10)
+            node.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
