@@ -78,8 +78,7 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "RAY_JOB_STOP_WAIT_TIME_S": "60",
-            # A busy machine takes longer to start a node than Ray waits for it.
-            "RAY_raylet_start_wait_time_s": "300",
+            # A busy machine takes longer to start a process than Ray waits for it.
             "RAY_agent_register_timeout_ms": "300000",
             "RAY_worker_register_timeout_seconds": "300",
             **extra,
