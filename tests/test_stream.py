@@ -50,7 +50,7 @@ def plan_stream(world_size: int, num_images: int, **changes: object) -> StreamPl
 
 def drain(plan: StreamPlan, found: ScanResult) -> list[list[LoadedBatch]]:
     """Read every worker's end at once, as the workers do."""
-    shards = open_stream(plan, found.store, num_cpus=2)
+    shards = open_stream(plan, found.store, num_tasks=2)
     batches: list[list[LoadedBatch]] = [[] for _ in shards]
 
     def read(rank: int) -> None:
@@ -208,7 +208,7 @@ def test_parquet_rows_are_the_files_they_were_made_of(
 def test_a_chunk_dealt_to_the_wrong_worker_is_noticed(phantom_folder: Path) -> None:
     found = scan(phantom_folder)
     plan = plan_stream(1, found.table.num_rows)
-    (shard,) = open_stream(plan, found.store, num_cpus=2)
+    (shard,) = open_stream(plan, found.store, num_tasks=2)
     other = plan_stream(2, found.table.num_rows, global_batch_size=14)
     assert len(list_chunks(other)) > 0
     with pytest.raises(TrainingError, match="Expected part 1 of the stream, got 0"):

@@ -23,7 +23,8 @@ from typing import Any, Literal
 import numpy as np
 import ray.data
 from numpy.typing import NDArray
-from ray.data import DataContext, DataIterator, ExecutionResources
+from ray.data import DataContext, DataIterator, Dataset, ExecutionResources
+from ray.data._internal.datasource.range_datasource import RangeDatasource
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from brainray.dataset.scan import ScanStore
@@ -38,6 +39,10 @@ CHUNK_BYTES = 8 * 2**20
 LOOP_PAUSE_S = 0.2
 """Pause between two looks of Ray Data's scheduling loop: a few percent of a core instead of
 most of one. A look deals out everything that is ready, so a chunk waits at most this long."""
+
+TASK_CPUS = 0.01
+"""Logical CPUs of a task that reads and decodes. How many run at a time is said beside; asking for
+whole ones, they would wait for ever where training workers or predictors hold part of each node."""
 
 MIN_CHUNKS_PER_WORKER = 3
 """Chunks of each worker that may wait in the object store: one in use, two ahead."""
@@ -203,7 +208,18 @@ def pause_scheduling(context: DataContext, pause_s: float) -> None:
     context.custom_execution_callback_classes.append(Pause)
 
 
-def open_stream(plan: StreamPlan, store: ScanStore, *, num_cpus: float) -> list[DataIterator]:
+def count_off(count: int) -> Dataset:
+    """Return the numbers from 0, each a block of its own, as the column ``id``.
+
+    ``ray.data.range`` does the same with tasks that ask for a whole CPU.
+    """
+    numbers: Dataset = ray.data.read_datasource(
+        RangeDatasource(count, column_name="id"), override_num_blocks=count, num_cpus=TASK_CPUS
+    )
+    return numbers
+
+
+def open_stream(plan: StreamPlan, store: ScanStore, *, num_tasks: int) -> list[DataIterator]:
     """Start the stream of a run and return every worker's end of it.
 
     Parameters
@@ -212,21 +228,22 @@ def open_stream(plan: StreamPlan, store: ScanStore, *, num_cpus: float) -> list[
         What is left of the run.
     store : ScanStore
         Where the encoded bytes are.
-    num_cpus : float
-        Logical CPUs that decoding may take: those that the training workers leave.
+    num_tasks : int
+        Tasks that decode at a time: as many as there are CPUs that the training workers leave.
     """
     chunks = list_chunks(plan)
     tickets = len(chunks) * plan.world_size
-    stream = ray.data.range(tickets, override_num_blocks=tickets).map_batches(
+    stream = count_off(tickets).map_batches(
         _decode_chunk,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
         batch_size=None,
         fn_kwargs={"plan": plan, "store": store},
+        num_cpus=TASK_CPUS,
+        compute=ray.data.TaskPoolStrategy(size=num_tasks),
     )
     pause_scheduling(stream.context, LOOP_PAUSE_S)
     options = stream.context.execution_options
     options.preserve_order = True
     options.resource_limits = ExecutionResources.for_limits(
-        cpu=num_cpus,
         object_store_memory=2 * MIN_CHUNKS_PER_WORKER * plan.world_size * CHUNK_BYTES,
     )
     return list(stream.streaming_split(plan.world_size, equal=False))

@@ -28,7 +28,7 @@ from brainray.dataset.twins import (
 )
 from brainray.errors import ConfigError, RejectedImage
 from brainray.labels import BRAIN_TUMOUR_CLASSES, check_classes
-from brainray.pipelines.cluster import connect_ray
+from brainray.pipelines.cluster import check_fits, connect_ray
 from brainray.pipelines.data import check_usable, stack_thumbnails
 from brainray.pipelines.judge import Say
 from brainray.pixels.decode import DecodeLimits
@@ -134,6 +134,7 @@ def audit(job: AuditJob, *, say: Say = logger.info, verbose: bool = False) -> di
     found = find_samples(job.data_uri, job.classes)
     check_leak_can_be_measured(job, found)
     connect_ray(verbose=verbose)
+    check_fits()
     say(f"Opening {found.samples.num_rows:,} scans.")
     scan = scan_samples(found.samples, limits=job.limits, with_traits=True).table
     say("Comparing their thumbnails.")

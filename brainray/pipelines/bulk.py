@@ -24,7 +24,7 @@ from ray.data import Dataset, ExecutionResources
 
 from brainray.dataset.inbox import CHUNK_ROWS, FoundScan, chunk_scans, list_scans
 from brainray.dataset.scan import read_scan, view_pixels
-from brainray.dataset.stream import pause_scheduling
+from brainray.dataset.stream import TASK_CPUS, count_off, pause_scheduling
 from brainray.errors import ClassifierError, RejectedImage
 from brainray.model.answer import name_status
 from brainray.model.classifier import Classifier, load_classifier
@@ -33,10 +33,6 @@ from brainray.model.trust import UNLIKE_TRAINING
 from brainray.pipelines.answers import Ledger
 from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits, decode_image
 from brainray.pixels.preprocess import Preprocessing, resize_image
-
-LIST_CPUS, DECODE_CPUS = 0.1, 0.9
-"""Logical CPUs of the two kinds of task: together one, so that they share the one that the
-predictors leave on a small machine."""
 
 NUM_COST_IMAGES = 128
 """Images on which int8 is compared with fp32."""
@@ -99,19 +95,19 @@ def open_bulk_stream(plan: BulkPlan, ledger: "ray.ObjectRef[Ledger]") -> Dataset
         ``list_s``, ``read_s``, ``decode_s`` and ``predict_s``.
     """
     on_gpu = plan.gpus_per_predictor > 0
-    stream = ray.data.range(1, override_num_blocks=1).map_batches(
+    stream = count_off(1).map_batches(
         _list_chunks,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"plan": plan, "ledger": ledger},
-        num_cpus=LIST_CPUS,
+        num_cpus=TASK_CPUS,
     )
     stream = stream.map_batches(
         _load_chunk,  # type: ignore[arg-type]
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"plan": plan, "ledger": ledger},
-        num_cpus=DECODE_CPUS,
+        num_cpus=TASK_CPUS,
         compute=ray.data.TaskPoolStrategy(size=plan.num_decoders),
     )
     with warnings.catch_warnings():

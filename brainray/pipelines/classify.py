@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -40,15 +39,21 @@ from brainray.pipelines.answers import (
     key_of,
 )
 from brainray.pipelines.bulk import (
-    DECODE_CPUS,
-    LIST_CPUS,
     BulkPlan,
     Counted,
     count_beside,
     open_bulk_stream,
     unpack,
 )
-from brainray.pipelines.cluster import check_gpus, connect_ray
+from brainray.pipelines.cluster import (
+    Need,
+    check_fits,
+    connect_ray,
+    describe_gpu_need,
+    list_nodes,
+    share_cpus,
+    tell_waiting,
+)
 from brainray.pipelines.judge import METRICS_FILE, Say
 from brainray.pipelines.tally import (
     STAGES,
@@ -162,10 +167,12 @@ def classify(
         answers = AnswerSet(job.output_uri, classifier.card, replace=job.replace)
         ledger = answers.read_ledger()
         connect_ray(verbose=verbose)
+        needs = describe_needs(job)
+        check_fits(*needs)
         plan = plan_run(job, classifier)
         memory = MemoryWatch()
         started_at = datetime.now(UTC)
-        with memory:
+        with memory, tell_waiting(needs, say):
             tally = run_stream(plan, ledger, answers, job.part_s, say, tick)
         answers.publish()
         metrics = build_metrics(plan, classifier, answers, tally, memory.peak_bytes, started_at)
@@ -214,30 +221,35 @@ def _list_reasons(reasons: "Counter[str]") -> str:
     )
 
 
+def describe_needs(job: ClassifyJob) -> list[Need]:
+    """Say what the run cannot do without, besides a CPU."""
+    if not job.use_gpu:
+        return []
+    return [describe_gpu_need(job.gpus_per_predictor, job.num_predictors or 1)]
+
+
 def plan_run(job: ClassifyJob, classifier: Classifier) -> BulkPlan:
     """Decide how many predictors and decoders the cluster takes, and read what int8 needs.
 
     Raises
     ------
     ConfigError
-        A GPU was asked for and is not there, or int8 without images to calibrate on.
+        int8 without images to calibrate on.
     """
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    cpus = max(1, sum(nodes))
+    nodes = list_nodes()
+    sizes = [int(node.get("CPU", 0.0)) for node in nodes]
+    cpus = max(1, sum(sizes))
     if job.use_gpu:
-        check_gpus(1)
-        gpus = ray.cluster_resources().get("GPU", 1.0)
+        gpus = sum(node.get("GPU", 0.0) for node in nodes)
         num_predictors = job.num_predictors or max(1, int(gpus / job.gpus_per_predictor))
-        threads, wanted = None, 1.0
+        threads = None
+        reserved = share_cpus(num_predictors, nodes, GPU=job.gpus_per_predictor)
     else:
-        most = max(1, min(CPUS_PER_PREDICTOR, max(nodes, default=1)))
-        num_predictors = job.num_predictors or sum(max(1, n // most) for n in nodes if n)
+        most = max(1, min(CPUS_PER_PREDICTOR, max(sizes, default=1)))
+        num_predictors = job.num_predictors or sum(max(1, n // most) for n in sizes if n) or 1
         threads = max(1, min(most, cpus // num_predictors))
         # A CPU of each predictor's stays free for decoding, which needs a tenth as much.
-        wanted = max(0.5, threads - 1.0)
-    # However many were asked for, a CPU stays free, or nothing would ever be decoded.
-    reserved = max(0.01, min(wanted, math.floor(100 * (cpus - 1) / num_predictors) / 100))
-    left = max(DECODE_CPUS, cpus - LIST_CPUS - num_predictors * reserved)
+        reserved = share_cpus(num_predictors, nodes, wanted=max(0.5, threads - 1.0))
     options = RuntimeOptions(
         backend=job.backend, precision=job.precision, num_threads=threads, use_gpu=job.use_gpu
     )
@@ -252,7 +264,7 @@ def plan_run(job: ClassifyJob, classifier: Classifier) -> BulkPlan:
         calibration=None if images is None else ray.put(images),
         explain=job.explain,
         num_predictors=num_predictors,
-        num_decoders=job.num_decoders or max(1, int(left / DECODE_CPUS)),
+        num_decoders=job.num_decoders or max(1, round(cpus - num_predictors * reserved)),
         cpus_per_predictor=reserved,
         gpus_per_predictor=job.gpus_per_predictor if job.use_gpu else 0.0,
     )

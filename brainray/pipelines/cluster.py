@@ -1,18 +1,36 @@
 """Joining a Ray cluster, or starting one on this machine, and what it can take."""
 
 import logging
-import math
 import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import ray
 import ray.data
 
+from brainray.dataset.stream import TASK_CPUS
 from brainray.errors import ConfigError
 from brainray.pipelines.config import Placement
 from brainray.raytoken import keep_token_private
 
 MIN_CPUS = 2
-"""A training worker and a decoding task need a (logical) CPU each."""
+"""Logical CPUs that Ray is given at least on this machine: one to train, one to decode."""
+
+JOINING_S = 15.0
+"""Nodes of a cluster that is just being started have this long to join."""
+
+TELL_S = 30.0
+"""Between two lines on what a job waits for."""
+
+NODE_GROUP_LABEL = "ray.io/node-group"
+"""Ray's label of nodes whose kind an autoscaler knows; nodes that people start have none."""
+
+Bundle = dict[str, float]
+"""Resources of one process, or of one node, by Ray's names."""
 
 
 def connect_ray(*, verbose: bool = False) -> None:
@@ -29,6 +47,8 @@ def connect_ray(*, verbose: bool = False) -> None:
         logging.getLogger(name).setLevel(level)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=verbose, logging_level=level)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop`
         return
     keep_token_private()
     # Nobody drains the only node; each idle actor takes 1 % of a core from two that train.
@@ -42,42 +62,150 @@ def connect_ray(*, verbose: bool = False) -> None:
     )
 
 
-def compute_cpus_per_worker(placement: Placement) -> float:
-    """Return the logical CPUs that each training worker reserves.
-
-    One with a GPU. Without, one as well where the cluster has more CPUs than workers, else
-    a fraction: whatever happens, a CPU stays free for the tasks that decode, since a run
-    whose workers hold every CPU waits for its own data for ever.
-
-    Raises
-    ------
-    ConfigError
-        The cluster has too few CPUs or GPUs, now, and cannot add any.
-    """
-    if placement.use_gpu:
-        check_gpus(placement.min_workers or placement.num_workers)
-    cpus = ray.cluster_resources().get("CPU", 0.0)
-    if placement.use_gpu or (cpus < MIN_CPUS and os.environ.get("RAY_ADDRESS")):
-        return 1.0  # a cluster that was joined may add nodes when asked
-    if cpus < MIN_CPUS:
-        raise ConfigError(f"Expected at least {MIN_CPUS} CPUs in the cluster, found {cpus:g}.")
-    thousandths = math.floor(1000 * (cpus - 1) / placement.num_workers)  # Ray counts in 1e-4
-    return float(min(1.0, thousandths / 1000))
+def _interrupt(*_: object) -> None:
+    """End the job as Ctrl-C does; Ray's own handler would end it without a word."""
+    raise KeyboardInterrupt
 
 
-def check_gpus(least: int) -> None:
-    """Check that there are enough GPUs for ``--use-gpu``.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Need:
+    """What a job cannot do without, and how a person asks for less."""
 
-    A cluster that was joined may add nodes when asked, and is not judged by what it has now.
+    bundle: Bundle
+    """Resources of one process."""
+    count: int
+    """Processes at one time."""
+    what: str
+    """What they are, for people."""
+    remedy: str
+    """What makes the job need less."""
 
-    Raises
-    ------
-    ConfigError
-        This machine has fewer.
-    """
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    if gpus < least and not os.environ.get("RAY_ADDRESS"):
-        raise ConfigError(
-            f"Expected at least {least} GPUs for --use-gpu, found {gpus:g}. "
-            "Add GPU nodes, lower --num-workers, or leave --use-gpu out."
+
+def list_nodes() -> list[Bundle]:
+    """Return the resources of every node that is there now."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def count_fitting(bundle: Bundle, nodes: Sequence[Bundle]) -> int:
+    """Return how many processes of one kind the nodes can hold, each on one node."""
+    return sum(
+        int(
+            min((node.get(name, 0.0) + 1e-6) // amount for name, amount in bundle.items() if amount)
         )
+        for node in nodes
+    )
+
+
+def share_cpus(count: int, nodes: Sequence[Bundle], wanted: float = 1.0, **others: float) -> float:
+    """Return the CPUs that each of some processes reserves: all wanted, or a part of one.
+
+    Whatever the nodes and whichever of them are lost, each of the processes leaves
+    :data:`brainray.dataset.stream.TASK_CPUS` of every CPU to the tasks that read and decode: a
+    run whose processes hold every CPU of every node waits for its own data for ever.
+
+    Parameters
+    ----------
+    count : int
+        Processes.
+    nodes : sequence of Bundle
+        The nodes that there are.
+    wanted : float
+        CPUs for each, if there are enough.
+    others : float
+        What else each of them takes: ``GPU=1.0``.
+    """
+    kept = 1 - 2 * TASK_CPUS
+    if others:
+        count = min(count, max(1, count_fitting(others, nodes)))
+    for share in (wanted, *(1 / parts for parts in range(1, count + 1))):
+        cpus = round(share * kept - 5e-5, 4)  # Ray counts in 1e-4
+        if share <= wanted and count_fitting({"CPU": cpus, **others}, nodes) >= count:
+            return cpus
+    return kept * min(1.0, wanted)  # more than there is: an autoscaler may add nodes
+
+
+def describe_training_needs(placement: Placement) -> Need:
+    """Say what training cannot do without."""
+    least = placement.min_workers or placement.num_workers
+    others = {"GPU": 1.0} if placement.use_gpu else {}
+    return Need(
+        bundle={"CPU": share_cpus(placement.num_workers, list_nodes(), **others), **others},
+        count=least,
+        what="training worker",
+        remedy="lower --num-workers, or let it go on with fewer (--min-workers)"
+        + (", or leave --use-gpu out" if placement.use_gpu else ""),
+    )
+
+
+def describe_gpu_need(gpus: float = 1.0, count: int = 1) -> Need:
+    """Say what predicting on GPUs cannot do without."""
+    return Need(
+        bundle={"CPU": TASK_CPUS, "GPU": gpus},
+        count=count,
+        what="predictor",
+        remedy="leave --use-gpu out" if count == 1 else "lower --num-predictors",
+    )
+
+
+def check_fits(*needs: Need) -> None:
+    """Check that the cluster can hold what a job needs; nodes may be about to join it.
+
+    A cluster with an autoscaler is not judged by what it has now.
+
+    Raises
+    ------
+    ConfigError
+        It cannot, and nothing will add nodes.
+    """
+    deadline = time.monotonic() + (JOINING_S if os.environ.get("RAY_ADDRESS") else 0.0)
+    while lacking := find_lacking(needs, list_nodes()):
+        if has_autoscaler():
+            return
+        if time.monotonic() > deadline:
+            raise ConfigError(f"{lacking} Nothing adds nodes to it by itself.")
+        time.sleep(1.0)
+
+
+def find_lacking(needs: Sequence[Need], nodes: Sequence[Bundle]) -> str | None:
+    """Say in a sentence or two what does not fit on the nodes, if anything."""
+    tasks = Need(
+        bundle={"CPU": 1.0}, count=1, what="task", remedy="start nodes with more --num-cpus"
+    )
+    for need in (tasks, *needs):
+        fitting = count_fitting(need.bundle, nodes)
+        if fitting < need.count:
+            each = " and ".join(f"{amount:g} {name}" for name, amount in need.bundle.items())
+            total = " and ".join(
+                f"{sum(node.get(name, 0.0) for node in nodes):g} {name}" for name in need.bundle
+            )
+            return (
+                f"Expected room for {need.count} {need.what}{'s' * (need.count > 1)} with {each} "
+                f"each; the cluster has room for {fitting} ({len(nodes)} nodes with {total} in "
+                f"all). Add nodes, {need.remedy}."
+            )
+    return None
+
+
+def has_autoscaler() -> bool:
+    """Tell whether the cluster may add nodes by itself."""
+    return any(NODE_GROUP_LABEL in node["Labels"] for node in ray.nodes() if node["Alive"])
+
+
+@contextmanager
+def tell_waiting(needs: Sequence[Need], say: Callable[[str], None]) -> Iterator[None]:
+    """Say from time to time what a job waits for, while the cluster lacks what it needs."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(TELL_S):
+            lacking = find_lacking(needs, list_nodes())
+            if lacking:
+                say(f"Waiting for nodes. {lacking}")
+
+    thread = threading.Thread(target=watch, name="waiting", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

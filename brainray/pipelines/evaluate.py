@@ -13,7 +13,7 @@ from brainray.dataset.split import hash_manifest
 from brainray.dataset.twins import find_nearest, standardise_thumbnails
 from brainray.errors import DataError
 from brainray.model.classifier import Classifier, load_classifier
-from brainray.pipelines.cluster import check_gpus, connect_ray
+from brainray.pipelines.cluster import check_fits, connect_ray, describe_gpu_need, tell_waiting
 from brainray.pipelines.data import (
     MANIFEST_FILE,
     PreparedData,
@@ -67,21 +67,22 @@ def evaluate(job: EvaluateJob, *, say: Say = logger.info, verbose: bool = False)
     found = find_samples(job.data_uri, classifier.classes, splits=("test",))
     training = find_training_manifest(job, classifier.card, say)
     connect_ray(verbose=verbose)
-    if job.use_gpu:
-        check_gpus(1)
+    needs = [describe_gpu_need()] if job.use_gpu else []
+    check_fits(*needs)
     data = prepare_evaluation_data(found, classifier, training, job)
-    return judge_and_report(
-        data,
-        output_uri=job.output_uri,
-        classifier_uri=job.classifier_uri,
-        splits=("test",),
-        limits=job.limits,
-        use_gpu=job.use_gpu,
-        title="brainray evaluation report",
-        configuration=asdict(job),
-        facts={"Data": job.data_uri},
-        say=say,
-    )
+    with tell_waiting(needs, say):
+        return judge_and_report(
+            data,
+            output_uri=job.output_uri,
+            classifier_uri=job.classifier_uri,
+            splits=("test",),
+            limits=job.limits,
+            use_gpu=job.use_gpu,
+            title="brainray evaluation report",
+            configuration=asdict(job),
+            facts={"Data": job.data_uri},
+            say=say,
+        )
 
 
 def find_training_manifest(job: EvaluateJob, card: dict[str, Any], say: Say) -> pa.Table | None:

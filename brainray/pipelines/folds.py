@@ -15,7 +15,7 @@ from brainray.dataset.source import FoundSamples, find_samples
 from brainray.dataset.split import assign_folds, assign_splits
 from brainray.metrics import compute_curves
 from brainray.model.network import fetch_weights
-from brainray.pipelines.cluster import connect_ray
+from brainray.pipelines.cluster import check_fits, connect_ray, describe_training_needs
 from brainray.pipelines.config import TrainConfig
 from brainray.pipelines.data import (
     GroupedData,
@@ -94,6 +94,7 @@ def cross_validate(
     found = find_training_samples(job)
     weights = fetch_weights(job.config.weights, job.config.weights_uri)
     connect_ray(verbose=verbose)
+    check_fits(describe_training_needs(job.placement))
     data = group_training_data(found, job.config)
     labels = data.labels[data.kept]
     folds = assign_folds(labels, data.groups, job.folds, seed=job.config.seed)

@@ -208,7 +208,7 @@ class Worker:
         if self.rank == 0:
             reserved = self.world_size * self.setup.cpus_per_worker
             free = ray.cluster_resources()["CPU"] - reserved
-            shards = open_stream(plan, self.setup.store, num_cpus=max(1.0, free))
+            shards = open_stream(plan, self.setup.store, num_tasks=max(1, int(free)))
         shards = ray.train.collective.broadcast_from_rank_zero(shards)
         shard: DataIterator = shards[self.rank]
         return shard

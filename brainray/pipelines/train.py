@@ -37,7 +37,12 @@ from brainray.model.network import (
 )
 from brainray.model.trust import Outputs, Trust
 from brainray.pipelines.checkpoint import load_network_weights
-from brainray.pipelines.cluster import compute_cpus_per_worker, connect_ray
+from brainray.pipelines.cluster import (
+    check_fits,
+    connect_ray,
+    describe_training_needs,
+    tell_waiting,
+)
 from brainray.pipelines.config import Placement, TrainConfig, find_differences
 from brainray.pipelines.data import MANIFEST_FILE, PreparedData, prepare_training_data
 from brainray.pipelines.judge import METRICS_FILE, Say, compute_outputs, judge_and_report
@@ -125,6 +130,7 @@ def train(
     found = find_samples(job.data_uri, job.config.classes)
     weights = fetch_weights(job.config.weights, job.config.weights_uri)
     connect_ray(verbose=verbose)
+    check_fits(describe_training_needs(job.placement))
     data = prepare_training_data(found, job.config)
     describe_plan(job, data, ("train", "val", "test"), say)
     keep_manifest(job, data)
@@ -264,7 +270,8 @@ def fit(
     TrainingError
         The workers failed more often than ``max_failures``.
     """
-    with relay_messages(say, tick) as messages:
+    need = describe_training_needs(job.placement)
+    with relay_messages(say, tick) as messages, tell_waiting([need], say):
         setup = WorkerSetup(
             config=job.config,
             train_indices=data.select("train"),
@@ -276,7 +283,7 @@ def fit(
             checkpoints_uri=job.at(CHECKPOINTS_FOLDER),
             records_uri=job.at(RECORDS_FILE),
             tensorboard_uri=job.at("tensorboard"),
-            cpus_per_worker=compute_cpus_per_worker(job.placement),
+            cpus_per_worker=need.bundle["CPU"],
             use_gpu=job.placement.use_gpu,
             messages=messages,
         )
@@ -305,6 +312,8 @@ def build_trainer(job: TrainJob, setup: WorkerSetup) -> TorchTrainer:
             num_workers=placement.worker_range,  # type: ignore[arg-type]  # Ray takes a range
             use_gpu=placement.use_gpu,
             resources_per_worker=resources,
+            # On a CPU, a worker computes with all cores of its node.
+            placement_strategy="PACK" if placement.use_gpu else "SPREAD",
         ),
         run_config=RunConfig(
             name=CHECKPOINTS_FOLDER,

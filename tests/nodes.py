@@ -1,0 +1,193 @@
+"""A Ray cluster for tests: nodes on this machine, with a token, ports and folders of their own.
+
+Every node is a `ray start --block` and what it has started. Commands reach the cluster as a
+person's would: by the token and the addresses in their environment.
+"""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from tests.conftest import REPOSITORY
+from tests.processes import TIMEOUT_S, finish
+
+BIN = Path(sys.executable).parent
+STORE_BYTES = 150 * 10**6
+
+
+class Node:
+    """One node: a `ray start`, its raylet, and the workers of that."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+
+    def list_processes(self) -> list[psutil.Process]:
+        """List what the node has started, also what has outlived its parent."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == self.process.pid:
+                    found.append(process)
+                    found += process.children(recursive=True)
+            except (psutil.NoSuchProcess, ProcessLookupError):
+                continue
+        return found
+
+    def find_id(self) -> str:
+        """Return the id by which Ray knows the node, which is on its raylet's command line."""
+        for process in self.list_processes():
+            for word in process.cmdline():
+                if word.startswith("--node_id="):
+                    return word.partition("=")[2]
+        raise AssertionError("the node has no raylet")
+
+    def kill(self) -> None:
+        """Take the node away at once, as when its machine loses power."""
+        for process in self.list_processes():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+
+
+class Cluster:
+    """A head and more nodes; all die with :meth:`close`."""
+
+    def __init__(self, *, head_cpus: int, node_cpus: Sequence[int] = (), **extra: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="brainray-"))  # short: sockets have paths
+        token = self.folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        self.port, self.dashboard_port, client_port = _find_ports(3)
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+            "HOME": str(self.folder),
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",
+            # A busy machine takes longer to start a process than Ray waits for it.
+            "RAY_agent_register_timeout_ms": "300000",
+            "RAY_worker_register_timeout_seconds": "300",
+            **extra,
+        }
+        self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        self.nodes: list[Node] = []
+        self.head = self._start(
+            "--head",
+            f"--port={self.port}",
+            f"--dashboard-port={self.dashboard_port}",
+            "--dashboard-host=127.0.0.1",
+            f"--ray-client-server-port={client_port}",
+            f"--temp-dir={self.folder / 'ray'}",
+            num_cpus=head_cpus,
+        )
+        try:
+            self._wait_for(self.dashboard_port)
+        except AssertionError:
+            self.close()
+            raise
+        for num_cpus in node_cpus:
+            self.add_node(num_cpus)
+
+    def add_node(self, num_cpus: int) -> Node:
+        return self._start(f"--address={self.address}", num_cpus=num_cpus)
+
+    def drain(self, node: Node, *, deadline_s: int) -> None:
+        """Announce that a node will be taken back, as a cloud does with spot machines."""
+        words = ("--reason-message", "spot", "--deadline-remaining-seconds", deadline_s)
+        reason = "DRAIN_NODE_REASON_PREEMPTION"
+        command = ("ray", "drain-node", "--address", self.address, "--node-id", node.find_id())
+        status, said = finish(self.ask(*command, "--reason", reason, *words))
+        assert status == 0, said
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def _start(self, *words: str, num_cpus: int) -> Node:
+        options = [
+            f"--num-cpus={num_cpus}",
+            f"--object-store-memory={STORE_BYTES}",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            "--dashboard-agent-listen-port=0",
+            "--disable-usage-stats",
+            "--block",
+        ]
+        with (self.folder / f"node-{len(self.nodes)}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [str(BIN / "ray"), "start", *words, *options],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.nodes.append(Node(process))
+        return self.nodes[-1]
+
+    def _wait_for(self, port: int) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline, self.read_logs()
+                assert self.head.process.poll() is None, self.read_logs()
+                time.sleep(0.2)
+
+    def read_logs(self) -> str:
+        return "\n".join(file.read_text() for file in sorted(self.folder.glob("node-*.log")))
+
+    def start(self, *words: object, cwd: Path = REPOSITORY) -> subprocess.Popen[str]:
+        """Start a command that joins the cluster as a driver beside its head."""
+        environment = self.environment | {"RAY_ADDRESS": self.address}
+        return _start(words, cwd, environment)
+
+    def ask(self, *words: object, cwd: Path = REPOSITORY, **extra: str) -> subprocess.Popen[str]:
+        """Start a command that speaks to the dashboard, as `ray job …` does."""
+        environment = self.environment | {
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard_port}"
+        }
+        return _start(words, cwd, environment | extra)
+
+    def close(self) -> None:
+        for node in self.nodes:
+            node.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _start(
+    words: Sequence[object], cwd: Path, environment: dict[str, str]
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(word) for word in words],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _find_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

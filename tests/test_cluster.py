@@ -1,0 +1,400 @@
+"""The jobs on a Ray cluster of several nodes: submitted, short of room, robbed of nodes."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from brainray.errors import ConfigError
+from brainray.pipelines import cluster as cluster_room
+from brainray.pipelines.cluster import Need, check_fits, count_fitting, find_lacking, share_cpus
+from brainray.pipelines.cluster import tell_waiting as tell
+from tests.conftest import REPOSITORY
+from tests.nodes import Cluster, Node
+from tests.processes import finish, wait_for
+
+MAX_PACKAGE_BYTES = 5 * 2**20
+
+
+# Room
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("cpus", [(1,), (2,), (1, 1, 1), (2, 2), (4, 1), (16, 16), (0, 2)])
+def test_processes_fit_and_leave_a_task_its_share_of_every_node(
+    cpus: tuple[int, ...], count: int
+) -> None:
+    nodes = [{"CPU": float(n)} for n in cpus]
+    share = share_cpus(count, nodes)
+    assert count_fitting({"CPU": share}, nodes) >= count
+    for lost in range(len(nodes)):  # whatever is lost, and however the rest is filled
+        for node in nodes[lost:]:
+            held = count_fitting({"CPU": share}, [node])
+            assert node["CPU"] == 0 or node["CPU"] - held * share >= 0.0199
+
+
+def test_a_process_takes_a_whole_cpu_where_there_are_enough_and_all_its_threads() -> None:
+    assert share_cpus(2, [{"CPU": 1.0}, {"CPU": 1.0}]) == pytest.approx(0.98, abs=1e-3)
+    assert share_cpus(8, [{"CPU": 16.0}] * 2, wanted=3.0) == pytest.approx(2.94, abs=1e-3)
+    assert share_cpus(3, [{"CPU": 1.0}] * 2) == pytest.approx(0.49, abs=1e-3)
+    # Four GPUs beside two CPUs: the GPUs decide how many there can be, and all of them fit.
+    node = {"CPU": 2.0, "GPU": 4.0}
+    share = share_cpus(8, [node], GPU=1.0)
+    assert count_fitting({"CPU": share, "GPU": 1.0}, [node]) == 4
+
+
+def test_what_does_not_fit_is_said_with_what_there_is() -> None:
+    need = Need(bundle={"CPU": 0.98, "GPU": 1.0}, count=8, what="worker", remedy="ask for less")
+    nodes = [{"CPU": 4.0}, {"CPU": 4.0, "GPU": 2.0}]
+    said = find_lacking([need], nodes)
+    assert said is not None
+    assert "room for 8 workers with 0.98 CPU and 1 GPU each" in said
+    assert "room for 2 (2 nodes with 8 CPU and 2 GPU in all)" in said
+    assert "ask for less" in said
+    assert find_lacking([need], [{"CPU": 8.0, "GPU": 8.0}]) is None
+    said = find_lacking([], [{"CPU": 0.0}])  # a head that takes no work, and nothing else
+    assert said is not None
+    assert "1 task with 1 CPU" in said
+
+
+@pytest.fixture
+def known_nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Stand in for the nodes that Ray knows, in a cluster that was joined."""
+    nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"CPU": 1.0}, "Labels": {}}]
+    monkeypatch.setattr(cluster_room.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(cluster_room, "JOINING_S", 0.5)
+    monkeypatch.setattr(cluster_room, "TELL_S", 0.02)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    return nodes
+
+
+TWO = Need(bundle={"CPU": 0.9}, count=2, what="worker", remedy="ask for less")
+
+
+def test_a_cluster_that_is_too_small_is_refused_unless_it_can_grow(
+    known_nodes: list[dict[str, Any]],
+) -> None:
+    with pytest.raises(ConfigError, match=r"room for 1 .* Nothing adds nodes to it by itself"):
+        check_fits(TWO)
+    known_nodes[0]["Labels"] = {"ray.io/node-group": "head"}
+    check_fits(TWO)
+
+
+def test_a_node_that_is_about_to_join_is_waited_for(known_nodes: list[dict[str, Any]]) -> None:
+    threading.Timer(0.2, known_nodes.append, [dict(known_nodes[0])]).start()
+    check_fits(TWO)
+    assert len(known_nodes) == 2
+
+
+def test_what_is_waited_for_is_said_again_and_again(known_nodes: list[dict[str, Any]]) -> None:
+    said: list[str] = []
+    with tell([TWO], said.append):
+        time.sleep(0.3)
+        assert len(said) > 2
+        known_nodes.append(dict(known_nodes[0]))
+        time.sleep(0.1)
+        heard = len(said)
+        time.sleep(0.2)
+        assert len(said) == heard, "there is nothing to wait for any more"
+    assert said[0].startswith("Waiting for nodes. Expected room for 2 workers")
+
+
+# Submits
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy what git tracks, and lay beside it what lies in the folder of who works there."""
+    folder = tmp_path_factory.mktemp("checkout") / "brainray"
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    for name in names.stdout.splitlines():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, target)
+    for name in (".git/pack", ".venv/lib.so", "data/scan.jpg", "OUT/model.safetensors", "runs/x"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(random.Random(0).randbytes(3 * 2**20))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def three_nodes() -> Iterator[Cluster]:
+    """Start three nodes of one CPU each."""
+    cluster = Cluster(head_cpus=1, node_cpus=(1, 1))
+    yield cluster
+    cluster.close()
+
+
+def submit(
+    cluster: Cluster, checkout: Path, job: str, *words: object, name: str | None = None
+) -> subprocess.Popen[str]:
+    named = ("--submission-id", name) if name else ()
+    return cluster.ask(
+        *("ray", "job", "submit", *named, "--working-dir", ".", "--", "python", f"jobs/{job}.py"),
+        *words,
+        cwd=checkout,
+    )
+
+
+def describe_training(data: Path, output: Path, *, epochs: int = 2) -> list[str]:
+    arguments = {
+        "--data-uri": data,
+        "--output-uri": output,
+        "--recipe": "smoke",
+        "--preprocessing.size-px": 32,
+        "--num-epochs": epochs,
+        "--precision": "fp32",
+        "--global-batch-size": 8,
+    }
+    return [str(word) for pair in arguments.items() for word in pair]
+
+
+def last_words(said: str) -> str:
+    """Return the last line of the job itself: what Ray says around it has a date in front."""
+    lines = [line.strip() for line in said.splitlines()]
+    return [line for line in lines if line and not re.match(r"\d{4}-\d\d-\d\d ", line)][-1]
+
+
+def test_only_code_travels_and_the_reason_of_a_failure_comes_back(
+    three_nodes: Cluster, checkout: Path, tmp_path: Path
+) -> None:
+    words = describe_training(tmp_path / "nowhere", tmp_path / "out")
+    status, said = finish(submit(three_nodes, checkout, "train", *words))
+    assert status != 0
+    assert last_words(said).startswith(f"error: No folder at '{tmp_path / 'nowhere'}'.")
+    (package,) = (
+        folder
+        for folder in three_nodes.folder.glob("ray/session_*/runtime_resources/working_dir_files/*")
+        if folder.is_dir()
+    )
+    files = [file for file in package.rglob("*") if file.is_file()]
+    assert {file.relative_to(package).parts[0] for file in files} == {"brainray", "jobs"}
+    assert sum(file.stat().st_size for file in files) < MAX_PACKAGE_BYTES
+
+
+def test_who_has_no_token_is_refused(three_nodes: Cluster, tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    words = ("ray", "job", "submit", "--", "touch", witness)
+    status, said = finish(three_nodes.ask(*words, RAY_AUTH_MODE="disabled"))
+    assert status != 0
+    assert "Missing authentication token" in said
+    wrong = tmp_path / "token"
+    wrong.write_text("0" * 64)
+    status, said = finish(three_nodes.ask(*words, RAY_AUTH_TOKEN_PATH=str(wrong)))
+    assert status != 0
+    assert not witness.exists()
+    assert (three_nodes.folder / "token").stat().st_mode & 0o777 == 0o600
+
+
+def test_workers_that_can_never_be_had_are_refused(
+    three_nodes: Cluster, phantom_folder: Path, tmp_path: Path
+) -> None:
+    words = describe_training(phantom_folder, tmp_path)
+    command = (sys.executable, "jobs/train.py", *words, "--num-workers", "8", "--use-gpu")
+    status, said = finish(three_nodes.start(*command))
+    assert status == 2, said
+    assert "room for 8 training workers with 0.98 CPU and 1 GPU each" in last_words(said)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_three_jobs_on_nodes_of_one_cpu_end_and_leave_their_results_in_storage(
+    three_nodes: Cluster, checkout: Path, phantom_folder: Path, tmp_path: Path
+) -> None:
+    out, answers, judged = tmp_path / "out", tmp_path / "answers", tmp_path / "judged"
+    words = describe_training(phantom_folder, out)
+    status, said = finish(submit(three_nodes, checkout, "train", *words, "--num-workers", "3"))
+    assert status == 0, said
+    assert "Research use only" in said
+    assert "succeeded" in last_words(said) or "Research use only" in last_words(said)
+    assert [record["world_size"] for record in read_records(out)] == [3, 3]
+    given = ("--classifier-uri", out / "classifier", "--output-uri")
+    command = ("--scans-uri", phantom_folder / "Testing", *given, answers)
+    status, said = finish(submit(three_nodes, checkout, "classify", *command))
+    assert status == 0, said
+    assert pq.read_table(answers / "predictions").num_rows == 32
+    command = ("--data-uri", phantom_folder, *given, judged)
+    status, said = finish(submit(three_nodes, checkout, "evaluate", *command))
+    assert status == 0, said
+    trained = json.loads((out / "metrics.json").read_text())
+    evaluated = json.loads((judged / "metrics.json").read_text())
+    assert evaluated["test"]["accuracy"] == trained["test"]["accuracy"]
+
+
+def read_records(output: Path) -> list[dict[str, Any]]:
+    file = output / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def count_epochs(output: Path) -> int:
+    return len(read_records(output))
+
+
+@pytest.mark.slow
+def test_a_stopped_training_job_goes_on_where_it_was(
+    three_nodes: Cluster, checkout: Path, phantom_folder: Path, tmp_path: Path
+) -> None:
+    words = (*describe_training(phantom_folder, tmp_path, epochs=12), "--num-workers", "2")
+    first = submit(three_nodes, checkout, "train", *words, name="stopped")
+    wait_for(lambda: count_epochs(tmp_path) >= 1, first)
+    status, said = finish(three_nodes.ask("ray", "job", "stop", "stopped"))
+    assert status == 0, said
+    status, said = finish(first)
+    assert status != 0
+    assert "interrupted: the same command goes on where this one was." in said
+    cut = read_records(tmp_path)
+    assert 0 < len(cut) < 12, "the run was over before it was stopped"
+    status, said = finish(submit(three_nodes, checkout, "train", *words))
+    assert status == 0, said
+    assert "Going on with the run" in said
+    records = read_records(tmp_path)
+    assert [record["epoch"] for record in records] == list(range(12))
+    kept = len(cut) - 1  # the last epoch's checkpoint may have been on its way
+    assert [r["train_loss"] for r in records[:kept]] == [r["train_loss"] for r in cut[:kept]]
+
+
+# Lost nodes
+
+
+@pytest.fixture(scope="module")
+def inbox(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Link the phantoms until there are 2,000, so that a run takes a while."""
+    folder = tmp_path_factory.mktemp("inbox")
+    files = sorted(phantom_folder.rglob("*.jpg"))
+    for number in range(2000):
+        (folder / f"{number:05d}.jpg").symlink_to(files[number % len(files)])
+    return folder
+
+
+def classify(cluster: Cluster, inbox: Path, classifier: Path, output: Path) -> Any:  # noqa: ANN401
+    words = ("--scans-uri", inbox, "--classifier-uri", classifier, "--output-uri", output)
+    return cluster.start(sys.executable, "jobs/classify.py", *words, "--part-s", "0.3")
+
+
+def count_parts(output: Path) -> int:
+    return len(list((output / "predictions").glob("*.parquet")))
+
+
+def check_complete(output: Path, inbox: Path) -> None:
+    uris = pq.read_table(output / "predictions", columns=["scan_uri"])["scan_uri"].to_pylist()
+    assert len(uris) == len(set(uris)), "a scan has two rows"
+    assert set(uris) == {str(file) for file in inbox.iterdir()}
+
+
+def lose_a_node(
+    inbox: Path, classifier: Path, output: Path, cluster: Cluster, moments: random.Random
+) -> None:
+    """Kill one of the nodes at a random moment of a run; put another in its place afterwards."""
+    process = classify(cluster, inbox, classifier, output)
+    wanted = moments.randint(1, 3)
+    wait_for(lambda: count_parts(output) >= wanted, process)
+    time.sleep(moments.uniform(0.0, 0.5))
+    victim = cluster.nodes.pop(moments.randint(1, len(cluster.nodes) - 1))
+    assert process.poll() is None, "the run was over before the node was lost"
+    victim.kill()
+    status, said = finish(process)
+    assert status == 0, said
+    check_complete(output, inbox)
+    cluster.add_node(1)
+
+
+@pytest.fixture(scope="module")
+def mortal_nodes() -> Iterator[Cluster]:
+    """Start three nodes beside a head that takes no work."""
+    cluster = Cluster(head_cpus=0, node_cpus=(1, 1, 1))
+    yield cluster
+    cluster.close()
+
+
+def test_a_bulk_run_outlives_a_node(
+    mortal_nodes: Cluster, inbox: Path, tiny_classifier: Path, tmp_path: Path
+) -> None:
+    lose_a_node(inbox, tiny_classifier, tmp_path, mortal_nodes, random.Random(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_a_bulk_run_outlives_a_node_at_any_moment(
+    mortal_nodes: Cluster, inbox: Path, tiny_classifier: Path, tmp_path: Path, seed: int
+) -> None:
+    lose_a_node(inbox, tiny_classifier, tmp_path, mortal_nodes, random.Random(seed))
+
+
+def find_worker_node(cluster: Cluster) -> Node:
+    """Return a node on which a training worker runs."""
+    for node in cluster.nodes:
+        for process in node.list_processes():
+            try:
+                if any("RayTrainWorker" in word for word in process.cmdline()):
+                    return node
+            except psutil.NoSuchProcess:
+                continue
+    raise AssertionError("no training worker runs")
+
+
+@pytest.mark.slow
+def test_training_outlives_a_killed_a_drained_and_a_joining_node(
+    phantom_folder: Path, tmp_path: Path
+) -> None:
+    cluster = Cluster(head_cpus=0, node_cpus=(1, 1, 1), RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1")
+    try:
+        words = (*describe_training(phantom_folder, tmp_path, epochs=16), "--min-workers", "1")
+        process = cluster.start(sys.executable, "jobs/train.py", *words, "--num-workers", "3")
+        wait_for(lambda: count_epochs(tmp_path) >= 1, process)
+        find_worker_node(cluster).kill()
+        before = count_epochs(tmp_path)
+        wait_for(lambda: count_epochs(tmp_path) > before + 1, process)
+        cluster.add_node(1)
+        drained = find_worker_node(cluster)
+        cluster.drain(drained, deadline_s=10)
+        time.sleep(10)
+        drained.kill()
+        status, said = finish(process)
+    finally:
+        cluster.close()
+    assert status == 0, said
+    records = read_records(tmp_path)
+    assert [record["epoch"] for record in records] == list(range(16))
+    assert records[0]["world_size"] == 3
+    assert min(record["world_size"] for record in records) < 3
+    told = [int(found) for found in re.findall(r"^epoch +(\d+)/16", said, re.MULTILINE)]
+    assert max(told.count(epoch) for epoch in set(told)) <= 2, said
+    assert len(told) <= 16 + 3, "more than an epoch was done again for each of three changes"
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["val"]["accuracy"] > 0.5
+
+
+@pytest.mark.slow
+def test_the_same_command_goes_on_after_the_heads_loss(
+    inbox: Path, tiny_classifier: Path, tmp_path: Path
+) -> None:
+    cluster = Cluster(head_cpus=1, node_cpus=(1,))
+    try:
+        process = classify(cluster, inbox, tiny_classifier, tmp_path)
+        wait_for(lambda: count_parts(tmp_path) >= 1, process)
+        cluster.head.kill()
+        process.kill()  # the machine's loss takes the driver too
+        process.communicate()
+    finally:
+        cluster.close()
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "predictions").glob("*.parquet")}
+    assert kept
+    cluster = Cluster(head_cpus=1, node_cpus=(1,))
+    try:
+        status, said = finish(classify(cluster, inbox, tiny_classifier, tmp_path))
+    finally:
+        cluster.close()
+    assert status == 0, said
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    check_complete(tmp_path, inbox)
