@@ -78,6 +78,7 @@ class ObjectStore:
             region="us-east-1",
             endpoint_override=self.url,
             allow_bucket_creation=True,
+            request_timeout=60.0,
         )
 
 

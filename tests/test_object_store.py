@@ -410,7 +410,7 @@ def test_a_job_in_a_missing_bucket_says_so_and_exits_2(
     assert "there is no such bucket" in run(capsys, command, option, "s3://no-such-bucket/x")
 
 
-# -------------------------------------------------------------------------------------- few requests
+# ------------------------------------------------------------------------------------ few requests
 
 
 def test_a_write_makes_no_folders_and_takes_one_request(store: ObjectStore) -> None:
