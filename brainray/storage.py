@@ -2,19 +2,22 @@
 
 Everything speaks :mod:`pyarrow.fs`, as Ray does. Files are written whole or not at all: a
 local file is written beside its final name and renamed, and an object store shows an
-object only when its upload is complete.
+object only when its upload is complete. Folders are made on a disk only: an object store has
+none, and an empty object in the place of each would cost a request and a right.
 """
 
 import io
 import json
 import os
+import re
 import stat
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +29,52 @@ REMOTE_SCHEMES = ("s3", "gs", "gcs")
 
 _URI_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"
 """What RFC 3986 allows in a URI beside letters, digits and ``-._``."""
+
+S3_OPTIONS = ("region", "endpoint_override", "scheme", "tls_ca_file_path")
+"""What the query of an s3:// place may give, each in the place of a variable of AWS."""
+
+MAX_ATTEMPTS = 5
+"""Attempts at one request of S3; the pauses between them double, to 15 s in all at most."""
+TIMEOUT_S = 5.0
+"""Silence of S3, on connecting or within a request, after which an attempt has failed."""
+GCS_RETRY_S = 30
+"""Seconds for which one request of Google Cloud Storage is tried again; it would be 900."""
+
+_S3_ERROR = re.compile(
+    r"AWS Error (?P<name>\w+)(?: \(HTTP status (?P<status>\d+)\))? during \w+ operation: "
+    r"(?:Unable to parse ExceptionName: (?P<unparsed>\w+) Message: )?(?P<message>.*)",
+    re.DOTALL,
+)
+_NO_BUCKET = (
+    "there is no such bucket. Check its name, and AWS_ENDPOINT_URL where one is set, or create it."
+)
+_OTHER_REGION = "the bucket lies in another region. Set AWS_REGION, or add ?region=… to the place."
+_DENIED = (
+    "access is denied. Give credentials that may do this: AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role of the machine."
+)
+_WRONG_KEY = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile."
+_EXPIRED = "the credentials have expired. Renew them, AWS_SESSION_TOKEN too."
+_FAILING = f"the service still fails after {MAX_ATTEMPTS} attempts ({{}}). Try again later."
+_S3_REMEDIES = {
+    "NO_SUCH_BUCKET": _NO_BUCKET,
+    "ACCESS_DENIED": _DENIED,
+    "INVALID_ACCESS_KEY_ID": f"the access key is not known there. {_WRONG_KEY}",
+    "SIGNATURE_DOES_NOT_MATCH": f"the secret key does not fit the access key. {_WRONG_KEY}",
+    "ExpiredToken": _EXPIRED,
+    "PermanentRedirect": _OTHER_REGION,
+    "AuthorizationHeaderMalformed": _OTHER_REGION,
+    "301": _OTHER_REGION,
+    "400": "the request is refused. Check AWS_REGION, and whether the credentials have expired.",
+    "NETWORK_CONNECTION": (
+        f"the service cannot be reached in {MAX_ATTEMPTS} attempts ({{}}). Check the network, and "
+        "AWS_ENDPOINT_URL where one is set."
+    ),
+    "SLOW_DOWN": _FAILING,
+    "INTERNAL_FAILURE": _FAILING,
+    "SERVICE_UNAVAILABLE": _FAILING,
+}
+"""What to do about an error, by its name or else its HTTP status; {} is what the SDK says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +128,96 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     if scheme != "file" and scheme not in REMOTE_SCHEMES:
         raise StorageError(f"Expected a local path, s3:// or gs://, got '{uri}'.")
     try:
-        filesystem, path = fs.FileSystem.from_uri(quote(uri, safe=_URI_CHARACTERS))
+        quoted = quote(uri, safe=_URI_CHARACTERS)
+        if scheme == "file":
+            filesystem, path = fs.FileSystem.from_uri(quoted)
+            return filesystem, path.rstrip("/") or "/"
+        parts = urlsplit(quoted)
+        if scheme == "s3":
+            filesystem = _open_s3(parts.netloc, parts.query, _read_endpoint())
+        else:
+            filesystem = _open_gcs(parts.netloc, parts.query)
     except (OSError, ValueError) as error:
-        raise StorageError(f"Cannot open '{uri}': {error}") from error
-    return filesystem, path.rstrip("/") or "/"
+        raise _explain("open", uri, error) from error
+    return filesystem, (parts.netloc.rpartition("@")[2] + unquote(parts.path)).rstrip("/")
+
+
+def _read_endpoint() -> str:
+    """Read where S3 is, as AWS's own tools do; pyarrow 26 does so in ``from_uri`` only."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+
+
+@lru_cache(maxsize=64)
+def _open_s3(authority: str, query: str, endpoint: str) -> "_S3FileSystem":
+    """Open a bucket once in each process: every file system has connections of its own."""
+    return _S3FileSystem(authority, query, endpoint)
+
+
+class _S3FileSystem(fs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no types
+    """A bucket; pickled with what opens it again, as pyarrow 26 forgets the retries."""
+
+    def __init__(self, authority: str, query: str, endpoint: str) -> None:
+        credentials, _, self.bucket = authority.rpartition("@")
+        options = dict(parse_qsl(query))
+        unknown = set(options) - set(S3_OPTIONS)
+        if unknown:
+            raise ValueError(
+                f"Unknown option '{min(unknown)}'. Expected one of {', '.join(S3_OPTIONS)}."
+            )
+        options.setdefault("endpoint_override", endpoint)
+        if "region" not in options and not options["endpoint_override"]:
+            options |= _find_region(self.bucket)
+        if credentials:
+            key, _, secret = credentials.partition(":")
+            options |= {"access_key": unquote(key), "secret_key": unquote(secret)}
+        bundle = options.pop("tls_ca_file_path", os.environ.get("AWS_CA_BUNDLE"))
+        super().__init__(
+            **options,
+            tls_ca_file_path=bundle,
+            connect_timeout=TIMEOUT_S,
+            request_timeout=TIMEOUT_S,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
+            allow_delayed_open=True,  # what is small takes one request, not three
+        )
+        self._opened_with = authority, query, endpoint
+        self._has_bucket = False
+
+    def __reduce__(self) -> tuple[Callable[..., "_S3FileSystem"], tuple[str, str, str]]:
+        return _open_s3, self._opened_with
+
+    def check_bucket(self) -> None:
+        """Tell a missing bucket from a missing object, which S3 does not; asks once.
+
+        Raises
+        ------
+        OSError
+            There is no such bucket.
+        """
+        if self._has_bucket:
+            return
+        try:
+            self._has_bucket = self.get_file_info(self.bucket).type != fs.FileType.NotFound
+        except OSError:  # whoever may read a place need not be allowed to ask about its bucket
+            self._has_bucket = True
+        if not self._has_bucket:
+            raise OSError(_NO_BUCKET)
+
+
+def _find_region(bucket: str) -> dict[str, str]:
+    """Ask AWS for the region of a bucket; where it does not say, the SDK has a default."""
+    try:
+        return {"region": fs.resolve_s3_region(bucket)}
+    except OSError as error:
+        if "not found" in str(error):
+            raise OSError(_NO_BUCKET) from error
+        return {}
+
+
+@lru_cache(maxsize=64)
+def _open_gcs(authority: str, query: str) -> fs.FileSystem:
+    if "retry_limit_seconds" not in query:
+        query = "&".join(filter(None, [query, f"retry_limit_seconds={GCS_RETRY_S}"]))
+    return fs.FileSystem.from_uri(f"gs://{authority}?{query}")[0]
 
 
 def make_absolute(uri: str) -> str:
@@ -113,14 +248,41 @@ def get_name(uri: str) -> str:
 
 
 def _explain(action: str, uri: str, error: Exception) -> StorageError:
-    return StorageError(f"Cannot {action} '{uri}': {error}")
+    return StorageError(f"Cannot {action} '{uri}': {describe_error(error)}")
+
+
+def describe_error(error: Exception) -> str:
+    """Say what went wrong at a place, and, for what S3 answers, what to do about it."""
+    found = _S3_ERROR.search(str(error))
+    if found is None:
+        return str(error)
+    status = found["status"] or ""
+    for name in (found["unparsed"], found["name"], status):
+        if name in _S3_REMEDIES:
+            return _S3_REMEDIES[name].format(found["message"].partition(" (Request ID")[0])
+    if status.startswith("5"):
+        return _FAILING.format(f"HTTP status {status}")
+    return str(error)
+
+
+def _look(filesystem: fs.FileSystem, path: str) -> fs.FileInfo:
+    """Look at what a path names; that a bucket is missing is an error."""
+    info = filesystem.get_file_info(path)
+    if info.type == fs.FileType.NotFound:
+        _check_bucket(filesystem)
+    return info
+
+
+def _check_bucket(filesystem: fs.FileSystem) -> None:
+    if isinstance(filesystem, _S3FileSystem):
+        filesystem.check_bucket()
 
 
 def exists(uri: str) -> bool:
     """Tell whether a file or a folder is there."""
     filesystem, path = resolve(uri)
     try:
-        return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
+        return bool(_look(filesystem, path).type != fs.FileType.NotFound)
     except OSError as error:
         raise _explain("look at", uri, error) from error
 
@@ -132,7 +294,7 @@ def is_folder(uri: str) -> bool:
         return local.is_dir()
     filesystem, path = resolve(uri)
     try:
-        return bool(filesystem.get_file_info(path).type == fs.FileType.Directory)
+        return bool(_look(filesystem, path).type == fs.FileType.Directory)
     except OSError as error:
         raise _explain("look at", uri, error) from error
 
@@ -249,7 +411,9 @@ def find_file(uri: str) -> FoundFile | None:
                 return None
             return FoundFile(place, name, *_measure(local))
         filesystem, path = resolve(uri)
-        info = filesystem.get_file_info(path)
+        info = _look(filesystem, path)
+    except StorageError:
+        raise
     except (OSError, ValueError) as error:
         raise _explain("look at", uri, error) from error
     if info.type != fs.FileType.File:
@@ -275,13 +439,15 @@ def list_folders(uri: str) -> list[str]:
     return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
 
 
-def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
+def read_bytes(uri: str, *, max_bytes: int | None = None, size_bytes: int = -1) -> bytes:
     """Read one file whole.
 
     Parameters
     ----------
     max_bytes : int, optional
         Read no more than one byte beyond this, which tells that there is more.
+    size_bytes : int
+        Size that a listing gave; -1 if none did. An object store is then asked once, not twice.
 
     Raises
     ------
@@ -296,12 +462,30 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
         if path is not None:
             return _read_local(path, limit)
         filesystem, remote = resolve(uri)
-        with filesystem.open_input_file(remote) as stream:
-            return bytes(stream.read() if limit < 0 else stream.read(limit))
-    except FileNotFoundError:
+        try:
+            return _read_remote(filesystem, remote, limit, size_bytes)
+        except FileNotFoundError:
+            _check_bucket(filesystem)
+            raise
+    except (FileNotFoundError, StorageError):
         raise
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         raise _explain("read", uri, error) from error
+
+
+def _read_remote(filesystem: fs.FileSystem, path: str, limit: int, size_bytes: int) -> bytes:
+    if size_bytes > 0:
+        from pyarrow import dataset  # brings pandas, which a handful of files need not wait for
+
+        # pyarrow takes a size in datasets only. A byte more than was listed is asked for, so
+        # that an object which has grown since is noticed; it is then read as it is now.
+        fragment = dataset.IpcFileFormat().make_fragment(path, filesystem, file_size=size_bytes + 1)
+        with fragment.open() as stream:
+            content = bytes(stream.read() if limit < 0 else stream.read(limit))
+        if len(content) <= size_bytes or len(content) == limit:
+            return content
+    with filesystem.open_input_file(path) as stream:
+        return bytes(stream.read() if limit < 0 else stream.read(limit))
 
 
 def _read_local(path: Path, limit: int) -> bytes:
@@ -330,11 +514,9 @@ def write_bytes(uri: str, content: bytes) -> None:
         The place cannot be written.
     """
     filesystem, path = resolve(uri)
-    parent = path.rpartition("/")[0]
     try:
-        if parent:
-            filesystem.create_dir(parent, recursive=True)
         if isinstance(filesystem, fs.LocalFileSystem):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             _write_local(Path(path), content)
         else:
             with filesystem.open_output_stream(path) as stream:
@@ -353,6 +535,21 @@ def _write_local(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def delete_file(uri: str) -> None:
+    """Delete one file.
+
+    Raises
+    ------
+    StorageError
+        It cannot be deleted.
+    """
+    filesystem, path = resolve(uri)
+    try:
+        filesystem.delete_file(path)
+    except OSError as error:
+        raise _explain("delete", uri, error) from error
 
 
 def read_json(uri: str) -> Any:  # noqa: ANN401 - JSON is any of several types
@@ -413,5 +610,4 @@ def check_writable(uri: str) -> None:
     """
     probe = join(uri, f".probe-{uuid.uuid4().hex}")
     write_bytes(probe, b"brainray")
-    filesystem, path = resolve(probe)
-    filesystem.delete_file(path)
+    delete_file(probe)

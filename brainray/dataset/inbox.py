@@ -177,7 +177,9 @@ def _list_table(file: storage.FoundFile) -> Iterator[FoundScan]:
             metadata = parquet.metadata
             names = parquet.schema_arrow.names
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"'{file.uri}' is not a Parquet file: {error}") from error
+        raise DataError(
+            f"Cannot read '{file.uri}' as Parquet: {storage.describe_error(error)}"
+        ) from error
     if "image_bytes" not in names:
         raise DataError(
             f"Expected a column 'image_bytes' in '{file.uri}', found {', '.join(names)}."

@@ -174,8 +174,12 @@ def read_samples(samples: pa.Table) -> list[bytes]:
     ]
 
 
-def read_scan(uri: str, row_group: int, row: int, *, max_bytes: int | None = None) -> bytes:
+def read_scan(
+    uri: str, row_group: int, row: int, *, max_bytes: int | None = None, size_bytes: int = -1
+) -> bytes:
     """Read one scan's encoded bytes: a file, or a row of a Parquet table.
+
+    ``max_bytes`` and ``size_bytes`` are those of :func:`brainray.storage.read_bytes`.
 
     Raises
     ------
@@ -184,12 +188,12 @@ def read_scan(uri: str, row_group: int, row: int, *, max_bytes: int | None = Non
     """
     try:
         if row_group < 0:
-            return storage.read_bytes(uri, max_bytes=max_bytes)
+            return storage.read_bytes(uri, max_bytes=max_bytes, size_bytes=size_bytes)
         return bytes(_read_row_group(uri, row_group)[row].as_py() or b"")
     except FileNotFoundError as error:
         raise RejectedImage("missing", f"No file at '{uri}'.") from error
-    except StorageError as error:
-        raise RejectedImage("unreadable", str(error)) from error
+    except (StorageError, OSError) as error:
+        raise RejectedImage("unreadable", storage.describe_error(error)) from error
 
 
 @lru_cache(maxsize=8)

@@ -259,7 +259,9 @@ def _read_parquet_file(file: storage.FoundFile, classes: Sequence[str]) -> pa.Ta
                 for index in range(parquet.num_row_groups)
             ]
     except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"Cannot read '{file.uri}' as Parquet: {error}") from error
+        raise DataError(
+            f"Cannot read '{file.uri}' as Parquet: {storage.describe_error(error)}"
+        ) from error
     return pa.concat_tables(parts) if parts else SAMPLE_SCHEMA.empty_table()
 
 

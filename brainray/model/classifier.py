@@ -161,8 +161,7 @@ def save_classifier(
     if arrays is not None:
         storage.write_bytes(trust_uri, arrays)
     elif storage.exists(trust_uri):
-        filesystem, path = storage.resolve(trust_uri)
-        filesystem.delete_file(path)
+        storage.delete_file(trust_uri)
     storage.write_json(storage.join(classifier_uri, CARD_FILE), card)
     return classifier_id
 

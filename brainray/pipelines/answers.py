@@ -15,6 +15,7 @@ that was killed has lost what it had not written, and the next one finds out whi
 import ctypes
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -38,6 +39,8 @@ from brainray import storage
 from brainray.errors import ConfigError, StorageError
 from brainray.model.network import STRIDE_PX
 from brainray.provenance import collect_versions, read_code_revision
+
+logger = logging.getLogger(__name__)
 
 ANSWERS_SCHEMA_VERSION = 2
 """2 added ``class_map``; files of 1 are read as if it were null."""
@@ -216,7 +219,7 @@ class AnswerSet:
         Raises
         ------
         StorageError
-            A file of it is damaged.
+            A file of it is damaged, or cannot be read.
         """
         parts = list(self.iterate(columns))
         return pa.concat_tables(parts or [self._choose(columns).empty_table()])
@@ -227,14 +230,14 @@ class AnswerSet:
         Raises
         ------
         StorageError
-            A file of it is damaged.
+            A file of it is damaged, or cannot be read.
         """
         schema = self._choose(columns)
         for uri in self.list_parts():
-            filesystem, path = storage.resolve(uri)
             try:
+                content = pa.BufferReader(storage.read_bytes(uri))
                 # With a schema, a column that an older file lacks is null.
-                part = pq.read_table(path, filesystem=filesystem, schema=schema)
+                part = pq.read_table(content, schema=schema)
             except (OSError, pa.ArrowInvalid) as error:
                 raise StorageError(
                     f"'{uri}' is damaged: {error}. Delete it; its scans are classified again."
@@ -374,7 +377,10 @@ def _lease(uri: str, holder: dict[str, Any], output_uri: str) -> Iterator[None]:
 
     def keep() -> None:
         while not ended.wait(LEASE_RENEWAL_S):
-            renew()
+            try:
+                renew()
+            except StorageError as error:  # there is time for another attempt or two
+                logger.warning("The lease on %s was not renewed: %s", output_uri, error)
 
     thread = threading.Thread(target=keep, name="lease", daemon=True)
     thread.start()
@@ -383,5 +389,4 @@ def _lease(uri: str, holder: dict[str, Any], output_uri: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        filesystem, path = storage.resolve(uri)
-        filesystem.delete_file(path)
+        storage.delete_file(uri)

@@ -1,0 +1,513 @@
+"""S3 as AWS's own tools find it, through its bad days, and in few requests."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import fs
+
+from brainray import cli, storage
+from brainray.dataset.inbox import list_scans
+from brainray.errors import ConfigError, StorageError
+from brainray.pipelines import answers as answers_room
+from brainray.pipelines.answers import hold_output
+from tests.object_store import BUCKET, CUT, Environ, Fault, ObjectStore, serve_objects
+from tests.test_answers import RUNTIME, card, rows
+
+PART_BYTES = 10 * 2**20
+"""More than this is uploaded in parts."""
+
+WHO_AM_I = """
+import sys
+from brainray import storage
+storage.write_bytes(sys.argv[1], b"here")
+print(storage.resolve(sys.argv[1])[0].region)
+"""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ObjectStore]:
+    with serve_objects() as store:
+        yield store
+
+
+@pytest.fixture
+def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    """Point the variables of AWS to an empty bucket."""
+    for name, value in make_environment(server.url).items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    server.forget()
+    server.open().delete_dir_contents(BUCKET)
+    server.forget()
+    storage._open_s3.cache_clear()
+    return server
+
+
+def make_environment(url: str) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "key-1",
+        "AWS_SECRET_ACCESS_KEY": "secret-1",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+def place(*parts: str) -> str:
+    return storage.join(f"s3://{BUCKET}", *parts)
+
+
+def read_credential(environ: Environ) -> str:
+    """Return who signed a request, for which region: key/date/region/s3/aws4_request."""
+    return str(environ["HTTP_AUTHORIZATION"]).partition("Credential=")[2].partition(",")[0]
+
+
+# ------------------------------------------------------------------------- endpoint and credentials
+
+
+@pytest.mark.parametrize("named", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "query"])
+def test_an_endpoint_is_found_however_it_is_named(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    base = f"s3://{BUCKET}/a"
+    if named == "query":
+        address = store.url.removeprefix("http://")
+        base += f"?endpoint_override={address}&scheme=http&region=ap-south-1"
+    else:
+        monkeypatch.setenv(named, store.url)
+    uri = storage.join(base, "b c", "50%#?.jpg")
+    storage.write_bytes(uri, b"content")
+    assert storage.read_bytes(uri) == b"content"
+    (found,) = storage.list_files(base)
+    assert storage.read_bytes(found.uri) == b"content"
+    assert (found.relative_path, found.size_bytes) == ("b c/50%#?.jpg", 7)
+    assert storage.list_folders(base) == ["b c"]
+    assert store.list_keys() == ["a/b c/50%#?.jpg"]
+    region = "ap-south-1" if named == "query" else "eu-central-1"
+    assert {read_credential(e).split("/")[2] for e in store.headers[:-1]} == {region}
+
+
+def test_the_endpoint_for_s3_alone_goes_before_the_general_one(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", store.url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert not storage.exists(place("nothing"))
+
+
+def test_keys_tokens_and_regions_come_from_the_environment(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "token-1")
+    monkeypatch.setenv("AWS_REGION", "us-west-2")
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    storage.write_bytes(place("x"), b"")
+    key, _, region, *_ = read_credential(store.headers[0]).split("/")
+    assert (key, region) == ("key-1", "us-west-2")
+    assert store.headers[0]["HTTP_X_AMZ_SECURITY_TOKEN"] == "token-1"
+    storage.write_bytes(f"s3://key-2:se%2Fcret@{BUCKET}/y", b"")
+    assert read_credential(store.headers[1]).startswith("key-2/")
+    assert store.list_keys() == ["x", "y"]
+
+
+def ask_who_i_am(environment: dict[str, str]) -> str:
+    """Write an object in a process of its own, and return its region."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
+    done = subprocess.run(
+        [sys.executable, "-c", WHO_AM_I, place("who")],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_a_profile_gives_keys_and_region(store: ObjectStore, tmp_path: Path) -> None:
+    (tmp_path / "credentials").write_text(
+        "[default]\naws_access_key_id = wrong\naws_secret_access_key = wrong\n"
+        "[hospital]\naws_access_key_id = key-3\naws_secret_access_key = secret-3\n"
+    )
+    (tmp_path / "config").write_text("[profile hospital]\nregion = sa-east-1\n")
+    region = ask_who_i_am(
+        {
+            "AWS_ENDPOINT_URL": store.url,
+            "AWS_PROFILE": "hospital",
+            "AWS_CONFIG_FILE": str(tmp_path / "config"),
+            "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"),
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+    )
+    assert region == "sa-east-1"
+    assert read_credential(store.headers[0]).split("/")[0::2][:2] == ["key-3", "sa-east-1"]
+
+
+def test_a_role_of_the_machine_gives_keys(store: ObjectStore, tmp_path: Path) -> None:
+    role = "/latest/meta-data/iam/security-credentials/"
+    answers = {
+        "/latest/api/token": "a token",
+        role: "worker",
+        f"{role}worker": json.dumps(
+            {
+                "Code": "Success",
+                "AccessKeyId": "key-4",
+                "SecretAccessKey": "secret-4",
+                "Token": "token-4",
+                "Expiration": "2099-01-01T00:00:00Z",
+            }
+        ),
+    }
+    beneath = store._moto
+
+    def machine(environ: Environ, start_response: Any) -> Any:  # noqa: ANN401
+        told = answers.get(environ["PATH_INFO"])
+        if told is None:
+            return beneath(environ, start_response)
+        start_response("200 OK", [("Content-Length", str(len(told)))])
+        return [told.encode()]
+
+    store._moto = machine
+    try:
+        ask_who_i_am(
+            {
+                "AWS_ENDPOINT_URL": store.url,
+                "AWS_REGION": "us-east-1",
+                "AWS_EC2_METADATA_SERVICE_ENDPOINT": store.url,
+                "AWS_CONFIG_FILE": str(tmp_path / "none"),
+                "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+            }
+        )
+    finally:
+        store._moto = beneath
+    (written,) = [e for e in store.headers if e["PATH_INFO"].endswith("/who")]
+    assert read_credential(written).startswith("key-4/")
+    assert written["HTTP_X_AMZ_SECURITY_TOKEN"] == "token-4"
+
+
+def test_without_an_endpoint_the_region_is_the_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As AWS says; where it cannot be asked, as the environment says."""
+    storage._open_s3.cache_clear()
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_REGION", "us-west-1")
+    monkeypatch.setattr(storage.fs, "resolve_s3_region", {"far": "ap-east-1"}.__getitem__)
+    assert storage.resolve("s3://far/x")[0].region == "ap-east-1"
+
+    def fail(bucket: str) -> str:
+        message = "not found" if bucket == "gone" else "curlCode: 6"
+        raise OSError(f"Bucket '{bucket}': {message}")
+
+    monkeypatch.setattr(storage.fs, "resolve_s3_region", fail)
+    assert storage.resolve("s3://unreachable/x")[0].region == "us-west-1"
+    with pytest.raises(StorageError, match="Cannot open 's3://gone/x': there is no such bucket"):
+        storage.resolve("s3://gone/x")
+
+
+def test_an_unknown_option_is_named() -> None:
+    with pytest.raises(StorageError, match=r"Unknown option 'regoin'\. Expected one of region"):
+        storage.resolve(f"s3://{BUCKET}/x?regoin=eu-west-1")
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+@pytest.mark.parametrize("fault", [(503, "SlowDown"), (500, "InternalError"), CUT], ids=str)
+def test_what_fails_at_first_is_tried_again(store: ObjectStore, fault: Fault) -> None:
+    large = os.urandom(PART_BYTES + 1)
+    store.fail_first(1, fault)
+    storage.write_bytes(place("small"), b"small")
+    store.fail_first(1, fault)
+    storage.write_bytes(place("large"), large)
+    assert any("partNumber=2" in request for request in store.requests)
+    for read in (
+        lambda: storage.read_bytes(place("small")) == b"small",
+        lambda: storage.read_bytes(place("large"), size_bytes=len(large)) == large,
+        lambda: [file.relative_path for file in storage.list_files(place())] == ["large", "small"],
+        lambda: storage.exists(place("small")) and not storage.exists(place("none")),
+    ):
+        store.fail_first(1, fault)
+        assert read()
+    store.fail_first(1, fault)
+    storage.delete_file(place("large"))
+    store.forget()
+    assert store.list_keys() == ["small"]
+
+
+def test_an_unsteady_service_loses_nothing(store: ObjectStore) -> None:
+    """One request of five fails, in turn in each way; every object is whole in the end."""
+    ways: list[Fault] = [(503, "SlowDown"), CUT, (500, "InternalError")]
+    contents = {f"{number:02d}": os.urandom(1000 * number) for number in range(12)}
+    store.fail = lambda _: ways[len(store.requests) % 3] if len(store.requests) % 5 == 0 else None
+    for name, content in contents.items():
+        storage.write_bytes(place("in", name), content)
+    found = storage.list_files(place("in"))
+    assert {
+        file.relative_path: storage.read_bytes(file.uri, size_bytes=file.size_bytes)
+        for file in found
+    } == contents
+
+
+def test_a_pickled_file_system_is_as_patient(store: ObjectStore) -> None:
+    """Ray Train's workers get it so; pyarrow's own would give up after three attempts."""
+    filesystem, path = storage.resolve(place("x"))
+    content = pickle.dumps(filesystem)
+    storage._open_s3.cache_clear()
+    arrived = pickle.loads(content)
+    assert arrived is not filesystem
+    assert arrived is storage.resolve(place("y"))[0]
+    store.fail_first(3, (503, "SlowDown"))
+    assert arrived.get_file_info(path).type == fs.FileType.NotFound
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ((503, "SlowDown"), "the service still fails after 5 attempts"),
+        pytest.param(CUT, "the service cannot be reached in 5 attempts", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_what_never_recovers_is_one_line_in_bounded_time(
+    store: ObjectStore, fault: Fault, said: str
+) -> None:
+    store.fail = lambda _: fault
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=said) as caught:
+        storage.write_bytes(place("x"), b"content")
+    assert time.monotonic() - started < 60
+    assert len(store.requests) == storage.MAX_ATTEMPTS
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_service_that_says_nothing_is_one_line_in_bounded_time(store: ObjectStore) -> None:
+    store.fail = lambda _: time.sleep(120)
+    started = time.monotonic()
+    with pytest.raises(StorageError, match=r"cannot be reached in 5 attempts \(.*too slow"):
+        storage.read_bytes(place("x"))
+    assert time.monotonic() - started < 60
+
+
+DENIED = "access is denied. Give credentials that may do this: AWS_ACCESS_KEY_ID"
+
+
+@pytest.mark.parametrize(
+    ("fault", "listing", "reading"),
+    [
+        ((403, "AccessDenied"), DENIED, DENIED),
+        ((403, "SignatureDoesNotMatch"), "the secret key does not fit the access key", DENIED),
+        ((403, "InvalidAccessKeyId"), "the access key is not known there", DENIED),
+        ((400, "ExpiredToken"), "the credentials have expired", "Check AWS_REGION, and whether"),
+        ((301, "PermanentRedirect"), "in another region. Set AWS_REGION", "in another region"),
+        ((400, "AuthorizationHeaderMalformed"), "in another region", "Check AWS_REGION"),
+        ((404, "NoSuchBucket"), "there is no such bucket. Check its name", "no such bucket"),
+    ],
+    ids=str,
+)
+def test_what_the_service_refuses_is_said_with_its_remedy(
+    store: ObjectStore, fault: Fault, listing: str, reading: str
+) -> None:
+    """What S3 answers to HEAD has no body: there, keys and rights cannot be told apart."""
+    store.fail = lambda _: fault
+    for act, said in (
+        (lambda: storage.list_files(place("x")), listing),
+        (lambda: storage.write_bytes(place("x"), b"content"), listing),
+        (lambda: storage.read_bytes(place("x")), reading),
+        (lambda: storage.exists(place("x")), reading),
+    ):
+        with pytest.raises(StorageError, match="Cannot ") as caught:
+            act()
+        assert said in str(caught.value)
+        assert place("x") in str(caught.value)
+    assert "AWS Error" not in str(caught.value)
+
+
+def test_a_missing_bucket_is_told_from_a_missing_object(store: ObjectStore) -> None:
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(place("nothing"))
+    gone = "s3://no-such-bucket/x"
+    for act in (
+        lambda: storage.read_bytes(gone),
+        lambda: storage.read_bytes(gone, size_bytes=5),
+        lambda: storage.exists(gone),
+        lambda: storage.is_folder(gone),
+        lambda: storage.find_file(gone),
+        lambda: storage.list_files(gone),
+        lambda: storage.list_folders(gone),
+        lambda: storage.write_bytes(gone, b"content"),
+        lambda: storage.check_writable(gone),
+    ):
+        with pytest.raises(StorageError, match="there is no such bucket"):
+            act()
+    assert not any(line.startswith("PUT /no-such-bucket ") for line in store.requests)
+
+
+def test_a_place_that_may_not_be_cleared_is_not_writable(store: ObjectStore) -> None:
+    store.fail = lambda environ: (
+        (403, "AccessDenied") if environ["REQUEST_METHOD"] == "DELETE" else None
+    )
+    with pytest.raises(StorageError, match=r"Cannot delete 's3://scans/out/\.probe.*denied"):
+        storage.check_writable(place("out"))
+
+
+JOBS = {
+    "train": ["--data-uri", place("data"), "--output-uri", place("out"), "--weights", "none"],
+    "evaluate": [
+        *("--data-uri", place("data"), "--classifier-uri", place("c"), "--output-uri", place("out"))
+    ],
+    "classify": [
+        *("--scans-uri", place("data"), "--classifier-uri", place("c"), "--output-uri", place("o"))
+    ],
+    "audit": ["--data-uri", place("data"), "--output-uri", place("out")],
+}
+
+
+def run(capsys: pytest.CaptureFixture[str], command: str, *changes: str) -> str:
+    """Run a job that is to end with status 2, and return the line that it says."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, *JOBS[command], *changes])
+    line = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert line.count("\n") == 1, line
+    return line
+
+
+@pytest.mark.parametrize("command", JOBS)
+def test_a_job_without_credentials_says_so_and_exits_2(
+    store: ObjectStore,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: str,
+) -> None:
+    """The SDK then asks without a signature, which S3 denies."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    store.fail = lambda environ: (
+        (403, "AccessDenied") if "HTTP_AUTHORIZATION" not in environ else (500, "signed")
+    )
+    assert DENIED in run(capsys, command)
+
+
+@pytest.mark.parametrize("command", JOBS)
+@pytest.mark.usefixtures("store")
+def test_a_job_in_a_missing_bucket_says_so_and_exits_2(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    option = "--classifier-uri" if command in ("classify", "evaluate") else "--data-uri"
+    assert "there is no such bucket" in run(capsys, command, option, "s3://no-such-bucket/x")
+
+
+# ------------------------------------------------------------------------------------ few requests
+
+
+def test_a_write_makes_no_folders_and_takes_one_request(store: ObjectStore) -> None:
+    storage.write_bytes(place("a", "b", "c"), b"content")
+    assert store.requests == [f"PUT /{BUCKET}/a/b/c"]
+
+
+def test_a_scan_whose_size_is_listed_takes_one_request(store: ObjectStore) -> None:
+    for name in ("one", "two", "three"):
+        storage.write_bytes(place("in", name), name.encode())
+    store.forget()
+    scans = list(list_scans([place("in")]))
+    assert len(store.requests) <= 3
+    store.forget()
+    read = {s.uri: storage.read_bytes(s.uri, max_bytes=99, size_bytes=s.size_bytes) for s in scans}
+    assert store.requests == [f"GET /{BUCKET}/in/{name}" for name in ("one", "three", "two")]
+    assert read == {place("in", name): name.encode() for name in ("one", "two", "three")}
+    assert len({environ["REMOTE_PORT"] for environ in store.headers}) == 1, "one connection"
+
+
+@pytest.mark.usefixtures("store")
+def test_an_object_that_has_changed_its_size_since_is_read_as_it_is() -> None:
+    storage.write_bytes(place("x"), b"0123456789")
+    storage.write_bytes(place("empty"), b"")
+    for size in (1, 5, 9, 10, 11, 50, 0, -1):
+        assert storage.read_bytes(place("x"), size_bytes=size) == b"0123456789"
+        assert storage.read_bytes(place("x"), size_bytes=size, max_bytes=3) == b"0123"
+        assert storage.read_bytes(place("x"), size_bytes=size, max_bytes=20) == b"0123456789"
+    assert storage.read_bytes(place("empty"), size_bytes=0) == b""
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(place("none"), size_bytes=10)
+
+
+def test_check_writable_leaves_no_object(store: ObjectStore) -> None:
+    storage.check_writable(place("out"))
+    assert store.list_keys() == []
+
+
+# ---------------------------------------------------------------------------- answers in a bucket
+
+
+def read_answers() -> set[tuple[str, str]]:
+    tables = [storage.read_table(file.uri) for file in storage.list_files(place("predictions"))]
+    table = pa.concat_tables(tables).select(["scan_uri", "classifier_id"])
+    return set(zip(*(column.to_pylist() for column in table.columns), strict=True))
+
+
+def open_set(classifier_id: str, *, replace: bool = False) -> answers_room.AnswerSet:
+    return answers_room.AnswerSet(place(), card(classifier_id), replace=replace)
+
+
+def test_a_set_takes_the_place_of_another(store: ObjectStore) -> None:
+    open_set("aaa").write(rows("a", "b"), RUNTIME)
+    first = open_set("bbb", replace=True)
+    first.write(rows("a"), RUNTIME)
+    assert read_answers() == {("a", "aaa"), ("b", "aaa")}
+    again = open_set("bbb", replace=True)  # the first was killed: this goes on
+    assert again.read_ledger().has_content("a", "sha-a")
+    again.write(rows("b"), RUNTIME)
+    again.publish()
+    assert read_answers() == {("a", "bbb"), ("b", "bbb")}
+    assert {key.partition("/")[0] for key in store.list_keys()} == {"predictions"}
+    assert not open_set("bbb", replace=True).replaces
+
+
+def test_a_lease_is_refused_renewed_through_a_fault_and_given_back(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers_room, "LEASE_RENEWAL_S", 0.05)
+    with hold_output(place("out")):
+        with pytest.raises(ConfigError, match="Another run is writing"), hold_output(place("out")):
+            pass
+        before = storage.read_json(place("out", ".lock"))["renewed_unix_s"]
+        store.fail = lambda _: (403, "AccessDenied")
+        seen = len(store.requests)
+        while len(store.requests) < seen + 2:
+            time.sleep(0.01)
+        store.forget()
+        deadline = time.monotonic() + 20
+        while storage.read_json(place("out", ".lock"))["renewed_unix_s"] <= before:
+            assert time.monotonic() < deadline, "the lease was not renewed after the fault"
+            time.sleep(0.05)
+    assert store.list_keys() == []
+
+
+# --------------------------------------------------------------------------- Google Cloud Storage
+
+
+def test_google_cloud_storage_goes_through_the_same_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage._open_gcs.cache_clear()
+    filesystem, path = storage.resolve(
+        storage.join("gs://anonymous@bucket/runs?scheme=http", "a b", "50%#?.jpg")
+    )
+    assert (filesystem.type_name, path) == ("gcs", "bucket/runs/a b/50%#?.jpg")
+    assert pickle.loads(pickle.dumps(filesystem)).equals(filesystem)
+    assert storage.resolve("gcs://anonymous@bucket/x")[1] == "bucket/x"
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
+    with pytest.raises(StorageError, match="Cannot read 'gs://anonymous@closed/x'") as caught:
+        storage.read_bytes("gs://anonymous@closed/x?retry_limit_seconds=1")
+    assert "\n" not in str(caught.value)
