@@ -216,7 +216,6 @@ def split_head(network: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
     return nn.Sequential(*parts.values()), head
 
 
-<<<<<<< HEAD
 @torch.no_grad()
 def measure_statistics(network: nn.Module, batches: Iterable[torch.Tensor]) -> None:
     """Measure the batch normalisation's statistics anew, each batch counting the same.
@@ -247,7 +246,8 @@ def measure_statistics(network: nn.Module, batches: Iterable[torch.Tensor]) -> N
     network.eval()
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
-=======
+
+
 def pool_stages(
     trunk: nn.Sequential, images: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -273,7 +273,6 @@ def pool_stages(
         if number >= 0:
             pooled.append(images.mean((2, 3), dtype=torch.float32))
     return images, pooled
->>>>>>> outsiders
 
 
 class _SumOverWorkers(torch.autograd.Function):
