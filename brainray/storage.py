@@ -439,15 +439,13 @@ def list_folders(uri: str) -> list[str]:
     return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
 
 
-def read_bytes(uri: str, *, max_bytes: int | None = None, size_bytes: int = -1) -> bytes:
+def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
     """Read one file whole.
 
     Parameters
     ----------
     max_bytes : int, optional
         Read no more than one byte beyond this, which tells that there is more.
-    size_bytes : int
-        Size that a listing gave; -1 if none did. An object store is then asked once, not twice.
 
     Raises
     ------
@@ -463,7 +461,9 @@ def read_bytes(uri: str, *, max_bytes: int | None = None, size_bytes: int = -1) 
             return _read_local(path, limit)
         filesystem, remote = resolve(uri)
         try:
-            return _read_remote(filesystem, remote, limit, size_bytes)
+            # pyarrow 26 asks for the size first, whatever a listing has said: HEAD, then GET.
+            with filesystem.open_input_file(remote) as stream:
+                return bytes(stream.read() if limit < 0 else stream.read(limit))
         except FileNotFoundError:
             _check_bucket(filesystem)
             raise
@@ -471,21 +471,6 @@ def read_bytes(uri: str, *, max_bytes: int | None = None, size_bytes: int = -1) 
         raise
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         raise _explain("read", uri, error) from error
-
-
-def _read_remote(filesystem: fs.FileSystem, path: str, limit: int, size_bytes: int) -> bytes:
-    if size_bytes > 0:
-        from pyarrow import dataset  # brings pandas, which a handful of files need not wait for
-
-        # pyarrow takes a size in datasets only. A byte more than was listed is asked for, so
-        # that an object which has grown since is noticed; it is then read as it is now.
-        fragment = dataset.IpcFileFormat().make_fragment(path, filesystem, file_size=size_bytes + 1)
-        with fragment.open() as stream:
-            content = bytes(stream.read() if limit < 0 else stream.read(limit))
-        if len(content) <= size_bytes or len(content) == limit:
-            return content
-    with filesystem.open_input_file(path) as stream:
-        return bytes(stream.read() if limit < 0 else stream.read(limit))
 
 
 def _read_local(path: Path, limit: int) -> bytes:

@@ -171,7 +171,8 @@ def test_a_role_of_the_machine_gives_keys(store: ObjectStore, tmp_path: Path) ->
     beneath = store._moto
 
     def machine(environ: Environ, start_response: Any) -> Any:  # noqa: ANN401
-        told = answers.get(environ["PATH_INFO"])
+        path = environ["PATH_INFO"]
+        told = answers.get(path) or answers.get(f"{path}/")
         if told is None:
             return beneath(environ, start_response)
         start_response("200 OK", [("Content-Length", str(len(told)))])
@@ -232,7 +233,7 @@ def test_what_fails_at_first_is_tried_again(store: ObjectStore, fault: Fault) ->
     assert any("partNumber=2" in request for request in store.requests)
     for read in (
         lambda: storage.read_bytes(place("small")) == b"small",
-        lambda: storage.read_bytes(place("large"), size_bytes=len(large)) == large,
+        lambda: storage.read_bytes(place("large")) == large,
         lambda: [file.relative_path for file in storage.list_files(place())] == ["large", "small"],
         lambda: storage.exists(place("small")) and not storage.exists(place("none")),
     ):
@@ -253,7 +254,7 @@ def test_an_unsteady_service_loses_nothing(store: ObjectStore) -> None:
         storage.write_bytes(place("in", name), content)
     found = storage.list_files(place("in"))
     assert {
-        file.relative_path: storage.read_bytes(file.uri, size_bytes=file.size_bytes)
+        file.relative_path: storage.read_bytes(file.uri)
         for file in found
     } == contents
 
@@ -339,7 +340,6 @@ def test_a_missing_bucket_is_told_from_a_missing_object(store: ObjectStore) -> N
     gone = "s3://no-such-bucket/x"
     for act in (
         lambda: storage.read_bytes(gone),
-        lambda: storage.read_bytes(gone, size_bytes=5),
         lambda: storage.exists(gone),
         lambda: storage.is_folder(gone),
         lambda: storage.find_file(gone),
@@ -418,30 +418,18 @@ def test_a_write_makes_no_folders_and_takes_one_request(store: ObjectStore) -> N
     assert store.requests == [f"PUT /{BUCKET}/a/b/c"]
 
 
-def test_a_scan_whose_size_is_listed_takes_one_request(store: ObjectStore) -> None:
-    for name in ("one", "two", "three"):
+def test_a_scan_takes_two_requests(store: ObjectStore) -> None:
+    names = ("one", "three", "two")
+    for name in names:
         storage.write_bytes(place("in", name), name.encode())
     store.forget()
     scans = list(list_scans([place("in")]))
     assert len(store.requests) <= 3
     store.forget()
-    read = {s.uri: storage.read_bytes(s.uri, max_bytes=99, size_bytes=s.size_bytes) for s in scans}
-    assert store.requests == [f"GET /{BUCKET}/in/{name}" for name in ("one", "three", "two")]
-    assert read == {place("in", name): name.encode() for name in ("one", "two", "three")}
-    assert len({environ["REMOTE_PORT"] for environ in store.headers}) == 1, "one connection"
-
-
-@pytest.mark.usefixtures("store")
-def test_an_object_that_has_changed_its_size_since_is_read_as_it_is() -> None:
-    storage.write_bytes(place("x"), b"0123456789")
-    storage.write_bytes(place("empty"), b"")
-    for size in (1, 5, 9, 10, 11, 50, 0, -1):
-        assert storage.read_bytes(place("x"), size_bytes=size) == b"0123456789"
-        assert storage.read_bytes(place("x"), size_bytes=size, max_bytes=3) == b"0123"
-        assert storage.read_bytes(place("x"), size_bytes=size, max_bytes=20) == b"0123456789"
-    assert storage.read_bytes(place("empty"), size_bytes=0) == b""
-    with pytest.raises(FileNotFoundError):
-        storage.read_bytes(place("none"), size_bytes=10)
+    read = {scan.uri: storage.read_bytes(scan.uri, max_bytes=99) for scan in scans}
+    expected = [f"{verb} /{BUCKET}/in/{name}" for name in names for verb in ("HEAD", "GET")]
+    assert store.requests == expected
+    assert read == {place("in", name): name.encode() for name in names}
 
 
 def test_check_writable_leaves_no_object(store: ObjectStore) -> None:
@@ -508,6 +496,6 @@ def test_google_cloud_storage_goes_through_the_same_room(monkeypatch: pytest.Mon
     assert pickle.loads(pickle.dumps(filesystem)).equals(filesystem)
     assert storage.resolve("gcs://anonymous@bucket/x")[1] == "bucket/x"
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
-    with pytest.raises(StorageError, match="Cannot read 'gs://anonymous@closed/x'") as caught:
+    with pytest.raises(StorageError, match=r"Cannot read 'gs://anonymous@closed/x\?") as caught:
         storage.read_bytes("gs://anonymous@closed/x?retry_limit_seconds=1")
     assert "\n" not in str(caught.value)

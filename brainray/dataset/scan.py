@@ -174,12 +174,10 @@ def read_samples(samples: pa.Table) -> list[bytes]:
     ]
 
 
-def read_scan(
-    uri: str, row_group: int, row: int, *, max_bytes: int | None = None, size_bytes: int = -1
-) -> bytes:
+def read_scan(uri: str, row_group: int, row: int, *, max_bytes: int | None = None) -> bytes:
     """Read one scan's encoded bytes: a file, or a row of a Parquet table.
 
-    ``max_bytes`` and ``size_bytes`` are those of :func:`brainray.storage.read_bytes`.
+    ``max_bytes`` is that of :func:`brainray.storage.read_bytes`.
 
     Raises
     ------
@@ -188,7 +186,7 @@ def read_scan(
     """
     try:
         if row_group < 0:
-            return storage.read_bytes(uri, max_bytes=max_bytes, size_bytes=size_bytes)
+            return storage.read_bytes(uri, max_bytes=max_bytes)
         return bytes(_read_row_group(uri, row_group)[row].as_py() or b"")
     except FileNotFoundError as error:
         raise RejectedImage("missing", f"No file at '{uri}'.") from error

@@ -279,13 +279,7 @@ def _load_scan(
 
 
 def _read(row: dict[str, Any], limits: DecodeLimits) -> bytes:
-    return read_scan(
-        row["uri"],
-        row["row_group"],
-        row["row"],
-        max_bytes=limits.max_bytes,
-        size_bytes=row["size_bytes"],
-    )
+    return read_scan(row["uri"], row["row_group"], row["row"], max_bytes=limits.max_bytes)
 
 
 class _Predictor:
