@@ -167,7 +167,7 @@ def test_card_that_is_no_json(folder: Path, content: bytes | None) -> None:
 @pytest.mark.parametrize("card", [[], "text", None, {}])
 def test_card_of_something_else(folder: Path, card: object) -> None:
     (folder / CARD_FILE).write_text(json.dumps(card))
-    refuse(folder, "schema 2", "found None")
+    refuse(folder, "schema 3", "found None")
 
 
 def edit(path: str, value: object) -> Callable[[dict[str, Any]], None]:
@@ -188,8 +188,8 @@ def edit(path: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("schema_version", 3, ["schema 2", "found 3"]),
-        ("schema_version", ..., ["schema 2", "found None"]),
+        ("schema_version", 4, ["schema 3", "found 4"]),
+        ("schema_version", ..., ["schema 3", "found None"]),
         ("architecture.name", "resnet18", ["resnet50", "'resnet18'"]),
         ("preprocessing.rotation", 1, ["preprocessing", "rotation", "size_px"]),
         ("preprocessing.std", ..., ["preprocessing", "fit, mean, size_px, std", "size_px."]),
