@@ -195,6 +195,7 @@ def test_arrays_of_the_second_schema_know_the_last_stage_only(fitted: Trust) -> 
     features[0, :12] = 99  # of an earlier stage
     features[0, [12, 13, 14]] += [2, 2, 1]
     assert old.compute_distances(features)[0] == pytest.approx(np.sqrt(1 + 4 + 4))
+    assert old.list_tensors().keys() == arrays.keys()
 
 
 def test_energy_is_higher_where_no_logit_is_high() -> None:

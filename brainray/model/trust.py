@@ -189,11 +189,14 @@ class Trust:
 
     def list_tensors(self) -> dict[str, NDArray[np.float32]]:
         """Return the arrays of the likeness, by name; none if there is none."""
-        clouds = () if self.likeness is None else self.likeness.clouds
+        if self.likeness is None:
+            return {}
         # safetensors writes memory as it lies, whatever the strides say.
         return {
-            f"{name}.{number}": np.ascontiguousarray(getattr(cloud, name))
-            for number, cloud in enumerate(clouds)
+            f"{name}.{number}" if self.likeness.takes_roots else name: np.ascontiguousarray(
+                getattr(cloud, name)
+            )
+            for number, cloud in enumerate(self.likeness.clouds)
             for name in ("means", "components", "variances")
         }
 
