@@ -255,7 +255,7 @@ def describe_error(error: Exception) -> str:
     """Say what went wrong at a place, and, for what S3 answers, what to do about it."""
     found = _S3_ERROR.search(str(error))
     if found is None:
-        return str(error)
+        return str(error).partition(" error_info={")[0]  # what Google's library appends
     status = found["status"] or ""
     for name in (found["unparsed"], found["name"], status):
         if name in _S3_REMEDIES:
