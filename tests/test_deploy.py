@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,17 @@ from brainray.errors import ConfigError
 from brainray.model.answer import REASONS
 from brainray.pipelines.answers import ANSWERS_SCHEMA_VERSION, LEASE_LIFE_S, build_schema
 from brainray.pipelines.classify import CPUS_PER_PREDICTOR, ClassifyJob
-from brainray.serving.auth import TOKEN_VARIABLE
-from brainray.serving.config import read_arguments
+from brainray.pixels.decode import DecodeLimits
+from brainray.serving.auth import MIN_TOKEN_CHARACTERS, TOKEN_VARIABLE
+from brainray.serving.config import ServeJob, read_arguments
 from brainray.serving.connection import INSTALLER
+from brainray.serving.limits import ServiceLimits
+from brainray.serving.server import is_loopback
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
 GUIDE = ROOT / "docs" / "bulk.md"
+SECURITY = ROOT / "docs" / "security.md"
 SCHEMAS = ROOT.parent / "shared" / "schemas"
 TRAIN, CLASSIFY, SERVE = "rayjob-train.yaml", "raycronjob-classify.yaml", "rayservice.yaml"
 
@@ -563,6 +568,35 @@ def test_no_account_is_invented() -> None:
     ]
     found = {name: identifier.findall((ROOT / name).read_text()) for name in names}
     assert found == {name: [] for name in names}
+
+
+# --- docs/security.md -----------------------------------------------------------------------------
+
+
+def test_one_file_listens_everywhere(repository_files: list[str]) -> None:
+    kinds = (".py", ".yaml", "Dockerfile", "Makefile")
+    listening = [
+        name
+        for name in repository_files
+        if name.endswith(kinds) and not name.startswith("tests/")
+        if re.search(r"\b0\.0\.0\.0\b|[\"']::[\"']", (ROOT / name).read_text())
+    ]
+    assert listening == [f"deploy/{SERVE}"]
+    (host,) = (field.default for field in fields(ServeJob) if field.name == "host")
+    assert is_loopback(host)
+    assert f"The one file that says `0.0.0.0` is [deploy/{SERVE}]" in SECURITY.read_text()
+
+
+def test_the_security_page_says_the_limits_and_ports_that_hold() -> None:
+    text = SECURITY.read_text()
+    mib = 2**20
+    assert f"| {DecodeLimits().max_bytes // mib} MiB (`--limits.max-bytes`)" in text
+    assert f"| {ServiceLimits().body_bytes // mib} MiB, the whole body" in text
+    assert f"| {DecodeLimits().max_pixels // 10**6} million |" in text
+    assert f"| scans of a request | | {ServiceLimits().files} |" in text
+    assert f"{MIN_TOKEN_CHARACTERS} characters or more" in text
+    for port in CODE_PORTS:
+        assert re.search(rf"^\| {port} \| .*\*\*runs code\*\*", text, flags=re.MULTILINE), port
 
 
 # --- Ray Serve: deploy/serve.yaml, deploy/rayservice.yaml ----------------------------------------

@@ -9,6 +9,7 @@ import ray.data
 
 from brainray.errors import ConfigError
 from brainray.pipelines.config import Placement
+from brainray.raytoken import keep_token_private
 
 MIN_CPUS = 2
 """A training worker and a decoding task need a (logical) CPU each."""
@@ -29,6 +30,7 @@ def connect_ray(*, verbose: bool = False) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=verbose, logging_level=level)
         return
+    keep_token_private()
     # Nobody drains the only node; each idle actor takes 1 % of a core from two that train.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(

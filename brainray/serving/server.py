@@ -27,6 +27,7 @@ from ray.serve.schema import ApplicationStatus
 
 from brainray.errors import ConfigError, ServingError
 from brainray.model.classifier import Classifier, load_classifier
+from brainray.raytoken import keep_token_private
 from brainray.serving.app import QUIET, build_application
 from brainray.serving.auth import TOKEN_VARIABLE, read_token
 from brainray.serving.config import ServeJob, ServiceConfig
@@ -175,6 +176,7 @@ def start_ray(job: ServeJob, *, verbose: bool) -> None:
     level = logging.INFO if verbose else logging.ERROR
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(level)
+    keep_token_private()
     ray.init(
         address="local",
         num_cpus=max(2, count_cpus()),

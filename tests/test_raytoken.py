@@ -1,0 +1,81 @@
+"""The token of local Ray clusters, and that every door keeps it before it starts one."""
+
+import stat
+from pathlib import Path
+
+import pytest
+import ray
+
+from brainray.pipelines.cluster import connect_ray
+from brainray.raytoken import keep_token_private
+from brainray.serving.config import ServeJob, ServiceConfig
+from brainray.serving.predictor import ModelOptions
+from brainray.serving.server import build_environment, start_ray
+
+SERVICE = ServeJob(service=ServiceConfig(model=ModelOptions(classifier_uri="c")))
+
+
+@pytest.fixture
+def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return where the token of a user without one will be."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / ".ray" / "auth_token"
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_token_is_made_for_this_user_only(token: Path) -> None:
+    keep_token_private()
+    made = token.read_text()
+    assert len(bytes.fromhex(made)) == 32
+    assert mode_of(token) == 0o600
+    assert mode_of(token.parent) == 0o700
+    keep_token_private()
+    assert token.read_text() == made
+    assert [path.name for path in token.parent.iterdir()] == ["auth_token"]
+
+
+def test_a_token_that_others_may_read_is_taken_from_them(token: Path) -> None:
+    token.parent.mkdir()
+    token.write_text("a" * 64)
+    token.chmod(0o644)
+    keep_token_private()
+    assert mode_of(token) == 0o600
+    assert token.read_text() == "a" * 64
+
+
+def test_a_token_of_the_environment_is_left_alone(
+    token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
+    keep_token_private()
+    assert not token.exists()
+
+
+def test_ray_takes_the_token_from_there(token: Path) -> None:
+    from ray._private.authentication.authentication_token_setup import _get_default_token_path
+
+    assert _get_default_token_path() == token
+
+
+@pytest.mark.parametrize("door", ["jobs", "service"])
+def test_every_door_keeps_the_token_before_it_starts_ray(
+    token: Path, monkeypatch: pytest.MonkeyPatch, door: str
+) -> None:
+    modes = []
+    for name in ("RAY_TRAIN_ENABLE_PRINT_PATCH", *build_environment(SERVICE)):
+        monkeypatch.setenv(name, "")  # what the doors set is gone afterwards
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: modes.append((mode_of(token), options)))
+    if door == "jobs":
+        connect_ray()
+    else:
+        start_ray(SERVICE, verbose=False)
+    ((mode, options),) = modes
+    assert mode == 0o600
+    assert options["address"] == "local"
+    assert options["include_dashboard"] is False
