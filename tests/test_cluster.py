@@ -175,9 +175,7 @@ def test_only_code_travels_and_the_reason_of_a_failure_comes_back(
     assert status != 0
     assert last_words(said).startswith(f"error: No folder at '{tmp_path / 'nowhere'}'.")
     place = "ray/session_*/runtime_resources/working_dir_files/*"  # session_latest is a link
-    (package,) = {
-        folder.resolve() for folder in three_nodes.folder.glob(place) if folder.is_dir()
-    }
+    (package,) = {folder.resolve() for folder in three_nodes.folder.glob(place) if folder.is_dir()}
     files = [file for file in package.rglob("*") if file.is_file()]
     assert {file.relative_to(package).parts[0] for file in files} == {"brainray", "jobs"}
     assert sum(file.stat().st_size for file in files) < MAX_PACKAGE_BYTES

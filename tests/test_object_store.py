@@ -253,10 +253,7 @@ def test_an_unsteady_service_loses_nothing(store: ObjectStore) -> None:
     for name, content in contents.items():
         storage.write_bytes(place("in", name), content)
     found = storage.list_files(place("in"))
-    assert {
-        file.relative_path: storage.read_bytes(file.uri)
-        for file in found
-    } == contents
+    assert {file.relative_path: storage.read_bytes(file.uri) for file in found} == contents
 
 
 def test_a_pickled_file_system_is_as_patient(store: ObjectStore) -> None:
