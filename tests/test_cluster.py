@@ -206,6 +206,7 @@ def test_workers_that_can_never_be_had_are_refused(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_three_jobs_on_nodes_of_one_cpu_end_and_leave_their_results_in_storage(
     three_nodes: Cluster, checkout: Path, phantom_folder: Path, tmp_path: Path
 ) -> None:
@@ -314,6 +315,7 @@ def mortal_nodes() -> Iterator[Cluster]:
     cluster.close()
 
 
+@pytest.mark.slow
 def test_a_bulk_run_outlives_a_node(
     mortal_nodes: Cluster, inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
