@@ -4,8 +4,9 @@
     python benchmarks/audit_scale.py --folder /tmp/phantoms --audit-uri /tmp/audited
 
 The scans are phantoms and, of each, four changed copies as this kind of data set has them: saved
-anew, shifted by a pixel, brighter, smaller. The smaller copies of every other phantom are a test
-split. They are drawn once, to a folder that is kept and may be asked again, of fewer scans too.
+anew, shifted by a pixel, brighter, smaller. The smaller copies of every other phantom of a class
+are a test split. They are drawn once, to a folder that is kept and may be asked again, of fewer
+scans too.
 
 Each count is searched by both ways, every pair and by cells, in one thread of one process. The
 seconds are that thread's, whatever else the machine does; products of sketches are counted. What
@@ -83,7 +84,7 @@ def draw_part(folder: Path, part: int) -> None:
             dice = np.random.default_rng([part, number, CHANGES.index(change)])
             contents[f"{Path(phantom.name).stem}-{change}.jpg"] = change_scan(pixels, change, dice)
         for name, content in contents.items():
-            is_test = CHANGES[-1] in name and number % 2
+            is_test = CHANGES[-1] in name and number // len(BRAIN_TUMOUR_CLASSES) % 2
             scan = folder / "scans" / ("Testing" if is_test else "Training") / phantom.label / name
             scan.parent.mkdir(parents=True, exist_ok=True)
             scan.write_bytes(content)
