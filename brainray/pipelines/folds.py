@@ -243,8 +243,8 @@ def judge_folds(
     .. [1] Forman and Scholz, "Apples-to-apples in cross-validation studies", ACM SIGKDD
        Explorations 12 (2010).
     """
-    classes = job.config.classes
-    predictions = pool_predictions(list_runs(job))
+    classes, runs = job.config.classes, list_runs(job)
+    predictions = pool_predictions(runs)
     say(f"Judging the folds together: {predictions.num_rows:,} images, each by who never saw it.")
     numbers = {path: number for number, path in enumerate(data.manifest["path"].to_pylist())}
     indices = np.array([numbers[path] for path in predictions["path"].to_pylist()], np.int64)
@@ -262,7 +262,7 @@ def judge_folds(
     }
     classifier_uris = {
         result["classifier_id"]: run.at(CLASSIFIER_FOLDER)
-        for result, run in zip(results, list_runs(job), strict=True)
+        for result, run in zip(results, runs, strict=True)
     }
     time_s = sum(result["training"]["time_s"] for result in results)
     report = render_report(
