@@ -161,6 +161,7 @@ def test_training_may_go_on_without_an_average(tmp_path: Path) -> None:
         PROGRESS,
         replace(PROGRESS, best_score=float("-inf")),
         replace(PROGRESS, time_s=1e9 / 3),
+        replace(PROGRESS, next_step=7, epoch_sums=(0.1 + 0.2, 50.0, 56.0)),
     ],
 )
 def test_progress_comes_back_exactly(tmp_path: Path, progress: Progress) -> None:

@@ -147,6 +147,16 @@ def test_resuming_cuts_the_front_and_nothing_else(start_epoch: int) -> None:
             assert found.tolist() == share.tolist()
 
 
+@pytest.mark.parametrize("start_step", [0, 1, 3, 4, 5])
+def test_resuming_within_an_epoch_cuts_its_first_steps_and_nothing_else(start_step: int) -> None:
+    whole = collect_steps(make_plan(world_size=2))
+    rest = collect_steps(make_plan(world_size=3, start_epoch=1, start_step=start_step))
+    begin = list(whole).index(("val", 0, 2)) + 1 + start_step
+    assert list(rest) == list(whole)[begin:]
+    for key, shares in rest.items():
+        assert np.concatenate(shares).tolist() == np.concatenate(whole[key]).tolist()
+
+
 def test_another_number_of_workers_may_resume() -> None:
     """The steps do not change, only who computes them."""
     two = collect_steps(make_plan(world_size=2, start_epoch=1))

@@ -3,22 +3,30 @@
 import base64
 import dataclasses
 import io
+import itertools
 import json
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
+from ray.train import PreemptionInfo
 
-from brainray import storage
+from brainray import runlog, storage
 from brainray.dataset.split import hash_manifest
 from brainray.errors import ConfigError, TrainingError
 from brainray.model.answer import open_scan
 from brainray.model.classifier import load_classifier
 from brainray.model.explain import compute_class_maps
 from brainray.model.network import STRIDE_PX, split_head
+from brainray.pipelines import loop
+from brainray.pipelines.checkpoint import PROGRESS_FILE
+from brainray.pipelines.cluster import WATCHER_VARIABLE
 from brainray.pipelines.config import Placement, TrainConfig
 from brainray.pipelines.evaluate import EvaluateJob, evaluate
 from brainray.pipelines.optimisation import Optimisation
@@ -43,6 +51,52 @@ TINY = TrainConfig(
     precision="fp32",
     optimisation=Optimisation(learning_rate=3e-4, ema_decay=0.5),
 )
+
+
+BEFORE_RESUMING_FILE = "resumed.json"
+
+
+def train_until_the_node_goes(loop_config: dict[str, Any]) -> None:
+    """Do as a training worker does that is told in mid-epoch of a node's end, and then meets it."""
+    output = Path(loop_config["setup"].records_uri).parent
+    notice = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [1]})
+    checkpoint, calls = ray.train.get_checkpoint(), itertools.count()
+
+    def look() -> PreemptionInfo | None:
+        if checkpoint is not None or next(calls) < 3:
+            return notice if checkpoint is None else None
+        while not list(output.glob("checkpoints/checkpoint_manager_snapshot.json")):
+            time.sleep(0.05)
+        raise ConnectionError("the node is gone")
+
+    loop.NOTICE_STEPS = 2
+    ray.train.get_preemption_info = look
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            shutil.copy(Path(folder) / PROGRESS_FILE, output / BEFORE_RESUMING_FILE)
+    loop.train_worker(loop_config)
+
+
+def test_training_goes_on_within_the_epoch_in_which_a_node_was_announced_to_go(
+    phantom_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(TINY, global_batch_size=8)
+    whole, cut = (
+        build_job(phantom_folder, tmp_path / name, config, num_workers=2)
+        for name in ("whole", "cut")
+    )
+    train(whole)
+    monkeypatch.setenv(WATCHER_VARIABLE, "1")
+    monkeypatch.setattr("brainray.pipelines.train.train_worker", train_until_the_node_goes)
+    train(cut)
+    progress = json.loads((tmp_path / "cut" / BEFORE_RESUMING_FILE).read_text())
+    assert (progress["next_epoch"], progress["next_step"]) == (0, 2)
+    assert progress["epoch_sums"][2] == 16
+    expected, found = (runlog.read_records(job.at("metrics.jsonl")) for job in (whole, cut))
+    assert [record["epoch"] for record in found] == [0, 1]
+    for name in ("train_loss", "val_loss", "num_train_images", "train_accuracy"):
+        values = [record[name] for record in expected]
+        assert [record[name] for record in found] == pytest.approx(values, rel=1e-5), name
 
 
 def build_job(data: Path, output: Path, config: TrainConfig = TINY, **placement: int) -> TrainJob:

@@ -75,6 +75,8 @@ class StreamPlan:
     """What is too large to open."""
     row_groups: NDArray[np.int64] | None = None
     """Number of each training image's row group, when rows are streamed from Parquet."""
+    start_step: int = 0
+    """First training step of the first epoch to deliver, from 0."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -121,14 +123,15 @@ def list_chunks(plan: StreamPlan) -> list[Chunk]:
     """List the stretches of the run that is left, in order."""
     chunks = []
     for epoch in range(plan.start_epoch, len(plan.epoch_sizes_px)):
-        for kind, steps, size_px in (
-            ("train", plan.steps_per_epoch, plan.epoch_sizes_px[epoch]),
-            ("val", plan.num_val_steps, plan.preprocessing.size_px),
+        start_step = plan.start_step if epoch == plan.start_epoch else 0
+        for kind, first, steps, size_px in (
+            ("train", start_step, plan.steps_per_epoch, plan.epoch_sizes_px[epoch]),
+            ("val", 0, plan.num_val_steps, plan.preprocessing.size_px),
         ):
             stride = max(1, CHUNK_BYTES // (plan.batch_size_per_worker * size_px**2))
             chunks += [
                 Chunk(kind, epoch, start, min(start + stride, steps), size_px)  # type: ignore[arg-type]
-                for start in range(0, steps, stride)
+                for start in range(first, steps, stride)
             ]
     return chunks
 

@@ -5,7 +5,7 @@ optimiser) and ``state.json`` (the rest).
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ class Progress:
 
     next_epoch: int = 0
     """Epoch to train next, from 0."""
+    next_step: int = 0
+    """Step of that epoch to take next: not 0 where a node was about to be taken away."""
+    epoch_sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Loss, correct images and images of that epoch's steps so far, over all workers."""
     best_score: float = float("-inf")
     """Best validation score so far."""
     best_epoch: int = -1
@@ -82,7 +86,9 @@ def load_checkpoint(
         slots.setdefault(int(index), {})[slot] = tensor
     state: dict[str, Any] = {**optimizer.state_dict(), "state": slots}
     optimizer.load_state_dict(state)
-    return Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
+    progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
+    loss, correct, images = progress.epoch_sums  # a list: JSON knows no tuples
+    return replace(progress, epoch_sums=(loss, correct, images))
 
 
 def _strip(tensors: StateDict, prefix: str) -> StateDict:

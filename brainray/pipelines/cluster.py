@@ -26,6 +26,9 @@ JOINING_S = 15.0
 TELL_S = 30.0
 """Between two lines on what a job waits for."""
 
+WATCHER_VARIABLE = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Ray Train's switch for the actor that hears of nodes about to be taken away; on where unset."""
+
 NODE_GROUP_LABEL = "ray.io/node-group"
 """Ray's label of nodes whose kind an autoscaler knows; nodes that people start have none."""
 
@@ -52,7 +55,7 @@ def connect_ray(*, verbose: bool = False) -> None:
         return
     keep_token_private()
     # Nobody drains the only node; each idle actor takes 1 % of a core from two that train.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault(WATCHER_VARIABLE, "0")
     ray.init(
         address="local",
         num_cpus=max(MIN_CPUS, len(os.sched_getaffinity(0))),
@@ -60,6 +63,11 @@ def connect_ray(*, verbose: bool = False) -> None:
         log_to_driver=verbose,
         logging_level=level,
     )
+
+
+def hears_notices() -> bool:
+    """Tell whether training hears of nodes that are about to be taken away."""
+    return os.environ.get(WATCHER_VARIABLE, "1") != "0"
 
 
 def _interrupt(*_: object) -> None:

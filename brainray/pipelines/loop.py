@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from pyarrow.fs import LocalFileSystem
 from ray.data import DataIterator
-from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train import Checkpoint, CheckpointUploadMode, PreemptionInfo
 from ray.util.queue import Queue
 from torch import nn
 
@@ -54,6 +54,10 @@ MESSAGE_INTERVAL_S = 1.0
 UNFINISHED = ".unfinished-"
 """Begins the name of a checkpoint's folder while it is written."""
 
+NOTICE_STEPS = 10
+"""Steps between two looks whether a node is about to be taken away; the workers look together,
+which takes some milliseconds, and a cloud says so two minutes ahead at most."""
+
 PlaceCheckpoint = Callable[[Checkpoint, str], Checkpoint]
 
 HEAD_BATCH_SIZE = 256
@@ -81,6 +85,8 @@ class WorkerSetup:
     tensorboard_uri: str
     cpus_per_worker: float
     use_gpu: bool
+    heeds_notices: bool = False
+    """Whether nodes may be taken away with notice, as a cloud's spot machines are."""
     messages: Queue | None = None
     """Takes progress for the person at the driver."""
 
@@ -138,6 +144,7 @@ class Worker:
         self.class_weights = self._compute_class_weights()
         self.progress = Progress()
         self.told_at = time.monotonic()
+        self.notice: PreemptionInfo | None = None
 
     def _build_network(self) -> nn.Module:
         num_classes = len(self.config.classes)
@@ -160,7 +167,7 @@ class Worker:
     def run(self) -> None:
         """Train from the last checkpoint, or from the start, to the end."""
         records = self._restore()
-        if self.progress.next_epoch == 0 and self.config.starts_with_head:
+        if self.progress == Progress() and self.config.starts_with_head:
             self._train_head()
         self.plan = self._plan_stream()
         model = self._wrap()
@@ -194,6 +201,7 @@ class Worker:
             val_indices=self.setup.val_indices,
             epoch_sizes_px=self.config.list_epoch_sizes(),
             start_epoch=self.progress.next_epoch,
+            start_step=self.progress.next_step,
             global_batch_size=min(self.config.global_batch_size, len(self.setup.train_indices)),
             world_size=self.world_size,
             seed=self.config.seed,
@@ -254,13 +262,13 @@ class Worker:
         num_steps = self.plan.steps_per_epoch
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         model.train()
-        for step in range(num_steps):
+        for step in range(self.progress.next_step, num_steps):
             sums += self._train_step(model, next(batches), epoch * num_steps + step)
             self._tell_step({"epoch": epoch, "step": step + 1, "num_steps": num_steps})
-        if self.world_size > 1:
-            dist.all_reduce(sums)
-        loss, correct, num_images = sums.tolist()
-        train_s = time.monotonic() - started
+            if self._is_notified(step):
+                self._save_within_epoch(sums, step + 1, time.monotonic() - started)
+        loss, correct, num_images = self._sum_epoch(sums)
+        train_s, num_earlier = time.monotonic() - started, self.progress.epoch_sums[2]
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The training loss is {loss} in epoch {epoch + 1}. "
@@ -272,6 +280,8 @@ class Worker:
         self.progress = replace(
             self.progress,
             next_epoch=epoch + 1,
+            next_step=0,
+            epoch_sums=(0.0, 0.0, 0.0),
             best_score=scores[self.config.monitor] if is_best else self.progress.best_score,
             best_epoch=epoch if is_best else self.progress.best_epoch,
             time_s=self.progress.time_s + time.monotonic() - started,
@@ -289,11 +299,38 @@ class Worker:
             "num_train_images": round(num_images),
             "world_size": self.world_size,
             "hardware": self._describe_hardware(),
-            "images_per_s": num_images / train_s,
+            "images_per_s": (num_images - num_earlier) / train_s,
             "time_s": self.progress.time_s,
             "unix_time_s": time.time(),
             "time_left_s": self.progress.time_s / (epoch + 1) * left,
         }
+
+    def _sum_epoch(self, sums: torch.Tensor) -> tuple[float, float, float]:
+        """Add up the workers' sums of the epoch, and what was done of it in an earlier life."""
+        total = sums.clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        loss, correct, num_images = (total + total.new_tensor(self.progress.epoch_sums)).tolist()
+        return loss, correct, num_images
+
+    def _is_notified(self, step: int) -> bool:
+        """Tell whether it has just become known that a node will be taken away."""
+        if not self.setup.heeds_notices or (step + 1) % NOTICE_STEPS:
+            return False
+        known, self.notice = self.notice, ray.train.get_preemption_info()
+        return self.notice is not None and self.notice != known
+
+    def _save_within_epoch(self, sums: torch.Tensor, next_step: int, elapsed_s: float) -> None:
+        """Hand over what the epoch has come to, as long as its workers are all there."""
+        self._average_statistics()
+        progress = replace(
+            self.progress,
+            next_step=next_step,
+            epoch_sums=self._sum_epoch(sums),
+            time_s=self.progress.time_s + elapsed_s,
+        )
+        # It was not validated: no epoch's score is as low, so it is never taken for the best.
+        self._hand_over({self.config.monitor: -1.0}, progress)
 
     def _train_step(self, model: nn.Module, batch: LoadedBatch, step: int) -> torch.Tensor:
         """Take one step; return the worker's sums of loss, of correct images and of images."""
@@ -395,9 +432,17 @@ class Worker:
         return {f"val_{name}": value for name, value in scores.items()}
 
     def _report(self, record: runlog.Record, records: list[runlog.Record]) -> None:
-        """Write the epoch down and hand Ray Train its checkpoint, which uploads meanwhile."""
+        """Write the epoch down and hand over its checkpoint."""
+        if self.rank == 0:
+            runlog.write_records(self.setup.records_uri, records)
+            runlog.write_tensorboard(self.setup.tensorboard_uri, records)
+            self._tell({"record": record})
+        self._hand_over(record, self.progress)
+
+    def _hand_over(self, metrics: dict[str, Any], progress: Progress) -> None:
+        """Give Ray Train a checkpoint, which it uploads while training goes on."""
         if self.rank != 0:
-            ray.train.report(record)
+            ray.train.report(metrics)
             return
         folder, place = self._open_checkpoint_folder()
         save_checkpoint(
@@ -405,13 +450,10 @@ class Worker:
             network=self.network.state_dict(),
             averaged=self.averaged.state_dict() if self.averaged is not None else None,
             optimizer=self.optimizer,
-            progress=self.progress,
+            progress=progress,
         )
-        runlog.write_records(self.setup.records_uri, records)
-        runlog.write_tensorboard(self.setup.tensorboard_uri, records)
-        self._tell({"record": record})
         ray.train.report(
-            record,
+            metrics,
             checkpoint=Checkpoint.from_directory(folder),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=place,

@@ -41,6 +41,7 @@ from brainray.pipelines.cluster import (
     check_fits,
     connect_ray,
     describe_training_needs,
+    hears_notices,
     tell_waiting,
 )
 from brainray.pipelines.config import Placement, TrainConfig, find_differences
@@ -285,6 +286,7 @@ def fit(
             tensorboard_uri=job.at("tensorboard"),
             cpus_per_worker=need.bundle["CPU"],
             use_gpu=job.placement.use_gpu,
+            heeds_notices=hears_notices(),
             messages=messages,
         )
         trainer = build_trainer(job, setup)
