@@ -4,7 +4,8 @@ import subprocess
 import time
 from collections.abc import Callable
 
-TIMEOUT_S = 240.0
+TIMEOUT_S = 900.0
+"""Tells a command that hangs from a slow one: a submit of training took 210 s on two cores."""
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
