@@ -20,6 +20,7 @@ from brainray.errors import ConfigError
 from brainray.pipelines import cluster as cluster_room
 from brainray.pipelines.cluster import Need, check_fits, count_fitting, find_lacking, share_cpus
 from brainray.pipelines.cluster import tell_waiting as tell
+from brainray.pixels.phantoms import write_phantom_folder
 from tests.conftest import REPOSITORY
 from tests.nodes import Cluster, Node
 from tests.processes import finish, wait_for
@@ -372,6 +373,34 @@ def test_training_outlives_a_killed_a_drained_and_a_joining_node(
     assert len(told) <= 16 + 3, "more than an epoch was done again for each of three changes"
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["val"]["accuracy"] > 0.5
+
+
+@pytest.mark.slow
+def test_a_drained_node_takes_only_the_steps_since_its_notice(tmp_path: Path) -> None:
+    """Its epochs take longer than the node's last 20 s, so that one is cut."""
+    data, output = tmp_path / "data", tmp_path / "out"
+    write_phantom_folder(data, num_train_per_class=160, num_test_per_class=4, seed=5)
+    cluster = Cluster(head_cpus=0, node_cpus=(1, 1), RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1")
+    try:
+        words = describe_training(data, output, epochs=2)
+        words += ["--num-workers", "2", "--min-workers", "1", "--global-batch-size", "4"]
+        process = cluster.start(sys.executable, "jobs/train.py", *words)
+        wait_for(lambda: count_epochs(output) >= 1, process)
+        drained = find_worker_node(cluster)
+        cluster.drain(drained, deadline_s=20)
+        time.sleep(20)
+        assert count_epochs(output) == 1, "the epoch was over before the node was lost"
+        drained.kill()
+        status, said = finish(process)
+    finally:
+        cluster.close()
+    assert status == 0, said
+    saved = re.search(r"^A node is about to go: saved (.*)$", said, re.MULTILINE)
+    assert saved is not None, said
+    assert f"Going on {saved.group(1)}" in said
+    assert [record["world_size"] for record in read_records(output)] == [2, 1]
+    counts = [record["num_train_images"] for record in read_records(output)]
+    assert counts[0] == counts[1], "an image of the epoch was left out, or counted twice"
 
 
 @pytest.mark.slow

@@ -170,6 +170,8 @@ class Worker:
         if self.progress == Progress() and self.config.starts_with_head:
             self._train_head()
         self.plan = self._plan_stream()
+        if self.progress.next_step:
+            self._tell({"line": f"Going on {self._name_place(self.progress)}."})
         model = self._wrap()
         batches = iterate_batches(self._open_shard(self.plan), self.plan, self.rank)
         for epoch in range(self.progress.next_epoch, self.config.num_epochs):
@@ -331,6 +333,12 @@ class Worker:
         )
         # It was not validated: no epoch's score is as low, so it is never taken for the best.
         self._hand_over({self.config.monitor: -1.0}, progress)
+        self._tell({"line": f"A node is about to go: saved {self._name_place(progress)}."})
+
+    def _name_place(self, progress: Progress) -> str:
+        """Say how far an epoch has come."""
+        done, num_steps = progress.next_step, self.plan.steps_per_epoch
+        return f"in epoch {progress.next_epoch + 1} after step {done} of {num_steps}"
 
     def _train_step(self, model: nn.Module, batch: LoadedBatch, step: int) -> torch.Tensor:
         """Take one step; return the worker's sums of loss, of correct images and of images."""

@@ -365,6 +365,8 @@ def relay_messages(say: Say, tick: Tick) -> Iterator[Queue]:
                 return
             if "record" in message:
                 say(runlog.format_epoch(message["record"]))
+            elif "line" in message:
+                say(message["line"])
             else:
                 tick(message)
 
