@@ -4,6 +4,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -49,6 +50,32 @@ class ObjectStore:
         headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
         start_response(f"{status} {code}", headers)
         return [body.encode()]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs to find its way here, as AWS's own tools want it."""
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def put(self, key: str, content: bytes) -> None:
+        """Write an object."""
+        with self.open().open_output_stream(f"{BUCKET}/{key}") as stream:
+            stream.write(content)
+
+    def get(self, key: str) -> bytes:
+        """Read an object."""
+        with self.open().open_input_file(f"{BUCKET}/{key}") as stream:
+            return bytes(stream.read())
+
+    def put_folder(self, folder: Path, prefix: str) -> None:
+        """Write the images below a folder."""
+        for file in folder.rglob("*.jpg"):
+            self.put(f"{prefix}/{file.relative_to(folder)}", file.read_bytes())
 
     def fail_first(self, count: int, fault: Fault) -> None:
         """Fail so many requests from now on."""

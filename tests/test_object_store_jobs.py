@@ -28,20 +28,8 @@ SMALL = ("--recipe", "smoke", "--preprocessing.size-px", "32", "--num-epochs", "
 def store(phantom_folder: Path) -> Iterator[ObjectStore]:
     """Serve a bucket that holds the phantoms."""
     with serve_objects() as store:
-        bucket = store.open()
-        for file in phantom_folder.rglob("*.jpg"):
-            put(bucket, f"data/{file.relative_to(phantom_folder)}", file.read_bytes())
+        store.put_folder(phantom_folder, "data")
         yield store
-
-
-def put(bucket: Any, key: str, content: bytes) -> None:  # noqa: ANN401
-    with bucket.open_output_stream(f"{BUCKET}/{key}") as stream:
-        stream.write(content)
-
-
-def get(store: ObjectStore, key: str) -> bytes:
-    with store.open().open_input_file(f"{BUCKET}/{key}") as stream:
-        return bytes(stream.read())
 
 
 def start(store: ObjectStore, program: str, *words: str) -> subprocess.Popen[str]:
@@ -50,14 +38,7 @@ def start(store: ObjectStore, program: str, *words: str) -> subprocess.Popen[str
     return subprocess.Popen(
         [sys.executable, *program.split(), *(w.replace("@", f"s3://{BUCKET}/", 1) for w in words)],
         cwd=REPOSITORY,
-        env=kept
-        | {
-            "AWS_ENDPOINT_URL": store.url,
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        },
+        env=kept | store.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -66,7 +47,7 @@ def start(store: ObjectStore, program: str, *words: str) -> subprocess.Popen[str
 
 
 def read_epochs(store: ObjectStore) -> list[int]:
-    text = get(store, "runs/1/metrics.jsonl").decode()
+    text = store.get("runs/1/metrics.jsonl").decode()
     return [json.loads(line)["epoch"] for line in text.splitlines()]
 
 
@@ -74,7 +55,7 @@ def read_epochs(store: ObjectStore) -> list[int]:
 def trained(store: ObjectStore) -> ObjectStore:
     """Train from weights in the bucket; kill it after a checkpoint, and go on."""
     weights = safetensors.torch.save(build_network(len(CLASSES)).state_dict())
-    put(store.open(), "weights/random.safetensors", weights)
+    store.put("weights/random.safetensors", weights)
     words = ("--data-uri", "@data", "--output-uri", "@runs/1", *SMALL)
     words += ("--weights-uri", "@weights/random.safetensors")
     process = start(store, "jobs/train.py", *words)
@@ -100,24 +81,23 @@ def test_the_classifier_is_judged(trained: ObjectStore) -> None:
     words = ("--data-uri", "@data", "--classifier-uri", "@runs/1/classifier")
     status, said = finish(start(trained, "jobs/evaluate.py", *words, "--output-uri", "@judged"))
     assert status == 0, said
-    table = pq.read_table(pa.BufferReader(get(trained, "judged/predictions/test.parquet")))
+    table = pq.read_table(pa.BufferReader(trained.get("judged/predictions/test.parquet")))
     assert table.num_rows == 32
 
 
 def read_rows(store: ObjectStore, folder: str) -> list[dict[str, Any]]:
     keys = [key for key in store.list_keys() if key.startswith(f"{folder}/predictions/")]
-    tables = [pq.read_table(pa.BufferReader(get(store, key))) for key in keys]
+    tables = [pq.read_table(pa.BufferReader(store.get(key))) for key in keys]
     return [row for table in tables for row in table.to_pylist()]
 
 
 def test_every_scan_has_one_answer_in_few_requests_and_only_what_is_new(
     trained: ObjectStore, phantom_folder: Path
 ) -> None:
-    bucket = trained.open()
     files = sorted((phantom_folder / "Training").rglob("*.jpg"))
     for number, file in enumerate(files):
-        put(bucket, f"inbox/{number:03d}.jpg", file.read_bytes())
-    put(bucket, "inbox/empty.jpg", b"")
+        trained.put(f"inbox/{number:03d}.jpg", file.read_bytes())
+    trained.put("inbox/empty.jpg", b"")
     words = ("--scans-uri", "@inbox", "--classifier-uri", "@runs/1/classifier")
     words += ("--output-uri", "@answers")
     trained.forget()
@@ -132,7 +112,7 @@ def test_every_scan_has_one_answer_in_few_requests_and_only_what_is_new(
     assert len(rows) == len({row["scan_uri"] for row in rows}) == len(files) + 1
     assert Counter(row["reason"] for row in rows)["empty"] == 1
 
-    put(bucket, "inbox/new.jpg", files[0].read_bytes())
+    trained.put("inbox/new.jpg", files[0].read_bytes())
     trained.forget()
     status, said = finish(start(trained, "jobs/classify.py", *words))
     assert status == 0, said
