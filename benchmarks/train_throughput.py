@@ -176,7 +176,8 @@ def run_brainray(options: Options) -> float:
     from brainray.dataset.source import find_samples
     from brainray.pipelines.cluster import connect_ray
     from brainray.pipelines.data import prepare_training_data
-    from brainray.pipelines.train import TrainJob, fit
+    from brainray.pipelines.fit import fit
+    from brainray.pipelines.run import TrainJob
 
     config = TrainConfig(
         weights="none",

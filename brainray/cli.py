@@ -23,8 +23,9 @@ from brainray.pipelines.demo import DemoJob, run_demo
 from brainray.pipelines.doctor import examine
 from brainray.pipelines.evaluate import EvaluateJob, evaluate
 from brainray.pipelines.folds import cross_validate
+from brainray.pipelines.run import TrainJob
 from brainray.pipelines.tally import Standing
-from brainray.pipelines.train import TrainJob, train
+from brainray.pipelines.train import train
 from brainray.recipes import RECIPES, build_recipe
 from brainray.serving.config import ServeJob
 

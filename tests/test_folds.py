@@ -25,7 +25,8 @@ from brainray.pipelines.folds import (
     find_training_samples,
     split_fold,
 )
-from brainray.pipelines.train import TrainJob, train
+from brainray.pipelines.run import TrainJob
+from brainray.pipelines.train import train
 from brainray.pixels.preprocess import Preprocessing
 from brainray.recipes import smoke
 

@@ -30,7 +30,8 @@ from brainray.pipelines.cluster import WATCHER_VARIABLE
 from brainray.pipelines.config import Placement, TrainConfig
 from brainray.pipelines.evaluate import EvaluateJob, evaluate
 from brainray.pipelines.optimisation import Optimisation
-from brainray.pipelines.train import TrainJob, train
+from brainray.pipelines.run import TrainJob
+from brainray.pipelines.train import train
 from brainray.pixels.augment import NO_AUGMENTATION
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.picture import GALLERY_OVERLAY_PX, render_overlay
@@ -87,7 +88,7 @@ def test_training_goes_on_within_the_epoch_in_which_a_node_was_announced_to_go(
     )
     train(whole)
     monkeypatch.setenv(WATCHER_VARIABLE, "1")
-    monkeypatch.setattr("brainray.pipelines.train.train_worker", train_until_the_node_goes)
+    monkeypatch.setattr("brainray.pipelines.fit.train_worker", train_until_the_node_goes)
     train(cut)
     progress = json.loads((tmp_path / "cut" / BEFORE_RESUMING_FILE).read_text())
     assert (progress["next_epoch"], progress["next_step"]) == (0, 2)

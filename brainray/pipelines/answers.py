@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +37,7 @@ from pyarrow import fs
 from brainray import storage
 from brainray.errors import ConfigError, StorageError
 from brainray.model.network import STRIDE_PX
+from brainray.pipelines.repeat import repeat
 from brainray.provenance import collect_versions, read_code_revision
 
 logger = logging.getLogger(__name__)
@@ -373,20 +373,15 @@ def _lease(uri: str, holder: dict[str, Any], output_uri: str) -> Iterator[None]:
     time.sleep(1.0)  # two runs that began at once: the one that wrote last has it
     if read().get("id") != holder["id"]:
         raise _refuse(output_uri, read())
-    ended = threading.Event()
 
     def keep() -> None:
-        while not ended.wait(LEASE_RENEWAL_S):
-            try:
-                renew()
-            except StorageError as error:  # there is time for another attempt or two
-                logger.warning("The lease on %s was not renewed: %s", output_uri, error)
+        try:
+            renew()
+        except StorageError as error:  # there is time for another attempt or two
+            logger.warning("The lease on %s was not renewed: %s", output_uri, error)
 
-    thread = threading.Thread(target=keep, name="lease", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeat(keep, LEASE_RENEWAL_S, "lease"):
+            yield
     finally:
-        ended.set()
-        thread.join()
         storage.delete_file(uri)

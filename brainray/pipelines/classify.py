@@ -57,13 +57,13 @@ from brainray.pipelines.cluster import (
 from brainray.pipelines.judge import METRICS_FILE, Say
 from brainray.pipelines.tally import (
     STAGES,
-    MemoryWatch,
     Standing,
     Tally,
     count_rejected,
     describe_counts,
     find_bottleneck,
     thin,
+    watch_memory,
 )
 from brainray.pipelines.truth import Truth, read_truth
 from brainray.pixels.decode import DecodeLimits, decode_image
@@ -170,12 +170,11 @@ def classify(
         needs = describe_needs(job)
         check_fits(*needs)
         plan = plan_run(job, classifier)
-        memory = MemoryWatch()
         started_at = datetime.now(UTC)
-        with memory, tell_waiting(needs, say):
+        with watch_memory() as peak, tell_waiting(needs, say):
             tally = run_stream(plan, ledger, answers, job.part_s, say, tick)
         answers.publish()
-        metrics = build_metrics(plan, classifier, answers, tally, memory.peak_bytes, started_at)
+        metrics = build_metrics(plan, classifier, answers, tally, peak.bytes, started_at)
         report(job, classifier, answers, metrics, truth)
     check_rejected(tally, limit, job.max_rejected)
     return metrics

@@ -15,6 +15,7 @@ import ray.data
 from brainray.dataset.stream import TASK_CPUS
 from brainray.errors import ConfigError
 from brainray.pipelines.config import Placement
+from brainray.pipelines.repeat import repeat
 from brainray.raytoken import keep_token_private
 
 MIN_CPUS = 2
@@ -202,18 +203,11 @@ def has_autoscaler() -> bool:
 @contextmanager
 def tell_waiting(needs: Sequence[Need], say: Callable[[str], None]) -> Iterator[None]:
     """Say from time to time what a job waits for, while the cluster lacks what it needs."""
-    ended = threading.Event()
 
     def watch() -> None:
-        while not ended.wait(TELL_S):
-            lacking = find_lacking(needs, list_nodes())
-            if lacking:
-                say(f"Waiting for nodes. {lacking}")
+        lacking = find_lacking(needs, list_nodes())
+        if lacking:
+            say(f"Waiting for nodes. {lacking}")
 
-    thread = threading.Thread(target=watch, name="waiting", daemon=True)
-    thread.start()
-    try:
+    with repeat(watch, TELL_S, "waiting"):
         yield
-    finally:
-        ended.set()
-        thread.join()

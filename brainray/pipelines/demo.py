@@ -7,7 +7,8 @@ from typing import Any
 from brainray import storage
 from brainray.pipelines.config import Placement, TrainConfig
 from brainray.pipelines.judge import Say
-from brainray.pipelines.train import Tick, TrainJob, train
+from brainray.pipelines.run import Tick, TrainJob
+from brainray.pipelines.train import train
 from brainray.pixels.phantoms import write_phantom_folder
 
 

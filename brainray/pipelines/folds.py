@@ -30,17 +30,16 @@ from brainray.pipelines.judge import (
     collect_mistakes,
     judge_split,
 )
-from brainray.pipelines.train import (
+from brainray.pipelines.run import (
     CLASSIFIER_FOLDER,
     Tick,
     TrainJob,
     check_run,
-    describe_plan,
     describe_run,
     find_finished,
     keep_manifest,
-    train_prepared,
 )
+from brainray.pipelines.train import describe_plan, train_prepared
 from brainray.provenance import describe_versions, read_code_revision
 from brainray.reporting.report import render_report
 

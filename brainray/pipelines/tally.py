@@ -1,9 +1,10 @@
 """What a bulk run has seen: counts, times, memory, and what limits it."""
 
 import os
-import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import psutil
 import pyarrow as pa
 
 from brainray.model.trust import LOW_CONFIDENCE
+from brainray.pipelines.repeat import repeat
 
 MEMORY_INTERVAL_S = 3.0
 SATURATED = 0.8
@@ -123,27 +125,24 @@ def count_rejected(reasons: "Counter[str]") -> int:
     return sum(count for reason, count in reasons.items() if reason != LOW_CONFIDENCE)
 
 
-class MemoryWatch:
-    """Watches the memory of this process and of all below it: Ray's, where Ray runs here."""
+@dataclass
+class MemoryPeak:
+    """The most memory that this process and all below it had: Ray's too, where Ray runs here."""
 
-    def __init__(self) -> None:
-        self.peak_bytes = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+    bytes: int = 0
 
-    def __enter__(self) -> "MemoryWatch":
-        self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
+@contextmanager
+def watch_memory() -> Iterator[MemoryPeak]:
+    """Measure the memory again and again until the block ends."""
+    peak = MemoryPeak()
 
-    def _watch(self) -> None:
-        while True:
-            self.peak_bytes = max(self.peak_bytes, measure_memory_bytes(os.getpid()))
-            if self._ended.wait(MEMORY_INTERVAL_S):
-                return
+    def measure() -> None:
+        peak.bytes = max(peak.bytes, measure_memory_bytes(os.getpid()))
+
+    measure()
+    with repeat(measure, MEMORY_INTERVAL_S, "memory"):
+        yield peak
 
 
 def measure_memory_bytes(pid: int) -> int:
