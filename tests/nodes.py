@@ -81,6 +81,9 @@ class Cluster:
             # A busy machine takes longer to start a process than Ray waits for it.
             "RAY_agent_register_timeout_ms": "300000",
             "RAY_worker_register_timeout_seconds": "300",
+            # A node of one CPU ends all but one idle process after a second, and starts anew, with
+            # seconds of imports, for the next chunk of scans.
+            "RAY_idle_worker_killing_time_threshold_ms": "300000",
             **extra,
         }
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
