@@ -79,6 +79,7 @@ class Cluster:
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "RAY_JOB_STOP_WAIT_TIME_S": "60",
             # A busy machine takes longer to start a process than Ray waits for it.
+            "RAY_raylet_start_wait_time_s": "300",
             "RAY_agent_register_timeout_ms": "300000",
             "RAY_worker_register_timeout_seconds": "300",
             # A node of one CPU ends all but one idle process after a second, and starts anew, with
@@ -99,11 +100,13 @@ class Cluster:
         )
         try:
             self._wait_for(self.dashboard_port)
+            for num_cpus in node_cpus:
+                self.add_node(num_cpus)
+            for number in range(len(self.nodes)):
+                self._wait_for_node(number)
         except AssertionError:
             self.close()
             raise
-        for num_cpus in node_cpus:
-            self.add_node(num_cpus)
 
     def add_node(self, num_cpus: int) -> Node:
         return self._start(f"--address={self.address}", num_cpus=num_cpus)
@@ -152,6 +155,14 @@ class Cluster:
                 assert time.monotonic() < deadline, self.read_logs()
                 assert self.head.process.poll() is None, self.read_logs()
                 time.sleep(0.2)
+
+    def _wait_for_node(self, number: int) -> None:
+        """Wait until a node has joined: that is when `ray start --block` says that it blocks."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while "will now block forever" not in (self.folder / f"node-{number}.log").read_text():
+            assert time.monotonic() < deadline, self.read_logs()
+            assert self.nodes[number].process.poll() is None, self.read_logs()
+            time.sleep(0.2)
 
     def read_logs(self) -> str:
         return "\n".join(file.read_text() for file in sorted(self.folder.glob("node-*.log")))
