@@ -362,32 +362,42 @@ def find_worker_node(cluster: Cluster) -> Node:
 def test_training_outlives_a_killed_a_drained_and_a_joining_node(
     phantom_folder: Path, tmp_path: Path
 ) -> None:
+    """It ends with the losses of a run that nothing happened to: the steps are the same.
+
+    Statistics over all workers make the number of workers a matter of rounding.
+    """
+    calm, robbed = tmp_path / "calm", tmp_path / "robbed"
+    command = (sys.executable, "jobs/train.py", "--batch-norm", "sync")
     cluster = Cluster(head_cpus=0, node_cpus=(1, 1, 1), RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1")
     try:
-        words = (*describe_training(phantom_folder, tmp_path, epochs=10), "--min-workers", "1")
-        process = cluster.start(sys.executable, "jobs/train.py", *words, "--num-workers", "3")
-        wait_for(lambda: count_epochs(tmp_path) >= 1, process)
+        words = (*describe_training(phantom_folder, robbed, epochs=8), "--min-workers", "1")
+        process = cluster.start(*command, *words, "--num-workers", "3")
+        wait_for(lambda: count_epochs(robbed) >= 1, process)
         find_worker_node(cluster).kill()
-        before = count_epochs(tmp_path)
-        wait_for(lambda: count_epochs(tmp_path) > before + 1, process)
+        before = count_epochs(robbed)
+        wait_for(lambda: count_epochs(robbed) > before + 1, process)
         cluster.add_node(1)
         drained = find_worker_node(cluster)
         cluster.drain(drained, deadline_s=10)
         time.sleep(10)
         drained.kill()
         status, said = finish(process)
+        assert status == 0, said
+        words = tuple(describe_training(phantom_folder, calm, epochs=8))
+        status, told_calmly = finish(cluster.start(*command, *words))
     finally:
         cluster.close()
-    assert status == 0, said
-    records = read_records(tmp_path)
-    assert [record["epoch"] for record in records] == list(range(10))
+    assert status == 0, told_calmly
+    records = read_records(robbed)
+    assert [record["epoch"] for record in records] == list(range(8))
     assert records[0]["world_size"] == 3
     assert min(record["world_size"] for record in records) < 3
-    told = [int(found) for found in re.findall(r"^epoch +(\d+)/10", said, re.MULTILINE)]
+    told = [int(found) for found in re.findall(r"^epoch +(\d+)/8", said, re.MULTILINE)]
     assert max(told.count(epoch) for epoch in set(told)) <= 2, said
-    assert len(told) <= 10 + 3, "more than an epoch was done again for each of three changes"
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["val"]["accuracy"] > 0.5
+    assert len(told) <= 8 + 3, "more than an epoch was done again for each of three changes"
+    for name in ("train_loss", "val_loss"):
+        expected = [record[name] for record in read_records(calm)]
+        assert [record[name] for record in records] == pytest.approx(expected, abs=0.05), name
 
 
 @pytest.mark.slow
