@@ -100,9 +100,9 @@ class Cluster:
         )
         try:
             self._wait_for(self.dashboard_port)
-            for num_cpus in node_cpus:
+            for number, num_cpus in enumerate(node_cpus, 1):
                 self.add_node(num_cpus)
-            for number in range(len(self.nodes)):
+                # One by one: two that start at once on one machine may choose the same port.
                 self._wait_for_node(number)
         except AssertionError:
             self.close()
