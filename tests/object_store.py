@@ -73,8 +73,8 @@ class ObjectStore:
             return bytes(stream.read())
 
     def put_folder(self, folder: Path, prefix: str) -> None:
-        """Write the images below a folder."""
-        for file in folder.rglob("*.jpg"):
+        """Write the files below a folder."""
+        for file in folder.rglob("*.*"):
             self.put(f"{prefix}/{file.relative_to(folder)}", file.read_bytes())
 
     def fail_first(self, count: int, fault: Fault) -> None:
