@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from pyarrow import fs
@@ -120,6 +121,8 @@ def serve_objects() -> Iterator[ObjectStore]:
     store = ObjectStore()
     thread = threading.Thread(target=store.server.serve_forever, daemon=True)
     thread.start()
+    # What moto holds belongs to the process, not to a server.
+    urlopen(Request(f"{store.url}/moto-api/reset", method="POST"), timeout=60).close()
     store.open().create_dir(BUCKET)
     try:
         yield store
