@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ def connect_ray(*, verbose: bool = False) -> None:
     context.print_on_execution_start = verbose
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
+    if not verbose:  # a handful of scans on a large cluster is no mistake
+        warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=verbose, logging_level=level)
         if threading.current_thread() is threading.main_thread():
