@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from pyarrow import fs
 from werkzeug.serving import WSGIRequestHandler, make_server
@@ -72,6 +74,12 @@ class ObjectStore:
         """Read an object."""
         with self.open().open_input_file(f"{BUCKET}/{key}") as stream:
             return bytes(stream.read())
+
+    def read_answers(self, output: str) -> list[dict[str, Any]]:
+        """Read the rows that a bulk run has written below an output."""
+        keys = [key for key in self.list_keys() if key.startswith(f"{output}/predictions/")]
+        tables = [pq.read_table(pa.BufferReader(self.get(key))) for key in keys]
+        return [row for table in tables for row in table.to_pylist()]
 
     def put_folder(self, folder: Path, prefix: str) -> None:
         """Write the files below a folder."""

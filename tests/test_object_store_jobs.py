@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -85,12 +84,6 @@ def test_the_classifier_is_judged(trained: ObjectStore) -> None:
     assert table.num_rows == 32
 
 
-def read_rows(store: ObjectStore, folder: str) -> list[dict[str, Any]]:
-    keys = [key for key in store.list_keys() if key.startswith(f"{folder}/predictions/")]
-    tables = [pq.read_table(pa.BufferReader(store.get(key))) for key in keys]
-    return [row for table in tables for row in table.to_pylist()]
-
-
 def test_every_scan_has_one_answer_in_few_requests_and_only_what_is_new(
     trained: ObjectStore, phantom_folder: Path
 ) -> None:
@@ -108,7 +101,7 @@ def test_every_scan_has_one_answer_in_few_requests_and_only_what_is_new(
     for verb in ("HEAD", "GET"):
         assert of_scans.count(verb) <= len(files) + 1 + drawn, verb
     assert len(trained.requests) - len(of_scans) < 80
-    rows = read_rows(trained, "answers")
+    rows = trained.read_answers("answers")
     assert len(rows) == len({row["scan_uri"] for row in rows}) == len(files) + 1
     assert Counter(row["reason"] for row in rows)["empty"] == 1
 
@@ -116,7 +109,7 @@ def test_every_scan_has_one_answer_in_few_requests_and_only_what_is_new(
     trained.forget()
     status, said = finish(start(trained, "jobs/classify.py", *words))
     assert status == 0, said
-    new = [row for row in read_rows(trained, "answers") if row not in rows]
+    new = [row for row in trained.read_answers("answers") if row not in rows]
     assert [row["scan_uri"] for row in new] == [f"s3://{BUCKET}/inbox/new.jpg"]
     assert "answers/.lock" not in trained.list_keys()
 
