@@ -46,6 +46,7 @@ def full_metrics() -> dict[str, Any]:
         "time_s": 3700.0,
         "world_size": 2,
         "hardware": "AMD EPYC 9V45, 2 CPUs",
+        "precision": "bf16",
     }
     return {"test": test, "val": val, "training": training}
 

@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import spearmanr
 
-from brainray.model import runtime as room
 from brainray.model.classifier import Classifier, load_classifier
-from brainray.model.network import STRIDE_PX, build_network, compute_features
+from brainray.model.explain import STRIDE_PX
+from brainray.model.network import build_network, compute_features
+from brainray.model.precision import has_native_bf16
 from brainray.model.runtime import Runtime, RuntimeOptions, open_runtime
 from brainray.model.trust import Trust
 from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.normalise import normalise_images
 from brainray.pixels.picture import render_map
-from brainray.pixels.preprocess import Preprocessing, load_image, normalise_images, resize_image
+from brainray.pixels.preprocess import Preprocessing, load_image, resize_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,7 +31,7 @@ CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
 PREPROCESSING = Preprocessing(size_px=96, mean=0.2, std=0.3)
 BACKENDS = ("openvino", "torch")
 needs_bf16 = pytest.mark.skipif(
-    not room._has_native_bf16(use_gpu=False), reason="this processor has no bf16 instructions"
+    not has_native_bf16(use_gpu=False), reason="this processor has no bf16 instructions"
 )
 
 

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from brainray.errors import ConfigError, RejectedImage
 from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.normalise import normalise_images
 from brainray.pixels.preprocess import (
     IMAGENET_GREY_MEAN,
     IMAGENET_GREY_STD,
     Preprocessing,
     load_image,
-    normalise_images,
     resize_image,
 )
 

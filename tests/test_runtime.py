@@ -19,9 +19,11 @@ from brainray.errors import ConfigError
 from brainray.model import runtime as room
 from brainray.model.classifier import Classifier, load_classifier, save_classifier
 from brainray.model.network import build_network, compute_features
+from brainray.model.precision import has_native_bf16
 from brainray.model.runtime import Runtime, RuntimeOptions, measure_disagreement, open_runtime
 from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import Preprocessing, load_image, normalise_images
+from brainray.pixels.normalise import normalise_images
+from brainray.pixels.preprocess import Preprocessing, load_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +34,7 @@ Opened = Callable[..., Runtime]
 SAID = {"openvino": ", {}, 2 threads", "torch": ", {}, 1 thread"}
 
 needs_bf16 = pytest.mark.skipif(
-    not room._has_native_bf16(use_gpu=False), reason="this processor has no bf16 instructions"
+    not has_native_bf16(use_gpu=False), reason="this processor has no bf16 instructions"
 )
 needs_nncf = pytest.mark.skipif(
     find_spec("nncf") is None, reason="NNCF is not installed (pip install brainray[int8])"

@@ -31,7 +31,8 @@ from brainray.errors import BrainrayError, ClassifierError
 from brainray.labels import check_classes
 from brainray.model.network import ARCHITECTURE, StateDict, build_network, pool_stages, split_head
 from brainray.model.trust import Outputs, Trust
-from brainray.pixels.preprocess import Preprocessing, normalise_images
+from brainray.pixels.normalise import normalise_images
+from brainray.pixels.preprocess import Preprocessing
 
 SCHEMA_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)

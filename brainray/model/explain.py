@@ -4,12 +4,16 @@ ResNet's head averages the last features over their cells and multiplies them by
 are linear, so they may be exchanged: weigh each cell first, then average. What is averaged is the
 map, and it is exact: the mean over its cells is the class's logit. It needs no gradient.
 
-A cell is :data:`brainray.model.network.STRIDE_PX` pixels apart from the next, and has seen beyond
+A cell is :data:`STRIDE_PX` pixels apart from the next, and has seen beyond
 them: the map is coarse, and says where evidence was found, not what it was.
 """
 
 import numpy as np
 from numpy.typing import NDArray
+
+STRIDE_PX = 32
+"""Pixels of the input from one cell of ResNet-50's last features to the next. Cell i is centred on
+pixel 32 i, for every layer that halves the size keeps its first pixel: cells begin at the edge."""
 
 
 def compute_class_maps(

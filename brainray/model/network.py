@@ -23,9 +23,6 @@ NUM_FEATURES = 2048
 """Width of the pooled features below the head."""
 STAGE_WIDTHS = (512, 1024, NUM_FEATURES)
 """Channels of what layer2, layer3 and layer4 give."""
-STRIDE_PX = 32
-"""Pixels of the input from one cell of the last features to the next. Cell i is centred on pixel
-32 i, for every layer that halves the size keeps its first pixel: cells begin at the very edge."""
 
 DOWNLOAD_TIMEOUT_S = 20.0
 """Silence after which a download of weights counts as failed."""

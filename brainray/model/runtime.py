@@ -32,16 +32,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from brainray.errors import ConfigError
 from brainray.model.classifier import Classifier
-from brainray.model.explain import compute_class_maps
-from brainray.model.network import STAGE_WIDTHS, STRIDE_PX, pool_stages, split_head
+from brainray.model.explain import STRIDE_PX, compute_class_maps
+from brainray.model.network import STAGE_WIDTHS, pool_stages, split_head
+from brainray.model.precision import Precision, has_native_bf16
 from brainray.model.trust import Outputs
-from brainray.pixels.preprocess import Preprocessing, normalise_images
+from brainray.pixels.normalise import normalise_images
+from brainray.pixels.preprocess import Preprocessing
 
 if TYPE_CHECKING:
     import openvino
 
 Backend = Literal["torch", "openvino"]
-Precision = Literal["fp32", "bf16", "int8"]
 
 NUM_CALIBRATION_IMAGES = 300
 """Images that int8 ranges are taken from, at most; NNCF's own default."""
@@ -87,7 +88,7 @@ class Prediction:
     it gets one."""
     maps: NDArray[np.float32] | None = None
     """Class activation maps of :func:`brainray.model.explain.compute_class_maps`, in logits before
-    calibration, shape (N, K, h, w); a cell for every :data:`brainray.model.network.STRIDE_PX`
+    calibration, shape (N, K, h, w); a cell for every :data:`brainray.model.explain.STRIDE_PX`
     pixels, begun or whole. Their mean is the logit, within 1e-4 in fp32. None if not asked for."""
 
     def take(self, row: int) -> "Prediction":
@@ -253,7 +254,7 @@ def _choose_precision(options: RuntimeOptions, backend: Backend) -> Precision:
         return "int8"
     if options.precision == "fp32":
         return "fp32"
-    if _has_native_bf16(options.use_gpu):
+    if has_native_bf16(use_gpu=options.use_gpu):
         return "bf16"
     if options.precision == "bf16":
         raise ConfigError(
@@ -261,14 +262,6 @@ def _choose_precision(options: RuntimeOptions, backend: Backend) -> Precision:
             "Leave out --precision, or pass --precision fp32."
         )
     return "fp32"
-
-
-def _has_native_bf16(use_gpu: bool) -> bool:
-    """Return whether the processor or GPU multiplies bf16 numbers, rather than emulating it."""
-    if use_gpu:
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def measure_disagreement(

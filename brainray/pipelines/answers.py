@@ -36,7 +36,7 @@ from pyarrow import fs
 
 from brainray import storage
 from brainray.errors import ConfigError, StorageError
-from brainray.model.network import STRIDE_PX
+from brainray.model.explain import STRIDE_PX
 from brainray.pipelines.repeat import repeat
 from brainray.provenance import collect_versions, read_code_revision
 

@@ -8,12 +8,10 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from hashlib import sha256
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,17 +20,17 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data import Dataset, ExecutionResources
 
-from brainray.dataset.inbox import CHUNK_ROWS, FoundScan, chunk_scans, list_scans
-from brainray.dataset.scan import read_scan, view_pixels
+from brainray.dataset.inbox import CHUNK_ROWS
+from brainray.dataset.scan import view_pixels
 from brainray.dataset.stream import TASK_CPUS, count_off, pause_scheduling
-from brainray.errors import ClassifierError, RejectedImage
+from brainray.errors import ClassifierError
 from brainray.model.answer import name_status
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.runtime import RuntimeOptions, measure_disagreement, open_runtime
 from brainray.model.trust import UNLIKE_TRAINING
 from brainray.pipelines.answers import Ledger
-from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits, decode_image
-from brainray.pixels.preprocess import Preprocessing, resize_image
+from brainray.pipelines.load import LoadPlan, list_chunks, list_unanswered, load_chunk, pack, unpack
+from brainray.pixels.decode import REJECTION_REASONS
 
 NUM_COST_IMAGES = 128
 """Images on which int8 is compared with fp32."""
@@ -48,11 +46,8 @@ CPU_PAUSE_S, GPU_PAUSE_S = 0.5, 0.005
 class BulkPlan:
     """What a bulk run computes, and with what."""
 
-    scans_uris: tuple[str, ...]
-    output_uri: str
+    load: LoadPlan
     classifier_uri: str
-    preprocessing: Preprocessing
-    limits: DecodeLimits
     runtime: RuntimeOptions
     calibration: "ray.ObjectRef[NDArray[np.uint8]] | None" = None
     """Images for int8, shape (n, size, size)."""
@@ -63,19 +58,6 @@ class BulkPlan:
     cpus_per_predictor: float
     """Logical CPUs that one predictor reserves."""
     gpus_per_predictor: float = 0.0
-
-
-def pack(table: pa.Table) -> bytes:
-    """Write a table as one value."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
-
-
-def unpack(value: pa.Scalar) -> pa.Table:
-    """Read a table from a value, without copying it."""
-    return pa.ipc.open_stream(value.as_buffer()).read_all()
 
 
 def open_bulk_stream(plan: BulkPlan, ledger: "ray.ObjectRef[Ledger]") -> Dataset:
@@ -91,22 +73,22 @@ def open_bulk_stream(plan: BulkPlan, ledger: "ray.ObjectRef[Ledger]") -> Dataset
     Returns
     -------
     Dataset
-        Rows of ``answers`` (see :func:`unpack`), ``runtime`` (JSON) and the busy seconds
-        ``list_s``, ``read_s``, ``decode_s`` and ``predict_s``.
+        Rows of ``answers`` (see :func:`brainray.pipelines.load.unpack`), ``runtime`` (JSON) and
+        the busy seconds ``list_s``, ``read_s``, ``decode_s`` and ``predict_s``.
     """
     on_gpu = plan.gpus_per_predictor > 0
     stream = count_off(1).map_batches(
-        _list_chunks,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
+        list_chunks,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"plan": plan, "ledger": ledger},
+        fn_kwargs={"plan": plan.load, "ledger": ledger},
         num_cpus=TASK_CPUS,
     )
     stream = stream.map_batches(
-        _load_chunk,  # type: ignore[arg-type]
+        load_chunk,  # type: ignore[arg-type]
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"plan": plan, "ledger": ledger},
+        fn_kwargs={"plan": plan.load, "ledger": ledger},
         num_cpus=TASK_CPUS,
         compute=ray.data.TaskPoolStrategy(size=plan.num_decoders),
     )
@@ -128,7 +110,7 @@ def open_bulk_stream(plan: BulkPlan, ledger: "ray.ObjectRef[Ledger]") -> Dataset
     context = stream.context
     context.target_max_block_size = 1  # bytes: every row is a block of its own
     pause_scheduling(context, GPU_PAUSE_S if on_gpu else CPU_PAUSE_S)
-    chunk_bytes = CHUNK_ROWS * plan.preprocessing.size_px**2
+    chunk_bytes = CHUNK_ROWS * plan.load.preprocessing.size_px**2
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=(2 + plan.num_predictors) * CHUNKS_PER_PREDICTOR * chunk_bytes
     )
@@ -147,7 +129,7 @@ class Counted:
 
 
 @contextmanager
-def count_beside(plan: BulkPlan, ledger: Ledger) -> Iterator[Counted]:
+def count_beside(plan: LoadPlan, ledger: Ledger) -> Iterator[Counted]:
     """Count the scans while the first are already being classified."""
     counted, stopped = Counted(), threading.Event()
 
@@ -155,7 +137,7 @@ def count_beside(plan: BulkPlan, ledger: Ledger) -> Iterator[Counted]:
         counted.hidden += 1
 
     def count() -> None:
-        for _ in _list_unanswered(plan, ledger, count_hidden):
+        for _ in list_unanswered(plan, ledger, count_hidden):
             counted.total += 1
             if stopped.is_set():
                 return
@@ -170,118 +152,6 @@ def count_beside(plan: BulkPlan, ledger: Ledger) -> Iterator[Counted]:
         thread.join()
 
 
-def _list_unanswered(
-    plan: BulkPlan, ledger: Ledger, hidden: Callable[[], object] = lambda: None
-) -> Iterator[FoundScan]:
-    """List what is not answered yet, as far as names, sizes and times tell."""
-    for scan in list_scans(plan.scans_uris, leave_out=[plan.output_uri], hidden=hidden):
-        if not ledger.has_file(scan.scan_uri, scan.size_bytes, scan.modified_ns):
-            yield scan
-
-
-def _list_chunks(
-    _: pa.Table, *, plan: BulkPlan, ledger: "ray.ObjectRef[Ledger]"
-) -> Iterator[pa.Table]:
-    """List what is to be answered; runs as one Ray Data task beside the others."""
-    scans = _list_unanswered(plan, ray.get(ledger))
-    resumed = time.perf_counter()
-    for chunk in chunk_scans(scans):
-        spent = time.perf_counter() - resumed
-        yield pa.table({"chunk": [pack(chunk)], "list_s": [spent]})
-        resumed = time.perf_counter()
-
-
-@dataclass(slots=True)
-class _Loaded:
-    """One scan, opened or rejected."""
-
-    scan_uri: str
-    size_bytes: int | None
-    modified_ns: int | None
-    reason: str | None
-    content_sha256: str | None = None
-    is_known: bool = False
-    width_px: int | None = None
-    height_px: int | None = None
-    pixels: bytes | None = None
-
-
-class _Stopwatch:
-    """Adds up the time of its laps."""
-
-    def __init__(self) -> None:
-        self.total_s = 0.0
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.total_s += time.perf_counter() - self._started
-
-
-def _load_chunk(block: pa.Table, *, plan: BulkPlan, ledger: "ray.ObjectRef[Ledger]") -> pa.Table:
-    """Read, decode and resize a chunk of scans; runs as a Ray Data task."""
-    known = ray.get(ledger)
-    reading, decoding = _Stopwatch(), _Stopwatch()
-    loaded = [
-        _load_scan(row, plan, known, reading, decoding)
-        for row in unpack(block["chunk"][0]).to_pylist()
-    ]
-    names = _Loaded.__slots__
-    columns = {name: [getattr(one, name) for one in loaded] for name in names}
-    schema = pa.schema(
-        [
-            ("scan_uri", pa.string()),
-            ("size_bytes", pa.int64()),
-            ("modified_ns", pa.int64()),
-            ("reason", pa.string()),
-            ("content_sha256", pa.string()),
-            ("is_known", pa.bool_()),
-            ("width_px", pa.int32()),
-            ("height_px", pa.int32()),
-            ("pixels", pa.binary(plan.preprocessing.size_px**2)),
-        ]
-    )
-    return pa.table(
-        {
-            "chunk": [pack(pa.table(columns, schema=schema))],
-            "list_s": block["list_s"],
-            "read_s": [reading.total_s],
-            "decode_s": [decoding.total_s],
-        }
-    )
-
-
-def _load_scan(
-    row: dict[str, Any], plan: BulkPlan, known: Ledger, reading: _Stopwatch, decoding: _Stopwatch
-) -> _Loaded:
-    scan = _Loaded(
-        row["scan_uri"],
-        row["size_bytes"] if row["size_bytes"] >= 0 else None,
-        row["modified_ns"] or None,
-        row["reason"],
-    )
-    try:
-        if scan.reason is None:
-            with reading:
-                content = _read(row, plan.limits)
-                if len(content) <= plan.limits.max_bytes:  # else it was not read to its end
-                    scan.content_sha256 = sha256(content).hexdigest()
-            if not known.has_content(scan.scan_uri, scan.content_sha256):
-                with decoding:
-                    pixels = decode_image(content, plan.limits)
-                    scan.height_px, scan.width_px = pixels.shape
-                    scan.pixels = resize_image(pixels, plan.preprocessing).tobytes()
-    except RejectedImage as rejection:
-        scan.reason = rejection.reason
-    scan.is_known = known.has_content(scan.scan_uri, scan.content_sha256 or scan.reason)
-    return scan
-
-
-def _read(row: dict[str, Any], limits: DecodeLimits) -> bytes:
-    return read_scan(row["uri"], row["row_group"], row["row"], max_bytes=limits.max_bytes)
-
-
 class _Predictor:
     """Holds an opened classifier, and predicts; one process for each."""
 
@@ -290,7 +160,7 @@ class _Predictor:
         classifier = load_classifier(plan.classifier_uri, device=device)
         images = ray.get(plan.calibration) if plan.calibration is not None else None
         self._runtime = open_runtime(classifier, plan.runtime, calibration_images=images)
-        self._side = plan.preprocessing.size_px
+        self._side = plan.load.preprocessing.size_px
         self._explain = plan.explain
         self._classes = classifier.classes
         about = {

@@ -28,7 +28,7 @@ from brainray.errors import (
 )
 from brainray.metrics import compute_curves, compute_evaluation
 from brainray.model.classifier import Classifier, load_classifier
-from brainray.model.network import STRIDE_PX
+from brainray.model.explain import STRIDE_PX
 from brainray.model.runtime import RuntimeOptions
 from brainray.model.trust import LOW_CONFIDENCE
 from brainray.pipelines.answers import (
@@ -43,7 +43,6 @@ from brainray.pipelines.bulk import (
     Counted,
     count_beside,
     open_bulk_stream,
-    unpack,
 )
 from brainray.pipelines.cluster import (
     Need,
@@ -55,6 +54,7 @@ from brainray.pipelines.cluster import (
     tell_waiting,
 )
 from brainray.pipelines.judge import METRICS_FILE, Say
+from brainray.pipelines.load import LoadPlan, unpack
 from brainray.pipelines.tally import (
     STAGES,
     Standing,
@@ -254,11 +254,13 @@ def plan_run(job: ClassifyJob, classifier: Classifier) -> BulkPlan:
     )
     images = read_calibration_images(job, classifier)
     return BulkPlan(
-        scans_uris=job.scans_uri,
-        output_uri=job.output_uri,
+        load=LoadPlan(
+            scans_uris=job.scans_uri,
+            output_uri=job.output_uri,
+            preprocessing=classifier.preprocessing,
+            limits=job.limits,
+        ),
         classifier_uri=job.classifier_uri,
-        preprocessing=classifier.preprocessing,
-        limits=job.limits,
         runtime=options,
         calibration=None if images is None else ray.put(images),
         explain=job.explain,
@@ -319,7 +321,7 @@ def run_stream(
     """
     tally, seen = Tally(), set[bytes]()
     failures = 0
-    with count_beside(plan, ledger) as counted:
+    with count_beside(plan.load, ledger) as counted:
         while True:
             before = tally.done
             try:

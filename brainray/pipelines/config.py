@@ -52,8 +52,9 @@ class TrainConfig:
     """Images of one optimiser step, over all workers."""
     batch_norm: BatchNormMode = "local"
     """Statistics from each worker's images, from all workers' (`sync`), or as loaded (`frozen`)."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """`bf16` is autocast: weights stay fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`bf16` is autocast: weights stay fp32. `auto` takes it where all the workers' processors
+    or GPUs have it, else fp32."""
     channels_last: bool = True
     """Memory layout; faster on CPUs with oneDNN and on tensor cores."""
     compile: bool = False

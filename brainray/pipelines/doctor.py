@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from brainray.model.network import imagenet_weights_path
+from brainray.model.precision import has_native_bf16
 from brainray.pipelines.cluster import MIN_CPUS
 
 
@@ -68,11 +69,11 @@ def _examine_gpus() -> Finding:
 
 
 def _examine_bf16() -> Finding:
-    if torch.cuda.is_available():
-        return Finding("bf16", torch.cuda.is_bf16_supported(), "on the GPU")
-    holds = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    slow = "the processor has no bf16 instructions; add --precision fp32"
-    return Finding("bf16", holds, "on the processor" if holds else slow)
+    use_gpu = torch.cuda.is_available()
+    where = "GPU" if use_gpu else "processor"
+    if has_native_bf16(use_gpu=use_gpu):
+        return Finding("bf16", True, f"on the {where}")
+    return Finding("bf16", False, f"the {where} has no bf16 instructions; computing in fp32")
 
 
 def _examine_memory() -> Finding:

@@ -20,8 +20,9 @@ from brainray.errors import TrainingError
 from brainray.pipelines.cluster import describe_training_needs, hears_notices, tell_waiting
 from brainray.pipelines.data import PreparedData
 from brainray.pipelines.judge import Say
-from brainray.pipelines.loop import WorkerSetup, train_worker
+from brainray.pipelines.loop import WorkerSetup
 from brainray.pipelines.run import CHECKPOINTS_FOLDER, RECORDS_FILE, Tick, TrainJob
+from brainray.pipelines.worker import train_worker
 
 
 def fit(
@@ -76,7 +77,7 @@ def build_trainer(job: TrainJob, setup: WorkerSetup) -> TorchTrainer:
     resources = {"CPU": setup.cpus_per_worker} | ({"GPU": 1.0} if placement.use_gpu else {})
     return TorchTrainer(
         train_worker,
-        train_loop_config={"setup": setup},
+        train_loop_config={"setup": ray.put(setup)},
         scaling_config=ScalingConfig(
             num_workers=placement.worker_range,  # type: ignore[arg-type]  # Ray takes a range
             use_gpu=placement.use_gpu,

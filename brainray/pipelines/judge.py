@@ -24,7 +24,7 @@ from brainray.metrics import (
 )
 from brainray.model.answer import name_status, open_scan
 from brainray.model.classifier import Classifier, amend_card, load_classifier, read_card, read_trust
-from brainray.model.network import STRIDE_PX
+from brainray.model.explain import STRIDE_PX
 from brainray.model.runtime import RuntimeOptions, open_runtime
 from brainray.model.trust import Trust
 from brainray.pipelines.data import PreparedData

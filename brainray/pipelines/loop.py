@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -41,11 +41,12 @@ from brainray.model.network import (
     set_batch_norm,
     use_matrix_products,
 )
+from brainray.model.precision import has_native_bf16
 from brainray.pipelines.checkpoint import Progress, load_checkpoint, save_checkpoint
 from brainray.pipelines.config import TrainConfig
 from brainray.pipelines.optimisation import build_optimizer, set_learning_rate
 from brainray.pixels.augment import augment_images, mix_images, roll_dice
-from brainray.pixels.preprocess import normalise_images
+from brainray.pixels.normalise import normalise_images
 from brainray.provenance import describe_cpu
 
 MESSAGE_INTERVAL_S = 1.0
@@ -117,11 +118,6 @@ def sum_in_bf16(
     return summed
 
 
-def train_worker(loop_config: dict[str, Any]) -> None:
-    """Train; Ray Train calls this in every worker."""
-    Worker(loop_config["setup"]).run()
-
-
 class Worker:
     """One training worker: its network, its optimiser and its end of the stream."""
 
@@ -134,6 +130,7 @@ class Worker:
         if self.device.type == "cpu":
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+        self.precision = self._choose_precision()
         self.labels = torch.from_numpy(setup.labels)
         torch.manual_seed(self.config.seed)
         self.network = self._build_network()
@@ -145,6 +142,20 @@ class Worker:
         self.progress = Progress()
         self.told_at = time.monotonic()
         self.notice: PreemptionInfo | None = None
+
+    def _choose_precision(self) -> Literal["fp32", "bf16"]:
+        """Return the number format that every worker of the run computes in."""
+        has_bf16 = torch.tensor(has_native_bf16(use_gpu=self.setup.use_gpu), dtype=torch.int32)
+        if self.world_size > 1:
+            has_bf16 = has_bf16.to(self.device)
+            dist.all_reduce(has_bf16, op=dist.ReduceOp.MIN)
+        if self.config.precision != "auto":
+            if self.config.precision == "bf16" and not has_bf16:
+                self._tell({"line": "Computing in bf16, which is emulated here: fp32 is faster."})
+            return self.config.precision
+        if not has_bf16:
+            self._tell({"line": "Computing in fp32: there are no bf16 instructions here."})
+        return "bf16" if has_bf16 else "fp32"
 
     def _build_network(self) -> nn.Module:
         num_classes = len(self.config.classes)
@@ -235,7 +246,7 @@ class Worker:
                 gradient_as_bucket_view=True,
                 static_graph=True,
             )
-            if self.config.precision == "bf16":
+            if self.precision == "bf16":
                 # Autocast computes the gradients of the weights in bf16: so they may travel.
                 network.register_comm_hook({}, sum_in_bf16)
         return torch.compile(network) if self.config.compile else network  # type: ignore[return-value]
@@ -247,7 +258,7 @@ class Worker:
         return describe_cpu()
 
     def _autocast(self) -> AbstractContextManager[object]:
-        if self.config.precision == "fp32":
+        if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
@@ -301,6 +312,7 @@ class Worker:
             "num_train_images": round(num_images),
             "world_size": self.world_size,
             "hardware": self._describe_hardware(),
+            "precision": self.precision,
             "images_per_s": (num_images - num_earlier) / train_s,
             "time_s": self.progress.time_s,
             "unix_time_s": time.time(),
@@ -367,7 +379,7 @@ class Worker:
         )
         self.optimizer.zero_grad()
         # Workers' gradients are summed in bf16, averaged in fp32: either way, the batch's mean.
-        summed = self.world_size == 1 or config.precision == "bf16"
+        summed = self.world_size == 1 or self.precision == "bf16"
         (loss * ((1 if summed else self.world_size) / global_size)).backward()
         if optimisation.clip_norm:
             nn.utils.clip_grad_norm_(self.network.parameters(), optimisation.clip_norm)

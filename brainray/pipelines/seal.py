@@ -17,13 +17,14 @@ from brainray.errors import TrainingError
 from brainray.model.calibration import MIN_IMAGES, fit_trust
 from brainray.model.classifier import save_classifier
 from brainray.model.network import STAGE_WIDTHS, StateDict, build_network, measure_statistics
+from brainray.model.precision import has_native_bf16
 from brainray.model.trust import Outputs, Trust
 from brainray.pipelines.checkpoint import load_network_weights
 from brainray.pipelines.config import TrainConfig
 from brainray.pipelines.data import PreparedData
 from brainray.pipelines.judge import Say, compute_outputs
 from brainray.pipelines.run import CLASSIFIER_FOLDER, TrainJob, make_plain
-from brainray.pixels.preprocess import normalise_images
+from brainray.pixels.normalise import normalise_images
 from brainray.provenance import collect_versions, read_code_revision
 
 MAX_LIKENESS_IMAGES = 4000
@@ -100,7 +101,9 @@ def _measure_statistics(
         normalise_images(torch.from_numpy(part).to(device), config.preprocessing)
         for part in np.array_split(images, -(-len(images) // STATISTICS_BATCH_SIZE))
     )
-    bf16 = config.precision == "bf16"
+    bf16 = config.precision == "bf16" or (
+        config.precision == "auto" and has_native_bf16(use_gpu=use_gpu)
+    )
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         measure_statistics(network, batches)
     return {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}

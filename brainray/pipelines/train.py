@@ -121,7 +121,9 @@ def summarise_training(job: TrainJob, records: list[runlog.Record]) -> dict[str,
         "time_s": records[-1]["time_s"],
         "images_per_s": sum(r["num_train_images"] for r in records) / records[-1]["time_s"],
         "world_size": records[-1]["world_size"],
-        "hardware": records[-1].get("hardware"),  # a run that began with an older version has none
+        # A run that began with an older version has neither.
+        "hardware": records[-1].get("hardware"),
+        "precision": records[-1].get("precision"),
     }
 
 
@@ -142,7 +144,7 @@ def judge(job: TrainJob, data: PreparedData, say: Say) -> dict[str, Any]:
         facts={
             "Recipe": job.recipe,
             "Data": job.data_uri,
-            "Workers": f"{training['world_size']} ({device})",
+            "Workers": f"{training['world_size']} ({device}, {training['precision'] or 'unknown'})",
             "Training time": runlog.format_duration(training["time_s"]),
             "Sealed epoch": f"{training['best_epoch'] + 1} of {training['num_epochs']}",
         },

@@ -1,4 +1,4 @@
-"""From uint8 pixels of any size to the network's input: the same for every door.
+"""From a scan's bytes to pixels of the network's size: the same for every door.
 
 The choice made here is sealed with the classifier (:class:`Preprocessing`), as timm keeps
 the preprocessing with the weights.
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -107,20 +106,3 @@ def load_image(
         The bytes cannot be turned into pixels.
     """
     return resize_image(decode_image(image_bytes, limits), preprocessing)
-
-
-def normalise_images(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
-    """Turn a batch of grey uint8 images into float network input, on their device.
-
-    Parameters
-    ----------
-    images : Tensor of uint8, shape (N, H, W)
-
-    Returns
-    -------
-    Tensor of float32, shape (N, 1, H, W)
-        ``(images / 255 - mean) / std``.
-    """
-    scale = 1.0 / (255.0 * preprocessing.std)
-    offset = preprocessing.mean / preprocessing.std
-    return images.unsqueeze(1).float().mul_(scale).sub_(offset)

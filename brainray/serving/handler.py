@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from brainray.errors import RejectedImage
 from brainray.model.answer import Answer, OpenedScan, build_answer, build_rejection, open_scan
-from brainray.model.network import STRIDE_PX
+from brainray.model.explain import STRIDE_PX
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.picture import render_map, render_overlay
 from brainray.pixels.preprocess import Preprocessing

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from brainray.errors import BrainrayError, ServingError
 from brainray.model.classifier import Classifier, load_classifier, read_card
-from brainray.model.runtime import Precision, Prediction, Runtime, RuntimeOptions, open_runtime
+from brainray.model.precision import Precision
+from brainray.model.runtime import Prediction, Runtime, RuntimeOptions, open_runtime
 from brainray.pixels.phantoms.painter import draw_phantom
 from brainray.pixels.preprocess import Preprocessing, resize_image
 
