@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -22,8 +23,8 @@ from brainray.dataset.split import hash_manifest
 from brainray.errors import ConfigError, TrainingError
 from brainray.model.answer import open_scan
 from brainray.model.classifier import load_classifier
-from brainray.model.explain import compute_class_maps
-from brainray.model.network import STRIDE_PX, split_head
+from brainray.model.explain import STRIDE_PX, compute_class_maps
+from brainray.model.network import split_head
 from brainray.pipelines import loop
 from brainray.pipelines.checkpoint import PROGRESS_FILE
 from brainray.pipelines.cluster import WATCHER_VARIABLE
@@ -32,10 +33,12 @@ from brainray.pipelines.evaluate import EvaluateJob, evaluate
 from brainray.pipelines.optimisation import Optimisation
 from brainray.pipelines.run import TrainJob
 from brainray.pipelines.train import train
+from brainray.pipelines.worker import train_worker
 from brainray.pixels.augment import NO_AUGMENTATION
 from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.normalise import normalise_images
 from brainray.pixels.picture import GALLERY_OVERLAY_PX, render_overlay
-from brainray.pixels.preprocess import Preprocessing, load_image, normalise_images
+from brainray.pixels.preprocess import Preprocessing, load_image
 from brainray.provenance import describe_cpu
 from brainray.recipes import smoke
 from tests.test_report import Page
@@ -59,7 +62,7 @@ BEFORE_RESUMING_FILE = "resumed.json"
 
 def train_until_the_node_goes(loop_config: dict[str, Any]) -> None:
     """Do as a training worker does that is told in mid-epoch of a node's end, and then meets it."""
-    output = Path(loop_config["setup"].records_uri).parent
+    output = Path(ray.get(loop_config["setup"]).records_uri).parent
     notice = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [1]})
     checkpoint, calls = ray.train.get_checkpoint(), itertools.count()
 
@@ -75,7 +78,7 @@ def train_until_the_node_goes(loop_config: dict[str, Any]) -> None:
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             shutil.copy(Path(folder) / PROGRESS_FILE, output / BEFORE_RESUMING_FILE)
-    loop.train_worker(loop_config)
+    train_worker(loop_config)
 
 
 def test_training_goes_on_within_the_epoch_in_which_a_node_was_announced_to_go(
@@ -361,29 +364,78 @@ def test_evaluating_without_the_manifest_leaves_the_baseline_out_and_says_so(
     assert any("baseline" in line for line in lines)
 
 
-def test_two_workers_give_the_validation_scores_of_one(
-    phantom_folder: Path, tmp_path: Path
-) -> None:
-    config = dataclasses.replace(
-        smoke(),
-        augmentation=NO_AUGMENTATION,
-        batch_norm="sync",
-        precision="fp32",
-        num_epochs=2,
-    )
-    scores = []
-    for num_workers in (1, 2):
-        job = build_job(
-            phantom_folder, tmp_path / str(num_workers), config, num_workers=num_workers
-        )
+def train_alone_and_in_pairs(
+    data: Path, output: Path, config: TrainConfig
+) -> list[tuple[runlog.Record, runlog.Record]]:
+    """Train with one worker and with two; return their records of each epoch."""
+    jobs = [build_job(data, output / str(n), config, num_workers=n) for n in (1, 2)]
+    for job in jobs:
         train(job)
-        records = Path(job.at("metrics.jsonl")).read_text().splitlines()
-        scores.append([json.loads(record) for record in records])
-    for one, two in zip(*scores, strict=True):
-        assert (one["world_size"], two["world_size"]) == (1, 2)
-        for name in ("loss", "accuracy", "balanced_accuracy", "macro_f1", "macro_auroc"):
-            assert two[f"val_{name}"] == pytest.approx(one[f"val_{name}"], abs=1e-3), name
-        assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-3)
+    one, two = (runlog.read_records(job.at("metrics.jsonl")) for job in jobs)
+    assert {record["world_size"] for record in one} == {1}
+    assert {record["world_size"] for record in two} == {2}
+    return list(zip(one, two, strict=True))
+
+
+def test_two_workers_validate_as_one_does(phantom_folder: Path, tmp_path: Path) -> None:
+    # The weights stay where they are, so that no rounding of training moves an image's rank.
+    config = dataclasses.replace(
+        TINY,
+        batch_norm="frozen",
+        num_epochs=1,
+        train_sizes_px=(),
+        optimisation=Optimisation(learning_rate=1e-12),
+    )
+    ((one, two),) = train_alone_and_in_pairs(phantom_folder, tmp_path, config)
+    for name in ("loss", "accuracy", "balanced_accuracy", "macro_f1", "macro_auroc"):
+        assert two[f"val_{name}"] == pytest.approx(one[f"val_{name}"], abs=1e-6), name
+
+
+def test_two_workers_train_as_one_does(phantom_folder: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        smoke(), augmentation=NO_AUGMENTATION, batch_norm="sync", precision="fp32", num_epochs=2
+    )
+    for one, two in train_alone_and_in_pairs(phantom_folder, tmp_path, config):
+        for name in ("train_loss", "val_loss"):
+            assert two[name] == pytest.approx(one[name], abs=1e-3), name
+
+
+def train_with_bf16_on_some(loop_config: dict[str, Any]) -> None:
+    """Train on workers of which only those named in the environment have bf16 instructions."""
+    named = os.environ["BRAINRAY_TEST_BF16_RANKS"].split()
+    holds = str(ray.train.get_context().get_world_rank()) in named
+    loop.has_native_bf16 = lambda *, use_gpu: holds and not use_gpu
+    train_worker(loop_config)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "asked", "taken", "said"),
+    [
+        ("0 1", "auto", "bf16", None),
+        ("0", "auto", "fp32", "Computing in fp32"),
+        ("1", "auto", "fp32", "Computing in fp32"),
+        ("0", "bf16", "bf16", "Computing in bf16, which is emulated here"),
+        ("0 1", "fp32", "fp32", None),
+    ],
+)
+def test_bf16_is_taken_where_every_worker_has_it(
+    ranks: str,
+    asked: Any,  # noqa: ANN401 - one of a literal's values
+    taken: str,
+    said: str | None,
+    phantom_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("brainray.pipelines.fit.train_worker", train_with_bf16_on_some)
+    monkeypatch.setenv("BRAINRAY_TEST_BF16_RANKS", ranks)
+    config = dataclasses.replace(TINY, precision=asked, num_epochs=1, global_batch_size=64)
+    lines: list[str] = []
+    metrics = train(build_job(phantom_folder, tmp_path, config, num_workers=2), say=lines.append)
+    assert metrics["training"]["precision"] == taken
+    assert [line.startswith(said or "") for line in lines if "Computing in" in line] == [True] * (
+        said is not None
+    )
 
 
 def test_training_goes_on_without_the_scans_it_must_reject(
