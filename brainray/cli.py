@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from brainray import runlog, storage
+from brainray.dataset.kaggle import FetchJob, fetch_kaggle_set
 from brainray.errors import BrainrayError, ConfigError, UserError
 from brainray.handful import asks_for_bulk, find_files, run_handful
 from brainray.pipelines.audit import AuditJob, audit, list_excessive_leaks
@@ -166,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "serve": run_serve,
         "audit": run_audit,
         "compare": run_compare,
+        "data": run_data,
         "demo": run_demonstration,
         "doctor": run_doctor,
     }
@@ -329,6 +331,16 @@ def run_compare(arguments: list[str]) -> None:
         print(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False))
         return
     print("\n".join(describe_comparison(document)))
+
+
+def run_data(arguments: list[str]) -> None:
+    """`brainray data fetch`."""
+    if not arguments or arguments[0] != "fetch":
+        asked = bool(arguments) and arguments[0] in ("-h", "--help")
+        print("usage: brainray data fetch [options]", file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else EXIT_USER)
+    job = _guard(lambda: tyro.cli(FetchJob, args=arguments[1:], prog="brainray data fetch"))
+    _guard(lambda: fetch_kaggle_set(job, Voice().say))
 
 
 def run_demonstration(arguments: list[str]) -> None:

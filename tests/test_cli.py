@@ -23,7 +23,7 @@ def test_without_a_command_it_says_which_there_are(capsys: pytest.CaptureFixture
     for words, expected in (((), 2), (("--help",), 0), (("nonsense",), 2)):
         status, out, err = run(capsys, *words)
         assert status == expected
-        assert "train | classify | evaluate | serve | audit | compare | demo | doctor" in (
+        assert "train | classify | evaluate | serve | audit | compare | data | demo | doctor" in (
             out if expected == 0 else err
         )
 

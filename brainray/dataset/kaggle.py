@@ -1,0 +1,224 @@
+"""The public data set, fetched from Kaggle whole, once, and checked whenever it is asked for.
+
+The archive comes by kagglehub, which goes on where a broken download was and compares the MD5 that
+the storage gives. What it holds is counted, class by class, before it gets its place; then every
+file's SHA-256 is written beside them, in the format of ``sha256sum --check``. The SHA-256 of that
+list stands for the whole set: given with ``--sha256``, it must be the same.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from brainray.errors import DataError, StorageError
+
+SUMS_FILE = "SHA256SUMS"
+MAX_NAMED = 3
+"""Files that an error names; the rest are counted."""
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KaggleSet:
+    """A version of a public data set on Kaggle."""
+
+    handle: str
+    """Owner and name."""
+    version: int
+    licence: str
+    url: str
+    """The page where a person sees it, and downloads it by hand."""
+    counts: Mapping[str, int]
+    """Images below each ``split/class`` folder."""
+
+
+BRAIN_TUMOUR_MRI = KaggleSet(
+    handle="masoudnickparvar/brain-tumor-mri-dataset",
+    version=1,
+    licence="CC0 1.0, public domain",
+    url="https://www.kaggle.com/datasets/masoudnickparvar/brain-tumor-mri-dataset",
+    counts={
+        "Training/glioma": 1321,
+        "Training/meningioma": 1339,
+        "Training/notumor": 1595,
+        "Training/pituitary": 1457,
+        "Testing/glioma": 300,
+        "Testing/meningioma": 306,
+        "Testing/notumor": 405,
+        "Testing/pituitary": 300,
+    },
+)
+"""The 7,023 slices that are usually meant; the counts are those that its page gives."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FetchJob:
+    """Fetch the public brain-tumour MRI set from Kaggle, or check what was fetched."""
+
+    data_path: str = "data/brain-tumor-mri"
+    """Local folder to hold Training/ and Testing/."""
+    sha256: str | None = None
+    """SHA-256 that the list of all files must have, as an earlier fetch has printed it."""
+
+
+def fetch_kaggle_set(job: FetchJob, say: Say, kaggle_set: KaggleSet = BRAIN_TUMOUR_MRI) -> str:
+    """Fetch a data set into a folder that holds all of it or does not exist; or check the folder.
+
+    Parameters
+    ----------
+    job : FetchJob
+        Where to, and what is expected.
+    say : callable
+        Takes a line for a person.
+    kaggle_set : KaggleSet
+        What to fetch.
+
+    Returns
+    -------
+    str
+        SHA-256 of the list of all files.
+
+    Raises
+    ------
+    StorageError
+        Kaggle cannot be reached or refuses; what is there already is kept for the next attempt.
+    DataError
+        The files are not those of the set, or not those that were fetched.
+    """
+    folder = Path(job.data_path).expanduser().absolute()
+    say(f"{kaggle_set.handle}, version {kaggle_set.version}. Licence: {kaggle_set.licence}.")
+    if folder.exists():
+        sums = check_folder(folder, kaggle_set)
+    else:
+        partial = folder.parent / f".{folder.name}.partial"
+        found = _download(kaggle_set, partial)
+        check_counts(found, kaggle_set)
+        sums = write_sums(found, kaggle_set)
+        found.rename(folder)
+        shutil.rmtree(partial)
+    digest = sha256(sums).hexdigest()
+    if job.sha256 is not None and digest != job.sha256.lower():
+        raise DataError(
+            f"The files in '{folder}' are not the expected ones: the SHA-256 of {SUMS_FILE} is "
+            f"{digest}, not {job.sha256}. Compare the list with the one of whoever gave it."
+        )
+    say(f"{sum(kaggle_set.counts.values()):,} images in {folder}, each as in {SUMS_FILE}.")
+    say(f"SHA-256 of the list: {digest}")
+    return digest
+
+
+def check_folder(folder: Path, kaggle_set: KaggleSet) -> bytes:
+    """Check every file of a folder against its list; one put there by hand gets its list now.
+
+    Returns
+    -------
+    bytes
+        The list.
+
+    Raises
+    ------
+    DataError
+        Files are missing, changed or foreign; nothing is deleted.
+    """
+    check_counts(folder, kaggle_set)
+    try:
+        listed = (folder / SUMS_FILE).read_bytes()
+    except FileNotFoundError:
+        return write_sums(folder, kaggle_set)
+    found = compute_sums(folder, kaggle_set)
+    if found != listed:
+        differing = set(listed.splitlines()) ^ set(found.splitlines())
+        names = sorted({line.partition(b"  ")[2].decode(errors="replace") for line in differing})
+        shown = ", ".join(names[:MAX_NAMED]) + (" …" if len(names) > MAX_NAMED else "")
+        raise DataError(
+            f"{len(names)} files in '{folder}' are not as they were fetched: {shown}. Move the "
+            f"folder away to fetch it again, or delete its {SUMS_FILE} if they are meant to differ."
+        )
+    return listed
+
+
+def check_counts(folder: Path, kaggle_set: KaggleSet) -> None:
+    """Count the images of every class, as its page gives them.
+
+    Raises
+    ------
+    DataError
+        A class has more or fewer.
+    """
+    wrong = []
+    for name, expected in kaggle_set.counts.items():
+        found = len(_list_files(folder / name))
+        if found != expected:
+            wrong.append(f"{name} {found:,} of {expected:,}")
+    if wrong:
+        raise DataError(
+            f"'{folder}' does not hold version {kaggle_set.version} of {kaggle_set.handle}: "
+            f"{', '.join(wrong)}. {_explain_by_hand(kaggle_set, folder)}"
+        )
+
+
+def compute_sums(folder: Path, kaggle_set: KaggleSet) -> bytes:
+    """List every file of the set with its SHA-256, sorted by place, as ``sha256sum`` does."""
+    files = [file for name in kaggle_set.counts for file in _list_files(folder / name)]
+    places = sorted((file.relative_to(folder).as_posix(), file) for file in files)
+    lines = [f"{sha256(file.read_bytes()).hexdigest()}  {place}\n" for place, file in places]
+    return "".join(lines).encode()
+
+
+def write_sums(folder: Path, kaggle_set: KaggleSet) -> bytes:
+    """Write the list of a folder's files into it, whole or not at all; return it."""
+    sums = compute_sums(folder, kaggle_set)
+    partial = folder / f".{SUMS_FILE}.partial"
+    partial.write_bytes(sums)
+    partial.replace(folder / SUMS_FILE)
+    return sums
+
+
+def _list_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [file for file in folder.iterdir() if file.is_file() and file.name[0] != "."]
+
+
+def _download(kaggle_set: KaggleSet, partial: Path) -> Path:
+    """Download and unpack by kagglehub, which keeps an unfinished archive for the next call."""
+    os.environ["KAGGLEHUB_CACHE"] = str(partial)
+    import kagglehub  # reads its environment when it is imported, and takes a second
+    from kagglehub.exceptions import DataCorruptionError
+
+    logging.getLogger("kagglehub").setLevel(logging.ERROR)
+    by_hand = _explain_by_hand(kaggle_set, partial.with_name(partial.name[1 : -len(".partial")]))
+    try:
+        return Path(
+            kagglehub.dataset_download(f"{kaggle_set.handle}/versions/{kaggle_set.version}")
+        )
+    except DataCorruptionError as error:
+        raise StorageError(
+            "The archive is not what Kaggle's storage says it is (MD5), and was deleted. "
+            "The same command fetches it anew."
+        ) from error
+    except OSError as error:  # those of requests are OSErrors
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise StorageError(
+                f"Kaggle refuses ({status}). Correct or remove the credentials (KAGGLE_API_TOKEN, "
+                f"or ~/.kaggle); the set needs none. {by_hand}"
+            ) from error
+        if status is not None:
+            raise StorageError(f"Kaggle answers with status {status}. {by_hand}") from error
+        raise StorageError(
+            f"The download broke off ({type(error).__name__}). The same command goes on where it "
+            f"was. {by_hand}"
+        ) from error
+
+
+def _explain_by_hand(kaggle_set: KaggleSet, folder: Path) -> str:
+    return (
+        f"By hand: download {kaggle_set.url}, unpack it so that '{folder / 'Training'}' and "
+        f"'{folder / 'Testing'}' hold a folder for each class, and give the same command to check."
+    )
