@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from brainray import cli
 from tests.conftest import REPOSITORY
 from tests.processes import finish, wait_for
 
 
-def start(data: Path, output: Path, *extra: str) -> subprocess.Popen[str]:
-    """Start `python jobs/train.py` in a process group of its own, on a Ray of its own."""
+def list_words(data: Path, output: Path) -> list[str]:
     arguments = {
         "--data-uri": str(data),
         "--output-uri": str(output),
@@ -25,9 +25,13 @@ def start(data: Path, output: Path, *extra: str) -> subprocess.Popen[str]:
         "--precision": "fp32",
         "--global-batch-size": "8",
     }
-    words = [word for pair in arguments.items() for word in pair]
+    return [word for pair in arguments.items() for word in pair]
+
+
+def start(data: Path, output: Path, *extra: str) -> subprocess.Popen[str]:
+    """Start `python jobs/train.py` in a process group of its own, on a Ray of its own."""
     return subprocess.Popen(
-        [sys.executable, "jobs/train.py", *words, *extra],
+        [sys.executable, "jobs/train.py", *list_words(data, output), *extra],
         cwd=REPOSITORY,
         env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
         stdout=subprocess.PIPE,
@@ -76,16 +80,18 @@ def _descends_from(pid: int, ancestor: int) -> bool:
 
 @pytest.fixture(scope="module")
 def uninterrupted(
-    phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    local_ray: None,  # noqa: ARG001 - runs
+    phantom_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> list[tuple[float, float]]:
     """Train with nothing going wrong."""
     output = tmp_path_factory.mktemp("whole")
-    status, said = finish(start(phantom_folder, output))
-    assert status == 0, said
+    cli.main(["train", *list_words(phantom_folder, output)])
     assert len(losses(output)) == 4
     return losses(output)
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_mid_epoch_costs_at_most_that_epoch(
     phantom_folder: Path, tmp_path: Path, uninterrupted: list[tuple[float, float]]
 ) -> None:

@@ -118,6 +118,15 @@ def sum_in_bf16(
     return summed
 
 
+def all_have_bf16(device: torch.device) -> bool:
+    """Tell whether every worker computes where there are bf16 instructions; all ask together."""
+    has_bf16 = torch.tensor(has_native_bf16(use_gpu=device.type == "cuda"), dtype=torch.int32)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        has_bf16 = has_bf16.to(device)
+        dist.all_reduce(has_bf16, op=dist.ReduceOp.MIN)
+    return bool(has_bf16)
+
+
 class Worker:
     """One training worker: its network, its optimiser and its end of the stream."""
 
@@ -145,17 +154,14 @@ class Worker:
 
     def _choose_precision(self) -> Literal["fp32", "bf16"]:
         """Return the number format that every worker of the run computes in."""
-        has_bf16 = torch.tensor(has_native_bf16(use_gpu=self.setup.use_gpu), dtype=torch.int32)
-        if self.world_size > 1:
-            has_bf16 = has_bf16.to(self.device)
-            dist.all_reduce(has_bf16, op=dist.ReduceOp.MIN)
-        if self.config.precision != "auto":
-            if self.config.precision == "bf16" and not has_bf16:
-                self._tell({"line": "Computing in bf16, which is emulated here: fp32 is faster."})
-            return self.config.precision
-        if not has_bf16:
+        asked, has_bf16 = self.config.precision, all_have_bf16(self.device)
+        if asked == "bf16" and not has_bf16:
+            self._tell({"line": "Computing in bf16, which is emulated here: fp32 is faster."})
+        if asked == "auto" and not has_bf16:
             self._tell({"line": "Computing in fp32: there are no bf16 instructions here."})
-        return "bf16" if has_bf16 else "fp32"
+        if asked == "auto":
+            return "bf16" if has_bf16 else "fp32"
+        return asked
 
     def _build_network(self) -> nn.Module:
         num_classes = len(self.config.classes)
