@@ -15,7 +15,13 @@ from rich.console import Console
 from brainray import runlog, storage
 from brainray.dataset.kaggle import FetchJob, fetch_kaggle_set
 from brainray.errors import BrainrayError, ConfigError, UserError
-from brainray.handful import asks_for_bulk, find_files, run_handful
+from brainray.handful import (
+    EXIT_UNREAD,
+    asks_for_bulk,
+    find_files,
+    run_handful,
+    stop_writing,
+)
 from brainray.pipelines.audit import AuditJob, audit, list_excessive_leaks
 from brainray.pipelines.classify import ClassifyJob, classify
 from brainray.pipelines.compare import CompareJob, compare
@@ -580,5 +586,9 @@ def _guard(
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         status = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not stop_writing():  # it was another pipe
+            raise
+        status = EXIT_UNREAD
     sys.stdout.flush()
     sys.exit(status)

@@ -5,6 +5,8 @@ It is a room of its own so that neither is loaded: more than half of its time is
 
 import json
 import logging
+import os
+import select
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +27,8 @@ from brainray.model.runtime import Runtime, RuntimeOptions, open_runtime
 from brainray.pixels.decode import DecodeLimits
 
 BULK_OPTION = "--scans-uri"
+EXIT_UNREAD = 141
+"""Exit status where nobody reads the output any more: 128 and SIGPIPE's number, as shells say."""
 FLAGS = tuple(
     f"--{prefix}{name}"
     for name in ("json", "verbose", "replace", "explain", "use-gpu")
@@ -78,6 +82,20 @@ def asks_for_bulk(arguments: Sequence[str]) -> bool:
     return any(word.partition("=")[0] == BULK_OPTION for word in arguments)
 
 
+def stop_writing() -> bool:
+    """Write nowhere from now on if whoever read the output has gone, as `head` goes; tell so."""
+    try:
+        stdout = sys.stdout.fileno()
+    except (AttributeError, ValueError, OSError):  # there is none, or it is no file
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)  # a pipe without a reader is an error whatever is asked
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
+
+
 def run_handful(arguments: Sequence[str]) -> None:
     """`brainray classify FILE…`; exits with status 2 where the user can mend what is wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -94,6 +112,10 @@ def run_handful(arguments: Sequence[str]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        if not stop_writing():
+            raise
+        sys.exit(EXIT_UNREAD)
     sys.stdout.flush()
 
 

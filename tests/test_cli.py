@@ -1,5 +1,7 @@
 """The doors: what they print, and the status they exit with."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,3 +161,17 @@ def test_jobs_are_the_same_doors() -> None:
         text = (Path(__file__).parents[1] / "jobs" / f"{name}.py").read_text()
         assert f"run_{name}(sys.argv[1:])" in text
         assert callable(getattr(cli, f"run_{name}"))
+
+
+@pytest.mark.parametrize("command", ["train", "data fetch"])
+def test_output_that_nobody_reads_ends_quietly(command: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "brainray", *command.split(), "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate()
+    assert process.returncode == 141
+    assert err == b""
