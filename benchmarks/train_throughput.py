@@ -183,6 +183,7 @@ def run_brainray(options: Options) -> float:
         weights="none",
         preprocessing=Preprocessing(size_px=options.size_px),
         num_epochs=options.num_epochs + 1,
+        precision="bf16",  # as the plain side
         global_batch_size=options.global_batch_size,
         optimisation=Optimisation(
             learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM
