@@ -26,7 +26,7 @@ def smoke() -> TrainConfig:
 
 
 def cpu() -> TrainConfig:
-    """Train on a few CPU cores: 96 px, bf16, small images first.
+    """Train on a few CPU cores: 96 px, small images first.
 
     On the Kaggle brain-tumour set from random weights, two workers on two Zen 5 cores with
     bf16: 25 minutes, accuracy 0.951 on Testing, 0.929 on its images without a near-twin in
