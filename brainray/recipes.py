@@ -14,7 +14,7 @@ def smoke() -> TrainConfig:
     """Show that everything works: 64 px, 14 epochs, from random weights.
 
     `make demo` (512 phantoms to train on, two workers on two Zen 5 cores): 2 to 3 minutes,
-    accuracy about 0.9 on held-out phantoms.
+    accuracy about 0.9 on held-out phantoms; 9 minutes on two cores with AVX2 alone, in fp32.
     """
     return TrainConfig(
         weights="none",
