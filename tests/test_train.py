@@ -493,7 +493,7 @@ def test_pretrained_weights_start_with_the_head_alone(
     warm = build_job(Path(job.data_uri), tmp_path / "warm", config)
     train(warm)
     (record,) = runlog.read_records(warm.at("metrics.jsonl"))
-    # The backbone stood still: the head alone was fitted, and the loss was that before.
+    # The backbone stood still: the head alone was fitted. `before` is the loss it started from.
     manifest = storage.read_table(job.at("manifest.parquet")).to_pylist()
     rows = [row for row in manifest if row["split"] == "train"]
     images = [
