@@ -45,7 +45,7 @@ EXIT_FAILED, EXIT_USER, EXIT_LEAKS, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 DEFAULT_RECIPE: Literal["cpu"] = "cpu"
 Answer = TypeVar("Answer")
-RecipeName = Literal["smoke", "cpu", "gpu"]
+RecipeName = Literal["smoke", "cpu", "cpu-long", "gpu"]
 assert set(RecipeName.__args__) == set(RECIPES)  # type: ignore[attr-defined]
 
 
