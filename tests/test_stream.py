@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from numpy.typing import NDArray
 
 from brainray.dataset import scan as scan_room
@@ -15,6 +16,7 @@ from brainray.dataset.source import find_samples
 from brainray.dataset.stream import (
     LoadedBatch,
     StreamPlan,
+    count_off,
     iterate_batches,
     list_chunks,
     open_stream,
@@ -153,6 +155,31 @@ def test_a_step_is_the_same_images_whatever_the_number_of_workers(
         np.testing.assert_array_equal(np.concatenate(train), order[: 7 * len(train)])
         val = [indices for kind, e, indices in steps if kind == "val" and e == epoch]
         np.testing.assert_array_equal(np.concatenate(val), plan.val_indices)
+
+
+def test_counting_off_takes_no_task() -> None:
+    hold = ray.remote(num_cpus=ray.cluster_resources()["CPU"])(Holder).remote()
+    ray.get(hold.stay.remote())  # type: ignore[attr-defined]
+    counted: list[int] = []
+
+    def count() -> None:
+        counted.extend(row["id"] for row in count_off(300).iter_rows())
+
+    thread = threading.Thread(target=count, daemon=True)
+    try:
+        thread.start()
+        thread.join(timeout=30)
+        assert counted == list(range(300))
+        assert count_off(300).num_blocks() == 300
+    finally:
+        ray.kill(hold)
+
+
+class Holder:
+    """Holds CPUs, as training workers do."""
+
+    def stay(self) -> None:
+        """Say that it is there."""
 
 
 def test_batches_are_decoded_as_the_pixel_room_decodes(phantom_folder: Path) -> None:
