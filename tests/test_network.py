@@ -33,6 +33,7 @@ from brainray.model.network import (
     fetch_weights,
     imagenet_weights_path,
     measure_statistics,
+    round_weights,
     set_batch_norm,
     stage_of,
     use_matrix_products,
@@ -434,6 +435,20 @@ def test_statistics_are_measured_on_the_images_given() -> None:
         last = network.get_submodule("4")
         normalised = (answers.mean((0, 2, 3)) - last.bias) / last.weight
     assert normalised.abs().max() < 0.1
+
+
+def test_sealed_weights_are_rounded_once_and_fit_again(fresh_network: nn.Module) -> None:
+    state = fresh_network.state_dict()
+    rounded = round_weights(state)
+    opened = build_network(len(state["fc.bias"]), weights=rounded).state_dict()
+    assert rounded.keys() == opened.keys()
+    for name, tensor in state.items():
+        is_multiplied = tensor.ndim > 1
+        assert (rounded[name].dtype == torch.bfloat16) == is_multiplied, name
+        torch.testing.assert_close(
+            opened[name], tensor, rtol=2**-8 if is_multiplied else 0, atol=0, msg=name
+        )
+        assert torch.equal(round_weights(opened)[name], rounded[name]), name
 
 
 def test_frozen_statistics_stay_in_training() -> None:

@@ -16,7 +16,13 @@ from brainray.dataset.split import hash_manifest
 from brainray.errors import TrainingError
 from brainray.model.calibration import MIN_IMAGES, fit_trust
 from brainray.model.classifier import save_classifier
-from brainray.model.network import STAGE_WIDTHS, StateDict, build_network, measure_statistics
+from brainray.model.network import (
+    STAGE_WIDTHS,
+    StateDict,
+    build_network,
+    measure_statistics,
+    round_weights,
+)
 from brainray.model.precision import has_native_bf16
 from brainray.model.trust import Outputs, Trust
 from brainray.pipelines.checkpoint import load_network_weights
@@ -42,13 +48,13 @@ def seal(job: TrainJob, data: PreparedData, result: Result, say: Say) -> None:
     if best is None:
         raise TrainingError("Training ended without a checkpoint.")
     with best.as_directory() as folder:
-        state = load_network_weights(Path(folder))
+        state = round_weights(load_network_weights(Path(folder)))
     if job.config.batch_norm != "frozen":
         state = settle_statistics(job, data, state, say)
     save = partial(
         save_classifier,
         job.at(CLASSIFIER_FOLDER),
-        state,
+        round_weights(state),
         classes=job.config.classes,
         preprocessing=job.config.preprocessing,
         provenance={
