@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONDONTWRITEBYTECODE  # it costs every Ray worker some 20 s of imports
 
-.PHONY: install demo test test-slow check
+.PHONY: install demo serve test test-slow check
 
 install: .venv/.installed
 
@@ -17,6 +17,9 @@ install: .venv/.installed
 
 demo: install
 	$(BIN)/brainray demo
+
+serve: install
+	$(BIN)/brainray serve
 
 check: install
 	$(BIN)/ruff check .

@@ -82,7 +82,7 @@ class EvaluateOptions:
 class ClassifyOptions:
     """Classify scans in bulk with a sealed classifier; a row of Parquet for every scan.
 
-    `brainray classify FILE… --classifier-uri CLASSIFIER` prints the answers to a few files.
+    `brainray classify FILE…` prints the answers to a few files.
     """
 
     job: Annotated[ClassifyJob, tyro.conf.arg(name="")]
@@ -270,9 +270,10 @@ def run_classify(arguments: list[str]) -> None:
 def _parse_classify(arguments: list[str]) -> ClassifyOptions:
     if not asks_for_bulk(arguments) and not {"-h", "--help"} & set(arguments):
         raise ConfigError(
-            "Expected scans to classify. Give FILE … --classifier-uri CLASSIFIER for a table of "
-            "answers, or --scans-uri PLACE --classifier-uri CLASSIFIER --output-uri OUT for a bulk "
-            "run; --help lists all options."
+            "Expected scans to classify. Give FILE … for a table of answers, or "
+            "--scans-uri PLACE --output-uri OUT for a bulk run, each with "
+            "--classifier-uri CLASSIFIER if another than the default one is to answer; "
+            "--help lists all options."
         )
     return tyro.cli(
         ClassifyOptions,

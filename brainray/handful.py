@@ -9,7 +9,7 @@ import os
 import select
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from brainray.errors import ConfigError, RejectedImage, StorageError, UserError
 from brainray.model.answer import NOTICE, Answer, answer_scan, build_rejection
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.runtime import Runtime, RuntimeOptions, open_runtime
+from brainray.model.shipped import find_default_classifier
 from brainray.pixels.decode import DecodeLimits
 
 BULK_OPTION = "--scans-uri"
@@ -47,8 +48,9 @@ class HandfulJob:
 
     files: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Scans: local, s3:// or gs://."""
-    classifier_uri: str
-    """A sealed classifier folder."""
+    classifier_uri: str = field(default_factory=find_default_classifier)
+    """A sealed classifier folder; `$BRAINRAY_CLASSIFIER`, else the one that comes with the
+    project, if not given."""
     json: bool = False
     """Print the answers as the service does, instead of a table."""
     backend: Literal["auto", "torch", "openvino"] = "auto"

@@ -15,10 +15,13 @@ import pytest
 from brainray import cli, handful
 from brainray.handful import find_files, run_handful
 from brainray.model.answer import NOTICE
-from brainray.model.classifier import load_classifier
+from brainray.model.classifier import load_classifier, read_card
+from brainray.model.shipped import DEFAULT_VARIABLE, SHIPPED_FOLDER, find_default_classifier
 from brainray.pipelines.classify import ClassifyJob
+from brainray.pipelines.evaluate import EvaluateJob
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import load_image
+from brainray.serving.predictor import ModelOptions
 from tests.conftest import CLASSES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,9 +130,28 @@ def test_what_can_be_mended_is_one_line_and_exit_2(
         assert (status, out) == (2, "")
         assert said in err
         assert err.count("\n") == 1
-    status, _, err = run(capsys, scan)
-    assert status == 2
-    assert "--classifier-uri" in err
+
+
+def test_the_default_classifier_is_the_one_of_the_environment_else_the_projects(
+    capsys: pytest.CaptureFixture[str],
+    scans: Path,
+    tiny_classifier: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv(DEFAULT_VARIABLE, str(tiny_classifier))
+    status, out, _ = run(capsys, scans / "scan.jpg")
+    assert status == 0
+    assert read_card(str(tiny_classifier))["classifier_id"] in out
+    monkeypatch.setenv(DEFAULT_VARIABLE, str(tmp_path))
+    status, out, err = run(capsys, scans / "scan.jpg")
+    assert (status, out) == (2, "")
+    assert f"No classifier at '{tmp_path}'" in err
+    monkeypatch.delenv(DEFAULT_VARIABLE)
+    assert find_default_classifier() == str(SHIPPED_FOLDER)
+    for job in (ClassifyJob(scans_uri=(), output_uri=""), EvaluateJob(data_uri="", output_uri="")):
+        assert job.classifier_uri == str(SHIPPED_FOLDER)
+    assert ModelOptions().classifier_uri == str(SHIPPED_FOLDER)
 
 
 @pytest.mark.parametrize(

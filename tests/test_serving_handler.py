@@ -546,6 +546,7 @@ def test_a_config_files_arguments_are_checked() -> None:
         ({**good, "limits": {"queued": 0}}, "queued must be positive"),
         ({**good, "min_replicas": 3}, "min_replicas <= max_replicas"),
         ({}, "model"),
+        ({"model": "x"}, "model"),
     ):
         with pytest.raises(ConfigError, match=said):
             read_arguments(arguments)

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from brainray.metrics import compute_curves, compute_evaluation
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.explain import STRIDE_PX
 from brainray.model.runtime import RuntimeOptions
+from brainray.model.shipped import find_default_classifier
 from brainray.model.trust import LOW_CONFIDENCE
 from brainray.pipelines.answers import (
     AnswerSet,
@@ -95,8 +96,9 @@ class ClassifyJob:
     scans_uri: tuple[str, ...]
     """Folder, glob, file, Parquet table with `image_bytes`, or a .txt or .csv list of places;
     local, s3:// or gs://. May be given several times."""
-    classifier_uri: str
-    """A sealed classifier folder."""
+    classifier_uri: str = field(default_factory=find_default_classifier)
+    """A sealed classifier folder; `$BRAINRAY_CLASSIFIER`, else the one that comes with the
+    project, if not given."""
     output_uri: str
     """Where answers, metrics and report go. The same command classifies what is new since."""
     labels: str | None = None

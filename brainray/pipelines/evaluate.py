@@ -1,7 +1,7 @@
 """Judge a sealed classifier on a labelled data set, without training anything."""
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from brainray.dataset.split import hash_manifest
 from brainray.dataset.twins import find_nearest, standardise_thumbnails
 from brainray.errors import DataError
 from brainray.model.classifier import Classifier, load_classifier
+from brainray.model.shipped import find_default_classifier
 from brainray.pipelines.cluster import check_fits, connect_ray, describe_gpu_need, tell_waiting
 from brainray.pipelines.data import (
     MANIFEST_FILE,
@@ -34,8 +35,9 @@ class EvaluateJob:
 
     data_uri: str
     """Labelled scans; where there are splits, the test split is judged."""
-    classifier_uri: str
-    """A sealed classifier folder."""
+    classifier_uri: str = field(default_factory=find_default_classifier)
+    """A sealed classifier folder; `$BRAINRAY_CLASSIFIER`, else the one that comes with the
+    project, if not given."""
     output_uri: str
     """Where metrics, predictions and report go."""
     manifest_uri: str | None = None

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from brainray.errors import BrainrayError, ServingError
 from brainray.model.classifier import Classifier, load_classifier, read_card
 from brainray.model.precision import Precision
 from brainray.model.runtime import Prediction, Runtime, RuntimeOptions, open_runtime
+from brainray.model.shipped import find_default_classifier
 from brainray.pixels.phantoms.painter import draw_phantom
 from brainray.pixels.preprocess import Preprocessing, resize_image
 
@@ -29,8 +30,9 @@ logger = logging.getLogger(__name__)
 class ModelOptions:
     """Which classifier a replica opens, and what it computes with."""
 
-    classifier_uri: str
-    """A sealed classifier folder: local, s3:// or gs://."""
+    classifier_uri: str = field(default_factory=find_default_classifier)
+    """A sealed classifier folder: local, s3:// or gs://; `$BRAINRAY_CLASSIFIER`, else the one that
+    comes with the project, if not given."""
     backend: Literal["auto", "torch", "openvino"] = "auto"
     """What computes; `auto` takes the fastest for the machine."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
