@@ -468,6 +468,15 @@ def test_training_goes_on_without_the_scans_it_must_reject(
     assert all(len(splits) == 1 for splits in by_group.values())
 
 
+def test_the_time_that_is_left_goes_with_the_pixels() -> None:
+    config = dataclasses.replace(TINY, num_epochs=4, train_sizes_px=(32, 64))
+    size_px = config.preprocessing.size_px
+    small, large, val = 3 * 100 * 32**2, 3 * 100 * 64**2, 10 * size_px**2
+    done, left = small + val, small + 2 * large + 3 * val
+    assert loop.compare_work(config, 100, 10, 1) == pytest.approx(left / done)
+    assert loop.compare_work(config, 100, 10, 4) == 0
+
+
 def test_a_diverging_run_fails_with_the_remedy(phantom_folder: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(
         TINY, optimisation=Optimisation(learning_rate=1e30, clip_norm=0.0, warmup_epochs=0.0)

@@ -127,6 +127,19 @@ def all_have_bf16(device: torch.device) -> bool:
     return bool(has_bf16)
 
 
+def compare_work(
+    config: TrainConfig, num_train_images: int, num_val_images: int, num_done: int
+) -> float:
+    """Return the work of the epochs that are left, in that of those which are done.
+
+    It goes with the pixels: small images come first, and say little of how long the rest takes.
+    """
+    train = num_train_images * np.square(config.list_epoch_sizes())
+    val = num_val_images * config.preprocessing.size_px**2
+    work = 3 * train + val  # a backward pass is as much as two forward ones
+    return float(work[num_done:].sum() / work[:num_done].sum())
+
+
 class Worker:
     """One training worker: its network, its optimiser and its end of the stream."""
 
@@ -305,7 +318,6 @@ class Worker:
             best_epoch=epoch if is_best else self.progress.best_epoch,
             time_s=self.progress.time_s + time.monotonic() - started,
         )
-        left = self.config.num_epochs - epoch - 1
         return {
             "epoch": epoch,
             "num_epochs": self.config.num_epochs,
@@ -322,7 +334,10 @@ class Worker:
             "images_per_s": (num_images - num_earlier) / train_s,
             "time_s": self.progress.time_s,
             "unix_time_s": time.time(),
-            "time_left_s": self.progress.time_s / (epoch + 1) * left,
+            "time_left_s": self.progress.time_s
+            * compare_work(
+                self.config, len(self.setup.train_indices), len(self.setup.val_indices), epoch + 1
+            ),
         }
 
     def _sum_epoch(self, sums: torch.Tensor) -> tuple[float, float, float]:
