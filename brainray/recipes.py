@@ -51,7 +51,9 @@ def cpu() -> TrainConfig:
 def cpu_long() -> TrainConfig:
     """Train on a few CPU cores, longer: 160 px, small images first, stronger augmentation.
 
-    Time and score: being measured.
+    On the Kaggle brain-tumour set from random weights, two workers on two Zen 4 cores with
+    bf16: 108 minutes, accuracy 0.975 on Testing, 0.971 on its images without a near-twin in
+    training (`--weights none`, seed 0).
     """
     short = cpu()
     return dataclasses.replace(

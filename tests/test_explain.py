@@ -1,7 +1,6 @@
 """Class activation maps: exact, about the weights, and where the evidence is."""
 
 import io
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from brainray.model.explain import STRIDE_PX
 from brainray.model.network import build_network, compute_features
 from brainray.model.precision import has_native_bf16
 from brainray.model.runtime import Runtime, RuntimeOptions, open_runtime
+from brainray.model.shipped import find_default_classifier
 from brainray.model.trust import Trust
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.normalise import normalise_images
@@ -200,10 +200,7 @@ def test_deleting_the_hottest_region_costs_the_most(
 @pytest.mark.slow
 def test_deleting_the_hottest_region_costs_a_trained_network_the_most(real_data: Path) -> None:
     """The same on test slices, in the probability of the class that was given."""
-    given = os.environ.get("BRAINRAY_CLASSIFIER")
-    if not given:
-        pytest.skip("no trained classifier; set BRAINRAY_CLASSIFIER to a sealed folder")
-    classifier = load_classifier(given)
+    classifier = load_classifier(find_default_classifier())
     images = np.stack(
         [
             load_image(path.read_bytes(), classifier.preprocessing, DecodeLimits())

@@ -21,6 +21,7 @@ from brainray.model.classifier import Classifier, load_classifier, save_classifi
 from brainray.model.network import build_network, compute_features
 from brainray.model.precision import has_native_bf16
 from brainray.model.runtime import Runtime, RuntimeOptions, measure_disagreement, open_runtime
+from brainray.model.shipped import find_default_classifier
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.normalise import normalise_images
 from brainray.pixels.preprocess import Preprocessing, load_image
@@ -411,10 +412,7 @@ def test_opening_prints_nothing_leaves_nothing_and_reports_to_nobody(
 @needs_bf16
 @pytest.mark.parametrize("backend", ["openvino", "torch"])
 def test_bf16_on_real_images(backend: Any, real_data: Path) -> None:  # noqa: ANN401 - a literal
-    given = os.environ.get("BRAINRAY_CLASSIFIER")
-    if not given:
-        pytest.skip("no trained classifier; set BRAINRAY_CLASSIFIER to a sealed folder")
-    classifier = load_classifier(given)
+    classifier = load_classifier(find_default_classifier())
     images = read_images(real_data / "Testing", classifier.preprocessing)
     exact = open_runtime(classifier, RuntimeOptions(precision="fp32")).predict_probs(images)
     rounded = open_runtime(classifier, RuntimeOptions(backend=backend, precision="bf16"))

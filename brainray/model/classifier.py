@@ -3,7 +3,7 @@
 ::
 
     classifier/
-      model.safetensors    the weights
+      model.safetensors    the weights; training seals those that are multiplied in bf16
       trust.safetensors    where the features of the training images lie; absent if not fitted
       classifier.json      class order, preprocessing, calibration and thresholds, where they came
                            from, the hashes of the others

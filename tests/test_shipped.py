@@ -1,0 +1,73 @@
+"""The classifier that comes with the project: whole, small, and as good as is said of it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+
+from brainray.labels import BRAIN_TUMOUR_CLASSES
+from brainray.model.classifier import (
+    CARD_FILE,
+    TRUST_FILE,
+    WEIGHTS_FILE,
+    load_classifier,
+    read_card,
+)
+from brainray.model.runtime import RuntimeOptions, open_runtime
+from brainray.model.shipped import SHIPPED_FOLDER
+from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.preprocess import load_image
+from tests.conftest import REPOSITORY
+
+MAX_BYTES = 50e6
+
+
+@pytest.fixture(scope="module")
+def card() -> dict[str, Any]:
+    return read_card(str(SHIPPED_FOLDER))
+
+
+def test_it_is_whole_and_small() -> None:
+    files = sorted(path.name for path in SHIPPED_FOLDER.iterdir())
+    assert files == sorted([CARD_FILE, TRUST_FILE, WEIGHTS_FILE, "MODEL_CARD.md"])
+    assert sum(path.stat().st_size for path in SHIPPED_FOLDER.iterdir()) < MAX_BYTES
+    assert load_classifier(str(SHIPPED_FOLDER)).classes == BRAIN_TUMOUR_CLASSES
+    header = safetensors.safe_open(SHIPPED_FOLDER / WEIGHTS_FILE, "pt")
+    dtypes = {header.get_slice(name).get_dtype() for name in header.keys()}  # noqa: SIM118
+    assert dtypes == {"BF16", "F32", "I64"}
+
+
+def test_it_names_no_place_of_the_machine_that_trained_it() -> None:
+    for name in (CARD_FILE, "MODEL_CARD.md"):
+        text = (SHIPPED_FOLDER / name).read_text()
+        assert not re.findall(r"(?<![\w.])/(?:home|root|tmp|work|mnt|Users)/\S*", text), name
+
+
+def test_readme_and_results_say_what_its_card_says(card: dict[str, Any]) -> None:
+    test, val = card["metrics"]["test"], card["metrics"]["val"]
+    thumbnails = test["baseline_1nn"]
+    for document in ("README.md", "docs/results.md"):
+        text = (REPOSITORY / document).read_text().replace("**", "")
+        for found in (test, test["no_twin"], thumbnails, thumbnails["no_twin"]):
+            low, high = found["accuracy_ci95"]
+            assert f"{found['accuracy']:.3f} [{low:.3f}, {high:.3f}]" in text, document
+    low, high = val["accuracy_ci95"]
+    assert f"{val['accuracy']:.3f} [{low:.3f}, {high:.3f}]" in text
+    assert card["classifier_id"] in text
+
+
+def test_it_is_as_good_on_testing_as_its_card_says(card: dict[str, Any], real_data: Path) -> None:
+    classifier = load_classifier(str(SHIPPED_FOLDER))
+    paths = sorted((real_data / "Testing").glob("*/*.jpg"))
+    images = np.stack(
+        [load_image(path.read_bytes(), classifier.preprocessing, DecodeLimits()) for path in paths]
+    )
+    probs = open_runtime(classifier, RuntimeOptions()).predict_probs(images)
+    truth = [classifier.classes.index(path.parent.name) for path in paths]
+    said = card["metrics"]["test"]
+    assert len(paths) == said["n"]
+    accuracy = float((probs.argmax(1) == truth).mean())
+    assert accuracy == pytest.approx(said["accuracy"], abs=0.005), "rounding apart"
