@@ -147,7 +147,7 @@ def test_every_recipe_builds_and_says_what_it_is_for(name: str) -> None:
     config = build_recipe(name)
     assert isinstance(config, TrainConfig)
     assert config == build_recipe(name)
-    assert RECIPES[name].__name__ == name
+    assert RECIPES[name].__name__.replace("_", "-") == name
     doc = inspect.getdoc(RECIPES[name])
     assert doc
     assert f"{config.preprocessing.size_px} px" in doc
