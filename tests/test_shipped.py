@@ -18,6 +18,7 @@ from brainray.model.classifier import (
 )
 from brainray.model.runtime import RuntimeOptions, open_runtime
 from brainray.model.shipped import SHIPPED_FOLDER
+from brainray.pipelines.modelcard import MODEL_CARD_FILE
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import load_image
 from tests.conftest import REPOSITORY
@@ -32,7 +33,7 @@ def card() -> dict[str, Any]:
 
 def test_it_is_whole_and_small() -> None:
     files = sorted(path.name for path in SHIPPED_FOLDER.iterdir())
-    assert files == sorted([CARD_FILE, TRUST_FILE, WEIGHTS_FILE, "MODEL_CARD.md"])
+    assert files == sorted([CARD_FILE, TRUST_FILE, WEIGHTS_FILE, MODEL_CARD_FILE])
     assert sum(path.stat().st_size for path in SHIPPED_FOLDER.iterdir()) < MAX_BYTES
     assert load_classifier(str(SHIPPED_FOLDER)).classes == BRAIN_TUMOUR_CLASSES
     header = safetensors.safe_open(SHIPPED_FOLDER / WEIGHTS_FILE, "pt")
@@ -41,7 +42,7 @@ def test_it_is_whole_and_small() -> None:
 
 
 def test_it_names_no_place_of_the_machine_that_trained_it() -> None:
-    for name in (CARD_FILE, "MODEL_CARD.md"):
+    for name in (CARD_FILE, MODEL_CARD_FILE):
         text = (SHIPPED_FOLDER / name).read_text()
         assert not re.findall(r"(?<![\w.])/(?:home|root|tmp|work|mnt|Users)/\S*", text), name
 

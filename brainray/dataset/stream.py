@@ -215,7 +215,7 @@ def count_off(count: int) -> Dataset:
 
     ``ray.data.range`` makes each block by a task. Where training workers hold all CPUs, Ray Data
     runs one task at a time and looks in between, upstream first: a run of 312 chunks for each of
-    two workers waited four minutes for its first batch.
+    two workers had no batch after three minutes.
     """
     numbers: Dataset = ray.data.from_items(
         [{"id": number} for number in range(count)], override_num_blocks=max(1, count)
