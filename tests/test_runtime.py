@@ -405,6 +405,35 @@ def test_opening_prints_nothing_leaves_nothing_and_reports_to_nobody(
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+END_BESIDE_A_CALLBACK = """
+import sys, time
+import numpy as np
+from brainray.model import runtime
+from brainray.model.classifier import load_classifier
+
+keep_output = runtime._keep_output
+
+def stay(request, place):
+    keep_output(request, place)
+    time.sleep(0.1)
+
+runtime._keep_output = stay
+options = runtime.RuntimeOptions(backend="openvino", num_threads=2)
+opened = runtime.open_runtime(load_classifier(sys.argv[1]), options)
+opened.predict_probs(np.zeros((4, 32, 32), np.uint8))
+"""
+
+
+def test_a_process_may_end_as_soon_as_it_has_its_answers(sealed: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", END_BESIDE_A_CALLBACK, str(sealed)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # --- real images --------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ round more; what that changes in a set of answers, :func:`measure_disagreement` 
 OpenVINO and NNCF are imported when a runtime is opened, not with this module.
 """
 
+import atexit
 import contextlib
 import copy
 import importlib
@@ -17,6 +18,7 @@ import os
 import sys
 import threading
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +57,21 @@ logger = logging.getLogger(__name__)
 
 _opening = threading.Lock()
 """Held while OpenVINO is imported or traces: both change the state of the whole process."""
+
+_queues: "weakref.WeakSet[openvino.AsyncInferQueue]" = weakref.WeakSet()
+"""Those whose threads may be in our callback."""
+
+
+@atexit.register
+def _wait_for_callbacks() -> None:
+    """Let OpenVINO's threads come out of Python before it ends.
+
+    The last callback of a call wakes the caller, which may then end the process. A thread still in
+    it would find no interpreter to go back to, and abort the process ("terminate called without an
+    active exception").
+    """
+    for queue in _queues:
+        queue.wait_all()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -449,6 +466,7 @@ class _OpenVinoRuntime(Runtime):
                 self._compile(self._model, num_streams=self._num_threads), self._num_threads
             )
             self._many.set_callback(_keep_output)
+            _queues.add(self._many)
         return self._many
 
     def _compute_features(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
