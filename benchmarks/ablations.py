@@ -6,6 +6,10 @@ FOLDER/Training alone is given: the testing images are never opened. Each seed g
 groups, weights and an order of its own; the variations of one seed share all of them, so that
 differences are taken within a seed. A run that is finished is not run again, and one that was
 stopped goes on: give the same command. The result, ``ablations.json``, is printed as a table.
+
+On a few cores the runs are fastest side by side, each on one core: start the command several times
+at once with ``taskset -c CORE`` before it, ``--num-workers 1`` and some of the ``--variations``
+each, then once more with all of them.
 """
 
 import dataclasses
@@ -59,6 +63,8 @@ def list_variations(options: Options) -> dict[str, TrainConfig]:
         num_epochs=options.num_epochs,
     )
 
+    stronger = build_recipe("cpu-long").augmentation
+
     def augment(**fields: float) -> TrainConfig:
         augmentation = dataclasses.replace(whole.augmentation, **fields)
         return dataclasses.replace(whole, augmentation=augmentation)
@@ -75,7 +81,10 @@ def list_variations(options: Options) -> dict[str, TrainConfig]:
         "no-zoom": augment(zoom=0.0),
         "no-shift": augment(shift=0.0),
         "no-grey-changes": augment(brightness=0.0, contrast=0.0),
-        "mixup": augment(mixup_alpha=0.2),
+        "stronger": dataclasses.replace(
+            whole, augmentation=dataclasses.replace(stronger, mixup_alpha=0.0)
+        ),
+        "mixup": augment(mixup_alpha=stronger.mixup_alpha),
         "no-label-smoothing": optimise(label_smoothing=0.0),
         "no-ema": optimise(ema_decay=0.0),
         "sgd": optimise(optimizer="sgd", learning_rate=0.05, weight_decay=1e-4),
