@@ -511,9 +511,13 @@ def test_convolutions_train_as_the_same_product() -> None:
     plain = build_network(3).double().to(memory_format=torch.channels_last)
     product = use_matrix_products(copy.deepcopy(plain))
     kinds = [name for name, m in product.named_modules() if isinstance(m, ProductConv2d)]
-    # Two of 1 x 1 in each block and the shortcut's: six blocks, then three and their strided one.
-    assert [sum(name.startswith(stage) for name in kinds) for stage in STAGES[1:5]] == [0, 0, 13, 8]
-    assert "layer4.0.conv2" in kinds
+    # Three in each block and the shortcut's: six blocks, then three.
+    assert [sum(name.startswith(stage) for name in kinds) for stage in STAGES[1:5]] == [
+        0,
+        0,
+        19,
+        10,
+    ]
     results = []
     for network in (plain, product):
         for norm in network.modules():
@@ -531,6 +535,30 @@ def test_convolutions_train_as_the_same_product() -> None:
         assert gradient.stride() == weight.stride()  # else DDP copies it once more, and warns
     torch.testing.assert_close(product.eval()(images), plain.eval()(images), rtol=0, atol=0)
     assert list(product.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "side", "is_product"), [(3, 2, True), (3, 9, False), (1, 9, True)]
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_large_maps_keep_the_convolution_of_large_kernels(
+    kernel_size: int, side: int, is_product: bool, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(5)
+    layer = ProductConv2d(4, 8, kernel_size, stride=stride, padding=kernel_size // 2)
+    images = torch.randn(8, 4, side * stride, side * stride)  # 4 or 81 positions a channel
+    plain = nn.functional.conv2d(
+        images, layer.weight, layer.bias, stride=stride, padding=kernel_size // 2
+    )
+    products, multiply = [], room.F.linear
+
+    def count(*args: torch.Tensor) -> torch.Tensor:
+        products.append(args)
+        return multiply(*args)
+
+    monkeypatch.setattr(room.F, "linear", count)
+    torch.testing.assert_close(layer(images), plain, rtol=1e-5, atol=1e-5)
+    assert len(products) == is_product
 
 
 BATCH = 6

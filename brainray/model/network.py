@@ -343,21 +343,28 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 class ProductConv2d(nn.Conv2d):
     """A convolution that trains as a matrix product: every position's pixels by the weights.
 
-    On maps of a few pixels, oneDNN's gradients of a 1 × 1 convolution, or of one with a stride
-    (torch 2.15, bf16), take up to twice the product's time: 13 ms against 7 on a core for
-    512 → 2048 channels of 3 × 3, 26 against 17 for 3 × 3 pixels of 512 channels, stride 2.
+    On maps of a few pixels, oneDNN's gradients (torch 2.15, bf16) take up to six times the
+    product's time: on a Zen core 13 ms against 7 for 1 × 1 from 512 to 2048 channels of 3 × 3
+    pixels, 26 against 17 for 3 × 3 of 512 channels with a stride; on one with AMX 94 against 25
+    for 3 × 3 of 512 channels of 3 × 3 pixels, but 144 against 317 of 10 × 10 (64 images).
     Evaluation keeps the convolution, which other runtimes know by its name.
     """
 
+    MAX_POSITIONS_PER_CHANNEL = 4
+    """Where a kernel is larger than a pixel; with more, copying what each position sees costs
+    more than is gained."""
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (N, C, H, W) to the output's channels."""
-        if not self.training:
-            return super().forward(input)
         (height, width), (rows, columns), (above, left) = (
             self.kernel_size,
             self.stride,
             (int(self.padding[0]), int(self.padding[1])),
         )
+        positions_per_channel = input[:, 0, ::rows, ::columns].numel() / self.out_channels
+        is_small = positions_per_channel <= self.MAX_POSITIONS_PER_CHANNEL
+        if not self.training or (height * width > 1 and not is_small):
+            return super().forward(input)
         pixels = F.pad(input, (left, left, above, above)).permute(0, 2, 3, 1)
         last_row, last_column = pixels.shape[1] - height, pixels.shape[2] - width
         taps = [
@@ -374,14 +381,12 @@ class ProductConv2d(nn.Conv2d):
 def use_matrix_products(network: nn.Module) -> nn.Module:
     """Let convolutions that are faster so train as matrix products; changed in place.
 
-    These are the last two stages' of 1 × 1 and the last stage's with a stride. Worth it on a
-    CPU with channels-last maps, whose pixels are such a product's rows.
+    These are the last two stages', where their maps are small. Worth it on a CPU with
+    channels-last maps, whose pixels are such a product's rows.
     """
     for stage in ("layer3", "layer4"):
         for module in network.get_submodule(stage).modules():
-            if type(module) is nn.Conv2d and (
-                module.kernel_size == (1, 1) or (stage == "layer4" and module.stride != (1, 1))
-            ):
+            if type(module) is nn.Conv2d:
                 module.__class__ = ProductConv2d
     return network
 
