@@ -587,13 +587,19 @@ def take_steps(network: nn.Module, part: slice, scale: float) -> dict[str, Any]:
     grads = {name: p.grad for name, p in network.named_parameters()}
     network.eval()
     images, _ = make_batch(STEPS)
-    return {
+    found = {
         "outputs": outputs,
         "image_grads": image_grads,
         "grads": grads,
-        "statistics": {n: b for n, b in network.named_buffers() if "running" in n},
+        "statistics": copy_statistics(network),
         "evaluated": network(images).detach(),
     }
+    measure_statistics(network, (make_batch(step)[0][part] for step in range(3)))
+    return {**found, "measured": copy_statistics(network)}
+
+
+def copy_statistics(network: nn.Module) -> StateDict:
+    return {name: b.clone() for name, b in network.named_buffers() if "running" in name}
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -640,7 +646,7 @@ def test_two_workers_normalise_as_one(synced_results: list[dict[str, Any]], shar
         image_grads = torch.cat([part["image_grads"][step] for part in parts]) / 2
         assert_near(image_grads, expected["image_grads"][step])
     for part in parts:
-        for kind, count in (("grads", 6), ("statistics", 4)):
+        for kind, count in (("grads", 6), ("statistics", 4), ("measured", 4)):
             assert len(expected[kind]) == count
             for name, value in expected[kind].items():
                 assert_near(part[kind][name], value)

@@ -325,9 +325,12 @@ class WorkerSyncedBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _update_running(self, mean: torch.Tensor, variance: torch.Tensor, number: float) -> None:
-        momentum = self.momentum if self.momentum is not None else 0.1
         assert self.running_mean is not None
         assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        # As torch's own: without a momentum, the plain mean over batches.
+        momentum = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(variance * (number / max(number - 1, 1)), momentum)
 
