@@ -17,16 +17,22 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+import torch
 import tyro
+from augment_speed import apply_chain, build_chain
 
 from brainray import storage
+from brainray.pipelines import fit, loop
 from brainray.pipelines.config import Placement, TrainConfig
 from brainray.pipelines.run import TrainJob
 from brainray.pipelines.train import train
-from brainray.pixels.augment import NO_AUGMENTATION
+from brainray.pipelines.worker import train_worker
+from brainray.pixels.augment import NO_AUGMENTATION, Dice
 from brainray.pixels.preprocess import Preprocessing
 from brainray.recipes import RECIPES, build_recipe
 
+CHAIN = "torchvision-chain"
 SCORES = ("accuracy", "macro_f1", "macro_auroc", "log_loss")
 
 
@@ -76,6 +82,7 @@ def list_variations(options: Options) -> dict[str, TrainConfig]:
     return {
         "whole": whole,
         "no-augmentation": dataclasses.replace(whole, augmentation=NO_AUGMENTATION),
+        CHAIN: whole,  # train_by_chain makes the difference
         "no-rotation": augment(rotation_deg=0.0),
         "no-flip": augment(flip_horizontal=0.0),
         "no-zoom": augment(zoom=0.0),
@@ -99,6 +106,23 @@ def list_variations(options: Options) -> dict[str, TrainConfig]:
     }
 
 
+def train_by_chain(loop_config: dict[str, Any]) -> None:
+    """Train as a worker does, but augment by torchvision's transforms one after the other."""
+    config = ray.get(loop_config["setup"]).config
+    chain = build_chain(config.augmentation)
+
+    def augment(
+        images: torch.Tensor,
+        dice: Dice,  # noqa: ARG001 - the chain draws its own
+        *,
+        grey_range: float,  # noqa: ARG001
+    ) -> torch.Tensor:
+        return apply_chain(chain, images, config.preprocessing)
+
+    setattr(loop, "augment_images", augment)  # noqa: B010 - nor is this the loop's
+    train_worker(loop_config)
+
+
 def run(options: Options) -> dict[str, dict[int, dict[str, float]]]:
     """Run what is not finished; return the validation scores of every variation and seed."""
     known = list_variations(options)
@@ -117,6 +141,8 @@ def run(options: Options) -> dict[str, dict[int, dict[str, float]]]:
                 placement=Placement(num_workers=options.num_workers),
                 recipe=options.recipe,
             )
+            function = train_by_chain if name == CHAIN else train_worker
+            setattr(fit, "train_worker", function)  # noqa: B010 - it is not fit's own
             metrics = train(job, say=lambda line: print(line, flush=True))
             scores = {score: metrics["val"][score] for score in SCORES}
             found[name][seed] = scores | {"time_s": metrics["training"]["time_s"]}
