@@ -365,6 +365,10 @@ def test_evaluating_alone_gives_the_same_scores(
     )
     for name in ("accuracy", "macro_auroc", "log_loss"):
         assert found["test"][name] == pytest.approx(metrics["test"][name], abs=1e-6)
+    for part in (found["test"], found["test"]["no_twin"]):
+        assert part["accuracy_ci95"] is not None
+    assert found["test"]["accuracy_ci95"] == metrics["test"]["accuracy_ci95"]
+    assert found["test"]["no_twin"]["accuracy_ci95"] == metrics["test"]["no_twin"]["accuracy_ci95"]
     assert found["test"]["no_twin"]["n"] == metrics["test"]["no_twin"]["n"]
     assert found["test"]["baseline_1nn"]["accuracy"] == pytest.approx(
         metrics["test"]["baseline_1nn"]["accuracy"]

@@ -1,22 +1,32 @@
 """Judge a sealed classifier on a labelled data set, without training anything."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from brainray import storage
 from brainray.dataset.source import FoundSamples, find_samples
 from brainray.dataset.split import hash_manifest
-from brainray.dataset.twins import find_nearest, standardise_thumbnails
+from brainray.dataset.spread import spread_blocks
+from brainray.dataset.twins import (
+    find_nearest,
+    group_twins,
+    merge_groups,
+    standardise_thumbnails,
+)
 from brainray.errors import DataError
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.shipped import find_default_classifier
 from brainray.pipelines.cluster import check_fits, connect_ray, describe_gpu_need, tell_waiting
 from brainray.pipelines.data import (
     MANIFEST_FILE,
+    GroupedData,
     PreparedData,
     group_samples,
     split_samples,
@@ -123,19 +133,45 @@ def prepare_evaluation_data(
         limits=job.limits,
         min_correlation=job.group_correlation,
     )
-    prepared = split_samples(data, classifier.classes, np.full(len(data.kept), "test"))
+    splits = np.full(len(data.kept), "test")
     if training is None:
-        return prepared
-    reference = training.filter(
-        pa.array([split in ("train", "val") for split in training["split"].to_pylist()])
+        return split_samples(data, classifier.classes, splits)
+    reference = training.filter(pc.is_in(training["split"], pa.array(["train", "val"])))
+    known = standardise_thumbnails(stack_thumbnails(reference["thumbnail"]))
+    data = replace(data, groups=group_beside(data, known, reference["group"].to_pylist(), job))
+    prepared = split_samples(data, classifier.classes, splits)
+    nearest, correlation = find_nearest(data.standardised, known, spread=spread_blocks)
+    labels = reference["label"].take(pa.array(nearest)).to_pylist()
+    return replace(
+        prepared, manifest=write_nearest(prepared.manifest, data.kept, correlation, labels)
     )
-    nearest, correlation = find_nearest(
-        data.standardised, standardise_thumbnails(stack_thumbnails(reference["thumbnail"]))
+
+
+def group_beside(
+    data: GroupedData, known: NDArray[np.float32], known_groups: Sequence[int], job: EvaluateJob
+) -> NDArray[np.int64]:
+    """Group scans as if they lay in one data set with the training images.
+
+    Two that resemble one training image are of one group, as they are where a training run judges
+    its own test split: both give the same intervals.
+
+    Parameters
+    ----------
+    known : ndarray of float32, shape (m, 576)
+        Standardised thumbnails of the training images.
+    known_groups : sequence of int, length m
+        Their groups.
+
+    Returns
+    -------
+    ndarray of int64, shape (n,)
+        Of the scans that could be opened.
+    """
+    twins = group_twins(
+        np.concatenate([data.standardised, known]),
+        min_correlation=job.group_correlation,
+        spread=spread_blocks,
     )
-    manifest = write_nearest(
-        prepared.manifest,
-        data.kept,
-        correlation,
-        reference["label"].take(pa.array(nearest)).to_pylist(),
-    )
-    return replace(prepared, manifest=manifest)
+    given: list[str | None] = data.found.samples["group"].take(pa.array(data.kept)).to_pylist()
+    names = [name and f"given {name}" for name in given]
+    return merge_groups(twins, names + [f"known {group}" for group in known_groups])[: len(names)]
