@@ -91,6 +91,14 @@ def test_the_seed_decides_and_nothing_else() -> None:
     assert roll_dice(EVERYTHING, 4, seed=7).mixup != roll_dice(EVERYTHING, 4, seed=8).mixup
 
 
+def test_autocast_changes_nothing() -> None:
+    images = draw(side=224)
+    dice = roll_dice(EVERYTHING, 4, seed=7)
+    outside = apply(images, dice)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(apply(images, dice), outside)
+
+
 def test_images_of_a_batch_are_drawn_apart() -> None:
     dice = roll_dice(EVERYTHING, 64, seed=0)
     for name in ("brightness", "contrast", "blur_px", "noise"):

@@ -147,7 +147,8 @@ def augment_images(images: torch.Tensor, dice: Dice, *, grey_range: float) -> to
     """Apply one affine sampling and the intensity changes to a normalised batch.
 
     Rotation, flips, zoom, stretch and shift are one matrix, so that pixels are
-    interpolated once. What comes from outside the image repeats its border.
+    interpolated once. What comes from outside the image repeats its border. Autocast
+    does not touch it: it would make the sampling grid bf16, off by a pixel at 224 px.
 
     Parameters
     ----------
@@ -162,6 +163,11 @@ def augment_images(images: torch.Tensor, dice: Dice, *, grey_range: float) -> to
     -------
     Tensor of float32, shape (N, 1, H, W)
     """
+    with torch.autocast(images.device.type, enabled=False):
+        return _change(images, dice, grey_range)
+
+
+def _change(images: torch.Tensor, dice: Dice, grey_range: float) -> torch.Tensor:
     device = images.device
     if not bool((dice.theta == torch.eye(2, 3)).all()):
         grid = F.affine_grid(dice.theta.to(device), list(images.shape), align_corners=False)
