@@ -67,9 +67,14 @@ def build_chain(augmentation: Augmentation) -> v2.Compose:
 def apply_chain(
     chain: v2.Compose, images: torch.Tensor, preprocessing: Preprocessing
 ) -> torch.Tensor:
-    """Apply a chain to each image of a normalised batch, shape (N, 1, H, W)."""
+    """Apply a chain to each image of a normalised batch, shape (N, 1, H, W).
+
+    Outside autocast: it makes the sampling grid bf16, and torchvision takes images of another
+    type than their grid for whole numbers, which leaves 0 and 1 of the greys.
+    """
     mean, std = preprocessing.mean, preprocessing.std
-    return torch.stack([(chain(image * std + mean) - mean) / std for image in images])
+    with torch.autocast(images.device.type, enabled=False):
+        return torch.stack([(chain(image * std + mean) - mean) / std for image in images])
 
 
 def measure(options: Options, size_px: int) -> dict[str, float]:
