@@ -164,10 +164,11 @@ def augment_images(images: torch.Tensor, dice: Dice, *, grey_range: float) -> to
     Tensor of float32, shape (N, 1, H, W)
     """
     with torch.autocast(images.device.type, enabled=False):
-        return _change(images, dice, grey_range)
+        return _augment(images, dice, grey_range)
 
 
-def _change(images: torch.Tensor, dice: Dice, grey_range: float) -> torch.Tensor:
+def _augment(images: torch.Tensor, dice: Dice, grey_range: float) -> torch.Tensor:
+    """Do so in the images' own type."""
     device = images.device
     if not bool((dice.theta == torch.eye(2, 3)).all()):
         grid = F.affine_grid(dice.theta.to(device), list(images.shape), align_corners=False)
