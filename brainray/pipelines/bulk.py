@@ -97,7 +97,7 @@ def open_bulk_stream(plan: BulkPlan, ledger: "ray.ObjectRef[Ledger]") -> Dataset
         warnings.simplefilter("ignore", DeprecationWarning)
         stream = stream.map_batches(
             _Predictor,
-            batch_size=None,
+            batch_size=1,  # a chunk; with GPUs, Ray refuses None
             batch_format="pyarrow",
             fn_constructor_kwargs={"plan": plan},
             num_cpus=plan.cpus_per_predictor,

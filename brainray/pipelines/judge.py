@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import ray.data
 import torch
 from numpy.typing import NDArray
+from ray.data import Dataset
 
 from brainray import storage
 from brainray.dataset.scan import ScanStore
@@ -80,6 +81,37 @@ def _answer_batch(
     }
 
 
+def open_answers(
+    indices: NDArray[np.int64],
+    store: ScanStore,
+    classifier_uri: str,
+    *,
+    limits: DecodeLimits,
+    use_gpu: bool,
+    with_features: bool,
+) -> Dataset:
+    """Build the stream of answers to some samples; nothing runs until it is read."""
+    parts = [
+        pa.table({"index": indices[start : start + ROWS_PER_TASK]})
+        for start in range(0, len(indices), ROWS_PER_TASK)
+    ]
+    answers: Dataset = ray.data.from_arrow(parts).map_batches(
+        _answer_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
+        batch_size=ROWS_PER_TASK,  # a part; with GPUs, Ray refuses None
+        fn_kwargs={
+            "store": store,
+            "classifier_uri": classifier_uri,
+            "classifier_id": read_card(classifier_uri)["classifier_id"],
+            "limits": limits,
+            "use_gpu": use_gpu,
+            "with_features": with_features,
+        },
+        num_gpus=1 if use_gpu else 0,
+        compute=ray.data.TaskPoolStrategy(size=1),
+    )
+    return answers
+
+
 def compute_outputs(
     indices: NDArray[np.int64],
     store: ScanStore,
@@ -104,23 +136,13 @@ def compute_outputs(
         In the order of ``indices``: ``logits``, shape (n, K), not calibrated; ``distance`` to the
         training images, shape (n,), 0 where the classifier knows none; ``features``, shape (n, C).
     """
-    parts = [
-        pa.table({"index": indices[start : start + ROWS_PER_TASK]})
-        for start in range(0, len(indices), ROWS_PER_TASK)
-    ]
-    answers = ray.data.from_arrow(parts).map_batches(
-        _answer_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
-        batch_size=None,
-        fn_kwargs={
-            "store": store,
-            "classifier_uri": classifier_uri,
-            "classifier_id": read_card(classifier_uri)["classifier_id"],
-            "limits": limits,
-            "use_gpu": use_gpu,
-            "with_features": with_features,
-        },
-        num_gpus=1 if use_gpu else 0,
-        compute=ray.data.TaskPoolStrategy(size=1),
+    answers = open_answers(
+        indices,
+        store,
+        classifier_uri,
+        limits=limits,
+        use_gpu=use_gpu,
+        with_features=with_features,
     )
     place = {int(index): row for row, index in enumerate(indices)}
     rows: list[int] = []
