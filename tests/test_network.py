@@ -415,10 +415,13 @@ def build_small(seed: int = 0) -> nn.Sequential:
     return network
 
 
-def test_statistics_are_measured_on_the_images_given() -> None:
+@pytest.mark.parametrize("synced", [False, True])
+def test_statistics_are_measured_on_the_images_given(synced: bool) -> None:
     network = build_small()
+    if synced:  # as on GPUs
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     norm = network.get_submodule("1")
-    assert isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(norm, nn.SyncBatchNorm if synced else nn.BatchNorm2d)
     norm.running_mean = torch.full((5,), 7.0)  # of other images
     before = norm.momentum
     batches = [3 + 2 * torch.randn(6, 2, 9, 9) for _ in range(3)]

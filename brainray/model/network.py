@@ -232,7 +232,8 @@ def measure_statistics(network: nn.Module, batches: Iterable[torch.Tensor]) -> N
     .. [1] Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021, arXiv:2105.07576, section 3.
     .. [2] Touvron et al., Fixing the train-test resolution discrepancy, NeurIPS 2019.
     """
-    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    layers = [module for module in network.modules() if isinstance(module, kinds)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
