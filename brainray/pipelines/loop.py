@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,6 +159,8 @@ class Worker:
         if self.device.type == "cpu":
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // context.get_local_world_size()))
+        else:
+            torch.backends.cudnn.benchmark = True  # a run has few shapes, and thousands of steps
         self.precision = self._choose_precision()
         self.labels = torch.from_numpy(setup.labels)
         torch.manual_seed(self.config.seed)
@@ -425,17 +428,21 @@ class Worker:
         steps = self.progress.ema_steps + 1
         self.progress = replace(self.progress, ema_steps=steps)
         decay = min(self.config.optimisation.ema_decay, (1 + steps) / (10 + steps))
-        averaged = list(self.averaged.state_dict().values())
-        current = list(self.network.state_dict().values())
-        floating = [a.is_floating_point() for a in averaged]
-        torch._foreach_lerp_(
-            [a for a, moves in zip(averaged, floating, strict=True) if moves],
-            [c for c, moves in zip(current, floating, strict=True) if moves],
-            1 - decay,
-        )
-        for a, c, moves in zip(averaged, current, floating, strict=True):
-            if not moves:
-                a.copy_(c)
+        (averaged, current), (counts, current_counts) = self._averaging
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        torch._foreach_copy_(counts, current_counts)
+
+    @cached_property
+    def _averaging(self) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Averaged and current tensors, those of floats first; found once, as it takes a while."""
+        assert self.averaged is not None
+        averaged, current = self.averaged.state_dict(), self.network.state_dict()
+        floats = [name for name, tensor in averaged.items() if tensor.is_floating_point()]
+        others = [name for name in averaged if name not in floats]
+        return [
+            ([averaged[name] for name in names], [current[name] for name in names])
+            for names in (floats, others)
+        ]
 
     @property
     def _validated(self) -> nn.Module:
