@@ -11,6 +11,7 @@ Four sides take turns within one run, each in a process of its own:
 * ``timm``: the loop of timm's inference.py: channels-last, bf16 autocast, a DataLoader.
 
 All have the same machine, network, weights, size and images; rates are images/s. With
+``--use-gpu`` all sides compute on it; give them large batches, and loader workers to feed it. With
 ``--explain``, the job's turns alternate with those of ``explained`` instead, the job with the
 class maps of its answers.
 """
@@ -65,6 +66,8 @@ class Options:
     """DataLoader processes of the plain and the timm side."""
     rounds: int = 5
     """Turns of each side."""
+    use_gpu: bool = False
+    """Compute on a GPU."""
     explain: bool = False
     """Compare the job with itself when it explains its answers."""
     side: Literal["all", "job", "ceiling", "plain", "timm", "explained"] = "all"
@@ -103,8 +106,9 @@ class ImageFiles(Dataset[tuple[torch.Tensor, str]]):
 
 def run_loop(options: Options, classifier_uri: str, *, like_timm: bool) -> float:
     """Run a turn of a hand-written loop, files to Parquet, and return images/s once warm."""
+    device = torch.device("cuda" if options.use_gpu else "cpu")
     classifier = load_classifier(classifier_uri)
-    network = classifier.network.to(memory_format=torch.contiguous_format)
+    network = classifier.network.to(device).to(memory_format=torch.contiguous_format)
     if like_timm:
         network = network.to(memory_format=torch.channels_last)
     files = list_images(options, options.num_loop_images + options.batch_size)
@@ -112,17 +116,19 @@ def run_loop(options: Options, classifier_uri: str, *, like_timm: bool) -> float
         ImageFiles(files, classifier.preprocessing),
         batch_size=options.batch_size,
         num_workers=options.loader_workers,
+        pin_memory=options.use_gpu,
     )
     probs, names, started = [], [], 0.0
     with torch.inference_mode():
         for number, (images, paths) in enumerate(loader):
+            inputs = images.to(device, non_blocking=True)
             if like_timm:
-                inputs = images.contiguous(memory_format=torch.channels_last)
-                with torch.autocast("cpu", dtype=torch.bfloat16):
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+                with torch.autocast(device.type, dtype=torch.bfloat16):
                     logits = network(inputs)
             else:
-                logits = network(images)
-            probs.append(logits.float().softmax(1).numpy())
+                logits = network(inputs)
+            probs.append(logits.float().softmax(1).cpu().numpy())
             names += paths
             if number == 0:
                 started = time.perf_counter()
@@ -135,7 +141,7 @@ def run_loop(options: Options, classifier_uri: str, *, like_timm: bool) -> float
 def run_ceiling(options: Options, classifier_uri: str) -> float:
     """Run the network alone and return images/s."""
     classifier = load_classifier(classifier_uri)
-    runtime = open_runtime(classifier, RuntimeOptions())
+    runtime = open_runtime(classifier, RuntimeOptions(use_gpu=options.use_gpu))
     files = list_images(options, options.num_loop_images)
     images = np.stack(
         [load_image(p.read_bytes(), classifier.preprocessing, DecodeLimits()) for p in files]
@@ -160,6 +166,7 @@ def run_job(options: Options, classifier_uri: str, *, explain: bool = False) -> 
             classifier_uri=classifier_uri,
             output_uri=str(Path(folder) / "out"),
             explain=explain,
+            use_gpu=options.use_gpu,
         )
         run = classify(job)["run"]
     print({name: run[name] for name in ("stages_s", "stages_busy", "bottleneck")}, file=sys.stderr)

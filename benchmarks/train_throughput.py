@@ -7,17 +7,25 @@ number of workers, with the same optimiser, the same augmentations (torchvision'
 plain side) and the same allocator. The sides take turns within one run, each in processes
 of its own, so that neither pays for the other. Counted are the training steps of whole
 epochs after a first one, waiting for data included; start-up and validation are not.
+Beside them stands the ceiling: the same steps on one batch that is in memory already,
+with no augmentation and no data to wait for; it is of one worker.
+
+With ``--use-gpu``, the share of the counted time in which the GPU was busy is printed too, as
+nvidia-smi samples it (all of it where a single kernel always runs, however small).
 """
 
+import math
 import os
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +37,7 @@ import tyro
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 from brainray import runlog
@@ -62,8 +71,21 @@ class Options:
     """Epochs counted, after one that is not."""
     rounds: int = 5
     """Turns of each side."""
-    side: Literal["both", "brainray", "plain"] = "both"
-    """`both` compares; the others run one turn of one side and print images/s."""
+    use_gpu: bool = False
+    """Train on a GPU for each worker."""
+    side: Literal["all", "brainray", "plain", "ceiling"] = "all"
+    """`all` compares; the others run one turn of one side and print images/s."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What came of one turn of one side."""
+
+    images_per_s: float
+    started: float
+    """Unix time of the first step counted."""
+    finished: float
+    """Of the last."""
 
 
 def list_images(options: Options) -> list[tuple[Path, int]]:
@@ -110,12 +132,47 @@ class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
             return self._transform(image.convert("L")), label
 
 
-def train_plainly(rank: int, options: Options, port: int, results: "mp.Queue[float]") -> None:
-    """Train as most write it; rank 0 puts images/s into the queue."""
+class Trainer:
+    """The network, its optimiser and the step of those sides that are not this pipeline."""
+
+    def __init__(self, options: Options, rank: int = 0) -> None:
+        self.device = torch.device("cuda", rank) if options.use_gpu else torch.device("cpu")
+        torch.backends.cudnn.benchmark = True
+        network = build_network(4).to(self.device).to(memory_format=torch.channels_last)
+        self.model = (
+            nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+            if dist.is_initialized()
+            else network
+        )
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+        )
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Take one step in bf16 autocast."""
+        inputs = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        targets = labels.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            loss = F.cross_entropy(self.model(inputs), targets)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        self.optimizer.step()
+
+    def wait(self) -> float:
+        """Wait until what was begun is done, and return the Unix time."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.time()
+
+
+def train_plainly(rank: int, options: Options, port: int, results: "mp.Queue[Turn]") -> None:
+    """Train as most write it; rank 0 puts what came of it into the queue."""
     world_size = options.num_workers
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    backend = "nccl" if options.use_gpu else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
     dataset = ImageFiles(list_images(options), options.size_px)
     sampler: DistributedSampler[tuple[torch.Tensor, int]] = DistributedSampler(dataset)
     loader = DataLoader(
@@ -124,34 +181,26 @@ def train_plainly(rank: int, options: Options, port: int, results: "mp.Queue[flo
         sampler=sampler,
         num_workers=options.loader_workers,
         persistent_workers=True,
+        pin_memory=options.use_gpu,
         drop_last=True,
     )
-    network = build_network(4).to(memory_format=torch.channels_last)
-    model = nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
-    )
-    seen, elapsed = 0, 0.0
+    trainer = Trainer(options, rank)
+    seen, started = 0, 0.0
     for epoch in range(options.num_epochs + 1):
         sampler.set_epoch(epoch)
-        started = time.perf_counter()
+        if epoch == 1:
+            started = trainer.wait()
         for images, labels in loader:
-            inputs = images.contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = F.cross_entropy(model(inputs), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-            optimizer.step()
+            trainer.step(images, labels)
             seen += (epoch > 0) * len(labels) * world_size
-        elapsed += (epoch > 0) * (time.perf_counter() - started)
+    finished = trainer.wait()
     if rank == 0:
-        results.put(seen / elapsed)
+        results.put(Turn(seen / (finished - started), started, finished))
     dist.destroy_process_group()
 
 
-def run_plain(options: Options) -> float:
-    """Run one turn of plain PyTorch and return images/s."""
+def run_plain(options: Options) -> Turn:
+    """Run one turn of plain PyTorch."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -163,14 +212,31 @@ def run_plain(options: Options) -> float:
     ]
     for worker in workers:
         worker.start()
-    rate = float(results.get())
+    turn: Turn = results.get()
     for worker in workers:
         worker.join()
-    return rate
+    return turn
 
 
-def run_brainray(options: Options) -> float:
-    """Run one turn of this pipeline and return images/s."""
+def run_ceiling(options: Options) -> Turn:
+    """Run one turn of the steps alone."""
+    batch_size = options.global_batch_size // options.num_workers
+    trainer = Trainer(options)
+    images = torch.randn(batch_size, 1, options.size_px, options.size_px, device=trainer.device)
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 4, (batch_size,), device=trainer.device)
+    num_steps = options.num_epochs * options.num_images // options.global_batch_size
+    for _ in range(max(3, num_steps // 4)):
+        trainer.step(images, labels)
+    started = trainer.wait()
+    for _ in range(num_steps):
+        trainer.step(images, labels)
+    finished = trainer.wait()
+    return Turn(num_steps * batch_size / (finished - started), started, finished)
+
+
+def run_brainray(options: Options) -> Turn:
+    """Run one turn of this pipeline."""
     import ray
 
     from brainray.dataset.source import find_samples
@@ -204,7 +270,7 @@ def run_brainray(options: Options) -> float:
             data_uri=str(root),
             output_uri=str(root / "out"),
             config=config,
-            placement=Placement(num_workers=options.num_workers),
+            placement=Placement(num_workers=options.num_workers, use_gpu=options.use_gpu),
         )
         connect_ray()
         data = prepare_training_data(find_samples(job.data_uri, config.classes), config)
@@ -213,40 +279,87 @@ def run_brainray(options: Options) -> float:
         ray.shutdown()
     counted = records[1:]
     seconds = sum(record["num_train_images"] / record["images_per_s"] for record in counted)
-    return sum(record["num_train_images"] for record in counted) / seconds
+    seen = sum(record["num_train_images"] for record in counted)
+    return Turn(seen / seconds, records[0]["unix_time_s"], records[-1]["unix_time_s"])
 
 
-def measure(side: str) -> float:
-    """Run one turn of a side in a process of its own."""
+@contextmanager
+def watch_gpu(*, used: bool) -> Iterator[list[tuple[float, float]]]:
+    """Gather Unix times and the share, 0 to 1, in which the GPU was busy just before."""
+    samples: list[tuple[float, float]] = []
+    if not used:
+        yield samples
+        return
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    with subprocess.Popen([*query, "-lms", "100"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = process.stdout
+
+        def read() -> None:
+            for line in lines:
+                samples.append((time.time(), float(line) / 100))
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        yield samples
+        process.terminate()
+        thread.join()
+
+
+def measure(side: str, options: Options) -> tuple[float, float]:
+    """Run one turn of a side in a process of its own; return images/s and how busy the GPU was."""
     command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(output.strip().splitlines()[-1])
+    with watch_gpu(used=options.use_gpu) as samples:
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    turn = Turn(*map(float, output.strip().splitlines()[-1].split()))
+    busy = [share for when, share in samples if turn.started < when < turn.finished]
+    return turn.images_per_s, statistics.mean(busy or [math.nan])
+
+
+def count_flops(size_px: int) -> int:
+    """Return the floating-point operations of one image's step: multiply and add are two."""
+    network = build_network(4)
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(2, 1, size_px, size_px)).sum().backward()
+    return int(counter.get_total_flops()) // 2
 
 
 def compare(options: Options) -> None:
-    """Let the sides take turns, and print every turn, the medians and the ratio."""
-    rates: dict[str, list[float]] = {"brainray": [], "plain": []}
+    """Let the sides take turns, and print every turn, the medians and the ratios."""
+    sides = ("brainray", "plain", "ceiling")
+    rates: dict[str, list[float]] = {side: [] for side in sides}
+    shares: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(options.rounds):
-        for side in ("brainray", "plain") if turn % 2 == 0 else ("plain", "brainray"):
-            rates[side].append(measure(side))
-        ours, plain = rates["brainray"][-1], rates["plain"][-1]
+        for side in sides if turn % 2 == 0 else sides[::-1]:
+            rate, busy = measure(side, options)
+            rates[side].append(rate)
+            shares[side].append(busy)
+        latest = "  ".join(f"{side} {rates[side][-1]:6.1f}" for side in sides)
+        print(f"round {turn + 1}  {latest}  images/s", flush=True)
+    flops = count_flops(options.size_px)
+    for side in sides:
+        rate = statistics.median(rates[side])
+        busy = statistics.median(shares[side])
         print(
-            f"round {turn + 1}  brainray {ours:6.1f}  plain {plain:6.1f} images/s  "
-            f"ratio {ours / plain:.3f}",
-            flush=True,
+            f"{side:<8} {rate:6.1f} images/s, {rate * flops / 1e12:.2f} TFLOP/s"
+            + f", GPU busy {busy:.0%} of the time" * options.use_gpu
         )
-    ratios = [a / b for a, b in zip(rates["brainray"], rates["plain"], strict=True)]
-    print(
-        f"median   brainray {statistics.median(rates['brainray']):6.1f}  "
-        f"plain {statistics.median(rates['plain']):6.1f} images/s  "
-        f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-    )
+    for other in sides[1:]:
+        ratios = [a / b for a, b in zip(rates["brainray"], rates[other], strict=True)]
+        print(
+            f"brainray / {other:<8} {statistics.median(ratios):.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f})"
+        )
 
 
 if __name__ == "__main__":
     chosen = tyro.cli(Options)
-    sides: dict[str, Callable[[Options], float]] = {"brainray": run_brainray, "plain": run_plain}
-    if chosen.side == "both":
+    turns: dict[str, Callable[[Options], Turn]] = {
+        "brainray": run_brainray,
+        "plain": run_plain,
+        "ceiling": run_ceiling,
+    }
+    if chosen.side == "all":
         compare(chosen)
     else:
-        print(sides[chosen.side](chosen))
+        print(*astuple(turns[chosen.side](chosen)))
