@@ -71,7 +71,7 @@ def cpu_long() -> TrainConfig:
 def gpu() -> TrainConfig:
     """Train on GPUs: 224 px, bf16, from ImageNet weights.
 
-    Time and score: not measured yet.
+    At 224 px one H100 takes 3,341 images/s (docs/results.md); never run to its end.
     """
     return TrainConfig(
         preprocessing=Preprocessing(size_px=224),
