@@ -6,12 +6,15 @@ Both sides train the same network on the same images at the same size, batch, dt
 number of workers, with the same optimiser, the same augmentations (torchvision's own on the
 plain side) and the same allocator. The sides take turns within one run, each in processes
 of its own, so that neither pays for the other. Counted are the training steps of whole
-epochs after a first one, waiting for data included; start-up and validation are not.
+epochs after a first one, waiting for data included; start-up and validation are not. The
+DataLoader begins each epoch anew within the counted time, while this pipeline decodes ahead
+during its validation, which is not counted: the shorter the epochs, the more that is worth.
 Beside them stands the ceiling: the same steps on one batch that is in memory already,
 with no augmentation and no data to wait for; it is of one worker.
 
-With ``--use-gpu``, the share of the counted time in which the GPU was busy is printed too, as
-nvidia-smi samples it (all of it where a single kernel always runs, however small).
+With ``--use-gpu``, the share of the time from the first counted step to the last in which the
+GPU was busy is printed too, as nvidia-smi samples it: all of it where a single kernel always runs,
+however small. For this pipeline, validating and saving lie within it.
 """
 
 import math

@@ -10,8 +10,8 @@ import torch
 from ray.data import Dataset
 
 from brainray.dataset.scan import ScanStore
-from brainray.model.network import build_network
-from brainray.model.runtime import RuntimeOptions
+from brainray.model.classifier import load_classifier
+from brainray.model.runtime import RuntimeOptions, open_runtime
 from brainray.pipelines.answers import Ledger
 from brainray.pipelines.bulk import BulkPlan, open_bulk_stream
 from brainray.pipelines.classify import ClassifyJob, classify
@@ -102,11 +102,13 @@ def test_every_job_runs_on_a_gpu(tmp_path: Path) -> None:
 
 
 @needs_gpu
-def test_a_gpu_and_a_processor_agree() -> None:
-    torch.manual_seed(0)
-    network = build_network(4).eval()
-    images = torch.randn(4, 1, 64, 64)
-    with torch.inference_mode():
-        expected = network(images).softmax(1)
-        found = network.cuda()(images.cuda()).softmax(1).cpu()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+def test_a_gpu_and_a_processor_answer_alike(tiny_classifier: Path) -> None:
+    classifier = load_classifier(str(tiny_classifier))
+    images = np.random.default_rng(0).integers(0, 256, (9, 32, 32), dtype=np.uint8)
+    found, expected = (
+        open_runtime(
+            classifier, RuntimeOptions(backend="torch", precision="fp32", use_gpu=use_gpu)
+        ).predict_probs(images)
+        for use_gpu in (True, False)
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)

@@ -43,9 +43,9 @@ TASK_CPUS = 0.01
 """Logical CPUs of a task that reads and decodes. How many run at a time is said beside; asking for
 whole ones, they would wait for ever where training workers or predictors hold part of each node."""
 
-CHUNKS_PER_WORKER = range(3, 16)
-"""Chunks of each worker that may wait in the object store: at least one in use and two ahead,
-and as many as there are tasks, up to 15: at 3, sixteen CPUs decode no faster than three."""
+MIN_CHUNKS_PER_WORKER, MAX_CHUNKS_PER_WORKER = 3, 15
+"""Chunks of each worker that may wait in the object store: one in use and two ahead; more where
+more tasks decode for it, as each needs room for what it makes."""
 
 SHUFFLE_WINDOW_ROW_GROUPS = 8
 """Row groups mixed together when Parquet rows are streamed from storage."""
@@ -248,12 +248,11 @@ def open_stream(plan: StreamPlan, store: ScanStore, *, num_tasks: int) -> list[D
     pause_scheduling(stream.context, LOOP_PAUSE_S)
     options = stream.context.execution_options
     options.preserve_order = True
-    ahead = np.clip(
-        num_tasks / plan.world_size, CHUNKS_PER_WORKER.start, CHUNKS_PER_WORKER.stop - 1
-    )
-    step_bytes = plan.batch_size_per_worker * max(plan.epoch_sizes_px) ** 2
+    tasks_per_worker = num_tasks // plan.world_size
+    ahead = min(max(MIN_CHUNKS_PER_WORKER, tasks_per_worker), MAX_CHUNKS_PER_WORKER)
+    largest = max((c.stop - c.start) * plan.batch_size_per_worker * c.size_px**2 for c in chunks)
     options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=2 * ahead * plan.world_size * max(CHUNK_BYTES, step_bytes),
+        object_store_memory=2 * ahead * plan.world_size * max(CHUNK_BYTES, largest),
     )
     return list(stream.streaming_split(plan.world_size, equal=False))
 

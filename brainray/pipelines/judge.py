@@ -90,7 +90,11 @@ def open_answers(
     use_gpu: bool,
     with_features: bool,
 ) -> Dataset:
-    """Build the stream of answers to some samples; nothing runs until it is read."""
+    """Build the stream that :func:`compute_outputs` reads; nothing runs until then.
+
+    Its rows have ``index``, ``logits``, ``distance`` and, if asked for, ``features``, each in the
+    shape and meaning given there.
+    """
     parts = [
         pa.table({"index": indices[start : start + ROWS_PER_TASK]})
         for start in range(0, len(indices), ROWS_PER_TASK)
