@@ -87,6 +87,7 @@ def list_variations(options: Options) -> dict[str, TrainConfig]:
         "no-flip": augment(flip_horizontal=0.0),
         "no-zoom": augment(zoom=0.0),
         "no-shift": augment(shift=0.0),
+        "no-rotation-zoom-shift": augment(rotation_deg=0.0, zoom=0.0, shift=0.0),
         "no-grey-changes": augment(brightness=0.0, contrast=0.0),
         "stronger": dataclasses.replace(
             whole, augmentation=dataclasses.replace(stronger, mixup_alpha=0.0)
@@ -155,7 +156,7 @@ def describe(found: dict[str, dict[int, dict[str, float]]]) -> str:
     """Say each variation's mean accuracy, and its difference from the first, seed by seed."""
     first = next(iter(found))
     lines = [
-        f"{'':<20} {'accuracy':>8} {'loss':>7} {'minutes':>8}  difference from {first}, by seed"
+        f"{'':<22} {'accuracy':>8} {'loss':>7} {'minutes':>8}  difference from {first}, by seed"
     ]
     for name, runs in found.items():
         mean = {key: statistics.mean(run[key] for run in runs.values()) for key in runs[min(runs)]}
@@ -164,7 +165,7 @@ def describe(found: dict[str, dict[int, dict[str, float]]]) -> str:
         ]
         shown = ", ".join(f"{value:+.1f}" for value in apart)
         lines.append(
-            f"{name:<20} {mean['accuracy']:>8.3f} {mean['log_loss']:>7.3f} "
+            f"{name:<22} {mean['accuracy']:>8.3f} {mean['log_loss']:>7.3f} "
             f"{mean['time_s'] / 60:>8.1f}  {statistics.mean(apart):+.2f} points ({shown})"
         )
     return "\n".join(lines)
