@@ -39,11 +39,11 @@ from PIL import Image
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import Classifier, save_classifier
 from brainray.model.network import NUM_FEATURES, build_network
-from brainray.model.runtime import Runtime
+from brainray.inference.engine import Engine
 from brainray.model.trust import Outputs
 from brainray.pipelines import bulk
 from brainray.pipelines.classify import ClassifyJob, classify
-from brainray.pipelines.cluster import MIN_CPUS
+from brainray.cluster import MIN_CPUS
 from brainray.pipelines.tally import Standing
 from brainray.pixels.preprocess import Preprocessing
 
@@ -142,7 +142,7 @@ def replace_network() -> None:
     def open_stand_in(classifier: Classifier, *_: object, **__: object) -> Runtime:
         return StandIn(classifier)
 
-    bulk.open_runtime = open_stand_in
+    bulk.open_engine = open_stand_in
 
 
 def start_ray() -> None:

@@ -39,7 +39,7 @@ from torchvision.transforms import v2
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.model.runtime import RuntimeOptions, open_runtime
+from brainray.inference.engine import EngineOptions, open_engine
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing, load_image
 
@@ -141,7 +141,7 @@ def run_loop(options: Options, classifier_uri: str, *, like_timm: bool) -> float
 def run_ceiling(options: Options, classifier_uri: str) -> float:
     """Run the network alone and return images/s."""
     classifier = load_classifier(classifier_uri)
-    runtime = open_runtime(classifier, RuntimeOptions(use_gpu=options.use_gpu))
+    runtime = open_engine(classifier, EngineOptions(use_gpu=options.use_gpu))
     files = list_images(options, options.num_loop_images)
     images = np.stack(
         [load_image(p.read_bytes(), classifier.preprocessing, DecodeLimits()) for p in files]

@@ -26,9 +26,9 @@ from PIL import Image, ImageDraw
 from sklearn.metrics import roc_auc_score
 
 from brainray import storage
-from brainray.dataset.inbox import list_scans
+from brainray.dataset.scans import list_scans
 from brainray.errors import RejectedImage
-from brainray.model.answer import open_scan
+from brainray.pixels.preprocess import open_scan
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.trust import UNLIKE_TRAINING, Outputs, compute_energy
 from brainray.pixels.decode import DecodeLimits

@@ -37,7 +37,7 @@ import tyro
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.model.runtime import RuntimeOptions, open_runtime
+from brainray.inference.engine import EngineOptions, open_engine
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing, load_image
 
@@ -94,7 +94,7 @@ class Options:
 def measure_bare(classifier_uri: str, files: list[Path]) -> None:
     """Print ms a scan one after another, and scans/s at once."""
     classifier = load_classifier(classifier_uri)
-    runtime = open_runtime(classifier, RuntimeOptions())
+    runtime = open_engine(classifier, EngineOptions())
     images = np.stack(
         [load_image(f.read_bytes(), classifier.preprocessing, DecodeLimits()) for f in files]
     )

@@ -243,7 +243,7 @@ def run_brainray(options: Options) -> Turn:
     import ray
 
     from brainray.dataset.source import find_samples
-    from brainray.pipelines.cluster import connect_ray
+    from brainray.cluster import connect_ray
     from brainray.pipelines.data import prepare_training_data
     from brainray.pipelines.fit import fit
     from brainray.pipelines.run import TrainJob

@@ -6,14 +6,14 @@ loaded: Ray alone takes seconds.
 
 import sys
 
-from brainray.handful import find_files, run_handful
+from brainray.inference.files import find_files, run_files
 
 
 def main() -> None:
     """Run `brainray COMMAND …` and exit."""
     command, *arguments = sys.argv[1:] or [""]
     if command == "classify" and find_files(arguments):
-        run_handful(arguments)
+        run_files(arguments)
         return
     from brainray.cli import main as run
 

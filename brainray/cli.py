@@ -15,11 +15,11 @@ from rich.console import Console
 from brainray import runlog, storage
 from brainray.dataset.kaggle import FetchJob, fetch_kaggle_set
 from brainray.errors import BrainrayError, ConfigError, UserError
-from brainray.handful import (
+from brainray.inference.files import (
     EXIT_UNREAD,
     asks_for_bulk,
     find_files,
-    run_handful,
+    run_files,
     stop_writing,
 )
 from brainray.pipelines.audit import AuditJob, audit, list_excessive_leaks
@@ -249,7 +249,7 @@ def run_evaluate(arguments: list[str]) -> None:
 def run_classify(arguments: list[str]) -> None:
     """`brainray classify`, `python jobs/classify.py`; with files in place of --scans-uri, those."""
     if find_files(arguments):
-        run_handful(arguments)
+        run_files(arguments)
         return
     options = _guard(lambda: _parse_classify(arguments))
     voice = Voice()

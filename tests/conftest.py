@@ -10,7 +10,7 @@ import torch
 
 from brainray.model.classifier import save_classifier
 from brainray.model.network import build_network
-from brainray.pipelines.cluster import connect_ray
+from brainray.cluster import connect_ray
 from brainray.pixels.phantoms import write_phantom_folder
 from brainray.pixels.preprocess import Preprocessing
 

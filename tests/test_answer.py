@@ -8,7 +8,7 @@ import pytest
 
 from brainray.model.answer import answer_scan, build_answer
 from brainray.model.classifier import load_classifier
-from brainray.model.runtime import RuntimeOptions, open_runtime
+from brainray.inference.engine import EngineOptions, open_engine
 from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_any_bytes_have_an_answer(tiny_classifier: Path, phantom_folder: Path) -> None:
     classifier = load_classifier(str(tiny_classifier))
-    runtime = open_runtime(
-        classifier, RuntimeOptions(backend="torch", precision="fp32", num_threads=1)
+    runtime = open_engine(
+        classifier, EngineOptions(backend="torch", precision="fp32", num_threads=1)
     )
     scan = next(phantom_folder.glob("Testing/glioma/*")).read_bytes()
     opened = {"classifier": classifier, "runtime": runtime, "limits": DecodeLimits()}

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 
 from brainray.dataset.source import FoundSamples
 from brainray.metrics import compute_evaluation
-from brainray.model.answer import NOTICE
+from brainray.model.reasons import NOTICE
 from brainray.pipelines.data import PreparedData
 from brainray.pipelines.modelcard import summarise_data
 from brainray.reporting.card import build_model_card, render_model_card

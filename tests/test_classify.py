@@ -24,7 +24,7 @@ from brainray import storage
 from brainray.errors import ClassificationError, ConfigError, DataError, StorageError
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.model.runtime import RuntimeOptions, open_runtime
+from brainray.inference.engine import EngineOptions, open_engine
 from brainray.pipelines import classify as room
 from brainray.pipelines.answers import hold_output
 from brainray.pipelines.classify import ClassifyJob, classify, parse_max_rejected
@@ -230,7 +230,7 @@ def test_explained_answers_have_the_map_of_their_class(
     classify(job)
     rows = {row["scan_uri"]: row for row in read_rows(output)}
     classifier = load_classifier(uri)
-    runtime = open_runtime(classifier, RuntimeOptions(backend="torch", precision="fp32"))
+    runtime = open_engine(classifier, EngineOptions(backend="torch", precision="fp32"))
     for scan, row in rows.items():
         if row["status"] == "rejected":
             assert row["class_map"] is None

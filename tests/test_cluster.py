@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from brainray.errors import ConfigError
-from brainray.pipelines import cluster as cluster_room
-from brainray.pipelines.cluster import Need, check_fits, count_fitting, find_lacking, share_cpus
-from brainray.pipelines.cluster import tell_waiting as tell
+from brainray import cluster as cluster_room
+from brainray.cluster import Need, check_fits, count_fitting, find_lacking, share_cpus
+from brainray.cluster import tell_waiting as tell
 from brainray.pixels.phantoms import write_phantom_folder
 from tests.conftest import REPOSITORY
 from tests.nodes import Cluster, Node

@@ -23,7 +23,7 @@ from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 
 from brainray import cli
 from brainray.errors import ConfigError
-from brainray.model.answer import REASONS
+from brainray.model.reasons import REASONS
 from brainray.pipelines.answers import ANSWERS_SCHEMA_VERSION, LEASE_LIFE_S, build_schema
 from brainray.pipelines.classify import CPUS_PER_PREDICTOR, ClassifyJob
 from brainray.pixels.decode import DecodeLimits

@@ -17,7 +17,7 @@ from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.explain import STRIDE_PX
 from brainray.model.network import build_network, compute_features
 from brainray.model.precision import has_native_bf16
-from brainray.model.runtime import Runtime, RuntimeOptions, open_runtime
+from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.model.shipped import find_default_classifier
 from brainray.model.trust import Trust
 from brainray.pixels.decode import DecodeLimits
@@ -43,8 +43,8 @@ def wrap(network: torch.nn.Module, preprocessing: Preprocessing = PREPROCESSING)
 
 def open_one(classifier: Classifier, backend: str, precision: str = "fp32") -> Runtime:
     threads = 1 if backend == "torch" else 2
-    options = RuntimeOptions(backend=backend, precision=precision, num_threads=threads)  # type: ignore[arg-type]
-    return open_runtime(classifier, options)
+    options = EngineOptions(backend=backend, precision=precision, num_threads=threads)  # type: ignore[arg-type]
+    return open_engine(classifier, options)
 
 
 def explain(
@@ -124,8 +124,8 @@ def test_bf16_explains_what_it_answers(
 
 @pytest.mark.skipif(find_spec("nncf") is None, reason="NNCF is not installed (brainray[int8])")
 def test_int8_explains_what_it_answers(classifier: Classifier, images: NDArray[np.uint8]) -> None:
-    options = RuntimeOptions(precision="int8", num_threads=2)
-    runtime = open_runtime(classifier, options, calibration_images=images)
+    options = EngineOptions(precision="int8", num_threads=2)
+    runtime = open_engine(classifier, options, calibration_images=images)
     probs, maps = explain(runtime, images)
     np.testing.assert_allclose(probs, runtime.predict_probs(images), atol=2e-3)
     _, exact = explain(open_one(classifier, "torch"), images)

@@ -11,7 +11,7 @@ from ray.data import Dataset
 
 from brainray.dataset.scan import ScanStore
 from brainray.model.classifier import load_classifier
-from brainray.model.runtime import RuntimeOptions, open_runtime
+from brainray.inference.engine import EngineOptions, open_engine
 from brainray.pipelines.answers import Ledger
 from brainray.pipelines.bulk import BulkPlan, open_bulk_stream
 from brainray.pipelines.classify import ClassifyJob, classify
@@ -40,7 +40,7 @@ def test_ray_takes_the_streams_that_compute_on_gpus(tiny_classifier: Path) -> No
             limits=DecodeLimits(),
         ),
         classifier_uri=str(tiny_classifier),
-        runtime=RuntimeOptions(use_gpu=True),
+        runtime=EngineOptions(use_gpu=True),
         num_predictors=1,
         num_decoders=1,
         cpus_per_predictor=0.5,
@@ -106,8 +106,8 @@ def test_a_gpu_and_a_processor_answer_alike(tiny_classifier: Path) -> None:
     classifier = load_classifier(str(tiny_classifier))
     images = np.random.default_rng(0).integers(0, 256, (9, 32, 32), dtype=np.uint8)
     found, expected = (
-        open_runtime(
-            classifier, RuntimeOptions(backend="torch", precision="fp32", use_gpu=use_gpu)
+        open_engine(
+            classifier, EngineOptions(backend="torch", precision="fp32", use_gpu=use_gpu)
         ).predict_probs(images)
         for use_gpu in (True, False)
     )

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from brainray import cli, handful
-from brainray.handful import find_files, run_handful
-from brainray.model.answer import NOTICE
+from brainray.inference.files import find_files, run_files
+from brainray.model.reasons import NOTICE
 from brainray.model.classifier import load_classifier, read_card
 from brainray.model.shipped import DEFAULT_VARIABLE, SHIPPED_FOLDER, find_default_classifier
 from brainray.pipelines.classify import ClassifyJob
@@ -41,7 +41,7 @@ def scans(tmp_path_factory: pytest.TempPathFactory, phantom_folder: Path) -> Pat
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     status = 0
     try:
-        run_handful([str(argument) for argument in arguments])
+        run_files([str(argument) for argument in arguments])
     except SystemExit as exit_:
         status = int(exit_.code or 0)
     said = capsys.readouterr()
@@ -173,7 +173,7 @@ def test_files_are_told_from_options(arguments: list[str], files: list[str]) -> 
 
 
 def test_every_option_without_a_value_is_known() -> None:
-    kinds: tuple[Any, ...] = (ClassifyJob, cli.ClassifyOptions, handful.HandfulJob)
+    kinds: tuple[Any, ...] = (ClassifyJob, cli.ClassifyOptions, handful.FilesJob)
     flags = {
         f"--{prefix}{field.name.replace('_', '-')}"
         for kind in kinds

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from brainray import storage
-from brainray.dataset.inbox import (
+from brainray.dataset.scans import (
     CHUNK_BYTES,
     CHUNK_ROWS,
     FIRST_CHUNK_ROWS,

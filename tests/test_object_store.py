@@ -15,7 +15,7 @@ import pytest
 from pyarrow import fs
 
 from brainray import cli, storage
-from brainray.dataset.inbox import list_scans
+from brainray.dataset.scans import list_scans
 from brainray.errors import ConfigError, StorageError
 from brainray.pipelines import answers as answers_room
 from brainray.pipelines.answers import hold_output

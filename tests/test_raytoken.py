@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from brainray.pipelines.cluster import connect_ray
+from brainray.cluster import connect_ray
 from brainray.raytoken import keep_token_private
 from brainray.serving.config import ServeJob, ServiceConfig
 from brainray.serving.predictor import ModelOptions

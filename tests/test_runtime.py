@@ -20,7 +20,7 @@ from brainray.model import runtime as room
 from brainray.model.classifier import Classifier, load_classifier, save_classifier
 from brainray.model.network import build_network, compute_features
 from brainray.model.precision import has_native_bf16
-from brainray.model.runtime import Runtime, RuntimeOptions, measure_disagreement, open_runtime
+from brainray.inference.engine import Engine, EngineOptions, measure_disagreement, open_engine
 from brainray.model.shipped import find_default_classifier
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.normalise import normalise_images
@@ -102,14 +102,14 @@ def expected(classifier: Classifier, images: Images) -> NDArray[np.float32]:
 @pytest.fixture(scope="module")
 def opened(classifier: Classifier) -> Opened:
     """Return what opens a runtime, or finds it open already."""
-    known: dict[RuntimeOptions, Runtime] = {}
+    known: dict[EngineOptions, Runtime] = {}
 
     def find(**chosen: Any) -> Runtime:  # noqa: ANN401 - any option
         # Idle threads of torch spin: with several, tests take minutes on a busy machine.
         chosen.setdefault("num_threads", 1 if chosen.get("backend") == "torch" else 2)
-        options = RuntimeOptions(**chosen)
+        options = EngineOptions(**chosen)
         if options not in known:
-            known[options] = open_runtime(classifier, options)
+            known[options] = open_engine(classifier, options)
         return known[options]
 
     return find
@@ -211,7 +211,7 @@ def test_the_classifier_stays_as_it_is(
     classifier = load_classifier(str(sealed))
     before = {name: tensor.clone() for name, tensor in classifier.network.state_dict().items()}
     for backend in ("torch", "openvino"):
-        open_runtime(classifier, RuntimeOptions(backend=backend)).predict_probs(images[:1])
+        open_engine(classifier, EngineOptions(backend=backend)).predict_probs(images[:1])
     after = classifier.network.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -234,8 +234,8 @@ def test_int8_is_near_and_keeps_the_first_and_the_last_layer(
     monkeypatch.setattr(
         room, "_quantise", lambda *given: models.append(quantise(*given)) or models[-1]
     )
-    options = RuntimeOptions(precision="int8", num_threads=2)
-    runtime = open_runtime(classifier, options, calibration_images=images)
+    options = EngineOptions(precision="int8", num_threads=2)
+    runtime = open_engine(classifier, options, calibration_images=images)
     assert capfd.readouterr() == ("", "")
     assert (runtime.name, runtime.precision) == ("openvino", "int8")
     assert runtime.description.endswith(", int8, 2 threads")
@@ -273,7 +273,7 @@ def test_int8_is_calibrated_on_images_of_every_class(
     monkeypatch.setattr(nncf, "Dataset", stop)
     monkeypatch.setattr(room, "NUM_CALIBRATION_IMAGES", 8)
     with pytest.raises(Seen) as caught:
-        open_runtime(classifier, RuntimeOptions(precision="int8"), calibration_images=images)
+        open_engine(classifier, EngineOptions(precision="int8"), calibration_images=images)
     (chosen,) = caught.value.args
     places = [int(np.flatnonzero((images == image).all((1, 2)))[0]) for image in chosen]
     assert [place // 8 for place in places] == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -283,7 +283,7 @@ def refuse(classifier: Classifier, *said: str, **chosen: Any) -> None:  # noqa: 
     """Expect one line that says each of these."""
     given = chosen.pop("calibration_images", None)
     with pytest.raises(ConfigError) as caught:
-        open_runtime(classifier, RuntimeOptions(**chosen), calibration_images=given)
+        open_engine(classifier, EngineOptions(**chosen), calibration_images=given)
     message = str(caught.value)
     assert "\n" not in message
     for part in said:
@@ -310,7 +310,7 @@ def test_auto_takes_bf16_where_the_processor_has_it(
     has_bf16: bool, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
-    runtime = open_runtime(classifier, RuntimeOptions())
+    runtime = open_engine(classifier, EngineOptions())
     assert runtime.name == "openvino"
     assert runtime.precision == ("bf16" if has_bf16 else "fp32")
     assert f", {len(os.sched_getaffinity(0))} thread" in runtime.description
@@ -341,7 +341,7 @@ def test_contradictions_are_refused(classifier: Classifier, images: Images) -> N
         calibration_images=images,
     )
     with pytest.raises(ConfigError, match="num_threads"):
-        RuntimeOptions(num_threads=0)
+        EngineOptions(num_threads=0)
 
 
 # --- disagreement -------------------------------------------------------------------------
@@ -375,7 +375,7 @@ from brainray.model.classifier import load_classifier
 
 assert not {"openvino", "nncf", "ray"} & set(sys.modules), "imported before it is needed"
 before = sorted(Path.home().rglob("*"))
-opened = runtime.open_runtime(load_classifier(sys.argv[1]), runtime.RuntimeOptions())
+opened = runtime.open_engine(load_classifier(sys.argv[1]), runtime.EngineOptions())
 assert opened.predict_probs(np.zeros((4, 32, 32), np.uint8)).shape == (4, 4)
 if "nncf" in sys.argv:
     runtime._import_nncf()
@@ -418,8 +418,8 @@ def stay(request, place):
     time.sleep(0.1)
 
 runtime._keep_output = stay
-options = runtime.RuntimeOptions(backend="openvino", num_threads=2)
-opened = runtime.open_runtime(load_classifier(sys.argv[1]), options)
+options = runtime.EngineOptions(backend="openvino", num_threads=2)
+opened = runtime.open_engine(load_classifier(sys.argv[1]), options)
 opened.predict_probs(np.zeros((4, 32, 32), np.uint8))
 """
 
@@ -443,8 +443,8 @@ def test_a_process_may_end_as_soon_as_it_has_its_answers(sealed: Path) -> None:
 def test_bf16_on_real_images(backend: Any, real_data: Path) -> None:  # noqa: ANN401 - a literal
     classifier = load_classifier(find_default_classifier())
     images = read_images(real_data / "Testing", classifier.preprocessing)
-    exact = open_runtime(classifier, RuntimeOptions(precision="fp32")).predict_probs(images)
-    rounded = open_runtime(classifier, RuntimeOptions(backend=backend, precision="bf16"))
+    exact = open_engine(classifier, EngineOptions(precision="fp32")).predict_probs(images)
+    rounded = open_engine(classifier, EngineOptions(backend=backend, precision="bf16"))
     found = measure_disagreement(exact, rounded.predict_probs(images))
     assert found["n"] > 100
     assert found["largest_difference"] < 5e-2, found

@@ -24,7 +24,7 @@ from jsonschema import Draft202012Validator
 from PIL import Image
 
 from brainray import cli
-from brainray.model.answer import REASONS
+from brainray.model.reasons import REASONS
 from brainray.serving.asgi import App
 from brainray.serving.config import ServeJob, ServiceConfig
 from brainray.serving.connection import Threshold, WatchedConnection

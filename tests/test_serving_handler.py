@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from brainray.errors import ClassifierError, ConfigError, ServingError
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.model.runtime import Prediction
+from brainray.inference.engine import Prediction
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing, load_image
 from brainray.serving.auth import Guard, read_token

@@ -31,7 +31,7 @@ from brainray.model.explain import STRIDE_PX, compute_class_maps
 from brainray.model.network import split_head
 from brainray.pipelines import loop
 from brainray.pipelines.checkpoint import PROGRESS_FILE, load_network_weights
-from brainray.pipelines.cluster import WATCHER_VARIABLE
+from brainray.cluster import WATCHER_VARIABLE
 from brainray.pipelines.config import Placement, TrainConfig
 from brainray.pipelines.evaluate import EvaluateJob, evaluate
 from brainray.pipelines.optimisation import Optimisation

@@ -9,30 +9,33 @@
                            from, the hashes of the others
       MODEL_CARD.md        what training knew of it, for people; absent in older folders
 
-Nothing in it is pickled. Whoever opens the folder needs no flag.
+Nothing in it is pickled. Who opens the folder needs no flag. torch is imported with the weights,
+not with this module: it takes seconds, and who only reads classifier.json does without.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
-import safetensors.torch
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from brainray import storage
 from brainray.errors import BrainrayError, ClassifierError
 from brainray.labels import check_classes
-from brainray.model.network import ARCHITECTURE, StateDict, build_network, pool_stages, split_head
-from brainray.model.trust import Outputs, Trust
-from brainray.pixels.normalise import normalise_images
+from brainray.model.trust import Trust
 from brainray.pixels.preprocess import Preprocessing
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from brainray.model.network import StateDict
+
+ARCHITECTURE = "resnet50"
 
 SCHEMA_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
@@ -58,7 +61,7 @@ SEALED_PARTS = (
 class Classifier:
     """An opened classifier: a network in evaluation mode and the meaning of its numbers."""
 
-    network: nn.Module
+    network: "nn.Module"
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     trust: Trust
@@ -70,43 +73,10 @@ class Classifier:
         """First 12 hexadecimal digits of the hash over all that shapes an answer."""
         return str(self.card["classifier_id"])
 
-    @torch.inference_mode()
-    def compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:
-        """Compute logits and features.
-
-        Parameters
-        ----------
-        images : ndarray of uint8, shape (N, size_px, size_px)
-            From :func:`brainray.pixels.preprocess.load_image` with this preprocessing.
-        """
-        device = next(self.network.parameters()).device
-        pixels = torch.from_numpy(np.require(images, requirements=["C", "W"])).to(device)
-        inputs = normalise_images(pixels, self.preprocessing)
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        trunk, head = split_head(self.network)
-        _, pooled = pool_stages(trunk, inputs)
-        logits = head[-1](pooled[-1])
-        return Outputs(logits.float().cpu().numpy(), torch.cat(pooled, 1).cpu().numpy())
-
-    def predict_probs(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Predict calibrated class probabilities.
-
-        Parameters
-        ----------
-        images : ndarray of uint8, shape (N, size_px, size_px)
-            From :func:`brainray.pixels.preprocess.load_image` with this preprocessing.
-
-        Returns
-        -------
-        ndarray of float32, shape (N, K)
-            Rows sum to 1; columns in class order.
-        """
-        return self.trust.calibrate(self.compute_outputs(images).logits)
-
 
 def save_classifier(
     classifier_uri: str,
-    state: StateDict,
+    state: "StateDict",
     *,
     classes: Sequence[str],
     preprocessing: Preprocessing,
@@ -135,6 +105,8 @@ def save_classifier(
     str
         The classifier's id.
     """
+    import safetensors.torch
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     content = safetensors.torch.save(tensors)
     weights_sha256 = hashlib.sha256(content).hexdigest()
@@ -234,6 +206,10 @@ def load_classifier(classifier_uri: str, *, device: str = "cpu") -> Classifier:
     ClassifierError
         The folder is missing, foreign, damaged, or of another schema version.
     """
+    import torch
+
+    from brainray.model.network import build_network
+
     card = read_card(classifier_uri)
     classes, preprocessing = _read_meaning(card, classifier_uri)
     state = _read_sealed_weights(card, classifier_uri)
@@ -298,7 +274,9 @@ def _read_meaning(card: dict[str, Any], where: str) -> tuple[tuple[str, ...], Pr
         raise ClassifierError(f"The classifier at '{where}' is damaged: {error}") from error
 
 
-def _read_sealed_weights(card: dict[str, Any], where: str) -> StateDict:
+def _read_sealed_weights(card: dict[str, Any], where: str) -> "StateDict":
+    import safetensors.torch
+
     uri = storage.join(where, WEIGHTS_FILE)
     content = _read_sealed(uri, str(card["weights"].get("sha256")))
     try:

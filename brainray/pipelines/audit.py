@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from brainray import storage
+from brainray.cluster import check_fits, connect_ray
 from brainray.dataset import findings
 from brainray.dataset.findings import Nearest, Pair
 from brainray.dataset.scan import TRAIT_TYPES, read_samples, scan_samples
@@ -28,7 +29,6 @@ from brainray.dataset.twins import (
 )
 from brainray.errors import ConfigError, RejectedImage
 from brainray.labels import BRAIN_TUMOUR_CLASSES, check_classes
-from brainray.pipelines.cluster import check_fits, connect_ray
 from brainray.pipelines.data import check_usable, stack_thumbnails
 from brainray.pipelines.judge import Say
 from brainray.pixels.decode import DecodeLimits

@@ -18,6 +18,15 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
 from brainray import storage
+from brainray.cluster import (
+    Need,
+    check_fits,
+    connect_ray,
+    describe_gpu_need,
+    list_nodes,
+    share_cpus,
+    tell_waiting,
+)
 from brainray.dataset.inbox import list_scans, read_named_scan
 from brainray.errors import (
     BrainrayError,
@@ -44,15 +53,6 @@ from brainray.pipelines.bulk import (
     Counted,
     count_beside,
     open_bulk_stream,
-)
-from brainray.pipelines.cluster import (
-    Need,
-    check_fits,
-    connect_ray,
-    describe_gpu_need,
-    list_nodes,
-    share_cpus,
-    tell_waiting,
 )
 from brainray.pipelines.judge import METRICS_FILE, Say
 from brainray.pipelines.load import LoadPlan, unpack

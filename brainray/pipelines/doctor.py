@@ -8,9 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from brainray.cluster import MIN_CPUS
 from brainray.model.network import imagenet_weights_path
 from brainray.model.precision import has_native_bf16
-from brainray.pipelines.cluster import MIN_CPUS
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from brainray import storage
+from brainray.cluster import check_fits, connect_ray, describe_gpu_need, tell_waiting
 from brainray.dataset.source import FoundSamples, find_samples
 from brainray.dataset.split import hash_manifest
 from brainray.dataset.spread import spread_blocks
@@ -23,7 +24,6 @@ from brainray.dataset.twins import (
 from brainray.errors import DataError
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.shipped import find_default_classifier
-from brainray.pipelines.cluster import check_fits, connect_ray, describe_gpu_need, tell_waiting
 from brainray.pipelines.data import (
     MANIFEST_FILE,
     GroupedData,

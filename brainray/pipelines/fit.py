@@ -16,13 +16,27 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Empty, Queue
 
 from brainray import runlog, storage
+from brainray.cluster import Need, hears_notices, list_nodes, share_cpus, tell_waiting
 from brainray.errors import TrainingError
-from brainray.pipelines.cluster import describe_training_needs, hears_notices, tell_waiting
+from brainray.pipelines.config import Placement
 from brainray.pipelines.data import PreparedData
 from brainray.pipelines.judge import Say
 from brainray.pipelines.loop import WorkerSetup
 from brainray.pipelines.run import CHECKPOINTS_FOLDER, RECORDS_FILE, Tick, TrainJob
 from brainray.pipelines.worker import train_worker
+
+
+def describe_training_needs(placement: Placement) -> Need:
+    """Say what training cannot do without."""
+    least = placement.min_workers or placement.num_workers
+    others = {"GPU": 1.0} if placement.use_gpu else {}
+    return Need(
+        bundle={"CPU": share_cpus(placement.num_workers, list_nodes(), **others), **others},
+        count=least,
+        what="training worker",
+        remedy="lower --num-workers, or let it go on with fewer (--min-workers)"
+        + (", or leave --use-gpu out" if placement.use_gpu else ""),
+    )
 
 
 def fit(

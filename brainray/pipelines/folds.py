@@ -11,11 +11,11 @@ import ray
 from numpy.typing import NDArray
 
 from brainray import runlog, storage
+from brainray.cluster import check_fits, connect_ray
 from brainray.dataset.source import FoundSamples, find_samples
 from brainray.dataset.split import assign_folds, assign_splits
 from brainray.metrics import compute_curves
 from brainray.model.network import fetch_weights
-from brainray.pipelines.cluster import check_fits, connect_ray, describe_training_needs
 from brainray.pipelines.config import TrainConfig
 from brainray.pipelines.data import (
     GroupedData,
@@ -23,6 +23,7 @@ from brainray.pipelines.data import (
     group_training_data,
     split_samples,
 )
+from brainray.pipelines.fit import describe_training_needs
 from brainray.pipelines.judge import (
     METRICS_FILE,
     METRICS_SCHEMA_VERSION,

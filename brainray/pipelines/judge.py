@@ -17,16 +17,16 @@ from brainray import storage
 from brainray.dataset.scan import ScanStore
 from brainray.dataset.twins import NEAR_TWIN_CORRELATION
 from brainray.errors import RejectedImage
+from brainray.inference.engine import EngineOptions, open_engine
 from brainray.metrics import (
     compute_accuracy,
     compute_curves,
     compute_evaluation,
     compute_risk_coverage,
 )
-from brainray.model.answer import name_status, open_scan
+from brainray.model.answer import find_status, open_scan
 from brainray.model.classifier import Classifier, amend_card, load_classifier, read_card, read_trust
 from brainray.model.explain import STRIDE_PX
-from brainray.model.runtime import RuntimeOptions, open_runtime
 from brainray.model.trust import Trust
 from brainray.pipelines.data import PreparedData
 from brainray.pipelines.modelcard import write_model_card
@@ -183,7 +183,7 @@ def build_predictions(
     }
     columns |= {
         "true_class": rows["label"],
-        "status": [name_status(reason) for reason in reasons],
+        "status": [find_status(reason) for reason in reasons],
         "reason": pa.array(reasons, pa.string()),
         "predicted_class": [classes[k] for k in top],
         "confidence": probs[np.arange(len(top)), top],
@@ -306,8 +306,8 @@ def collect_mistakes(
         name: load_classifier(classifier_uris[name])
         for name in pc.unique(worst["classifier_id"]).to_pylist()
     }
-    options = RuntimeOptions(backend="torch", precision="fp32")
-    runtimes = {name: open_runtime(found, options) for name, found in classifiers.items()}
+    options = EngineOptions(backend="torch", precision="fp32")
+    runtimes = {name: open_engine(found, options) for name, found in classifiers.items()}
     for row in worst.to_pylist():
         classifier = classifiers[row["classifier_id"]]
         try:

@@ -8,11 +8,11 @@ from typing import Any
 import ray
 
 from brainray import runlog
+from brainray.cluster import check_fits, connect_ray
 from brainray.dataset.source import find_samples
 from brainray.model.network import fetch_weights
-from brainray.pipelines.cluster import check_fits, connect_ray, describe_training_needs
 from brainray.pipelines.data import PreparedData, prepare_training_data
-from brainray.pipelines.fit import fit
+from brainray.pipelines.fit import describe_training_needs, fit
 from brainray.pipelines.judge import Say, judge_and_report
 from brainray.pipelines.run import (
     CLASSIFIER_FOLDER,

@@ -91,6 +91,28 @@ def resize_image(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDA
     return np.asarray(canvas)
 
 
+@dataclass(frozen=True, slots=True)
+class OpenedScan:
+    """A scan that could be decoded."""
+
+    pixels: NDArray[np.uint8]
+    """The scan itself, shape (height, width)."""
+    image: NDArray[np.uint8]
+    """Network input, shape (size_px, size_px)."""
+
+
+def open_scan(image_bytes: bytes, preprocessing: Preprocessing, limits: DecodeLimits) -> OpenedScan:
+    """Decode and resize one scan, and keep its own pixels too.
+
+    Raises
+    ------
+    RejectedImage
+        The bytes cannot be turned into pixels.
+    """
+    pixels = decode_image(image_bytes, limits)
+    return OpenedScan(pixels, resize_image(pixels, preprocessing))
+
+
 def load_image(
     image_bytes: bytes, preprocessing: Preprocessing, limits: DecodeLimits
 ) -> NDArray[np.uint8]:
@@ -105,4 +127,4 @@ def load_image(
     RejectedImage
         The bytes cannot be turned into pixels.
     """
-    return resize_image(decode_image(image_bytes, limits), preprocessing)
+    return open_scan(image_bytes, preprocessing, limits).image

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from brainray.model.answer import REASONS
+from brainray.model.reasons import REASONS
 from brainray.reporting import plots
 from brainray.reporting.evaluation import Mistake, build_judged, describe_judged, head_judged
 from brainray.reporting.page import format_moment, list_settings, render_page, select_sections

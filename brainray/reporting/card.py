@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from brainray import storage
-from brainray.model.answer import INTENDED_USE, NOT_INTENDED_FOR, NOTICE
+from brainray.model.reasons import INTENDED_USE, NOT_INTENDED_FOR, NOTICE
 from brainray.reporting.guidelines import CLAIM, TRIPOD_AI
 from brainray.reporting.page import (
     MISSING,

@@ -174,7 +174,7 @@ class Ingress:
             RemoteModel(model),
             config.limits,
             max_calls=CALLS_PER_REPLICA * config.max_replicas,
-            max_images=GPU_BATCH if config.model.use_gpu else CPU_BATCH,
+            max_images=GPU_BATCH if config.model.engine.use_gpu else CPU_BATCH,
         )
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._meters, self._board = Meters(self._replica), board
@@ -219,11 +219,11 @@ class Ingress:
 def build_application(config: ServiceConfig) -> Application:
     """Build the application that `serve.run` takes."""
     options = config.model
-    threads = options.num_threads or 1
+    threads = options.engine.num_threads or 1
     model = ModelReplica.options(  # type: ignore[attr-defined]  # Serve's decorator is untyped
         ray_actor_options={
             "num_cpus": config.replica_cpus if config.replica_cpus is not None else threads,
-            "num_gpus": 1 if options.use_gpu else 0,
+            "num_gpus": 1 if options.engine.use_gpu else 0,
         },
         autoscaling_config={
             "min_replicas": config.min_replicas,

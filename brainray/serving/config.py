@@ -7,6 +7,7 @@ import tyro
 from pydantic import TypeAdapter, ValidationError
 
 from brainray.errors import ConfigError
+from brainray.inference.engine import EngineOptions
 from brainray.serving.limits import ConnectionLimits, ServiceLimits
 from brainray.serving.predictor import ModelOptions
 
@@ -58,13 +59,17 @@ def read_arguments(arguments: dict[str, Any]) -> ServiceConfig:
         raise ConfigError(f"args.{place}: {first['msg']}.") from error
 
 
+PARTS = {"model": ModelOptions, "engine": EngineOptions, "limits": ServiceLimits}
+"""What the fields are that have fields of their own."""
+
+
 def _check_names(given: dict[str, Any], kind: type, place: str) -> None:
     known = {field.name: field for field in fields(kind)}
     for name, value in given.items():
         if name not in known:
             raise ConfigError(f"{place} has no '{name}'. It has {', '.join(known)}.")
         if isinstance(value, dict):
-            _check_names(value, {"model": ModelOptions, "limits": ServiceLimits}[name], name)
+            _check_names(value, PARTS[name], name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainray.errors import RejectedImage
-from brainray.model.answer import Answer, OpenedScan, build_answer, build_rejection, open_scan
 from brainray.model.explain import STRIDE_PX
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.picture import render_map, render_overlay
-from brainray.pixels.preprocess import Preprocessing
+from brainray.pixels.preprocess import OpenedScan, Preprocessing, open_scan
+from brainray.serving.answer import Answer, build_answer, build_rejection
 from brainray.serving.courier import Courier
 from brainray.serving.limits import ServiceLimits
 from brainray.serving.predictor import Meaning, Reply
@@ -241,10 +241,12 @@ class Handler:
         answer = build_answer(
             upload.name, digest, shape, meaning.classes, found.probs[0], found.reasons[0]
         )
-        if found.maps is None or pixels is None or answer.status == "rejected":
+        if found.class_maps is None or pixels is None or answer.status == "rejected":
             return answer, None
         top = int(found.probs[0].argmax())
-        evidence = Evidence(pixels, found.maps[0, top], meaning.classes[top], meaning.preprocessing)
+        evidence = Evidence(
+            pixels, found.class_maps[0, top], meaning.classes[top], meaning.preprocessing
+        )
         return answer, evidence
 
     async def _call(

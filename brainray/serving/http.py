@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 import brainray
-from brainray.model.answer import INTENDED_USE, NOT_INTENDED_FOR, NOTICE, REASONS
+from brainray.model.reasons import INTENDED_USE, NOT_INTENDED_FOR, NOTICE, REASONS
 from brainray.serving import bodies, inference
 from brainray.serving.auth import Guard
 from brainray.serving.bodies import part_uploads

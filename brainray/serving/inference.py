@@ -21,7 +21,7 @@ import numpy as np
 import orjson
 from pydantic import ValidationError
 
-from brainray.model.answer import Answer
+from brainray.serving.answer import Answer
 from brainray.serving.handler import Answers, Upload
 from brainray.serving.problem import Problem
 from brainray.serving.schemas import InferenceRequest

@@ -3,15 +3,16 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import tyro
 from numpy.typing import NDArray
 
 from brainray.errors import BrainrayError, ServingError
+from brainray.inference.engine import Engine, EngineOptions, Prediction, open_engine
 from brainray.model.classifier import Classifier, load_classifier, read_card
 from brainray.model.precision import Precision
-from brainray.model.runtime import Prediction, Runtime, RuntimeOptions, open_runtime
 from brainray.model.shipped import find_default_classifier
 from brainray.pixels.phantoms.painter import draw_phantom
 from brainray.pixels.preprocess import Preprocessing, resize_image
@@ -33,25 +34,9 @@ class ModelOptions:
     classifier_uri: str = field(default_factory=find_default_classifier)
     """A sealed classifier folder: local, s3:// or gs://; `$BRAINRAY_CLASSIFIER`, else the one that
     comes with the project, if not given."""
-    backend: Literal["auto", "torch", "openvino"] = "auto"
-    """What computes; `auto` takes the fastest for the machine."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` is bf16 where the processor or GPU has it, else fp32."""
-    use_gpu: bool = False
-    """One GPU for each model replica."""
-    num_threads: int | None = None
-    """CPU threads of each model replica; the CPUs shared out, if not given."""
+    engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions()
     follow: bool = False
     """Look now and then whether the folder holds another classifier, and then take that one."""
-
-    def build_runtime_options(self) -> RuntimeOptions:
-        """Return what opens the runtime."""
-        return RuntimeOptions(
-            backend=self.backend,
-            precision=self.precision,
-            num_threads=self.num_threads,
-            use_gpu=self.use_gpu,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,29 +66,30 @@ class SelfTest:
         planes: tuple[Literal["axial", "coronal"], ...] = ("axial", "coronal")
         drawn = [draw_phantom("glioma", dice, plane=plane) for plane in planes[:NUM_TEST_IMAGES]]
         self._images = np.stack([resize_image(one, classifier.preprocessing) for one in drawn])
-        self._expected = classifier.predict_probs(self._images)
+        exact = EngineOptions(backend="torch", precision="fp32")
+        self._expected = open_engine(classifier, exact).predict(self._images).probs
 
-    def check(self, runtime: Runtime) -> None:
-        """Check that a runtime gives the same answers.
+    def check(self, engine: Engine) -> None:
+        """Check that an engine gives the same probabilities.
 
         Raises
         ------
         ServingError
             They are not finite, do not sum to 1, or are too far from fp32's.
         """
-        probs = runtime.predict_probs(self._images)
+        probs = engine.predict(self._images).probs
         if not np.isfinite(probs).all() or not np.allclose(probs.sum(1), 1, atol=1e-3):
             raise ServingError(f"The self-test's answers are no probabilities: {probs.tolist()}.")
         worst = float(np.abs(probs - self._expected).max())
-        if worst > TOLERANCES[runtime.precision]:
+        if worst > TOLERANCES[engine.precision]:
             raise ServingError(
-                f"The self-test's answers ({runtime.description}) differ from fp32's by {worst:.3f}"
-                f", more than {TOLERANCES[runtime.precision]}. Compute with --precision fp32."
+                f"The self-test's answers ({engine.description}) differ from fp32's by {worst:.3f}"
+                f", more than {TOLERANCES[engine.precision]}. Compute with --precision fp32."
             )
 
-    def warm_up(self, runtime: Runtime) -> None:
+    def warm_up(self, engine: Engine) -> None:
         """Compute a batch once: OpenVINO compiles the model anew for the first one."""
-        runtime.predict_probs(np.repeat(self._images, WARM_UP_REPEATS, axis=0))
+        engine.predict(np.repeat(self._images, WARM_UP_REPEATS, axis=0))
 
 
 class _Opened:
@@ -111,12 +97,10 @@ class _Opened:
 
     def __init__(self, options: ModelOptions) -> None:
         classifier = load_classifier(options.classifier_uri)
-        test = SelfTest(classifier)  # before the runtime: fp32, and nothing of what it tests
-        if options.use_gpu:
-            classifier = load_classifier(options.classifier_uri, device="cuda")
-        self.runtime = open_runtime(classifier, options.build_runtime_options())
-        test.check(self.runtime)
-        test.warm_up(self.runtime)
+        test = SelfTest(classifier)  # in eager fp32, whatever is tested
+        self.engine = open_engine(classifier, options.engine)
+        test.check(self.engine)
+        test.warm_up(self.engine)
         self.test = test
         self.card = classifier.card
         self.meaning = Meaning(
@@ -144,7 +128,7 @@ class Predictor:
         opened = self._opened  # one, whatever takes its place meanwhile
         if preprocessing != opened.meaning.preprocessing:
             return Reply(opened.meaning, None)
-        found = opened.runtime.predict(np.stack(images))
+        found = opened.engine.predict(np.stack(images))
         if not np.isfinite(found.probs).all():
             raise ServingError("The classifier gives probabilities that are not numbers.")
         return Reply(opened.meaning, found)
@@ -154,7 +138,7 @@ class Predictor:
         opened = self._opened
         if preprocessing != opened.meaning.preprocessing:
             return Reply(opened.meaning, None)
-        return Reply(opened.meaning, opened.runtime.explain(np.stack(images)))
+        return Reply(opened.meaning, opened.engine.predict(np.stack(images), ["class_maps"]))
 
     def describe(self) -> dict[str, Any]:
         """Return the classifier's card, and what computes."""
@@ -162,11 +146,7 @@ class Predictor:
         return {
             "card": opened.card,
             "meaning": opened.meaning,
-            "runtime": {
-                "backend": opened.runtime.name,
-                "precision": opened.runtime.precision,
-                "description": opened.runtime.description,
-            },
+            "runtime": opened.engine.describe(),
         }
 
     def check(self) -> None:
@@ -178,7 +158,7 @@ class Predictor:
             It fails.
         """
         opened = self._opened
-        opened.test.check(opened.runtime)
+        opened.test.check(opened.engine)
 
     def follow(self) -> bool:
         """Take the classifier that has replaced this one in its folder, once it is whole and sound.

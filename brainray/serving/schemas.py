@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from brainray.model.answer import REASONS
+from brainray.model.reasons import REASONS
 from brainray.serving.problem import PROBLEMS
 
 Fraction = float

@@ -163,11 +163,12 @@ def share_cpus(config: ServiceConfig, num_cpus: int) -> ServiceConfig:
     Ray reserves, it does not confine: the threads are what counts. Twice as many replicas fit, so
     that one that is to take another's place may start beside it.
     """
-    threads = config.model.num_threads or max(1, num_cpus // config.max_replicas)
+    threads = config.model.engine.num_threads or max(1, num_cpus // config.max_replicas)
     reserved = config.replica_cpus
     if reserved is None:
         reserved = round(num_cpus / (2 * config.max_replicas), 3)
-    return replace(config, model=replace(config.model, num_threads=threads), replica_cpus=reserved)
+    engine = replace(config.model.engine, num_threads=threads)
+    return replace(config, model=replace(config.model, engine=engine), replica_cpus=reserved)
 
 
 def start_ray(job: ServeJob, *, verbose: bool) -> None:

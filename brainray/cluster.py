@@ -15,7 +15,6 @@ import ray.data
 
 from brainray.dataset.stream import TASK_CPUS
 from brainray.errors import ConfigError
-from brainray.pipelines.config import Placement
 from brainray.pipelines.repeat import repeat
 from brainray.raytoken import keep_token_private
 
@@ -134,19 +133,6 @@ def share_cpus(count: int, nodes: Sequence[Bundle], wanted: float = 1.0, **other
         if share <= wanted and count_fitting({"CPU": cpus, **others}, nodes) >= count:
             return cpus
     return kept * min(1.0, wanted)  # more than there is: an autoscaler may add nodes
-
-
-def describe_training_needs(placement: Placement) -> Need:
-    """Say what training cannot do without."""
-    least = placement.min_workers or placement.num_workers
-    others = {"GPU": 1.0} if placement.use_gpu else {}
-    return Need(
-        bundle={"CPU": share_cpus(placement.num_workers, list_nodes(), **others), **others},
-        count=least,
-        what="training worker",
-        remedy="lower --num-workers, or let it go on with fewer (--min-workers)"
-        + (", or leave --use-gpu out" if placement.use_gpu else ""),
-    )
 
 
 def describe_gpu_need(gpus: float = 1.0, count: int = 1) -> Need:

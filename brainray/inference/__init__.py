@@ -1,0 +1,1 @@
+"""From images to predictions: engines, the prediction table, and the bulk job."""

@@ -1,0 +1,386 @@
+"""The engines that compute predictions: OpenVINO or torch, in fp32, bf16 or int8.
+
+Evaluation, calibration, bulk jobs, the HTTP service and ``brainray classify FILE`` all predict with
+:func:`open_engine`. On a CPU, OpenVINO gives ResNet-50 at 224 px about twice the images per second
+of eager torch, and as many one at a time as in batches. On a GPU it is torch.
+
+torch and OpenVINO are imported when an engine is opened, not with this module.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainray.errors import ConfigError, RejectedImage
+from brainray.model.explain import STRIDE_PX, compute_class_maps
+from brainray.model.precision import Precision, has_native_bf16
+from brainray.model.trust import Outputs, Trust
+from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.preprocess import Preprocessing, load_image
+
+if TYPE_CHECKING:
+    from brainray.inference.engine_openvino import ExportedModel
+    from brainray.model.classifier import Classifier
+
+Backend = Literal["torch", "openvino"]
+Output = Literal["logits", "features", "class_maps"]
+
+NUM_POOLED_FEATURES = 512 + 1024 + 2048
+"""Channels of ResNet-50's last three stages."""
+NUM_CALIBRATION_IMAGES = 300
+"""Images that int8 ranges are taken from, at most; NNCF's own default."""
+NUM_COMPARED_IMAGES = 128
+"""Calibration images on which int8 is compared with fp32."""
+MAP_BATCH_SIZE = 16
+"""Images whose last features, 0.4 MB each at 224 px, are held at once for class maps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """What computes predictions."""
+
+    backend: Literal["auto", "torch", "openvino"] = "auto"
+    """`auto` takes openvino on a CPU and torch on a GPU."""
+    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """`auto` takes bf16 where the processor or GPU has it natively, else fp32; int8 needs
+    --calibration-uri."""
+    num_threads: int | None = None
+    """CPU threads of one engine. By default a service and a bulk job share the CPUs out; elsewhere
+    as many as this process may use."""
+    use_gpu: bool = False
+    """Compute on a GPU."""
+    calibration_uri: str | None = None
+    """For int8: a folder of some hundred scans, like those to classify and of every class."""
+
+    def __post_init__(self) -> None:
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(f"num_threads must be at least 1, got {self.num_threads}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What an engine computes of N images."""
+
+    probs: NDArray[np.float32]
+    """Calibrated class probabilities, shape (N, K); rows sum to 1, columns in class order."""
+    reasons: list[str | None]
+    """Why an image gets no class: a key of :data:`brainray.model.trust.TRUST_REASONS`; None where
+    it gets one."""
+    logits: NDArray[np.float32] | None = None
+    """Before calibration, shape (N, K). None if not asked for."""
+    features: NDArray[np.float32] | None = None
+    """Pooled features of the last three stages, shape (N, 3584). None if not asked for."""
+    class_maps: NDArray[np.float32] | None = None
+    """Class activation maps of :func:`brainray.model.explain.compute_class_maps`, in logits before
+    calibration, shape (N, K, h, w); a cell for every :data:`brainray.model.explain.STRIDE_PX`
+    pixels. Their mean is the logit, within 1e-4 in fp32. None if not asked for."""
+
+    def take(self, row: int) -> "Prediction":
+        """Return the prediction of one of the images."""
+        rows = slice(row, row + 1)
+        arrays = (self.logits, self.features, self.class_maps)
+        rest = (None if values is None else values[rows] for values in arrays)
+        return Prediction(self.probs[rows], self.reasons[rows], *rest)
+
+
+class Engine(ABC):
+    """A classifier made ready to compute; several threads may call it at once."""
+
+    backend: Backend
+    precision: Precision
+    description: str
+    """One line for a person, as `OpenVINO 2026.4.1, bf16, 2 threads`."""
+    int8_cost: str | None = None
+    """How far int8 is from fp32, in a sentence; None for other precisions."""
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        preprocessing: Preprocessing,
+        trust: Trust,
+        head_weight: NDArray[np.float32],
+        head_bias: NDArray[np.float32],
+    ) -> None:
+        self._num_classes = len(classes)
+        self._preprocessing = preprocessing
+        self._trust = trust
+        self._weight, self._bias = head_weight, head_bias
+
+    def describe(self) -> dict[str, str]:
+        """Return what computes, ready for JSON: ``backend``, ``precision``, ``description``."""
+        about = {
+            "backend": self.backend,
+            "precision": self.precision,
+            "description": self.description,
+        }
+        return about | ({"int8_cost": self.int8_cost} if self.int8_cost else {})
+
+    def make_batch(self, count: int) -> NDArray[np.uint8]:
+        """Return a black batch of images as :meth:`predict` takes them."""
+        return np.zeros((count, self._preprocessing.size_px, self._preprocessing.size_px), np.uint8)
+
+    def predict(self, images: NDArray[np.uint8], outputs: Collection[Output] = ()) -> Prediction:
+        """Predict class probabilities, and for which images they are not to be trusted.
+
+        Parameters
+        ----------
+        images : ndarray of uint8, shape (N, size_px, size_px)
+            From :func:`brainray.pixels.preprocess.load_image`, with the classifier's
+            preprocessing; N may be 0.
+        outputs : collection of {"logits", "features", "class_maps"}
+            What else is wanted.
+
+        Returns
+        -------
+        Prediction
+            Probabilities are computed in float32 whatever the precision of the network. With
+            ``class_maps`` they are the same to the last bit in torch, within 1e-5 in OpenVINO's
+            fp32, and within 0.002 in its bf16 (3e-4 measured) and int8 (none measured), which may
+            round elsewhere when the last features are kept; the first such call compiles the
+            network again (OpenVINO).
+        """
+        side = self._preprocessing.size_px
+        assert images.dtype == np.uint8, images.dtype
+        assert images.shape[1:] == (side, side), images.shape
+        if "class_maps" in outputs:
+            found, class_maps = self._compute_with_maps(images)
+        else:
+            found, class_maps = self._compute(images), None
+        probs = self._trust.calibrate(found.logits)
+        distances = self._trust.compute_distances(found.features)
+        return Prediction(
+            probs,
+            self._trust.find_reasons(probs, distances),
+            found.logits if "logits" in outputs else None,
+            found.features if "features" in outputs else None,
+            class_maps,
+        )
+
+    def _compute(self, images: NDArray[np.uint8]) -> Outputs:
+        if len(images) == 0:
+            return self._allocate(0)
+        return self._compute_outputs(images)
+
+    def _compute_with_maps(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
+        side = -(-self._preprocessing.size_px // STRIDE_PX)
+        found = self._allocate(len(images))
+        maps = np.empty((len(images), self._num_classes, side, side), np.float32)
+        for start in range(0, len(images), MAP_BATCH_SIZE):
+            rows = slice(start, start + MAP_BATCH_SIZE)
+            outputs, cells = self._compute_features(images[rows])
+            found.logits[rows], found.features[rows] = outputs.logits, outputs.features
+            maps[rows] = compute_class_maps(cells, self._weight, self._bias)
+        return found, maps
+
+    def _allocate(self, count: int) -> Outputs:
+        return Outputs(
+            np.empty((count, self._num_classes), np.float32),
+            np.empty((count, NUM_POOLED_FEATURES), np.float32),
+        )
+
+    @abstractmethod
+    def _compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:
+        """Return logits and pooled features of at least one image."""
+
+    @abstractmethod
+    def _compute_features(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
+        """Return the same, and the last features, (N, 2048, h, w), of a few images."""
+
+
+def open_engine(classifier: "Classifier", options: EngineOptions) -> Engine:
+    """Make a classifier ready to compute in this process.
+
+    Parameters
+    ----------
+    classifier : Classifier
+        Stays as it is.
+    options : EngineOptions
+        What to compute with.
+
+    Raises
+    ------
+    ConfigError
+        The options contradict each other, or ask for what this machine lacks.
+    """
+    if choose_backend(options) == "torch":
+        from brainray.inference.engine_torch import TorchEngine
+
+        return TorchEngine(classifier, choose_precision(options, "torch"), options)
+    return _open_exported(_export(classifier, options), options)
+
+
+def prepare_engine(classifier_uri: str, options: EngineOptions) -> Callable[[], Engine]:
+    """Do once what several processes need to open the same engine.
+
+    Parameters
+    ----------
+    classifier_uri : str
+        A classifier bundle.
+    options : EngineOptions
+        What to compute with. The precision is chosen where the engine is opened.
+
+    Returns
+    -------
+    callable
+        Opens the engine; it can be pickled. For OpenVINO it holds the exported network, 94 MB.
+
+    Raises
+    ------
+    UserError
+        The classifier cannot be read, or the options contradict each other.
+    """
+    from brainray.model.classifier import load_classifier
+
+    if options.use_gpu or options.backend == "torch":
+        return partial(_open_from_bundle, classifier_uri, options)
+    return partial(_open_exported, _export(load_classifier(classifier_uri), options), options)
+
+
+def _open_from_bundle(classifier_uri: str, options: EngineOptions) -> Engine:
+    from brainray.model.classifier import load_classifier
+
+    return open_engine(load_classifier(classifier_uri), options)
+
+
+def _open_exported(model: "ExportedModel", options: EngineOptions) -> Engine:
+    from brainray.inference.engine_openvino import OpenVinoEngine
+
+    return OpenVinoEngine(model, choose_precision(options, "openvino"), options)
+
+
+def _export(classifier: "Classifier", options: EngineOptions) -> "ExportedModel":
+    from brainray.inference.export_openvino import export_model
+
+    if options.precision != "int8":
+        return export_model(classifier)
+    images = read_calibration_images(options.calibration_uri, classifier.preprocessing)
+    model = export_model(classifier, images)
+    compared = images[:NUM_COMPARED_IMAGES]
+    exact = open_engine(classifier, replace(options, precision="fp32"))
+    found = measure_disagreement(
+        exact.predict(compared).probs, _open_exported(model, options).predict(compared).probs
+    )
+    return replace(
+        model,
+        int8_cost=f"int8 against fp32 on {found['n']} of the calibration images: "
+        f"{found['same_top_class']:.1%} have the same class, "
+        f"the largest difference of a probability is {found['largest_difference']:.3f}.",
+    )
+
+
+def choose_backend(options: EngineOptions) -> Backend:
+    """Choose what computes on this machine.
+
+    Raises
+    ------
+    ConfigError
+        A GPU was asked for that is not here, or for OpenVINO.
+    """
+    if not options.use_gpu:
+        return "openvino" if options.backend == "auto" else options.backend
+    if options.backend == "openvino":
+        raise ConfigError(
+            "OpenVINO computes on the CPU here, but a GPU was asked for. "
+            "Leave out --use-gpu, or pass --backend torch."
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "A GPU was asked for, but torch sees none on this machine. "
+            "Leave out --use-gpu, or see `brainray doctor`."
+        )
+    return "torch"
+
+
+def choose_precision(options: EngineOptions, backend: Backend) -> Precision:
+    """Choose the number format on this machine.
+
+    Raises
+    ------
+    ConfigError
+        The one that was asked for is not available with this backend, or on this machine.
+    """
+    if options.precision == "int8":
+        if backend == "torch":
+            raise ConfigError(
+                "int8 is computed by OpenVINO on a CPU only. "
+                "Pass --backend openvino without --use-gpu, or another --precision."
+            )
+        return "int8"
+    if options.precision == "fp32":
+        return "fp32"
+    if has_native_bf16(use_gpu=options.use_gpu):
+        return "bf16"
+    if options.precision == "bf16":
+        raise ConfigError(
+            f"This {'GPU' if options.use_gpu else 'processor'} has no bf16 instructions. "
+            "Leave out --precision, or pass --precision fp32."
+        )
+    return "fp32"
+
+
+def read_calibration_images(
+    calibration_uri: str | None, preprocessing: Preprocessing
+) -> NDArray[np.uint8]:
+    """Read the images that int8 is calibrated on: at most 300, evenly spread over the folder.
+
+    Returns
+    -------
+    ndarray of uint8, shape (n, size_px, size_px)
+
+    Raises
+    ------
+    ConfigError
+        No folder is given, or not one image in it can be opened.
+    """
+    if calibration_uri is None:
+        raise ConfigError(
+            "int8 takes the range of each layer's values from images, and got none. "
+            "Pass --calibration-uri FOLDER with a few hundred scans, or another --precision."
+        )
+    from brainray.dataset.scans import list_scans, read_named_scan
+
+    found = list(list_scans([calibration_uri]))
+    chosen = np.linspace(0, len(found) - 1, min(len(found), NUM_CALIBRATION_IMAGES)).round()
+    images = []
+    for place in chosen.astype(np.int64):
+        try:
+            content = read_named_scan(found[place].scan_uri)
+            images.append(load_image(content, preprocessing, DecodeLimits()))
+        except RejectedImage:
+            continue
+    if not images:
+        raise ConfigError(f"None of the {len(found)} files in '{calibration_uri}' is a scan.")
+    return np.stack(images)
+
+
+def measure_disagreement(
+    reference_probs: NDArray[np.float32], probs: NDArray[np.float32]
+) -> dict[str, Any]:
+    """Measure how far two engines' predictions of the same images are apart.
+
+    Parameters
+    ----------
+    reference_probs, probs : ndarray of float32, shape (N, K)
+
+    Returns
+    -------
+    dict
+        ``largest_difference`` of any probability, in [0, 1]; ``same_top_class``, the fraction
+        of images with the same most probable class, in [0, 1]; ``n``, the number of images.
+        Both are NaN when there are none.
+    """
+    assert reference_probs.shape == probs.shape, (reference_probs.shape, probs.shape)
+    if len(probs) == 0:
+        return {"largest_difference": float("nan"), "same_top_class": float("nan"), "n": 0}
+    return {
+        "largest_difference": float(np.abs(reference_probs - probs).max()),
+        "same_top_class": float((reference_probs.argmax(1) == probs.argmax(1)).mean()),
+        "n": len(probs),
+    }

@@ -1,0 +1,91 @@
+"""The torch engine: GPUs, and CPUs where it is asked for."""
+
+import copy
+import itertools
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from brainray.inference.engine import Engine, EngineOptions
+from brainray.model.classifier import Classifier
+from brainray.model.network import pool_stages, read_head, split_head
+from brainray.model.precision import Precision
+from brainray.model.trust import Outputs
+from brainray.pixels.normalise import normalise_images
+
+BATCH_SIZE = {"cpu": 32, "cuda": 256}
+"""Images computed at once; bounds the memory of a call of any size."""
+
+
+class TorchEngine(Engine):
+    """Eager torch, with batch normalisation fused into the convolutions."""
+
+    backend = "torch"
+
+    def __init__(
+        self, classifier: Classifier, precision: Precision, options: EngineOptions
+    ) -> None:
+        super().__init__(
+            classifier.classes,
+            classifier.preprocessing,
+            classifier.trust,
+            *read_head(classifier.network),
+        )
+        self.precision = precision
+        self._device = torch.device("cuda" if options.use_gpu else "cpu")
+        if options.num_threads is not None:
+            torch.set_num_threads(options.num_threads)  # torch has one pool for the process
+        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        network = fuse_batch_norm(classifier.network)
+        network.to(self._device, self._dtype).to(memory_format=torch.channels_last)
+        self._trunk, head = split_head(network)
+        # In bf16 a logit of 8 to 16 is a multiple of 1/16; the head costs too little for that.
+        self._layer = head[-1].float()
+        if options.use_gpu:
+            where = torch.cuda.get_device_name(self._device)
+            # Else cuDNN computes convolutions of fp32 numbers in TF32, with 10 bits of mantissa.
+            torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        else:
+            threads = torch.get_num_threads()
+            where = f"{threads} thread{'s' * (threads > 1)}"
+        self.description = f"torch {torch.__version__.split('+')[0]}, {precision}, {where}"
+
+    @torch.inference_mode()
+    def _compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:
+        pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
+        batches = [self._run(batch)[1:] for batch in pixels.split(BATCH_SIZE[self._device.type])]
+        logits, features = (torch.cat(parts).cpu().numpy() for parts in zip(*batches, strict=True))
+        return Outputs(logits, features)
+
+    @torch.inference_mode()
+    def _compute_features(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
+        pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
+        features, logits, pooled = self._run(pixels)
+        outputs = Outputs(logits.cpu().numpy(), pooled.cpu().numpy())
+        return outputs, features.float().contiguous().cpu().numpy()
+
+    def _run(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the last features, the logits and the pooled features."""
+        features, pooled = pool_stages(self._trunk, self._prepare(pixels))
+        return features, self._layer(pooled[-1]), torch.cat(pooled, 1)
+
+    def _prepare(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cuda":
+            pixels = pixels.pin_memory().to(self._device, non_blocking=True)
+        return normalise_images(pixels, self._preprocessing).to(
+            dtype=self._dtype, memory_format=torch.channels_last
+        )
+
+
+def fuse_batch_norm(network: nn.Module) -> nn.Module:
+    """Return a copy whose convolutions hold the batch normalisation that follows each."""
+    fused = copy.deepcopy(network).eval()
+    for parent in list(fused.modules()):
+        for (name, conv), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, norm_name, nn.Identity())
+    return fused

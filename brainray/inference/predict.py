@@ -1,0 +1,193 @@
+"""The prediction stage on Ray Data, which bulk jobs, evaluation and calibration share.
+
+A stream of opened scans goes through a pool of actors that hold an engine, and comes out as rows of
+the prediction table.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from numpy.typing import NDArray
+from ray.data import Dataset
+
+from brainray.cluster import list_nodes, share_cpus
+from brainray.dataset.scan import view_pixels
+from brainray.dataset.stream import TASK_CPUS
+from brainray.inference.engine import Engine, EngineOptions, Output, prepare_engine
+from brainray.inference.schema import SCAN_SCHEMA, build_rows
+from brainray.model.classifier import read_card
+from brainray.pixels.preprocess import Preprocessing
+
+CPUS_PER_ENGINE = 4
+"""Threads of one engine on a CPU, where the machine has so many."""
+BATCH_SIZE = 256
+"""Images of one call of an engine, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnginePool:
+    """How many engines work at a time, and what each takes."""
+
+    options: EngineOptions
+    num_engines: int
+    cpus: float
+    """Logical CPUs that one engine reserves."""
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictStage:
+    """Everything that the prediction stage needs; may be sent to workers."""
+
+    classifier_id: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    engine: "ray.ObjectRef[Callable[[], Engine]]"
+    """From :func:`brainray.inference.engine.prepare_engine`."""
+    pool: EnginePool
+    outputs: tuple[Output, ...] = ()
+
+    @classmethod
+    def open(
+        cls, classifier_uri: str, pool: EnginePool, outputs: Sequence[Output] = ()
+    ) -> "PredictStage":
+        """Prepare the engine of a classifier, and share it with the cluster.
+
+        Raises
+        ------
+        UserError
+            The classifier cannot be read, or not with these options.
+        """
+        engine = prepare_engine(classifier_uri, pool.options)
+        return cls.of(read_card(classifier_uri), engine, pool, outputs)
+
+    @classmethod
+    def of(
+        cls,
+        card: dict[str, Any],
+        engine: Callable[[], Engine],
+        pool: EnginePool,
+        outputs: Sequence[Output] = (),
+    ) -> "PredictStage":
+        """Share an engine that is prepared already."""
+        return cls(
+            classifier_id=str(card["classifier_id"]),
+            classes=tuple(card["classes"]),
+            preprocessing=Preprocessing(**card["preprocessing"]),
+            engine=ray.put(engine),
+            pool=pool,
+            outputs=tuple(outputs),
+        )
+
+    def apply(self, scans: Dataset) -> Dataset:
+        """Predict a stream of opened scans.
+
+        Parameters
+        ----------
+        scans : Dataset
+            Columns of :data:`brainray.inference.schema.SCAN_SCHEMA`; ``image``, the network
+            input as bytes, null where there is a ``reason``; and further ones.
+
+        Returns
+        -------
+        Dataset
+            Rows of the prediction table, with the further columns and ``predict_s``, the row's
+            share of the engine's time. All rows of a block stay in one block.
+        """
+        pool = self.pool
+        with warnings.catch_warnings():
+            # Ray 2.60 deprecates `max_restarts` here and offers nothing in its place yet. Without
+            # it, an actor that a scan kills is started again without end.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            predicted: Dataset = scans.map_batches(
+                _PredictBatch,
+                batch_size=BATCH_SIZE,
+                batch_format="pyarrow",
+                fn_constructor_kwargs={"stage": self},
+                num_cpus=pool.cpus,
+                num_gpus=pool.gpus or None,
+                max_restarts=0,
+                compute=ray.data.ActorPoolStrategy(
+                    size=pool.num_engines, max_tasks_in_flight_per_actor=2
+                ),
+            )
+        return predicted
+
+
+def pack_images(images: Sequence[NDArray[np.uint8] | None], size_px: int) -> pa.Array:
+    """Return network inputs, (size_px, size_px) each, as the column ``image``."""
+    values = [None if image is None else image.tobytes() for image in images]
+    return pa.array(values, pa.binary(size_px**2))
+
+
+class _PredictBatch:
+    """Holds an engine, in a process of its own."""
+
+    def __init__(self, stage: PredictStage) -> None:
+        self._stage = stage
+        self._engine = ray.get(stage.engine)()
+        self._about = self._engine.describe()
+        self._engine.predict(self._engine.make_batch(1), stage.outputs)  # warm up
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        started = time.perf_counter()
+        stage = self._stage
+        images = view_pixels(batch["image"], stage.preprocessing.size_px)
+        opened = np.flatnonzero(batch["image"].is_valid().to_numpy())
+        rows = build_rows(
+            batch,
+            self._engine.predict(images[opened], stage.outputs),
+            classes=stage.classes,
+            classifier_id=stage.classifier_id,
+            engine=self._about,
+        )
+        for name in batch.column_names:
+            if name not in SCAN_SCHEMA.names and name != "image":
+                rows = rows.append_column(name, batch[name])
+        seconds = (time.perf_counter() - started) / max(1, batch.num_rows)
+        return rows.append_column("predict_s", pa.array([seconds] * batch.num_rows, pa.float32()))
+
+
+def plan_pool(
+    options: EngineOptions,
+    *,
+    num_engines: int | None = None,
+    gpus_per_engine: float = 1.0,
+) -> EnginePool:
+    """Share the cluster's CPUs or GPUs out to engines; Ray is connected.
+
+    Parameters
+    ----------
+    options : EngineOptions
+        What to compute with; ``num_threads`` is chosen where it is not given.
+    nodes : sequence of dict
+        Resources of every node.
+    reserve_cpus : callable
+        :func:`brainray.cluster.share_cpus`.
+    num_engines : int, optional
+        Engines at a time; by default one for each GPU, or for four CPUs.
+    gpus_per_engine : float
+        Share of a GPU that each takes.
+    """
+    nodes = list_nodes()
+    sizes = [int(node.get("CPU", 0.0)) for node in nodes]
+    if options.use_gpu:
+        gpus = sum(node.get("GPU", 0.0) for node in nodes)
+        count = num_engines or max(1, int(gpus / gpus_per_engine))
+        cpus = share_cpus(count, nodes, GPU=gpus_per_engine)
+        return EnginePool(options=options, num_engines=count, cpus=cpus, gpus=gpus_per_engine)
+    most = max(1, min(CPUS_PER_ENGINE, max(sizes, default=1)))
+    count = num_engines or sum(max(1, n // most) for n in sizes if n) or 1
+    threads = options.num_threads or max(1, min(most, max(1, sum(sizes)) // count))
+    # One CPU of each engine's stays free for decoding, which needs a tenth as much.
+    cpus = share_cpus(count, nodes, wanted=max(0.5, threads - 1.0))
+    return EnginePool(
+        options=replace(options, num_threads=threads), num_engines=count, cpus=max(cpus, TASK_CPUS)
+    )

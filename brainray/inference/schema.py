@@ -1,0 +1,150 @@
+"""The prediction table: one row for one scan with one content.
+
+Bulk jobs, evaluation, cross-validation and ``brainray classify FILE --json`` have rows of this
+schema; what they add to it (labels, splits) follows in further columns.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from brainray.errors import ClassifierError
+from brainray.inference.engine import Prediction
+from brainray.model.explain import STRIDE_PX
+from brainray.model.reasons import find_status
+
+SCHEMA_VERSION = 3
+"""3 added ``engine``, ``precision``, ``logits`` and ``features``, and bulk jobs write below
+``predictions/classifier_id=<id>/``; 2 added ``class_map``."""
+
+SCAN_SCHEMA = pa.schema(
+    [
+        ("scan_uri", pa.string()),
+        ("content_sha256", pa.string()),
+        ("reason", pa.string()),
+        ("width_px", pa.int32()),
+        ("height_px", pa.int32()),
+        ("size_bytes", pa.int64()),
+        ("modified_ns", pa.int64()),
+    ]
+)
+"""What is known of a scan before it is predicted; ``reason`` is null where it has pixels."""
+
+
+def build_schema(classes: Sequence[str]) -> pa.Schema:
+    """Build the schema of the predictions for some classes, in class order."""
+    floats = pa.list_(pa.float32())
+    return pa.schema(
+        [
+            pa.field("scan_uri", pa.string(), nullable=False),
+            pa.field("content_sha256", pa.string()),  # null when no byte could be read
+            pa.field("status", pa.string(), nullable=False),  # model.reasons.Status
+            pa.field("reason", pa.string()),  # a key of model.reasons.REASONS; null if classified
+            pa.field("predicted_class", pa.string()),  # null unless classified
+            pa.field("confidence", pa.float32()),  # of the most probable class; null if rejected
+            *(pa.field(f"prob_{name}", pa.float32()) for name in classes),
+            pa.field("width_px", pa.int32()),
+            pa.field("height_px", pa.int32()),
+            pa.field("classifier_id", pa.string(), nullable=False),
+            pa.field("engine", pa.string(), nullable=False),  # openvino or torch
+            pa.field("precision", pa.string(), nullable=False),  # fp32, bf16 or int8
+            pa.field("classified_at", pa.timestamp("us", tz="UTC"), nullable=False),
+            pa.field("size_bytes", pa.int64()),  # of the file; null where it was not known
+            pa.field("modified_ns", pa.int64()),  # of the file, since 1970; null likewise
+            # Null unless asked for, and for rejected scans. In logits, row by row.
+            pa.field("class_map", floats),  # of the most probable class
+            pa.field("logits", floats),  # in class order, before calibration
+            pa.field("features", floats),  # pooled features of the last three stages
+        ]
+    )
+
+
+def describe_class_map(size_px: int) -> dict[str, int]:
+    """Return the shape of a class map, and the pixels of network input from cell to cell."""
+    side = -(-size_px // STRIDE_PX)
+    return {"height": side, "width": side, "stride_px": STRIDE_PX}
+
+
+def build_rows(
+    scans: pa.Table,
+    prediction: Prediction,
+    *,
+    classes: Sequence[str],
+    classifier_id: str,
+    engine: dict[str, str],
+) -> pa.Table:
+    """Build the rows of some scans.
+
+    Parameters
+    ----------
+    scans : Table
+        Columns of :data:`SCAN_SCHEMA`; others are left out.
+    prediction : Prediction
+        Of the scans whose ``reason`` is null, in their order.
+    classes : sequence of str
+        In class order.
+    classifier_id : str
+    engine : dict
+        From :meth:`brainray.inference.engine.Engine.describe`.
+
+    Raises
+    ------
+    ClassifierError
+        A probability is not a number.
+    """
+    count, num_classes = scans.num_rows, len(classes)
+    opened = np.flatnonzero(scans["reason"].is_null().to_numpy())
+    assert len(opened) == len(prediction.probs), (len(opened), len(prediction.probs))
+    if not np.isfinite(prediction.probs).all():
+        raise ClassifierError("The classifier gives probabilities that are not numbers.")
+    probs = np.zeros((count, num_classes), np.float32)
+    probs[opened] = prediction.probs
+    reasons = scans["reason"].to_pylist()
+    for row, reason in zip(opened, prediction.reasons, strict=True):
+        reasons[row] = reason
+    status = np.array([find_status(reason) for reason in reasons], dtype=object)
+    is_rejected = status == "rejected"
+    top = probs.argmax(1)
+    class_maps = None
+    if prediction.class_maps is not None:
+        class_maps = prediction.class_maps[np.arange(len(opened)), top[opened]]
+
+    def spread(values: NDArray[np.float32] | None) -> pa.Array:
+        rows: list[Any] = [None] * count
+        for place, row in enumerate(opened if values is not None else ()):
+            if not is_rejected[row]:
+                assert values is not None
+                rows[row] = values[place].ravel()
+        return pa.array(rows, pa.list_(pa.float32()))
+
+    schema = build_schema(classes)
+    columns = {
+        **{name: scans[name] for name in SCAN_SCHEMA.names},
+        "status": pa.array(status, pa.string()),
+        "reason": pa.array(reasons, pa.string()),
+        "predicted_class": pa.array(
+            np.array(classes, dtype=object)[top], pa.string(), mask=status != "classified"
+        ),
+        "confidence": pa.array(probs[np.arange(count), top], mask=is_rejected),
+        **{
+            f"prob_{name}": pa.array(probs[:, k], mask=is_rejected)
+            for k, name in enumerate(classes)
+        },
+        "classifier_id": [classifier_id] * count,
+        "engine": [engine["backend"]] * count,
+        "precision": [engine["precision"]] * count,
+        "classified_at": pa.array([datetime.now(UTC)] * count, pa.timestamp("us", tz="UTC")),
+        "class_map": spread(class_maps),
+        "logits": spread(prediction.logits),
+        "features": spread(prediction.features),
+    }
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+
+def stack_probs(rows: pa.Table, classes: Sequence[str]) -> NDArray[np.float32]:
+    """Return the probabilities of rows that have them, shape (n, K), in class order."""
+    return np.stack([rows[f"prob_{name}"].to_numpy() for name in classes], axis=1)
