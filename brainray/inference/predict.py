@@ -4,6 +4,7 @@ A stream of opened scans goes through a pool of actors that hold an engine, and 
 the prediction table.
 """
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,8 +28,9 @@ from brainray.pixels.preprocess import Preprocessing
 
 CPUS_PER_ENGINE = 4
 """Threads of one engine on a CPU, where the machine has so many."""
-BATCH_SIZE = 256
-"""Images of one call of an engine, at most."""
+GPU_BATCH_SIZE = 256
+"""Images of one call of an engine on a GPU. Ray Data wants a size there, and joins smaller blocks up
+to it; on a CPU each block is a call of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,8 +100,10 @@ class PredictStage:
         Returns
         -------
         Dataset
-            Rows of the prediction table, with the further columns and ``predict_s``, the row's
-            share of the engine's time. All rows of a block stay in one block.
+            Rows of the prediction table, with the further columns; ``predict_s``, the row's share
+            of the engine's time; and ``runtime``, what computed, as JSON of
+            :meth:`brainray.inference.engine.Engine.describe`. All rows of a block stay in one
+            block.
         """
         pool = self.pool
         with warnings.catch_warnings():
@@ -108,7 +112,7 @@ class PredictStage:
             warnings.simplefilter("ignore", DeprecationWarning)
             predicted: Dataset = scans.map_batches(
                 _PredictBatch,
-                batch_size=BATCH_SIZE,
+                batch_size=GPU_BATCH_SIZE if pool.gpus else None,
                 batch_format="pyarrow",
                 fn_constructor_kwargs={"stage": self},
                 num_cpus=pool.cpus,
@@ -134,6 +138,7 @@ class _PredictBatch:
         self._stage = stage
         self._engine = ray.get(stage.engine)()
         self._about = self._engine.describe()
+        self._runtime = json.dumps(self._about)
         self._engine.predict(self._engine.make_batch(1), stage.outputs)  # warm up
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -152,7 +157,8 @@ class _PredictBatch:
             if name not in SCAN_SCHEMA.names and name != "image":
                 rows = rows.append_column(name, batch[name])
         seconds = (time.perf_counter() - started) / max(1, batch.num_rows)
-        return rows.append_column("predict_s", pa.array([seconds] * batch.num_rows, pa.float32()))
+        rows = rows.append_column("predict_s", pa.array([seconds] * batch.num_rows, pa.float32()))
+        return rows.append_column("runtime", pa.array([self._runtime] * batch.num_rows))
 
 
 def plan_pool(
