@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 import tyro
 
+from brainray.inference.bulk import ClassifyJob, classify
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import save_classifier
 from brainray.model.network import build_network
-from brainray.pipelines.classify import ClassifyJob, classify
 from brainray.pixels.preprocess import Preprocessing
 
 FILES_PER_FOLDER = 10_000

@@ -2,24 +2,22 @@
 
     python benchmarks/classify_scale.py --data-path /var/tmp/scale
 
-Listing, reading, hashing, decoding, deduplication, answers, lock, metrics and report are those of
-the bulk job. Only the network is a stand-in that looks at the mean grey of a scan, so that all
-else has to keep up with a fast GPU. Every size is run in a process of its own, and then again, when
-nothing is new. Each answer is checked: one row for every scan, with the hash of what was written.
+Listing, reading, hashing, decoding, comparison with earlier rows, writing, lock, metrics and report
+are those of the bulk job. Only the network is a stub that looks at the mean grey of a scan, so that
+all else has to keep up with a fast GPU. Every size is run in a process of its own, and then again,
+when nothing is new. Each row is checked: one for every scan, with the hash of what was written.
 
 The scans are 32-px PNGs, no two alike, in Parquet tables below ``--data-path``, where a later call
 finds them again; with ``--kind files`` each is a file.
 """
 
 import io
-import logging
-import os
 import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,21 +28,18 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import ray.data
 import tyro
 from numpy.typing import NDArray
 from PIL import Image
 
+from brainray.inference import bulk
+from brainray.inference.bulk import ClassifyJob, classify
+from brainray.inference.engine import NUM_POOLED_FEATURES, Engine
+from brainray.inference.stats import Progress
 from brainray.labels import BRAIN_TUMOUR_CLASSES
-from brainray.model.classifier import Classifier, save_classifier
-from brainray.model.network import NUM_FEATURES, build_network
-from brainray.inference.engine import Engine
-from brainray.model.trust import Outputs
-from brainray.pipelines import bulk
-from brainray.pipelines.classify import ClassifyJob, classify
-from brainray.cluster import MIN_CPUS
-from brainray.pipelines.tally import Standing
+from brainray.model.classifier import save_classifier
+from brainray.model.network import build_network
+from brainray.model.trust import Outputs, Trust
 from brainray.pixels.preprocess import Preprocessing
 
 SIDE_PX = 32
@@ -58,7 +53,7 @@ class Options:
     """What is run."""
 
     data_path: Path
-    """Folder for the scans, which are kept, and the answers of the last run of each size."""
+    """Folder for the scans, which are kept, and the output of the last run of each size."""
     sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     """Scans of each run, in ten thousands."""
     kind: Literal["tables", "files"] = "tables"
@@ -114,52 +109,38 @@ def read_shard(place: Path) -> Iterator[tuple[str, bytes]]:
         yield f"{place}#row={row}", content
 
 
-# --- the network's stand-in -----------------------------------------------------------------------
+# --- the stub of the network ----------------------------------------------------------------------
 
 
-class StandIn(Runtime):
-    """Answers by the mean grey, in microseconds."""
+class StubEngine(Engine):
+    """Predicts by the mean grey, in microseconds."""
 
-    name = "torch"
+    backend = "torch"
     precision = "fp32"
-    description = "a stand-in for the network"
+    description = "a stub of the network"
 
     def _compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:
         grey = images.mean(axis=(1, 2), dtype=np.float32)
         centres = np.linspace(0, 64, self._num_classes, dtype=np.float32)
-        features = np.zeros((len(images), NUM_FEATURES), np.float32)
+        features = np.zeros((len(images), NUM_POOLED_FEATURES), np.float32)
         return Outputs(-abs(grey[:, None] - centres) / 16, features)
 
-    def _compute_features(
-        self, images: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _compute_features(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
         raise NotImplementedError
 
 
-def replace_network() -> None:
-    """Open the stand-in wherever this process would open a network."""
-
-    def open_stand_in(classifier: Classifier, *_: object, **__: object) -> Runtime:
-        return StandIn(classifier)
-
-    bulk.open_engine = open_stand_in
-
-
-def start_ray() -> None:
-    """Start Ray as the job does on one machine, with the stand-in in all its processes."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        num_cpus=max(MIN_CPUS, len(os.sched_getaffinity(0))),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"worker_process_setup_hook": replace_network},
+def open_stub() -> Engine:
+    """Open the stub; runs in the job's actors."""
+    count = len(BRAIN_TUMOUR_CLASSES)
+    head = np.zeros((count, 2048), np.float32), np.zeros(count, np.float32)
+    return StubEngine(
+        BRAIN_TUMOUR_CLASSES, Preprocessing(size_px=SIDE_PX), Trust.nothing(count), *head
     )
-    bulk.CPU_PAUSE_S = bulk.GPU_PAUSE_S  # the stand-in is as fast as a GPU
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
+
+
+def prepare_stub(*_: object) -> Callable[[], Engine]:
+    """Take the place of :func:`brainray.inference.engine.prepare_engine`."""
+    return open_stub
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -168,7 +149,7 @@ def start_ray() -> None:
 def run_once(options: Options, count: int) -> None:
     """Classify so many scans twice, check the answers, and print what it took."""
     root = options.data_path.absolute()
-    inbox, output = root / f"inbox-{count}", root / f"answers-{count}"
+    inbox, output = root / f"inbox-{count}", root / f"output-{count}"
     for folder in (inbox, output):
         shutil.rmtree(folder, ignore_errors=True)
     inbox.mkdir()
@@ -178,18 +159,18 @@ def run_once(options: Options, count: int) -> None:
     job = ClassifyJob(
         scans_uri=(str(inbox),), classifier_uri=str(root / "classifier"), output_uri=str(output)
     )
-    start_ray()
+    bulk.prepare_engine = prepare_stub  # type: ignore[assignment]
     for title in ("new", "again"):
         started = time.perf_counter()
-        metrics = classify(job, say=print_line, tick=partial(print_standing, Clock()))
+        metrics = classify(job, say=print_line, on_progress=partial(print_progress, Clock()))
         print_run(title, metrics, time.perf_counter() - started)
         num_new = count if title == "new" else 0
         assert metrics["run"]["num_new"] == num_new, metrics["run"]
         assert metrics["counts"]["total"] == count, metrics["counts"]
-    check_answers(inbox, output, count)
+    check_rows(inbox, output, count)
 
 
-def check_answers(inbox: Path, output: Path, count: int) -> None:
+def check_rows(inbox: Path, output: Path, count: int) -> None:
     """Check that every scan has one row, and that it is about this scan's content."""
     table = pq.read_table(output / "predictions", columns=["scan_uri", "content_sha256"])
     table = table.sort_by("scan_uri")
@@ -212,12 +193,12 @@ class Clock:
     printed: float = 0.0
 
 
-def print_standing(clock: Clock, standing: Standing) -> None:
-    """Print now and then how far a run has come."""
+def print_progress(clock: Clock, progress: Progress) -> None:
+    """Print now and then how far a run is."""
     now = time.perf_counter()
     if now - clock.printed > PROGRESS_S:
         clock.printed = now
-        print_line(f"  {standing.done:,}/{standing.total:,} in {standing.elapsed_s:,.0f} s")
+        print_line(f"  {progress.done:,}/{progress.total or 0:,} in {progress.elapsed_s:,.0f} s")
 
 
 def print_run(title: str, metrics: dict[str, Any], total_s: float) -> None:

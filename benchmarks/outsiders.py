@@ -25,15 +25,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from sklearn.metrics import roc_auc_score
 
-from brainray import storage
-from brainray.dataset.scans import list_scans
+from brainray.dataset.scans import list_scans, read_named_scan
 from brainray.errors import RejectedImage
-from brainray.pixels.preprocess import open_scan
+from brainray.inference.engine import EngineOptions, open_engine
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.trust import UNLIKE_TRAINING, Outputs, compute_energy
 from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.preprocess import open_scan
 
-BATCH_SIZE = 32
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".tif", ".tiff", ".bmp", ".webp"}
 
 
@@ -131,21 +130,21 @@ def compute_outputs(classifier: Classifier, contents: list[bytes]) -> tuple[list
         except RejectedImage:
             continue
         numbers.append(number)
-    parts = [
-        classifier.compute_outputs(np.stack(images[start : start + BATCH_SIZE]))
-        for start in range(0, len(images), BATCH_SIZE)
-    ]
-    return numbers, Outputs(
-        np.concatenate([part.logits for part in parts]),
-        np.concatenate([part.features for part in parts]),
+    found = open_engine(classifier, EngineOptions()).predict(
+        np.stack(images), ["logits", "features"]
     )
+    assert found.logits is not None
+    assert found.features is not None
+    return numbers, Outputs(found.logits, found.features)
 
 
 def main(options: Options) -> None:
     """Print what became of outsiders and of scans, and how well each score tells them apart."""
     classifier = load_classifier(options.classifier_uri)
     trust = classifier.trust
-    scans = [storage.read_bytes(found.uri) for found in list_scans([options.scans_uri])]
+    scans = [
+        read_named_scan(uri) for uri in list_scans([options.scans_uri])["scan_uri"].to_pylist()
+    ]
     _, inside = compute_outputs(classifier, scans)
     found = [*find_library_images(), *find_dicom_images(), *draw_images()]
     numbers, outside = compute_outputs(classifier, [content for _, content in found])

@@ -34,10 +34,10 @@ import psutil
 import torch
 import tyro
 
+from brainray.inference.engine import EngineOptions, open_engine
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.inference.engine import EngineOptions, open_engine
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing, load_image
 
@@ -94,20 +94,20 @@ class Options:
 def measure_bare(classifier_uri: str, files: list[Path]) -> None:
     """Print ms a scan one after another, and scans/s at once."""
     classifier = load_classifier(classifier_uri)
-    runtime = open_engine(classifier, EngineOptions())
+    engine = open_engine(classifier, EngineOptions())
     images = np.stack(
         [load_image(f.read_bytes(), classifier.preprocessing, DecodeLimits()) for f in files]
     )
-    runtime.predict_probs(images)
+    engine.predict(images)
     times = []
     for image in np.concatenate([images, images]):
         started = time.perf_counter()
-        runtime.predict_probs(image[None])
+        engine.predict(image[None])
         times.append(time.perf_counter() - started)
     rates = []
     for _ in range(4):
         started = time.perf_counter()
-        runtime.predict_probs(images)
+        engine.predict(images)
         rates.append(len(images) / (time.perf_counter() - started))
     found = {
         "p50_ms": statistics.median(times) * 1e3,

@@ -242,8 +242,8 @@ def run_brainray(options: Options) -> Turn:
     """Run one turn of this pipeline."""
     import ray
 
-    from brainray.dataset.source import find_samples
     from brainray.cluster import connect_ray
+    from brainray.dataset.source import find_samples
     from brainray.pipelines.data import prepare_training_data
     from brainray.pipelines.fit import fit
     from brainray.pipelines.run import TrainJob
