@@ -4,6 +4,7 @@ A stream of opened scans goes through a pool of actors that hold an engine, and 
 the prediction table.
 """
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -98,8 +99,9 @@ class PredictStage:
         Returns
         -------
         Dataset
-            Rows of the prediction table, with the further columns and ``predict_s``, the row's
-            share of the engine's time. All rows of a block stay in one block.
+            Rows of the prediction table, with the further columns; ``predict_s``, the row's share
+            of the engine's time; and ``runtime``, the engine's description as JSON. All rows of a
+            block stay in one block.
         """
         pool = self.pool
         with warnings.catch_warnings():
@@ -134,6 +136,7 @@ class _PredictBatch:
         self._stage = stage
         self._engine = ray.get(stage.engine)()
         self._about = self._engine.describe()
+        self._runtime = json.dumps(self._about)
         self._engine.predict(self._engine.make_batch(1), stage.outputs)  # warm up
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -152,6 +155,7 @@ class _PredictBatch:
             if name not in SCAN_SCHEMA.names and name != "image":
                 rows = rows.append_column(name, batch[name])
         seconds = (time.perf_counter() - started) / max(1, batch.num_rows)
+        rows = rows.append_column("runtime", pa.array([self._runtime] * batch.num_rows))
         return rows.append_column("predict_s", pa.array([seconds] * batch.num_rows, pa.float32()))
 
 
@@ -167,10 +171,6 @@ def plan_pool(
     ----------
     options : EngineOptions
         What to compute with; ``num_threads`` is chosen where it is not given.
-    nodes : sequence of dict
-        Resources of every node.
-    reserve_cpus : callable
-        :func:`brainray.cluster.share_cpus`.
     num_engines : int, optional
         Engines at a time; by default one for each GPU, or for four CPUs.
     gpus_per_engine : float
