@@ -15,6 +15,7 @@ from rich.console import Console
 from brainray import runlog, storage
 from brainray.dataset.kaggle import FetchJob, fetch_kaggle_set
 from brainray.errors import BrainrayError, ConfigError, UserError
+from brainray.inference.bulk import ClassifyJob, classify
 from brainray.inference.files import (
     EXIT_UNREAD,
     asks_for_bulk,
@@ -22,8 +23,8 @@ from brainray.inference.files import (
     run_files,
     stop_writing,
 )
+from brainray.inference.stats import Progress, count_rejected
 from brainray.pipelines.audit import AuditJob, audit, list_excessive_leaks
-from brainray.pipelines.classify import ClassifyJob, classify
 from brainray.pipelines.compare import CompareJob, compare
 from brainray.pipelines.config import Placement, TrainConfig
 from brainray.pipelines.demo import DemoJob, run_demo
@@ -31,7 +32,6 @@ from brainray.pipelines.doctor import examine
 from brainray.pipelines.evaluate import EvaluateJob, evaluate
 from brainray.pipelines.folds import cross_validate
 from brainray.pipelines.run import TrainJob
-from brainray.pipelines.tally import Standing
 from brainray.pipelines.train import train
 from brainray.recipes import RECIPES, build_recipe
 from brainray.serving.config import ServeJob
@@ -80,9 +80,9 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyOptions:
-    """Classify scans in bulk with a sealed classifier; a row of Parquet for every scan.
+    """Classify scans in bulk; a row of Parquet for every scan.
 
-    `brainray classify FILE…` prints the answers to a few files.
+    `brainray classify FILE…` prints the predictions of a few files.
     """
 
     job: Annotated[ClassifyJob, tyro.conf.arg(name="")]
@@ -143,12 +143,12 @@ class Voice:
         left = runlog.format_duration(elapsed / done * (total - done))
         self._show(f"epoch {message['epoch'] + 1:>3}  step {done}/{total}  {left} left in it", now)
 
-    def progress(self, standing: Standing) -> None:
+    def progress(self, progress: Progress) -> None:
         """Show how far a bulk run is, in the same way."""
         now = time.monotonic()
-        if now - self._shown_at > REDRAW_S or standing.done == standing.total:
+        if now - self._shown_at > REDRAW_S or progress.done == progress.total:
             self._shown_at = now
-            self._show(describe_standing(standing), now)
+            self._show(describe_progress(progress), now)
 
     def _show(self, line: str, now: float) -> None:
         if self._console.is_terminal:
@@ -261,7 +261,7 @@ def run_classify(arguments: list[str]) -> None:
     )
 
     def run() -> None:
-        metrics = classify(job, say=voice.say, tick=voice.progress, verbose=options.verbose)
+        metrics = classify(job, say=voice.say, on_progress=voice.progress, verbose=options.verbose)
         _conclude_bulk(voice, metrics, job.output_uri)
 
     _guard(run)
@@ -394,7 +394,7 @@ def _conclude_bulk(voice: Voice, metrics: dict[str, Any], output_uri: str) -> No
         voice.say(describe_scores("truth", metrics["evaluation"]))
     voice.say(describe_counts(run))
     voice.say(f"speed       {run['images_per_s']:.1f} images/s with the start; {run['bottleneck']}")
-    voice.say(f"answers     {storage.join(output_uri, 'predictions')}")
+    voice.say(f"predictions {storage.join(output_uri, 'predictions')}")
     voice.say(f"report      {storage.join(output_uri, 'report.html')}")
     voice.say("Research use only; not a medical device.")
 
@@ -509,20 +509,18 @@ def describe_counts(run: dict[str, Any]) -> str:
     return line
 
 
-def describe_standing(standing: Standing) -> str:
-    """Say in one line how far a bulk run has come."""
-    total = f"{standing.total:,}" if standing.is_total_known else f"{standing.total:,}+"
-    line = f"{standing.done:,}/{total} scans"
-    since_first = standing.done - standing.done_at_first
-    if standing.elapsed_s > SETTLING_S and since_first:
-        rate = since_first / standing.elapsed_s
+def describe_progress(progress: Progress) -> str:
+    """Say in one line how far a bulk run is."""
+    total = "?" if progress.total is None else f"{progress.total:,}"
+    line = f"{progress.done:,}/{total} scans"
+    rate = progress.rate
+    if rate and progress.warm_s > SETTLING_S:
         line += f"  {rate:.1f} images/s"
-        if standing.is_total_known:
-            left = (standing.total - standing.done) / rate
+        if progress.total is not None:
+            left = (progress.total - progress.done) / rate
             line += f"  {runlog.format_duration(left)} left"
-    if standing.rejected:
-        line += f"  {standing.rejected:,} rejected"
-    return line
+    rejected = count_rejected(progress.new.reasons)
+    return line + (f"  {rejected:,} rejected" if rejected else "")
 
 
 def describe_scores(split: str, scores: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import ray.data
 
 from brainray.dataset.stream import TASK_CPUS
 from brainray.errors import ConfigError
-from brainray.pipelines.repeat import repeat
+from brainray.io.repeat import repeat
 from brainray.raytoken import keep_token_private
 
 MIN_CPUS = 2
@@ -47,6 +47,7 @@ def connect_ray(*, verbose: bool = False) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = verbose
     context.print_on_execution_start = verbose
+    context.raise_original_map_exception = True  # our own errors, not a UserCodeException
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
     if not verbose:  # a handful of scans on a large cluster is no mistake

@@ -346,12 +346,12 @@ def read_calibration_images(
         )
     from brainray.dataset.scans import list_scans, read_named_scan
 
-    found = list(list_scans([calibration_uri]))
+    found = list_scans([calibration_uri])["scan_uri"].to_pylist()
     chosen = np.linspace(0, len(found) - 1, min(len(found), NUM_CALIBRATION_IMAGES)).round()
     images = []
     for place in chosen.astype(np.int64):
         try:
-            content = read_named_scan(found[place].scan_uri)
+            content = read_named_scan(found[place])
             images.append(load_image(content, preprocessing, DecodeLimits()))
         except RejectedImage:
             continue

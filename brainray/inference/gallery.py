@@ -1,4 +1,4 @@
-"""A scan as the galleries of reports show it."""
+"""Pictures of scans for the reports' galleries."""
 
 from collections.abc import Sequence
 
@@ -17,35 +17,36 @@ def draw_scan(
     preprocessing: Preprocessing,
     limits: DecodeLimits,
 ) -> tuple[bytes, bytes | None]:
-    """Draw a scan, and on it where the evidence for its class is.
+    """Draw a scan, and the same with a class map on it.
 
     Parameters
     ----------
     content : bytes
         The encoded scan.
-    class_map : sequence of float or None
-        The column ``class_map`` of its prediction.
+    class_map : sequence of float, optional
+        As the prediction table has it.
+    preprocessing : Preprocessing
+        Of the classifier.
+    limits : DecodeLimits
+        What is too large to open.
 
     Returns
     -------
-    image_png : bytes
-    overlay_png : bytes or None
-        The scan with its class map on it; None if it has none.
+    bytes, bytes or None
+        PNGs; the second is None without a class map.
 
     Raises
     ------
     RejectedImage
-        The bytes cannot be turned into pixels.
+        The scan cannot be decoded.
     """
     image_png = render_picture(content, limits)
     if class_map is None:
         return image_png, None
-    side = describe_class_map(preprocessing.size_px)["height"]
+    shape = describe_class_map(preprocessing.size_px)
+    cells = np.array(class_map, np.float32).reshape(shape["height"], shape["width"])
+    pixels = decode_image(content, limits)
     overlay_png = render_overlay(
-        np.array(class_map, np.float32).reshape(side, side),
-        decode_image(content, limits),
-        preprocessing,
-        STRIDE_PX,
-        shown_px=GALLERY_OVERLAY_PX,
+        cells, pixels, preprocessing, STRIDE_PX, shown_px=GALLERY_OVERLAY_PX
     )
     return image_png, overlay_png

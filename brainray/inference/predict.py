@@ -29,8 +29,9 @@ from brainray.pixels.preprocess import Preprocessing
 
 CPUS_PER_ENGINE = 4
 """Threads of one engine on a CPU, where the machine has so many."""
-BATCH_SIZE = 256
-"""Images of one call of an engine, at most."""
+GPU_BATCH_SIZE = 256
+"""Images of one call of an engine on a GPU. Ray Data wants a size there, and joins smaller blocks up
+to it; on a CPU each block is a call of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,8 +102,9 @@ class PredictStage:
         -------
         Dataset
             Rows of the prediction table, with the further columns; ``predict_s``, the row's share
-            of the engine's time; and ``runtime``, the engine's description as JSON. All rows of a
-            block stay in one block.
+            of the engine's time; and ``runtime``, what computed, as JSON of
+            :meth:`brainray.inference.engine.Engine.describe`. All rows of a block stay in one
+            block.
         """
         pool = self.pool
         with warnings.catch_warnings():
@@ -111,7 +113,7 @@ class PredictStage:
             warnings.simplefilter("ignore", DeprecationWarning)
             predicted: Dataset = scans.map_batches(
                 _PredictBatch,
-                batch_size=BATCH_SIZE,
+                batch_size=GPU_BATCH_SIZE if pool.gpus else None,
                 batch_format="pyarrow",
                 fn_constructor_kwargs={"stage": self},
                 num_cpus=pool.cpus,
@@ -164,8 +166,8 @@ class _PredictBatch:
             if name not in SCAN_SCHEMA.names and name != "image":
                 rows = rows.append_column(name, batch[name])
         seconds = (time.perf_counter() - started) / max(1, batch.num_rows)
-        rows = rows.append_column("runtime", pa.array([self._runtime] * batch.num_rows))
-        return rows.append_column("predict_s", pa.array([seconds] * batch.num_rows, pa.float32()))
+        rows = rows.append_column("predict_s", pa.array([seconds] * batch.num_rows, pa.float32()))
+        return rows.append_column("runtime", pa.array([self._runtime] * batch.num_rows))
 
 
 def plan_pool(

@@ -15,10 +15,12 @@ from ray.exceptions import RayError, RayTaskError
 from brainray.dataset.scan import ScanStore
 from brainray.dataset.stream import TASK_CPUS
 from brainray.errors import BrainrayError
-from brainray.inference.predict import BATCH_SIZE, PredictStage, pack_images
+from brainray.inference.predict import PredictStage, pack_images
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing
 
+PART_ROWS = 256
+"""Samples of one block: seconds of work on a CPU."""
 MAX_FAILURES = 3
 """Times in a row that the stream may break, as when a node is lost, without a new prediction."""
 
@@ -95,8 +97,8 @@ def _stream(
     limits: DecodeLimits,
 ) -> Iterator[pa.Table]:
     chosen = scans.take(pa.array(indices)).append_column("index", pa.array(indices))
-    starts = range(0, len(indices), BATCH_SIZE)
-    parts = [chosen.slice(start, BATCH_SIZE) for start in starts]
+    starts = range(0, len(indices), PART_ROWS)
+    parts = [chosen.slice(start, PART_ROWS) for start in starts]
     num_cpus = max(1, int(ray.cluster_resources()["CPU"]))
     load: Any = partial(
         _load_part, store=store, preprocessing=stage.preprocessing, limits=limits

@@ -1,24 +1,40 @@
-"""The true classes of scans, where somebody knows them."""
+"""The true classes of scans, where they are known."""
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from brainray import storage
 from brainray.errors import DataError
 
-Truth = Callable[[str], str | None]
-"""Gives a scan's true class by its URI; None where it is not known."""
+FOLDER = "folder"
 
 
-def read_truth(labels: str | None, classes: tuple[str, ...]) -> Truth | None:
-    """Read where the true classes are.
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """True classes by scan; may be sent to workers."""
+
+    classes: tuple[str, ...]
+    by_uri: Mapping[str, str] | None = field(default=None)
+    """None where the name of a scan's folder is its class."""
+
+    def find(self, scan_uri: str) -> str | None:
+        """Return a scan's true class; None where it is not known."""
+        if self.by_uri is not None:
+            return self.by_uri.get(scan_uri)
+        name = scan_uri.rsplit("/", 2)[-2] if scan_uri.count("/") > 1 else ""
+        return name if name in self.classes else None
+
+
+def read_labels(labels: str | None, classes: tuple[str, ...]) -> Labels | None:
+    """Read the true classes of scans.
 
     Parameters
     ----------
     labels : str or None
         ``folder`` (the name of a scan's folder is its class), a CSV file with the columns
-        scan_uri and label, or None where no truth is known.
+        scan_uri and label, or None where no label is known.
     classes : tuple of str
         The classes that a scan may have.
 
@@ -29,13 +45,8 @@ def read_truth(labels: str | None, classes: tuple[str, ...]) -> Truth | None:
     """
     if labels is None:
         return None
-    if labels == "folder":
-
-        def look_at_folder(scan_uri: str) -> str | None:
-            name = scan_uri.rsplit("/", 2)[-2] if scan_uri.count("/") > 1 else ""
-            return name if name in classes else None
-
-        return look_at_folder
+    if labels == FOLDER:
+        return Labels(classes)
     try:
         text = storage.read_bytes(labels).decode("utf-8-sig")
     except FileNotFoundError:
@@ -54,4 +65,4 @@ def read_truth(labels: str | None, classes: tuple[str, ...]) -> Truth | None:
         raise DataError(
             f"Unknown class '{unknown[0]}' in '{labels}'. Expected one of {', '.join(classes)}."
         )
-    return by_uri.get
+    return Labels(classes, by_uri)

@@ -1,0 +1,617 @@
+"""Classify in bulk on Ray Data: one row for every scan, and only what is new.
+
+A run is planned first (:mod:`brainray.inference.plan`), then predicted in waves. A wave is one
+execution of Ray Data over some of the plan's shards::
+
+    shard numbers -> read and decode (tasks) -> predict (actors) -> write (tasks) -> statistics
+
+Each shard's scans pass through it as the rows of one block, which the worker that holds the
+predictions writes as one file. The driver gets each shard's statistics, and no row.
+"""
+
+import json
+import logging
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Annotated, Any, TypeVar
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+import tyro
+from ray.data import Dataset, ExecutionResources
+from ray.exceptions import RayError, RayTaskError
+
+from brainray import storage
+from brainray.cluster import (
+    Need,
+    check_fits,
+    connect_ray,
+    describe_gpu_need,
+    tell_waiting,
+)
+from brainray.dataset.scan import read_scan
+from brainray.dataset.scans import Place, find_places
+from brainray.dataset.stream import TASK_CPUS, pause_scheduling
+from brainray.errors import (
+    BrainrayError,
+    ClassificationError,
+    ConfigError,
+    DataError,
+    RejectedImage,
+)
+from brainray.inference.engine import Engine, EngineOptions, prepare_engine
+from brainray.inference.labels import Labels, read_labels
+from brainray.inference.plan import PLAN_SCHEMA, Plan, PlanOptions, make_plan, name_part, read_shard
+from brainray.inference.predict import EnginePool, PredictStage, pack_images, plan_pool
+from brainray.inference.report import build_metrics, write_report
+from brainray.inference.schema import SCAN_SCHEMA
+from brainray.inference.stats import (
+    Progress,
+    RunStats,
+    compute_statistics,
+    count_rejected,
+    watch_memory,
+)
+from brainray.inference.store import PredictionStore, Wave
+from brainray.io.lock import OutputLock, hold_output
+from brainray.model.classifier import read_card
+from brainray.model.shipped import find_default_classifier
+from brainray.model.trust import LOW_CONFIDENCE
+from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.preprocess import Preprocessing, open_scan
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 3
+"""Failures of a wave in a row, without a shard done between them, that end a run."""
+MAX_BLOCK_BYTES = 128 * 2**20
+"""Network input of one shard, at most."""
+SHARDS_PER_ENGINE = 128
+"""Shards of a wave for each engine. The driver grows by some 10 kB for each block of an execution,
+and gets that back with the next; starting an execution costs seconds."""
+IMAGES_PER_THREAD_S = 25.0
+"""Images of 224 px that a CPU thread is expected to predict in a second, in bf16 on Zen 4 or 5; it
+only decides how many scans share a file."""
+IMAGES_PER_GPU_S = 3_000.0
+"""The same of a GPU."""
+OPENED_FILE = "opened.json"
+"""In the plan's folder, once it is made: shards of the first wave."""
+POLL_S = 0.05
+"""Pause between two looks for the plan, at the start."""
+CPU_PAUSE_S, GPU_PAUSE_S = 0.05, 0.005
+"""Pause of Ray Data's scheduling loop: short beside what a shard takes to predict."""
+ALREADY_ANSWERED = "already_answered"
+"""Reason that a scan has within the stream whose content has a row; it gets no other one."""
+
+Say = Callable[[str], None]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifyJob:
+    """One bulk run: which scans, by which classifier, to where."""
+
+    scans_uri: tuple[str, ...]
+    """Folder, glob, file, Parquet table with `image_bytes`, or a .txt or .csv list of URIs;
+    local, s3:// or gs://. May be given several times."""
+    classifier_uri: str = field(default_factory=find_default_classifier)
+    """A classifier bundle; `$BRAINRAY_CLASSIFIER`, else the one that comes with the project, if
+    not given."""
+    output_uri: str
+    """Where predictions, metrics and report go. The same command classifies what is new since."""
+    labels: str | None = None
+    """Where the true classes are: `folder` (the name of a scan's folder is its class), or a CSV
+    file with the columns scan_uri and label."""
+    explain: bool = False
+    """Write beside each prediction its class map: where the network found evidence."""
+    max_rejected: str = "100%"
+    """Exit with status 2, after everything is written, when more of the new scans than this
+    were rejected: a share (5%) or a number (20)."""
+    engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions()
+    num_predictors: int | None = None
+    """Processes that hold the classifier; one for each GPU, or for four CPUs, if not given."""
+    gpus_per_predictor: float = 1.0
+    """Share of a GPU that each takes, with --use-gpu."""
+    num_decoders: int | None = None
+    """Tasks that read and decode at a time; as many as CPUs are left, if not given."""
+    part_s: float = 20.0
+    """Seconds of work in one file, about: what a kill can cost."""
+    limits: DecodeLimits = DecodeLimits()
+    """What is too large to open."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaveTask:
+    """What the tasks of a run need to know."""
+
+    store: PredictionStore
+    run: str
+    preprocessing: Preprocessing
+    limits: DecodeLimits
+    labels: "ray.ObjectRef[Labels | None]"
+
+
+def classify(
+    job: ClassifyJob,
+    *,
+    say: Say = logger.info,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Classify every new scan, and write predictions, metrics and report.
+
+    Parameters
+    ----------
+    job : ClassifyJob
+        What to classify.
+    say, on_progress : callable
+        Take a line for a person, and how far the run is.
+    verbose : bool
+        Whether Ray's own lines are shown.
+
+    Returns
+    -------
+    dict
+        The content of metrics.json.
+
+    Raises
+    ------
+    UserError
+        The scans, the classifier or the output cannot be used; or, when all is written, more
+        was rejected than ``max_rejected`` allows.
+    ClassificationError
+        The stream failed :data:`MAX_FAILURES` times in a row without a shard done.
+    LockLostError
+        Another run took the output over.
+    """
+    max_rejected = parse_max_rejected(job.max_rejected)
+    card = read_card(job.classifier_uri)
+    labels = read_labels(job.labels, tuple(card["classes"]))
+    places = find_places(job.scans_uri)
+    # Importing torch and exporting the network takes about as long as starting Ray.
+    engine = start_thread(prepare_engine, job.classifier_uri, job.engine)
+    with hold_output(job.output_uri) as lock:
+        store = PredictionStore.of(job.output_uri, card)
+        run = _Run(job, card, store, lock, say, on_progress)
+        run.close_previous()
+        connect_ray(verbose=verbose)
+        needs = describe_needs(job)
+        check_fits(*needs)
+        with watch_memory() as peak, tell_waiting(needs, say):
+            run.classify(places, engine.result(), labels)
+        metrics = build_metrics(card, run.progress, run.pool, run.num_decoders, peak.bytes)
+        write_report(job, card, store, run.id, run.progress.new, labels, metrics)
+    _check_rejected(run.progress.new, max_rejected, job.max_rejected)
+    return metrics
+
+
+def start_thread(function: Callable[..., Result], *arguments: object) -> "Future[Result]":
+    """Call a function in a thread that does not keep the process from ending."""
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name=function.__name__).start()
+    return future
+
+
+def parse_max_rejected(text: str) -> Callable[[int], float]:
+    """Return what turns a number of scans into the number that may be rejected.
+
+    Raises
+    ------
+    ConfigError
+        The text is neither a share nor a number.
+    """
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf") or (text.endswith("%") and value > 100):
+        raise ConfigError(f"Expected --max-rejected as 5% or 20, got '{text}'.")
+    return (lambda n: n * value / 100) if text.endswith("%") else (lambda _: value)
+
+
+def _check_rejected(new: RunStats, limit: Callable[[int], float], text: str) -> None:
+    rejected = count_rejected(new.reasons)
+    if rejected > limit(new.num_rows):
+        reasons = ", ".join(
+            f"{count:,} {reason}"
+            for reason, count in new.reasons.most_common()
+            if reason != LOW_CONFIDENCE
+        )
+        raise DataError(
+            f"{rejected:,} of {new.num_rows:,} new scans were rejected ({reasons}), more than "
+            f"--max-rejected {text} allows. All predictions are written."
+        )
+
+
+def describe_needs(job: ClassifyJob) -> list[Need]:
+    """Say what the run cannot do without, besides a CPU."""
+    if not job.engine.use_gpu:
+        return []
+    return [describe_gpu_need(job.gpus_per_predictor, job.num_predictors or 1)]
+
+
+def choose_shard_rows(pool: EnginePool, size_px: int, part_s: float) -> int:
+    """Choose how many scans share a file: about what one engine predicts in ``part_s`` seconds."""
+    if pool.gpus:
+        rate = IMAGES_PER_GPU_S * pool.gpus
+    else:
+        rate = IMAGES_PER_THREAD_S * (pool.options.num_threads or 1) * (224 / size_px) ** 2
+    return max(1, min(int(rate * part_s), MAX_BLOCK_BYTES // size_px**2))
+
+
+class _Run:
+    """One run: its plan, its waves, and what came of them."""
+
+    pool: EnginePool
+    num_decoders: int
+
+    def __init__(
+        self,
+        job: ClassifyJob,
+        card: dict[str, Any],
+        store: PredictionStore,
+        lock: OutputLock,
+        say: Say,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self._job, self._card, self._store, self._lock = job, card, store, lock
+        self._say, self._on_progress = say, on_progress
+        self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:6]}"
+        self._is_over = False
+        self.progress = Progress()
+
+    def close_previous(self) -> None:
+        """Close what a run left that was cut short."""
+        num_missing = self._store.close(self._lock.state)
+        if num_missing:
+            self._say(f"The last run was cut short; {num_missing:,} of its files are left empty.")
+        self._lock.update({})
+        storage.delete_folder(self._store.plan_uri)
+
+    def classify(
+        self, places: list[Place], engine: Callable[[], Engine], labels: Labels | None
+    ) -> None:
+        """Plan and predict."""
+        job = self._job
+        self.pool = pool = plan_pool(
+            job.engine, num_engines=job.num_predictors, gpus_per_engine=job.gpus_per_predictor
+        )
+        free = ray.cluster_resources().get("CPU", 1.0) - pool.num_engines * pool.cpus
+        self.num_decoders = job.num_decoders or max(1, round(free))
+        preprocessing = Preprocessing(**self._card["preprocessing"])
+        self._wave_size = SHARDS_PER_ENGINE * pool.num_engines
+        planned = start_thread(
+            self._plan,
+            PlanOptions(
+                places=tuple(places),
+                store=self._store,
+                run=self.id,
+                max_shard_rows=choose_shard_rows(pool, preprocessing.size_px, job.part_s),
+                num_engines=pool.num_engines,
+            ),
+        )
+        self._stage = PredictStage.of(
+            self._card, engine, pool, ["class_maps"] if job.explain else []
+        )
+        self._task = WaveTask(
+            store=self._store,
+            run=self.id,
+            preprocessing=preprocessing,
+            limits=job.limits,
+            labels=ray.put(labels),
+        )
+        try:
+            self._predict_all(planned)
+        finally:
+            self._is_over = True
+        self._lock.update({})
+        storage.delete_folder(self._store.plan_uri)
+
+    def _predict_all(self, planned: "Future[tuple[Plan, int]]") -> None:
+        # The first wave starts its engines while the plan is being made.
+        todo = self._predict(Wave(self.id, 0, 0, self._wave_size), is_first=True)
+        plan, num_opened = planned.result()
+        if not plan.num_listed:
+            raise DataError(
+                f"No scans at {', '.join(self._job.scans_uri)}: there is not one visible file."
+            )
+        _check_complete(todo.intersection(range(num_opened)))
+        for part, num_shards in enumerate(plan.num_shards):
+            for first in range(0 if part else num_opened, num_shards, self._wave_size):
+                wave = Wave(self.id, part, first, min(self._wave_size, num_shards - first))
+                self._open(wave)
+                _check_complete(self._predict(wave))
+        if plan.num_hidden:
+            self._say(f"Skipped {plan.num_hidden:,} hidden files.")
+        self._on_progress(self.progress)
+
+    def _plan(self, options: PlanOptions) -> tuple[Plan, int]:
+        """Plan, and open the first wave; runs in a thread beside it.
+
+        Returns
+        -------
+        Plan
+        int
+            Shards of the first wave. Where a plan has several parts it is empty: gathering them
+            needs the CPUs that the engines hold.
+        """
+        num_opened = 0
+        try:
+            plan = make_plan(options)
+            self.progress.total = plan.num_scans
+            if len(plan.num_shards) == 1 and not self._is_over:
+                num_opened = min(self._wave_size, plan.num_shards[0])
+                self._open(Wave(self.id, 0, 0, num_opened))
+            return plan, num_opened
+        finally:
+            storage.write_json(self._store.name_plan(self.id, OPENED_FILE), num_opened)
+
+    def _open(self, wave: Wave) -> None:
+        """Put a wave into the lock, before anything of it is written."""
+        self._lock.update(self._store.describe_wave(wave))
+
+    def _predict(self, wave: Wave, *, is_first: bool = False) -> set[int]:
+        """Predict a wave; what a failure left over is begun again under the same names.
+
+        Returns
+        -------
+        set of int
+            Shards that nothing came of.
+        """
+        todo = set(wave.list_shards())
+        failures = 0
+        while True:
+            before = len(todo)
+            try:
+                for shard in self._stream(wave.part, sorted(todo), is_first):
+                    self._lock.check()
+                    todo.discard(shard.number)
+                    self._take(shard)
+                return todo
+            except RayTaskError as error:
+                if isinstance(error.cause, BrainrayError):
+                    raise error.cause from None
+                raise
+            except RayError as error:
+                failures = 1 if len(todo) < before else failures + 1
+                if failures == MAX_FAILURES:
+                    raise ClassificationError(
+                        f"The stream broke {failures} times without a new prediction: "
+                        f"{_first_line(error)} What was predicted is written."
+                    ) from error
+                self._say(f"A process was lost ({_first_line(error)}); going on with what is left.")
+
+    def _stream(self, part: int, shards: list[int], is_first: bool) -> "Iterator[DoneShard]":
+        if not shards:
+            return
+        stream = build_stream(
+            self._task, self._stage, part, shards, self.num_decoders, is_first=is_first
+        )
+        batches: Any = stream.iter_batches(batch_size=None, batch_format="pyarrow")
+        for batch in batches:
+            for value in batch["done"].to_pylist():
+                yield pickle.loads(value)  # our own worker's
+
+    def _take(self, shard: "DoneShard") -> None:
+        if self.progress.runtime is None and shard.runtime is not None:
+            self._say(f"Predicting with {shard.runtime['description']}.")
+            if "int8_cost" in shard.runtime:
+                self._say(shard.runtime["int8_cost"])
+        self.progress.add(shard.stats, shard.num_known, shard.stages_s, shard.runtime)
+        self._on_progress(self.progress)
+
+
+def _check_complete(todo: set[int]) -> None:
+    if todo:
+        raise ClassificationError(
+            f"Ray Data lost {len(todo):,} shards. Give the same command again; "
+            "this is a defect of brainray, please report it."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DoneShard:
+    """What the driver learns of a shard."""
+
+    number: int
+    num_known: int
+    """Scans whose content had a row already."""
+    stats: RunStats
+    stages_s: dict[str, float]
+    """Seconds of work, by stage."""
+    runtime: dict[str, str] | None
+    """What computed; None where nothing was written."""
+
+
+def build_stream(
+    task: WaveTask,
+    stage: PredictStage,
+    part: int,
+    shards: list[int],
+    num_decoders: int,
+    *,
+    is_first: bool = False,
+) -> Dataset:
+    """Build the stream of a wave; nothing runs until it is read.
+
+    The first wave waits for its plan, and has fewer shards where that has.
+
+    Returns
+    -------
+    Dataset
+        Column ``done``: a pickled :class:`DoneShard` for each shard that has scans.
+    """
+    numbers = ray.data.from_items(
+        [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
+    )
+    opened = numbers.map_batches(
+        open_shard,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"task": task, "part": part, "is_first": is_first},
+        num_cpus=TASK_CPUS,
+        compute=ray.data.TaskPoolStrategy(size=num_decoders),
+    )
+    done: Dataset = stage.apply(opened).map_batches(
+        write_shards,  # type: ignore[arg-type]
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"task": task, "part": part},
+        num_cpus=TASK_CPUS,
+    )
+    context = done.context
+    context.target_max_block_size = 4 * MAX_BLOCK_BYTES  # a shard stays one block
+    pause_scheduling(context, GPU_PAUSE_S if stage.pool.gpus else CPU_PAUSE_S)
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=(2 + 4 * stage.pool.num_engines) * MAX_BLOCK_BYTES
+    )
+    return done
+
+
+def open_shard(block: pa.Table, *, task: WaveTask, part: int, is_first: bool) -> pa.Table:
+    """Read, decode and resize the scans of a shard; runs as a Ray Data task.
+
+    Returns
+    -------
+    Table
+        What :meth:`brainray.inference.predict.PredictStage.apply` takes, with ``shard``,
+        ``shard_rows``, ``read_s`` and ``decode_s``; no rows for a shard that the plan has not.
+    """
+    size_px = task.preprocessing.size_px
+    num_opened = _wait_for_plan(task) if is_first else None
+    tables = []
+    for shard in block["shard"].to_pylist():
+        is_planned = num_opened is None or shard < num_opened
+        plan_uri = task.store.name_plan(task.run, name_part(part))
+        scans = read_shard(plan_uri, shard) if is_planned else PLAN_SCHEMA.empty_table()
+        loaded = [_open_scan(row, task) for row in scans.to_pylist()]
+        columns = {
+            name: pa.array([getattr(scan, name) for scan in loaded], SCAN_SCHEMA.field(name).type)
+            for name in SCAN_SCHEMA.names
+        }
+        tables.append(
+            pa.table(
+                columns
+                | {
+                    "image": pack_images([scan.image for scan in loaded], size_px),
+                    "shard": pa.array([shard] * len(loaded), pa.int64()),
+                    "shard_rows": pa.array([len(loaded)] * len(loaded), pa.int64()),
+                    "read_s": pa.array([scan.read_s for scan in loaded], pa.float32()),
+                    "decode_s": pa.array([scan.decode_s for scan in loaded], pa.float32()),
+                }
+            )
+        )
+    return pa.concat_tables(tables)
+
+
+def _wait_for_plan(task: WaveTask) -> int:
+    """Wait until the plan is made, and return how many shards the first wave has."""
+    while True:
+        try:
+            return int(storage.read_json(task.store.name_plan(task.run, OPENED_FILE)))
+        except FileNotFoundError:
+            time.sleep(POLL_S)
+
+
+@dataclass(slots=True)
+class _OpenedScan:
+    """One scan, opened or rejected."""
+
+    scan_uri: str
+    size_bytes: int | None
+    modified_ns: int | None
+    reason: str | None
+    content_sha256: str | None = None
+    width_px: int | None = None
+    height_px: int | None = None
+    image: Any = None
+    read_s: float = 0.0
+    decode_s: float = 0.0
+
+
+def _open_scan(row: dict[str, Any], task: WaveTask) -> _OpenedScan:
+    scan = _OpenedScan(row["scan_uri"], row["size_bytes"], row["modified_ns"], row["reason"])
+    known = row["known_contents"] or ()
+    started = time.perf_counter()
+    try:
+        if scan.reason is None:
+            limits = task.limits
+            content = read_scan(
+                row["uri"], row["row_group"], row["row"], max_bytes=limits.max_bytes
+            )
+            if len(content) <= limits.max_bytes:  # else it was not read to its end
+                scan.content_sha256 = sha256(content).hexdigest()
+            scan.read_s = time.perf_counter() - started
+            if scan.content_sha256 not in known:
+                opened = open_scan(content, task.preprocessing, limits)
+                scan.height_px, scan.width_px = opened.pixels.shape
+                scan.image = opened.image
+                scan.decode_s = time.perf_counter() - started - scan.read_s
+    except RejectedImage as rejection:
+        scan.reason = rejection.reason
+    if (scan.content_sha256 or scan.reason) in known:
+        scan.reason, scan.image = ALREADY_ANSWERED, None
+    return scan
+
+
+def write_shards(block: pa.Table, *, task: WaveTask, part: int) -> pa.Table:
+    """Write the predictions of whole shards, a file for each; runs as a Ray Data task."""
+    done = []
+    for shard in pc.unique(block["shard"]).to_pylist():
+        rows = block.filter(pc.equal(block["shard"], shard))
+        expected = rows["shard_rows"][0].as_py()
+        if rows.num_rows != expected:
+            raise ClassificationError(
+                f"Ray Data cut a shard of {expected:,} scans: {rows.num_rows:,} came together. "
+                "This is a defect of brainray; please report it."
+            )
+        done.append(pickle.dumps(_write_shard(rows, task, part, shard)))
+    return pa.table({"done": pa.array(done, pa.binary())})
+
+
+def _write_shard(rows: pa.Table, task: WaveTask, part: int, shard: int) -> DoneShard:
+    started = time.perf_counter()
+    store = task.store
+    stages_s = {
+        name: float(pc.sum(rows[f"{name}_s"]).as_py()) for name in ("read", "decode", "predict")
+    }
+    is_known = pc.fill_null(pc.equal(rows["reason"], ALREADY_ANSWERED), False)
+    new = rows.filter(pc.invert(is_known))
+    stats, runtime = RunStats(), None
+    if new.num_rows:
+        runtime = json.loads(new["runtime"][0].as_py())
+        counted = compute_statistics(new, store.classes)
+        uri = store.name_file(task.run, part, shard)
+        there = store.write_shard(uri, new, runtime, counted.to_json())
+        labels = ray.get(task.labels)
+        if labels is not None or there is not new:
+            counted = compute_statistics(there, store.classes, labels)
+        stats = counted
+    stages_s["write"] = time.perf_counter() - started
+    return DoneShard(
+        number=shard,
+        num_known=rows.num_rows - new.num_rows,
+        stats=stats,
+        stages_s=stages_s,
+        runtime=runtime,
+    )

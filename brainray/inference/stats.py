@@ -1,0 +1,346 @@
+"""Statistics of a bulk run, which add up: each shard's are computed where it is written.
+
+They hold counts and histograms, the least certain scans and, where labels are known, the worst
+mistakes and the probabilities of at most :data:`MAX_LABELLED` scans. Their size does not grow with
+the number of scans.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from brainray.inference.labels import Labels
+from brainray.inference.schema import stack_probs
+from brainray.io.repeat import repeat
+from brainray.model.trust import LOW_CONFIDENCE
+
+NUM_SCANS_SHOWN = 24
+"""Scans of a gallery."""
+NUM_BINS = 20
+"""Of the histogram of confidences."""
+MAX_LABELLED = 100_000
+"""Labelled scans whose probabilities are kept; of more, a random sample of this size. The standard
+error of an accuracy near 0.97 is then 0.0005."""
+MAX_TIMELINE = 401
+"""Points of a timeline, at most; odd, so that dropping every second one keeps the last."""
+MEMORY_INTERVAL_S = 3.0
+SATURATED = 0.8
+"""A stage that is busy for this share of the time is the bottleneck."""
+
+IDLE = "nothing was new, so nothing was predicted"
+STAGES = ("read", "decode", "predict", "write")
+REMEDIES = {
+    "read": "read-bound: the storage is the limit; bring the scans nearer",
+    "decode": "decode-bound: add CPUs",
+    "predict": "predict-bound: add predictors (CPUs or GPUs)",
+    "write": "write-bound: the output's storage is the limit",
+}
+
+STATISTICS_COLUMNS = ("scan_uri", "reason", "predicted_class", "confidence", "class_map")
+"""Columns that :func:`compute_statistics` needs beside the probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledSample:
+    """Labelled scans that have probabilities: all, or a uniform random sample of them.
+
+    The scans with the smallest hashes of their URIs are kept, so that samples can be joined in any
+    order, and a scan is in it or not whatever the others are.
+    """
+
+    hashes: NDArray[np.uint64]
+    y_true: NDArray[np.int64]
+    y_prob: NDArray[np.float32]
+    total: int
+    """Scans that the sample stands for."""
+    num_unlabelled: int
+    """Scans with probabilities and no label."""
+
+    def add(self, other: "LabelledSample") -> "LabelledSample":
+        """Join two samples of different scans."""
+        hashes = np.concatenate([self.hashes, other.hashes])
+        kept = np.argsort(hashes, kind="stable")[:MAX_LABELLED]
+        return LabelledSample(
+            hashes[kept],
+            np.concatenate([self.y_true, other.y_true])[kept],
+            np.concatenate([self.y_prob, other.y_prob])[kept],
+            self.total + other.total,
+            self.num_unlabelled + other.num_unlabelled,
+        )
+
+
+@dataclass(slots=True)
+class RunStats:
+    """Statistics of predictions; :meth:`add` joins those of different scans."""
+
+    num_rows: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    classes: Counter[str] = field(default_factory=Counter)
+    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(NUM_BINS, np.int64))
+    """Of the confidences, in equal bins of [0, 1]."""
+    least_certain: list[dict[str, Any]] = field(default_factory=list)
+    """``scan_uri``, ``probs`` and ``class_map`` of the scans with the least confidence."""
+    labelled: LabelledSample | None = None
+    """None where no labels were asked for."""
+    mistakes: list[dict[str, Any]] = field(default_factory=list)
+    """The same of the most confident mistakes, and ``true_class``."""
+
+    def add(self, other: "RunStats") -> None:
+        """Take in the statistics of other scans."""
+        self.num_rows += other.num_rows
+        self.reasons.update(other.reasons)
+        self.classes.update(other.classes)
+        self.histogram = self.histogram + other.histogram
+        self.least_certain = _keep_first(self.least_certain + other.least_certain, sign=1)
+        self.mistakes = _keep_first(self.mistakes + other.mistakes, sign=-1)
+        if other.labelled is not None:
+            joined = self.labelled.add(other.labelled) if self.labelled else other.labelled
+            self.labelled = joined
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what does not depend on labels, ready for JSON."""
+        return {
+            "num_rows": self.num_rows,
+            "reasons": dict(self.reasons),
+            "classes": dict(self.classes),
+            "histogram": self.histogram.tolist(),
+            "least_certain": self.least_certain,
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> "RunStats":
+        """Return what :meth:`to_json` gave."""
+        return cls(
+            num_rows=document["num_rows"],
+            reasons=Counter(document["reasons"]),
+            classes=Counter(document["classes"]),
+            histogram=np.array(document["histogram"], np.int64),
+            least_certain=document["least_certain"],
+        )
+
+    def describe_counts(self) -> dict[str, Any]:
+        """Return counts by status, reason and class, as metrics.json has them."""
+        rejected = count_rejected(self.reasons)
+        without_class = sum(self.reasons.values())
+        return {
+            "total": self.num_rows,
+            "by_status": {
+                "classified": self.num_rows - without_class,
+                "abstained": without_class - rejected,
+                "rejected": rejected,
+            },
+            "by_reason": dict(sorted(self.reasons.items())),
+            "by_class": dict(sorted(self.classes.items())),
+        }
+
+
+def _keep_first(shown: list[dict[str, Any]], *, sign: int) -> list[dict[str, Any]]:
+    return sorted(shown, key=lambda scan: (sign * max(scan["probs"]), scan["scan_uri"]))[
+        :NUM_SCANS_SHOWN
+    ]
+
+
+def compute_statistics(
+    rows: pa.Table, classes: Sequence[str], labels: Labels | None = None
+) -> RunStats:
+    """Compute the statistics of some rows.
+
+    Parameters
+    ----------
+    rows : Table
+        :data:`STATISTICS_COLUMNS` and the probabilities.
+    classes : sequence of str
+        In class order.
+    labels : Labels, optional
+        Gives the true class of a scan where it is known.
+    """
+    stats = RunStats(
+        num_rows=rows.num_rows,
+        reasons=Counter(rows["reason"].drop_null().to_pylist()),
+        classes=Counter(rows["predicted_class"].drop_null().to_pylist()),
+    )
+    rows = rows.filter(pc.is_valid(rows["confidence"]))  # those that were abstained on as well
+    confidence = rows["confidence"].to_numpy()
+    stats.histogram = np.histogram(confidence, NUM_BINS, (0.0, 1.0))[0].astype(np.int64)
+    probs = stack_probs(rows, classes)
+    order = np.argsort(confidence, kind="stable")[:NUM_SCANS_SHOWN]
+    stats.least_certain = [_describe_scan(rows, int(row), probs) for row in order]
+    if labels is not None:
+        _add_labelled(stats, rows, probs, classes, labels)
+    return stats
+
+
+def _describe_scan(rows: pa.Table, row: int, probs: NDArray[np.float32]) -> dict[str, Any]:
+    return {
+        "scan_uri": rows["scan_uri"][row].as_py(),
+        "probs": probs[row].tolist(),
+        "class_map": rows["class_map"][row].as_py(),
+    }
+
+
+def _add_labelled(
+    stats: RunStats,
+    rows: pa.Table,
+    probs: NDArray[np.float32],
+    classes: Sequence[str],
+    labels: Labels,
+) -> None:
+    uris = rows["scan_uri"].to_pylist()
+    given = [labels.find(uri) for uri in uris]
+    known = np.flatnonzero([label is not None for label in given])
+    y_true = np.array([classes.index(str(given[row])) for row in known], np.int64)
+    hashes = hash_names([uris[row] for row in known])
+    sample = LabelledSample(hashes, y_true, probs[known], len(known), len(uris) - len(known))
+    stats.labelled = sample.add(
+        LabelledSample(hashes[:0], y_true[:0], probs[:0], 0, 0)
+    )  # cut to its size
+    top = probs[known].argmax(axis=1)
+    wrong = np.flatnonzero(top != y_true)
+    worst = wrong[np.argsort(-probs[known[wrong], top[wrong]], kind="stable")][:NUM_SCANS_SHOWN]
+    stats.mistakes = [
+        _describe_scan(rows, int(known[row]), probs) | {"true_class": classes[y_true[row]]}
+        for row in worst
+    ]
+
+
+def hash_names(names: Sequence[str]) -> NDArray[np.uint64]:
+    """Return a hash of each name, the same in every process, shape (n,)."""
+    hashes: NDArray[np.uint64] = pd.util.hash_array(np.array(names, dtype=object), categorize=False)
+    return hashes
+
+
+def count_rejected(reasons: "Counter[str]") -> int:
+    """Count the scans that were rejected: all that have a reason but low confidence."""
+    return sum(count for reason, count in reasons.items() if reason != LOW_CONFIDENCE)
+
+
+class Progress:
+    """How far a run is, and what it has seen so far."""
+
+    def __init__(self) -> None:
+        self.total: int | None = None
+        """Scans to open; None until they are listed."""
+        self.new = RunStats()
+        """Of the rows that this run wrote."""
+        self.num_known = 0
+        """Scans that were looked at again and whose content had a row."""
+        self.runtime: dict[str, str] | None = None
+        """What computes: from :meth:`brainray.inference.engine.Engine.describe`."""
+        self.stages_s = dict.fromkeys(STAGES, 0.0)
+        self.timeline: list[tuple[float, int]] = []
+        """Seconds since the start, and scans done; a bounded number of points."""
+        self.started_at = datetime.now(UTC)
+        self._started = time.perf_counter()
+        self._first_s: float | None = None
+        self._done_at_first = 0
+        self._stages_at_first_s: dict[str, float] = {}
+
+    @property
+    def done(self) -> int:
+        """Scans that are through, new or known."""
+        return self.new.num_rows + self.num_known
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._started
+
+    @property
+    def warm_s(self) -> float:
+        """Seconds between the first shard's end and the last one's."""
+        return self.timeline[-1][0] - self._first_s if self._first_s is not None else 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Scans in a second since the first shard was done; None while that tells nothing."""
+        done = self.done - self._done_at_first
+        return done / self.warm_s if done and self.warm_s else None
+
+    def add(
+        self,
+        stats: RunStats,
+        num_known: int,
+        stages_s: dict[str, float],
+        runtime: dict[str, str] | None,
+    ) -> None:
+        """Count one shard."""
+        self.new.add(stats)
+        self.num_known += num_known
+        self.runtime = self.runtime or runtime
+        for name, seconds in stages_s.items():
+            self.stages_s[name] += seconds
+        seconds = round(self.elapsed_s, 2)
+        if self._first_s is None:
+            self._first_s, self._done_at_first = seconds, self.done
+            self._stages_at_first_s = dict(self.stages_s)
+        self.timeline.append((seconds, self.done))
+        if len(self.timeline) > MAX_TIMELINE:  # keep every second point, and the last
+            self.timeline = self.timeline[:1] + self.timeline[2::2]
+
+    def compute_busy(self, capacity: dict[str, int]) -> dict[str, float]:
+        """Compute the busy share of every stage once warm, from how many work at it at a time."""
+        if not self.warm_s:
+            return dict.fromkeys(STAGES, 0.0)
+        return {
+            name: round(
+                min(1.0, (spent - self._stages_at_first_s[name]) / (capacity[name] * self.warm_s)),
+                4,
+            )
+            for name, spent in self.stages_s.items()
+        }
+
+
+def find_bottleneck(busy: dict[str, float]) -> str:
+    """Say in words what limits a run, from the busy share of every stage."""
+    stage = max(busy, key=lambda name: busy[name])
+    if busy[stage] < SATURATED:
+        return f"nothing is saturated (the busiest stage, {stage}, {busy[stage]:.0%} of the time)"
+    return REMEDIES[stage]
+
+
+@dataclass
+class MemoryPeak:
+    """The most memory that this process and all below it had: Ray's too, where Ray runs here."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def watch_memory() -> Iterator[MemoryPeak]:
+    """Measure the memory again and again until the block ends."""
+    peak = MemoryPeak()
+
+    def measure() -> None:
+        peak.bytes = max(peak.bytes, measure_memory_bytes(os.getpid()))
+
+    measure()
+    with repeat(measure, MEMORY_INTERVAL_S, "memory"):
+        yield peak
+
+
+def measure_memory_bytes(pid: int) -> int:
+    """Measure a process tree: every process's own memory, and what they share once."""
+    own, shared = 0, [0]
+    root = psutil.Process(pid)
+    for process in (root, *root.children(recursive=True)):
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            continue
+        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        own += 1024 * int(fields.get("RssAnon", "0 kB").split()[0])
+        shared.append(1024 * int(fields.get("RssShmem", "0 kB").split()[0]))
+    return own + max(shared)

@@ -1,0 +1,279 @@
+"""The predictions of bulk jobs on disk: which files there are, what they hold, how one is written.
+
+::
+
+    OUT/
+      predictions/classifier_id=<id>/<run>-<part>-<shard>.parquet   whole or absent
+      .plan/<run>/                                                  what the run is about to do
+
+A row is the prediction of one scan with one content. A file is never changed once it is there: it
+holds one shard, some scans that were chosen before any of them was predicted, under a name that was
+chosen then too. Whoever does a shard again writes the same name, and the first file stays. So a
+worker may be killed and its shard given to another, or may wake up when the shard is long done.
+
+A run that was cut short leaves shards without files. The next run writes an empty file in the place
+of each before it plans anything: a write that was under way then comes too late, and cannot add a
+second row for a scan that the next run predicts under another name.
+"""
+
+import io
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from brainray import storage
+from brainray.errors import ConfigError, LockLostError, StorageError
+from brainray.inference.schema import SCHEMA_VERSION, build_schema, describe_class_map
+from brainray.provenance import collect_versions, read_code_revision
+
+PREDICTIONS_FOLDER = "predictions"
+PLAN_FOLDER = ".plan"
+METADATA_KEY = b"brainray"
+NUM_WRITERS = 16
+"""Empty files written at a time, when a run that was cut short is closed."""
+
+KNOWN_SCHEMA = pa.schema(
+    [
+        ("scan_uri", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("modified_ns", pa.int64()),
+        ("reason", pa.string()),
+        ("content", pa.string()),  # content_sha256, or the reason where there is none
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """Consecutive shards of one part of a plan, which are predicted in one execution of Ray Data.
+
+    Written into the output's lock before its first file: the next run closes what it finds there.
+    """
+
+    run: str
+    part: int
+    first_shard: int
+    num_shards: int
+
+    def list_shards(self) -> range:
+        """Return the numbers of the shards."""
+        return range(self.first_shard, self.first_shard + self.num_shards)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictionStore:
+    """The predictions of one classifier below one output; may be sent to workers."""
+
+    output_uri: str
+    classifier_id: str
+    classes: tuple[str, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+    """What the files' metadata say of their classifier."""
+
+    @classmethod
+    def of(cls, output_uri: str, card: dict[str, Any]) -> "PredictionStore":
+        """Open the predictions of a classifier.
+
+        Parameters
+        ----------
+        output_uri : str
+        card : dict
+            From :func:`brainray.model.classifier.read_card`.
+
+        Raises
+        ------
+        ConfigError
+            The output holds predictions of an older schema.
+        """
+        store = cls(
+            output_uri=output_uri,
+            classifier_id=str(card["classifier_id"]),
+            classes=tuple(card["classes"]),
+            about={
+                "schema_version": SCHEMA_VERSION,
+                "classifier_id": card["classifier_id"],
+                "weights_sha256": card["weights"]["sha256"],
+                "preprocessing": card["preprocessing"],
+                "class_map": describe_class_map(card["preprocessing"]["size_px"]),
+                "versions": collect_versions(),
+                "code_revision": read_code_revision(),
+            },
+        )
+        store._check_schema()
+        return store
+
+    @property
+    def folder_uri(self) -> str:
+        """Where the files are: a partition in Hive's style."""
+        name = f"classifier_id={self.classifier_id}"
+        return storage.join(self.output_uri, PREDICTIONS_FOLDER, name)
+
+    @property
+    def file_schema(self) -> pa.Schema:
+        """The prediction table without ``classifier_id``, which the folder's name gives."""
+        schema = build_schema(self.classes)
+        return schema.remove(schema.get_field_index("classifier_id"))
+
+    def _check_schema(self) -> None:
+        folder = storage.join(self.output_uri, PREDICTIONS_FOLDER)
+        if not storage.is_folder(folder):
+            return
+        files, _ = storage.list_folder(folder, folder)
+        if any(file.uri.endswith(".parquet") for file in files):
+            raise ConfigError(
+                f"'{self.output_uri}' holds predictions of an older schema than {SCHEMA_VERSION}. "
+                "Give another --output-uri."
+            )
+
+    def list_files(self) -> list[str]:
+        """Return the URIs of this classifier's files."""
+        if not storage.is_folder(self.folder_uri):
+            return []
+        files, _ = storage.list_folder(self.folder_uri, self.folder_uri)
+        names = [file.relative_path for file in files]
+        return [
+            storage.join(self.folder_uri, name)
+            for name in names
+            if name.endswith(".parquet") and not name.startswith(".")
+        ]
+
+    def name_file(self, run: str, part: int, shard: int) -> str:
+        """Return the URI of a shard's file."""
+        return storage.join(self.folder_uri, f"{run}-{part:04d}-{shard:06d}.parquet")
+
+    @property
+    def plan_uri(self) -> str:
+        """Folder of the run's plan."""
+        return storage.join(self.output_uri, PLAN_FOLDER)
+
+    def name_plan(self, run: str, name: str) -> str:
+        """Return the URI of a file of a run's plan."""
+        return storage.join(self.plan_uri, run, name)
+
+    def read(self, uri: str, columns: Iterable[str]) -> pa.Table:
+        """Read some columns of a file.
+
+        Raises
+        ------
+        StorageError
+            It is damaged, or cannot be read.
+        """
+        try:
+            content = pa.BufferReader(storage.read_bytes(uri))
+            return pq.read_table(content, columns=list(columns))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StorageError(
+                f"'{uri}' is damaged: {error}. Delete it; its scans are classified again."
+            ) from error
+
+    def read_metadata(self, uri: str) -> dict[str, Any]:
+        """Read what a file says of itself: see :meth:`write_shard`."""
+        filesystem, path = storage.resolve(uri)
+        try:
+            schema = pq.read_schema(path, filesystem=filesystem)
+            return dict(json.loads((schema.metadata or {})[METADATA_KEY]))
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            raise StorageError(
+                f"'{uri}' is damaged: {error}. Delete it; its scans are classified again."
+            ) from error
+
+    def read_known(self, uri: str) -> pa.Table:
+        """Read which scans a file is about, as rows of :data:`KNOWN_SCHEMA`."""
+        rows = self.read(uri, ["scan_uri", "size_bytes", "modified_ns", "reason", "content_sha256"])
+        content = pc.coalesce(rows["content_sha256"], rows["reason"])
+        known = rows.drop_columns(["content_sha256"]).append_column("content", content)
+        return known.select(KNOWN_SCHEMA.names).cast(KNOWN_SCHEMA)
+
+    def write_shard(
+        self, uri: str, rows: pa.Table, engine: dict[str, str], statistics: dict[str, Any]
+    ) -> pa.Table:
+        """Write a shard's file, unless it is there.
+
+        Parameters
+        ----------
+        uri : str
+            From :meth:`name_file`.
+        rows : Table
+            Rows of the prediction table; at least one.
+        engine : dict
+            From :meth:`brainray.inference.engine.Engine.describe`.
+        statistics : dict
+            Of these rows, for the report; ready for JSON.
+
+        Returns
+        -------
+        Table
+            The rows of the file that is there now: these, or those of a worker that did the same
+            shard before.
+
+        Raises
+        ------
+        LockLostError
+            The shard was closed: another run took the output over.
+        StorageError
+            It cannot be written.
+        """
+        about = self.about | {"runtime": engine, "statistics": statistics}
+        if storage.create_bytes(uri, self._encode(rows, about)):
+            return rows
+        there = self.read(uri, self.file_schema.names)
+        if not there.num_rows:
+            raise LockLostError(
+                f"Another run has taken over '{self.output_uri}'. What was written stays; give "
+                "the same command again when that run has ended."
+            )
+        return there
+
+    def close(self, state: dict[str, Any]) -> int:
+        """Close the shards that a run left which was cut short.
+
+        Parameters
+        ----------
+        state : dict
+            What that run left in the lock: its wave, if one was open.
+
+        Returns
+        -------
+        int
+            Shards that had no file.
+        """
+        if "wave" not in state:
+            return 0
+        wave = Wave(**state["wave"])
+        store = (
+            self
+            if state["classifier_id"] == self.classifier_id
+            else PredictionStore(
+                output_uri=self.output_uri,
+                classifier_id=state["classifier_id"],
+                classes=tuple(state["classes"]),
+            )
+        )
+        uris = {store.name_file(wave.run, wave.part, shard) for shard in wave.list_shards()}
+        missing = sorted(uris.difference(store.list_files()))
+        content = store._encode(store.file_schema.empty_table(), store.about | {"closed": True})
+        with ThreadPoolExecutor(NUM_WRITERS) as pool:
+            for _ in pool.map(lambda uri: storage.create_bytes(uri, content), missing):
+                pass
+        return len(missing)
+
+    def describe_wave(self, wave: Wave) -> dict[str, Any]:
+        """Return what goes into the lock before a wave begins; :meth:`close` takes it."""
+        return {
+            "classifier_id": self.classifier_id,
+            "classes": list(self.classes),
+            "wave": asdict(wave),
+        }
+
+    def _encode(self, rows: pa.Table, about: dict[str, Any]) -> bytes:
+        rows = rows.select(self.file_schema.names).cast(self.file_schema)
+        rows = rows.replace_schema_metadata({METADATA_KEY: json.dumps(about)})
+        sink = io.BytesIO()
+        pq.write_table(rows, sink, compression="zstd")
+        return sink.getvalue()
