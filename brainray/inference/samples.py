@@ -12,9 +12,9 @@ import ray.data
 from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
+from brainray.cluster import find_own_error
 from brainray.dataset.scan import ScanStore
 from brainray.dataset.stream import TASK_CPUS
-from brainray.errors import BrainrayError
 from brainray.inference.predict import PredictStage, pack_images
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing
@@ -74,9 +74,7 @@ def predict_samples(
                 blocks.append(block)
                 found[block["index"].to_numpy()] = True
         except RayTaskError as error:
-            if isinstance(error.cause, BrainrayError):
-                raise error.cause from None
-            raise
+            raise find_own_error(error) or error from None
         except RayError:
             failures = 1 if len(blocks) > before else failures + 1
             if failures == MAX_FAILURES:
