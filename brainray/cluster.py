@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import ray
 import ray.data
+from ray.exceptions import RayTaskError
 
 from brainray.dataset.stream import TASK_CPUS
-from brainray.errors import ConfigError
+from brainray.errors import BrainrayError, ConfigError
 from brainray.io.repeat import repeat
 from brainray.raytoken import keep_token_private
 
@@ -47,6 +48,7 @@ def connect_ray(*, verbose: bool = False) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = verbose
     context.print_on_execution_start = verbose
+    context.raise_original_map_exception = True  # our own errors, not a UserCodeException
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
     if not verbose:  # a handful of scans on a large cluster is no mistake
@@ -66,6 +68,17 @@ def connect_ray(*, verbose: bool = False) -> None:
         log_to_driver=verbose,
         logging_level=level,
     )
+
+
+def find_own_error(error: RayTaskError) -> BrainrayError | None:
+    """Return the error of ours that ended a task of Ray Data, if it was one.
+
+    Ray Data (2.60) writes how often it tried below an error's message; that is left out.
+    """
+    own = error.cause
+    if not isinstance(own, BrainrayError):
+        return None
+    return type(own)(*(str(part).partition("\nFailed to ")[0] for part in own.args))
 
 
 def hears_notices() -> bool:

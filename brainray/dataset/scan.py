@@ -35,6 +35,16 @@ Ray Data asks for half of the store for blocks in flight; the rest is left to th
 """
 
 
+FINDING_TYPES = {
+    "scan_uri": pa.string(),  # of a row in a Parquet file: FILE#row=N, as bulk jobs name it
+    "content_sha256": pa.string(),  # null where no byte could be read
+    "reason": pa.string(),  # why it is rejected; else null
+    "width_px": pa.int32(),  # null where it is rejected
+    "height_px": pa.int32(),
+    "size_bytes": pa.int64(),  # of the encoded bytes; null where they could not be read
+}
+"""Columns of every scan, beside its thumbnail."""
+
 TRAIT_TYPES = {
     "pixel_sha256": pa.string(),
     "width_px": pa.int32(),
@@ -55,8 +65,8 @@ class ScanResult:
     """What opening every scan brought."""
 
     table: pa.Table
-    """Columns index, content_sha256, thumbnail (null when rejected) and reason, in sample order;
-    with those of :class:`brainray.pixels.traits.ImageTraits` where they were asked for."""
+    """Columns index and those of :data:`FINDING_TYPES`, in sample order; with those of
+    :class:`brainray.pixels.traits.ImageTraits` where they were asked for."""
     store: "ScanStore"
     """Gives the encoded bytes of any scan again."""
 
@@ -194,6 +204,20 @@ def read_scan(uri: str, row_group: int, row: int, *, max_bytes: int | None = Non
         raise RejectedImage("unreadable", storage.describe_error(error)) from error
 
 
+def _name_scan(uri: str, row_group: int, row: int) -> str:
+    return uri if row_group < 0 else f"{uri}#row={_find_first_rows(uri)[row_group] + row}"
+
+
+@lru_cache(maxsize=8)
+def _find_first_rows(uri: str) -> list[int]:
+    """Return the number of each row group's first row in a Parquet file."""
+    filesystem, path = storage.resolve(uri)
+    with pq.ParquetFile(path, filesystem=filesystem) as parquet:
+        groups = range(parquet.num_row_groups)
+        sizes = [parquet.metadata.row_group(group).num_rows for group in groups]
+    return [sum(sizes[:group]) for group in groups]
+
+
 @lru_cache(maxsize=8)
 def _read_row_group(uri: str, row_group: int) -> pa.ChunkedArray:
     filesystem, path = storage.resolve(uri)
@@ -245,8 +269,8 @@ def scan_samples(
         )
         .materialize()
     )
-    traits = list(TRAIT_TYPES) if with_traits else []
-    findings = scanned.select_columns(["index", "content_sha256", "thumbnail", "reason", *traits])
+    names = FINDING_TYPES | TRAIT_TYPES if with_traits else FINDING_TYPES
+    findings = scanned.select_columns(["index", "thumbnail", *names])
     table = pa.concat_tables(ray.get(findings.to_arrow_refs())).sort_by("index")
     blocks = scanned.to_arrow_refs() if fits else None
     return ScanResult(table, ScanStore(ray.put(samples), blocks))
@@ -266,8 +290,12 @@ def bytes_fit_object_store(num_bytes: int) -> bool:
 class _Look:
     """What one look at a scan brought."""
 
-    content_sha256: str | None
+    scan_uri: str
+    content_sha256: str | None = None
     reason: str | None = None
+    width_px: int | None = None
+    height_px: int | None = None
+    size_bytes: int | None = None
     content: bytes = b""
     squares: tuple[bytes | None, ...] = ()
     """The thumbnail, then the pixels to keep."""
@@ -283,11 +311,9 @@ def _scan_batch(
     with_traits: bool,
 ) -> pa.Table:
     looks = [_look_at(batch, row, limits, keep, with_traits) for row in range(batch.num_rows)]
-    columns: dict[str, Any] = {
-        "index": batch["index"],
-        "content_sha256": pa.array([look.content_sha256 for look in looks], pa.string()),
-        "reason": pa.array([look.reason for look in looks], pa.string()),
-    }
+    columns: dict[str, Any] = {"index": batch["index"]}
+    for name, kind in FINDING_TYPES.items():
+        columns[name] = pa.array([getattr(look, name) for look in looks], kind)
     if keep_bytes:
         columns["image_bytes"] = pa.array([look.content for look in looks], pa.binary())
     sides = [THUMBNAIL_PX, *(one.size_px for one in keep)]
@@ -308,18 +334,25 @@ def _look_at(
     keep: Sequence[Preprocessing],
     with_traits: bool,
 ) -> _Look:
-    content = b""
+    content, scan_uri = b"", str(batch["uri"][row])
     try:
         (content,) = read_samples(batch.slice(row, 1))
+        scan_uri = _name_scan(scan_uri, batch["row_group"][row].as_py(), batch["row"][row].as_py())
         pixels = decode_image(content, limits)
     except RejectedImage as rejection:
-        has_content = rejection.reason not in ("missing", "unreadable")
-        return _Look(sha256(content).hexdigest() if has_content else None, rejection.reason)
+        if rejection.reason in ("missing", "unreadable"):
+            return _Look(scan_uri, reason=rejection.reason)
+        digest = sha256(content).hexdigest()
+        return _Look(scan_uri, digest, rejection.reason, size_bytes=len(content))
     squares = (compute_thumbnail(pixels), *(resize_image(pixels, one) for one in keep))
+    height, width = pixels.shape
     return _Look(
+        scan_uri,
         sha256(content).hexdigest(),
-        None,
-        content,
-        tuple(square.tobytes() for square in squares),
-        measure_traits(content, pixels, limits) if with_traits else None,
+        width_px=width,
+        height_px=height,
+        size_bytes=len(content),
+        content=content,
+        squares=tuple(square.tobytes() for square in squares),
+        traits=measure_traits(content, pixels, limits) if with_traits else None,
     )

@@ -18,7 +18,12 @@ from numpy.typing import NDArray
 
 from brainray.errors import ConfigError, RejectedImage
 from brainray.model.explain import STRIDE_PX, compute_class_maps
-from brainray.model.precision import Precision, has_native_bf16
+from brainray.model.precision import (
+    AskedPrecision,
+    Precision,
+    choose_precision,
+    has_native_bf16,
+)
 from brainray.model.trust import Outputs, Trust
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing, load_image
@@ -46,7 +51,7 @@ class EngineOptions:
 
     backend: Literal["auto", "torch", "openvino"] = "auto"
     """`auto` takes openvino on a CPU and torch on a GPU."""
-    precision: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    precision: AskedPrecision = "auto"
     """`auto` takes bf16 where the processor or GPU has it natively, else fp32; int8 needs
     --calibration-uri."""
     num_threads: int | None = None
@@ -210,7 +215,7 @@ def open_engine(classifier: "Classifier", options: EngineOptions) -> Engine:
     if choose_backend(options) == "torch":
         from brainray.inference.engine_torch import TorchEngine
 
-        return TorchEngine(classifier, choose_precision(options, "torch"), options)
+        return TorchEngine(classifier, check_precision(options, "torch"), options)
     return _open_exported(_export(classifier, options), options)
 
 
@@ -250,7 +255,7 @@ def _open_from_bundle(classifier_uri: str, options: EngineOptions) -> Engine:
 def _open_exported(model: "ExportedModel", options: EngineOptions) -> Engine:
     from brainray.inference.engine_openvino import OpenVinoEngine
 
-    return OpenVinoEngine(model, choose_precision(options, "openvino"), options)
+    return OpenVinoEngine(model, check_precision(options, "openvino"), options)
 
 
 def _export(classifier: "Classifier", options: EngineOptions) -> "ExportedModel":
@@ -298,31 +303,26 @@ def choose_backend(options: EngineOptions) -> Backend:
     return "torch"
 
 
-def choose_precision(options: EngineOptions, backend: Backend) -> Precision:
-    """Choose the number format on this machine.
+def check_precision(options: EngineOptions, backend: Backend) -> Precision:
+    """Choose the number format on this machine, and check that it can be computed here.
 
     Raises
     ------
     ConfigError
         The one that was asked for is not available with this backend, or on this machine.
     """
-    if options.precision == "int8":
-        if backend == "torch":
-            raise ConfigError(
-                "int8 is computed by OpenVINO on a CPU only. "
-                "Pass --backend openvino without --use-gpu, or another --precision."
-            )
-        return "int8"
-    if options.precision == "fp32":
-        return "fp32"
-    if has_native_bf16(use_gpu=options.use_gpu):
-        return "bf16"
-    if options.precision == "bf16":
+    if options.precision == "int8" and backend == "torch":
+        raise ConfigError(
+            "int8 is computed by OpenVINO on a CPU only. "
+            "Pass --backend openvino without --use-gpu, or another --precision."
+        )
+    has_bf16 = has_native_bf16(use_gpu=options.use_gpu)
+    if options.precision == "bf16" and not has_bf16:
         raise ConfigError(
             f"This {'GPU' if options.use_gpu else 'processor'} has no bf16 instructions. "
             "Leave out --precision, or pass --precision fp32."
         )
-    return "fp32"
+    return choose_precision(options.precision, has_bf16=has_bf16)
 
 
 def read_calibration_images(

@@ -21,6 +21,7 @@ from ray.data import Dataset
 from brainray.cluster import list_nodes, share_cpus
 from brainray.dataset.scan import view_pixels
 from brainray.dataset.stream import TASK_CPUS
+from brainray.errors import BrainrayError
 from brainray.inference.engine import Engine, EngineOptions, Output, prepare_engine
 from brainray.inference.schema import SCAN_SCHEMA, build_rows
 from brainray.model.classifier import read_card
@@ -136,12 +137,20 @@ class _PredictBatch:
 
     def __init__(self, stage: PredictStage) -> None:
         self._stage = stage
-        self._engine = ray.get(stage.engine)()
+        self._refusal: BrainrayError | None = None
+        try:
+            self._engine = ray.get(stage.engine)()
+        except BrainrayError as error:
+            # Raised here, it would reach the driver as the text of an ActorDiedError (Ray 2.60).
+            self._refusal = error
+            return
         self._about = self._engine.describe()
         self._runtime = json.dumps(self._about)
         self._engine.predict(self._engine.make_batch(1), stage.outputs)  # warm up
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        if self._refusal is not None:
+            raise self._refusal
         started = time.perf_counter()
         stage = self._stage
         images = view_pixels(batch["image"], stage.preprocessing.size_px)
@@ -173,10 +182,6 @@ def plan_pool(
     ----------
     options : EngineOptions
         What to compute with; ``num_threads`` is chosen where it is not given.
-    nodes : sequence of dict
-        Resources of every node.
-    reserve_cpus : callable
-        :func:`brainray.cluster.share_cpus`.
     num_engines : int, optional
         Engines at a time; by default one for each GPU, or for four CPUs.
     gpus_per_engine : float

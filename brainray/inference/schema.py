@@ -55,8 +55,9 @@ def build_schema(classes: Sequence[str]) -> pa.Schema:
             pa.field("classified_at", pa.timestamp("us", tz="UTC"), nullable=False),
             pa.field("size_bytes", pa.int64()),  # of the file; null where it was not known
             pa.field("modified_ns", pa.int64()),  # of the file, since 1970; null likewise
-            # Null unless asked for, and for rejected scans. In logits, row by row.
-            pa.field("class_map", floats),  # of the most probable class
+            # Null unless asked for, and where a scan could not be opened.
+            pa.field("class_map", floats),  # of the most probable class, in logits, row by row;
+            # null for every rejected scan
             pa.field("logits", floats),  # in class order, before calibration
             pa.field("features", floats),  # pooled features of the last three stages
         ]
@@ -113,12 +114,11 @@ def build_rows(
     if prediction.class_maps is not None:
         class_maps = prediction.class_maps[np.arange(len(opened)), top[opened]]
 
-    def spread(values: NDArray[np.float32] | None) -> pa.Array:
+    def build_lists(values: NDArray[np.float32] | None, has_value: NDArray[np.bool_]) -> pa.Array:
         rows: list[Any] = [None] * count
-        for place, row in enumerate(opened if values is not None else ()):
-            if not is_rejected[row]:
-                assert values is not None
-                rows[row] = values[place].ravel()
+        if values is not None:
+            for row, value in zip(opened, values, strict=True):
+                rows[row] = value.ravel() if has_value[row] else None
         return pa.array(rows, pa.list_(pa.float32()))
 
     schema = build_schema(classes)
@@ -138,9 +138,9 @@ def build_rows(
         "engine": [engine["backend"]] * count,
         "precision": [engine["precision"]] * count,
         "classified_at": pa.array([datetime.now(UTC)] * count, pa.timestamp("us", tz="UTC")),
-        "class_map": spread(class_maps),
-        "logits": spread(prediction.logits),
-        "features": spread(prediction.features),
+        "class_map": build_lists(class_maps, ~is_rejected),
+        "logits": build_lists(prediction.logits, np.ones(count, np.bool_)),
+        "features": build_lists(prediction.features, np.ones(count, np.bool_)),
     }
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
@@ -148,3 +148,10 @@ def build_rows(
 def stack_probs(rows: pa.Table, classes: Sequence[str]) -> NDArray[np.float32]:
     """Return the probabilities of rows that have them, shape (n, K), in class order."""
     return np.stack([rows[f"prob_{name}"].to_numpy() for name in classes], axis=1)
+
+
+def stack_lists(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """Return a column of n lists of one length, none of them null, as an array with n rows."""
+    assert not column.null_count, "every row has a list"
+    values: NDArray[np.float32] = column.combine_chunks().flatten().to_numpy()
+    return values.reshape(len(column), -1) if len(column) else np.zeros((0, 0), np.float32)

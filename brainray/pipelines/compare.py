@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from brainray import storage
 from brainray.dataset.twins import merge_groups
 from brainray.errors import ConfigError, DataError
+from brainray.inference.schema import stack_lists
 from brainray.metrics.comparison import COMPARED, compare_predictions
+from brainray.pipelines.evaluation_rows import list_classes, read_evaluation_rows
 
 COMPARE_FILE = "compare.json"
 COMPARE_SCHEMA_VERSION = 1
@@ -74,8 +76,8 @@ class Predictions:
 
     def get_probs(self, classes: Sequence[str]) -> NDArray[np.float64]:
         """Return the probabilities, shape (n, K), in the order of some classes."""
-        columns = [self.table[f"prob_{name}"].to_numpy() for name in classes]
-        return np.stack(columns, axis=1).astype(np.float64)
+        order = [self.classes.index(name) for name in classes]
+        return stack_lists(self.table["probs"])[:, order].astype(np.float64)
 
 
 def compare(job: CompareJob) -> dict[str, Any]:
@@ -139,24 +141,17 @@ def read_predictions(uri: str, split: str) -> Predictions:
     Raises
     ------
     DataError
-        There is none, or it lacks the truth or the probabilities.
+        There is none, it has no labels, or it is of an earlier version.
     """
     file = uri if uri.endswith(".parquet") else _find_file(uri, split)
     try:
-        table = storage.read_table(file)
+        table = read_evaluation_rows(file)
     except FileNotFoundError:
         raise DataError(
             f"No predictions at '{file}'. Expected an output folder of training or evaluation, or "
             "a Parquet file of its predictions folder."
         ) from None
-    classes = tuple(
-        name.removeprefix("prob_") for name in table.column_names if name.startswith("prob_")
-    )
-    if "true_class" not in table.column_names or len(classes) < 2:
-        raise DataError(
-            f"Expected the columns true_class and prob_<class> in '{file}', found "
-            f"{', '.join(table.column_names)}. Judge labelled scans first: brainray evaluate."
-        )
+    classes = list_classes(table)
     if not table.num_rows:
         raise DataError(f"No rows in '{file}'. Expected a prediction for each image.")
     unknown = sorted({str(name) for name in table["true_class"].to_pylist()} - set(classes))

@@ -19,6 +19,7 @@ from brainray.dataset.twins import (
     standardise_thumbnails,
 )
 from brainray.errors import DataError
+from brainray.inference.schema import SCAN_SCHEMA
 from brainray.pipelines.config import TrainConfig
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing
@@ -56,6 +57,8 @@ class PreparedData:
     where a data set is cross-validated."""
     store: ScanStore
     """Gives the encoded bytes of any sample."""
+    scans: pa.Table
+    """Rows of :data:`brainray.inference.schema.SCAN_SCHEMA`, in sample order."""
 
     def select(self, split: str) -> NDArray[np.int64]:
         """Return the sample numbers of a split, ascending."""
@@ -161,7 +164,9 @@ def split_samples(
         manifest = look_up_nearest(
             manifest, data.standardised, data.kept, every_split, split, others
         )
-    return PreparedData(data.found, manifest, data.labels, every_split, data.scan.store)
+    table = data.scan.table.append_column("modified_ns", pa.nulls(len(data.labels), pa.int64()))
+    scans = table.select(SCAN_SCHEMA.names).cast(SCAN_SCHEMA)
+    return PreparedData(data.found, manifest, data.labels, every_split, data.scan.store, scans)
 
 
 def stack_thumbnails(column: pa.ChunkedArray) -> NDArray[np.uint8]:

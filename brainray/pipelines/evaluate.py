@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import tyro
 from numpy.typing import NDArray
 
 from brainray import storage
@@ -22,6 +23,7 @@ from brainray.dataset.twins import (
     standardise_thumbnails,
 )
 from brainray.errors import DataError
+from brainray.inference.engine import EngineOptions
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.shipped import find_default_classifier
 from brainray.pipelines.data import (
@@ -55,8 +57,7 @@ class EvaluateJob:
     classifier when not given."""
     group_correlation: float = 0.96
     """Slices whose thumbnails correlate at least this much are of one group (0 to 1)."""
-    use_gpu: bool = False
-    """Compute on a GPU."""
+    engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions()
     limits: DecodeLimits = DecodeLimits()
     """What is too large to open."""
 
@@ -79,7 +80,7 @@ def evaluate(job: EvaluateJob, *, say: Say = logger.info, verbose: bool = False)
     found = find_samples(job.data_uri, classifier.classes, splits=("test",))
     training = find_training_manifest(job, classifier.card, say)
     connect_ray(verbose=verbose)
-    needs = [describe_gpu_need()] if job.use_gpu else []
+    needs = [describe_gpu_need()] if job.engine.use_gpu else []
     check_fits(*needs)
     data = prepare_evaluation_data(found, classifier, training, job)
     with tell_waiting(needs, say):
@@ -89,7 +90,7 @@ def evaluate(job: EvaluateJob, *, say: Say = logger.info, verbose: bool = False)
             classifier_uri=job.classifier_uri,
             splits=("test",),
             limits=job.limits,
-            use_gpu=job.use_gpu,
+            engine=job.engine,
             title="brainray evaluation report",
             configuration=asdict(job),
             facts={"Data": job.data_uri},

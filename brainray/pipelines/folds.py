@@ -14,6 +14,7 @@ from brainray import runlog, storage
 from brainray.cluster import check_fits, connect_ray
 from brainray.dataset.source import FoundSamples, find_samples
 from brainray.dataset.split import assign_folds, assign_splits
+from brainray.inference.schema import stack_lists
 from brainray.metrics import compute_curves
 from brainray.model.network import fetch_weights
 from brainray.pipelines.config import TrainConfig
@@ -23,6 +24,7 @@ from brainray.pipelines.data import (
     group_training_data,
     split_samples,
 )
+from brainray.pipelines.evaluation_rows import read_evaluation_rows
 from brainray.pipelines.fit import describe_training_needs
 from brainray.pipelines.judge import (
     METRICS_FILE,
@@ -32,7 +34,6 @@ from brainray.pipelines.judge import (
     judge_split,
 )
 from brainray.pipelines.run import (
-    CLASSIFIER_FOLDER,
     Tick,
     TrainJob,
     check_run,
@@ -250,19 +251,16 @@ def judge_folds(
     indices = np.array([numbers[path] for path in predictions["path"].to_pylist()], np.int64)
     usable = np.flatnonzero(data.splits != "rejected")
     assert np.array_equal(np.sort(indices), usable), "every image has one answer"
-    probs = np.stack([predictions[f"prob_{name}"].to_numpy() for name in classes], axis=1)
+    probs = stack_lists(predictions["probs"])
     storage.write_table(job.at("predictions", f"{POOLED}.parquet"), predictions)
     folds = [describe_fold(number, result) for number, result in enumerate(results)]
     metrics: dict[str, Any] = {
         "schema_version": METRICS_SCHEMA_VERSION,
         "classes": list(classes),
+        "runtime": results[0]["runtime"],
         "folds": folds,
         "spread": compute_spread(folds),
         POOLED: judge_split(data, indices, probs, classes) | {"rejected": data.count_rejected()},
-    }
-    classifier_uris = {
-        result["classifier_id"]: run.at(CLASSIFIER_FOLDER)
-        for result, run in zip(results, runs, strict=True)
     }
     time_s = sum(result["training"]["time_s"] for result in results)
     report = render_report(
@@ -270,12 +268,15 @@ def judge_folds(
         metrics=metrics,
         epochs=(),
         curves={POOLED: compute_curves(data.labels[indices], probs, classes)},
-        mistakes=collect_mistakes(data, predictions, POOLED, classifier_uris, job.config.limits),
+        mistakes=collect_mistakes(
+            data, predictions, POOLED, classes, job.config.preprocessing, job.config.limits
+        ),
         configuration=describe_run(job)["config"],
         facts={
             "Recipe": job.recipe,
             "Data": job.data_uri,
             "Folds": str(job.folds),
+            "Engine": results[0]["runtime"]["description"],
             "Training time": runlog.format_duration(time_s),
             "Versions": describe_versions(),
             "Revision": read_code_revision(),
@@ -290,7 +291,7 @@ def pool_predictions(runs: Sequence[TrainJob]) -> pa.Table:
     """Put the folds' answers together, with the column ``fold`` in the place of ``split``."""
     tables = []
     for run in runs:
-        table = storage.read_table(run.at("predictions", "test.parquet"))
+        table = read_evaluation_rows(run.at("predictions", "test.parquet"))
         number = pa.array([run.fold] * table.num_rows, pa.int64())
         tables.append(table.set_column(table.column_names.index("split"), "fold", number))
     return pa.concat_tables(tables)

@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import ray
@@ -44,7 +44,7 @@ from brainray.model.network import (
     set_batch_norm,
     use_matrix_products,
 )
-from brainray.model.precision import has_native_bf16
+from brainray.model.precision import Precision, choose_precision, has_native_bf16
 from brainray.pipelines.checkpoint import Progress, load_checkpoint, save_checkpoint
 from brainray.pipelines.config import TrainConfig
 from brainray.pipelines.optimisation import build_optimizer, set_learning_rate
@@ -174,16 +174,14 @@ class Worker:
         self.told_at = time.monotonic()
         self.notice: PreemptionInfo | None = None
 
-    def _choose_precision(self) -> Literal["fp32", "bf16"]:
+    def _choose_precision(self) -> Precision:
         """Return the number format that every worker of the run computes in."""
         asked, has_bf16 = self.config.precision, all_have_bf16(self.device)
         if asked == "bf16" and not has_bf16:
             self._tell({"line": "Computing in bf16, which is emulated here: fp32 is faster."})
         if asked == "auto" and not has_bf16:
             self._tell({"line": "Computing in fp32: there are no bf16 instructions here."})
-        if asked == "auto":
-            return "bf16" if has_bf16 else "fp32"
-        return asked
+        return choose_precision(asked, has_bf16=has_bf16)
 
     def _build_network(self) -> nn.Module:
         num_classes = len(self.config.classes)

@@ -1,7 +1,7 @@
 """From the best epoch's checkpoint to a sealed classifier that knows what its answers are worth."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +11,14 @@ import torch
 from numpy.typing import NDArray
 from ray.train import Result
 
+from brainray import runlog
 from brainray.dataset.scan import ScanStore
 from brainray.dataset.split import hash_manifest
 from brainray.errors import TrainingError
+from brainray.inference.engine import EngineOptions
+from brainray.inference.predict import PredictStage, plan_pool
+from brainray.inference.samples import predict_samples
+from brainray.inference.schema import stack_lists
 from brainray.model.calibration import MIN_IMAGES, fit_trust
 from brainray.model.classifier import save_classifier
 from brainray.model.network import (
@@ -23,13 +28,13 @@ from brainray.model.network import (
     measure_statistics,
     round_weights,
 )
-from brainray.model.precision import has_native_bf16
+from brainray.model.precision import Precision
 from brainray.model.trust import Outputs, Trust
 from brainray.pipelines.checkpoint import load_network_weights
 from brainray.pipelines.config import TrainConfig
 from brainray.pipelines.data import PreparedData
-from brainray.pipelines.judge import Say, compute_outputs
-from brainray.pipelines.run import CLASSIFIER_FOLDER, TrainJob, make_plain
+from brainray.pipelines.judge import Say
+from brainray.pipelines.run import CLASSIFIER_FOLDER, RECORDS_FILE, TrainJob, make_plain
 from brainray.pixels.normalise import normalise_images
 from brainray.provenance import collect_versions, read_code_revision
 
@@ -49,8 +54,9 @@ def seal(job: TrainJob, data: PreparedData, result: Result, say: Say) -> None:
         raise TrainingError("Training ended without a checkpoint.")
     with best.as_directory() as folder:
         state = round_weights(load_network_weights(Path(folder)))
+    precision: Precision = runlog.read_records(job.at(RECORDS_FILE))[-1]["precision"]
     if job.config.batch_norm != "frozen":
-        state = settle_statistics(job, data, state, say)
+        state = settle_statistics(job, data, state, precision, say)
     save = partial(
         save_classifier,
         job.at(CLASSIFIER_FOLDER),
@@ -62,6 +68,7 @@ def seal(job: TrainJob, data: PreparedData, result: Result, say: Say) -> None:
                 "recipe": job.recipe,
                 "config": make_plain(asdict(job.config)),
                 "num_train_images": len(data.select("train")),
+                "precision": precision,
             },
             "data_manifest_sha256": hash_manifest(data.manifest),
             "versions": collect_versions(),
@@ -74,8 +81,10 @@ def seal(job: TrainJob, data: PreparedData, result: Result, say: Say) -> None:
         save(trust=trust)
 
 
-def settle_statistics(job: TrainJob, data: PreparedData, state: StateDict, say: Say) -> StateDict:
-    """Give the network the statistics of training images as any door will show them.
+def settle_statistics(
+    job: TrainJob, data: PreparedData, state: StateDict, precision: Precision, say: Say
+) -> StateDict:
+    """Give the network the statistics of training images as they are, in the training's precision.
 
     Those of the training are of augmented images, which are smoother: on the Kaggle set's
     validation images (`cpu` recipe, seed 0) they cost 2.8 points of accuracy.
@@ -86,7 +95,9 @@ def settle_statistics(job: TrainJob, data: PreparedData, state: StateDict, say: 
     say(f"Measuring the normalisation's statistics on {len(chosen):,} images as they are.")
     use_gpu = job.placement.use_gpu
     task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_measure_statistics)
-    settled: StateDict = ray.get(task.remote(state, chosen, data.store, job.config, use_gpu))
+    settled: StateDict = ray.get(
+        task.remote(state, chosen, data.store, job.config, precision, use_gpu)
+    )
     return settled
 
 
@@ -95,6 +106,7 @@ def _measure_statistics(
     indices: NDArray[np.int64],
     store: ScanStore,
     config: TrainConfig,
+    precision: Precision,
     use_gpu: bool,
 ) -> StateDict:
     """Return the weights with new statistics; runs as a Ray task."""
@@ -107,16 +119,20 @@ def _measure_statistics(
         normalise_images(torch.from_numpy(part).to(device), config.preprocessing)
         for part in np.array_split(images, -(-len(images) // STATISTICS_BATCH_SIZE))
     )
-    bf16 = config.precision == "bf16" or (
-        config.precision == "auto" and has_native_bf16(use_gpu=use_gpu)
-    )
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         measure_statistics(network, batches)
     return {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
 def fit_trust_on(job: TrainJob, data: PreparedData, say: Say) -> Trust | None:
-    """Fit what the sealed classifier says of its own answers; None where there is too little."""
+    """Fit calibration and abstention to predictions of the engine that ships.
+
+    Returns
+    -------
+    Trust or None
+        Its ``facts`` name the engine and the precision it was fitted with. None where there are too
+        few images.
+    """
     train, val = data.select("train"), data.select("val")
     if min(len(train), len(val)) < MIN_IMAGES:
         say(
@@ -127,27 +143,21 @@ def fit_trust_on(job: TrainJob, data: PreparedData, say: Say) -> Trust | None:
     dice = np.random.default_rng(job.config.seed)
     chosen = np.sort(dice.choice(train, min(len(train), MAX_LIKENESS_IMAGES), replace=False))
     say(f"Calibrating on {len(val):,} val images, beside {len(chosen):,} of train.")
-    train_outputs, val_outputs = (
-        Outputs(found["logits"], found["features"])
-        for found in (
-            compute_outputs(
-                indices,
-                data.store,
-                job.at(CLASSIFIER_FOLDER),
-                limits=job.config.limits,
-                use_gpu=job.placement.use_gpu,
-                with_features=True,
-            )
-            for indices in (chosen, val)
-        )
+    pool = plan_pool(EngineOptions(use_gpu=job.placement.use_gpu))
+    stage = PredictStage.open(job.at(CLASSIFIER_FOLDER), pool, outputs=("logits", "features"))
+    rows, runtime = predict_samples(
+        stage, data.store, data.scans, np.concatenate([chosen, val]), job.config.limits
     )
-    groups = data.manifest["group"].take(val).to_numpy()
-    return fit_trust(
-        train_outputs,
+    logits, features = stack_lists(rows["logits"]), stack_lists(rows["features"])
+    count = len(chosen)
+    trust = fit_trust(
+        Outputs(logits[:count], features[:count]),
         data.labels[chosen],
-        val_outputs,
+        Outputs(logits[count:], features[count:]),
         data.labels[val],
-        groups,
+        data.manifest["group"].take(val).to_numpy(),
         job.config.trust,
         widths=STAGE_WIDTHS,
     )
+    fitted_with = {"engine": runtime["backend"], "precision": runtime["precision"]}
+    return replace(trust, facts=trust.facts | fitted_with)

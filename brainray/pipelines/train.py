@@ -10,6 +10,7 @@ import ray
 from brainray import runlog
 from brainray.cluster import check_fits, connect_ray
 from brainray.dataset.source import find_samples
+from brainray.inference.engine import EngineOptions
 from brainray.model.network import fetch_weights
 from brainray.pipelines.data import PreparedData, prepare_training_data
 from brainray.pipelines.fit import describe_training_needs, fit
@@ -138,7 +139,7 @@ def judge(job: TrainJob, data: PreparedData, say: Say) -> dict[str, Any]:
         classifier_uri=job.at(CLASSIFIER_FOLDER),
         splits=("val", "test"),
         limits=job.config.limits,
-        use_gpu=job.placement.use_gpu,
+        engine=EngineOptions(use_gpu=job.placement.use_gpu),
         title="brainray training report",
         configuration=make_plain(asdict(job.config)),
         facts={

@@ -1,0 +1,119 @@
+"""Predict the samples of a data set: for evaluation, for calibration, for galleries."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from numpy.typing import NDArray
+from ray.exceptions import RayError, RayTaskError
+
+from brainray.cluster import find_own_error
+from brainray.dataset.scan import ScanStore
+from brainray.dataset.stream import TASK_CPUS
+from brainray.inference.predict import PredictStage, pack_images
+from brainray.pixels.decode import DecodeLimits
+from brainray.pixels.preprocess import Preprocessing
+
+PART_ROWS = 256
+"""Samples of one block: seconds of work on a CPU."""
+MAX_FAILURES = 3
+"""Times in a row that the stream may break, as when a node is lost, without a new prediction."""
+
+Runtime = dict[str, str]
+"""What computed: from :meth:`brainray.inference.engine.Engine.describe`."""
+
+
+def predict_samples(
+    stage: PredictStage,
+    store: ScanStore,
+    scans: pa.Table,
+    indices: NDArray[np.int64],
+    limits: DecodeLimits,
+) -> tuple[pa.Table, Runtime]:
+    """Predict some samples of a data set with a stream of its own.
+
+    Parameters
+    ----------
+    stage : PredictStage
+        What predicts, and what it keeps of it.
+    store : ScanStore
+        Gives the samples' pixels.
+    scans : Table
+        Rows of :data:`brainray.inference.schema.SCAN_SCHEMA` of all samples, in sample order.
+    indices : ndarray of int64, shape (n,)
+        Numbers of the samples to predict, each once, at least one; all of them can be opened.
+    limits : DecodeLimits
+        What is too large to open.
+
+    Returns
+    -------
+    rows : Table
+        Of :func:`brainray.inference.schema.build_schema`, in the order of ``indices``.
+    runtime : dict of str to str
+
+    Raises
+    ------
+    BrainrayError
+        A file has vanished, or the engine cannot be opened where it is to compute.
+    RayError
+        The stream broke :data:`MAX_FAILURES` times in a row.
+    """
+    assert len(indices)
+    blocks: list[pa.Table] = []
+    found = np.zeros(len(scans), np.bool_)
+    failures = 0
+    while not found[indices].all():
+        before = len(blocks)
+        try:
+            for block in _stream(stage, store, scans, indices[~found[indices]], limits):
+                blocks.append(block)
+                found[block["index"].to_numpy()] = True
+        except RayTaskError as error:
+            raise find_own_error(error) or error from None
+        except RayError:
+            failures = 1 if len(blocks) > before else failures + 1
+            if failures == MAX_FAILURES:
+                raise
+    rows = pa.concat_tables(blocks)
+    place = np.empty(len(scans), np.int64)
+    place[rows["index"].to_numpy()] = np.arange(len(rows))
+    rows = rows.take(pa.array(place[indices])).combine_chunks()
+    runtime: Runtime = json.loads(rows["runtime"][0].as_py())
+    return rows.drop_columns(["index", "runtime", "predict_s"]), runtime
+
+
+def _stream(
+    stage: PredictStage,
+    store: ScanStore,
+    scans: pa.Table,
+    indices: NDArray[np.int64],
+    limits: DecodeLimits,
+) -> Iterator[pa.Table]:
+    chosen = scans.take(pa.array(indices)).append_column("index", pa.array(indices))
+    starts = range(0, len(indices), PART_ROWS)
+    parts = [chosen.slice(start, PART_ROWS) for start in starts]
+    num_cpus = max(1, int(ray.cluster_resources()["CPU"]))
+    load: Any = partial(
+        _load_part, store=store, preprocessing=stage.preprocessing, limits=limits
+    )  # Ray's hint knows no partial
+    opened = ray.data.from_arrow(parts).map_batches(
+        load,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=TASK_CPUS,
+        compute=ray.data.TaskPoolStrategy(size=min(len(parts), num_cpus)),
+    )
+    blocks: Any = stage.apply(opened).iter_batches(batch_size=None, batch_format="pyarrow")
+    yield from blocks
+
+
+def _load_part(
+    part: pa.Table, *, store: ScanStore, preprocessing: Preprocessing, limits: DecodeLimits
+) -> pa.Table:
+    images = store.load_images(part["index"].to_pylist(), preprocessing, limits)
+    return part.append_column("image", pack_images(list(images), preprocessing.size_px))
