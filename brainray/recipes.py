@@ -4,10 +4,14 @@ Any field can be overridden on the command line; ``brainray train --help`` lists
 """
 
 import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
 
 from brainray.errors import ConfigError
 from brainray.model.trust import TrustOptions
-from brainray.pipelines.config import TrainConfig
+from brainray.pipelines.config import Placement, TrainConfig
 from brainray.pipelines.optimisation import Optimisation
 from brainray.pixels.augment import Augmentation
 from brainray.pixels.preprocess import Preprocessing
@@ -105,3 +109,23 @@ def build_recipe(name: str) -> TrainConfig:
     if name not in RECIPES:
         raise ConfigError(f"Unknown recipe '{name}'. Expected one of {', '.join(RECIPES)}.")
     return RECIPES[name]()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Train a classifier on a folder (or Parquet tables) of labelled scans."""
+
+    data_uri: str
+    """Class folders, alone or below Training/ and Testing/ (or train/, val/, test/), or
+    Parquet tables. Local, s3:// or gs://."""
+    output_uri: str
+    """Where everything is written. The same command goes on with what it finds here."""
+    recipe: Literal["smoke", "cpu", "cpu-long", "gpu"] = "cpu"
+    """Named configuration that the other options override."""
+    folds: int | None = None
+    """Cross-validate: train so many times, each time without one of as many parts of the training
+    images (groups stay whole), and evaluate each part by the classifier that never saw it."""
+    placement: Annotated[Placement, tyro.conf.arg(name="")] = Placement()
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
+    verbose: bool = False
+    """Show Ray's own lines too."""

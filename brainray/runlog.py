@@ -5,10 +5,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
-
 from brainray import storage
 
 Record = dict[str, Any]
@@ -62,6 +58,10 @@ def write_tensorboard(tensorboard_uri: str, records: Sequence[Record]) -> None:
     The file grows by what is new and is otherwise the same bytes, so that a reader can
     follow it, on an object store too, and a resumed run leaves no second copy.
     """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
     sink = io.BytesIO()
     writer = RecordWriter(sink)
     started = Event(wall_time=records[0]["unix_time_s"], file_version="brain.Event:2")

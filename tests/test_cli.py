@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from brainray import cli
+from brainray import cli, console
 from brainray.pipelines.doctor import examine
 from brainray.recipes import RECIPES
 
@@ -140,7 +140,7 @@ def test_the_doctor_looks_at_everything(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_scores_are_printed_beside_what_they_must_be_read_beside() -> None:
-    line = cli.describe_scores(
+    line = console.describe_scores(
         "test",
         {
             "n": 200,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainray import cli, storage
+from brainray import cli, console, storage
 from brainray.dataset.source import find_samples
 from brainray.dataset.split import assign_folds
 from brainray.errors import ConfigError, DataError
@@ -174,7 +174,7 @@ def test_the_spread_is_over_folds_with_k_minus_1() -> None:
 
 def test_the_spread_is_said_as_such() -> None:
     row = {"mean": 0.65, "sd": 0.132, "min": 0.5, "max": 0.75}
-    line = cli.describe_spread({"accuracy": row, "macro_f1": row, "macro_auroc": row}, 3)
+    line = console.describe_spread({"accuracy": row, "macro_f1": row, "macro_auroc": row}, 3)
     assert line.startswith("spread over the 3 folds, no interval: accuracy 0.500 to 0.750 (mean")
     assert "SD 0.132" in line
 

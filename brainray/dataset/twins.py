@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from brainray.dataset.neighbours import (
     EXACT_PAIRS,
@@ -159,6 +157,9 @@ def _join(
     groups: NDArray[np.int64], left: NDArray[np.int64], right: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Join the groups of pairs of slices."""
+    from scipy.sparse import coo_array  # half a second that who only decodes saves
+    from scipy.sparse.csgraph import connected_components
+
     if not len(left):
         return groups
     size = int(groups.max()) + 1

@@ -30,8 +30,8 @@ from brainray.pixels.preprocess import Preprocessing
 CPUS_PER_ENGINE = 4
 """Threads of one engine on a CPU, where the machine has so many."""
 GPU_BATCH_SIZE = 256
-"""Images of one call of an engine on a GPU. Ray Data wants a size there, and joins smaller blocks up
-to it; on a CPU each block is a call of its own."""
+"""Images of one call of an engine on a GPU. Ray Data wants a size there, and joins smaller blocks
+up to it; on a CPU each block is a call of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,7 +30,6 @@ from brainray.inference.stats import (
     find_bottleneck,
 )
 from brainray.inference.store import PredictionStore
-from brainray.metrics import compute_curves, compute_evaluation
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing
 from brainray.provenance import describe_versions, read_code_revision
@@ -108,8 +107,7 @@ def write_report(
     metrics["confidence_histogram"] = {"edges": edges, "counts": stats.histogram.tolist()}
     curves = None
     if stats.labelled is not None and len(stats.labelled.y_true):
-        metrics["evaluation"] = _evaluate(stats.labelled, store.classes)
-        curves = compute_curves(stats.labelled.y_true, stats.labelled.y_prob, store.classes)
+        metrics["evaluation"], curves = _evaluate(stats.labelled, store.classes)
     preprocessing = Preprocessing(**card["preprocessing"])
     page = render_bulk_report(
         title="brainray classification report",
@@ -129,11 +127,15 @@ def write_report(
     storage.write_json(storage.join(job.output_uri, METRICS_FILE), metrics)
 
 
-def _evaluate(sample: LabelledSample, classes: tuple[str, ...]) -> dict[str, Any]:
+def _evaluate(
+    sample: LabelledSample, classes: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    from brainray.metrics import compute_curves, compute_evaluation  # a second of imports
+
     evaluation = compute_evaluation(sample.y_true, sample.y_prob, classes)
     evaluation["num_labelled"] = sample.total
     evaluation["num_without_truth"] = sample.num_unlabelled
-    return evaluation
+    return evaluation, compute_curves(sample.y_true, sample.y_prob, classes)
 
 
 def read_statistics(

@@ -254,6 +254,11 @@ class Progress:
         return self.new.num_rows + self.num_known
 
     @property
+    def num_rejected(self) -> int:
+        """Scans of this run that were rejected."""
+        return count_rejected(self.new.reasons)
+
+    @property
     def elapsed_s(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self._started
