@@ -8,7 +8,7 @@ of their standardised 24 x 24 thumbnails reaches a threshold.
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from brainray.dataset.neighbours import (
@@ -157,16 +157,10 @@ def _join(
     groups: NDArray[np.int64], left: NDArray[np.int64], right: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Join the groups of pairs of slices."""
-    from scipy.sparse import coo_array  # half a second that who only decodes saves
-    from scipy.sparse.csgraph import connected_components
-
     if not len(left):
         return groups
     size = int(groups.max()) + 1
-    links = coo_array(
-        (np.ones(len(left), np.int8), (groups[left], groups[right])), shape=(size, size)
-    )
-    _, joined = connected_components(links, directed=False)
+    joined = find_components(groups[left], groups[right], size)
     return np.asarray(joined, dtype=np.int64)[groups]
 
 
@@ -274,6 +268,14 @@ def merge_groups(twins: NDArray[np.int64], given: Sequence[str | None]) -> NDArr
     links = [(int(twin), names[name]) for twin, name in zip(twins, given, strict=True) if name]
     size = int(twins.max()) + 1 + len(names)
     row, column = zip(*links, strict=True) if links else ((), ())
-    graph = coo_array((np.ones(len(links), np.int8), (row, column)), shape=(size, size))
-    _, merged = connected_components(graph, directed=False)
-    return np.asarray(merged, dtype=np.int64)[twins]
+    return find_components(row, column, size)[twins]
+
+
+def find_components(rows: ArrayLike, columns: ArrayLike, size: int) -> NDArray[np.int64]:
+    """Return the connected component of each of ``size`` nodes, given the ends of the links."""
+    from scipy.sparse import coo_array  # half a second, which who only decodes does without
+    from scipy.sparse.csgraph import connected_components
+
+    rows, columns = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
+    links = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(size, size))
+    return np.asarray(connected_components(links, directed=False)[1], np.int64)
