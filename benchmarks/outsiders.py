@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from sklearn.metrics import roc_auc_score
 
-from brainray.dataset.scans import list_scans, read_named_scan
+from brainray.dataset.read import read_named_scan
+from brainray.dataset.scans import list_scans
 from brainray.errors import RejectedImage
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.model.classifier import Classifier, load_classifier

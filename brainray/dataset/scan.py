@@ -7,20 +7,18 @@ asked for, so that no epoch decodes again what the first look has decoded.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 from numpy.typing import NDArray
 
-from brainray import storage
+from brainray.dataset.read import name_scan, read_scan
 from brainray.dataset.twins import THUMBNAIL_PX, compute_thumbnail
-from brainray.errors import RejectedImage, StorageError
+from brainray.errors import RejectedImage
 from brainray.pixels.decode import DecodeLimits, decode_image
 from brainray.pixels.preprocess import Preprocessing, load_image, resize_image
 from brainray.pixels.traits import ImageTraits, measure_traits
@@ -184,47 +182,6 @@ def read_samples(samples: pa.Table) -> list[bytes]:
     ]
 
 
-def read_scan(uri: str, row_group: int, row: int, *, max_bytes: int | None = None) -> bytes:
-    """Read one scan's encoded bytes: a file, or a row of a Parquet table.
-
-    ``max_bytes`` is that of :func:`brainray.storage.read_bytes`.
-
-    Raises
-    ------
-    RejectedImage
-        ``missing`` or ``unreadable``.
-    """
-    try:
-        if row_group < 0:
-            return storage.read_bytes(uri, max_bytes=max_bytes)
-        return bytes(_read_row_group(uri, row_group)[row].as_py() or b"")
-    except FileNotFoundError as error:
-        raise RejectedImage("missing", f"No file at '{uri}'.") from error
-    except (StorageError, OSError) as error:
-        raise RejectedImage("unreadable", storage.describe_error(error)) from error
-
-
-def _name_scan(uri: str, row_group: int, row: int) -> str:
-    return uri if row_group < 0 else f"{uri}#row={_find_first_rows(uri)[row_group] + row}"
-
-
-@lru_cache(maxsize=8)
-def _find_first_rows(uri: str) -> list[int]:
-    """Return the number of each row group's first row in a Parquet file."""
-    filesystem, path = storage.resolve(uri)
-    with pq.ParquetFile(path, filesystem=filesystem) as parquet:
-        groups = range(parquet.num_row_groups)
-        sizes = [parquet.metadata.row_group(group).num_rows for group in groups]
-    return [sum(sizes[:group]) for group in groups]
-
-
-@lru_cache(maxsize=8)
-def _read_row_group(uri: str, row_group: int) -> pa.ChunkedArray:
-    filesystem, path = storage.resolve(uri)
-    with pq.ParquetFile(path, filesystem=filesystem) as parquet:
-        return parquet.read_row_group(row_group, columns=["image_bytes"])["image_bytes"]
-
-
 def scan_samples(
     samples: pa.Table,
     *,
@@ -337,7 +294,7 @@ def _look_at(
     content, scan_uri = b"", str(batch["uri"][row])
     try:
         (content,) = read_samples(batch.slice(row, 1))
-        scan_uri = _name_scan(scan_uri, batch["row_group"][row].as_py(), batch["row"][row].as_py())
+        scan_uri = name_scan(scan_uri, batch["row_group"][row].as_py(), batch["row"][row].as_py())
         pixels = decode_image(content, limits)
     except RejectedImage as rejection:
         if rejection.reason in ("missing", "unreadable"):

@@ -18,11 +18,10 @@ import pyarrow.parquet as pq
 from wcmatch import glob
 
 from brainray import storage
-from brainray.dataset.scan import read_scan
+from brainray.dataset.read import TABLE_SUFFIX
 from brainray.dataset.source import is_hidden
-from brainray.errors import DataError, RejectedImage, StorageError
+from brainray.errors import DataError
 
-TABLE_SUFFIX = ".parquet"
 LIST_SUFFIXES = (".txt", ".csv")
 LIST_COLUMNS = ("scan_uri", "uri", "path")
 """Columns of a CSV list that may hold the URIs, the first one found counts; else its first."""
@@ -321,28 +320,3 @@ def list_scans(scans_uris: Sequence[str], *, leave_out: Sequence[str] = ()) -> p
         tables.append(listing.scans)
         waiting += listing.rest[::-1]
     return pa.concat_tables(tables)
-
-
-def read_named_scan(scan_uri: str) -> bytes:
-    """Read a scan again by the ``scan_uri`` that its listing gave it.
-
-    Raises
-    ------
-    RejectedImage
-        It has vanished or cannot be read.
-    """
-    table, mark, number = scan_uri.rpartition("#row=")
-    if not mark or not table.endswith(TABLE_SUFFIX):
-        return read_scan(scan_uri, -1, -1)
-    filesystem, path = storage.resolve(table)
-    row = int(number)
-    try:
-        with pq.ParquetFile(path, filesystem=filesystem) as parquet:
-            for group in range(parquet.metadata.num_row_groups):
-                rows = parquet.metadata.row_group(group).num_rows
-                if row < rows:
-                    return read_scan(table, group, row)
-                row -= rows
-    except (OSError, StorageError) as error:
-        raise RejectedImage("unreadable", str(error)) from error
-    raise RejectedImage("missing", f"No row {number} in '{table}'.")

@@ -38,7 +38,7 @@ from brainray.cluster import (
     describe_gpu_need,
     tell_waiting,
 )
-from brainray.dataset.scan import read_scan
+from brainray.dataset.read import read_scan
 from brainray.dataset.scans import Place, find_places
 from brainray.dataset.stream import TASK_CPUS, pause_scheduling
 from brainray.errors import (

@@ -344,7 +344,8 @@ def read_calibration_images(
             "int8 takes the range of each layer's values from images, and got none. "
             "Pass --calibration-uri FOLDER with a few hundred scans, or another --precision."
         )
-    from brainray.dataset.scans import list_scans, read_named_scan
+    from brainray.dataset.read import read_named_scan
+    from brainray.dataset.scans import list_scans
 
     found = list_scans([calibration_uri])["scan_uri"].to_pylist()
     chosen = np.linspace(0, len(found) - 1, min(len(found), NUM_CALIBRATION_IMAGES)).round()

@@ -21,7 +21,8 @@ import ray.data
 from ray.data import Dataset
 
 from brainray import storage
-from brainray.dataset.scans import LISTING_SCHEMA, TABLE_SUFFIX, Listing, Place, list_place
+from brainray.dataset.read import TABLE_SUFFIX
+from brainray.dataset.scans import LISTING_SCHEMA, Listing, Place, list_place
 from brainray.dataset.stream import TASK_CPUS
 from brainray.errors import BrainrayError
 from brainray.inference.stats import hash_names

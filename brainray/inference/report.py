@@ -12,7 +12,7 @@ import ray
 import ray.data
 
 from brainray import storage
-from brainray.dataset.scans import read_named_scan
+from brainray.dataset.read import read_named_scan
 from brainray.dataset.stream import TASK_CPUS
 from brainray.errors import RejectedImage
 from brainray.inference.gallery import draw_scan

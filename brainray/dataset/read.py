@@ -1,0 +1,78 @@
+"""Read one scan's encoded bytes, from a file or a row of a Parquet table."""
+
+from functools import lru_cache
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from brainray import storage
+from brainray.errors import RejectedImage, StorageError
+
+TABLE_SUFFIX = ".parquet"
+
+
+def read_scan(uri: str, row_group: int, row: int, *, max_bytes: int | None = None) -> bytes:
+    """Read one scan's encoded bytes: a file, or a row of a Parquet table.
+
+    ``max_bytes`` is that of :func:`brainray.storage.read_bytes`.
+
+    Raises
+    ------
+    RejectedImage
+        ``missing`` or ``unreadable``.
+    """
+    try:
+        if row_group < 0:
+            return storage.read_bytes(uri, max_bytes=max_bytes)
+        return bytes(_read_row_group(uri, row_group)[row].as_py() or b"")
+    except FileNotFoundError as error:
+        raise RejectedImage("missing", f"No file at '{uri}'.") from error
+    except (StorageError, OSError) as error:
+        raise RejectedImage("unreadable", storage.describe_error(error)) from error
+
+
+def name_scan(uri: str, row_group: int, row: int) -> str:
+    """Return the ``scan_uri`` of a file, or of a row of a row group of a Parquet table."""
+    return uri if row_group < 0 else f"{uri}#row={_find_first_rows(uri)[row_group] + row}"
+
+
+@lru_cache(maxsize=8)
+def _find_first_rows(uri: str) -> list[int]:
+    """Return the number of each row group's first row in a Parquet file."""
+    filesystem, path = storage.resolve(uri)
+    with pq.ParquetFile(path, filesystem=filesystem) as parquet:
+        groups = range(parquet.num_row_groups)
+        sizes = [parquet.metadata.row_group(group).num_rows for group in groups]
+    return [sum(sizes[:group]) for group in groups]
+
+
+@lru_cache(maxsize=8)
+def _read_row_group(uri: str, row_group: int) -> pa.ChunkedArray:
+    filesystem, path = storage.resolve(uri)
+    with pq.ParquetFile(path, filesystem=filesystem) as parquet:
+        return parquet.read_row_group(row_group, columns=["image_bytes"])["image_bytes"]
+
+
+def read_named_scan(scan_uri: str) -> bytes:
+    """Read a scan again by the ``scan_uri`` that its listing gave it.
+
+    Raises
+    ------
+    RejectedImage
+        It has vanished or cannot be read.
+    """
+    table, mark, number = scan_uri.rpartition("#row=")
+    if not mark or not table.endswith(TABLE_SUFFIX):
+        return read_scan(scan_uri, -1, -1)
+    filesystem, path = storage.resolve(table)
+    row = int(number)
+    try:
+        with pq.ParquetFile(path, filesystem=filesystem) as parquet:
+            for group in range(parquet.metadata.num_row_groups):
+                rows = parquet.metadata.row_group(group).num_rows
+                if row < rows:
+                    return read_scan(table, group, row)
+                row -= rows
+    except (OSError, StorageError) as error:
+        raise RejectedImage("unreadable", str(error)) from error
+    raise RejectedImage("missing", f"No row {number} in '{table}'.")
