@@ -12,6 +12,7 @@
     │   └── RejectedImage         one scan's bytes; carries a stable reason code
     ├── TrainingError             what a user cannot mend; exit 1
     ├── ClassificationError       likewise, of a bulk run
+    ├── LockLostError             another run has taken the output over
     └── ServingError              likewise, of the service
 
 A message says what was expected, what was found, where, and the remedy.
@@ -52,6 +53,10 @@ class TrainingError(BrainrayError):
 
 class ClassificationError(BrainrayError):
     """A bulk run failed for a reason that the user cannot mend from the command line."""
+
+
+class LockLostError(BrainrayError):
+    """Another run has taken the output over, or may have: what this one writes would meet it."""
 
 
 class ServingError(BrainrayError):

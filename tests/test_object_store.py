@@ -16,9 +16,8 @@ from pyarrow import fs
 
 from brainray import cli, storage
 from brainray.dataset.inbox import list_scans
-from brainray.errors import ConfigError, StorageError
+from brainray.errors import StorageError
 from brainray.pipelines import answers as answers_room
-from brainray.pipelines.answers import hold_output
 from tests.object_store import BUCKET, CUT, Environ, Fault, ObjectStore, serve_objects
 from tests.test_answers import RUNTIME, card, rows
 
@@ -562,26 +561,6 @@ def test_a_set_takes_the_place_of_another(store: ObjectStore) -> None:
     assert read_answers() == {("a", "bbb"), ("b", "bbb")}
     assert {key.partition("/")[0] for key in store.list_keys()} == {"predictions"}
     assert not open_set("bbb", replace=True).replaces
-
-
-def test_a_lease_is_refused_renewed_through_a_fault_and_given_back(
-    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(answers_room, "LEASE_RENEWAL_S", 0.05)
-    with hold_output(place("out")):
-        with pytest.raises(ConfigError, match="Another run is writing"), hold_output(place("out")):
-            pass
-        before = storage.read_json(place("out", ".lock"))["renewed_unix_s"]
-        store.fail = lambda _: (403, "AccessDenied")
-        seen = len(store.requests)
-        while len(store.requests) < seen + 2:
-            time.sleep(0.01)
-        store.forget()
-        deadline = time.monotonic() + 20
-        while storage.read_json(place("out", ".lock"))["renewed_unix_s"] <= before:
-            assert time.monotonic() < deadline, "the lease was not renewed after the fault"
-            time.sleep(0.05)
-    assert store.list_keys() == []
 
 
 # --------------------------------------------------------------------------- Google Cloud Storage

@@ -1,4 +1,4 @@
-"""The answers of bulk runs: their table, what is answered already, and who may write.
+"""The answers of bulk runs: their table, and what is answered already.
 
 ::
 
@@ -6,22 +6,18 @@
       predictions/<classifier_id>-<run>-<number>.parquet   whole or absent
       .next/<classifier_id>/                               a set that will replace the others
       .replaced/<unix time>-…/                             replaced sets, for readers on their way
-      .lock                                                held by the run that writes
+      .lock, .state.json                                   of the run that writes: io/lock.py
 
 A row is the answer to one scan with one content; nothing is ever changed in place, so a run
 that was killed has lost what it had not written, and the next one finds out which that is.
 """
 
 import ctypes
-import fcntl
 import json
-import logging
 import os
-import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -35,12 +31,9 @@ from numpy.typing import NDArray
 from pyarrow import fs
 
 from brainray import storage
-from brainray.errors import ConfigError, StorageError
+from brainray.errors import StorageError
 from brainray.model.explain import STRIDE_PX
-from brainray.pipelines.repeat import repeat
 from brainray.provenance import collect_versions, read_code_revision
-
-logger = logging.getLogger(__name__)
 
 ANSWERS_SCHEMA_VERSION = 2
 """2 added ``class_map``; files of 1 are read as if it were null."""
@@ -49,13 +42,8 @@ NEXT_FOLDER = ".next"
 REPLACED_FOLDER = ".replaced"
 REPLACED_LIFE_S = 3600.0
 """What was replaced is deleted by the first run after this time: whoever was reading is done."""
-LOCK_FILE = ".lock"
 
 STATUSES = ("classified", "abstained", "rejected")
-
-LEASE_RENEWAL_S = 10.0
-LEASE_LIFE_S = 60.0
-"""A lease on an object store that was not renewed for so long belongs to a run that is dead."""
 
 _KEY = "S16"  # numpy's type of a key
 
@@ -306,82 +294,3 @@ def _exchange(new: Path, old: Path) -> None:
     old.rename(aside)
     new.rename(old)
     aside.rename(new)
-
-
-@contextmanager
-def hold_output(output_uri: str) -> Iterator[None]:
-    """Be the only run that writes below an output.
-
-    A local output is locked by the system, which forgets the lock with its process, however
-    that ends. On an object store a lease is written and renewed.
-
-    Raises
-    ------
-    ConfigError
-        Another run holds it.
-    StorageError
-        The output cannot be written.
-    """
-    storage.check_writable(output_uri)
-    filesystem, path = storage.resolve(storage.join(output_uri, LOCK_FILE))
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
-    if isinstance(filesystem, fs.LocalFileSystem):
-        with _lock_file(Path(path), holder, output_uri):
-            yield
-    else:
-        with _lease(storage.join(output_uri, LOCK_FILE), holder, output_uri):
-            yield
-
-
-def _refuse(output_uri: str, holder: dict[str, Any]) -> ConfigError:
-    return ConfigError(
-        f"Another run is writing to '{output_uri}' (process {holder.get('pid')} on "
-        f"{holder.get('host')}). Wait for it to end, or give another --output-uri."
-    )
-
-
-@contextmanager
-def _lock_file(path: Path, holder: dict[str, Any], output_uri: str) -> Iterator[None]:
-    with path.open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            text = stream.read()
-            raise _refuse(output_uri, json.loads(text) if text else {}) from None
-        stream.truncate(0)
-        stream.write(json.dumps(holder))
-        stream.flush()
-        yield
-
-
-@contextmanager
-def _lease(uri: str, holder: dict[str, Any], output_uri: str) -> Iterator[None]:
-    def read() -> dict[str, Any]:
-        try:
-            return dict(storage.read_json(uri))
-        except FileNotFoundError:
-            return {}
-
-    def renew() -> None:
-        storage.write_json(uri, holder | {"renewed_unix_s": time.time()})
-
-    found = read()
-    if found and time.time() - found["renewed_unix_s"] < LEASE_LIFE_S:
-        raise _refuse(output_uri, found)
-    renew()
-    time.sleep(1.0)  # two runs that began at once: the one that wrote last has it
-    if read().get("id") != holder["id"]:
-        raise _refuse(output_uri, read())
-
-    def keep() -> None:
-        try:
-            renew()
-        except StorageError as error:  # there is time for another attempt or two
-            logger.warning("The lease on %s was not renewed: %s", output_uri, error)
-
-    try:
-        with repeat(keep, LEASE_RENEWAL_S, "lease"):
-            yield
-    finally:
-        storage.delete_file(uri)

@@ -26,6 +26,7 @@ from brainray.errors import (
     DataError,
     RejectedImage,
 )
+from brainray.io.lock import hold_output
 from brainray.metrics import compute_curves, compute_evaluation
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.explain import STRIDE_PX
@@ -36,7 +37,6 @@ from brainray.pipelines.answers import (
     AnswerSet,
     Ledger,
     describe_class_map,
-    hold_output,
     key_of,
 )
 from brainray.pipelines.bulk import (

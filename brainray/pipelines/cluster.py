@@ -15,8 +15,8 @@ import ray.data
 
 from brainray.dataset.stream import TASK_CPUS
 from brainray.errors import ConfigError
+from brainray.io.repeat import repeat
 from brainray.pipelines.config import Placement
-from brainray.pipelines.repeat import repeat
 from brainray.raytoken import keep_token_private
 
 MIN_CPUS = 2

@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pyarrow as pa
 
+from brainray.io.repeat import repeat
 from brainray.model.trust import LOW_CONFIDENCE
-from brainray.pipelines.repeat import repeat
 
 MEMORY_INTERVAL_S = 3.0
 SATURATED = 0.8

@@ -1,0 +1,1 @@
+"""Below an output: who may write there."""
