@@ -1,14 +1,10 @@
-"""The answers on disk: whole or absent, each known again, one writer, sets that change places."""
+"""The answers on disk: whole or absent, each known again, sets that change places."""
 
 import json
-import multiprocessing
 import os
-import signal
 import threading
-import time
 import tracemalloc
 from datetime import UTC, datetime
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from brainray import storage
-from brainray.errors import ConfigError, StorageError
+from brainray.errors import StorageError
 from brainray.pipelines import answers as room
-from brainray.pipelines.answers import AnswerSet, Ledger, build_schema, hold_output
+from brainray.pipelines.answers import AnswerSet, Ledger, build_schema
 
 CLASSES = ("glioma", "notumor")
 RUNTIME = {"backend": "torch", "precision": "fp32"}
@@ -241,52 +237,3 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(StorageError, match=file.name):
         answers.read_ledger()
-
-
-def _hold(place: str, started: "Event", seconds: float) -> None:
-    with hold_output(place):
-        started.set()
-        time.sleep(seconds)
-
-
-def test_a_second_run_stops_with_the_first_ones_name_and_its_death_frees_it(
-    tmp_path: Path,
-) -> None:
-    context = multiprocessing.get_context("spawn")
-    started = context.Event()
-    first = context.Process(target=_hold, args=(str(tmp_path), started, 60.0))
-    first.start()
-    assert started.wait(60)
-    with pytest.raises(ConfigError, match=f"process {first.pid}"), hold_output(str(tmp_path)):
-        pass
-    assert first.pid is not None
-    os.kill(first.pid, signal.SIGKILL)
-    first.join()
-    with hold_output(str(tmp_path)):
-        pass
-
-
-def test_a_lease_is_refused_while_it_lives_and_taken_over_when_it_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What an object store gets; the file system under it does not matter."""
-    uri = str(tmp_path / "lease.json")
-    monkeypatch.setattr(room, "LEASE_RENEWAL_S", 0.1)
-    holder = {"id": "one", "pid": 1, "host": "h"}
-    other = {"id": "two", "pid": 2, "host": "h"}
-    with room._lease(uri, holder, "out"):
-        before = storage.read_json(uri)["renewed_unix_s"]
-        with pytest.raises(ConfigError, match="process 1 on h"), room._lease(uri, other, "out"):
-            pass
-        time.sleep(0.5)
-        assert storage.read_json(uri)["renewed_unix_s"] > before
-    assert not storage.exists(uri)
-    storage.write_json(uri, holder | {"renewed_unix_s": time.time() - room.LEASE_LIFE_S - 1})
-    with room._lease(uri, other, "out"):
-        assert storage.read_json(uri)["id"] == "two"
-
-
-def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(StorageError, match="Cannot write"), hold_output(str(tmp_path / "file")):
-        pass

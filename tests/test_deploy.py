@@ -23,8 +23,9 @@ from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 
 from brainray import cli
 from brainray.errors import ConfigError
+from brainray.io.lock import LEASE_LIFE_S
 from brainray.model.reasons import REASONS
-from brainray.pipelines.answers import ANSWERS_SCHEMA_VERSION, LEASE_LIFE_S, build_schema
+from brainray.pipelines.answers import ANSWERS_SCHEMA_VERSION, build_schema
 from brainray.pipelines.classify import CPUS_PER_PREDICTOR, ClassifyJob
 from brainray.pixels.decode import DecodeLimits
 from brainray.serving.auth import MIN_TOKEN_CHARACTERS, TOKEN_VARIABLE
