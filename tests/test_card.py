@@ -377,6 +377,7 @@ def test_images_are_counted_by_split_class_and_group() -> None:
         np.array([0, 1, 1, 0, 1, 0]),
         np.array(splits),
         None,  # type: ignore[arg-type]  # no scan is read
+        pa.table({}),
     )
     assert summarise_data(data, ["a", "b"]) == {
         "num_scans": 6,
