@@ -83,6 +83,9 @@ IMAGES_PER_THREAD_S = 25.0
 only decides how many scans share a file."""
 IMAGES_PER_GPU_S = 3_000.0
 """The same of a GPU."""
+FIRST_SHARDS_PER_ENGINE = 16
+"""Shards of the first wave for each engine. It is opened before the plan is made; every shard that
+the plan has not costs a task."""
 OPENED_FILE = "opened.json"
 """In the plan's folder, once it is made: shards of the first wave."""
 POLL_S = 0.05
@@ -325,7 +328,8 @@ class _Run:
 
     def _predict_all(self, planned: "Future[tuple[Plan, int]]") -> None:
         # The first wave starts its engines while the plan is being made.
-        todo = self._predict(Wave(self.id, 0, 0, self._wave_size), is_first=True)
+        first_size = FIRST_SHARDS_PER_ENGINE * self.pool.num_engines
+        todo = self._predict(Wave(self.id, 0, 0, first_size), is_first=True)
         plan, num_opened = planned.result()
         if not plan.num_listed:
             raise DataError(
@@ -356,7 +360,7 @@ class _Run:
             plan = make_plan(options)
             self.progress.total = plan.num_scans
             if len(plan.num_shards) == 1 and not self._is_over:
-                num_opened = min(self._wave_size, plan.num_shards[0])
+                num_opened = min(FIRST_SHARDS_PER_ENGINE * options.num_engines, plan.num_shards[0])
                 self._open(Wave(self.id, 0, 0, num_opened))
             return plan, num_opened
         finally:
