@@ -40,7 +40,7 @@ from brainray.cluster import (
 )
 from brainray.dataset.read import read_scan
 from brainray.dataset.scans import Place, find_places
-from brainray.dataset.stream import TASK_CPUS, pause_scheduling
+from brainray.dataset.stream import TASK_CPUS
 from brainray.errors import (
     BrainrayError,
     ClassificationError,
@@ -90,8 +90,6 @@ OPENED_FILE = "opened.json"
 """In the plan's folder, once it is made: shards of the first wave."""
 POLL_S = 0.05
 """Pause between two looks for the plan, at the start."""
-CPU_PAUSE_S, GPU_PAUSE_S = 0.05, 0.005
-"""Pause of Ray Data's scheduling loop: short beside what a shard takes to predict."""
 ALREADY_ANSWERED = "already_answered"
 """Reason that a scan has within the stream whose content has a row; it gets no other one."""
 
@@ -180,12 +178,12 @@ def classify(
     card = read_card(job.classifier_uri)
     labels = read_labels(job.labels, tuple(card["classes"]))
     places = find_places(job.scans_uri)
-    # Importing torch and exporting the network takes about as long as starting Ray.
-    engine = start_thread(prepare_engine, job.classifier_uri, job.engine)
     with hold_output(job.output_uri) as lock:
         store = PredictionStore.of(job.output_uri, card)
         run = _Run(job, card, store, lock, say, on_progress)
         run.close_previous()
+        # Importing torch and exporting the network takes about as long as starting Ray.
+        engine = start_thread(prepare_engine, job.classifier_uri, job.engine)
         connect_ray(verbose=verbose)
         needs = describe_needs(job)
         check_fits(*needs)
@@ -484,10 +482,9 @@ def build_stream(
         num_cpus=TASK_CPUS,
     )
     context = done.context
-    context.target_max_block_size = 4 * MAX_BLOCK_BYTES  # a shard stays one block
-    pause_scheduling(context, GPU_PAUSE_S if stage.pool.gpus else CPU_PAUSE_S)
+    context.target_max_block_size = 2 * MAX_BLOCK_BYTES  # a shard stays one block
     context.execution_options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=(2 + 4 * stage.pool.num_engines) * MAX_BLOCK_BYTES
+        object_store_memory=(4 + 4 * stage.pool.num_engines) * MAX_BLOCK_BYTES
     )
     return done
 
