@@ -19,6 +19,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from brainray.inference.engine import EngineOptions
 from brainray.pixels.preprocess import Preprocessing
 from brainray.serving.asgi import App
 from brainray.serving.auth import Guard
@@ -67,9 +68,13 @@ class LocalModel:
         self.predictor.check()
 
 
-def open_predictor(classifier: Path, **changes: Any) -> Predictor:  # noqa: ANN401
-    options: dict[str, Any] = {"backend": "torch", "precision": "fp32", **changes}
-    return Predictor(ModelOptions(classifier_uri=str(classifier), **options))
+EXACT = EngineOptions(backend="torch", precision="fp32")
+
+
+def open_predictor(
+    classifier: Path, engine: EngineOptions = EXACT, *, follow: bool = False
+) -> Predictor:
+    return Predictor(ModelOptions(classifier_uri=str(classifier), engine=engine, follow=follow))
 
 
 def build_test_app(

@@ -1,45 +1,98 @@
-"""One scan's answer, from its bytes."""
-
-from hashlib import sha256
-from pathlib import Path
+"""A prediction as a row of the prediction table, and as an answer of the service."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from brainray.model.answer import answer_scan, build_answer
-from brainray.model.classifier import load_classifier
-from brainray.inference.engine import EngineOptions, open_engine
-from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits
+from brainray.errors import ClassifierError, RejectedImage
+from brainray.inference.engine import Prediction
+from brainray.inference.schema import SCAN_SCHEMA, build_rows, build_schema, stack_lists
+from brainray.model.reasons import REASONS
+from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING
+from brainray.serving.answer import build_answer, build_rejection
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+CLASSES = ("x", "y")
+PROBS = np.array([[0.25, 0.75], [0.6, 0.4], [0.9, 0.1]], np.float32)
+PREDICTION = Prediction(
+    PROBS,
+    [None, LOW_CONFIDENCE, UNLIKE_TRAINING],
+    logits=np.log(PROBS),
+    features=np.arange(12, dtype=np.float32).reshape(3, 4),
+    class_maps=np.arange(12, dtype=np.float32).reshape(3, 2, 1, 2),
+)
+SCANS = pa.Table.from_pylist(
+    [
+        {"scan_uri": "a.png", "content_sha256": "aa", "height_px": 2, "width_px": 3},
+        {"scan_uri": "cut.png", "content_sha256": "bb", "reason": "truncated", "size_bytes": 9},
+        {"scan_uri": "c.png", "content_sha256": "cc", "height_px": 2, "width_px": 3},
+        {"scan_uri": "d.png", "content_sha256": "dd", "height_px": 2, "width_px": 3},
+    ],
+    schema=SCAN_SCHEMA,
+)
+ENGINE = {"backend": "openvino", "precision": "bf16", "description": "OpenVINO"}
 
 
-def test_any_bytes_have_an_answer(tiny_classifier: Path, phantom_folder: Path) -> None:
-    classifier = load_classifier(str(tiny_classifier))
-    runtime = open_engine(
-        classifier, EngineOptions(backend="torch", precision="fp32", num_threads=1)
+def build(prediction: Prediction) -> pa.Table:
+    return build_rows(SCANS, prediction, classes=CLASSES, classifier_id="c0", engine=ENGINE)
+
+
+def test_every_scan_has_a_row_with_what_its_status_allows() -> None:
+    table = build(PREDICTION)
+    assert table.schema == build_schema(CLASSES)
+    classified, cut, unsure, unlike = table.to_pylist()
+    assert [row["status"] for row in (classified, cut, unsure, unlike)] == [
+        *("classified", "rejected", "abstained", "rejected"),
+    ]
+    assert (classified["predicted_class"], classified["confidence"]) == ("y", 0.75)
+    assert (classified["prob_x"], classified["prob_y"], classified["reason"]) == (0.25, 0.75, None)
+    assert (unsure["predicted_class"], unsure["reason"]) == (None, LOW_CONFIDENCE)
+    assert unsure["confidence"] == unsure["prob_x"] == pytest.approx(0.6)
+    for row in (cut, unlike):
+        assert {row[name] for name in ("predicted_class", "confidence", "prob_x", "prob_y")} == {
+            None
+        }
+    assert (cut["size_bytes"], cut["height_px"]) == (9, None)
+    assert {(row["engine"], row["precision"]) for row in table.to_pylist()} == {
+        ("openvino", "bf16")
+    }
+
+
+def test_lists_are_of_the_scans_that_were_opened_and_maps_of_those_not_rejected() -> None:
+    table = build(PREDICTION)
+    assert table["class_map"].to_pylist() == [[2, 3], None, [4, 5], None]
+    opened = table.filter(pa.array([True, False, True, True]))
+    assert PREDICTION.logits is not None
+    assert PREDICTION.features is not None
+    np.testing.assert_array_equal(stack_lists(opened["logits"]), PREDICTION.logits)
+    np.testing.assert_array_equal(stack_lists(opened["features"]), PREDICTION.features)
+    assert table["logits"][1].as_py() is None
+    assert build(Prediction(PROBS, PREDICTION.reasons))["logits"].null_count == 4
+
+
+def test_numbers_that_are_none_are_refused() -> None:
+    with pytest.raises(ClassifierError, match="not numbers"):
+        build(Prediction(PROBS * np.float32("nan"), PREDICTION.reasons))
+
+
+@pytest.mark.parametrize("row", [0, 2, 3])
+def test_the_service_says_of_a_scan_what_the_table_says(row: int) -> None:
+    expected = build(PREDICTION).to_pylist()[row]
+    number = [0, None, 1, 2][row]
+    reason = expected["reason"]
+    answer = build_answer("a", expected["content_sha256"], (2, 3), CLASSES, PROBS[number], reason)
+    same = ("status", "reason", "predicted_class", "confidence", "width_px", "height_px")
+    for name in (*same, "content_sha256"):
+        assert getattr(answer, name) == expected[name], name
+    assert [expected[f"prob_{name}"] for name in CLASSES] == list(
+        (answer.probs or dict.fromkeys(CLASSES)).values()
     )
-    scan = next(phantom_folder.glob("Testing/glioma/*")).read_bytes()
-    opened = {"classifier": classifier, "runtime": runtime, "limits": DecodeLimits()}
-    answer = answer_scan("a.jpg", scan, **opened)  # type: ignore[arg-type]
-    assert (answer.name, answer.status, answer.reason) == ("a.jpg", "classified", None)
-    assert answer.content_sha256 == sha256(scan).hexdigest()
-    assert answer.probs is not None
-    assert tuple(answer.probs) == classifier.classes
-    assert answer.predicted_class == max(answer.probs, key=answer.probs.__getitem__)
-    assert answer.confidence == max(answer.probs.values())
-    assert sum(answer.probs.values()) == pytest.approx(1, abs=1e-5)
-    for content, reason in ((b"", "empty"), (b"no", "not_an_image"), (scan[:500], "truncated")):
-        answer = answer_scan(None, content, **opened)  # type: ignore[arg-type]
-        assert (answer.status, answer.reason) == ("rejected", reason)
-        assert answer.reason in REJECTION_REASONS
-        assert answer.detail
-        assert (answer.predicted_class, answer.probs, answer.width_px) == (None, None, None)
-        assert answer.content_sha256 == sha256(content).hexdigest()
+    assert answer.detail == (REASONS[reason] if reason else None)
 
 
-def test_height_and_width_are_told_apart() -> None:
-    probs = np.array([0.25, 0.75], np.float32)
-    answer = build_answer("a", "0", (2, 3), ("x", "y"), probs)
-    assert (answer.height_px, answer.width_px) == (2, 3)
-    assert (answer.predicted_class, answer.confidence) == ("y", np.float32(0.75))
+def test_a_rejection_says_why() -> None:
+    answer = build_rejection("a", "bb", RejectedImage("truncated", "It ends too soon."))
+    assert (answer.status, answer.reason, answer.detail) == (
+        *("rejected", "truncated", "It ends too soon."),
+    )
+    assert (answer.predicted_class, answer.probs, answer.width_px) == (None, None, None)
+    assert answer.content_sha256 == "bb"

@@ -48,7 +48,8 @@ def full_metrics() -> dict[str, Any]:
         "hardware": "AMD EPYC 9V45, 2 CPUs",
         "precision": "bf16",
     }
-    return {"test": test, "val": val, "training": training}
+    runtime = {"backend": "openvino", "description": "OpenVINO 2026.4, bf16, 2 threads"}
+    return {"test": test, "val": val, "training": training, "runtime": runtime}
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def build_card(classes: tuple[str, ...] = CLASSES, **parts: Any) -> dict[str, An
         "architecture": {"name": "resnet50", "in_channels": 1, "num_classes": len(classes)},
         "preprocessing": {"size_px": 64, "fit": "stretch", "mean": 0.449, "std": 0.226},
         "weights": {"file": "model.safetensors", "size_bytes": 94_000_000},
-        "training": {"recipe": "tiny", "config": config},
+        "training": {"recipe": "tiny", "config": config, "precision": "bf16"},
         "data_manifest_sha256": "ab" * 32,
         "versions": {"python": "3.11.9", "torch": "2.15.0"},
         "code_revision": "e78b1eedcafe",
@@ -377,6 +378,7 @@ def test_images_are_counted_by_split_class_and_group() -> None:
         np.array([0, 1, 1, 0, 1, 0]),
         np.array(splits),
         None,  # type: ignore[arg-type]  # no scan is read
+        pa.table({}),
     )
     assert summarise_data(data, ["a", "b"]) == {
         "num_scans": 6,

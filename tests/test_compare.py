@@ -30,6 +30,8 @@ def write_predictions(place: Path, skill: float, **changes: Any) -> Path:  # noq
         "content_sha256": [f"{number:064x}" for number in range(48)],
         "true_class": [CLASSES[label] for label in truth],
         **{f"prob_{name}": probs[:, k] for k, name in enumerate(CLASSES)},
+        "engine": ["openvino"] * 48,
+        "probs": pa.array(list(probs), pa.list_(pa.float32())),
     } | changes
     place.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), place)
@@ -85,3 +87,31 @@ def test_another_content_behind_a_path_is_refused(tmp_path: Path) -> None:
     b = write_predictions(tmp_path / "b.parquet", 3.0, content_sha256=["f" * 64] * 48)
     with pytest.raises(DataError, match="another content"):
         compare(CompareJob(a_uri=str(a), b_uri=str(b)))
+
+
+def test_tables_without_labels_or_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
+    a = write_predictions(tmp_path / "a.parquet", 1.0)
+    for column, said in (
+        ("true_class", "Expected the column true_class"),
+        ("engine", "No column engine in .* an earlier version wrote it"),
+        ("probs", "No column probs in .* Run `brainray evaluate` again"),
+    ):
+        b = write_predictions(tmp_path / "b.parquet", 3.0)
+        pq.write_table(pq.read_table(b).drop_columns([column]), b)
+        with pytest.raises(DataError, match=said) as caught:
+            compare(CompareJob(a_uri=str(a), b_uri=str(b)))
+        assert "\n" not in str(caught.value)
+
+
+def test_every_image_counts_also_one_that_was_rejected(tmp_path: Path) -> None:
+    a = write_predictions(tmp_path / "a.parquet", 1.0)
+    b = write_predictions(tmp_path / "b.parquet", 3.0)
+    job = CompareJob(a_uri=str(a), b_uri=str(b), num_resamples=100)
+    straight = compare(job)
+    table = pq.read_table(b)
+    for name in CLASSES:  # as where an image is unlike the training images
+        column = table.column_names.index(f"prob_{name}")
+        values = [None, *table[f"prob_{name}"].to_pylist()[1:]]
+        table = table.set_column(column, f"prob_{name}", pa.array(values))
+    pq.write_table(table, b)
+    assert compare(job)["scores"] == straight["scores"]

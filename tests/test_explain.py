@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import spearmanr
 
+from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.explain import STRIDE_PX
 from brainray.model.network import build_network, compute_features
 from brainray.model.precision import has_native_bf16
-from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.model.shipped import find_default_classifier
 from brainray.model.trust import Trust
 from brainray.pixels.decode import DecodeLimits
@@ -41,18 +41,18 @@ def wrap(network: torch.nn.Module, preprocessing: Preprocessing = PREPROCESSING)
     return Classifier(network, CLASSES, preprocessing, trust, {"classifier_id": "0"})
 
 
-def open_one(classifier: Classifier, backend: str, precision: str = "fp32") -> Runtime:
+def open_one(classifier: Classifier, backend: str, precision: str = "fp32") -> Engine:
     threads = 1 if backend == "torch" else 2
     options = EngineOptions(backend=backend, precision=precision, num_threads=threads)  # type: ignore[arg-type]
     return open_engine(classifier, options)
 
 
 def explain(
-    runtime: Runtime, images: NDArray[np.uint8]
+    engine: Engine, images: NDArray[np.uint8]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    found = runtime.explain(images)
-    assert found.maps is not None
-    return found.probs, found.maps
+    found = engine.predict(images, ["class_maps"])
+    assert found.class_maps is not None
+    return found.probs, found.class_maps
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def classifier(images: NDArray[np.uint8]) -> Classifier:
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
-def runtime(classifier: Classifier, request: pytest.FixtureRequest) -> Runtime:
+def engine(classifier: Classifier, request: pytest.FixtureRequest) -> Engine:
     return open_one(classifier, request.param)
 
 
@@ -97,15 +97,15 @@ def runtime(classifier: Classifier, request: pytest.FixtureRequest) -> Runtime:
 
 
 def test_the_mean_of_a_map_is_the_logit_of_eager_torch(
-    runtime: Runtime, classifier: Classifier, images: NDArray[np.uint8]
+    engine: Engine, classifier: Classifier, images: NDArray[np.uint8]
 ) -> None:
-    probs, maps = explain(runtime, images)
+    probs, maps = explain(engine, images)
     assert (maps.shape, maps.dtype) == ((len(images), 4, 3, 3), np.float32)
     with torch.no_grad():
         logits = classifier.network(normalise_images(torch.from_numpy(images), PREPROCESSING))
     assert np.ptp(maps, axis=(2, 3)).min() > 1e-2, "the cells are alike: nothing to tell apart"
     np.testing.assert_allclose(maps.mean((2, 3)), logits.numpy(), atol=1e-4)
-    np.testing.assert_allclose(probs, runtime.predict_probs(images), atol=1e-5)
+    np.testing.assert_allclose(probs, engine.predict(images).probs, atol=1e-5)
     assert (probs.argmax(1) == np.repeat(np.arange(4), 8)).mean() > 0.9
 
 
@@ -114,20 +114,23 @@ def test_the_mean_of_a_map_is_the_logit_of_eager_torch(
 def test_bf16_explains_what_it_answers(
     backend: str, classifier: Classifier, images: NDArray[np.uint8]
 ) -> None:
-    runtime = open_one(classifier, backend, "bf16")
-    probs, maps = explain(runtime, images)
-    np.testing.assert_allclose(probs, runtime.predict_probs(images), atol=2e-3)
+    engine = open_one(classifier, backend, "bf16")
+    probs, maps = explain(engine, images)
+    np.testing.assert_allclose(probs, engine.predict(images).probs, atol=2e-3)
     exact_probs, exact = explain(open_one(classifier, "torch"), images)
     assert np.abs(maps - exact).max() < 0.1 * np.ptp(exact)
     assert 0 < np.abs(probs - exact_probs).max() < 5e-2
 
 
 @pytest.mark.skipif(find_spec("nncf") is None, reason="NNCF is not installed (brainray[int8])")
-def test_int8_explains_what_it_answers(classifier: Classifier, images: NDArray[np.uint8]) -> None:
-    options = EngineOptions(precision="int8", num_threads=2)
-    runtime = open_engine(classifier, options, calibration_images=images)
-    probs, maps = explain(runtime, images)
-    np.testing.assert_allclose(probs, runtime.predict_probs(images), atol=2e-3)
+def test_int8_explains_what_it_answers(
+    classifier: Classifier, phantom_folder: Path, images: NDArray[np.uint8]
+) -> None:
+    folder = str(phantom_folder / "Testing")
+    options = EngineOptions(precision="int8", num_threads=2, calibration_uri=folder)
+    engine = open_engine(classifier, options)
+    probs, maps = explain(engine, images)
+    np.testing.assert_allclose(probs, engine.predict(images).probs, atol=2e-3)
     _, exact = explain(open_one(classifier, "torch"), images)
     assert spearmanr(maps.ravel(), exact.ravel()).statistic > 0.9
 
@@ -141,8 +144,8 @@ def test_there_is_a_cell_for_every_stride_begun(size_px: int) -> None:
         assert maps.shape == (1, 4, -(-size_px // 32), -(-size_px // 32))
 
 
-def test_no_images_no_maps(runtime: Runtime, images: NDArray[np.uint8]) -> None:
-    probs, maps = explain(runtime, images[:0])
+def test_no_images_no_maps(engine: Engine, images: NDArray[np.uint8]) -> None:
+    probs, maps = explain(engine, images[:0])
     assert (probs.shape, maps.shape) == ((0, 4), (0, 4, 3, 3))
 
 
@@ -150,15 +153,15 @@ def test_threads_that_explain_and_predict_at_once_get_their_own(
     classifier: Classifier, images: NDArray[np.uint8]
 ) -> None:
     expected, expected_maps = explain(open_one(classifier, "torch"), images)
-    runtime = open_one(classifier, "openvino")  # new: the first call compiles
+    engine = open_one(classifier, "openvino")  # new: the first call compiles
     parts = [slice(start, start + 8) for start in range(0, 32, 8)]
     with ThreadPoolExecutor(8) as pool:
-        explained = [pool.submit(explain, runtime, images[part]) for part in parts]
-        predicted = [pool.submit(runtime.predict_probs, images[part]) for part in parts]
+        explained = [pool.submit(explain, engine, images[part]) for part in parts]
+        predicted = [pool.submit(engine.predict, images[part]) for part in parts]
     for part, one, other in zip(parts, explained, predicted, strict=True):
         np.testing.assert_allclose(one.result()[0], expected[part], atol=1e-4)
         np.testing.assert_allclose(one.result()[1], expected_maps[part], atol=1e-3)
-        np.testing.assert_allclose(other.result(), expected[part], atol=1e-4)
+        np.testing.assert_allclose(other.result().probs, expected[part], atol=1e-4)
 
 
 # --- faithfulness -------------------------------------------------------------------------
@@ -208,9 +211,9 @@ def test_deleting_the_hottest_region_costs_a_trained_network_the_most(real_data:
             for path in sorted((real_data / "Testing" / name).iterdir())[:40]
         ]
     )
-    runtime = open_one(classifier, "openvino")
-    predicted = runtime.predict_probs(images).argmax(1)
-    before, hottest, after = delete_each(runtime, images, predicted)
+    engine = open_one(classifier, "openvino")
+    predicted = engine.predict(images).probs.argmax(1)
+    before, hottest, after = delete_each(engine, images, predicted)
     at_hottest, elsewhere = compare_drops(before.probs, after.probs, hottest)
     print(f"hottest {at_hottest.mean():.3f}, elsewhere {elsewhere.mean():.3f}")  # noqa: T201
     assert at_hottest.mean() > 2 * elsewhere.mean()
@@ -226,13 +229,13 @@ class Evidence:
 
 
 def delete_each(
-    runtime: Runtime, images: NDArray[np.uint8], classes: NDArray[np.int64]
+    engine: Engine, images: NDArray[np.uint8], classes: NDArray[np.int64]
 ) -> tuple[Evidence, NDArray[np.int64], Evidence]:
     """Return what speaks for a class, the cell where most does, and the same without each cell."""
     rows = np.arange(len(images))
 
     def look(changed: NDArray[np.uint8]) -> tuple[Evidence, NDArray[np.float32]]:
-        probs, maps = explain(runtime, changed)
+        probs, maps = explain(engine, changed)
         of_class = maps[rows, classes]
         return Evidence(probs[rows, classes], of_class.mean((1, 2))), of_class
 
@@ -286,13 +289,13 @@ def build_spotter() -> torch.nn.Module:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_cell_is_centred_on_a_multiple_of_the_stride(backend: str) -> None:
     preprocessing = Preprocessing(size_px=160, mean=0.0, std=1.0)
-    runtime = open_one(wrap(build_spotter(), preprocessing), backend)
+    engine = open_one(wrap(build_spotter(), preprocessing), backend)
     for row in range(5):
         for column in range(5):
             image = np.zeros((160, 160), np.uint8)
             y, x = row * STRIDE_PX, column * STRIDE_PX
             image[max(0, y - 9) : y + 10, max(0, x - 9) : x + 10] = 255
-            (maps,) = explain(runtime, image[None])[1]
+            (maps,) = explain(engine, image[None])[1]
             expected = np.zeros((5, 5), bool)
             expected[row, column] = True
             np.testing.assert_array_equal(maps[0] > 0, expected)
@@ -302,7 +305,7 @@ def test_a_cell_is_centred_on_a_multiple_of_the_stride(backend: str) -> None:
 @pytest.mark.parametrize("shape", [(300, 300), (240, 480), (481, 260), (100, 61)])
 def test_the_picture_is_hot_where_the_scan_is_bright(shape: tuple[int, int], fit: str) -> None:
     preprocessing = Preprocessing(size_px=224, mean=0.0, std=1.0, fit=fit)  # type: ignore[arg-type]
-    runtime = open_one(wrap(build_spotter(), preprocessing), "torch")
+    engine = open_one(wrap(build_spotter(), preprocessing), "torch")
     height, width = shape
     rows, columns = np.mgrid[:height, :width]
     for down, right in ((0.3, 0.35), (0.5, 0.5), (0.62, 0.7)):
@@ -310,7 +313,7 @@ def test_the_picture_is_hot_where_the_scan_is_bright(shape: tuple[int, int], fit
         radius = max(shape) / 6
         bump = np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / radius**2)
         scan = (bump * 255).astype(np.uint8)
-        _, maps = explain(runtime, resize_image(scan, preprocessing)[None])
+        _, maps = explain(engine, resize_image(scan, preprocessing)[None])
         picture = Image.open(io.BytesIO(render_map(maps[0, 0], shape, preprocessing, STRIDE_PX)))
         alpha = np.asarray(picture)[..., 3].astype(float) ** 2
         assert alpha.shape == shape

@@ -29,6 +29,7 @@ from brainray.pipelines.run import TrainJob
 from brainray.pipelines.train import train
 from brainray.pixels.preprocess import Preprocessing
 from brainray.recipes import smoke
+from tests.test_report import Page
 
 TINY = dataclasses.replace(
     smoke(),
@@ -275,6 +276,10 @@ def test_the_pooled_scores_are_those_of_the_pooled_answers(halved: Outcome) -> N
     report = Path(job.at("report.html")).read_text()
     assert "Accuracy on the pooled folds" in report
     assert "fold-1" in report
+    assert metrics["runtime"]["description"] in report
+    wrong = sum(row["true_class"] != row["predicted_class"] for row in pooled)
+    # The folds' tables hold the class maps of the mistakes that can be among the worst of all.
+    assert len(Page(report).find("img")) == 2 * min(wrong, 24) > 0
 
 
 def test_the_nearest_image_is_looked_up_outside_the_fold(halved: Outcome) -> None:
@@ -316,7 +321,7 @@ def test_the_door_ends_with_the_scores_their_spread_and_the_report(
     halved: Outcome, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, metrics, _ = halved
-    monkeypatch.setattr(cli, "cross_validate", lambda *_, **__: metrics)
+    monkeypatch.setattr("brainray.pipelines.folds.cross_validate", lambda *_, **__: metrics)
     cli.main(
         [
             *("train", "--data-uri", job.data_uri, "--output-uri", job.output_uri),

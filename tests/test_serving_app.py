@@ -181,8 +181,8 @@ def test_evidence_is_a_picture_of_the_scans_size(
         reply = explain(*asked)  # of random weights, which may speak against every class
         found = reply.prediction
         assert found is not None
-        assert found.maps is not None
-        return replace(reply, prediction=replace(found, maps=np.abs(found.maps) + 1))
+        assert found.class_maps is not None
+        return replace(reply, prediction=replace(found, class_maps=np.abs(found.class_maps) + 1))
 
     monkeypatch.setattr(model.predictor, "explain", explain_with_evidence)
     app = build_test_app(model)
@@ -683,7 +683,7 @@ def test_threads_are_shared_out_and_a_successor_fits() -> None:
     model = ModelOptions(classifier_uri="x")
     for replicas, cpus, threads in ((1, 2, 2), (2, 8, 4), (3, 2, 1)):
         config = share_cpus(ServiceConfig(model=model, max_replicas=replicas), cpus)
-        assert config.model.num_threads == threads
+        assert config.model.engine.num_threads == threads
         assert config.replica_cpus is not None
         assert 2 * replicas * config.replica_cpus <= cpus + 0.01
 

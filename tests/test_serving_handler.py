@@ -15,9 +15,9 @@ import pytest
 from numpy.typing import NDArray
 
 from brainray.errors import ClassifierError, ConfigError, ServingError
+from brainray.inference.engine import Prediction
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.inference.engine import Prediction
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing, load_image
 from brainray.serving.auth import Guard, read_token
@@ -31,6 +31,7 @@ from brainray.serving.meters import Meters, merge
 from brainray.serving.predictor import Predictor
 from brainray.serving.problem import Problem
 from tests.conftest import CLASSES
+from tests.reference import predict_eager
 from tests.service import LocalModel, open_predictor
 
 TOKEN = "a token of sixteen".replace(" ", "-")
@@ -88,7 +89,7 @@ def test_every_upload_has_one_answer_in_order(
     classifier = load_classifier(str(tiny_classifier))
     for row in (0, 2):
         image = load_image(uploads[row].content, classifier.preprocessing, DecodeLimits())
-        expected = classifier.predict_probs(np.stack([image]))[0]
+        expected = predict_eager(classifier, image[None])[0]
         answer = answered.answers[row]
         assert answer.probs is not None
         np.testing.assert_allclose(list(answer.probs.values()), expected, atol=1e-5)
@@ -271,11 +272,15 @@ def test_the_self_test_notices_what_answers_wrongly(
 ) -> None:
     predictor = open_predictor(tiny_classifier)
     predictor.check()
-    runtime = predictor._opened.runtime
-    right = runtime.predict_probs
+    engine = predictor._opened.engine
+    right = engine.predict
 
     def answer_with(change: Any) -> None:  # noqa: ANN401
-        monkeypatch.setattr(runtime, "predict_probs", lambda images: change(right(images)))
+        def predict(images: NDArray[np.uint8]) -> Prediction:
+            found = right(images)
+            return Prediction(change(found.probs), found.reasons)
+
+        monkeypatch.setattr(engine, "predict", predict)
 
     for change, said in (
         (lambda probs: np.roll(probs, 1, axis=1), "differ from fp32's"),
@@ -292,7 +297,7 @@ def test_numbers_that_are_none_are_never_an_answer(
 ) -> None:
     predictor = open_predictor(tiny_classifier)
     monkeypatch.setattr(
-        predictor._opened.runtime,
+        predictor._opened.engine,
         "predict",
         lambda images: Prediction(
             np.full((len(images), 4), np.nan, np.float32), [None] * len(images)

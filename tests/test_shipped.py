@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors
 
+from brainray.inference.engine import EngineOptions, open_engine
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import (
     CARD_FILE,
@@ -16,7 +17,6 @@ from brainray.model.classifier import (
     load_classifier,
     read_card,
 )
-from brainray.inference.engine import EngineOptions, open_engine
 from brainray.model.shipped import SHIPPED_FOLDER
 from brainray.pipelines.modelcard import MODEL_CARD_FILE
 from brainray.pixels.decode import DecodeLimits
@@ -66,7 +66,7 @@ def test_it_is_as_good_on_testing_as_its_card_says(card: dict[str, Any], real_da
     images = np.stack(
         [load_image(path.read_bytes(), classifier.preprocessing, DecodeLimits()) for path in paths]
     )
-    probs = open_engine(classifier, EngineOptions()).predict_probs(images)
+    probs = open_engine(classifier, EngineOptions()).predict(images).probs
     truth = [classifier.classes.index(path.parent.name) for path in paths]
     said = card["metrics"]["test"]
     assert len(paths) == said["n"]

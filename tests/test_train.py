@@ -7,6 +7,8 @@ import itertools
 import json
 import shutil
 import time
+from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,28 +25,33 @@ from PIL import Image
 from ray.train import PreemptionInfo
 
 from brainray import runlog, storage
+from brainray.cluster import WATCHER_VARIABLE
+from brainray.dataset.source import find_samples
 from brainray.dataset.split import hash_manifest
 from brainray.errors import ConfigError, TrainingError
-from brainray.model.answer import open_scan
+from brainray.inference.engine import EngineOptions, open_engine
+from brainray.inference.schema import build_schema
+from brainray.model.calibration import choose_max_distance, fit_calibration
 from brainray.model.classifier import load_classifier
-from brainray.model.explain import STRIDE_PX, compute_class_maps
-from brainray.model.network import split_head
-from brainray.pipelines import loop
+from brainray.model.explain import STRIDE_PX
+from brainray.pipelines import loop, seal
 from brainray.pipelines.checkpoint import PROGRESS_FILE, load_network_weights
-from brainray.cluster import WATCHER_VARIABLE
 from brainray.pipelines.config import Placement, TrainConfig
+from brainray.pipelines.data import prepare_training_data
 from brainray.pipelines.evaluate import EvaluateJob, evaluate
 from brainray.pipelines.optimisation import Optimisation
 from brainray.pipelines.run import TrainJob
+from brainray.pipelines.seal import fit_trust_on
 from brainray.pipelines.train import train
 from brainray.pipelines.worker import train_worker
 from brainray.pixels.augment import NO_AUGMENTATION
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.normalise import normalise_images
 from brainray.pixels.picture import GALLERY_OVERLAY_PX, render_overlay
-from brainray.pixels.preprocess import Preprocessing, load_image
+from brainray.pixels.preprocess import Preprocessing, load_image, open_scan
 from brainray.provenance import describe_cpu
 from brainray.recipes import smoke
+from tests.reference import compute_eager
 from tests.test_report import Page
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -267,11 +274,90 @@ def test_predictions_are_those_of_the_sealed_classifier(
         )
         for row in rows
     ]
-    expected = classifier.predict_probs(np.stack(images))
+    engine = open_engine(classifier, EngineOptions())
+    expected = engine.predict(np.stack(images)).probs
     found = np.array([[row[f"prob_{name}"] for name in classifier.classes] for row in rows])
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_array_equal([row["probs"] for row in rows], found)
+    assert {(row["engine"], row["precision"]) for row in rows} == {
+        (engine.backend, engine.precision)
+    }
+    assert metrics["runtime"]["precision"] == engine.precision
+    assert metrics["runtime"]["description"] in Path(job.at("report.html")).read_text()
     right = sum(row["true_class"] == row["predicted_class"] for row in rows)
     assert metrics["test"]["accuracy"] == pytest.approx(right / len(rows))
+
+
+def test_an_evaluation_table_is_the_prediction_table_with_labels(
+    finished: tuple[TrainJob, dict[str, Any], list[str]],
+) -> None:
+    job, _, _ = finished
+    table = storage.read_table(job.at("predictions", "test.parquet"))
+    assert table.column_names == [
+        *build_schema(TINY.classes).names,
+        *("path", "true_class", "split", "group", "nearest_correlation", "probs"),
+    ]
+    for row in table.to_pylist():
+        file = Path(job.data_uri) / row["path"]
+        assert row["scan_uri"] == str(file)
+        assert row["content_sha256"] == sha256(file.read_bytes()).hexdigest()
+        assert (row["width_px"], row["height_px"]) == Image.open(file).size
+        assert row["size_bytes"] == file.stat().st_size
+        assert (row["split"], row["true_class"]) == ("test", file.parent.name)
+
+
+def test_the_bundle_says_in_which_precision_it_was_trained(
+    finished: tuple[TrainJob, dict[str, Any], list[str]],
+) -> None:
+    job, metrics, _ = finished
+    card = load_classifier(job.at("classifier")).card
+    assert card["training"]["precision"] == "fp32" == metrics["training"]["precision"]
+    assert card["model_card"]["training"]["precision"] == "fp32"
+
+
+def test_calibration_is_fitted_to_what_the_engine_that_ships_predicts(
+    finished: tuple[TrainJob, dict[str, Any], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, _, _ = finished
+    for module in ("pipelines.seal", "model.calibration"):
+        monkeypatch.setattr(f"brainray.{module}.MIN_IMAGES", 10)
+    data = prepare_training_data(find_samples(job.data_uri, TINY.classes), TINY)
+    trust = fit_trust_on(job, data, say=lambda _: None)
+    assert trust is not None
+    classifier = load_classifier(job.at("classifier"))
+    engine = open_engine(classifier, EngineOptions())
+    fitted_with = {"engine": engine.backend, "precision": engine.precision}
+    assert trust.facts.items() >= fitted_with.items()
+    val = data.select("val")
+    images = data.store.load_images(val.tolist(), PREPROCESSING, TINY.limits)
+    outputs = engine.predict(images, ["logits", "features"])
+    assert outputs.logits is not None
+    assert outputs.features is not None
+    scale, shift = fit_calibration(outputs.logits, data.labels[val], trust.facts["method"])
+    np.testing.assert_allclose(trust.scale, scale, rtol=1e-4)
+    np.testing.assert_allclose(trust.shift, shift, atol=1e-4)
+    limit = choose_max_distance(trust.compute_distances(outputs.features), TINY.trust.pass_rate)
+    assert trust.max_distance == pytest.approx(limit, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_exported_statistics_are_computed_in_the_precision_of_the_workers(
+    precision: Any,  # noqa: ANN401 - one of a literal's values
+    finished: tuple[TrainJob, dict[str, Any], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job, _, _ = finished
+    data = prepare_training_data(find_samples(job.data_uri, TINY.classes), TINY)
+    seen: list[torch.dtype] = []
+
+    def measure(network: torch.nn.Module, batches: Iterable[torch.Tensor]) -> None:
+        seen.append(network(next(iter(batches))).dtype)
+
+    monkeypatch.setattr(seal, "measure_statistics", measure)
+    state = load_classifier(job.at("classifier")).network.state_dict()
+    indices = data.select("train")[:4]
+    seal._measure_statistics(state, indices, data.store, TINY, precision, use_gpu=False)
+    assert seen == [{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]]
 
 
 def test_the_report_shows_where_the_class_was_seen_that_a_scan_was_taken_for(
@@ -287,14 +373,9 @@ def test_the_report_shows_where_the_class_was_seen_that_a_scan_was_taken_for(
     scan = open_scan(
         (Path(job.data_uri) / worst["path"]).read_bytes(), classifier.preprocessing, DecodeLimits()
     )
-    trunk, _ = split_head(classifier.network)
-    weight, bias = (
-        classifier.network.get_parameter(f"fc.{name}").detach() for name in ("weight", "bias")
-    )
-    with torch.no_grad():
-        features = trunk(normalise_images(torch.from_numpy(scan.image[None]), PREPROCESSING))
-    maps = compute_class_maps(features.numpy(), weight.numpy(), bias.numpy())
-    class_map = maps[0, classifier.classes.index(worst["predicted_class"])]
+    maps = open_engine(classifier, EngineOptions()).predict(scan.image[None], ["class_maps"])
+    assert maps.class_maps is not None
+    class_map = maps.class_maps[0, classifier.classes.index(worst["predicted_class"])]
     expected = render_overlay(
         class_map, scan.pixels, PREPROCESSING, STRIDE_PX, shown_px=GALLERY_OVERLAY_PX
     )
@@ -536,6 +617,6 @@ def test_pretrained_weights_start_with_the_head_alone(
         for row in rows
     ]
     labels = torch.tensor([TINY.classes.index(row["label"]) for row in rows])
-    outputs = load_classifier(job.at("classifier")).compute_outputs(np.stack(images))
+    outputs = compute_eager(load_classifier(job.at("classifier")), np.stack(images))
     before = F.cross_entropy(torch.from_numpy(outputs.logits), labels).item()
     assert record["train_loss"] < before - 0.1

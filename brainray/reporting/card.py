@@ -95,6 +95,7 @@ def build_model_card(
         },
         "training": training,
         "results": results,
+        "engine": (metrics.get("runtime") or {}).get("description"),
         "trust": trust,
         "limits": _list_limits(data, results, trust, len(card["classes"])),
         "software": {
@@ -193,7 +194,7 @@ def _describe_training(sealed: Mapping[str, Any], summary: Mapping[str, Any]) ->
         "time_s": summary.get("time_s"),
         "num_workers": summary.get("world_size"),
         "hardware": summary.get("hardware"),
-        "precision": summary.get("precision"),
+        "precision": sealed.get("precision"),
         "configuration": {
             name: storage.get_name(value) if name.endswith("_uri") and value else value
             for name, value in flatten(sealed.get("config") or {}).items()

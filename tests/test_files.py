@@ -1,4 +1,4 @@
-"""`brainray classify FILE…`: one answer for every file, for a person or as JSON."""
+"""`brainray classify FILE…`: one row for every file, for a person or as JSON."""
 
 import dataclasses
 import json
@@ -12,24 +12,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from brainray import cli, handful
+from brainray import cli
+from brainray.inference import files
+from brainray.inference.bulk import ClassifyJob
+from brainray.inference.engine import EngineOptions
 from brainray.inference.files import find_files, run_files
-from brainray.model.reasons import NOTICE
+from brainray.inference.schema import build_schema
 from brainray.model.classifier import load_classifier, read_card
+from brainray.model.reasons import NOTICE
 from brainray.model.shipped import DEFAULT_VARIABLE, SHIPPED_FOLDER, find_default_classifier
-from brainray.pipelines.classify import ClassifyJob
 from brainray.pipelines.evaluate import EvaluateJob
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import load_image
 from brainray.serving.predictor import ModelOptions
 from tests.conftest import CLASSES
+from tests.reference import predict_eager
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory, phantom_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("handful")
+    folder = tmp_path_factory.mktemp("files")
     content = next(phantom_folder.glob("Testing/glioma/*")).read_bytes()
     (folder / "scan.jpg").write_bytes(content)
     (folder / "[bold]\x1b[31mred\u202e.jpg").write_bytes(content)
@@ -75,32 +79,34 @@ def test_every_file_has_one_row_whatever_is_the_matter(
     assert NOTICE in out
 
 
-def test_json_is_what_the_service_gives(
+def test_json_holds_rows_of_the_prediction_table(
     capsys: pytest.CaptureFixture[str], scans: Path, tiny_classifier: Path
 ) -> None:
-    files = (scans / "scan.jpg", scans / "short.jpg", scans / "nowhere.png")
+    names = (scans / "scan.jpg", scans / "short.jpg", scans / "nowhere.png")
     options = ("--classifier-uri", tiny_classifier, "--precision", "fp32")
-    status, out, err = run(capsys, "--json", *files, *options)
+    status, out, err = run(capsys, "--json", *names, *options)
     assert (status, err) == (0, "")
     body = json.loads(out)
     classifier = load_classifier(str(tiny_classifier))
     assert body["classifier_id"] == classifier.classifier_id
     assert (tuple(body["classes"]), body["notice"]) == (CLASSES, NOTICE)
-    scan, short, missing = body["answers"]
-    content = files[0].read_bytes()
-    expected = classifier.predict_probs(
-        np.stack([load_image(content, classifier.preprocessing, DecodeLimits())])
-    )[0]
-    np.testing.assert_allclose(list(scan["probs"].values()), expected, atol=1e-5)
+    assert body["engine"]["precision"] == "fp32"
+    scan, short, missing = body["predictions"]
+    content = names[0].read_bytes()
+    image = load_image(content, classifier.preprocessing, DecodeLimits())
+    expected = predict_eager(classifier, image[None])[0]
+    probs = [scan[f"prob_{name}"] for name in CLASSES]
+    np.testing.assert_allclose(probs, expected, atol=1e-5)
     assert scan["predicted_class"] == CLASSES[int(expected.argmax())]
-    assert scan["confidence"] == max(scan["probs"].values())
+    assert scan["confidence"] == max(probs)
     assert len(str(scan["confidence"])) <= 12, "digits that a float32 does not have"
     assert scan["content_sha256"] == sha256(content).hexdigest()
-    assert scan["name"] == str(files[0])
+    assert scan["scan_uri"] == str(names[0])
     assert (short["status"], short["reason"]) == ("rejected", "truncated")
     assert (missing["status"], missing["reason"]) == ("rejected", "missing")
     assert missing["content_sha256"] is None
-    assert scan.keys() == short.keys() == missing.keys()
+    for row in (scan, short, missing):
+        assert list(row) == build_schema(CLASSES).names
 
 
 def test_a_file_that_was_not_read_to_its_end_has_no_hash(
@@ -110,8 +116,8 @@ def test_a_file_that_was_not_read_to_its_end_has_no_hash(
     _, out, _ = run(
         capsys, "--json", scans / "scan.jpg", "--classifier-uri", tiny_classifier, *limit
     )
-    (answer,) = json.loads(out)["answers"]
-    assert (answer["reason"], answer["content_sha256"]) == ("too_large", None)
+    (row,) = json.loads(out)["predictions"]
+    assert (row["reason"], row["content_sha256"]) == ("too_large", None)
 
 
 def test_what_can_be_mended_is_one_line_and_exit_2(
@@ -161,7 +167,7 @@ def test_the_default_classifier_is_the_one_of_the_environment_else_the_projects(
         (["--classifier-uri", "c", "a.png", "b.png"], ["a.png", "b.png"]),
         (["--json", "a.png", "--classifier-uri=c", "b.png"], ["a.png", "b.png"]),
         (["--classifier-uri", "c", "--", "--odd.png"], ["--odd.png"]),
-        (["--scans-uri", "in", "--scans-uri=more", "--output-uri", "o", "--replace"], []),
+        (["--scans-uri", "in", "--scans-uri=more", "--output-uri", "o", "--explain"], []),
         (["--scans-uri", "in", "--no-use-gpu", "a.png"], ["a.png"]),
         (["--help"], []),
         (["-h"], []),
@@ -173,7 +179,7 @@ def test_files_are_told_from_options(arguments: list[str], files: list[str]) -> 
 
 
 def test_every_option_without_a_value_is_known() -> None:
-    kinds: tuple[Any, ...] = (ClassifyJob, cli.ClassifyOptions, handful.FilesJob)
+    kinds: tuple[Any, ...] = (ClassifyJob, files.FilesJob, EngineOptions)
     flags = {
         f"--{prefix}{field.name.replace('_', '-')}"
         for kind in kinds
@@ -181,7 +187,7 @@ def test_every_option_without_a_value_is_known() -> None:
         if field.type in (bool, "bool")
         for prefix in ("", "no-")
     }
-    assert flags == set(handful.FLAGS)
+    assert flags | {"--verbose", "--no-verbose"} == set(files.FLAGS)
 
 
 def test_both_doors_lead_here_and_the_bulk_job_stays_where_it_was(

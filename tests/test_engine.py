@@ -1,6 +1,7 @@
-"""Every way to compute gives the answers of plain fp32 torch, as far as its precision allows."""
+"""Every engine predicts what eager fp32 torch does, as far as its precision allows."""
 
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -16,22 +17,31 @@ import torch
 from numpy.typing import NDArray
 
 from brainray.errors import ConfigError
-from brainray.model import runtime as room
+from brainray.inference import engine_torch, export_openvino
+from brainray.inference.engine import (
+    Engine,
+    EngineOptions,
+    measure_disagreement,
+    open_engine,
+    prepare_engine,
+)
+from brainray.model import precision as formats
 from brainray.model.classifier import Classifier, load_classifier, save_classifier
 from brainray.model.network import build_network, compute_features
 from brainray.model.precision import has_native_bf16
-from brainray.inference.engine import Engine, EngineOptions, measure_disagreement, open_engine
 from brainray.model.shipped import find_default_classifier
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.normalise import normalise_images
 from brainray.pixels.preprocess import Preprocessing, load_image
+from tests.conftest import REPOSITORY
+from tests.reference import predict_eager
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
 PREPROCESSING = Preprocessing(size_px=32, mean=0.2, std=0.3)
 Images = NDArray[np.uint8]
-Opened = Callable[..., Runtime]
+Opened = Callable[..., Engine]
 SAID = {"openvino": ", {}, 2 threads", "torch": ", {}, 1 thread"}
 
 needs_bf16 = pytest.mark.skipif(
@@ -94,17 +104,17 @@ def classifier(sealed: Path) -> Classifier:
 
 @pytest.fixture(scope="module")
 def expected(classifier: Classifier, images: Images) -> NDArray[np.float32]:
-    probs = classifier.predict_probs(images)
+    probs = predict_eager(classifier, images)
     assert probs.std(0).min() > 0.05, "the images are too alike to tell anything"
     return probs
 
 
 @pytest.fixture(scope="module")
 def opened(classifier: Classifier) -> Opened:
-    """Return what opens a runtime, or finds it open already."""
-    known: dict[EngineOptions, Runtime] = {}
+    """Return what opens a engine, or finds it open already."""
+    known: dict[EngineOptions, Engine] = {}
 
-    def find(**chosen: Any) -> Runtime:  # noqa: ANN401 - any option
+    def find(**chosen: Any) -> Engine:  # noqa: ANN401 - any option
         # Idle threads of torch spin: with several, tests take minutes on a busy machine.
         chosen.setdefault("num_threads", 1 if chosen.get("backend") == "torch" else 2)
         options = EngineOptions(**chosen)
@@ -122,11 +132,11 @@ def opened(classifier: Classifier) -> Opened:
 def test_fp32_is_fp32(
     backend: str, opened: Opened, images: Images, expected: NDArray[np.float32]
 ) -> None:
-    runtime = opened(backend=backend, precision="fp32")
-    assert (runtime.name, runtime.precision) == (backend, "fp32")
-    assert runtime.description.lower().startswith(f"{backend} 2")
-    assert runtime.description.endswith(SAID[backend].format("fp32"))
-    probs = runtime.predict_probs(images)
+    engine = opened(backend=backend, precision="fp32")
+    assert (engine.backend, engine.precision) == (backend, "fp32")
+    assert engine.description.lower().startswith(f"{backend} 2")
+    assert engine.description.endswith(SAID[backend].format("fp32"))
+    probs = engine.predict(images).probs
     assert probs.dtype == np.float32
     np.testing.assert_allclose(probs, expected, atol=1e-5)
     np.testing.assert_allclose(probs.sum(1), 1, atol=1e-6)
@@ -137,10 +147,10 @@ def test_fp32_is_fp32(
 def test_bf16_is_near(
     backend: str, opened: Opened, images: Images, expected: NDArray[np.float32]
 ) -> None:
-    runtime = opened(backend=backend, precision="bf16")
-    assert (runtime.name, runtime.precision) == (backend, "bf16")
-    assert runtime.description.endswith(SAID[backend].format("bf16"))
-    difference = np.abs(runtime.predict_probs(images) - expected).max()
+    engine = opened(backend=backend, precision="bf16")
+    assert (engine.backend, engine.precision) == (backend, "bf16")
+    assert engine.description.endswith(SAID[backend].format("bf16"))
+    difference = np.abs(engine.predict(images).probs - expected).max()
     assert 1e-3 < difference < 5e-2, "not bf16, or not the same network"
 
 
@@ -151,12 +161,12 @@ def test_openvino_answers_exactly_the_same_alone_and_in_any_batch(
     by_one, by_two = (
         opened(backend="openvino", precision=precision, num_threads=n) for n in (1, 2)
     )
-    together = by_two.predict_probs(images)
+    together = by_two.predict(images).probs
     assert by_one.description.endswith(", 1 thread")
-    for runtime, sizes in ((by_one, (32,)), (by_two, (1, 3, 5))):
+    for engine, sizes in ((by_one, (32,)), (by_two, (1, 3, 5))):
         for size in sizes:
             parts = [
-                runtime.predict_probs(images[start : start + size])
+                engine.predict(images[start : start + size]).probs
                 for start in range(0, len(images), size)
             ]
             assert np.array_equal(np.concatenate(parts), together)
@@ -165,29 +175,29 @@ def test_openvino_answers_exactly_the_same_alone_and_in_any_batch(
 def test_torch_answers_the_same_alone_and_in_any_batch(
     opened: Opened, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = opened(backend="torch", precision="fp32")
-    together = runtime.predict_probs(images)
-    alone = np.concatenate([runtime.predict_probs(image[None]) for image in images])
+    engine = opened(backend="torch", precision="fp32")
+    together = engine.predict(images).probs
+    alone = np.concatenate([engine.predict(image[None]).probs for image in images])
     np.testing.assert_allclose(alone, together, atol=1e-5)
-    monkeypatch.setitem(room.CHUNK_SIZE, "cpu", 5)  # 32 images are 7 chunks
-    np.testing.assert_allclose(runtime.predict_probs(images), together, atol=1e-5)
+    monkeypatch.setitem(engine_torch.BATCH_SIZE, "cpu", 5)  # 32 images are 7 batches
+    np.testing.assert_allclose(engine.predict(images).probs, together, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "torch"])
 def test_several_threads_get_their_own_answers(
     backend: str, opened: Opened, images: Images, expected: NDArray[np.float32]
 ) -> None:
-    runtime = opened(backend=backend, precision="fp32")
+    engine = opened(backend=backend, precision="fp32")
     parts = [slice(start, start + size) for start, size in ((0, 9), (9, 1), (10, 2), (12, 20))]
     with ThreadPoolExecutor(len(parts)) as pool:
-        answers = list(pool.map(lambda part: runtime.predict_probs(images[part]), parts * 2))
+        answers = list(pool.map(lambda part: engine.predict(images[part]).probs, parts * 2))
     np.testing.assert_allclose(np.concatenate(answers[:4]), expected, atol=1e-5)
     np.testing.assert_allclose(np.concatenate(answers[4:]), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "torch"])
 def test_no_images_no_answers(backend: str, opened: Opened, images: Images) -> None:
-    probs = opened(backend=backend, precision="fp32").predict_probs(images[:0])
+    probs = opened(backend=backend, precision="fp32").predict(images[:0]).probs
     assert probs.shape == (0, len(CLASSES))
     assert probs.dtype == np.float32
 
@@ -196,12 +206,12 @@ def test_no_images_no_answers(backend: str, opened: Opened, images: Images) -> N
 def test_images_may_be_read_only_and_strided(
     backend: str, opened: Opened, images: Images, expected: NDArray[np.float32]
 ) -> None:
-    runtime = opened(backend=backend, precision="fp32")
+    engine = opened(backend=backend, precision="fp32")
     view = images[::-2]
     view.flags.writeable = False  # as Ray hands them out
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        probs = runtime.predict_probs(view)
+        probs = engine.predict(view).probs
     np.testing.assert_allclose(probs, expected[::-2], atol=1e-5)
 
 
@@ -211,35 +221,41 @@ def test_the_classifier_stays_as_it_is(
     classifier = load_classifier(str(sealed))
     before = {name: tensor.clone() for name, tensor in classifier.network.state_dict().items()}
     for backend in ("torch", "openvino"):
-        open_engine(classifier, EngineOptions(backend=backend)).predict_probs(images[:1])
+        open_engine(classifier, EngineOptions(backend=backend)).predict(images[:1])
     after = classifier.network.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
-    np.testing.assert_allclose(classifier.predict_probs(images), expected, atol=1e-6)
+    np.testing.assert_allclose(predict_eager(classifier, images), expected, atol=1e-6)
 
 
 # --- int8 ---------------------------------------------------------------------------------
 
 
+def ask_int8(folder: Path) -> EngineOptions:
+    return EngineOptions(precision="int8", num_threads=2, calibration_uri=str(folder))
+
+
 @needs_nncf
 def test_int8_is_near_and_keeps_the_first_and_the_last_layer(
     classifier: Classifier,
+    phantom_folder: Path,
     images: Images,
     expected: NDArray[np.float32],
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     models: list[Any] = []
-    quantise = room._quantise
+    quantise = export_openvino.quantise
     monkeypatch.setattr(
-        room, "_quantise", lambda *given: models.append(quantise(*given)) or models[-1]
+        export_openvino, "quantise", lambda *given: models.append(quantise(*given)) or models[-1]
     )
-    options = EngineOptions(precision="int8", num_threads=2)
-    runtime = open_engine(classifier, options, calibration_images=images)
+    engine = open_engine(classifier, ask_int8(phantom_folder / "Testing"))
     assert capfd.readouterr() == ("", "")
-    assert (runtime.name, runtime.precision) == ("openvino", "int8")
-    assert runtime.description.endswith(", int8, 2 threads")
-    found = measure_disagreement(expected, runtime.predict_probs(images))
+    assert (engine.backend, engine.precision) == ("openvino", "int8")
+    assert engine.description.endswith(", int8, 2 threads")
+    found = measure_disagreement(expected, engine.predict(images).probs)
+    said = f"on 32 of the calibration images: {found['same_top_class']:.1%} have the same class"
+    assert said in engine.describe()["int8_cost"]
     assert 1e-3 < found["largest_difference"] < 0.3
     assert found["same_top_class"] > 0.85
 
@@ -260,7 +276,10 @@ def test_int8_is_near_and_keeps_the_first_and_the_last_layer(
 
 @needs_nncf
 def test_int8_is_calibrated_on_images_of_every_class(
-    classifier: Classifier, images: Images, monkeypatch: pytest.MonkeyPatch
+    classifier: Classifier,
+    phantom_folder: Path,
+    images: Images,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import nncf
 
@@ -271,9 +290,9 @@ def test_int8_is_calibrated_on_images_of_every_class(
         raise Seen(chosen)
 
     monkeypatch.setattr(nncf, "Dataset", stop)
-    monkeypatch.setattr(room, "NUM_CALIBRATION_IMAGES", 8)
+    monkeypatch.setattr("brainray.inference.engine.NUM_CALIBRATION_IMAGES", 8)
     with pytest.raises(Seen) as caught:
-        open_engine(classifier, EngineOptions(precision="int8"), calibration_images=images)
+        open_engine(classifier, ask_int8(phantom_folder / "Testing"))
     (chosen,) = caught.value.args
     places = [int(np.flatnonzero((images == image).all((1, 2)))[0]) for image in chosen]
     assert [place // 8 for place in places] == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -281,25 +300,26 @@ def test_int8_is_calibrated_on_images_of_every_class(
 
 def refuse(classifier: Classifier, *said: str, **chosen: Any) -> None:  # noqa: ANN401
     """Expect one line that says each of these."""
-    given = chosen.pop("calibration_images", None)
     with pytest.raises(ConfigError) as caught:
-        open_engine(classifier, EngineOptions(**chosen), calibration_images=given)
+        open_engine(classifier, EngineOptions(**chosen))
     message = str(caught.value)
     assert "\n" not in message
     for part in said:
         assert part in message
 
 
-def test_int8_without_images_is_refused(classifier: Classifier, images: Images) -> None:
+def test_int8_without_images_is_refused(classifier: Classifier, tmp_path: Path) -> None:
     refuse(classifier, "int8", "--calibration-uri", precision="int8")
-    refuse(classifier, "--calibration-uri", precision="int8", calibration_images=images[:0])
+    (tmp_path / "notes.txt").write_text("no scan")
+    refuse(classifier, "None of the 1 files", precision="int8", calibration_uri=str(tmp_path))
 
 
 def test_int8_without_nncf_is_refused(
-    classifier: Classifier, images: Images, monkeypatch: pytest.MonkeyPatch
+    classifier: Classifier, phantom_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "nncf", None)
-    refuse(classifier, "brainray[int8]", precision="int8", calibration_images=images)
+    folder = str(phantom_folder / "Testing")
+    refuse(classifier, "brainray[int8]", precision="int8", calibration_uri=folder)
 
 
 # --- choosing -----------------------------------------------------------------------------
@@ -309,19 +329,26 @@ def test_int8_without_nncf_is_refused(
 def test_auto_takes_bf16_where_the_processor_has_it(
     has_bf16: bool, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
-    runtime = open_engine(classifier, EngineOptions())
-    assert runtime.name == "openvino"
-    assert runtime.precision == ("bf16" if has_bf16 else "fp32")
-    assert f", {len(os.sched_getaffinity(0))} thread" in runtime.description
+    flags = {"avx512f", "avx512_bf16"} if has_bf16 else {"avx512f"}
+    monkeypatch.setattr(formats, "read_cpu_flags", lambda: frozenset(flags))
+    engine = open_engine(classifier, EngineOptions())
+    assert engine.backend == "openvino"
+    assert engine.precision == ("bf16" if has_bf16 else "fp32")
+    assert f", {len(os.sched_getaffinity(0))} thread" in engine.description
 
 
 @pytest.mark.parametrize("backend", ["openvino", "torch"])
 def test_bf16_is_refused_where_it_would_be_emulated(
     backend: str, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    monkeypatch.setattr(formats, "read_cpu_flags", lambda: frozenset({"avx512f"}))
     refuse(classifier, "processor", "--precision fp32", backend=backend, precision="bf16")
+
+
+def test_the_processor_is_asked_as_torch_asks_it() -> None:
+    found = torch.cpu.get_capabilities()
+    expected = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    assert has_native_bf16(use_gpu=False) is expected
 
 
 def test_a_gpu_that_is_not_there_is_refused(
@@ -331,15 +358,9 @@ def test_a_gpu_that_is_not_there_is_refused(
     refuse(classifier, "--use-gpu", "torch sees none", use_gpu=True)
 
 
-def test_contradictions_are_refused(classifier: Classifier, images: Images) -> None:
+def test_contradictions_are_refused(classifier: Classifier) -> None:
     refuse(classifier, "--backend torch", use_gpu=True, backend="openvino")
-    refuse(
-        classifier,
-        "--backend openvino",
-        backend="torch",
-        precision="int8",
-        calibration_images=images,
-    )
+    refuse(classifier, "--backend openvino", backend="torch", precision="int8")
     with pytest.raises(ConfigError, match="num_threads"):
         EngineOptions(num_threads=0)
 
@@ -370,15 +391,17 @@ OPEN_IN_A_NEW_PROCESS = """
 import sys
 from pathlib import Path
 import numpy as np
-from brainray.model import runtime
+from brainray.inference import engine
 from brainray.model.classifier import load_classifier
 
 assert not {"openvino", "nncf", "ray"} & set(sys.modules), "imported before it is needed"
+classifier = load_classifier(sys.argv[1])  # imports torch, which makes a folder of its own
 before = sorted(Path.home().rglob("*"))
-opened = runtime.open_engine(load_classifier(sys.argv[1]), runtime.EngineOptions())
-assert opened.predict_probs(np.zeros((4, 32, 32), np.uint8)).shape == (4, 4)
+opened = engine.open_engine(classifier, engine.EngineOptions())
+assert opened.predict(np.zeros((4, 32, 32), np.uint8)).probs.shape == (4, 4)
 if "nncf" in sys.argv:
-    runtime._import_nncf()
+    from brainray.inference.export_openvino import _import_nncf
+    _import_nncf()
 assert "openvino" in sys.modules
 assert "openvino_telemetry" not in sys.modules, "what reports was imported"
 assert sorted(Path.home().rglob("*")) == before
@@ -394,7 +417,7 @@ def test_opening_prints_nothing_leaves_nothing_and_reports_to_nobody(
         [sys.executable, "-c", OPEN_IN_A_NEW_PROCESS, str(sealed), *more],
         env={
             "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(Path(room.__file__).parents[2]),
+            "PYTHONPATH": str(REPOSITORY),
             **homes,
         },
         cwd=tmp_path,
@@ -408,20 +431,50 @@ def test_opening_prints_nothing_leaves_nothing_and_reports_to_nobody(
 END_BESIDE_A_CALLBACK = """
 import sys, time
 import numpy as np
-from brainray.model import runtime
+from brainray.inference import engine, engine_openvino
 from brainray.model.classifier import load_classifier
 
-keep_output = runtime._keep_output
+keep_output = engine_openvino._keep_output
 
 def stay(request, place):
     keep_output(request, place)
     time.sleep(0.1)
 
-runtime._keep_output = stay
-options = runtime.EngineOptions(backend="openvino", num_threads=2)
-opened = runtime.open_engine(load_classifier(sys.argv[1]), options)
-opened.predict_probs(np.zeros((4, 32, 32), np.uint8))
+engine_openvino._keep_output = stay
+options = engine.EngineOptions(backend="openvino", num_threads=2)
+opened = engine.open_engine(load_classifier(sys.argv[1]), options)
+opened.predict(np.zeros((4, 32, 32), np.uint8)).probs
 """
+
+
+OPEN_WITHOUT_TORCH = """
+import pickle, sys
+import numpy as np
+
+engine = pickle.load(open(sys.argv[1], "rb"))()
+probs = engine.predict(np.load(sys.argv[2]), ["logits", "features", "class_maps"]).probs
+assert not {"torch", "ray", "sklearn"} & set(sys.modules), "needs more than it uses"
+np.save(sys.argv[3], probs)
+"""
+
+
+def test_a_prepared_engine_opens_elsewhere_without_torch(
+    sealed: Path, opened: Opened, images: Images, tmp_path: Path
+) -> None:
+    options = EngineOptions(num_threads=2)
+    (tmp_path / "engine").write_bytes(pickle.dumps(prepare_engine(str(sealed), options)))
+    np.save(tmp_path / "images.npy", images)
+    files = [str(tmp_path / name) for name in ("engine", "images.npy", "probs.npy")]
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_WITHOUT_TORCH, *files],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = opened(backend="openvino").predict(images, ["class_maps"]).probs
+    np.testing.assert_allclose(np.load(tmp_path / "probs.npy"), expected, atol=1e-6)
 
 
 def test_a_process_may_end_as_soon_as_it_has_its_answers(sealed: Path) -> None:
@@ -443,9 +496,9 @@ def test_a_process_may_end_as_soon_as_it_has_its_answers(sealed: Path) -> None:
 def test_bf16_on_real_images(backend: Any, real_data: Path) -> None:  # noqa: ANN401 - a literal
     classifier = load_classifier(find_default_classifier())
     images = read_images(real_data / "Testing", classifier.preprocessing)
-    exact = open_engine(classifier, EngineOptions(precision="fp32")).predict_probs(images)
+    exact = open_engine(classifier, EngineOptions(precision="fp32")).predict(images).probs
     rounded = open_engine(classifier, EngineOptions(backend=backend, precision="bf16"))
-    found = measure_disagreement(exact, rounded.predict_probs(images))
+    found = measure_disagreement(exact, rounded.predict(images).probs)
     assert found["n"] > 100
     assert found["largest_difference"] < 5e-2, found
     assert found["same_top_class"] >= 0.995, found
