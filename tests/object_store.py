@@ -24,6 +24,8 @@ LOST = "lost"
 
 STATUS = "tests.status"
 """In the environment of a request, once it is answered: the status."""
+BODY = "tests.body"
+"""In the environment of a write that :class:`StalledWrites` has looked at: what it writes."""
 
 Environ = dict[str, Any]
 Fault = str | tuple[int, str] | None
@@ -153,10 +155,12 @@ class StalledWrites:
         """Whether others of the same kind pass."""
 
     def __call__(self, environ: Environ) -> Fault:
-        if environ["REQUEST_METHOD"] == "PUT" and not self.is_open and self._concerns(environ):
-            body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            environ["wsgi.input"] = io.BytesIO(body)
-            environ["tests.body"] = body
+        if environ["REQUEST_METHOD"] != "PUT" or self.is_open:
+            return None
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        environ["wsgi.input"] = io.BytesIO(body)
+        environ[BODY] = body
+        if self._concerns(environ):
             self.stalled.append(environ)
             self._let_go.wait(600)
         return None

@@ -1,7 +1,9 @@
-"""Whole jobs whose every place is in S3: trained, killed, gone on with, judged, classified."""
+"""Whole jobs whose every URI is in S3: trained, killed, gone on with, evaluated, classified."""
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -13,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 
+from brainray.io.lock import LEASE_LIFE_S
 from brainray.model.network import build_network
 from tests.conftest import CLASSES, REPOSITORY
-from tests.object_store import BUCKET, ObjectStore, serve_objects
+from tests.object_store import BODY, BUCKET, Environ, ObjectStore, StalledWrites, serve_objects
 from tests.processes import finish, wait_for
 
 pytestmark = pytest.mark.slow
@@ -32,7 +35,7 @@ def store(phantom_folder: Path) -> Iterator[ObjectStore]:
 
 
 def start(store: ObjectStore, program: str, *words: str) -> subprocess.Popen[str]:
-    """Start a job; words that begin with @ are places in the bucket."""
+    """Start a job; words that begin with @ are URIs in the bucket."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_ADDRESS"))}
     return subprocess.Popen(
         [sys.executable, *program.split(), *(w.replace("@", f"s3://{BUCKET}/", 1) for w in words)],
@@ -76,7 +79,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(trained: ObjectStore) -> 
     assert not any(".probe" in key for key in keys)
 
 
-def test_the_classifier_is_judged(trained: ObjectStore) -> None:
+def test_the_classifier_is_evaluated(trained: ObjectStore) -> None:
     words = ("--data-uri", "@data", "--classifier-uri", "@runs/1/classifier")
     status, said = finish(start(trained, "jobs/evaluate.py", *words, "--output-uri", "@judged"))
     assert status == 0, said
@@ -84,7 +87,7 @@ def test_the_classifier_is_judged(trained: ObjectStore) -> None:
     assert table.num_rows == 32
 
 
-def test_every_scan_has_one_answer_in_few_requests_and_only_what_is_new(
+def test_every_scan_has_one_row_in_few_requests_and_only_what_is_new(
     trained: ObjectStore, phantom_folder: Path
 ) -> None:
     files = sorted((phantom_folder / "Training").rglob("*.jpg"))
@@ -101,7 +104,7 @@ def test_every_scan_has_one_answer_in_few_requests_and_only_what_is_new(
     for verb in ("HEAD", "GET"):
         assert of_scans.count(verb) <= len(files) + 1 + drawn, verb
     assert len(trained.requests) - len(of_scans) < 80
-    rows = trained.read_answers("answers")
+    rows = trained.read_predictions("answers")
     assert len(rows) == len({row["scan_uri"] for row in rows}) == len(files) + 1
     assert Counter(row["reason"] for row in rows)["empty"] == 1
 
@@ -109,12 +112,14 @@ def test_every_scan_has_one_answer_in_few_requests_and_only_what_is_new(
     trained.forget()
     status, said = finish(start(trained, "jobs/classify.py", *words))
     assert status == 0, said
-    new = [row for row in trained.read_answers("answers") if row not in rows]
+    new = [row for row in trained.read_predictions("answers") if row not in rows]
     assert [row["scan_uri"] for row in new] == [f"s3://{BUCKET}/inbox/new.jpg"]
-    assert json.loads(trained.get("answers/.lock"))["released"] is True
+    lock = json.loads(trained.get("answers/.lock"))
+    assert (lock["released"], lock["state"]) == (True, {})
+    assert not any("/.plan/" in key for key in trained.list_keys())
 
 
-def test_a_handful_is_answered(trained: ObjectStore) -> None:
+def test_a_few_files_are_classified(trained: ObjectStore) -> None:
     scan = next(key for key in trained.list_keys() if key.startswith("data/Testing/"))
     words = ("classify", f"@{scan}", "@data/none.jpg", "--classifier-uri", "@runs/1/classifier")
     status, said = finish(start(trained, "-m brainray", *words, "--json"))
@@ -123,3 +128,78 @@ def test_a_handful_is_answered(trained: ObjectStore) -> None:
     assert first["name"] == f"s3://{BUCKET}/{scan}"
     assert first["content_sha256"]
     assert second["reason"] == "missing"
+
+
+@pytest.fixture
+def inbox(store: ObjectStore, phantom_folder: Path, tiny_classifier: Path) -> set[str]:
+    """Put a few hundred scans and a classifier into the bucket; return the scans' URIs."""
+    store.forget()
+    store.put_folder(tiny_classifier, "tiny")
+    files = sorted(phantom_folder.rglob("*.jpg"))
+    keys = [f"many/{number:03d}.jpg" for number in range(200)]
+    for number, key in enumerate(keys):
+        store.put(key, files[number % len(files)].read_bytes())
+    return {f"s3://{BUCKET}/{key}" for key in keys}
+
+
+def check_rows(store: ObjectStore, output: str, uris: set[str]) -> None:
+    found = Counter(row["scan_uri"] for row in store.read_predictions(output))
+    assert {uri: count for uri, count in found.items() if count > 1} == {}, "duplicate rows"
+    assert uris - set(found) == set(), "missing rows"
+    assert set(found) == uris
+
+
+@pytest.mark.parametrize("way", ["killed", "stopped"])
+def test_a_stalled_write_of_a_lost_run_cannot_add_a_row(
+    store: ObjectStore, inbox: set[str], way: str
+) -> None:
+    """A run hangs in the middle of a write; another takes its output over; then it goes on."""
+    words = ("--scans-uri", "@many", "--classifier-uri", "@tiny", "--output-uri", f"@{way}")
+    words += ("--part-s", "0.01")
+
+    first_run: list[str] = []
+
+    def is_row_of_first_run(environ: Environ) -> bool:
+        """Stall all but its first two files, so that there is something to go on from."""
+        path = environ["PATH_INFO"]
+        if f"/{way}/predictions/" not in path:
+            return False
+        first_run.append(path)
+        return (
+            path not in first_run[:2]
+            and path.rpartition("-0000-")[0] == first_run[0].rpartition("-0000-")[0]
+            and pq.read_table(io.BytesIO(environ[BODY])).num_rows > 0
+        )
+
+    stall = StalledWrites(is_row_of_first_run)
+    store.fail = stall
+    first = start(store, "-m tests.fakes", *words)
+    wait_for(lambda: bool(stall.stalled), first)
+    status, said = finish(start(store, "-m tests.fakes", *words))
+    assert status == 2
+    assert f"process {first.pid}" in said
+    os.kill(first.pid, signal.SIGKILL if way == "killed" else signal.SIGSTOP)
+    lock = json.loads(store.get(f"{way}/.lock"))
+    lock["renewed_unix_s"] -= LEASE_LIFE_S
+    store.put(f"{way}/.lock", json.dumps(lock).encode())
+    status, said = finish(start(store, "-m tests.fakes", *words))
+    assert status == 0, said
+    assert "The last run was cut short;" in said
+    check_rows(store, way, inbox)
+    assert set(stall.let_go()) == {412}, "each is refused"
+    check_rows(store, way, inbox)
+    for path in {environ["PATH_INFO"] for environ in stall.stalled}:
+        content = store.get(path.removeprefix(f"/{BUCKET}/"))
+        assert pq.read_table(pa.BufferReader(content)).num_rows == 0
+    if way == "stopped":
+        os.kill(first.pid, signal.SIGCONT)
+        status, said = finish(first)
+        assert status == 1, said
+        assert "failed: " in said
+        check_rows(store, way, inbox)
+    else:
+        first.communicate()
+    status, said = finish(start(store, "-m tests.fakes", *words))
+    assert status == 0, said
+    assert "0 new" in said
+    check_rows(store, way, inbox)
