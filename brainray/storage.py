@@ -295,6 +295,7 @@ def describe_error(error: Exception) -> str:
     return str(error)
 
 
+_METADATA = re.compile("/latest/(api/token|meta-data)")
 _DETAIL = re.compile(
     r'(?:message|error): "([^"]+)"|(InvalidCertificate)|(TimedOut|IncompleteMessage)'
 )
@@ -310,8 +311,8 @@ def _describe_obstore(uri: str, error: Exception) -> str:
     reason = text.rpartition(" - ")[2]
     if not uri.startswith("s3://"):
         return reason
-    # Under /latest/ a machine tells its credentials: the last place that obstore looks at.
-    if "/latest/" in text or isinstance(error, UnauthenticatedError):
+    # The service of the machine's role is the last that obstore asks for credentials.
+    if _METADATA.search(text) or isinstance(error, UnauthenticatedError):
         return _DENIED
     if "Received redirect" in reason:
         return _OTHER_REGION
@@ -813,9 +814,9 @@ def _open_obstore(uri: str, size_bytes: int = 0) -> tuple[S3Store | GCSStore, st
 
 _NO_PROXY: "ClientConfig" = {
     "proxy_url": "http://127.0.0.1",
-    "proxy_excludes": "*,0.0.0.0/0,::/0",
+    "proxy_excludes": "*,127.0.0.1/0,::1/0",
 }
-"""Has obstore pass over HTTPS_PROXY and its like, as pyarrow does for S3: all hosts are excluded."""
+"""Makes obstore ignore HTTPS_PROXY and its like, as pyarrow does for S3; /0 is every address."""
 
 
 @lru_cache(maxsize=64)

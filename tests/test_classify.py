@@ -22,11 +22,11 @@ from ray.exceptions import ActorDiedError
 
 from brainray import storage
 from brainray.errors import ClassificationError, ConfigError, DataError, StorageError
+from brainray.io.lock import hold_output
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.pipelines import classify as room
-from brainray.pipelines.answers import hold_output
 from brainray.pipelines.classify import ClassifyJob, classify, parse_max_rejected
 from brainray.pipelines.tally import Standing, find_bottleneck
 from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits, decode_image

@@ -16,9 +16,8 @@ from pyarrow import fs
 
 from brainray import cli, storage
 from brainray.dataset.scans import list_scans
-from brainray.errors import ConfigError, StorageError
+from brainray.errors import StorageError
 from brainray.pipelines import answers as answers_room
-from brainray.pipelines.answers import hold_output
 from tests.object_store import BUCKET, CUT, Environ, Fault, ObjectStore, serve_objects
 from tests.test_answers import RUNTIME, card, rows
 
@@ -29,6 +28,7 @@ WHO_AM_I = """
 import sys
 from brainray import storage
 storage.write_bytes(sys.argv[1], b"here")
+assert storage.create_bytes(sys.argv[1] + "-new", b"here")
 print(storage.resolve(sys.argv[1])[0].region)
 """
 
@@ -49,8 +49,14 @@ def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     server.forget()
     server.open().delete_dir_contents(BUCKET)
     server.forget()
-    storage._open_s3.cache_clear()
+    forget_services()
     return server
+
+
+def forget_services() -> None:
+    """Have every service be opened again, as in a new process."""
+    storage._open_s3.cache_clear()
+    storage._open_s3_store.cache_clear()
 
 
 def make_environment(url: str) -> dict[str, str]:
@@ -93,7 +99,9 @@ def test_an_endpoint_is_found_however_it_is_named(
     assert storage.read_bytes(found.uri) == b"content"
     assert (found.relative_path, found.size_bytes) == ("b c/50%#?.jpg", 7)
     assert storage.list_folders(base) == ["b c"]
-    assert store.list_keys() == ["a/b c/50%#?.jpg"]
+    assert not storage.create_bytes(uri, b"other")
+    assert storage.create_bytes(storage.join(base, "b c", "new %#?"), b"new")
+    assert store.list_keys() == ["a/b c/50%#?.jpg", "a/b c/new %#?"]
     region = "ap-south-1" if named == "query" else "eu-central-1"
     assert {read_credential(e).split("/")[2] for e in store.headers[:-1]} == {region}
 
@@ -104,6 +112,12 @@ def test_the_endpoint_for_s3_alone_goes_before_the_general_one(
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", store.url)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     assert not storage.exists(place("nothing"))
+    assert storage.create_bytes(place("created"), b"")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    address = store.url.removeprefix("http://")
+    here = f"s3://{BUCKET}/here?endpoint_override={address}&scheme=http"
+    assert storage.create_bytes(here, b"")
+    assert store.list_keys() == ["created", "here"]
 
 
 def test_keys_tokens_and_regions_come_from_the_environment(
@@ -118,7 +132,14 @@ def test_keys_tokens_and_regions_come_from_the_environment(
     assert store.headers[0]["HTTP_X_AMZ_SECURITY_TOKEN"] == "token-1"
     storage.write_bytes(f"s3://key-2:se%2Fcret@{BUCKET}/y", b"")
     assert read_credential(store.headers[1]).startswith("key-2/")
-    assert store.list_keys() == ["x", "y"]
+    assert storage.create_bytes(place("z"), b"")
+    key, _, region, *_ = read_credential(store.headers[2]).split("/")
+    assert (key, region) == ("key-1", "us-west-2")
+    assert store.headers[2]["HTTP_X_AMZ_SECURITY_TOKEN"] == "token-1"
+    assert storage.create_bytes(f"s3://key-2:se%2Fcret@{BUCKET}/zz", b"")
+    assert read_credential(store.headers[3]).startswith("key-2/")
+    assert "HTTP_X_AMZ_SECURITY_TOKEN" not in store.headers[3], "it belongs to other keys"
+    assert store.list_keys() == ["x", "y", "z", "zz"]
 
 
 def ask_who_i_am(environment: dict[str, str]) -> str:
@@ -150,7 +171,80 @@ def test_a_profile_gives_keys_and_region(store: ObjectStore, tmp_path: Path) -> 
         }
     )
     assert region == "sa-east-1"
-    assert read_credential(store.headers[0]).split("/")[0::2][:2] == ["key-3", "sa-east-1"]
+    assert len(store.headers) == 2
+    for environ in store.headers:
+        assert read_credential(environ).split("/")[0::2][:2] == ["key-3", "sa-east-1"]
+
+
+@pytest.fixture
+def roundabout_profile(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> ObjectStore:
+    """Use a profile whose keys another program gives."""
+    given = {"Version": 1, "AccessKeyId": "key-5", "SecretAccessKey": "secret-5"}
+    (tmp_path / "keys.json").write_text(json.dumps(given))
+    (tmp_path / "config").write_text(
+        f"[profile hospital]\ncredential_process = cat {tmp_path}/keys.json\n"
+    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_PROFILE", "hospital")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    return store
+
+
+def test_a_profile_without_keys_of_its_own_takes_boto3(roundabout_profile: ObjectStore) -> None:
+    assert storage.create_bytes(place("x"), b"")
+    assert read_credential(roundabout_profile.headers[0]).startswith("key-5/")
+
+
+@pytest.mark.usefixtures("roundabout_profile")
+def test_what_a_profile_takes_is_said_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore.auth.boto3", None)
+    with pytest.raises(StorageError, match=r"'hospital' .* credential_process.*pip install boto3"):
+        storage.create_bytes(place("x"), b"")
+
+
+def test_the_keys_of_a_profile_are_read_again(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Temporary ones are renewed in its file."""
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setattr(storage, "PROFILE_LIFE_S", 0.1)
+    for number in (1, 2):
+        (tmp_path / "credentials").write_text(
+            f"[default]\naws_access_key_id = temporary-{number}\n"
+            f"aws_secret_access_key = s\naws_session_token = token-{number}\n"
+        )
+        time.sleep(0.2)
+        assert storage.create_bytes(place(f"{number}"), b"")
+        assert read_credential(store.headers[-1]).startswith(f"temporary-{number}/")
+        assert store.headers[-1]["HTTP_X_AMZ_SECURITY_TOKEN"] == f"token-{number}"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_proxy_is_passed_over(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.url.replace("127.0.0.1", host))
+    storage.write_bytes(place("x"), b"")
+    assert storage.create_bytes(place("y"), b"")
+
+
+def test_without_credentials_nothing_is_signed(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    assert storage.create_bytes(place("x"), b"")
+    assert "HTTP_AUTHORIZATION" not in store.headers[0]
 
 
 def test_a_role_of_the_machine_gives_keys(store: ObjectStore, tmp_path: Path) -> None:
@@ -172,7 +266,7 @@ def test_a_role_of_the_machine_gives_keys(store: ObjectStore, tmp_path: Path) ->
 
     def machine(environ: Environ, start_response: Any) -> Any:  # noqa: ANN401
         path = environ["PATH_INFO"]
-        told = answers.get(path) or answers.get(f"{path}/")
+        told = answers.get(path.rstrip("/"))
         if told is None:
             return beneath(environ, start_response)
         start_response("200 OK", [("Content-Length", str(len(told)))])
@@ -191,14 +285,16 @@ def test_a_role_of_the_machine_gives_keys(store: ObjectStore, tmp_path: Path) ->
         )
     finally:
         store._moto = beneath
-    (written,) = [e for e in store.headers if e["PATH_INFO"].endswith("/who")]
-    assert read_credential(written).startswith("key-4/")
-    assert written["HTTP_X_AMZ_SECURITY_TOKEN"] == "token-4"
+    written = [e for e in store.headers if e["PATH_INFO"].endswith(("/who", "/who-new"))]
+    assert len(written) == 2
+    for environ in written:
+        assert read_credential(environ).startswith("key-4/")
+        assert environ["HTTP_X_AMZ_SECURITY_TOKEN"] == "token-4"
 
 
 def test_without_an_endpoint_the_region_is_the_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """As AWS says; where it cannot be asked, as the environment says."""
-    storage._open_s3.cache_clear()
+    forget_services()
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_REGION", "us-west-1")
@@ -260,7 +356,7 @@ def test_a_pickled_file_system_is_as_patient(store: ObjectStore) -> None:
     """Ray Train's workers get it so; pyarrow's own would give up after three attempts."""
     filesystem, path = storage.resolve(place("x"))
     content = pickle.dumps(filesystem)
-    storage._open_s3.cache_clear()
+    forget_services()
     arrived = pickle.loads(content)
     assert arrived is not filesystem
     assert arrived is storage.resolve(place("y"))[0]
@@ -286,6 +382,10 @@ def test_what_never_recovers_is_one_line_in_bounded_time(
     assert time.monotonic() - started < 60
     assert len(store.requests) == storage.MAX_ATTEMPTS
     assert "\n" not in str(caught.value)
+    with pytest.raises(StorageError, match=said):
+        storage.create_bytes(place("x"), b"content")
+    assert time.monotonic() - started < 90
+    assert len(store.requests) == 2 * storage.MAX_ATTEMPTS
 
 
 @pytest.mark.slow
@@ -321,6 +421,7 @@ def test_what_the_service_refuses_is_said_with_its_remedy(
     for act, said in (
         (lambda: storage.list_files(place("x")), listing),
         (lambda: storage.write_bytes(place("x"), b"content"), listing),
+        (lambda: storage.create_bytes(place("x"), b"content"), listing),
         (lambda: storage.read_bytes(place("x")), reading),
         (lambda: storage.exists(place("x")), reading),
     ):
@@ -344,6 +445,7 @@ def test_a_missing_bucket_is_told_from_a_missing_object(store: ObjectStore) -> N
         lambda: storage.list_folders(gone),
         lambda: storage.write_bytes(gone, b"content"),
         lambda: storage.check_writable(gone),
+        lambda: storage.create_bytes(gone, b"content"),
     ):
         with pytest.raises(StorageError, match="there is no such bucket"):
             act()
@@ -459,26 +561,6 @@ def test_a_set_takes_the_place_of_another(store: ObjectStore) -> None:
     assert read_answers() == {("a", "bbb"), ("b", "bbb")}
     assert {key.partition("/")[0] for key in store.list_keys()} == {"predictions"}
     assert not open_set("bbb", replace=True).replaces
-
-
-def test_a_lease_is_refused_renewed_through_a_fault_and_given_back(
-    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(answers_room, "LEASE_RENEWAL_S", 0.05)
-    with hold_output(place("out")):
-        with pytest.raises(ConfigError, match="Another run is writing"), hold_output(place("out")):
-            pass
-        before = storage.read_json(place("out", ".lock"))["renewed_unix_s"]
-        store.fail = lambda _: (403, "AccessDenied")
-        seen = len(store.requests)
-        while len(store.requests) < seen + 2:
-            time.sleep(0.01)
-        store.forget()
-        deadline = time.monotonic() + 20
-        while storage.read_json(place("out", ".lock"))["renewed_unix_s"] <= before:
-            assert time.monotonic() < deadline, "the lease was not renewed after the fault"
-            time.sleep(0.05)
-    assert store.list_keys() == []
 
 
 # --------------------------------------------------------------------------- Google Cloud Storage

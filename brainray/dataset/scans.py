@@ -207,16 +207,17 @@ def _list_folder(place: Place, leave_out: Sequence[str], deadline: float) -> Lis
     omitted = tuple(storage.make_absolute(uri) + "/" for uri in leave_out)
     rows, num_hidden = _Rows(), 0
     waiting, tables = [place.uri], []
-    while waiting and (rows.count == 0 or time.monotonic() < deadline):
-        if rows.count >= MAX_ROWS_PER_TASK:
-            break
+    while waiting:
         folder = waiting.pop()
         try:
             files, folders = storage.list_folder(folder, place.root)
         except OSError as error:
-            reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-            rows.add(folder, reason=reason)
-            continue
+            files, folders = [], []
+            if is_hidden(_name_below(folder, place.root)):
+                num_hidden += 1
+            else:
+                reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+                rows.add(folder, reason=reason)
         for name in reversed(folders):
             if f"{name}/".startswith(omitted or ("\0",)):
                 continue
@@ -226,19 +227,26 @@ def _list_folder(place: Place, leave_out: Sequence[str], deadline: float) -> Lis
                 continue
             if is_hidden(file.relative_path):
                 num_hidden += 1
-            elif place.pattern and not _matches(file.uri, place.root, place.pattern):
+            elif place.pattern and not _matches(file, place.root, place.pattern):
                 continue
             elif file.uri.endswith(TABLE_SUFFIX):
                 tables.append(Place("table", file.uri, is_given=False))
             else:
                 rows.add_found(file)
+        if rows.count >= MAX_ROWS_PER_TASK or time.monotonic() >= deadline:
+            break
     rest = [replace(place, uri=folder) for folder in waiting]
     return Listing(rows.build(), (*rest, *tables), num_hidden)
 
 
-def _matches(uri: str, root: str, pattern: str) -> bool:
-    below = uri.removeprefix(root).lstrip("/")
-    return bool(glob.globmatch(below, pattern, flags=_GLOB_FLAGS))
+def _matches(file: storage.FoundFile, root: str, pattern: str) -> bool:
+    """Tell whether a file's name, as it is or as its URI has it, matches."""
+    names = {file.relative_path, _name_below(file.uri, root)}
+    return any(glob.globmatch(name, pattern, flags=_GLOB_FLAGS) for name in names)
+
+
+def _name_below(uri: str, root: str) -> str:
+    return uri.removeprefix(root).lstrip("/")
 
 
 def _list_table(place: Place, file: storage.FoundFile, rows: _Rows) -> Listing:

@@ -35,7 +35,7 @@ MAX_LABELLED = 100_000
 """Labelled scans whose probabilities are kept; of more, a random sample of this size. The standard
 error of an accuracy near 0.97 is then 0.0005."""
 MAX_TIMELINE = 401
-"""Points of a timeline, at most; odd, so that dropping every second one keeps the last."""
+"""Points of a timeline, at which every second one is dropped; odd, so that the last one stays."""
 MEMORY_INTERVAL_S = 3.0
 SATURATED = 0.8
 """A stage that is busy for this share of the time is the bottleneck."""
@@ -176,11 +176,21 @@ def compute_statistics(
     confidence = rows["confidence"].to_numpy()
     stats.histogram = np.histogram(confidence, NUM_BINS, (0.0, 1.0))[0].astype(np.int64)
     probs = stack_probs(rows, classes)
-    order = np.argsort(confidence, kind="stable")[:NUM_SCANS_SHOWN]
-    stats.least_certain = [_describe_scan(rows, int(row), probs) for row in order]
+    order = _find_first(confidence, rows["scan_uri"])
+    stats.least_certain = [_describe_scan(rows, row, probs) for row in order]
     if labels is not None:
         _add_labelled(stats, rows, probs, classes, labels)
     return stats
+
+
+def _find_first(values: NDArray[np.float32], scan_uris: pa.ChunkedArray) -> list[int]:
+    """Find the scans to show: those with the smallest values; of equal ones, by their URIs."""
+    table = pa.table({"value": values, "scan_uri": scan_uris})
+    order = pc.select_k_unstable(
+        table, NUM_SCANS_SHOWN, [("value", "ascending"), ("scan_uri", "ascending")]
+    )
+    rows: list[int] = order.to_pylist()
+    return rows
 
 
 def _describe_scan(rows: pa.Table, row: int, probs: NDArray[np.float32]) -> dict[str, Any]:
@@ -209,10 +219,10 @@ def _add_labelled(
     )  # cut to its size
     top = probs[known].argmax(axis=1)
     wrong = np.flatnonzero(top != y_true)
-    worst = wrong[np.argsort(-probs[known[wrong], top[wrong]], kind="stable")][:NUM_SCANS_SHOWN]
+    worst = _find_first(-probs[known[wrong], top[wrong]], rows["scan_uri"].take(known[wrong]))
     stats.mistakes = [
         _describe_scan(rows, int(known[row]), probs) | {"true_class": classes[y_true[row]]}
-        for row in worst
+        for row in wrong[worst]
     ]
 
 
@@ -292,8 +302,8 @@ class Progress:
             self._first_s, self._done_at_first = seconds, self.done
             self._stages_at_first_s = dict(self.stages_s)
         self.timeline.append((seconds, self.done))
-        if len(self.timeline) > MAX_TIMELINE:  # keep every second point, and the last
-            self.timeline = self.timeline[:1] + self.timeline[2::2]
+        if len(self.timeline) == MAX_TIMELINE:
+            self.timeline = self.timeline[::2]
 
     def compute_busy(self, capacity: dict[str, int]) -> dict[str, float]:
         """Compute the busy share of every stage once warm, from how many work at it at a time."""
