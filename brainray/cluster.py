@@ -81,6 +81,15 @@ def find_own_error(error: RayTaskError) -> BrainrayError | None:
     return type(own)(*(str(part).partition("\nFailed to ")[0] for part in own.args))
 
 
+@contextmanager
+def raise_own_errors() -> Iterator[None]:
+    """Raise an error of ours that ended a task of Ray as itself: one line, no traceback in it."""
+    try:
+        yield
+    except RayTaskError as error:
+        raise find_own_error(error) or error from None
+
+
 def hears_notices() -> bool:
     """Tell whether training hears of nodes that are about to be taken away."""
     return os.environ.get(WATCHER_VARIABLE, "1") != "0"

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from hashlib import sha256
 from typing import Annotated, Any, TypeVar
 from uuid import uuid4
@@ -36,13 +37,13 @@ from brainray.cluster import (
     check_fits,
     connect_ray,
     describe_gpu_need,
+    raise_own_errors,
     tell_waiting,
 )
 from brainray.dataset.read import read_scan
 from brainray.dataset.scans import Place, find_places
 from brainray.dataset.stream import TASK_CPUS
 from brainray.errors import (
-    BrainrayError,
     ClassificationError,
     ConfigError,
     DataError,
@@ -88,8 +89,8 @@ FIRST_SHARDS_PER_ENGINE = 16
 the plan has not costs a task."""
 OPENED_FILE = "opened.json"
 """In the plan's folder, once it is made: shards of the first wave."""
-POLL_S = 0.05
-"""Pause between two looks for the plan, at the start."""
+POLL_S, MAX_POLL_S = 0.05, 1.0
+"""Pause between two looks for the plan, at the start; each is longer than the one before."""
 ALREADY_ANSWERED = "already_answered"
 """Reason that a scan has within the stream whose content has a row; it gets no other one."""
 
@@ -178,7 +179,7 @@ def classify(
     card = read_card(job.classifier_uri)
     labels = read_labels(job.labels, tuple(card["classes"]))
     places = find_places(job.scans_uri)
-    with hold_output(job.output_uri) as lock:
+    with hold_output(job.output_uri) as lock, raise_own_errors():
         store = PredictionStore.of(job.output_uri, card)
         run = _Run(job, card, store, lock, say, on_progress)
         run.close_previous()
@@ -358,8 +359,9 @@ class _Run:
             plan = make_plan(options)
             self.progress.total = plan.num_scans
             if len(plan.num_shards) == 1 and not self._is_over:
-                num_opened = min(FIRST_SHARDS_PER_ENGINE * options.num_engines, plan.num_shards[0])
-                self._open(Wave(self.id, 0, 0, num_opened))
+                size = min(FIRST_SHARDS_PER_ENGINE * options.num_engines, plan.num_shards[0])
+                self._open(Wave(self.id, 0, 0, size))
+                num_opened = size  # where the lock is lost, nothing may be written
             return plan, num_opened
         finally:
             storage.write_json(self._store.name_plan(self.id, OPENED_FILE), num_opened)
@@ -386,9 +388,7 @@ class _Run:
                     todo.discard(shard.number)
                     self._take(shard)
                 return todo
-            except RayTaskError as error:
-                if isinstance(error.cause, BrainrayError):
-                    raise error.cause from None
+            except RayTaskError:  # it would fail again
                 raise
             except RayError as error:
                 failures = 1 if len(todo) < before else failures + 1
@@ -527,11 +527,13 @@ def open_shard(block: pa.Table, *, task: WaveTask, part: int, is_first: bool) ->
 
 def _wait_for_plan(task: WaveTask) -> int:
     """Wait until the plan is made, and return how many shards the first wave has."""
+    pause_s = POLL_S
     while True:
         try:
             return int(storage.read_json(task.store.name_plan(task.run, OPENED_FILE)))
         except FileNotFoundError:
-            time.sleep(POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(1.2 * pause_s, MAX_POLL_S)
 
 
 @dataclass(slots=True)
@@ -604,7 +606,7 @@ def _write_shard(rows: pa.Table, task: WaveTask, part: int, shard: int) -> DoneS
         counted = compute_statistics(new, store.classes)
         uri = store.name_file(task.run, part, shard)
         there = store.write_shard(uri, new, runtime, counted.to_json())
-        labels = ray.get(task.labels)
+        labels = _get_labels(task.labels)
         if labels is not None or there is not new:
             counted = compute_statistics(there, store.classes, labels)
         stats = counted
@@ -616,3 +618,9 @@ def _write_shard(rows: pa.Table, task: WaveTask, part: int, shard: int) -> DoneS
         stages_s=stages_s,
         runtime=runtime,
     )
+
+
+@lru_cache(maxsize=1)
+def _get_labels(labels: "ray.ObjectRef[Labels | None]") -> Labels | None:
+    """Return the labels; unpickling a million of them for each shard would take a second."""
+    return ray.get(labels)

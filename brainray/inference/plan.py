@@ -289,8 +289,8 @@ def list_shard_sizes(
     is_first : bool
         Whether the run begins with this part.
     """
-    limit = max(FIRST_SHARD_ROWS, min(max_rows, math.ceil(num_rows / (8 * num_engines))))
-    size = FIRST_SHARD_ROWS if is_first else limit
+    limit = min(max_rows, max(FIRST_SHARD_ROWS, math.ceil(num_rows / (8 * num_engines))))
+    size = min(limit, FIRST_SHARD_ROWS) if is_first else limit
     sizes, left = [], num_rows
     while left:
         sizes.append(min(size, left))

@@ -1,0 +1,311 @@
+"""The plan of a bulk job: which scans are new, and which shard each is in."""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brainray.dataset.read import read_scan
+from brainray.dataset.scans import find_places
+from brainray.errors import DataError
+from brainray.inference import plan as plan_module
+from brainray.inference.plan import (
+    FIRST_SHARD_ROWS,
+    PLAN_SCHEMA,
+    TABLE_ROWS_PER_PART,
+    Plan,
+    PlanOptions,
+    choose_new,
+    find_neighbourhoods,
+    list_shard_sizes,
+    make_plan,
+    name_part,
+    read_shard,
+)
+from brainray.inference.store import Wave
+from tests.test_store import make_rows, open_store, write
+
+# ----------------------------------------------------------------------------- what is new
+
+
+def listed(scan_uri: str, **columns: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return a row of a listing."""
+    file = {"uri": scan_uri, "row_group": -1, "row": -1, "size_bytes": 10, "modified_ns": 5}
+    return file | {"scan_uri": scan_uri} | columns
+
+
+def known(scan_uri: str, **columns: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return a row of an earlier prediction."""
+    row = {"scan_uri": scan_uri, "size_bytes": 10, "modified_ns": 5, "content": f"sha-{scan_uri}"}
+    return row | columns
+
+
+def choose(*rows: dict[str, Any]) -> dict[str, list[str] | None]:
+    """Return the scans that are to be opened, and the contents that each has a row for."""
+    table = choose_new(pa.Table.from_pylist(list(rows), schema=plan_module._ROWS_SCHEMA))
+    assert table.schema.equals(PLAN_SCHEMA)
+    names = table["scan_uri"].to_pylist()
+    assert len(names) == len(set(names))
+    return dict(zip(names, table["known_contents"].to_pylist(), strict=True))
+
+
+def test_what_has_no_row_is_new() -> None:
+    assert choose(listed("a"), listed("b"), known("c")) == {"a": None, "b": None}
+    assert choose(known("c")) == {}
+    assert choose() == {}
+
+
+def test_a_scan_that_is_named_twice_is_opened_once() -> None:
+    unknown = {"size_bytes": None, "modified_ns": None}
+    assert choose(listed("a"), listed("b"), listed("a", **unknown), listed("a")) == {
+        "a": None,
+        "b": None,
+    }
+
+
+def test_what_has_a_row_with_the_same_size_and_time_is_not_opened() -> None:
+    assert choose(listed("a"), listed("b"), known("a")) == {"b": None}
+    assert choose(listed("a"), known("a", modified_ns=4, content="old"), known("a")) == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size_bytes": 11},
+        {"modified_ns": 6},
+        {"size_bytes": None},
+        {"modified_ns": None},
+        {"size_bytes": None, "modified_ns": None},
+    ],
+)
+def test_what_has_changed_is_opened_with_the_contents_that_have_rows(
+    change: dict[str, Any],
+) -> None:
+    rows = [known("a"), known("a", modified_ns=3, content="older"), known("b")]
+    found = choose(listed("a", **change), listed("b"), *rows)
+    assert {name: sorted(contents or []) for name, contents in found.items()} == {
+        "a": ["older", "sha-a"]
+    }
+
+
+@pytest.mark.parametrize("reason", ["missing", "unreadable"])
+def test_what_could_not_be_read_is_tried_again(reason: str) -> None:
+    assert choose(listed("a"), known("a", reason=reason, content=reason)) == {"a": [reason]}
+    assert choose(listed("a"), known("a", reason=reason, content=reason), known("a")) == {}
+
+
+def test_what_was_rejected_for_its_content_is_not_tried_again() -> None:
+    assert choose(listed("a"), known("a", reason="corrupt")) == {}
+    assert choose(listed("a"), known("a", reason="low_confidence")) == {}
+    assert choose(listed("a"), known("a", reason="unsupported", content="unsupported")) == {}
+
+
+def test_rows_of_a_table_are_known_by_the_time_of_the_table() -> None:
+    """They have no size of their own."""
+    row = {"uri": "t.parquet", "row_group": 0, "row": 0, "size_bytes": None}
+    answered = known("t.parquet#row=0", size_bytes=None)
+    assert choose(listed("t.parquet#row=0", **row), answered) == {}
+    assert choose(listed("t.parquet#row=0", **row | {"modified_ns": 6}), answered) == {
+        "t.parquet#row=0": ["sha-t.parquet#row=0"]
+    }
+    assert choose(listed("t.parquet#row=1", **row), answered) == {"t.parquet#row=1": None}
+
+
+def test_entries_of_lists_are_opened_each_time() -> None:
+    """Neither their size nor their time is known, so they equal nothing."""
+    nulls = {"size_bytes": None, "modified_ns": None}
+    assert choose(listed("a", **nulls), known("a", **nulls)) == {"a": ["sha-a"]}
+
+
+def test_rows_of_one_row_group_stay_together() -> None:
+    rows = [
+        listed(f"{table}#row={group * 10 + row}", uri=table, row_group=group, row=row)
+        for row, group, table in itertools.product(range(4), range(3), ("t.parquet", "u.parquet"))
+    ]
+    table = choose_new(pa.Table.from_pylist(rows, schema=plan_module._ROWS_SCHEMA))
+    places = list(
+        zip(*(table[name].to_pylist() for name in ("uri", "row_group", "row")), strict=True)
+    )
+    assert places == sorted(places)
+
+
+# ---------------------------------------------------------------------------------- shards
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    num_rows=st.integers(0, 20_000),
+    max_rows=st.integers(1, 3000),
+    num_engines=st.integers(1, 64),
+    is_first=st.booleans(),
+)
+def test_shards_hold_every_scan_and_are_bounded(
+    num_rows: int, max_rows: int, num_engines: int, is_first: bool
+) -> None:
+    sizes = list_shard_sizes(num_rows, max_rows, num_engines, is_first=is_first)
+    assert sum(sizes) == num_rows
+    assert all(0 < size <= max_rows for size in sizes)
+    assert sizes[:-1] == sorted(sizes[:-1]), "they do not shrink but for the last one"
+    share = math.ceil(num_rows / (8 * num_engines))
+    assert max(sizes, default=0) <= max(share, FIRST_SHARD_ROWS), "every engine has work"
+    if is_first:
+        assert max(sizes[:num_engines], default=0) <= FIRST_SHARD_ROWS
+
+
+def test_the_first_shards_double_in_size() -> None:
+    sizes = list_shard_sizes(10_000, 500, 2, is_first=True)
+    assert sizes[:12] == [16, 16, 32, 32, 64, 64, 128, 128, 256, 256, 500, 500]
+    assert set(sizes[12:-1]) == {500}
+    later = list_shard_sizes(10_000, 500, 2, is_first=False)
+    assert set(later[:-1]) == {500}
+
+
+def test_few_scans_of_large_images_make_small_shards() -> None:
+    assert list_shard_sizes(10, 3, 1, is_first=True) == [3, 3, 3, 1]
+
+
+def test_rows_of_a_table_that_are_near_each_other_share_a_part() -> None:
+    numbers = [0, 1, TABLE_ROWS_PER_PART - 1, TABLE_ROWS_PER_PART, 2 * TABLE_ROWS_PER_PART]
+    names = [f"/in/t.parquet#row={number}" for number in numbers]
+    found = find_neighbourhoods(names)
+    assert found[0] == found[1] == found[2]
+    assert len(set(found)) == 3
+    assert find_neighbourhoods(["/in/other.parquet#row=0"]) != found[:1]
+    files = ["/in/a.jpg", "/in/b.parquet", "/in/c.jpg#row=7", "/in/d.parquet#row=x"]
+    assert find_neighbourhoods(files) == files
+
+
+# ------------------------------------------------------------------------------- on Ray
+
+
+@pytest.fixture
+def inbox(tmp_path: Path) -> Path:
+    """Return a folder with a few dozen scans, a table, and a list that names some again."""
+    folder = tmp_path / "inbox"
+    for number in range(60):
+        file = folder / f"{number % 7}" / f"{number}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(f"scan {number}".encode())
+    rows = [f"row {number}".encode() for number in range(20)]
+    pq.write_table(pa.table({"image_bytes": rows}), folder / "t.parquet", row_group_size=6)
+    (folder / ".hidden").touch()
+    names = [str(folder / "0" / "0.jpg"), str(folder / "nowhere.jpg")]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    return folder
+
+
+def make_options(inbox: Path, output: Path, run: str = "run") -> PlanOptions:
+    return PlanOptions(
+        places=tuple(find_places([str(inbox), str(inbox.parent / "list.txt")])),
+        store=open_store(output),
+        run=run,
+        max_shard_rows=8,
+        num_engines=1,
+    )
+
+
+def read_plan(options: PlanOptions, plan: Plan) -> list[dict[str, Any]]:
+    """Return the rows of all shards."""
+    rows: list[dict[str, Any]] = []
+    for part, num_shards in enumerate(plan.num_shards):
+        uri = options.store.name_plan(options.run, name_part(part))
+        for shard in range(num_shards):
+            table = read_shard(uri, shard)
+            assert table.schema.equals(PLAN_SCHEMA)
+            assert 0 < table.num_rows <= options.max_shard_rows
+            rows += table.to_pylist()
+    assert len(rows) == plan.num_scans
+    return rows
+
+
+def read_contents(rows: Sequence[dict[str, Any]]) -> Counter[bytes]:
+    return Counter(
+        read_scan(row["uri"], row["row_group"], row["row"])
+        for row in rows
+        if not row["uri"].endswith("nowhere.jpg")
+    )
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("max_part_rows", [1_000_000, 45])
+def test_a_plan_has_every_scan_once_and_none_that_has_a_row(
+    inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_part_rows: int
+) -> None:
+    """In one part or in several, which is decided in this process."""
+    monkeypatch.setattr(plan_module, "MAX_PART_ROWS", max_part_rows)
+    options = make_options(inbox, tmp_path / "out")
+    plan = make_plan(options)
+    assert len(plan.num_shards) == (1 if max_part_rows > 100 else 2)
+    assert sum(map(bool, plan.num_shards)) > (0 if max_part_rows > 100 else 1)
+    assert (plan.num_listed, plan.num_scans, plan.num_hidden) == (82, 81, 1)
+    rows = read_plan(options, plan)
+    assert len({row["scan_uri"] for row in rows}) == 81
+    assert {row["known_contents"] for row in rows} == {None}
+    every = [f"scan {number}" for number in range(60)] + [f"row {number}" for number in range(20)]
+    assert read_contents(rows) == Counter(content.encode() for content in every)
+
+    files = [row for row in rows if row["row_group"] < 0 and row["size_bytes"] is not None]
+    chosen = [row["scan_uri"] for row in files[:30]]
+    answered = make_rows(*chosen)
+    for name in ("size_bytes", "modified_ns"):
+        column = pa.array([row[name] for row in files[:30]], pa.int64())
+        answered = answered.set_column(answered.schema.get_field_index(name), name, column)
+    write(options.store, 0, answered.slice(0, 20))
+    write(options.store, 1, answered.slice(20))
+    options.store.close(options.store.describe_wave(Wave("run", 0, 2, 2)))
+    Path(chosen[7]).write_bytes(b"changed in size")
+
+    later = replace(options, run="later")
+    plan = make_plan(later)
+    rows = read_plan(later, plan)
+    assert (plan.num_listed, plan.num_scans) == (82, 81 - 29)
+    assert not {row["scan_uri"] for row in rows}.intersection(set(chosen) - {chosen[7]})
+    contents = {row["scan_uri"]: row["known_contents"] for row in rows if row["known_contents"]}
+    assert contents == {chosen[7]: [f"sha-{chosen[7]}"]}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_plan_of_nothing_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    options = PlanOptions(
+        places=tuple(find_places([str(tmp_path / "empty")])),
+        store=open_store(tmp_path / "out"),
+        run="run",
+        max_shard_rows=8,
+        num_engines=1,
+    )
+    assert make_plan(options) == Plan(0, 0, 0, (0,))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_named_table_without_images_ends_the_plan(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
+    options = replace(
+        make_options_of(tmp_path), places=tuple(find_places([str(tmp_path / "other.parquet")]))
+    )
+    with pytest.raises(DataError, match="image_bytes"):
+        make_plan(options)
+
+
+def make_options_of(folder: Path) -> PlanOptions:
+    return PlanOptions(
+        places=(), store=open_store(folder / "out"), run="run", max_shard_rows=8, num_engines=1
+    )
+
+
+def test_the_parts_of_many_scans_are_about_equal() -> None:
+    names = [f"s3://hospital/inbox/{number:07d}.jpg" for number in range(20_000)]
+    parts = plan_module.hash_names(find_neighbourhoods(names)) % 4
+    counts = np.bincount(parts.astype(np.int64), minlength=4)
+    assert counts.min() > 4_700
