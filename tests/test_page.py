@@ -146,7 +146,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     binary = next(filter(None, map(shutil.which, BROWSERS)), None)
     driver_path = shutil.which("chromedriver")
     if binary is None or driver_path is None:
-        pytest.skip("no Chromium, or no chromedriver, on the PATH")
+        say = pytest.fail if os.environ.get("BRAINRAY_REQUIRE_BROWSER") else pytest.skip
+        say("no Chromium, or no chromedriver, on the PATH")
     downloads = tmp_path_factory.mktemp("downloads")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
