@@ -17,11 +17,11 @@ from urllib.parse import parse_qs
 
 import numpy as np
 import uvicorn
+from brainray.model.answer import open_scan
+from brainray.model.runtime import Prediction
 from numpy.typing import NDArray
 
-from brainray.model.answer import open_scan
 from brainray.model.explain import STRIDE_PX
-from brainray.model.runtime import Prediction
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import Preprocessing
 from brainray.serving.asgi import App, Receive, Scope, Send

@@ -17,18 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from brainray.pipelines.classify import ClassifyJob, classify, parse_max_rejected
+from brainray.pipelines.tally import Standing, find_bottleneck
 from PIL import Image
 from ray.exceptions import ActorDiedError
 
 from brainray import storage
 from brainray.errors import ClassificationError, ConfigError, DataError, StorageError
+from brainray.inference.engine import EngineOptions, open_engine
 from brainray.io.lock import hold_output
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.inference.engine import EngineOptions, open_engine
 from brainray.pipelines import classify as room
-from brainray.pipelines.classify import ClassifyJob, classify, parse_max_rejected
-from brainray.pipelines.tally import Standing, find_bottleneck
 from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits, decode_image
 from brainray.pixels.preprocess import Preprocessing, load_image
 from tests.conftest import CLASSES, REPOSITORY

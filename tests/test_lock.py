@@ -18,6 +18,7 @@ from werkzeug.serving import make_server
 
 from brainray import storage
 from brainray.errors import ConfigError, LockLostError, StorageError
+from brainray.io import conditional
 from brainray.io import lock as room
 from brainray.io.lock import OutputLock, hold_output
 from tests.object_store import (
@@ -87,7 +88,7 @@ LEASE = f"/{BUCKET}/out/.lock"
 
 def read_content() -> bytes:
     """Read the lease in one request: it may be renewed between two."""
-    return storage.read_object(f"{OUT}/.lock")[0]
+    return conditional.read_object(f"{OUT}/.lock")[0]
 
 
 def read_lease() -> dict[str, Any]:
@@ -530,8 +531,8 @@ def test_an_answer_that_is_lost_is_no_lost_lock(store: ObjectStore) -> None:
 def test_an_answer_that_never_comes_leaves_the_lock_to_its_holder(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "MAX_ATTEMPTS", 1)
-    storage._open_s3_store.cache_clear()
+    monkeypatch.setattr(conditional, "MAX_ATTEMPTS", 1)
+    conditional._open_s3.cache_clear()
     with hold_output(OUT) as held:
         held.update({"wave": 1})
         store.fail_first(1, LOST)
@@ -541,7 +542,7 @@ def test_an_answer_that_never_comes_leaves_the_lock_to_its_holder(
         assert held.state == {"wave": 1}
         held.update({"wave": 3})
     assert read_lease()["state"] == {"wave": 3}
-    storage._open_s3_store.cache_clear()
+    conditional._open_s3.cache_clear()
 
 
 # ---------------------------------------------------------------------------------- creating a file
@@ -564,9 +565,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_file_is_created_once(folder: str) -> None:
     uri = storage.join(folder, "a", "b c.parquet")
-    assert storage.create_bytes(uri, b"first") is True
-    assert storage.create_bytes(uri, b"second") is False
-    assert storage.create_bytes(uri, b"first") is False
+    assert conditional.create_bytes(uri, b"first") is True
+    assert conditional.create_bytes(uri, b"second") is False
+    assert conditional.create_bytes(uri, b"first") is False
     assert storage.read_bytes(uri) == b"first"
     assert [file.relative_path for file in storage.list_files(folder)] == ["a/b c.parquet"]
 
@@ -580,7 +581,7 @@ def test_of_several_that_create_a_file_at_once_one_does(folder: str, *, same: bo
         for name in ("x", "y", "z"):
             together.wait()
             content = b"same" if same else f"{number}".encode() * 10_000
-            made.append(storage.create_bytes(storage.join(folder, name), content))
+            made.append(conditional.create_bytes(storage.join(folder, name), content))
         return made
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -595,27 +596,27 @@ def test_of_several_that_create_a_file_at_once_one_does(folder: str, *, same: bo
 def test_a_file_that_cannot_be_created_is_named(tmp_path: Path, store: ObjectStore) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=f"Cannot write '{tmp_path}/file/x'"):
-        storage.create_bytes(f"{tmp_path}/file/x", b"")
+        conditional.create_bytes(f"{tmp_path}/file/x", b"")
     with pytest.raises(StorageError, match="no such bucket"):
-        storage.create_bytes("s3://no-such-bucket/x", b"")
+        conditional.create_bytes("s3://no-such-bucket/x", b"")
     store.fail = lambda _: (403, "AccessDenied")
     with pytest.raises(StorageError, match=r"access is denied\. Give credentials") as caught:
-        storage.create_bytes(f"{OUT}/x", b"")
+        conditional.create_bytes(f"{OUT}/x", b"")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("fault", [LOST, CUT, (503, "SlowDown"), (409, "Conflict")], ids=str)
 def test_a_file_is_created_through_a_fault(store: ObjectStore, fault: Fault) -> None:
     store.fail_first(1, fault)
-    assert storage.create_bytes(f"{OUT}/x", b"content") is True
+    assert conditional.create_bytes(f"{OUT}/x", b"content") is True
     assert store.get("out/x") == b"content"
 
 
 def test_a_file_is_created_though_the_service_said_nothing_at_first(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "TIMEOUT_S", 0.5)
-    storage._open_s3_store.cache_clear()
+    monkeypatch.setattr(conditional, "TIMEOUT_S", 0.5)
+    conditional._open_s3.cache_clear()
     silent, ended = iter([True]), threading.Event()
 
     def stall(environ: Environ) -> Fault:
@@ -625,11 +626,11 @@ def test_a_file_is_created_though_the_service_said_nothing_at_first(
 
     store.fail = stall
     try:
-        assert storage.create_bytes(f"{OUT}/x", b"content") is True
+        assert conditional.create_bytes(f"{OUT}/x", b"content") is True
         assert sum(environ["REQUEST_METHOD"] == "PUT" for environ in store.headers) == 2
     finally:
         ended.set()
-        storage._open_s3_store.cache_clear()
+        conditional._open_s3.cache_clear()
 
 
 # ----------------------------------------------------------------------------- Google Cloud Storage
@@ -690,7 +691,10 @@ def test_google_cloud_storage_tells_versions_by_their_generation(
         lease = json.loads(objects["/bucket/out/.lock"][1])
         assert (lease["state"], lease["released"]) == ({"wave": 1, "second": True}, True)
         uri = storage.join(out, "x")
-        assert [storage.create_bytes(uri, b"1"), storage.create_bytes(uri, b"2")] == [True, False]
+        assert [conditional.create_bytes(uri, b"1"), conditional.create_bytes(uri, b"2")] == [
+            True,
+            False,
+        ]
         assert objects["/bucket/out/x"][1] == b"1"
     finally:
         service.shutdown()

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from brainray.model.answer import REASONS, name_status
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
@@ -21,7 +22,6 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from brainray.errors import RejectedImage
-from brainray.model.answer import REASONS, name_status
 from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING
 from brainray.pixels.decode import decode_image
 from brainray.pixels.phantoms import draw_phantom
