@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -367,15 +368,15 @@ def test_a_former_holder_does_not_release_what_another_one_holds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     keep(monkeypatch)
-    former = hold_output(OUT)
-    former.__enter__().update({"wave": 1})
-    with take_over(monkeypatch) as held:
-        before = read_content()
-        former.__exit__(None, None, None)
-        assert read_content() == before
-        with pytest.raises(ConfigError), hold_output(OUT):
-            pass
-        held.update({"wave": 2})
+    with ExitStack() as former:
+        former.enter_context(hold_output(OUT)).update({"wave": 1})
+        with take_over(monkeypatch) as held:
+            before = read_content()
+            former.close()
+            assert read_content() == before
+            with pytest.raises(ConfigError), hold_output(OUT):
+                pass
+            held.update({"wave": 2})
     assert read_lease()["released"] is True
 
 
@@ -387,24 +388,13 @@ def test_a_lock_that_was_deleted_is_lost(store: ObjectStore) -> None:
     assert store.list_keys() == []
 
 
-def take_over(monkeypatch: pytest.MonkeyPatch) -> "_TakeOver":
-    return _TakeOver(monkeypatch)
-
-
-class _TakeOver:
+@contextmanager
+def take_over(monkeypatch: pytest.MonkeyPatch) -> Iterator[OutputLock]:
     """Hold an output whose lease is expired for as long as it takes to get it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._monkeypatch, self._held = monkeypatch, hold_output(OUT)
-
-    def __enter__(self) -> OutputLock:
-        expire(self._monkeypatch)
-        lock = self._held.__enter__()
-        keep(self._monkeypatch)
-        return lock
-
-    def __exit__(self, *error: Any) -> None:  # noqa: ANN401
-        self._held.__exit__(*error)
+    expire(monkeypatch)
+    with hold_output(OUT) as lock:
+        keep(monkeypatch)
+        yield lock
 
 
 # ----------------------------------------------------------------------- what stops and what stalls
@@ -441,11 +431,8 @@ def test_a_process_that_was_stopped_past_its_lease_changes_nothing(
         former.wait()
 
 
-@pytest.mark.parametrize("what", ["update", "renewal", "release"])
-def test_a_write_that_is_under_way_while_another_takes_over_comes_too_late(
-    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    keep(monkeypatch)
+def stall_a_write(store: ObjectStore) -> tuple[threading.Event, threading.Event]:
+    """Keep the next write of the lease waiting in the server: it has arrived, it may go on."""
     arrived, go_on, stalled = threading.Event(), threading.Event(), iter([True])
 
     def stall(environ: Environ) -> Fault:
@@ -454,17 +441,25 @@ def test_a_write_that_is_under_way_while_another_takes_over_comes_too_late(
             assert go_on.wait(20)
         return None
 
-    former = hold_output(OUT)
-    lock = former.__enter__()
-    assert isinstance(lock, room._Lease)
-    lock.update({"wave": "first"})
-    acts: dict[str, Callable[[], object]] = {
-        "update": lambda: lock.update({"wave": "late"}),
-        "renewal": lock.renew,
-        "release": lambda: former.__exit__(None, None, None),
-    }
     store.fail = stall
-    with ThreadPoolExecutor(1) as pool:
+    return arrived, go_on
+
+
+@pytest.mark.parametrize("what", ["update", "renewal", "release"])
+def test_a_write_that_is_under_way_while_another_takes_over_comes_too_late(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    keep(monkeypatch)
+    with ExitStack() as former, ThreadPoolExecutor(1) as pool:
+        lock = former.enter_context(hold_output(OUT))
+        assert isinstance(lock, room._Lease)
+        lock.update({"wave": "first"})
+        acts: dict[str, Callable[[], object]] = {
+            "update": lambda: lock.update({"wave": "late"}),
+            "renewal": lock.renew,
+            "release": former.close,
+        }
+        arrived, go_on = stall_a_write(store)
         acting = pool.submit(acts[what])
         assert arrived.wait(10)
         with take_over(monkeypatch) as held:
@@ -480,23 +475,13 @@ def test_a_write_that_is_under_way_while_another_takes_over_comes_too_late(
                 lock.check()
             assert read_content() == before
         assert read_lease()["state"] == {"wave": "first", "second": True}
-    if what != "release":
-        former.__exit__(None, None, None)
 
 
 def test_a_renewal_that_is_under_way_does_not_undo_an_update(store: ObjectStore) -> None:
-    arrived, go_on, stalled = threading.Event(), threading.Event(), iter([True])
-
-    def stall(environ: Environ) -> Fault:
-        if is_write(environ) and next(stalled, False):
-            arrived.set()
-            assert go_on.wait(20)
-        return None
-
     with hold_output(OUT) as held, ThreadPoolExecutor(2) as pool:
         assert isinstance(held, room._Lease)
         held.update({"wave": 1})
-        store.fail = stall
+        arrived, go_on = stall_a_write(store)
         renewing = pool.submit(held.renew)
         assert arrived.wait(10)
         updating = pool.submit(held.update, {"wave": 2})
@@ -675,19 +660,19 @@ def test_google_cloud_storage_tells_versions_by_their_generation(
     out = f"gs://anonymous@bucket/out?scheme=http&endpoint_override=127.0.0.1:{service.server_port}"
     try:
         keep(monkeypatch)
-        former = hold_output(out)
-        lock = former.__enter__()
-        lock.update({"wave": 1})
-        with pytest.raises(ConfigError), hold_output(out):
-            pass
-        expire(monkeypatch)
-        with hold_output(out) as held:
-            keep(monkeypatch)
-            held.update(held.state | {"second": True})
-            with pytest.raises(LockLostError, match="was taken over"):
-                lock.update({"wave": "late"})
-            former.__exit__(None, None, None)
-            held.check()
+        with ExitStack() as former:
+            lock = former.enter_context(hold_output(out))
+            lock.update({"wave": 1})
+            with pytest.raises(ConfigError), hold_output(out):
+                pass
+            expire(monkeypatch)
+            with hold_output(out) as held:
+                keep(monkeypatch)
+                held.update(held.state | {"second": True})
+                with pytest.raises(LockLostError, match="was taken over"):
+                    lock.update({"wave": "late"})
+                former.close()
+                held.check()
         lease = json.loads(objects["/bucket/out/.lock"][1])
         assert (lease["state"], lease["released"]) == ({"wave": 1, "second": True}, True)
         uri = storage.join(out, "x")
