@@ -17,13 +17,12 @@ from urllib.parse import parse_qs
 
 import numpy as np
 import uvicorn
-from brainray.model.answer import open_scan
-from brainray.model.runtime import Prediction
 from numpy.typing import NDArray
 
+from brainray.inference.engine import Prediction
 from brainray.model.explain import STRIDE_PX
 from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import Preprocessing
+from brainray.pixels.preprocess import Preprocessing, open_scan
 from brainray.serving.asgi import App, Receive, Scope, Send
 from brainray.serving.limits import ServiceLimits
 from brainray.serving.predictor import Meaning, Reply
@@ -109,7 +108,7 @@ class FixedModel:
         found = (await self.predict(preprocessing, images)).prediction
         assert found is not None
         maps = np.broadcast_to(draw_spot(), (*found.probs.shape, *draw_spot().shape))
-        return Reply(self._meaning, Prediction(found.probs, found.reasons, maps))
+        return Reply(self._meaning, Prediction(found.probs, found.reasons, class_maps=maps))
 
     async def describe(self) -> dict[str, Any]:
         runtime = {"backend": "openvino", "precision": "fp32", "description": "OpenVINO, fp32"}

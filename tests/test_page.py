@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from brainray.model.answer import REASONS, name_status
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
@@ -22,6 +21,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from brainray.errors import RejectedImage
+from brainray.model.reasons import REASONS, find_status
 from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING
 from brainray.pixels.decode import decode_image
 from brainray.pixels.phantoms import draw_phantom
@@ -264,7 +264,7 @@ def test_what_has_no_class_says_why(page: Page, service: FixedService, scans: Pa
 
 def test_every_reason_code_has_words(page: Page, service: FixedService) -> None:
     page.open(service)
-    reasons = [reason for reason in REASONS if name_status(reason) == "rejected"]
+    reasons = [reason for reason in REASONS if find_status(reason) == "rejected"]
     words = page.call(
         "words.js",
         "arguments[0].map((reason) => m.explainStatus({ status: 'rejected', reason }))",
