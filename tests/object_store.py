@@ -1,7 +1,9 @@
 """A bucket on this machine: moto's S3, behind what counts requests and fails some of them."""
 
+import io
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,9 @@ CUT = "cut"
 LOST = "lost"
 """A fault: what was asked for is done, then the connection ends without an answer."""
 
+STATUS = "tests.status"
+"""In the environment of a request, once it is answered: the status."""
+
 Environ = dict[str, Any]
 Fault = str | tuple[int, str] | None
 
@@ -31,7 +36,7 @@ class ObjectStore:
         self.requests: list[str] = []
         """Method and path of every request."""
         self.headers: list[Environ] = []
-        """Their WSGI environments."""
+        """Their WSGI environments; with :data:`STATUS` where there was an answer."""
         self.fail: Callable[[Environ], Fault] = lambda _: None
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._one_at_a_time = threading.Lock()
@@ -47,7 +52,7 @@ class ObjectStore:
         if fault in (None, LOST):
             # moto 5.2 looks at the condition of a write first, and writes then: not as one step.
             with self._one_at_a_time:
-                answer: Iterable[bytes] = self._moto(environ, start_response)
+                answer: Iterable[bytes] = self._moto(environ, _note_status(environ, start_response))
             if fault is None:
                 return answer
         if fault in (CUT, LOST):
@@ -82,7 +87,7 @@ class ObjectStore:
         with self.open().open_input_file(f"{BUCKET}/{key}") as stream:
             return bytes(stream.read())
 
-    def read_answers(self, output: str) -> list[dict[str, Any]]:
+    def read_predictions(self, output: str) -> list[dict[str, Any]]:
         """Read the rows that a bulk run has written below an output."""
         keys = [key for key in self.list_keys() if key.startswith(f"{output}/predictions/")]
         tables = [pq.read_table(pa.BufferReader(self.get(key))) for key in keys]
@@ -123,6 +128,48 @@ class ObjectStore:
             allow_bucket_creation=True,
             request_timeout=60.0,
         )
+
+
+def _note_status(environ: Environ, start_response: Any) -> Any:  # noqa: ANN401 - as WSGI has it
+    def start(status: str, *rest: object) -> object:
+        environ[STATUS] = int(status.split()[0])
+        return start_response(status, *rest)
+
+    return start
+
+
+class StalledWrites:
+    """Holds back the writes of some keys, as a network does, until they are let go.
+
+    Give it to ``ObjectStore.fail``. What is held back has arrived: its client may go away.
+    """
+
+    def __init__(self, concerns: Callable[[Environ], bool]) -> None:
+        self._concerns = concerns
+        self._let_go = threading.Event()
+        self.stalled: list[Environ] = []
+        """Requests that are, or were, held back."""
+        self.is_open = False
+        """Whether others of the same kind pass."""
+
+    def __call__(self, environ: Environ) -> Fault:
+        if environ["REQUEST_METHOD"] == "PUT" and not self.is_open and self._concerns(environ):
+            body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            environ["wsgi.input"] = io.BytesIO(body)
+            environ["tests.body"] = body
+            self.stalled.append(environ)
+            self._let_go.wait(600)
+        return None
+
+    def let_go(self) -> list[int]:
+        """Let them go, and return what each was answered."""
+        self.is_open = True
+        self._let_go.set()
+        deadline = time.monotonic() + 60
+        while not all(STATUS in environ for environ in self.stalled):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return [environ[STATUS] for environ in self.stalled]
 
 
 class Quiet(WSGIRequestHandler):

@@ -7,7 +7,8 @@ import random
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -17,26 +18,42 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from brainray.pipelines.classify import ClassifyJob, classify, parse_max_rejected
-from brainray.pipelines.tally import Standing, find_bottleneck
 from PIL import Image
 from ray.exceptions import ActorDiedError
 
-from brainray import storage
-from brainray.errors import ClassificationError, ConfigError, DataError, StorageError
+from brainray import cli, storage
+from brainray.errors import (
+    ClassificationError,
+    ConfigError,
+    DataError,
+    LockLostError,
+    StorageError,
+)
+from brainray.inference import bulk as bulk_module
+from brainray.inference import plan as plan_module
+from brainray.inference.bulk import ClassifyJob, classify, parse_max_rejected
 from brainray.inference.engine import EngineOptions, open_engine
-from brainray.io.lock import hold_output
-from brainray.model.classifier import load_classifier, save_classifier
+from brainray.inference.schema import build_schema
+from brainray.inference.stats import Progress
+from brainray.inference.store import PredictionStore, Wave
+from brainray.io.lock import OutputLock, hold_output
+from brainray.model.classifier import load_classifier, read_card, save_classifier
 from brainray.model.network import build_network
-from brainray.pipelines import classify as room
 from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits, decode_image
 from brainray.pixels.preprocess import Preprocessing, load_image
 from tests.conftest import CLASSES, REPOSITORY
+from tests.fakes import prepare_fake_engine
 from tests.test_decode import SAMPLES, mutate
 
 GUIDE = REPOSITORY / "docs" / "bulk.md"
 
 pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@pytest.fixture
+def fake_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predict without a network: most tests are about which scans are predicted."""
+    monkeypatch.setattr(bulk_module, "prepare_engine", prepare_fake_engine)
 
 
 @pytest.fixture
@@ -55,13 +72,21 @@ def make_job(inbox: Path, classifier: Path, output: Path, **changes: Any) -> Cla
         scans_uri=(str(inbox),),
         classifier_uri=str(classifier),
         output_uri=str(output),
-        backend="torch",
-        precision="fp32",
+        engine=EngineOptions(backend="torch", precision="fp32"),
     )
     return replace(job, **changes)
 
 
+def list_scan_files(inbox: Path) -> list[Path]:
+    return sorted(file for file in inbox.rglob("*") if file.is_file())
+
+
+def list_files(output: Path) -> list[Path]:
+    return sorted((output / "predictions").glob("*/*.parquet"))
+
+
 def read_rows(output: Path) -> list[dict[str, Any]]:
+    """Return all rows, as other programs read them: with the column of the folder's name."""
     return pq.read_table(output / "predictions").to_pylist()
 
 
@@ -124,22 +149,28 @@ def make_bad_inbox(folder: Path, good: Path) -> dict[str, str | None]:
     return reasons | {"caf%E9.jpg": None}
 
 
+# ----------------------------------------------------------------------- with the real network
+
+
 def test_every_scan_has_its_row_and_the_rows_say_what_the_classifier_says(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    metrics = classify(make_job(inbox, tiny_classifier, output))
+    said: list[str] = []
+    metrics = classify(make_job(inbox, tiny_classifier, output), say=said.append)
     rows = {row["scan_uri"]: row for row in read_rows(output)}
     assert {row["class_map"] for row in rows.values()} == {None}
-    files = sorted(p for p in inbox.rglob("*") if p.is_file())
+    files = list_scan_files(inbox)
     assert sorted(rows) == [str(file) for file in files]
     classifier = load_classifier(str(tiny_classifier))
     images = [
         load_image(file.read_bytes(), classifier.preprocessing, DecodeLimits()) for file in files
     ]
-    probs = classifier.predict_probs(np.stack(images))
+    engine = open_engine(classifier, EngineOptions(backend="torch", precision="fp32"))
+    probs = engine.predict(np.stack(images)).probs
     for file, expected in zip(files, probs, strict=True):
         row = rows[str(file)]
+        assert set(row) == set(build_schema(CLASSES).names)
         assert row["status"] == "classified"
         assert row["reason"] is None
         assert row["content_sha256"] == sha256(file.read_bytes()).hexdigest()
@@ -148,7 +179,10 @@ def test_every_scan_has_its_row_and_the_rows_say_what_the_classifier_says(
         assert row["predicted_class"] == CLASSES[int(np.argmax(found))]
         assert row["confidence"] == max(found)
         assert (row["width_px"], row["height_px"]) == Image.open(file).size
+        assert row["size_bytes"] == file.stat().st_size
+        assert row["modified_ns"] == file.stat().st_mtime_ns
         assert row["classifier_id"] == classifier.classifier_id
+        assert (row["engine"], row["precision"]) == ("torch", "fp32")
     assert metrics["counts"]["total"] == len(files)
     assert metrics["counts"]["by_status"] == {
         "classified": len(files),
@@ -159,19 +193,109 @@ def test_every_scan_has_its_row_and_the_rows_say_what_the_classifier_says(
     assert sum(metrics["confidence_histogram"]["counts"]) == len(files)
     assert metrics["run"]["images_per_s"] > 0
     assert metrics["run"]["memory_peak_bytes"] > 100 * 2**20
+    assert set(metrics["run"]["stages_s"]) == {"read", "decode", "predict", "write"}
+    assert all(seconds > 0 for seconds in metrics["run"]["stages_s"].values())
+    assert metrics["runtime"]["backend"] == "torch"
+    assert f"Predicting with {metrics['runtime']['description']}." in said
     assert metrics == json.loads((output / "metrics.json").read_text())
     report = (output / "report.html").read_text()
     assert classifier.classifier_id in report
     assert "Where the network saw" not in report
+    assert {path.name for path in output.iterdir()} >= {"predictions", "report.html", ".lock"}
+    assert not (output / ".plan").exists()
 
 
+def test_explained_rows_have_the_map_of_their_class(
+    inbox: Path, phantom_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, output = str(tmp_path / "classifier"), tmp_path / "out"
+    save_classifier(
+        uri,
+        build_network(len(CLASSES)).state_dict(),
+        classes=CLASSES,
+        preprocessing=Preprocessing(size_px=64),
+        provenance={},
+    )
+    (inbox / "empty.jpg").touch()
+    job = make_job(inbox, Path(uri), output, explain=True, labels="folder")
+    classify(job)
+    rows = {row["scan_uri"]: row for row in read_rows(output)}
+    classifier = load_classifier(uri)
+    engine = open_engine(classifier, EngineOptions(backend="torch", precision="fp32"))
+    for scan, row in rows.items():
+        if row["status"] == "rejected":
+            assert row["class_map"] is None
+            continue
+        content = Path(scan).read_bytes()
+        image = load_image(content, classifier.preprocessing, DecodeLimits())
+        maps = engine.predict(image[None], ["class_maps"]).class_maps
+        assert maps is not None
+        expected = maps[0, CLASSES.index(row["predicted_class"])]
+        np.testing.assert_allclose(np.reshape(row["class_map"], (2, 2)), expected, atol=1e-4)
+        assert row["confidence"] == max(row[f"prob_{name}"] for name in CLASSES)
+    mistakes = sum(
+        row["predicted_class"] != Path(scan).parent.name
+        for scan, row in rows.items()
+        if row["predicted_class"]
+    )
+    assert mistakes
+    report = (output / "report.html").read_text()
+    assert report.count('alt="Where the network saw ') == len(rows) - 1 + mistakes
+
+    monkeypatch.setattr(bulk_module, "prepare_engine", prepare_fake_engine)
+    shutil.copy(next(phantom_folder.glob("Training/*/*")), inbox / "new.jpg")
+    plain = replace(job, explain=False)
+    assert classify(plain)["run"]["num_new"] == 1
+    assert classify(job)["run"]["num_new"] == 0, "a map alone is no reason to do a scan again"
+    later = {row["scan_uri"]: row for row in read_rows(output)}
+    assert later.pop(str(inbox / "new.jpg"))["class_map"] is None
+    assert later == rows
+    check_the_guide_draws_a_map(output, tmp_path)
+
+
+def check_the_guide_draws_a_map(output: Path, folder: Path) -> None:
+    """Run what docs/bulk.md says, on predictions with and without maps."""
+    (code,) = re.findall(
+        r"```python\n((?:(?!```).)*?class_map.*?)```", GUIDE.read_text(), re.DOTALL
+    )
+    (folder / "PREDICTED").symlink_to(output)
+    named: dict[str, Any] = {}
+    with contextlib.chdir(folder):
+        exec(compile(code, str(GUIDE), "exec"), named)
+    shown = np.asarray(Image.open(folder / "overlay.png"))
+    pixels = decode_image(Path(named["row"]["scan_uri"]).read_bytes(), DecodeLimits())
+    assert shown.shape == (*pixels.shape, 3)
+    assert np.ptp(shown, axis=2).any(), "a grey scan has no colours of its own"
+
+
+def test_int8_says_what_it_costs(inbox: Path, tiny_classifier: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nncf", reason="int8 needs NNCF: pip install 'brainray[int8]'")
+    said: list[str] = []
+    engine = EngineOptions(precision="int8", calibration_uri=str(inbox))
+    job = make_job(inbox, tiny_classifier, tmp_path / "out", engine=engine)
+    metrics = classify(job, say=said.append)
+    assert metrics["runtime"]["precision"] == "int8"
+    assert any("int8 against fp32 on 20 of the calibration images" in line for line in said)
+    assert {row["precision"] for row in read_rows(tmp_path / "out")} == {"int8"}
+
+
+# ------------------------------------------------------------------------- what gets which row
+
+
+@pytest.mark.usefixtures("fake_engine")
 def test_whatever_lies_in_an_inbox_gets_its_row(
     phantom_folder: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     good = next((phantom_folder / "Testing").rglob("*.jpg"))
     expected = make_bad_inbox(tmp_path / "in", good)
-    output = tmp_path / "out"
-    metrics = classify(make_job(tmp_path / "in", tiny_classifier, output))
+    (tmp_path / "in" / ".hidden").touch()
+    (tmp_path / "in" / ".cache").mkdir()
+    shutil.copy(good, tmp_path / "in" / ".cache" / "a.jpg")
+    output = tmp_path / "in" / "out"
+    said: list[str] = []
+    job = make_job(tmp_path / "in", tiny_classifier, output)
+    metrics = classify(job, say=said.append)
+    assert "Skipped 2 hidden files." in said
     found = {row["scan_uri"].rpartition("/")[2]: row for row in read_rows(output)}
     assert {name: row["reason"] for name, row in found.items()} == expected
     for row in found.values():
@@ -181,20 +305,25 @@ def test_whatever_lies_in_an_inbox_gets_its_row(
     assert found["bomb.png"]["content_sha256"] is not None
     assert found["gone.jpg"]["content_sha256"] is None
     assert sum(metrics["counts"]["by_reason"].values()) == sum(map(bool, expected.values()))
+    again = classify(job)
+    assert again["run"]["num_new"] == 0, "its own output is no scan"
+    assert again["run"]["num_known"] == 1, "what is missing is looked for again"
 
 
+@pytest.mark.usefixtures("fake_engine")
 def test_a_second_run_does_only_what_is_new(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     job = make_job(inbox, tiny_classifier, output)
     classify(job)
-    first = read_rows(output)
+    first, files = read_rows(output), list_files(output)
     metrics = classify(job)
-    assert metrics["run"]["num_new"] == 0
-    assert read_rows(output) == first
-    scans = sorted(inbox.rglob("*.jpg"))
-    shutil.copy(scans[0], inbox / "new.jpg")  # a new place
+    assert (metrics["run"]["num_new"], metrics["run"]["num_known"]) == (0, 0)
+    assert metrics["counts"]["total"] == len(first)
+    assert list_files(output) == files, "a run with nothing new writes no file"
+    scans = list_scan_files(inbox)
+    shutil.copy(scans[0], inbox / "new.jpg")  # a new name
     scans[1].write_bytes(scans[2].read_bytes())  # a new content
     os.utime(scans[3])  # neither: looked at again
     (inbox / "late.jpg").symlink_to(inbox / "later.jpg")
@@ -214,67 +343,8 @@ def test_a_second_run_does_only_what_is_new(
     ]
 
 
-def test_explained_answers_have_the_map_of_their_class(
-    inbox: Path, phantom_folder: Path, tmp_path: Path
-) -> None:
-    uri, output = str(tmp_path / "classifier"), tmp_path / "out"
-    save_classifier(
-        uri,
-        build_network(len(CLASSES)).state_dict(),
-        classes=CLASSES,
-        preprocessing=Preprocessing(size_px=64),
-        provenance={},
-    )
-    (inbox / "empty.jpg").touch()
-    job = make_job(inbox, Path(uri), output, explain=True, labels="folder")
-    classify(job)
-    rows = {row["scan_uri"]: row for row in read_rows(output)}
-    classifier = load_classifier(uri)
-    runtime = open_engine(classifier, EngineOptions(backend="torch", precision="fp32"))
-    for scan, row in rows.items():
-        if row["status"] == "rejected":
-            assert row["class_map"] is None
-            continue
-        content = Path(scan).read_bytes()
-        image = load_image(content, classifier.preprocessing, DecodeLimits())
-        maps = runtime.explain(image[None]).maps
-        assert maps is not None
-        expected = maps[0, CLASSES.index(row["predicted_class"])]
-        np.testing.assert_allclose(np.reshape(row["class_map"], (2, 2)), expected, atol=1e-4)
-        assert row["confidence"] == max(row[f"prob_{name}"] for name in CLASSES)
-    mistakes = sum(
-        row["predicted_class"] != Path(scan).parent.name
-        for scan, row in rows.items()
-        if row["predicted_class"]
-    )
-    assert mistakes
-    report = (output / "report.html").read_text()
-    assert report.count('alt="Where the network saw ') == len(rows) - 1 + mistakes
-
-    shutil.copy(next(phantom_folder.glob("Training/*/*")), inbox / "new.jpg")
-    plain = replace(job, explain=False)
-    assert classify(plain)["run"]["num_new"] == 1
-    assert classify(job)["run"]["num_new"] == 0, "a map alone is no reason to do a scan again"
-    later = {row["scan_uri"]: row for row in read_rows(output)}
-    assert later.pop(str(inbox / "new.jpg"))["class_map"] is None
-    assert later == rows
-    check_the_guide_draws_a_map(output, tmp_path)
-
-
-def check_the_guide_draws_a_map(output: Path, folder: Path) -> None:
-    """Run what docs/bulk.md says, on answers with and without maps."""
-    (code,) = re.findall(r"```python\n(.*?class_map.*?)```", GUIDE.read_text(), re.DOTALL)
-    (folder / "ANSWERS").symlink_to(output)
-    named: dict[str, Any] = {}
-    with contextlib.chdir(folder):
-        exec(compile(code, str(GUIDE), "exec"), named)
-    shown = np.asarray(Image.open(folder / "overlay.png"))
-    pixels = decode_image(Path(named["row"]["scan_uri"]).read_bytes(), DecodeLimits())
-    assert shown.shape == (*pixels.shape, 3)
-    assert np.ptp(shown, axis=2).any(), "a grey scan has no colours of its own"
-
-
-def test_another_classifier_stands_beside_or_replaces(
+@pytest.mark.usefixtures("fake_engine")
+def test_another_classifier_stands_beside(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -285,20 +355,21 @@ def test_another_classifier_stands_beside_or_replaces(
         preprocessing=Preprocessing(size_px=32),
         provenance={},
     )
+    old_id = read_card(str(tiny_classifier))["classifier_id"]
     output = tmp_path / "out"
-    count = len([p for p in inbox.rglob("*") if p.is_file()])
-    classify(make_job(inbox, tiny_classifier, output))
-    assert classify(make_job(inbox, other, output))["counts"]["total"] == count
-    assert len(read_rows(output)) == 2 * count
-    metrics = classify(make_job(inbox, other, tmp_path / "out", replace=True))
-    rows = read_rows(output)
-    assert {row["classifier_id"] for row in rows} == {new_id}
-    assert len({row["scan_uri"] for row in rows}) == len(rows) == count
-    assert metrics["counts"]["total"] == count
-    again = classify(make_job(inbox, other, output, replace=True))
-    assert again["run"]["num_new"] == 0
+    count = len(list_scan_files(inbox))
+    assert classify(make_job(inbox, tiny_classifier, output))["classifier_id"] == old_id
+    metrics = classify(make_job(inbox, other, output))
+    assert metrics["classifier_id"] == new_id
+    assert metrics["counts"]["total"] == metrics["run"]["num_new"] == count
+    found = Counter((row["scan_uri"], row["classifier_id"]) for row in read_rows(output))
+    files = [str(file) for file in list_scan_files(inbox)]
+    assert found == Counter((file, one) for file in files for one in (old_id, new_id))
+    folders = {folder.name for folder in (output / "predictions").iterdir()}
+    assert folders == {f"classifier_id={one}" for one in (old_id, new_id)}
 
 
+@pytest.mark.usefixtures("fake_engine")
 def test_tables_and_lists_and_files_in_one_run(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
@@ -306,19 +377,21 @@ def test_tables_and_lists_and_files_in_one_run(
     table = pa.table({"image_bytes": [scan.read_bytes() for scan in scans[:7]]})
     pq.write_table(table, tmp_path / "scans.parquet", row_group_size=3)
     (tmp_path / "list.txt").write_text(f"{scans[0]}\n{tmp_path}/nowhere.jpg\n{scans[0]}\n")
-    places = (tmp_path / "scans.parquet", tmp_path / "list.txt", scans[1])
-    job = make_job(inbox, tiny_classifier, tmp_path / "out", scans_uri=tuple(map(str, places)))
+    uris = (tmp_path / "scans.parquet", tmp_path / "list.txt", scans[1], scans[0])
+    job = make_job(inbox, tiny_classifier, tmp_path / "out", scans_uri=tuple(map(str, uris)))
     metrics = classify(job)
     assert metrics["counts"]["total"] == 7 + 2 + 1
     assert metrics["counts"]["by_reason"] == {"missing": 1}
     rows = {row["scan_uri"]: row for row in read_rows(tmp_path / "out")}
+    assert len(rows) == 10
     from_table, from_file = rows[f"{tmp_path}/scans.parquet#row=0"], rows[str(scans[0])]
     assert from_table["content_sha256"] == from_file["content_sha256"]
     assert from_table["prob_glioma"] == pytest.approx(from_file["prob_glioma"], abs=1e-6)
     assert classify(job)["run"]["num_new"] == 0
 
 
-def test_the_truth_is_judged_where_it_is_known(
+@pytest.mark.usefixtures("fake_engine")
+def test_scores_are_computed_where_the_class_is_known(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     (inbox / "elsewhere").mkdir()
@@ -328,30 +401,37 @@ def test_the_truth_is_judged_where_it_is_known(
     rows = [row for row in read_rows(output) if "elsewhere" not in row["scan_uri"]]
     right = sum(row["scan_uri"].split("/")[-2] == row["predicted_class"] for row in rows)
     assert metrics["evaluation"]["accuracy"] == pytest.approx(right / len(rows))
-    assert metrics["evaluation"]["n"] == len(rows)
+    assert metrics["evaluation"]["n"] == metrics["evaluation"]["num_labelled"] == len(rows)
     assert metrics["evaluation"]["num_without_truth"] == 1
     wrong = [row for row in rows if row["scan_uri"].split("/")[-2] != row["predicted_class"]]
     assert wrong
     assert Path(wrong[0]["scan_uri"]).name in (output / "report.html").read_text()
     lines = [f'"{row["scan_uri"]}",{row["predicted_class"]}' for row in rows[:8]]
-    (tmp_path / "truth.csv").write_text("scan_uri,label\n" + "\n".join(lines))
-    truth = str(tmp_path / "truth.csv")
-    metrics = classify(make_job(inbox, tiny_classifier, output, labels=truth))
+    (tmp_path / "labels.csv").write_text("scan_uri,label\n" + "\n".join(lines))
+    labels = str(tmp_path / "labels.csv")
+    metrics = classify(make_job(inbox, tiny_classifier, output, labels=labels))
     assert (metrics["evaluation"]["n"], metrics["evaluation"]["accuracy"]) == (8, 1.0)
+    assert metrics["run"]["num_new"] == 0, "labels alone are no reason to do a scan again"
 
 
+@pytest.mark.usefixtures("fake_engine")
 def test_too_many_rejections_are_an_error_after_everything_is_written(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     (inbox / "empty.jpg").touch()
     (inbox / "text.jpg").write_text("text")
-    total = len([p for p in inbox.rglob("*") if p.is_file()])
+    total = len(list_scan_files(inbox))
     job = make_job(inbox, tiny_classifier, tmp_path / "out", max_rejected="5%")
     with pytest.raises(DataError, match=f"2 of {total} new scans were rejected"):
         classify(job)
     assert len(read_rows(tmp_path / "out")) == total
     assert (tmp_path / "out" / "report.html").exists()
-    classify(make_job(inbox, tiny_classifier, tmp_path / "other", max_rejected="2"))
+    classify(job)  # of its own new scans none was rejected
+
+
+def test_a_share_or_a_number_may_be_rejected() -> None:
+    assert [parse_max_rejected("5%")(count) for count in (0, 200)] == [0.0, 10.0]
+    assert parse_max_rejected("20")(1_000_000) == 20.0
 
 
 @pytest.mark.parametrize("text", ["", "five", "-1", "101%", "nan", "inf"])
@@ -360,26 +440,82 @@ def test_max_rejected_is_a_share_or_a_number(text: str) -> None:
         parse_max_rejected(text)
 
 
+# ---------------------------------------------------------------------------- what is refused
+
+
 def test_what_cannot_be_used_is_said_at_once(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "nothing").mkdir()
-    (tmp_path / "nothing" / ".hidden").touch()
     (tmp_path / "file").touch()
+    (tmp_path / "labels.csv").write_text("scan_uri,label\na.jpg,sarcoma\n")
     output = tmp_path / "out"
+    int8 = EngineOptions(precision="int8")
+    gpu = EngineOptions(use_gpu=True)
     cases: list[tuple[ClassifyJob, type[Exception], str]] = [
-        (make_job(tmp_path / "nothing", tiny_classifier, output), DataError, "not one visible"),
         (make_job(tmp_path / "nowhere", tiny_classifier, output), DataError, "neither a folder"),
         (make_job(inbox, tmp_path / "nowhere", output), ValueError, "nowhere"),
         (make_job(inbox, tiny_classifier, tmp_path / "file"), StorageError, "Cannot write"),
-        (make_job(inbox, tiny_classifier, output, precision="int8"), ConfigError, "calibration"),
-        (make_job(inbox, tiny_classifier, output, use_gpu=True), ConfigError, "GPU"),
+        (make_job(inbox, tiny_classifier, output, engine=int8), ConfigError, "calibration"),
+        (make_job(inbox, tiny_classifier, output, engine=gpu), ConfigError, "GPU"),
         (make_job(inbox, tiny_classifier, output, labels="no.csv"), DataError, "No labels"),
+        (
+            make_job(inbox, tiny_classifier, output, labels=str(tmp_path / "labels.csv")),
+            DataError,
+            "Unknown class 'sarcoma'",
+        ),
     ]
     for job, error, message in cases:
         with pytest.raises(error, match=message):
             classify(job)
         assert not storage.exists(str(output / "predictions"))
+
+
+@pytest.mark.usefixtures("fake_engine")
+def test_an_inbox_without_a_visible_file_is_an_error(tiny_classifier: Path, tmp_path: Path) -> None:
+    (tmp_path / "in" / ".cache").mkdir(parents=True)
+    (tmp_path / "in" / ".cache" / "a.jpg").touch()
+    with pytest.raises(DataError, match=r"No scans at .*/in: there is not one visible file"):
+        classify(make_job(tmp_path / "in", tiny_classifier, tmp_path / "out"))
+    assert not list_files(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("fake_engine")
+def test_a_table_without_images_is_one_line_and_exit_2(
+    tiny_classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is found out in a task of Ray's, whose traceback is of no use to a person."""
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
+    words = ["classify", "--scans-uri", tmp_path / "other.parquet", "--output-uri", tmp_path / "o"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*map(str, words), "--classifier-uri", str(tiny_classifier)])
+    line = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert re.fullmatch(
+        r"error: Expected a column 'image_bytes' in '.*other\.parquet', found x\.\n", line
+    )
+
+
+@pytest.mark.usefixtures("fake_engine")
+def test_a_damaged_file_of_predictions_is_named(
+    inbox: Path, tiny_classifier: Path, tmp_path: Path
+) -> None:
+    job = make_job(inbox, tiny_classifier, tmp_path / "out")
+    classify(job)
+    (file, *_) = list_files(tmp_path / "out")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(StorageError, match=rf"^'.*{file.name}' is damaged: .*Delete it.*again\.$"):
+        classify(job)
+    file.unlink()
+    assert classify(job)["counts"]["total"] == len(list_scan_files(inbox))
+
+
+def test_an_output_of_an_older_schema_is_refused(
+    inbox: Path, tiny_classifier: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "predictions").mkdir(parents=True)
+    (tmp_path / "out" / "predictions" / "0a1b-1-000000.parquet").touch()
+    with pytest.raises(ConfigError, match="older schema"):
+        classify(make_job(inbox, tiny_classifier, tmp_path / "out"))
 
 
 def test_a_second_run_at_once_is_refused(
@@ -392,31 +528,228 @@ def test_a_second_run_at_once_is_refused(
         classify(make_job(inbox, tiny_classifier, tmp_path / "out"))
 
 
-def test_progress_reaches_the_total_and_names_what_was_rejected(
+# ------------------------------------------------------------------------- waves and failures
+
+
+@pytest.fixture
+def small_waves(fake_engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predict a few scans in a file, and a few files in a wave."""
+    del fake_engine
+    monkeypatch.setattr(bulk_module, "choose_shard_rows", lambda *_: 3)
+    monkeypatch.setattr(bulk_module, "FIRST_SHARDS_PER_ENGINE", 1)
+    monkeypatch.setattr(bulk_module, "SHARDS_PER_ENGINE", 2)
+
+
+@pytest.fixture
+def opened_waves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Wave, set[str]]]:
+    """Collect the waves that runs open, and the files that there are then."""
+    opened: list[tuple[Wave, set[str]]] = []
+    describe = PredictionStore.describe_wave
+
+    def record(store: PredictionStore, wave: Wave) -> dict[str, Any]:
+        opened.append((wave, set(store.list_files())))
+        return describe(store, wave)
+
+    monkeypatch.setattr(PredictionStore, "describe_wave", record)
+    return opened
+
+
+def check_complete(inbox: Path, output: Path, first: Sequence[dict[str, Any]] = ()) -> None:
+    """Check that every scan has one row, and that those of before are as they were."""
+    rows = read_rows(output)
+    assert Counter(row["scan_uri"] for row in rows) == Counter(map(str, list_scan_files(inbox)))
+    assert all(row in rows for row in first)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["counts"]["total"] == len(rows)
+
+
+def read_state(output: Path) -> dict[str, Any]:
+    with hold_output(str(output)) as lock:
+        return lock.state
+
+
+@pytest.mark.usefixtures("small_waves")
+def test_each_wave_is_in_the_lock_before_its_first_file(
+    inbox: Path,
+    tiny_classifier: Path,
+    tmp_path: Path,
+    opened_waves: list[tuple[Wave, set[str]]],
+) -> None:
+    output = tmp_path / "out"
+    progress: list[tuple[int, int | None]] = []
+    (inbox / "empty.jpg").touch()
+    metrics = classify(
+        make_job(inbox, tiny_classifier, output),
+        on_progress=lambda now: progress.append((now.done, now.total)),
+    )
+    check_complete(inbox, output)
+    assert [(wave.first_shard, wave.num_shards) for wave, _ in opened_waves] == [
+        (0, 1),
+        (1, 2),
+        (3, 2),
+        (5, 2),
+    ]
+    store = PredictionStore.of(str(output), read_card(str(tiny_classifier)))
+    written: set[str] = set()
+    for wave, there in opened_waves:
+        assert there == written, "all of the waves before, and nothing of this one"
+        written |= {store.name_file(wave.run, wave.part, shard) for shard in wave.list_shards()}
+    assert set(store.list_files()) == written
+    assert read_state(output) == {}
+    assert progress[0] == (3, 21)
+    assert progress[-1] == (21, 21)
+    assert progress == sorted(progress)
+    assert metrics["run"]["num_new"] == 21
+    assert metrics["counts"]["by_reason"] == {"empty": 1}
+
+
+@pytest.mark.usefixtures("small_waves")
+def test_a_plan_of_several_parts_and_more_predictors_than_cpus(
+    inbox: Path, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What gathers the parts takes CPUs, which the predictors of the first wave hold."""
+    monkeypatch.setattr(plan_module, "MAX_PART_ROWS", 12)
+    output = tmp_path / "out"
+    job = make_job(inbox, tiny_classifier, output, num_predictors=3, num_decoders=8)
+    metrics = classify(job)
+    check_complete(inbox, output)
+    assert metrics["runtime"]["num_predictors"] == 3
+    assert len({file.name.split("-")[2] for file in list_files(output)}) == 2, "two parts"
+
+
+@pytest.mark.usefixtures("small_waves")
+def test_an_interrupted_run_is_closed_and_gone_on_with(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
-    (inbox / "empty.jpg").touch()
-    standings: list[Standing] = []
-    classify(make_job(inbox, tiny_classifier, tmp_path / "out"), tick=standings.append)
-    last = standings[-1]
-    assert last.is_total_known
-    assert last.done == last.total == len([p for p in inbox.rglob("*") if p.is_file()])
-    assert last.rejected == 1
+    """Where a worker of the first run wakes up after the second, it cannot add a row."""
+    output = tmp_path / "out"
+    job = make_job(inbox, tiny_classifier, output)
+
+    def interrupt(progress: Progress) -> None:
+        if progress.done >= 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        classify(job, on_progress=interrupt)
+    state = read_state(output)
+    wave = Wave(**state["wave"])
+    assert (wave.first_shard, wave.num_shards) == (1, 2)
+    # What was under way may have ended since: one file is taken away to have something to close.
+    store = PredictionStore.of(str(output), read_card(str(tiny_classifier)))
+    late = store.name_file(wave.run, wave.part, 2)
+    rows = pq.read_table(late, partitioning=None)
+    Path(late).unlink()
+    first = read_rows(output)
+    with hold_output(str(output)) as lock:
+        lock.update(state)
+
+    said: list[str] = []
+    metrics = classify(job, say=said.append)
+    assert "The last run was cut short; 1 of its files are left empty." in said
+    check_complete(inbox, output, first)
+    assert metrics["run"]["num_new"] == 20 - len(first)
+    with pytest.raises(LockLostError, match="Another run has taken over"):
+        store.write_shard(late, rows, {"backend": "torch"}, {})
+    check_complete(inbox, output, first)
 
 
+def break_stream(
+    monkeypatch: pytest.MonkeyPatch, action: Callable[[Iterator[Any]], Iterator[Any]]
+) -> None:
+    """Have an action see each stream of shards that are done."""
+    stream = bulk_module._Run._stream
+
+    def changed(run: Any, *arguments: Any) -> Iterator[Any]:  # noqa: ANN401
+        return action(stream(run, *arguments))
+
+    monkeypatch.setattr(bulk_module._Run, "_stream", changed)
+
+
+@pytest.mark.usefixtures("fake_engine")
+def test_a_stream_that_breaks_goes_on_with_what_is_left(
+    inbox: Path, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a shard was written and its worker died before it could say so."""
+    monkeypatch.setattr(bulk_module, "choose_shard_rows", lambda *_: 3)
+    left = iter([1, 2])
+
+    def lose(done: Iterator[Any]) -> Iterator[Any]:
+        count = next(left, 100)
+        for number, shard in enumerate(done):
+            if number == count:  # this one is written, and lost
+                raise ActorDiedError
+            yield shard
+
+    break_stream(monkeypatch, lose)
+    said: list[str] = []
+    metrics = classify(make_job(inbox, tiny_classifier, tmp_path / "out"), say=said.append)
+    assert sum("going on with what is left" in line for line in said) == 2
+    check_complete(inbox, tmp_path / "out")
+    assert metrics["run"]["num_new"] == 20
+    assert len(list_files(tmp_path / "out")) == 7
+
+
+@pytest.mark.usefixtures("fake_engine")
 def test_a_stream_that_keeps_breaking_ends_in_an_error(
     inbox: Path, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
 
-    def break_at_once(*_: object) -> Iterator[pa.Table]:
+    def break_at_once(_: Iterator[Any]) -> Iterator[Any]:
         raise ActorDiedError
         yield
 
-    monkeypatch.setattr(room, "_iterate", break_at_once)
-    with pytest.raises(ClassificationError, match="3 times without a new answer"):
+    break_stream(monkeypatch, break_at_once)
+    with pytest.raises(ClassificationError, match="3 times without a new prediction"):
         classify(make_job(inbox, tiny_classifier, tmp_path / "out"), say=said.append)
     assert sum("going on with what is left" in line for line in said) == 2
+
+
+@pytest.mark.usefixtures("small_waves")
+def test_where_the_lock_is_lost_no_wave_is_begun(
+    inbox: Path, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not in the lock could not be closed by the run that holds the output now."""
+    opened: list[Wave] = []
+    open_wave = bulk_module._Run._open
+
+    def lose(run: Any, wave: Wave) -> None:  # noqa: ANN401
+        opened.append(wave)
+        if len(opened) == num_good + 1:
+            raise LockLostError("This run has lost the output.")
+        open_wave(run, wave)
+
+    monkeypatch.setattr(bulk_module._Run, "_open", lose)
+    for num_good, output in ((0, tmp_path / "none"), (2, tmp_path / "two")):
+        opened.clear()
+        with pytest.raises(LockLostError):
+            classify(make_job(inbox, tiny_classifier, output))
+        good = [
+            f"{wave.run}-0000-{shard:06d}.parquet"
+            for wave in opened[:num_good]
+            for shard in wave.list_shards()
+        ]
+        assert [file.name for file in list_files(output)] == good
+
+
+@pytest.mark.usefixtures("small_waves")
+def test_a_run_that_has_lost_its_lock_ends_with_the_next_shard(
+    inbox: Path, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int] = []
+
+    def lose(_: OutputLock) -> None:
+        if done:
+            raise LockLostError("This run has lost the output.")
+
+    with hold_output(str(tmp_path / "out")) as lock:
+        monkeypatch.setattr(type(lock), "check", lose)
+    with pytest.raises(LockLostError):
+        classify(
+            make_job(inbox, tiny_classifier, tmp_path / "out"),
+            on_progress=lambda progress: done.append(progress.done),
+        )
+    assert done == [3]
 
 
 @pytest.mark.slow
@@ -447,47 +780,3 @@ def test_twenty_thousand_damaged_scans_get_a_row_each(
     counts = metrics["counts"]["by_reason"]
     assert {"truncated", "corrupt", "too_large", "unsupported"} <= set(counts), counts
     print(metrics["counts"])  # noqa: T201 - read with -s
-
-
-def test_more_predictors_than_cpus_do_not_starve_the_decoders(
-    inbox: Path, tiny_classifier: Path, tmp_path: Path
-) -> None:
-    job = make_job(inbox, tiny_classifier, tmp_path / "out", num_predictors=3)
-    assert classify(job)["runtime"]["num_predictors"] == 3
-
-
-def test_int8_says_what_it_costs(inbox: Path, tiny_classifier: Path, tmp_path: Path) -> None:
-    pytest.importorskip("nncf", reason="int8 needs NNCF: pip install 'brainray[int8]'")
-    said: list[str] = []
-    job = make_job(
-        inbox,
-        tiny_classifier,
-        tmp_path / "out",
-        backend="auto",
-        precision="int8",
-        calibration_uri=str(inbox),
-    )
-    metrics = classify(job, say=said.append)
-    assert metrics["runtime"]["precision"] == "int8"
-    assert any("int8 against fp32 on 20 of the calibration images" in line for line in said)
-
-
-def test_an_answer_that_comes_twice_is_kept_once() -> None:
-    chunk = pa.table({"scan_uri": ["a", "b", "a"], "is_known": [False, True, False]})
-    seen: set[bytes] = set()
-    fresh, num_known = room.keep_new(chunk, seen)
-    assert fresh["scan_uri"].to_pylist() == ["a"]
-    assert num_known == 1
-    assert room.keep_new(chunk, seen)[0].num_rows == 0
-
-
-@pytest.mark.parametrize(
-    ("busy", "words"),
-    [
-        ({"decode": 0.95, "predict": 0.3}, "decode-bound: add CPUs"),
-        ({"decode": 0.2, "predict": 0.9}, "predict-bound"),
-        ({"decode": 0.2, "predict": 0.4}, "nothing is saturated"),
-    ],
-)
-def test_the_bottleneck_in_words(busy: dict[str, float], words: str) -> None:
-    assert words in find_bottleneck(busy)

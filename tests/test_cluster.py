@@ -235,7 +235,7 @@ def test_three_jobs_on_nodes_of_one_cpu_have_everything_in_object_storage(
     command = ("--scans-uri", f"{bucket}/data/Testing", *given, f"{bucket}/answers")
     status, said = finish(submit(three_nodes, checkout, "classify", *command))
     assert status == 0, said
-    assert len(store.read_answers("answers")) == 32
+    assert len(store.read_predictions("answers")) == 32
     command = ("--data-uri", f"{bucket}/data", *given, f"{bucket}/judged")
     status, said = finish(submit(three_nodes, checkout, "evaluate", *command))
     assert status == 0, said

@@ -7,20 +7,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from pyarrow import fs
 
 from brainray import cli, storage
 from brainray.dataset.scans import list_scans
-from brainray.errors import StorageError
+from brainray.errors import LockLostError, StorageError
+from brainray.inference.store import Wave
 from brainray.io import conditional
-from brainray.pipelines import answers as answers_room
-from tests.object_store import BUCKET, CUT, Environ, Fault, ObjectStore, serve_objects
-from tests.test_answers import RUNTIME, card, rows
+from tests.object_store import (
+    BUCKET,
+    CUT,
+    LOST,
+    Environ,
+    Fault,
+    ObjectStore,
+    StalledWrites,
+    serve_objects,
+)
+from tests.test_store import make_rows, open_store, write
 
 PART_BYTES = 10 * 2**20
 """More than this is uploaded in parts."""
@@ -28,6 +37,7 @@ PART_BYTES = 10 * 2**20
 WHO_AM_I = """
 import sys
 from brainray import storage
+from brainray.io import conditional
 storage.write_bytes(sys.argv[1], b"here")
 assert conditional.create_bytes(sys.argv[1] + "-new", b"here")
 print(storage.resolve(sys.argv[1])[0].region)
@@ -198,13 +208,6 @@ def roundabout_profile(
 def test_a_profile_without_keys_of_its_own_takes_boto3(roundabout_profile: ObjectStore) -> None:
     assert conditional.create_bytes(place("x"), b"")
     assert read_credential(roundabout_profile.headers[0]).startswith("key-5/")
-
-
-@pytest.mark.usefixtures("roundabout_profile")
-def test_what_a_profile_takes_is_said_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "obstore.auth.boto3", None)
-    with pytest.raises(StorageError, match=r"'hospital' .* credential_process.*pip install boto3"):
-        conditional.create_bytes(place("x"), b"")
 
 
 def test_the_keys_of_a_profile_are_read_again(
@@ -523,10 +526,13 @@ def test_a_scan_takes_two_requests(store: ObjectStore) -> None:
     for name in names:
         storage.write_bytes(place("in", name), name.encode())
     store.forget()
-    scans = list(list_scans([place("in")]))
+    scans = list_scans([place("in")])
     assert len(store.requests) <= 3
+    assert scans["size_bytes"].to_pylist() == [3, 5, 3]
+    assert scans["modified_ns"].null_count == 0
     store.forget()
-    read = {scan.uri: storage.read_bytes(scan.uri, max_bytes=99) for scan in scans}
+    uris = scans["uri"].to_pylist()
+    read = {uri: storage.read_bytes(uri, max_bytes=99) for uri in uris}
     expected = [f"{verb} /{BUCKET}/in/{name}" for name in names for verb in ("HEAD", "GET")]
     assert store.requests == expected
     assert read == {place("in", name): name.encode() for name in names}
@@ -537,31 +543,98 @@ def test_check_writable_leaves_no_object(store: ObjectStore) -> None:
     assert store.list_keys() == []
 
 
-# ---------------------------------------------------------------------------- answers in a bucket
+def test_a_listing_takes_a_request_for_each_folder(store: ObjectStore) -> None:
+    names = ["a.jpg", "deep/b c.jpg", "deep/er/d.png", ".hidden"]
+    for name in names:
+        store.put(f"in/{name}", name.encode())
+    store.forget()
+    found = list_scans([place("in")])
+    assert found["uri"].to_pylist() == [place("in", *name.split("/")) for name in names[:3]]
+    listings = [line for line in store.requests if "list-type=2" in line]
+    assert len(listings) <= 3 + 1, "three folders; and whether the first is one"
+    assert not any(line.startswith("GET") for line in set(store.requests) - set(listings))
 
 
-def read_answers() -> set[tuple[str, str]]:
-    tables = [storage.read_table(file.uri) for file in storage.list_files(place("predictions"))]
-    table = pa.concat_tables(tables).select(["scan_uri", "classifier_id"])
-    return set(zip(*(column.to_pylist() for column in table.columns), strict=True))
+@pytest.mark.parametrize("pattern", ["in/**/*.jpg", "in/d*/b c.jpg", "in/d*/b%20c.jpg"])
+def test_globs_match_names_as_they_are_and_as_uris_have_them(
+    store: ObjectStore, pattern: str
+) -> None:
+    for name in ("in/deep/b c.jpg", "in/deep/d.png", "in/.hidden/e.jpg"):
+        store.put(name, b"pixels")
+    (uri,) = list_scans([f"s3://{BUCKET}/{pattern}"])["uri"].to_pylist()
+    assert uri == place("in", "deep", "b c.jpg")
 
 
-def open_set(classifier_id: str, *, replace: bool = False) -> answers_room.AnswerSet:
-    return answers_room.AnswerSet(place(), card(classifier_id), replace=replace)
+# ------------------------------------------------------------------------ predictions in a bucket
 
 
-def test_a_set_takes_the_place_of_another(store: ObjectStore) -> None:
-    open_set("aaa").write(rows("a", "b"), RUNTIME)
-    first = open_set("bbb", replace=True)
-    first.write(rows("a"), RUNTIME)
-    assert read_answers() == {("a", "aaa"), ("b", "aaa")}
-    again = open_set("bbb", replace=True)  # the first was killed: this goes on
-    assert again.read_ledger().has_content("a", "sha-a")
-    again.write(rows("b"), RUNTIME)
-    again.publish()
-    assert read_answers() == {("a", "bbb"), ("b", "bbb")}
-    assert {key.partition("/")[0] for key in store.list_keys()} == {"predictions"}
-    assert not open_set("bbb", replace=True).replaces
+def name_shard(shard: int) -> str:
+    return f"out/predictions/classifier_id=aaa/run-0000-{shard:06d}.parquet"
+
+
+def read_names(store: ObjectStore) -> list[str]:
+    return sorted(row["scan_uri"] for row in store.read_predictions("out"))
+
+
+def test_a_shard_is_written_once_in_one_request(store: ObjectStore) -> None:
+    predictions = open_store(place("out"))
+    store.forget()
+    rows = make_rows("a", "b")
+    assert write(predictions, 0, rows) is rows
+    assert [line.split()[0] for line in store.requests] == ["PUT"]
+    assert store.headers[0]["HTTP_IF_NONE_MATCH"] == "*"
+    assert write(predictions, 0, make_rows("c"))["scan_uri"].to_pylist() == ["a", "b"]
+    assert read_names(store) == ["a", "b"]
+    assert predictions.list_files() == [predictions.name_file("run", 0, 0)]
+    assert store.list_keys() == [name_shard(0)]
+    assert predictions.read_metadata(predictions.list_files()[0])["classifier_id"] == "aaa"
+
+
+def test_a_write_whose_answer_is_lost_is_its_own(store: ObjectStore) -> None:
+    predictions = open_store(place("out"))
+    store.fail_first(1, LOST)
+    rows = make_rows("a")
+    assert write(predictions, 0, rows) is rows
+    assert read_names(store) == ["a"]
+
+
+def test_a_stalled_write_comes_too_late_once_its_shard_is_closed(store: ObjectStore) -> None:
+    predictions = open_store(place("out"))
+    write(predictions, 0, make_rows("a"))
+    stall = StalledWrites(lambda environ: "000001.parquet" in environ["PATH_INFO"])
+    store.fail = stall
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(write, predictions, 1, make_rows("b"))
+        while not stall.stalled:
+            time.sleep(0.01)
+        stall.is_open = True
+        assert predictions.close(predictions.describe_wave(Wave("run", 0, 0, 3))) == 2
+        assert set(stall.let_go()) == {412}
+        with pytest.raises(LockLostError, match="Another run has taken over"):
+            late.result()
+    assert read_names(store) == ["a"]
+    assert store.list_keys() == [name_shard(shard) for shard in range(3)]
+
+
+def test_a_stalled_write_that_comes_before_the_closing_stays(store: ObjectStore) -> None:
+    predictions = open_store(place("out"))
+    stall = StalledWrites(lambda environ: "000001.parquet" in environ["PATH_INFO"])
+    store.fail = stall
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(write, predictions, 1, make_rows("b"))
+        while not stall.stalled:
+            time.sleep(0.01)
+        closing = pool.submit(predictions.close, predictions.describe_wave(Wave("run", 0, 0, 3)))
+        while len(stall.stalled) < 2:  # it has listed the files, and misses this one
+            time.sleep(0.01)
+        assert sorted(set(stall.let_go())) == [200, 412]
+        closing.result()
+        try:
+            written = first.result()["scan_uri"].to_pylist()
+        except LockLostError:
+            written = []
+    assert read_names(store) == written
+    assert len(store.list_keys()) == 3
 
 
 # --------------------------------------------------------------------------- Google Cloud Storage

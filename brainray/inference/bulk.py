@@ -351,12 +351,18 @@ class _Run:
         -------
         Plan
         int
-            Shards of the first wave. Where a plan has several parts it is empty: gathering them
-            needs the CPUs that the engines hold.
+            Shards of the first wave. Where a plan has several parts it is empty, and over before
+            they are gathered: that needs the CPUs that the engines hold.
         """
+        opened_uri = self._store.name_plan(self.id, OPENED_FILE)
+
+        def end_first_wave(num_parts: int) -> None:
+            if num_parts > 1:
+                storage.write_json(opened_uri, 0)
+
         num_opened = 0
         try:
-            plan = make_plan(options)
+            plan = make_plan(options, end_first_wave)
             self.progress.total = plan.num_scans
             if len(plan.num_shards) == 1 and not self._is_over:
                 size = min(FIRST_SHARDS_PER_ENGINE * options.num_engines, plan.num_shards[0])
@@ -364,7 +370,7 @@ class _Run:
                 num_opened = size  # where the lock is lost, nothing may be written
             return plan, num_opened
         finally:
-            storage.write_json(self._store.name_plan(self.id, OPENED_FILE), num_opened)
+            storage.write_json(opened_uri, num_opened)
 
     def _open(self, wave: Wave) -> None:
         """Put a wave into the lock, before anything of it is written."""

@@ -7,7 +7,7 @@ has, and no scan's name.
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.data import Dataset
 
 from brainray import storage
 from brainray.dataset.read import TABLE_SUFFIX
@@ -72,8 +71,14 @@ class Plan:
     """Of each part."""
 
 
-def make_plan(options: PlanOptions) -> Plan:
+def make_plan(options: PlanOptions, on_listed: Callable[[int], None] = lambda _: None) -> Plan:
     """List, compare and write the plan of a run.
+
+    Parameters
+    ----------
+    options : PlanOptions
+    on_listed : callable
+        Takes the number of parts, before the parts are gathered. To gather several takes CPUs.
 
     Raises
     ------
@@ -82,14 +87,11 @@ def make_plan(options: PlanOptions) -> Plan:
     StorageError
         Earlier predictions are damaged, or the plan cannot be written.
     """
-    listings, num_listed, num_hidden = list_all(options.places, options.store.output_uri)
-    rows: Dataset = ray.data.from_arrow_refs(listings)
-    num_rows = num_listed
-    known = _read_known(options.store)
-    if known is not None:
-        rows, num_rows = rows.union(known), num_rows + known.count()
-    num_parts = math.ceil(num_rows / MAX_PART_ROWS) or 1
-    planned = _map_parts(rows, num_parts, options).take_all()
+    tables, num_listed, num_hidden = list_all(options.places, options.store.output_uri)
+    known, num_known = _read_known(options.store)
+    num_parts = math.ceil((num_listed + num_known) / MAX_PART_ROWS) or 1
+    on_listed(num_parts)
+    planned = _write_parts([*tables, *known], num_parts, options)
     found = {int(part["part"]): part for part in planned}
     counts = [found.get(part, {"num_rows": 0, "num_shards": 0}) for part in range(num_parts)]
     return Plan(
@@ -147,40 +149,44 @@ def _complete(table: pa.Table) -> pa.Table:
     return pa.table(columns, schema=_ROWS_SCHEMA)
 
 
-def _read_known(store: PredictionStore) -> Dataset | None:
+def _read_known(store: PredictionStore) -> tuple[list[Any], int]:
+    """Return references of the rows that are answered, and how many they are."""
     files = store.list_files()
     if not files:
-        return None
+        return [], 0
 
     def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
         for uri in batch["item"]:
             yield _complete(store.read_known(str(uri)))
 
     stream: Any = ray.data.from_items(files)
-    known: Dataset = stream.map_batches(read, batch_size=64, num_cpus=TASK_CPUS).materialize()
-    return known
+    known = stream.map_batches(read, batch_size=64, num_cpus=TASK_CPUS).materialize()
+    return known.to_arrow_refs(), known.count()
 
 
-def _map_parts(rows: Dataset, num_parts: int, options: PlanOptions) -> Dataset:
+def _write_parts(tables: list[Any], num_parts: int, options: PlanOptions) -> list[dict[str, Any]]:
     """Gather the rows of each part in one task, which writes the part's plan."""
-
-    def write(table: pa.Table) -> pa.Table:
-        part = int(table["part"][0].as_py()) if "part" in table.column_names else 0
-        return write_part(table, part, options)
-
     if num_parts == 1:
-        part: Dataset = rows.repartition(1).map_batches(
-            write, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
-        )
-        return part
+        # Ray Data would ask for a whole CPU, which the engines of the first wave may hold.
+        task: Any = ray.remote(num_cpus=TASK_CPUS)(_write_only_part)
+        whole: pa.Table = ray.get(task.remote(options, *tables))
+        return list(whole.to_pylist())
 
     def assign(table: pa.Table) -> pa.Table:
         hashes = hash_names(find_neighbourhoods(table["scan_uri"].to_pylist()))
         return table.append_column("part", pa.array(hashes % num_parts, pa.int64()))
 
+    def write(table: pa.Table) -> pa.Table:
+        return write_part(table, int(table["part"][0].as_py()), options)
+
+    rows = ray.data.from_arrow_refs(tables)
     assigned = rows.map_batches(assign, batch_format="pyarrow", num_cpus=TASK_CPUS)
     shuffled = assigned.groupby("part", num_partitions=num_parts)
-    return shuffled.map_groups(write, batch_format="pyarrow")
+    return list(shuffled.map_groups(write, batch_format="pyarrow").take_all())
+
+
+def _write_only_part(options: PlanOptions, *tables: pa.Table) -> pa.Table:
+    return write_part(pa.concat_tables(tables), 0, options)
 
 
 def find_neighbourhoods(scan_uris: Sequence[str]) -> list[str]:

@@ -312,12 +312,12 @@ def _find_credentials(given: str) -> "S3CredentialProvider | None":
     from obstore.auth.boto3 import Boto3CredentialProvider
 
     try:
-        session = boto3.Session()
-        if session.get_credentials() is None:
+        if boto3.Session().get_credentials() is None:
             return None
-        return Boto3CredentialProvider(session, ttl=timedelta(seconds=KEYS_LIFE_S))
     except BotoCoreError as error:
         raise StorageError(f"Cannot use AWS's credentials: {error}") from error
+    # A new session each time: other tools renew the keys of a profile in its file.
+    return lambda: Boto3CredentialProvider(ttl=timedelta(seconds=KEYS_LIFE_S))()
 
 
 @lru_cache(maxsize=64)

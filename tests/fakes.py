@@ -1,0 +1,66 @@
+"""Parts of brainray that are made simple, for tests of what is around them.
+
+``python -m tests.fakes …`` is ``brainray classify …`` with :class:`FakeEngine`.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainray.inference.engine import NUM_POOLED_FEATURES, Engine, EngineOptions
+from brainray.model.classifier import read_card
+from brainray.model.trust import Outputs, Trust
+from brainray.pixels.preprocess import Preprocessing
+
+DELAY_VARIABLE = "BRAINRAY_TEST_DELAY_S"
+"""Seconds that each call of the engine takes."""
+
+
+class FakeEngine(Engine):
+    """Predicts by the mean grey of an image, without a network."""
+
+    backend = "torch"
+    precision = "fp32"
+    description = "a fake engine"
+
+    def __init__(self, classes: tuple[str, ...], preprocessing: Preprocessing) -> None:
+        num_classes = len(classes)
+        head = np.zeros((num_classes, 2048), np.float32), np.zeros(num_classes, np.float32)
+        super().__init__(classes, preprocessing, Trust.nothing(num_classes), *head)
+        self._delay_s = float(os.environ.get(DELAY_VARIABLE, "0"))
+
+    def _compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:
+        time.sleep(self._delay_s)
+        grey = images.mean(axis=(1, 2), dtype=np.float32)
+        centres = np.linspace(0, 64, self._num_classes, dtype=np.float32)
+        features = np.zeros((len(images), NUM_POOLED_FEATURES), np.float32)
+        return Outputs(-abs(grey[:, None] - centres) / 16, features)
+
+    def _compute_features(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
+        cells = np.zeros((len(images), 2048, 1, 1), np.float32)
+        return self._compute_outputs(images), cells
+
+
+def prepare_fake_engine(classifier_uri: str, options: EngineOptions) -> Callable[[], Engine]:
+    """Take the place of :func:`brainray.inference.engine.prepare_engine`."""
+    del options
+    card = read_card(classifier_uri)
+    return partial(FakeEngine, tuple(card["classes"]), Preprocessing(**card["preprocessing"]))
+
+
+def main() -> None:
+    """Classify in bulk with the fake engine."""
+    from brainray import cli
+    from brainray.inference import bulk
+
+    bulk.prepare_engine = prepare_fake_engine  # type: ignore[assignment]
+    cli.run_classify(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()
