@@ -8,9 +8,9 @@ import pytest
 import ray
 import torch
 
+from brainray.cluster import connect_ray
 from brainray.model.classifier import save_classifier
 from brainray.model.network import build_network
-from brainray.cluster import connect_ray
 from brainray.pixels.phantoms import write_phantom_folder
 from brainray.pixels.preprocess import Preprocessing
 

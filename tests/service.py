@@ -24,7 +24,7 @@ from brainray.pixels.preprocess import Preprocessing
 from brainray.serving.asgi import App
 from brainray.serving.auth import Guard
 from brainray.serving.gate import Gate
-from brainray.serving.handler import Handler
+from brainray.serving.handler import Handler, Model
 from brainray.serving.http import build_app
 from brainray.serving.journal import Journal
 from brainray.serving.limits import ServiceLimits
@@ -78,13 +78,14 @@ def open_predictor(
 
 
 def build_test_app(
-    model: LocalModel,
+    model: Model,
     limits: ServiceLimits | None = None,
     token: str | None = None,
     log_path: Path | None = None,
+    **bounds: int,
 ) -> Gate:
     return build_app(
-        Handler(model, limits or ServiceLimits()),
+        Handler(model, limits or ServiceLimits(), **bounds),
         guard=Guard(token),
         meters=Meters("here"),
         journal=Journal(str(log_path or os.devnull)),

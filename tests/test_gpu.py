@@ -3,26 +3,21 @@
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-import ray
+import ray.data
 import torch
 from ray.data import Dataset
 
-from brainray.dataset.scan import ScanStore
-from brainray.model.classifier import load_classifier
+from brainray.inference.bulk import ClassifyJob, classify
 from brainray.inference.engine import EngineOptions, open_engine
-from brainray.pipelines.answers import Ledger
-from brainray.pipelines.bulk import BulkPlan, open_bulk_stream
-from brainray.pipelines.classify import ClassifyJob, classify
+from brainray.inference.predict import EnginePool, PredictStage, pack_images
+from brainray.inference.schema import SCAN_SCHEMA
+from brainray.model.classifier import load_classifier
 from brainray.pipelines.config import Placement, TrainConfig
 from brainray.pipelines.evaluate import EvaluateJob, evaluate
-from brainray.pipelines.judge import open_answers
-from brainray.pipelines.load import LoadPlan
 from brainray.pipelines.optimisation import Optimisation
 from brainray.pipelines.run import TrainJob
 from brainray.pipelines.train import train
-from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.phantoms import write_phantom_folder
 from brainray.pixels.preprocess import Preprocessing
 
@@ -30,32 +25,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU her
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_ray_takes_the_streams_that_compute_on_gpus(tiny_classifier: Path) -> None:
-    """They are built and not run: Ray Data judges its arguments at once."""
-    plan = BulkPlan(
-        load=LoadPlan(
-            scans_uris=("nowhere",),
-            output_uri="nowhere",
-            preprocessing=Preprocessing(size_px=32),
-            limits=DecodeLimits(),
-        ),
-        classifier_uri=str(tiny_classifier),
-        runtime=EngineOptions(use_gpu=True),
-        num_predictors=1,
-        num_decoders=1,
-        cpus_per_predictor=0.5,
-        gpus_per_predictor=1.0,
-    )
-    bulk = open_bulk_stream(plan, ray.put(Ledger.of([])))
-    judged = open_answers(
-        np.arange(4),
-        ScanStore(ray.put(pa.table({})), None),
-        str(tiny_classifier),
-        limits=DecodeLimits(),
-        use_gpu=True,
-        with_features=True,
-    )
-    assert all(isinstance(stream, Dataset) for stream in (bulk, judged))
+def test_ray_takes_the_stage_that_predicts_on_gpus(tiny_classifier: Path) -> None:
+    """It is built and not run: Ray Data checks its arguments at once."""
+    pool = EnginePool(options=EngineOptions(use_gpu=True), num_engines=1, cpus=0.5, gpus=0.5)
+    stage = PredictStage.open(str(tiny_classifier), pool, ["logits", "features"])
+    scans = SCAN_SCHEMA.empty_table().append_column("image", pack_images([], 32))
+    assert isinstance(stage.apply(ray.data.from_arrow(scans)), Dataset)
 
 
 @needs_gpu
@@ -84,21 +59,22 @@ def test_every_job_runs_on_a_gpu(tmp_path: Path) -> None:
         EvaluateJob(
             data_uri=str(scans),
             classifier_uri=classifier_uri,
-            output_uri=str(tmp_path / "judged"),
-            use_gpu=True,
+            output_uri=str(tmp_path / "evaluation"),
+            engine=EngineOptions(use_gpu=True),
         )
     )
     assert again["test"]["accuracy"] == metrics["test"]["accuracy"]
-    answered = classify(
+    assert again["runtime"]["backend"] == metrics["runtime"]["backend"] == "torch"
+    classified = classify(
         ClassifyJob(
             scans_uri=(str(scans / "Testing"),),
             classifier_uri=classifier_uri,
-            output_uri=str(tmp_path / "answers"),
-            use_gpu=True,
+            output_uri=str(tmp_path / "predictions"),
+            engine=EngineOptions(use_gpu=True),
         )
     )
-    assert answered["runtime"]["backend"] == "torch"
-    assert answered["counts"]["total"] == 64
+    assert classified["runtime"]["backend"] == "torch"
+    assert classified["counts"]["total"] == 64
 
 
 @needs_gpu
@@ -106,9 +82,9 @@ def test_a_gpu_and_a_processor_answer_alike(tiny_classifier: Path) -> None:
     classifier = load_classifier(str(tiny_classifier))
     images = np.random.default_rng(0).integers(0, 256, (9, 32, 32), dtype=np.uint8)
     found, expected = (
-        open_engine(
-            classifier, EngineOptions(backend="torch", precision="fp32", use_gpu=use_gpu)
-        ).predict_probs(images)
+        open_engine(classifier, EngineOptions(backend="torch", precision="fp32", use_gpu=use_gpu))
+        .predict(images)
+        .probs
         for use_gpu in (True, False)
     )
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from werkzeug.serving import make_server
 
 from brainray import storage
 from brainray.errors import ConfigError, LockLostError, StorageError
+from brainray.io import conditional
 from brainray.io import lock as room
 from brainray.io.lock import OutputLock, hold_output
 from tests.object_store import (
@@ -87,7 +89,7 @@ LEASE = f"/{BUCKET}/out/.lock"
 
 def read_content() -> bytes:
     """Read the lease in one request: it may be renewed between two."""
-    return storage.read_object(f"{OUT}/.lock")[0]
+    return conditional.read_object(f"{OUT}/.lock")[0]
 
 
 def read_lease() -> dict[str, Any]:
@@ -366,15 +368,15 @@ def test_a_former_holder_does_not_release_what_another_one_holds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     keep(monkeypatch)
-    former = hold_output(OUT)
-    former.__enter__().update({"wave": 1})
-    with take_over(monkeypatch) as held:
-        before = read_content()
-        former.__exit__(None, None, None)
-        assert read_content() == before
-        with pytest.raises(ConfigError), hold_output(OUT):
-            pass
-        held.update({"wave": 2})
+    with ExitStack() as former:
+        former.enter_context(hold_output(OUT)).update({"wave": 1})
+        with take_over(monkeypatch) as held:
+            before = read_content()
+            former.close()
+            assert read_content() == before
+            with pytest.raises(ConfigError), hold_output(OUT):
+                pass
+            held.update({"wave": 2})
     assert read_lease()["released"] is True
 
 
@@ -386,24 +388,13 @@ def test_a_lock_that_was_deleted_is_lost(store: ObjectStore) -> None:
     assert store.list_keys() == []
 
 
-def take_over(monkeypatch: pytest.MonkeyPatch) -> "_TakeOver":
-    return _TakeOver(monkeypatch)
-
-
-class _TakeOver:
+@contextmanager
+def take_over(monkeypatch: pytest.MonkeyPatch) -> Iterator[OutputLock]:
     """Hold an output whose lease is expired for as long as it takes to get it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._monkeypatch, self._held = monkeypatch, hold_output(OUT)
-
-    def __enter__(self) -> OutputLock:
-        expire(self._monkeypatch)
-        lock = self._held.__enter__()
-        keep(self._monkeypatch)
-        return lock
-
-    def __exit__(self, *error: Any) -> None:  # noqa: ANN401
-        self._held.__exit__(*error)
+    expire(monkeypatch)
+    with hold_output(OUT) as lock:
+        keep(monkeypatch)
+        yield lock
 
 
 # ----------------------------------------------------------------------- what stops and what stalls
@@ -440,11 +431,8 @@ def test_a_process_that_was_stopped_past_its_lease_changes_nothing(
         former.wait()
 
 
-@pytest.mark.parametrize("what", ["update", "renewal", "release"])
-def test_a_write_that_is_under_way_while_another_takes_over_comes_too_late(
-    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    keep(monkeypatch)
+def stall_a_write(store: ObjectStore) -> tuple[threading.Event, threading.Event]:
+    """Keep the next write of the lease waiting in the server: it has arrived, it may go on."""
     arrived, go_on, stalled = threading.Event(), threading.Event(), iter([True])
 
     def stall(environ: Environ) -> Fault:
@@ -453,17 +441,25 @@ def test_a_write_that_is_under_way_while_another_takes_over_comes_too_late(
             assert go_on.wait(20)
         return None
 
-    former = hold_output(OUT)
-    lock = former.__enter__()
-    assert isinstance(lock, room._Lease)
-    lock.update({"wave": "first"})
-    acts: dict[str, Callable[[], object]] = {
-        "update": lambda: lock.update({"wave": "late"}),
-        "renewal": lock.renew,
-        "release": lambda: former.__exit__(None, None, None),
-    }
     store.fail = stall
-    with ThreadPoolExecutor(1) as pool:
+    return arrived, go_on
+
+
+@pytest.mark.parametrize("what", ["update", "renewal", "release"])
+def test_a_write_that_is_under_way_while_another_takes_over_comes_too_late(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    keep(monkeypatch)
+    with ExitStack() as former, ThreadPoolExecutor(1) as pool:
+        lock = former.enter_context(hold_output(OUT))
+        assert isinstance(lock, room._Lease)
+        lock.update({"wave": "first"})
+        acts: dict[str, Callable[[], object]] = {
+            "update": lambda: lock.update({"wave": "late"}),
+            "renewal": lock.renew,
+            "release": former.close,
+        }
+        arrived, go_on = stall_a_write(store)
         acting = pool.submit(acts[what])
         assert arrived.wait(10)
         with take_over(monkeypatch) as held:
@@ -479,23 +475,13 @@ def test_a_write_that_is_under_way_while_another_takes_over_comes_too_late(
                 lock.check()
             assert read_content() == before
         assert read_lease()["state"] == {"wave": "first", "second": True}
-    if what != "release":
-        former.__exit__(None, None, None)
 
 
 def test_a_renewal_that_is_under_way_does_not_undo_an_update(store: ObjectStore) -> None:
-    arrived, go_on, stalled = threading.Event(), threading.Event(), iter([True])
-
-    def stall(environ: Environ) -> Fault:
-        if is_write(environ) and next(stalled, False):
-            arrived.set()
-            assert go_on.wait(20)
-        return None
-
     with hold_output(OUT) as held, ThreadPoolExecutor(2) as pool:
         assert isinstance(held, room._Lease)
         held.update({"wave": 1})
-        store.fail = stall
+        arrived, go_on = stall_a_write(store)
         renewing = pool.submit(held.renew)
         assert arrived.wait(10)
         updating = pool.submit(held.update, {"wave": 2})
@@ -530,8 +516,8 @@ def test_an_answer_that_is_lost_is_no_lost_lock(store: ObjectStore) -> None:
 def test_an_answer_that_never_comes_leaves_the_lock_to_its_holder(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "MAX_ATTEMPTS", 1)
-    storage._open_s3_store.cache_clear()
+    monkeypatch.setattr(conditional, "MAX_ATTEMPTS", 1)
+    conditional._open_s3.cache_clear()
     with hold_output(OUT) as held:
         held.update({"wave": 1})
         store.fail_first(1, LOST)
@@ -541,7 +527,7 @@ def test_an_answer_that_never_comes_leaves_the_lock_to_its_holder(
         assert held.state == {"wave": 1}
         held.update({"wave": 3})
     assert read_lease()["state"] == {"wave": 3}
-    storage._open_s3_store.cache_clear()
+    conditional._open_s3.cache_clear()
 
 
 # ---------------------------------------------------------------------------------- creating a file
@@ -564,9 +550,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_file_is_created_once(folder: str) -> None:
     uri = storage.join(folder, "a", "b c.parquet")
-    assert storage.create_bytes(uri, b"first") is True
-    assert storage.create_bytes(uri, b"second") is False
-    assert storage.create_bytes(uri, b"first") is False
+    assert conditional.create_bytes(uri, b"first") is True
+    assert conditional.create_bytes(uri, b"second") is False
+    assert conditional.create_bytes(uri, b"first") is False
     assert storage.read_bytes(uri) == b"first"
     assert [file.relative_path for file in storage.list_files(folder)] == ["a/b c.parquet"]
 
@@ -580,7 +566,7 @@ def test_of_several_that_create_a_file_at_once_one_does(folder: str, *, same: bo
         for name in ("x", "y", "z"):
             together.wait()
             content = b"same" if same else f"{number}".encode() * 10_000
-            made.append(storage.create_bytes(storage.join(folder, name), content))
+            made.append(conditional.create_bytes(storage.join(folder, name), content))
         return made
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -595,27 +581,27 @@ def test_of_several_that_create_a_file_at_once_one_does(folder: str, *, same: bo
 def test_a_file_that_cannot_be_created_is_named(tmp_path: Path, store: ObjectStore) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=f"Cannot write '{tmp_path}/file/x'"):
-        storage.create_bytes(f"{tmp_path}/file/x", b"")
+        conditional.create_bytes(f"{tmp_path}/file/x", b"")
     with pytest.raises(StorageError, match="no such bucket"):
-        storage.create_bytes("s3://no-such-bucket/x", b"")
+        conditional.create_bytes("s3://no-such-bucket/x", b"")
     store.fail = lambda _: (403, "AccessDenied")
     with pytest.raises(StorageError, match=r"access is denied\. Give credentials") as caught:
-        storage.create_bytes(f"{OUT}/x", b"")
+        conditional.create_bytes(f"{OUT}/x", b"")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("fault", [LOST, CUT, (503, "SlowDown"), (409, "Conflict")], ids=str)
 def test_a_file_is_created_through_a_fault(store: ObjectStore, fault: Fault) -> None:
     store.fail_first(1, fault)
-    assert storage.create_bytes(f"{OUT}/x", b"content") is True
+    assert conditional.create_bytes(f"{OUT}/x", b"content") is True
     assert store.get("out/x") == b"content"
 
 
 def test_a_file_is_created_though_the_service_said_nothing_at_first(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "TIMEOUT_S", 0.5)
-    storage._open_s3_store.cache_clear()
+    monkeypatch.setattr(conditional, "TIMEOUT_S", 0.5)
+    conditional._open_s3.cache_clear()
     silent, ended = iter([True]), threading.Event()
 
     def stall(environ: Environ) -> Fault:
@@ -625,11 +611,11 @@ def test_a_file_is_created_though_the_service_said_nothing_at_first(
 
     store.fail = stall
     try:
-        assert storage.create_bytes(f"{OUT}/x", b"content") is True
+        assert conditional.create_bytes(f"{OUT}/x", b"content") is True
         assert sum(environ["REQUEST_METHOD"] == "PUT" for environ in store.headers) == 2
     finally:
         ended.set()
-        storage._open_s3_store.cache_clear()
+        conditional._open_s3.cache_clear()
 
 
 # ----------------------------------------------------------------------------- Google Cloud Storage
@@ -674,23 +660,26 @@ def test_google_cloud_storage_tells_versions_by_their_generation(
     out = f"gs://anonymous@bucket/out?scheme=http&endpoint_override=127.0.0.1:{service.server_port}"
     try:
         keep(monkeypatch)
-        former = hold_output(out)
-        lock = former.__enter__()
-        lock.update({"wave": 1})
-        with pytest.raises(ConfigError), hold_output(out):
-            pass
-        expire(monkeypatch)
-        with hold_output(out) as held:
-            keep(monkeypatch)
-            held.update(held.state | {"second": True})
-            with pytest.raises(LockLostError, match="was taken over"):
-                lock.update({"wave": "late"})
-            former.__exit__(None, None, None)
-            held.check()
+        with ExitStack() as former:
+            lock = former.enter_context(hold_output(out))
+            lock.update({"wave": 1})
+            with pytest.raises(ConfigError), hold_output(out):
+                pass
+            expire(monkeypatch)
+            with hold_output(out) as held:
+                keep(monkeypatch)
+                held.update(held.state | {"second": True})
+                with pytest.raises(LockLostError, match="was taken over"):
+                    lock.update({"wave": "late"})
+                former.close()
+                held.check()
         lease = json.loads(objects["/bucket/out/.lock"][1])
         assert (lease["state"], lease["released"]) == ({"wave": 1, "second": True}, True)
         uri = storage.join(out, "x")
-        assert [storage.create_bytes(uri, b"1"), storage.create_bytes(uri, b"2")] == [True, False]
+        assert [conditional.create_bytes(uri, b"1"), conditional.create_bytes(uri, b"2")] == [
+            True,
+            False,
+        ]
         assert objects["/bucket/out/x"][1] == b"1"
     finally:
         service.shutdown()

@@ -18,6 +18,7 @@ from brainray import cli, storage
 from brainray.dataset.scans import list_scans
 from brainray.errors import LockLostError, StorageError
 from brainray.inference.store import Wave
+from brainray.io import conditional
 from tests.object_store import (
     BUCKET,
     CUT,
@@ -36,8 +37,9 @@ PART_BYTES = 10 * 2**20
 WHO_AM_I = """
 import sys
 from brainray import storage
+from brainray.io import conditional
 storage.write_bytes(sys.argv[1], b"here")
-assert storage.create_bytes(sys.argv[1] + "-new", b"here")
+assert conditional.create_bytes(sys.argv[1] + "-new", b"here")
 print(storage.resolve(sys.argv[1])[0].region)
 """
 
@@ -65,7 +67,7 @@ def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
 def forget_services() -> None:
     """Have every service be opened again, as in a new process."""
     storage._open_s3.cache_clear()
-    storage._open_s3_store.cache_clear()
+    conditional._open_s3.cache_clear()
 
 
 def make_environment(url: str) -> dict[str, str]:
@@ -108,8 +110,8 @@ def test_an_endpoint_is_found_however_it_is_named(
     assert storage.read_bytes(found.uri) == b"content"
     assert (found.relative_path, found.size_bytes) == ("b c/50%#?.jpg", 7)
     assert storage.list_folders(base) == ["b c"]
-    assert not storage.create_bytes(uri, b"other")
-    assert storage.create_bytes(storage.join(base, "b c", "new %#?"), b"new")
+    assert not conditional.create_bytes(uri, b"other")
+    assert conditional.create_bytes(storage.join(base, "b c", "new %#?"), b"new")
     assert store.list_keys() == ["a/b c/50%#?.jpg", "a/b c/new %#?"]
     region = "ap-south-1" if named == "query" else "eu-central-1"
     assert {read_credential(e).split("/")[2] for e in store.headers[:-1]} == {region}
@@ -121,11 +123,11 @@ def test_the_endpoint_for_s3_alone_goes_before_the_general_one(
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", store.url)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     assert not storage.exists(place("nothing"))
-    assert storage.create_bytes(place("created"), b"")
+    assert conditional.create_bytes(place("created"), b"")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
     address = store.url.removeprefix("http://")
     here = f"s3://{BUCKET}/here?endpoint_override={address}&scheme=http"
-    assert storage.create_bytes(here, b"")
+    assert conditional.create_bytes(here, b"")
     assert store.list_keys() == ["created", "here"]
 
 
@@ -141,11 +143,11 @@ def test_keys_tokens_and_regions_come_from_the_environment(
     assert store.headers[0]["HTTP_X_AMZ_SECURITY_TOKEN"] == "token-1"
     storage.write_bytes(f"s3://key-2:se%2Fcret@{BUCKET}/y", b"")
     assert read_credential(store.headers[1]).startswith("key-2/")
-    assert storage.create_bytes(place("z"), b"")
+    assert conditional.create_bytes(place("z"), b"")
     key, _, region, *_ = read_credential(store.headers[2]).split("/")
     assert (key, region) == ("key-1", "us-west-2")
     assert store.headers[2]["HTTP_X_AMZ_SECURITY_TOKEN"] == "token-1"
-    assert storage.create_bytes(f"s3://key-2:se%2Fcret@{BUCKET}/zz", b"")
+    assert conditional.create_bytes(f"s3://key-2:se%2Fcret@{BUCKET}/zz", b"")
     assert read_credential(store.headers[3]).startswith("key-2/")
     assert "HTTP_X_AMZ_SECURITY_TOKEN" not in store.headers[3], "it belongs to other keys"
     assert store.list_keys() == ["x", "y", "z", "zz"]
@@ -204,15 +206,8 @@ def roundabout_profile(
 
 
 def test_a_profile_without_keys_of_its_own_takes_boto3(roundabout_profile: ObjectStore) -> None:
-    assert storage.create_bytes(place("x"), b"")
+    assert conditional.create_bytes(place("x"), b"")
     assert read_credential(roundabout_profile.headers[0]).startswith("key-5/")
-
-
-@pytest.mark.usefixtures("roundabout_profile")
-def test_what_a_profile_takes_is_said_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "obstore.auth.boto3", None)
-    with pytest.raises(StorageError, match=r"'hospital' .* credential_process.*pip install boto3"):
-        storage.create_bytes(place("x"), b"")
 
 
 def test_the_keys_of_a_profile_are_read_again(
@@ -221,14 +216,14 @@ def test_the_keys_of_a_profile_are_read_again(
     """Temporary ones are renewed in its file."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    monkeypatch.setattr(storage, "PROFILE_LIFE_S", 0.1)
+    monkeypatch.setattr(conditional, "KEYS_LIFE_S", 0.1)
     for number in (1, 2):
         (tmp_path / "credentials").write_text(
             f"[default]\naws_access_key_id = temporary-{number}\n"
             f"aws_secret_access_key = s\naws_session_token = token-{number}\n"
         )
         time.sleep(0.2)
-        assert storage.create_bytes(place(f"{number}"), b"")
+        assert conditional.create_bytes(place(f"{number}"), b"")
         assert read_credential(store.headers[-1]).startswith(f"temporary-{number}/")
         assert store.headers[-1]["HTTP_X_AMZ_SECURITY_TOKEN"] == f"token-{number}"
 
@@ -242,7 +237,7 @@ def test_a_proxy_is_passed_over(
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.url.replace("127.0.0.1", host))
     storage.write_bytes(place("x"), b"")
-    assert storage.create_bytes(place("y"), b"")
+    assert conditional.create_bytes(place("y"), b"")
 
 
 def test_without_credentials_nothing_is_signed(
@@ -252,7 +247,7 @@ def test_without_credentials_nothing_is_signed(
         monkeypatch.delenv(name)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    assert storage.create_bytes(place("x"), b"")
+    assert conditional.create_bytes(place("x"), b"")
     assert "HTTP_AUTHORIZATION" not in store.headers[0]
 
 
@@ -392,7 +387,7 @@ def test_what_never_recovers_is_one_line_in_bounded_time(
     assert len(store.requests) == storage.MAX_ATTEMPTS
     assert "\n" not in str(caught.value)
     with pytest.raises(StorageError, match=said):
-        storage.create_bytes(place("x"), b"content")
+        conditional.create_bytes(place("x"), b"content")
     assert time.monotonic() - started < 90
     assert len(store.requests) == 2 * storage.MAX_ATTEMPTS
 
@@ -430,7 +425,7 @@ def test_what_the_service_refuses_is_said_with_its_remedy(
     for act, said in (
         (lambda: storage.list_files(place("x")), listing),
         (lambda: storage.write_bytes(place("x"), b"content"), listing),
-        (lambda: storage.create_bytes(place("x"), b"content"), listing),
+        (lambda: conditional.create_bytes(place("x"), b"content"), listing),
         (lambda: storage.read_bytes(place("x")), reading),
         (lambda: storage.exists(place("x")), reading),
     ):
@@ -454,7 +449,7 @@ def test_a_missing_bucket_is_told_from_a_missing_object(store: ObjectStore) -> N
         lambda: storage.list_folders(gone),
         lambda: storage.write_bytes(gone, b"content"),
         lambda: storage.check_writable(gone),
-        lambda: storage.create_bytes(gone, b"content"),
+        lambda: conditional.create_bytes(gone, b"content"),
     ):
         with pytest.raises(StorageError, match="there is no such bucket"):
             act()

@@ -1,4 +1,4 @@
-"""The page in a real browser, against a server that answers as the service would."""
+"""The page in a real browser, before the service's own application."""
 
 import csv
 import io
@@ -20,13 +20,35 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from brainray.pixels.decode import REJECTION_REASONS
+from brainray.errors import RejectedImage
+from brainray.model.reasons import REASONS, find_status
+from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING
+from brainray.pixels.decode import decode_image
 from brainray.pixels.phantoms import draw_phantom
+from brainray.serving.gate import FAULT
+from brainray.serving.pages import WEB
+from brainray.serving.problem import Problem
 from tests.conftest import CLASSES
-from tests.standin import CARD, CLASSIFIER_ID, TOKEN, WEB, StandIn, serve_standin
+from tests.fixed_service import CLASSIFIER_ID, FixedService, Said, serve_fixed
 
 WAIT_S = 10.0
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+TOKEN = "correct-horse-battery"
+
+GLIOMA = (0.9366, 0.043, 0.02, 0.0004)
+UNSURE = (0.38, 0.34, 0.08, 0.2)
+SCANS = {
+    "glioma.png": Said(GLIOMA),
+    "meningioma.png": Said((0.043, 0.9366, 0.02, 0.0004)),
+    "pituitary.tif": Said((0.043, 0.02, 0.0004, 0.9366)),
+    "abstain.png": Said(UNSURE, LOW_CONFIDENCE),
+    "foreign.png": Said(UNSURE, UNLIKE_TRAINING),
+    "busy.png": Said(
+        GLIOMA, error=Problem("too_busy", "128 scans wait already.", {"retry-after": "2"})
+    ),
+    "fault.png": Said(GLIOMA, error=RuntimeError("a fault")),
+}
+"""Drawn scans, and what the network says to each."""
 
 CONTRAST = """
 const parse = (text) => text.match(/[\\d.]+/g).map(Number);
@@ -61,7 +83,7 @@ class Page:
     driver: webdriver.Chrome
     downloads: Path
 
-    def open(self, state: StandIn) -> None:
+    def open(self, state: FixedService) -> None:
         self.driver.get(state.url)
 
     def by_id(self, name: str) -> WebElement:
@@ -124,7 +146,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     binary = next(filter(None, map(shutil.which, BROWSERS)), None)
     driver_path = shutil.which("chromedriver")
     if binary is None or driver_path is None:
-        pytest.skip("no Chromium, or no chromedriver, on the PATH")
+        say = pytest.fail if os.environ.get("BRAINRAY_REQUIRE_BROWSER") else pytest.skip
+        say("no Chromium, or no chromedriver, on the PATH")
     downloads = tmp_path_factory.mktemp("downloads")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
@@ -148,28 +171,32 @@ def page(browser: Page) -> Iterator[Page]:
     assert not [one for one in messages if "Failed to load resource" not in one]
 
 
-@pytest.fixture
-def standin() -> Iterator[StandIn]:
-    with serve_standin(StandIn()) as state:
-        yield state
-
-
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Draw a folder of scans, whose names say what the stand-in answers."""
+    """Draw a folder of scans, and beside them what is none."""
     folder = tmp_path_factory.mktemp("scans")
     dice = np.random.default_rng(1)
-    for name in ("glioma.png", "meningioma.png", "abstain.png", "busy.png", "fault.png"):
+    for name in SCANS:
         Image.fromarray(draw_phantom("glioma", dice)).save(folder / name)
-    Image.fromarray(draw_phantom("pituitary", dice)).save(folder / "pituitary.tif")
     whole = (folder / "glioma.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 3])
     (folder / "words.png").write_text("not an image")
     return folder
 
 
-def test_a_scan_gets_its_class_bars_and_words(page: Page, standin: StandIn, scans: Path) -> None:
-    page.open(standin)
+@pytest.fixture
+def service(scans: Path) -> Iterator[FixedService]:
+    service = FixedService()
+    for name, said in SCANS.items():
+        service.model.teach(scans / name, said)
+    with serve_fixed(service):
+        yield service
+
+
+def test_a_scan_gets_its_class_bars_and_words(
+    page: Page, service: FixedService, scans: Path
+) -> None:
+    page.open(service)
     (scan,) = page.choose_and_wait(scans / "meningioma.png")
     assert scan.find_element(By.CSS_SELECTOR, ".verdict").text.split() == [
         "meningioma",
@@ -195,9 +222,9 @@ def test_a_scan_gets_its_class_bars_and_words(page: Page, standin: StandIn, scan
 
 
 def test_the_slider_changes_how_much_of_the_map_is_seen(
-    page: Page, standin: StandIn, scans: Path
+    page: Page, service: FixedService, scans: Path
 ) -> None:
-    page.open(standin)
+    page.open(service)
     (scan,) = page.choose_and_wait(scans / "glioma.png")
     pixels, layer = scan.find_elements(By.CSS_SELECTOR, ".picture img")
     assert pixels.rect == layer.rect
@@ -211,25 +238,33 @@ def test_the_slider_changes_how_much_of_the_map_is_seen(
     assert pixels.value_of_css_property("opacity") == "1"
 
 
-def test_what_has_no_class_says_why(page: Page, standin: StandIn, scans: Path) -> None:
-    page.open(standin)
-    names = ("abstain.png", "cut.png", "words.png")
-    abstained, cut, words = page.choose_and_wait(*(scans / name for name in names))
+def test_what_has_no_class_says_why(page: Page, service: FixedService, scans: Path) -> None:
+    page.open(service)
+    names = ("abstain.png", "foreign.png", "cut.png", "words.png")
+    abstained, foreign, cut, words = page.choose_and_wait(*(scans / name for name in names))
     assert "Abstained" in abstained.text
     assert "No class was probable enough" in abstained.text
     assert "38.0 %" in abstained.text
+    assert "low_confidence · heat map of glioma" in abstained.text
+    assert REASONS[LOW_CONFIDENCE] in abstained.text
+    assert "Rejected" in foreign.text
+    assert "does not look like the brain MRI slices" in foreign.text
+    assert REASONS[UNLIKE_TRAINING] in foreign.text
+    assert "%" not in foreign.text
     assert "Rejected" in cut.text
     assert "cut off on its way" in cut.text
-    assert "Resend it." in cut.text  # the service's own words
+    with pytest.raises(RejectedImage) as refusal:
+        decode_image((scans / "cut.png").read_bytes())
+    assert refusal.value.message in cut.text  # the service's own words
     assert "truncated" in cut.text
     assert "not an image in any known format" in words.text
-    assert page.by_id("tally").text == "3 scans · 1 abstained · 2 rejected"
-    until(lambda: "words.png: rejected." in page.by_id("live").text)
+    assert page.by_id("tally").text == "4 scans · 1 abstained · 3 rejected"
+    until(lambda: "4 more scans answered. All done." in page.by_id("live").text)
 
 
-def test_every_reason_code_has_words(page: Page, standin: StandIn) -> None:
-    page.open(standin)
-    reasons = list(REJECTION_REASONS)
+def test_every_reason_code_has_words(page: Page, service: FixedService) -> None:
+    page.open(service)
+    reasons = [reason for reason in REASONS if find_status(reason) == "rejected"]
     words = page.call(
         "words.js",
         "arguments[0].map((reason) => m.explainStatus({ status: 'rejected', reason }))",
@@ -241,16 +276,18 @@ def test_every_reason_code_has_words(page: Page, standin: StandIn) -> None:
     assert fallback == "The scan could not be read."
 
 
-def test_shares_that_are_not_quite_whole_do_not_look_so(page: Page, standin: StandIn) -> None:
-    page.open(standin)
+def test_shares_that_are_not_quite_whole_do_not_look_so(page: Page, service: FixedService) -> None:
+    page.open(service)
     shares = page.call(
         "words.js", "arguments[0].map(m.formatShare)", [0, 1e-9, 0.5, 0.99951, 0.9999999, 1]
     )
     assert shares == ["0.0 %", "< 0.1 %", "50.0 %", "> 99.9 %", "> 99.9 %", "100.0 %"]
 
 
-def test_answers_download_as_csv(page: Page, standin: StandIn, scans: Path, tmp_path: Path) -> None:
-    page.open(standin)
+def test_answers_download_as_csv(
+    page: Page, service: FixedService, scans: Path, tmp_path: Path
+) -> None:
+    page.open(service)
     for name in ("=1+1.png", 'a, "b" größe.png'):
         shutil.copy(scans / "glioma.png", tmp_path / name)
     page.choose_and_wait(
@@ -284,17 +321,17 @@ def test_answers_download_as_csv(page: Page, standin: StandIn, scans: Path, tmp_
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "＝", " =", "\u200b="])
-def test_no_cell_is_taken_for_a_formula(page: Page, standin: StandIn, start: str) -> None:
+def test_no_cell_is_taken_for_a_formula(page: Page, service: FixedService, start: str) -> None:
     if page.driver.current_url == "data:,":
-        page.open(standin)
+        page.open(service)
     nasty = f"{start}HYPERLINK(1)"
     text = page.call("csv.js", "m.renderCsv([{ name: arguments[0] }], ['-x'])", nasty)
     (row,) = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
     assert row["name"] == f"'{nasty}"
 
 
-def test_keys_alone_do_it_all(page: Page, standin: StandIn, scans: Path) -> None:
-    page.open(standin)
+def test_keys_alone_do_it_all(page: Page, service: FixedService, scans: Path) -> None:
+    page.open(service)
     until(lambda: page.all("#card .accuracy"))
     page.press(Keys.TAB)
     assert page.focused() == "skip"
@@ -328,8 +365,8 @@ def test_keys_alone_do_it_all(page: Page, standin: StandIn, scans: Path) -> None
     assert page.by_id("live").text == "Cleared."
 
 
-def test_everything_to_press_has_a_name(page: Page, standin: StandIn, scans: Path) -> None:
-    page.open(standin)
+def test_everything_to_press_has_a_name(page: Page, service: FixedService, scans: Path) -> None:
+    page.open(service)
     page.choose_and_wait(scans / "glioma.png", scans / "fault.png")
     things = [one for one in page.all("a, button, input") if one.is_displayed()]
     names = [one.accessible_name for one in things]
@@ -338,21 +375,21 @@ def test_everything_to_press_has_a_name(page: Page, standin: StandIn, scans: Pat
     assert "Heat map" in names
 
 
-def test_nothing_leaves_the_origin(page: Page, standin: StandIn, scans: Path) -> None:
-    page.open(standin)
+def test_nothing_leaves_the_origin(page: Page, service: FixedService, scans: Path) -> None:
+    page.open(service)
     page.choose_and_wait(scans / "glioma.png", scans / "pituitary.tif")
     names = page.run("return performance.getEntriesByType('resource').map((one) => one.name)")
     assert any("/v1/explain" in name for name in names)
-    assert all(name.startswith((standin.url, f"blob:{standin.url}")) for name in names), names
+    assert all(name.startswith((service.url, f"blob:{service.url}")) for name in names), names
     assert page.run("return document.cookie + localStorage.length") == "0"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_in_light_and_dark(
-    page: Page, standin: StandIn, scans: Path, scheme: str
+    page: Page, service: FixedService, scans: Path, scheme: str
 ) -> None:
     page.emulate(prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
-    page.open(standin)
+    page.open(service)
     until(lambda: page.all("#card .accuracy"))
     names = ("glioma.png", "abstain.png", "cut.png", "fault.png", "pituitary.tif")
     page.choose_and_wait(*(scans / name for name in names))
@@ -365,11 +402,11 @@ def test_text_stands_out_in_light_and_dark(
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1920])
-def test_it_fits_every_width(page: Page, standin: StandIn, scans: Path, width: int) -> None:
+def test_it_fits_every_width(page: Page, service: FixedService, scans: Path, width: int) -> None:
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
-        page.open(standin)
+        page.open(service)
         page.choose_and_wait(scans / "glioma.png", scans / "cut.png", scans / "fault.png")
         assert page.run("return document.documentElement.scrollWidth") <= width
     finally:
@@ -377,24 +414,24 @@ def test_it_fits_every_width(page: Page, standin: StandIn, scans: Path, width: i
 
 
 def test_a_busy_service_is_asked_again_when_it_says(
-    page: Page, standin: StandIn, scans: Path
+    page: Page, service: FixedService, scans: Path
 ) -> None:
-    page.open(standin)
+    page.open(service)
     page.choose(scans / "busy.png")
     until(lambda: "busy; trying again in 2 s" in page.all(".scan .state")[0].text)
     until(lambda: page.count_done() == 1)
     assert "glioma" in page.all(".scan")[0].text
-    first, second = standin.moments["busy.png"]
+    first, second = service.asked_at
     assert second - first >= 2.0
 
 
 def test_a_failure_is_told_and_can_be_tried_again(
-    page: Page, standin: StandIn, scans: Path
+    page: Page, service: FixedService, scans: Path
 ) -> None:
-    page.open(standin)
+    page.open(service)
     (scan,) = page.choose_and_wait(scans / "fault.png")
     assert "The service failed on this scan." in scan.text
-    assert "The service's log says what." in scan.text
+    assert FAULT in scan.text
     scan.find_element(By.CSS_SELECTOR, ".again").click()
     assert page.focused().startswith("scan-")
     until(lambda: scan.get_attribute("data-phase") == "answered")
@@ -403,18 +440,18 @@ def test_a_failure_is_told_and_can_be_tried_again(
 
 
 def test_a_service_that_is_gone_is_told(page: Page, scans: Path) -> None:
-    with serve_standin(StandIn()) as state:
-        page.open(state)
+    with serve_fixed(FixedService()) as service:
+        page.open(service)
         until(lambda: page.all("#card .accuracy"))
     (scan,) = page.choose_and_wait(scans / "glioma.png")
     assert "The service cannot be reached." in scan.text
 
 
 def test_a_token_is_asked_for_and_kept_in_the_tab(
-    page: Page, standin: StandIn, scans: Path
+    page: Page, service: FixedService, scans: Path
 ) -> None:
-    standin.needs_token = True
-    page.open(standin)
+    service.require(TOKEN)
+    page.open(service)
     until(page.by_id("token-dialog").is_displayed)
     assert page.focused() == "token"
     page.press(Keys.ESCAPE)
@@ -434,13 +471,13 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(
 
 
 def test_a_late_refusal_of_the_old_token_does_not_ask_again(
-    page: Page, standin: StandIn, scans: Path, tmp_path: Path
+    page: Page, service: FixedService, scans: Path
 ) -> None:
-    shutil.copy(scans / "glioma.png", tmp_path / "late.png")
-    page.open(standin)
+    page.open(service)
     until(lambda: page.all("#card .accuracy"))
-    standin.needs_token = True
-    page.choose(tmp_path / "late.png", scans / "glioma.png")
+    service.require(TOKEN)
+    service.hold_first_s = 1.0
+    page.choose(scans / "meningioma.png", scans / "glioma.png")
     until(page.by_id("token-dialog").is_displayed)
     page.press(TOKEN, Keys.ENTER)
     until(lambda: page.count_done() == 2)
@@ -448,55 +485,78 @@ def test_a_late_refusal_of_the_old_token_does_not_ask_again(
     assert page.run("return Object.values(sessionStorage)") == [TOKEN]
 
 
-def test_few_are_asked_at_a_time(page: Page, standin: StandIn, scans: Path, tmp_path: Path) -> None:
-    standin.delay_s = 0.1
-    page.open(standin)
+def test_few_are_asked_at_a_time(
+    page: Page, service: FixedService, scans: Path, tmp_path: Path
+) -> None:
+    service.model.delay_s = 0.1
+    page.open(service)
     paths = [tmp_path / f"glioma-{number}.png" for number in range(8)]
     for path in paths:
         shutil.copy(scans / "glioma.png", path)
     page.choose_and_wait(*paths)
-    assert 1 < standin.most_at_once <= 3
-    assert set(standin.asked.values()) == {1}
+    assert 1 < service.model.most_at_once <= 3
+    assert service.model.num_calls == len(service.renders) == len(paths)
 
 
 def test_what_browsers_cannot_draw_is_drawn_by_the_service(
-    page: Page, standin: StandIn, scans: Path
+    page: Page, service: FixedService, scans: Path
 ) -> None:
-    page.open(standin)
+    page.open(service)
     (scan,) = page.choose_and_wait(scans / "pituitary.tif")
-    assert standin.renders == ["overlay"]
+    assert service.renders == ["overlay"]
     assert "drawn by the service" in scan.text
     picture = scan.find_element(By.CSS_SELECTOR, ".pixels")
     assert page.run("return arguments[0].naturalWidth", picture) > 0
 
 
-def test_a_map_is_not_laid_over_a_scan_drawn_otherwise(
-    page: Page, standin: StandIn, scans: Path, tmp_path: Path
+TURNED = {0x0112: 6}
+"""EXIF: a quarter turn, which the browser and the service both make."""
+DENSE = {0x011A: 144, 0x011B: 144, 0x0128: 2, 0x8769: {0xA002: 60, 0xA003: 40}}
+"""EXIF: 144 dots an inch, for which the browser draws half the size, and the service does not."""
+
+
+@pytest.mark.parametrize(
+    ("tags", "renders", "size"),
+    [(TURNED, ["map"], (80, 120)), (DENSE, ["map", "overlay"], (120, 80))],
+    ids=["turned", "dense"],
+)
+def test_a_map_is_laid_only_over_a_scan_that_is_drawn_alike(
+    page: Page,
+    service: FixedService,
+    scans: Path,
+    tmp_path: Path,
+    tags: dict[int, Any],
+    renders: list[str],
+    size: tuple[int, int],
 ) -> None:
-    image = Image.open(scans / "glioma.png").convert("L").crop((0, 0, 120, 80))
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn, which browsers do and the stand-in does not
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    page.open(standin)
-    (scan,) = page.choose_and_wait(tmp_path / "turned.jpg")
-    assert standin.renders == ["map", "overlay"]
+    exif.update(tags)
+    scan_path = tmp_path / "scan.jpg"
+    Image.open(scans / "glioma.png").convert("L").crop((0, 0, 120, 80)).save(scan_path, exif=exif)
+    service.model.teach(scan_path, Said(GLIOMA))
+    page.open(service)
+    (scan,) = page.choose_and_wait(scan_path)
+    assert service.renders == renders
     pixels, layer = scan.find_elements(By.CSS_SELECTOR, ".picture img")
-    assert page.run("return arguments[0].naturalWidth", pixels) == 120
-    assert not layer.is_displayed()
+    drawn = page.run("return [arguments[0].naturalWidth, arguments[0].naturalHeight]", pixels)
+    assert tuple(drawn) == size
+    assert layer.is_displayed() == (renders == ["map"])
 
 
-def test_a_file_beyond_the_limit_is_not_sent(page: Page, standin: StandIn, tmp_path: Path) -> None:
-    page.open(standin)
+def test_a_file_beyond_the_limit_is_not_sent(
+    page: Page, service: FixedService, tmp_path: Path
+) -> None:
+    page.open(service)
     until(lambda: page.all("#card .accuracy"))
-    (tmp_path / "big.bmp").write_bytes(bytes(CARD["limits"]["body_bytes"] + 1))
+    (tmp_path / "big.bmp").write_bytes(bytes(service.limits.body_bytes + 1))
     (scan,) = page.choose_and_wait(tmp_path / "big.bmp")
     assert "larger than this service takes" in scan.text
-    assert not standin.asked
+    assert not service.renders
 
 
 @pytest.mark.parametrize("way", ["drop", "paste"])
-def test_scans_can_be_dropped_and_pasted(page: Page, standin: StandIn, way: str) -> None:
-    page.open(standin)
+def test_scans_can_be_dropped_and_pasted(page: Page, service: FixedService, way: str) -> None:
+    page.open(service)
     page.run(
         """
         const transfer = new DataTransfer();
@@ -511,8 +571,8 @@ def test_scans_can_be_dropped_and_pasted(page: Page, standin: StandIn, way: str)
     assert "note.txt" in page.all(".scan")[0].text
 
 
-def test_the_card_says_how_well_it_was_measured(page: Page, standin: StandIn) -> None:
-    page.open(standin)
+def test_the_card_says_how_well_it_was_measured(page: Page, service: FixedService) -> None:
+    page.open(service)
     until(lambda: page.all("#card .accuracy"))
     words = page.by_id("card").text
     assert "96.3 %" in words  # of the test images, not of the validation images
@@ -550,8 +610,8 @@ guidelines
       answer: title"""
 
 
-def test_the_model_card_opens_as_text_by_keys_alone(page: Page, standin: StandIn) -> None:
-    page.open(standin)
+def test_the_model_card_opens_as_text_by_keys_alone(page: Page, service: FixedService) -> None:
+    page.open(service)
     button = page.by_id("model-card-button")
     until(button.is_displayed)
     page.run("arguments[0].focus()", button)
@@ -572,16 +632,16 @@ def test_the_model_card_opens_as_text_by_keys_alone(page: Page, standin: StandIn
     assert not page.by_id("model-card").is_displayed()
 
 
-def test_a_classifier_without_a_model_card_offers_none(page: Page, standin: StandIn) -> None:
-    standin.model_card = None
-    page.open(standin)
+def test_a_classifier_without_a_model_card_offers_none(page: Page, service: FixedService) -> None:
+    del service.model.card["model_card"]
+    page.open(service)
     until(lambda: page.all("#card .accuracy"))
     assert not page.by_id("model-card-button").is_displayed()
 
 
-def test_a_card_without_scores_says_so(page: Page, standin: StandIn) -> None:
-    standin.metrics = None
-    page.open(standin)
+def test_a_card_without_scores_says_so(page: Page, service: FixedService) -> None:
+    del service.model.card["metrics"]
+    page.open(service)
     until(lambda: "nobody has measured it" in page.by_id("card").text)
     assert "%" not in page.by_id("card").text
 

@@ -1,34 +1,40 @@
-"""The same bytes through three doors: evaluation, bulk and HTTP give the same answer."""
+"""The same bytes through evaluation, bulk, HTTP and `classify FILE` give the same prediction.
 
+With the engine that ships: OpenVINO, in bf16 where the processor has it.
+"""
+
+import asyncio
 import io
-from collections.abc import Iterator
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow.dataset as ds
 import pytest
 from PIL import Image
 
-from brainray.dataset.source import find_samples
+from brainray import storage
+from brainray.inference.bulk import ClassifyJob, classify
+from brainray.inference.engine import Engine, EngineOptions, open_engine
+from brainray.inference.files import run_files
 from brainray.model.calibration import fit_likeness
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import STAGE_WIDTHS
+from brainray.model.precision import choose_precision, has_native_bf16
 from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING, Outputs, Trust
-from brainray.pipelines.classify import ClassifyJob, classify
-from brainray.pipelines.evaluate import EvaluateJob, prepare_evaluation_data
-from brainray.pipelines.judge import compute_outputs
+from brainray.pipelines.evaluate import EvaluateJob, evaluate
 from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.preprocess import load_image, resize_image
 from tests.conftest import CLASSES
-from tests.service import Service, start_service
+from tests.service import LocalModel, build_test_app, open_client, open_predictor
 
 NOISE = np.random.default_rng(3).integers(0, 256, (180, 160), dtype=np.uint8)
 """An image that is no scan, and can be read."""
 
-Answers = dict[str, dict[str, Any]]
-"""By file name: what became of it."""
+Rows = dict[str, dict[str, Any]]
+"""By file name: status, reason, predicted_class and, unless rejected, the probabilities."""
 
 
 def save(pixels: Image.Image, kind: str, **options: Any) -> bytes:  # noqa: ANN401
@@ -73,24 +79,26 @@ def scans(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def wary_classifier(
     tiny_classifier: Path, phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Seal the tiny classifier anew: scaled, abstaining, and knowing what phantoms are like."""
+    """Export the tiny classifier anew: scaled, abstaining, and knowing what phantoms are like."""
     opened = load_classifier(str(tiny_classifier))
-
-    def compute(split: str) -> Outputs:
-        files = sorted((phantom_folder / split).glob("*/*"))
-        images = [
-            load_image(file.read_bytes(), opened.preprocessing, DecodeLimits()) for file in files
-        ]
-        return opened.compute_outputs(np.stack(images))
-
-    train, test = compute("Training"), compute("Testing")
+    engine = open_engine(opened, EngineOptions())
+    train, test = (
+        compute_outputs(
+            engine,
+            [
+                load_image(file.read_bytes(), opened.preprocessing, DecodeLimits())
+                for file in sorted((phantom_folder / split).glob("*/*"))
+            ],
+        )
+        for split in ("Training", "Testing")
+    )
+    foreign = compute_outputs(engine, [resize_image(NOISE, opened.preprocessing)]).features
     scale, shift = np.array([0.7, 0.9, 1.1, 1.3]), np.array([0.02, -0.03, 0.0, 0.01])
     trust = Trust(scale.astype(np.float32), shift.astype(np.float32))
     confidence = np.sort(trust.calibrate(test.logits).max(1))
     middle = len(confidence) // 2 + int(np.diff(confidence[len(confidence) // 2 :][:6]).argmax())
     one_class = np.zeros(len(train.features), np.int64)
     likeness = fit_likeness(train.features, one_class, 1, STAGE_WIDTHS)
-    foreign = opened.compute_outputs(resize_image(NOISE, opened.preprocessing)[None]).features
     far, near = likeness.compute_distances(foreign), likeness.compute_distances(test.features)
     assert far[0] > 1.2 * near.max(), "noise is farther from phantoms than phantoms are"
     folder = tmp_path_factory.mktemp("wary") / "classifier"
@@ -111,84 +119,95 @@ def wary_classifier(
     return folder
 
 
-@pytest.fixture(scope="module")
-def service(wary_classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    service = start_service(wary_classifier, tmp_path_factory.mktemp("skew"))
-    yield service
-    service.stop()
+def compute_outputs(engine: Engine, images: list[Any]) -> Outputs:
+    found = engine.predict(np.stack(images), ["logits", "features"])
+    assert found.logits is not None
+    assert found.features is not None
+    return Outputs(found.logits, found.features)
 
 
-def ask_evaluation(scans: Path, classifier_uri: str) -> Answers:
-    """Ask as `evaluate` does, without the report."""
-    job = EvaluateJob(data_uri=str(scans), classifier_uri=classifier_uri, output_uri="unused")
-    found = find_samples(job.data_uri, CLASSES, splits=("test",))
-    classifier = load_classifier(classifier_uri)
-    data = prepare_evaluation_data(found, classifier, None, job)
-    rows = data.select("test")
-    outputs = compute_outputs(rows, data.store, classifier_uri, limits=job.limits, use_gpu=False)
-    probs = classifier.trust.calibrate(outputs["logits"])
-    reasons = classifier.trust.find_reasons(probs, outputs["distance"])
-    names = [Path(path).name for path in data.manifest["path"].to_pylist()]
-    answers: Answers = {
-        name: {"reason": reason}
-        for name, reason in zip(names, data.manifest["reason"].to_pylist(), strict=True)
-    }
-    for row, of_row, reason in zip(rows, probs, reasons, strict=True):
-        answers[names[row]]["reason"] = reason
-        if reason != UNLIKE_TRAINING:
-            answers[names[row]] |= dict(zip(CLASSES, of_row.tolist(), strict=True))
-    return answers
+def collect(rows: list[dict[str, Any]]) -> Rows:
+    """Collect rows of the prediction table."""
+    names = ("status", "reason", "predicted_class", *(f"prob_{name}" for name in CLASSES))
+    return {Path(row["scan_uri"]).name: {name: row[name] for name in names} for row in rows}
 
 
-def ask_bulk(scans: Path, classifier: Path, output: Path) -> Answers:
+def predict_files(
+    scans: Path, classifier: Path, capsys: pytest.CaptureFixture[str]
+) -> tuple[Rows, str]:
+    """Return the rows, and the precision that they were computed in."""
+    files = map(str, sorted(scans.rglob("*.*")))
+    run_files(["--json", *files, "--classifier-uri", str(classifier)])
+    body = json.loads(capsys.readouterr().out)
+    return collect(body["predictions"]), body["engine"]["precision"]
+
+
+def predict_http(scans: Path, classifier: Path) -> Rows:
+    app = build_test_app(LocalModel(open_predictor(classifier, EngineOptions())))
+
+    async def ask() -> Rows:
+        rows: Rows = {}
+        async with open_client(app) as client:
+            for file in scans.rglob("*.*"):
+                upload = [("files", (file.name, file.read_bytes()))]
+                (answer,) = (await client.post("/v1/classify", files=upload)).json()["answers"]
+                probs = answer["probs"] or dict.fromkeys(CLASSES)
+                rows[answer["name"]] = {
+                    **{name: answer[name] for name in ("status", "reason", "predicted_class")},
+                    **{f"prob_{name}": probs[name] for name in CLASSES},
+                }
+        return rows
+
+    return asyncio.run(ask())
+
+
+def predict_in_bulk(scans: Path, classifier: Path, output: Path) -> Rows:
     classify(
-        ClassifyJob(
-            scans_uri=(str(scans),),
-            classifier_uri=str(classifier),
-            output_uri=str(output),
-            backend="torch",
-            precision="fp32",
-        )
+        ClassifyJob(scans_uri=(str(scans),), classifier_uri=str(classifier), output_uri=str(output))
     )
-    return {
-        Path(row["scan_uri"]).name: {"reason": row["reason"]}
-        | {name: row[f"prob_{name}"] for name in CLASSES if row["confidence"] is not None}
-        for row in pq.read_table(output / "predictions").to_pylist()
-    }
+    (folder,) = (output / "predictions").glob("classifier_id=*")
+    assert folder.name.endswith(load_classifier(str(classifier)).classifier_id)
+    return collect(ds.dataset(folder, format="parquet").to_table().to_pylist())
 
 
-def ask_http(scans: Path, service: Service) -> Answers:
-    answers: Answers = {}
-    for file in scans.rglob("*.*"):
-        upload = [("files", (file.name, file.read_bytes()))]
-        answer = httpx.post(f"{service.url}/v1/classify", files=upload, timeout=60).json()
-        (one,) = answer["answers"]
-        answers[one["name"]] = {"reason": one["reason"]} | (one["probs"] or {})
-    return answers
+def predict_in_evaluation(
+    scans: Path, classifier: Path, output: Path
+) -> tuple[Rows, dict[str, int]]:
+    """Return the rows, and how many scans could not be opened, by reason."""
+    metrics = evaluate(
+        EvaluateJob(data_uri=str(scans), classifier_uri=str(classifier), output_uri=str(output))
+    )
+    table = storage.read_table(str(output / "predictions" / "test.parquet"))
+    return collect(table.to_pylist()), metrics["test"]["rejected"]
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_three_doors_give_one_answer(
-    scans: Path, wary_classifier: Path, service: Service, tmp_path: Path
+def test_every_way_to_predict_gives_the_same_prediction(
+    scans: Path, wary_classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    doors = {
-        "evaluation": ask_evaluation(scans, str(wary_classifier)),
-        "bulk": ask_bulk(scans, wary_classifier, tmp_path / "answers"),
-        "http": ask_http(scans, service),
+    expected, precision = predict_files(scans, wary_classifier, capsys)
+    found = {
+        "http": predict_http(scans, wary_classifier),
+        "bulk": predict_in_bulk(scans, wary_classifier, tmp_path / "bulk"),
     }
-    names = {file.name for file in scans.rglob("*.*")}
-    assert len(names) == 24
-    reference = doors["bulk"]
-    assert {answer["reason"] for answer in reference.values()} == {
+    evaluated, rejected = predict_in_evaluation(scans, wary_classifier, tmp_path / "evaluation")
+    found["evaluation"] = evaluated
+
+    assert precision == choose_precision("auto", has_bf16=has_native_bf16(use_gpu=False))
+    assert len(expected) == 24
+    assert {row["reason"] for row in expected.values()} == {
         *(None, "truncated", "not_an_image", "empty", "multi_frame"),
         *(LOW_CONFIDENCE, UNLIKE_TRAINING),
     }
-    assert reference["static.png"]["reason"] == UNLIKE_TRAINING
-    for door, answers in doors.items():
-        assert set(answers) == names, door
-        for name, answer in answers.items():
-            expected = reference[name]
-            assert answer["reason"] == expected["reason"], (door, name)
-            assert answer.keys() == expected.keys(), (door, name)
-            for kind in answer.keys() - {"reason"}:
-                assert answer[kind] == pytest.approx(expected[kind], abs=1e-5), (door, name)
+    assert expected["static.png"]["reason"] == UNLIKE_TRAINING
+    unreadable = {
+        name: row["reason"]
+        for name, row in expected.items()
+        if row["status"] == "rejected" and row["reason"] != UNLIKE_TRAINING
+    }
+    assert rejected == Counter(unreadable.values())
+    for way, rows in found.items():
+        names = expected.keys() - (unreadable if way == "evaluation" else ())
+        assert rows.keys() == names, way
+        for name in names:
+            assert rows[name] == pytest.approx(expected[name], abs=1e-5), (way, name)

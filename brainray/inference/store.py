@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from brainray import storage
 from brainray.errors import ConfigError, LockLostError, StorageError
 from brainray.inference.schema import SCHEMA_VERSION, build_schema, describe_class_map
+from brainray.io.conditional import create_bytes
 from brainray.provenance import collect_versions, read_code_revision
 
 PREDICTIONS_FOLDER = "predictions"
@@ -220,7 +221,7 @@ class PredictionStore:
             It cannot be written.
         """
         about = self.about | {"runtime": engine, "statistics": statistics}
-        if storage.create_bytes(uri, self._encode(rows, about)):
+        if create_bytes(uri, self._encode(rows, about)):
             return rows
         there = self.read(uri, self.file_schema.names)
         if not there.num_rows:
@@ -259,7 +260,7 @@ class PredictionStore:
         missing = sorted(uris.difference(store.list_files()))
         content = store._encode(store.file_schema.empty_table(), store.about | {"closed": True})
         with ThreadPoolExecutor(NUM_WRITERS) as pool:
-            for _ in pool.map(lambda uri: storage.create_bytes(uri, content), missing):
+            for _ in pool.map(lambda uri: create_bytes(uri, content), missing):
                 pass
         return len(missing)
 

@@ -39,6 +39,7 @@ from pyarrow import fs
 
 from brainray import storage
 from brainray.errors import ConfigError, LockLostError, StorageError
+from brainray.io import conditional
 from brainray.io.repeat import repeat
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ class _Lease(OutputLock):
 
     def check_service(self) -> None:
         """Make sure that the service heeds conditions, without which this is no lock."""
-        storage.check_conditional_writes(self._uri, self._content)
+        conditional.check_conditional_writes(self._uri, self._content)
 
     def renew(self) -> None:
         """Write the lease once more; where that fails, there is time for another attempt or two."""
@@ -283,7 +284,7 @@ class _Lease(OutputLock):
             "state": state,
         }
         self._content = json.dumps(document, indent=2).encode()
-        written = storage.write_object(self._uri, self._content, version)
+        written = conditional.write_object(self._uri, self._content, version)
         if written is None:
             return False
         self._version, self._state, self._renewed_s = written, state, started_s
@@ -292,7 +293,7 @@ class _Lease(OutputLock):
     def _read(self) -> "tuple[dict[str, Any], UpdateVersion | None]":
         """Read the lease, {} where there is none, and its version."""
         try:
-            content, version = storage.read_object(self._uri)
+            content, version = conditional.read_object(self._uri)
         except FileNotFoundError:
             return {}, None
         try:

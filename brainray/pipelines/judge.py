@@ -145,7 +145,10 @@ def add_class_maps(
     if not len(worst):
         return rows
     explain = replace(stage, outputs=("class_maps",), pool=replace(stage.pool, num_engines=1))
-    explained, _ = predict_samples(explain, data.store, data.scans, indices[worst], limits)
+    try:
+        explained, _ = predict_samples(explain, data.store, data.scans, indices[worst], limits)
+    except RejectedImage:  # vanished since it was predicted
+        return rows
     class_maps: list[list[float] | None] = [None] * len(rows)
     for row, class_map in zip(worst, explained["class_map"].to_pylist(), strict=True):
         class_maps[row] = class_map

@@ -1,0 +1,149 @@
+"""Samples of a data set through the prediction stage, whatever happens to its processes."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from brainray.dataset.source import find_samples
+from brainray.errors import ConfigError, RejectedImage
+from brainray.inference import samples
+from brainray.inference.engine import Engine, EngineOptions, open_engine
+from brainray.inference.predict import EnginePool, PredictStage
+from brainray.inference.samples import predict_samples
+from brainray.inference.schema import stack_lists
+from brainray.model.classifier import load_classifier, read_card
+from brainray.pipelines.data import PreparedData, group_samples, split_samples
+from brainray.pixels.decode import DecodeLimits
+from tests.conftest import CLASSES
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+OPTIONS = EngineOptions(precision="fp32", num_threads=1)
+LIMITS = DecodeLimits()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, phantom_folder: Path) -> Path:
+    """Fill a folder with links to scans, which a test may cut."""
+    folder = tmp_path_factory.mktemp("samples")
+    for file in (phantom_folder / "Testing").rglob("*.*"):
+        place = folder / file.relative_to(phantom_folder / "Testing")
+        place.parent.mkdir(exist_ok=True)
+        place.symlink_to(file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path, local_ray: None) -> PreparedData:  # noqa: ARG001 - started
+    return prepare(folder)
+
+
+def prepare(folder: Path) -> PreparedData:
+    found = find_samples(str(folder), CLASSES)
+    grouped = group_samples(found, CLASSES, keep=[], limits=LIMITS, min_correlation=0.96)
+    return split_samples(grouped, CLASSES, np.full(len(grouped.kept), "test"))
+
+
+def build_stage(classifier: Path, engine: Callable[[], Engine]) -> PredictStage:
+    pool = EnginePool(options=OPTIONS, num_engines=1, cpus=0.5)
+    return PredictStage.of(read_card(str(classifier)), engine, pool, ["logits"])
+
+
+def open_in_worker(classifier: Path) -> Engine:
+    return open_engine(load_classifier(str(classifier)), OPTIONS)
+
+
+def open_and_die(classifier: Path, marker: Path, times: int) -> Engine:
+    """Open an engine that ends its process at the second block, so many times."""
+    engine = open_in_worker(classifier)
+    calls, predict = iter(range(99)), engine.predict
+
+    def predict_or_die(*given: object) -> object:
+        if next(calls) == 2:  # the first call warms up
+            died = int(marker.read_text()) if marker.exists() else 0
+            if died < times:
+                marker.write_text(str(died + 1))
+                os._exit(1)
+        return predict(*given)  # type: ignore[arg-type]
+
+    engine.predict = predict_or_die  # type: ignore[method-assign,assignment]
+    return engine
+
+
+def refuse() -> Engine:
+    raise ConfigError("This processor has no bf16 instructions.")
+
+
+def test_rows_come_in_the_order_asked_for(
+    data: PreparedData, tiny_classifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "PART_ROWS", 5)
+    stage = build_stage(tiny_classifier, partial(open_in_worker, tiny_classifier))
+    indices = np.random.default_rng(0).permutation(32)[:23]
+    rows, runtime = predict_samples(stage, data.store, data.scans, indices, LIMITS)
+    uris = data.scans["scan_uri"].take(pa.array(indices))
+    assert rows["scan_uri"].to_pylist() == uris.to_pylist()
+    engine = open_in_worker(tiny_classifier)
+    assert runtime == engine.describe()
+    images = data.store.load_images(indices.tolist(), stage.preprocessing, LIMITS)
+    expected = engine.predict(images, ["logits"]).logits
+    np.testing.assert_allclose(stack_lists(rows["logits"]), expected, atol=1e-6)
+
+
+def test_what_a_lost_process_leaves_is_begun_again(
+    data: PreparedData, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "PART_ROWS", 8)
+    engine = partial(open_and_die, tiny_classifier, tmp_path / "died", 2)
+    stage = build_stage(tiny_classifier, engine)
+    rows, _ = predict_samples(stage, data.store, data.scans, np.arange(32), LIMITS)
+    assert (tmp_path / "died").read_text() == "2"
+    assert rows["scan_uri"].to_pylist() == data.scans["scan_uri"].to_pylist()
+
+
+def test_what_an_engine_refuses_is_one_line_in_the_driver(
+    data: PreparedData, tiny_classifier: Path
+) -> None:
+    stage = build_stage(tiny_classifier, refuse)
+    with pytest.raises(ConfigError) as caught:
+        predict_samples(stage, data.store, data.scans, np.arange(4), LIMITS)
+    assert str(caught.value) == "This processor has no bf16 instructions."
+
+
+def test_a_file_that_has_vanished_is_said(
+    folder: Path, tiny_classifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("brainray.dataset.scan.OBJECT_STORE_SHARE", 0.0)
+    data = prepare(folder)
+    (gone,) = folder.glob(f"{data.found.samples['path'][3]}")
+    target = gone.readlink()
+    gone.unlink()
+    stage = build_stage(tiny_classifier, partial(open_in_worker, tiny_classifier))
+    with pytest.raises(RejectedImage) as caught:
+        predict_samples(stage, data.store, data.scans, np.arange(8), LIMITS)
+    gone.symlink_to(target)
+    assert caught.value.reason == "missing"
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_of_a_table_are_named_as_bulk_jobs_name_them(
+    tmp_path: Path, phantom_folder: Path
+) -> None:
+    files = sorted((phantom_folder / "Testing").rglob("*.jpg"))
+    table = pa.table(
+        {
+            "image_bytes": [file.read_bytes() for file in files],
+            "label": [file.parent.name for file in files],
+        }
+    )
+    pq.write_table(table, tmp_path / "scans.parquet", row_group_size=10)
+    data = prepare(tmp_path)
+    expected = [f"{tmp_path}/scans.parquet#row={row}" for row in range(len(files))]
+    assert data.scans["scan_uri"].to_pylist() == expected
+    assert data.scans["size_bytes"].to_pylist() == [file.stat().st_size for file in files]
