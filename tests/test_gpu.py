@@ -1,25 +1,30 @@
 """What is different on a GPU: what Ray is asked for, and, where there is one, every job on it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import ray.data
 import torch
 from ray.data import Dataset
 
-from brainray.inference.bulk import ClassifyJob, classify
+from brainray.inference.bulk import ClassifyJob, WaveTask, build_stream, classify
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.inference.predict import EnginePool, PredictStage, pack_images
 from brainray.inference.schema import SCAN_SCHEMA
-from brainray.model.classifier import load_classifier
+from brainray.inference.store import PredictionStore
+from brainray.model.classifier import load_classifier, read_card
 from brainray.pipelines.config import Placement, TrainConfig
 from brainray.pipelines.evaluate import EvaluateJob, evaluate
 from brainray.pipelines.optimisation import Optimisation
 from brainray.pipelines.run import TrainJob
 from brainray.pipelines.train import train
+from brainray.pixels.decode import DecodeLimits
 from brainray.pixels.phantoms import write_phantom_folder
 from brainray.pixels.preprocess import Preprocessing
+from tests.fakes import prepare_fake_engine
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -31,6 +36,36 @@ def test_ray_takes_the_stage_that_predicts_on_gpus(tiny_classifier: Path) -> Non
     stage = PredictStage.open(str(tiny_classifier), pool, ["logits", "features"])
     scans = SCAN_SCHEMA.empty_table().append_column("image", pack_images([], 32))
     assert isinstance(stage.apply(ray.data.from_arrow(scans)), Dataset)
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("gpus", [0.5, 0.0])
+def test_only_what_predicts_in_a_bulk_job_is_given_gpus(
+    tiny_classifier: Path, monkeypatch: pytest.MonkeyPatch, gpus: float
+) -> None:
+    """The stream is built and not run."""
+    asked: dict[str, float | None] = {}
+    map_batches = Dataset.map_batches
+
+    def record(stream: Dataset, work: Any, **options: Any) -> Dataset:  # noqa: ANN401
+        asked[work.__name__] = options.get("num_gpus") or None
+        return map_batches(stream, work, **options)
+
+    monkeypatch.setattr(Dataset, "map_batches", record)
+    card = read_card(str(tiny_classifier))
+    pool = EnginePool(options=EngineOptions(use_gpu=bool(gpus)), num_engines=1, cpus=0.5, gpus=gpus)
+    stage = PredictStage.of(card, prepare_fake_engine(str(tiny_classifier), pool.options), pool)
+    task = WaveTask(
+        store=PredictionStore.of("nowhere", card),
+        run="run",
+        preprocessing=stage.preprocessing,
+        limits=DecodeLimits(),
+        labels=ray.put(None),
+    )
+    build_stream(task, stage, 0, [0, 1], 1)
+    predict = {name: number for name, number in asked.items() if number}
+    assert len(asked) == 3
+    assert predict == ({"_PredictBatch": 0.5} if gpus else {})
 
 
 @needs_gpu
