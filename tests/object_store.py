@@ -155,9 +155,10 @@ class StalledWrites:
         """Whether others of the same kind pass."""
 
     def __call__(self, environ: Environ) -> Fault:
-        if environ["REQUEST_METHOD"] != "PUT" or self.is_open:
+        size = int(environ.get("CONTENT_LENGTH") or 0)  # pyarrow gives none; it writes in chunks
+        if environ["REQUEST_METHOD"] != "PUT" or self.is_open or not size:
             return None
-        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        body = environ["wsgi.input"].read(size)
         environ["wsgi.input"] = io.BytesIO(body)
         environ[BODY] = body
         if self._concerns(environ):
