@@ -4,10 +4,15 @@ import base64
 import copy
 import dataclasses
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
 
+from brainray.inference import report
+from brainray.inference.engine import EngineOptions
+from brainray.inference.predict import EnginePool
+from brainray.inference.stats import STAGES, Progress, RunStats
 from brainray.metrics import compute_curves, compute_evaluation
 from brainray.pixels.decode import REJECTION_REASONS
 from brainray.reporting import plots
@@ -41,7 +46,7 @@ def build_counts() -> dict[str, Any]:
 
 def build_metrics() -> dict[str, Any]:
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "classifier_id": "4fce01ab",
         "classes": list(CLASSES),
         "runtime": {
@@ -59,9 +64,9 @@ def build_metrics() -> dict[str, Any]:
             "num_known": 0,
             "new_counts": build_counts(),
             "images_per_s": 32.7,
-            "stages_s": {"list": 0.2, "read": 1.3, "decode": 3.1, "predict": 480.0, "write": 0.4},
+            "images_per_s_warm": None,
+            "stages_s": {"read": 1.3, "decode": 3.1, "predict": 480.0, "write": 0.4},
             "stages_busy": {
-                "list": 0.003,
                 "read": 0.021,
                 "decode": 0.052,
                 "predict": 0.934,
@@ -131,6 +136,32 @@ def cut(html: str, anchor: str) -> str:
 
 def list_headings(html: str) -> list[str]:
     return [heading[3:] for heading in Page(html).headings if heading.startswith("h2")]
+
+
+def test_a_run_gives_what_these_tests_render() -> None:
+    """Else they would be about a page that nobody sees."""
+    progress = Progress()
+    stats = RunStats(num_rows=2, reasons=Counter(empty=1), classes=Counter(glioma=1))
+    about = {"backend": "openvino", "precision": "bf16", "description": "OpenVINO"}
+    progress.add(stats, 1, dict.fromkeys(STAGES, 0.5), about)
+    pool = EnginePool(options=EngineOptions(), num_engines=3, cpus=1.0)
+    card = {"classifier_id": "4fce01ab", "classes": list(CLASSES)}
+    found = report.build_metrics(card, progress, pool, 2, 123)
+
+    def list_keys(document: Any, above: str = "") -> set[str]:  # noqa: ANN401
+        if not isinstance(document, dict):
+            return set()
+        names = {f"{above}.{name}" for name in document}
+        return names.union(*(list_keys(value, f"{above}.{key}") for key, value in document.items()))
+
+    expected = build_metrics()
+    del expected["counts"], expected["confidence_histogram"]  # of all runs: write_report has them
+    for document in (found, expected):
+        for name in ("by_reason", "by_class"):
+            document["run"]["new_counts"][name] = None
+    assert list_keys(found) == list_keys(expected)
+    assert list(found["run"]["stages_s"]) == list(expected["run"]["stages_s"])
+    assert found["schema_version"] == expected["schema_version"]
 
 
 def test_whole_page_is_balanced_and_in_order(judged: dict[str, Any]) -> None:
@@ -275,6 +306,11 @@ def test_what_a_run_may_add_is_shown(judged: dict[str, Any]) -> None:
     text = Page(render_bulk_report(**judged)).text
     assert "once warm 1,234.6" in text
     assert "200 scans whose class is known; 1,790 more were classified whose class is not." in text
+    judged["metrics"]["evaluation"]["num_labelled"] = 200
+    assert "random sample" not in render_bulk_report(**judged)
+    judged["metrics"]["evaluation"]["num_labelled"] = 1_000_000
+    text = Page(render_bulk_report(**judged)).text
+    assert "200 scans whose class is known, a random sample of the 1,000,000 that there" in text
 
 
 def test_a_resumed_run_tells_new_scans_from_known_ones(plain: dict[str, Any]) -> None:
@@ -330,7 +366,7 @@ def test_throughput_shows_every_number(plain: dict[str, Any]) -> None:
         "Predictors 3",
         f"1.15{NBSP}GiB",
         "predict-bound: add predictors (CPUs or GPUs)",
-        f"list find the files 0.2{NBSP}s 0.3{NBSP}%",
+        f"read fetch their bytes 1.3{NBSP}s 2.1{NBSP}%",
         f"decode turn bytes into pixels 3.1{NBSP}s 5.2{NBSP}%",
         f"predict run the network 8{NBSP}min 0{NBSP}s 93.4{NBSP}%",
         f"write store the answers 0.4{NBSP}s 0.7{NBSP}%",
@@ -465,8 +501,9 @@ def test_an_empty_set_renders(plain: dict[str, Any]) -> None:
         "num_new": 0,
         "new_counts": nothing,
         "images_per_s": 0.0,
-        "stages_s": {"list": 0.0},
-        "stages_busy": {"list": 0.0},
+        "images_per_s_warm": None,
+        "stages_s": dict.fromkeys(STAGES, 0.0),
+        "stages_busy": dict.fromkeys(STAGES, 0.0),
         "bottleneck": "",
         "memory_peak_bytes": 0,
         "timeline": [],

@@ -20,7 +20,6 @@ _STATUSES = {
     ),
 }
 _STAGES = {
-    "list": "find the files",
     "read": "fetch their bytes",
     "decode": "turn bytes into pixels",
     "predict": "run the network",
