@@ -395,6 +395,7 @@ class _Run:
                     self._take(shard)
                 return todo
             except RayTaskError:  # it would fail again
+                self._lock.check()  # where the output is lost, that is why
                 raise
             except RayError as error:
                 failures = 1 if len(todo) < before else failures + 1
