@@ -294,7 +294,7 @@ def classify(cluster: Cluster, inbox: Path, classifier: Path, output: Path) -> A
 
 
 def count_parts(output: Path) -> int:
-    return len(list((output / "predictions").glob("*.parquet")))
+    return len(list((output / "predictions").glob("*/*.parquet")))
 
 
 def check_complete(output: Path, inbox: Path) -> None:
@@ -438,7 +438,9 @@ def test_the_same_command_goes_on_after_the_heads_loss(
         process.communicate()
     finally:
         cluster.close()
-    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "predictions").glob("*.parquet")}
+    kept = {
+        file: file.stat().st_mtime_ns for file in (tmp_path / "predictions").glob("*/*.parquet")
+    }
     assert kept
     cluster = Cluster(head_cpus=1, node_cpus=(1,))
     try:
