@@ -40,6 +40,7 @@ from brainray.io.lock import OutputLock, hold_output
 from brainray.model.classifier import load_classifier, read_card, save_classifier
 from brainray.model.network import build_network
 from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits, decode_image
+from brainray.pixels.picture import GALLERY_OVERLAY_PX
 from brainray.pixels.preprocess import Preprocessing, load_image
 from tests.conftest import CLASSES, REPOSITORY
 from tests.fakes import prepare_fake_engine
@@ -264,7 +265,10 @@ def check_the_guide_draws_a_map(output: Path, folder: Path) -> None:
         exec(compile(code, str(GUIDE), "exec"), named)
     shown = np.asarray(Image.open(folder / "overlay.png"))
     pixels = decode_image(Path(named["row"]["scan_uri"]).read_bytes(), DecodeLimits())
-    assert shown.shape == (*pixels.shape, 3)
+    assert max(shown.shape[:2]) == GALLERY_OVERLAY_PX
+    assert shown.shape[0] / shown.shape[1] == pytest.approx(
+        pixels.shape[0] / pixels.shape[1], rel=0.02
+    )
     assert np.ptp(shown, axis=2).any(), "a grey scan has no colours of its own"
 
 
