@@ -51,6 +51,7 @@ from brainray.pixels.normalise import normalise_images
 from brainray.pixels.picture import GALLERY_OVERLAY_PX, render_overlay
 from brainray.pixels.preprocess import Preprocessing, load_image, open_scan
 from brainray.provenance import describe_cpu
+from tests.reference import compute_eager
 from tests.test_report import Page
 from tests.training import read_records
 
