@@ -1,4 +1,4 @@
-"""Fixtures that many rooms' tests share."""
+"""Fixtures that several test files share, and what each test is marked with."""
 
 import os
 from collections.abc import Iterator
@@ -7,15 +7,45 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from hypothesis import settings
 
 from brainray.cluster import connect_ray
 from brainray.model.classifier import save_classifier
 from brainray.model.network import build_network
 from brainray.pixels.phantoms import write_phantom_folder
 from brainray.pixels.preprocess import Preprocessing
+from tests.training import train_here
+
+settings.register_profile("fast", max_examples=25, deadline=None)
+settings.register_profile("thorough", max_examples=500, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 REPOSITORY = Path(__file__).parents[1]
 CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
+
+MARK_OF_FIXTURE = {"local_ray": "ray", "browser": "browser"}
+MARK_OF_MODULE = {
+    "test_classify_faults": "ray",
+    "test_cluster": "ray",
+    "test_faults": "ray",
+    "test_object_store_jobs": "ray",
+    "test_serve_faults": "service",
+    "test_serve_http": "service",
+    "test_serve_schema": "service",
+    "test_skew": "service",
+}
+"""Of files whose tests start processes by themselves."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with what it starts."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        marks = {MARK_OF_FIXTURE.get(name) for name in item.fixturenames}
+        marks.add(MARK_OF_MODULE.get(item.module.__name__.rpartition(".")[2]))
+        for mark in marks - {None}:
+            item.add_marker(str(mark))
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +54,12 @@ def local_ray() -> Iterator[None]:
     connect_ray()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def joined(local_ray: None) -> dict[str, str]:  # noqa: ARG001 - is what is joined
+    """Return the environment of a process that joins this session's Ray instead of starting one."""
+    return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +82,27 @@ def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
         provenance={},
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(
+    local_ray: None,  # noqa: ARG001 - runs
+    phantom_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Train with one worker and nothing going wrong; return the output."""
+    return train_here(phantom_folder, tmp_path_factory.mktemp("trained") / "out")
+
+
+@pytest.fixture(scope="session")
+def trained_by_two(
+    local_ray: None,  # noqa: ARG001 - runs
+    phantom_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Do the same with two workers."""
+    output = tmp_path_factory.mktemp("trained-by-two") / "out"
+    return train_here(phantom_folder, output, num_workers=2)
 
 
 @pytest.fixture(scope="session")

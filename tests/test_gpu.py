@@ -12,8 +12,7 @@ from ray.data import Dataset
 
 from brainray.inference.bulk import ClassifyJob, WaveTask, build_stream, classify
 from brainray.inference.engine import EngineOptions, open_engine
-from brainray.inference.predict import EnginePool, PredictStage, pack_images
-from brainray.inference.schema import SCAN_SCHEMA
+from brainray.inference.predict import EnginePool, PredictStage
 from brainray.inference.store import PredictionStore
 from brainray.model.classifier import load_classifier, read_card
 from brainray.pipelines.config import Placement, TrainConfig
@@ -27,15 +26,6 @@ from brainray.pixels.preprocess import Preprocessing
 from tests.fakes import prepare_fake_engine
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-
-
-@pytest.mark.usefixtures("local_ray")
-def test_ray_takes_the_stage_that_predicts_on_gpus(tiny_classifier: Path) -> None:
-    """It is built and not run: Ray Data checks its arguments at once."""
-    pool = EnginePool(options=EngineOptions(use_gpu=True), num_engines=1, cpus=0.5, gpus=0.5)
-    stage = PredictStage.open(str(tiny_classifier), pool, ["logits", "features"])
-    scans = SCAN_SCHEMA.empty_table().append_column("image", pack_images([], 32))
-    assert isinstance(stage.apply(ray.data.from_arrow(scans)), Dataset)
 
 
 @pytest.mark.usefixtures("local_ray")
