@@ -58,7 +58,7 @@ def main() -> None:
     from brainray import cli
     from brainray.inference import bulk
 
-    bulk.prepare_engine = prepare_fake_engine  # type: ignore[assignment]
+    bulk.prepare_engine = prepare_fake_engine
     cli.run_classify(sys.argv[1:])
 
 

@@ -540,7 +540,7 @@ def _wait_for_plan(task: WaveTask) -> int:
             return int(storage.read_json(task.store.name_plan(task.run, OPENED_FILE)))
         except FileNotFoundError:
             time.sleep(pause_s)
-            pause_s = min(1.2 * pause_s, MAX_POLL_S)
+            pause_s = min(1.5 * pause_s, MAX_POLL_S)
 
 
 @dataclass(slots=True)
