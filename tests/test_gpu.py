@@ -1,6 +1,7 @@
 """What is different on a GPU: what Ray is asked for, and, where there is one, every job on it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +31,19 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU her
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_ray_takes_the_streams_that_compute_on_gpus(tiny_classifier: Path) -> None:
-    """They are built and not run: Ray Data judges its arguments at once."""
+@pytest.mark.parametrize("use_gpu", [True, False])
+def test_only_what_computes_is_given_gpus(
+    tiny_classifier: Path, monkeypatch: pytest.MonkeyPatch, use_gpu: bool
+) -> None:
+    """The streams are built and not run: Ray Data judges its arguments at once."""
+    asked: dict[str, float | None] = {}
+    map_batches = Dataset.map_batches
+
+    def record(stream: Dataset, work: Any, **options: Any) -> Dataset:  # noqa: ANN401
+        asked[work.__name__] = options.get("num_gpus") or None
+        return map_batches(stream, work, **options)
+
+    monkeypatch.setattr(Dataset, "map_batches", record)
     plan = BulkPlan(
         load=LoadPlan(
             scans_uris=("nowhere",),
@@ -40,22 +52,24 @@ def test_ray_takes_the_streams_that_compute_on_gpus(tiny_classifier: Path) -> No
             limits=DecodeLimits(),
         ),
         classifier_uri=str(tiny_classifier),
-        runtime=RuntimeOptions(use_gpu=True),
+        runtime=RuntimeOptions(use_gpu=use_gpu),
         num_predictors=1,
         num_decoders=1,
         cpus_per_predictor=0.5,
-        gpus_per_predictor=1.0,
+        gpus_per_predictor=0.5 * use_gpu,
     )
-    bulk = open_bulk_stream(plan, ray.put(Ledger.of([])))
-    judged = open_answers(
+    open_bulk_stream(plan, ray.put(Ledger.of([])))
+    open_answers(
         np.arange(4),
         ScanStore(ray.put(pa.table({})), None),
         str(tiny_classifier),
         limits=DecodeLimits(),
-        use_gpu=True,
+        use_gpu=use_gpu,
         with_features=True,
     )
-    assert all(isinstance(stream, Dataset) for stream in (bulk, judged))
+    assert len(asked) > 2
+    given = {name: gpus for name, gpus in asked.items() if gpus}
+    assert given == ({"_Predictor": 0.5, "_answer_batch": 1} if use_gpu else {})
 
 
 @needs_gpu
