@@ -1,4 +1,4 @@
-"""Fixtures that many rooms' tests share."""
+"""Fixtures that several test files share."""
 
 import os
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from brainray.model.network import build_network
 from brainray.pipelines.cluster import connect_ray
 from brainray.pixels.phantoms import write_phantom_folder
 from brainray.pixels.preprocess import Preprocessing
+from tests.training import train_here
 
 REPOSITORY = Path(__file__).parents[1]
 CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
@@ -24,6 +25,12 @@ def local_ray() -> Iterator[None]:
     connect_ray()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def joined(local_ray: None) -> dict[str, str]:  # noqa: ARG001 - is what is joined
+    """Return the environment of a process that joins this session's Ray instead of starting one."""
+    return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +53,27 @@ def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
         provenance={},
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(
+    local_ray: None,  # noqa: ARG001 - runs
+    phantom_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Train with one worker and nothing going wrong; return the output."""
+    return train_here(phantom_folder, tmp_path_factory.mktemp("trained") / "out")
+
+
+@pytest.fixture(scope="session")
+def trained_by_two(
+    local_ray: None,  # noqa: ARG001 - runs
+    phantom_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Do the same with two workers."""
+    output = tmp_path_factory.mktemp("trained-by-two") / "out"
+    return train_here(phantom_folder, output, num_workers=2)
 
 
 @pytest.fixture(scope="session")
