@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from hypothesis import settings
 
 from brainray.model.classifier import save_classifier
 from brainray.model.network import build_network
@@ -14,6 +15,10 @@ from brainray.pipelines.cluster import connect_ray
 from brainray.pixels.phantoms import write_phantom_folder
 from brainray.pixels.preprocess import Preprocessing
 from tests.training import train_here
+
+settings.register_profile("fast", max_examples=25, deadline=None)
+settings.register_profile("thorough", max_examples=500, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 REPOSITORY = Path(__file__).parents[1]
 CLASSES = ("glioma", "meningioma", "notumor", "pituitary")

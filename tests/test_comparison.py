@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
@@ -72,7 +72,6 @@ def compute_delong_by_definition(positive: NDArray[np.bool_], scores: Probs) -> 
     )
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     num_positive=st.integers(2, 25),

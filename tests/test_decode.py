@@ -629,14 +629,17 @@ def mend_png(data: bytes) -> bytes:
 
 
 @settings(
-    max_examples=500, deadline=1000, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=20 * settings.default.max_examples,
+    deadline=1000,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
 )
 @given(seed=st.integers(0, 2**32))
 def test_mutants_get_an_answer(seed: int) -> None:
     check_answer(mutate(random.Random(seed)))
 
 
-@settings(max_examples=200, deadline=1000, derandomize=True)
+@settings(max_examples=8 * settings.default.max_examples, deadline=1000, derandomize=True)
 @given(
     magic=st.sampled_from([data[:16] for data in SAMPLES.values()]), tail=st.binary(max_size=300)
 )

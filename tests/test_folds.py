@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brainray import cli, storage
@@ -59,7 +59,6 @@ def read_rows(job: TrainJob, *parts: str) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------ who is in which
 
 
-@settings(max_examples=8, deadline=None)
 @given(num_folds=st.integers(2, 6), seed=st.integers(0, 20))
 def test_each_image_is_held_out_once_by_a_run_that_sees_none_of_its_group(
     num_folds: int, seed: int

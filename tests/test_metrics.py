@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 from sklearn import metrics as sk
@@ -451,7 +451,6 @@ def test_bad_settings_and_hard_predictions_are_named() -> None:
 # -- invariants ------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 40), skill=st.floats(-3, 5))
 def test_values_are_in_range_and_rows_have_no_order(seed: int, n: int, skill: float) -> None:
     y_true, y_prob = draw(seed, n=n, skill=skill)
@@ -477,7 +476,6 @@ def test_values_are_in_range_and_rows_have_no_order(seed: int, n: int, skill: fl
             assert entry[name] is None or 0 <= entry[name] <= 1
 
 
-@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_ranking_scores_depend_on_order_alone(seed: int) -> None:
     """Squaring the scores of a class keeps its order, ties included, and so its areas."""

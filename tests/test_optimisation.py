@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -108,7 +108,6 @@ def test_the_optimizer_is_the_one_asked_for(network: nn.Module) -> None:
 # --- the learning rate over a run ---------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     steps_per_epoch=st.integers(1, 40),
     warmup_epochs=st.integers(0, 4),

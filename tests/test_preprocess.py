@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -35,7 +35,6 @@ def resize_by_torch(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     return resized
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     height=st.integers(1, 400),
     width=st.integers(1, 400),
@@ -96,7 +95,6 @@ def test_pad_is_black_and_loses_nothing() -> None:
     assert (padded[16:48] == 200).all()
 
 
-@settings(max_examples=30, deadline=None)
 @given(height=st.integers(1, 300), width=st.integers(1, 300), side=st.integers(32, 128))
 def test_pad_fills_the_longer_side(height: int, width: int, side: int) -> None:
     pixels = np.full((height, width), 255, np.uint8)

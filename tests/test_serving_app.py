@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from PIL import Image
@@ -371,7 +371,6 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing(
     assert body["request_id"] in caplog.text
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     path=st.sampled_from(["/v1/classify", INFER, "/v1/explain"]),
     kind=st.one_of(

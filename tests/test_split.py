@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -77,7 +77,6 @@ def test_seed_decides() -> None:
     assert (split_groups(labels, groups, 0.2, seed=2) != first).any()
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12)), min_size=2, max_size=60),
     fraction=st.floats(0.05, 0.5),
@@ -251,7 +250,6 @@ def test_hash_follows_every_column_that_shapes_a_run(name: str, value: object) -
 # ------------------------------------------------------------------------------- folds and balance
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 15)), min_size=4, max_size=80),
     num_folds=st.integers(2, 5),

@@ -8,7 +8,7 @@ from typing import NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from brainray import storage
@@ -241,7 +241,6 @@ def test_join(uri: str, parts: tuple[str, ...], expected: str) -> None:
     assert storage.join(uri, *parts) == expected
 
 
-@settings(max_examples=40)
 @given(
     st.lists(
         st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1), max_size=3

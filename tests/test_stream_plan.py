@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -194,7 +194,6 @@ def test_shares_are_padded_to_one_shape() -> None:
                 assert (np.diff((row < 0).astype(int)) >= 0).all()
 
 
-@settings(deadline=None)
 @given(world_size=st.integers(1, 20), num_images=st.integers(0, 200))
 def test_shares_part_a_batch(world_size: int, num_images: int) -> None:
     shares = [share_of(rank, world_size, num_images) for rank in range(world_size)]
@@ -206,7 +205,6 @@ def test_shares_part_a_batch(world_size: int, num_images: int) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-@settings(deadline=None, max_examples=40)
 @given(
     num_train=st.integers(1, 120),
     num_val=st.integers(0, 40),

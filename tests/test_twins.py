@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
@@ -107,7 +107,6 @@ def test_the_threshold_itself_counts() -> None:
     assert group_twins(standardised, min_correlation=0.5001).tolist() == [0, 1]
 
 
-@settings(max_examples=60)
 @given(
     degrees=st.lists(st.integers(0, 359), max_size=14, unique=True),
     block_rows=st.integers(1, 5),
@@ -249,7 +248,6 @@ def test_tasks_find_what_one_process_finds(
     np.testing.assert_allclose(near_here[1], near_there[1], atol=2e-6)
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 1000), count=st.integers(2, 40), num_axes=st.integers(0, 40),
     dimensions=st.integers(1, 40),
