@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONDONTWRITEBYTECODE  # it costs every Ray worker some 20 s of imports
 
-.PHONY: install demo serve test test-slow check
+.PHONY: install demo serve test test-fast test-slow check
 
 install: .venv/.installed
 
@@ -30,5 +30,8 @@ check: install
 test: check
 	$(BIN)/python -m pytest
 
+test-fast: install
+	$(BIN)/python -m pytest -m "not (slow or ray or browser or service or heavy)"
+
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m "slow or hypothesis"
