@@ -122,6 +122,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     for name in names.stdout.splitlines():
+        if not (REPOSITORY / name).is_file():  # a link to a folder, or deleted
+            continue
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, target)
@@ -181,43 +183,72 @@ def last_words(said: str) -> str:
     return [line for line in lines if line and not OF_RAY.match(line)][-1]
 
 
+@pytest.fixture(scope="module")
+def head() -> Iterator[Cluster]:
+    """Start a head alone, which takes work."""
+    cluster = Cluster(head_cpus=1)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder for the commands that fail."""
+    return tmp_path_factory.mktemp("failed")
+
+
+@pytest.fixture(scope="module")
+def failed(
+    head: Cluster, checkout: Path, folder: Path, phantom_folder: Path
+) -> dict[str, tuple[int, str]]:
+    """Run what fails, all at once, as most of it is waiting; return each status and output."""
+    wrong = folder / "token"
+    wrong.write_text("0" * 64)
+    touch = ("ray", "job", "submit", "--", "touch", folder / "witness")
+    many = (*describe_training(phantom_folder, folder / "many"), "--num-workers", "8", "--use-gpu")
+    nowhere = describe_training(folder / "nowhere", folder / "out")
+    processes = {
+        "no data": submit(head, checkout, "train", *nowhere),
+        "no token": head.ask(*touch, RAY_AUTH_MODE="disabled"),
+        "wrong token": head.ask(*touch, RAY_AUTH_TOKEN_PATH=str(wrong)),
+        "many workers": head.start(sys.executable, "jobs/train.py", *many),
+    }
+    return {name: finish(process) for name, process in processes.items()}
+
+
 def test_only_code_travels_and_the_reason_of_a_failure_comes_back(
-    three_nodes: Cluster, checkout: Path, tmp_path: Path
+    head: Cluster, folder: Path, failed: dict[str, tuple[int, str]]
 ) -> None:
-    words = describe_training(tmp_path / "nowhere", tmp_path / "out")
-    status, said = finish(submit(three_nodes, checkout, "train", *words))
+    status, said = failed["no data"]
     assert status != 0
-    assert last_words(said).startswith(f"error: No folder at '{tmp_path / 'nowhere'}'.")
+    assert last_words(said).startswith(f"error: No folder at '{folder / 'nowhere'}'.")
     place = "ray/session_*/runtime_resources/working_dir_files/*"  # session_latest is a link
-    (package,) = {folder.resolve() for folder in three_nodes.folder.glob(place) if folder.is_dir()}
+    (package,) = {one.resolve() for one in head.folder.glob(place) if one.is_dir()}
     files = [file for file in package.rglob("*") if file.is_file()]
     assert {file.relative_to(package).parts[0] for file in files} == {"brainray", "jobs"}
     assert sum(file.stat().st_size for file in files) < MAX_PACKAGE_BYTES
 
 
-def test_who_has_no_token_is_refused(three_nodes: Cluster, tmp_path: Path) -> None:
-    witness = tmp_path / "witness"
-    words = ("ray", "job", "submit", "--", "touch", witness)
-    status, said = finish(three_nodes.ask(*words, RAY_AUTH_MODE="disabled"))
+def test_who_has_no_token_is_refused(
+    head: Cluster, folder: Path, failed: dict[str, tuple[int, str]]
+) -> None:
+    status, said = failed["no token"]
     assert status != 0
     assert "Missing authentication token" in said
-    wrong = tmp_path / "token"
-    wrong.write_text("0" * 64)
-    status, said = finish(three_nodes.ask(*words, RAY_AUTH_TOKEN_PATH=str(wrong)))
+    status, said = failed["wrong token"]
     assert status != 0
-    assert not witness.exists()
-    assert (three_nodes.folder / "token").stat().st_mode & 0o777 == 0o600
+    assert "Invalid authentication token" in said
+    assert not (folder / "witness").exists()
+    assert (head.folder / "token").stat().st_mode & 0o777 == 0o600
 
 
 def test_workers_that_can_never_be_had_are_refused(
-    three_nodes: Cluster, phantom_folder: Path, tmp_path: Path
+    folder: Path, failed: dict[str, tuple[int, str]]
 ) -> None:
-    words = describe_training(phantom_folder, tmp_path)
-    command = (sys.executable, "jobs/train.py", *words, "--num-workers", "8", "--use-gpu")
-    status, said = finish(three_nodes.start(*command))
+    status, said = failed["many workers"]
     assert status == 2, said
     assert "room for 8 training workers with 0.98 CPU and 1 GPU each" in last_words(said)
-    assert not (tmp_path / "metrics.jsonl").exists()
+    assert not (folder / "many" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
