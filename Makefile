@@ -31,7 +31,7 @@ test: check
 	$(BIN)/python -m pytest
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not slow and not ray and not browser and not service"
+	$(BIN)/python -m pytest -m "not (slow or ray or browser or service or heavy)"
 
 test-slow: install
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m "slow or hypothesis"

@@ -24,17 +24,22 @@ REPOSITORY = Path(__file__).parents[1]
 CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
 
 MARK_OF_FIXTURE = {"local_ray": "ray", "browser": "browser"}
-MARK_OF_MODULE = {
+MARK_OF_PLACE = {
+    "test_answer": "heavy",
     "test_classify_faults": "ray",
     "test_cluster": "ray",
+    "test_explain": "heavy",
     "test_faults": "ray",
+    "test_files::test_no_ray_is_loaded": "heavy",
+    "test_object_store": "heavy",
     "test_object_store_jobs": "ray",
+    "test_engine": "heavy",
     "test_serve_faults": "service",
     "test_serve_http": "service",
     "test_serve_schema": "service",
     "test_skew": "service",
 }
-"""Of files whose tests start processes by themselves."""
+"""Of files, or of single tests in them, that no fixture tells of."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -42,8 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with what it starts."""
     for item in items:
         assert isinstance(item, pytest.Function)
+        file = item.path.stem
         marks = {MARK_OF_FIXTURE.get(name) for name in item.fixturenames}
-        marks.add(MARK_OF_MODULE.get(item.module.__name__.rpartition(".")[2]))
+        marks |= {MARK_OF_PLACE.get(place) for place in (file, f"{file}::{item.originalname}")}
         for mark in marks - {None}:
             item.add_marker(str(mark))
 

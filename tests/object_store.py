@@ -186,7 +186,8 @@ class Quiet(WSGIRequestHandler):
 def serve_objects() -> Iterator[ObjectStore]:
     """Serve one empty bucket on loopback."""
     store = ObjectStore()
-    thread = threading.Thread(target=store.server.serve_forever, daemon=True)
+    poll_s = 0.01  # for which a shutdown waits
+    thread = threading.Thread(target=store.server.serve_forever, args=(poll_s,), daemon=True)
     thread.start()
     # What moto holds belongs to the process, not to a server.
     urlopen(Request(f"{store.url}/moto-api/reset", method="POST"), timeout=60).close()

@@ -163,6 +163,7 @@ def test_jobs_are_the_same_doors() -> None:
         assert callable(getattr(cli, f"run_{name}"))
 
 
+@pytest.mark.heavy
 def test_output_that_nobody_reads_ends_quietly() -> None:
     processes = {
         command: subprocess.Popen(

@@ -92,9 +92,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandI
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    poll_s = 0.01  # for which a shutdown waits
+    threading.Thread(target=server.serve_forever, args=(poll_s,), daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, endpoint)
+    # It would look through the modules of every frame of the stack, for 0.3 s.
+    monkeypatch.setattr("kagglehub.clients.get_user_agent", lambda: "kagglehub")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # no credentials of whoever runs this
     monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
     monkeypatch.setenv("KAGGLEHUB_CACHE", "")  # what a fetch sets is undone

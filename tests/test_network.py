@@ -440,6 +440,7 @@ def test_statistics_are_measured_on_the_images_given(synced: bool) -> None:
     assert normalised.abs().max() < 0.1
 
 
+@pytest.mark.heavy
 def test_sealed_weights_are_rounded_once_and_fit_again(fresh_network: nn.Module) -> None:
     state = fresh_network.state_dict()
     rounded = round_weights(state)
@@ -508,6 +509,7 @@ def test_a_single_worker_needs_no_synchronisation() -> None:
         torch.testing.assert_close(synced.state_dict()[name], value)
 
 
+@pytest.mark.heavy
 def test_convolutions_train_as_the_same_product() -> None:
     torch.manual_seed(5)
     images = torch.randn(2, 1, 96, 96, dtype=torch.float64).to(memory_format=torch.channels_last)
@@ -638,6 +640,7 @@ def synced_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, A
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shares", SHARES)
 def test_two_workers_normalise_as_one(synced_results: list[dict[str, Any]], shares: str) -> None:
     expected = take_steps(build_small(), slice(0, BATCH), 1 / BATCH)
