@@ -89,7 +89,7 @@ FIRST_SHARDS_PER_ENGINE = 16
 the plan has not costs a task."""
 OPENED_FILE = "opened.json"
 """In the plan's folder, once it is made: shards of the first wave."""
-POLL_S, MAX_POLL_S = 0.05, 1.0
+POLL_S, MAX_POLL_S = 0.05, 0.25
 """Pause between two looks for the plan, at the start; each is longer than the one before."""
 ALREADY_ANSWERED = "already_answered"
 """Reason that a scan has within the stream whose content has a row; it gets no other one."""

@@ -90,7 +90,8 @@ class OpenVinoEngine(Engine):
         self._num_threads = options.num_threads or len(os.sched_getaffinity(0))
         self._core = openvino.Core()
         self._model = self._core.read_model(model.xml, model.weights)
-        self._one = self._compile(self._model, num_streams=1).create_infer_request()
+        # Each is compiled when it is first asked for, which takes half a second.
+        self._one: openvino.InferRequest | None = None
         self._many: openvino.AsyncInferQueue | None = None
         self._explaining: openvino.InferRequest | None = None
         self._turn, self._feeding, self._counting = (threading.Lock() for _ in range(3))
@@ -119,6 +120,8 @@ class OpenVinoEngine(Engine):
         with self._count_call() as is_alone:
             if self._num_threads == 1 or (is_alone and len(images) < 2 * self._num_threads):
                 with self._turn:
+                    if self._one is None:
+                        self._one = self._compile(self._model, 1).create_infer_request()
                     for index, image in enumerate(images):
                         self._one.infer([self._greys[image][None, None]])
                         _copy_outputs(self._one, outputs, index)

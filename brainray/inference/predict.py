@@ -32,6 +32,8 @@ CPUS_PER_ENGINE = 4
 GPU_BATCH_SIZE = 256
 """Images of one call of an engine on a GPU. Ray Data wants a size there, and joins smaller blocks
 up to it; on a CPU each block is a call of its own."""
+WARM_UP_SIZE = 8
+"""Images predicted before the first ones: so many that the engine compiles what batches need."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +148,7 @@ class _PredictBatch:
             return
         self._about = self._engine.describe()
         self._runtime = json.dumps(self._about)
-        self._engine.predict(self._engine.make_batch(1), stage.outputs)  # warm up
+        self._engine.predict(self._engine.make_batch(WARM_UP_SIZE), stage.outputs)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self._refusal is not None:
