@@ -309,3 +309,18 @@ def test_the_parts_of_many_scans_are_about_equal() -> None:
     parts = plan_module.hash_names(find_neighbourhoods(names)) % 4
     counts = np.bincount(parts.astype(np.int64), minlength=4)
     assert counts.min() > 4_700
+
+
+@pytest.mark.parametrize("list_first", [True, False])
+def test_of_a_scan_that_is_named_twice_the_row_with_a_time_counts(list_first: bool) -> None:
+    """Else a scan that a list names again would be read in every run."""
+    row = {"scan_uri": "a", "uri": "a", "row_group": -1, "row": -1}
+    named = [row, row | {"size_bytes": 10, "modified_ns": 5}]
+    rows = pa.Table.from_pylist(
+        named if list_first else named[::-1], schema=plan_module._ROWS_SCHEMA
+    )
+    (found,) = choose_new(rows).to_pylist()
+    assert (found["size_bytes"], found["modified_ns"]) == (10, 5)
+    known = {"scan_uri": "a", "size_bytes": 10, "modified_ns": 5, "content": "c"}
+    answered = pa.Table.from_pylist([known], schema=plan_module._ROWS_SCHEMA)
+    assert choose_new(pa.concat_tables([rows, answered])).num_rows == 0

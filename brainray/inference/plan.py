@@ -250,9 +250,12 @@ def choose_new(table: pa.Table) -> pa.Table:
     """
     is_listed = table["uri"].is_valid()
     listed, known = table.filter(is_listed), table.filter(pc.invert(is_listed))
-    places = pa.array(range(listed.num_rows))
+    # Of a scan that is named twice, the row that knows the file's time: a list does not.
+    count = listed.num_rows
+    places = np.arange(count) + count * listed["modified_ns"].is_null().to_numpy()
     once = pa.table([listed["scan_uri"], places], ["scan_uri", "place"]).group_by("scan_uri")
-    listed = listed.take(once.aggregate([("place", "min")])["place_min"])
+    first = once.aggregate([("place", "min")])["place_min"].to_numpy()
+    listed = listed.take(pa.array(first % max(1, count)))
     listed = listed.select(LISTING_SCHEMA.names)
     contents = pa.nulls(listed.num_rows, pa.list_(pa.string()))
     if known.num_rows:
