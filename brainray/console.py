@@ -88,7 +88,7 @@ def report_bulk(reporter: ConsoleReporter, metrics: dict[str, Any], output_uri: 
     """Print what a bulk run did, and where things are."""
     run = metrics["run"]
     if "evaluation" in metrics:
-        reporter.log(describe_scores("truth", metrics["evaluation"]))
+        reporter.log(describe_scores("labelled", metrics["evaluation"]))
     reporter.log(describe_counts(run))
     reporter.log(
         f"speed       {run['images_per_s']:.1f} images/s with the start; {run['bottleneck']}"
