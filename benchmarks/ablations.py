@@ -23,14 +23,14 @@ import tyro
 from augment_speed import apply_chain, build_chain
 
 from brainray import storage
-from brainray.pipelines import fit, loop
-from brainray.pipelines.config import Placement, TrainConfig
-from brainray.pipelines.run import TrainJob
-from brainray.pipelines.train import train
-from brainray.pipelines.worker import train_worker
-from brainray.pixels.augment import NO_AUGMENTATION, Dice
-from brainray.pixels.preprocess import Preprocessing
+from brainray.images.preprocess import Preprocessing
 from brainray.recipes import RECIPES, build_recipe
+from brainray.training import fit, loop
+from brainray.training.augment import NO_AUGMENTATION, Dice
+from brainray.training.config import Placement, TrainConfig
+from brainray.training.run import TrainJob
+from brainray.training.train import train
+from brainray.training.worker import train_worker
 
 CHAIN = "torchvision-chain"
 SCORES = ("accuracy", "macro_f1", "macro_auroc", "log_loss")

@@ -30,23 +30,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
-from brainray.dataset.neighbours import (
+from brainray.data.near_duplicates import (
+    compute_thumbnail,
+    group_twins,
+    measure_recall,
+    standardise_thumbnails,
+)
+from brainray.data.neighbours import (
     EXACT_PAIRS,
     Block,
     Found,
     count_products,
     do_here,
 )
-from brainray.dataset.twins import (
-    compute_thumbnail,
-    group_twins,
-    measure_recall,
-    standardise_thumbnails,
-)
+from brainray.evaluation.audit import AuditJob, audit
+from brainray.images.decode import DecodeLimits, decode_image
 from brainray.labels import BRAIN_TUMOUR_CLASSES
-from brainray.pipelines.audit import AuditJob, audit
-from brainray.pixels.decode import DecodeLimits, decode_image
-from brainray.pixels.phantoms import iterate_phantoms
+from brainray.phantoms import iterate_phantoms
 
 MIN_CORRELATION = 0.96
 WAYS = {"every pair": EXACT_PAIRS, "by cells": 0}

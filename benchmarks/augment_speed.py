@@ -16,10 +16,10 @@ import torch
 import tyro
 from torchvision.transforms import InterpolationMode, v2
 
-from brainray.pixels.augment import Augmentation, augment_images, roll_dice
-from brainray.pixels.normalise import normalise_images
-from brainray.pixels.preprocess import Preprocessing
+from brainray.images.normalise import normalise_images
+from brainray.images.preprocess import Preprocessing
 from brainray.recipes import RECIPES, build_recipe
+from brainray.training.augment import Augmentation, augment_images, roll_dice
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 import tyro
 
+from brainray.images.preprocess import Preprocessing
 from brainray.inference.bulk import ClassifyJob, classify
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import save_classifier
 from brainray.model.network import build_network
-from brainray.pixels.preprocess import Preprocessing
 
 FILES_PER_FOLDER = 10_000
 

@@ -32,6 +32,7 @@ import tyro
 from numpy.typing import NDArray
 from PIL import Image
 
+from brainray.images.preprocess import Preprocessing
 from brainray.inference import bulk
 from brainray.inference.bulk import ClassifyJob, classify
 from brainray.inference.engine import NUM_POOLED_FEATURES, Engine
@@ -40,7 +41,6 @@ from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import save_classifier
 from brainray.model.network import build_network
 from brainray.model.trust import Outputs, Trust
-from brainray.pixels.preprocess import Preprocessing
 
 SIDE_PX = 32
 SHARD_ROWS = 10_000

@@ -45,12 +45,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import Preprocessing, load_image
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import Preprocessing, load_image
 
 SIDES = ("job", "ceiling", "plain", "timm", "ray")
 EXPLAIN_SIDES = ("job", "explained")

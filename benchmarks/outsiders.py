@@ -25,14 +25,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from sklearn.metrics import roc_auc_score
 
-from brainray.dataset.read import read_named_scan
-from brainray.dataset.scans import list_scans
+from brainray.data.read import read_named_scan
+from brainray.data.scans import list_scans
 from brainray.errors import RejectedImage
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import open_scan
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.trust import UNLIKE_TRAINING, Outputs, compute_energy
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import open_scan
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".tif", ".tiff", ".bmp", ".webp"}
 

@@ -34,12 +34,12 @@ import psutil
 import torch
 import tyro
 
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import Preprocessing, load_image
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import Preprocessing, load_image
 
 REPOSITORY = Path(__file__).parents[1]
 START_S = 180.0

@@ -54,10 +54,10 @@ class Options:
 
 def run_brainray(options: Options) -> None:
     """Train by the recipe; the records go where every run's go."""
-    from brainray.pipelines.config import Placement
-    from brainray.pipelines.run import TrainJob
-    from brainray.pipelines.train import train
     from brainray.recipes import build_recipe
+    from brainray.training.config import Placement
+    from brainray.training.run import TrainJob
+    from brainray.training.train import train
 
     recipe = build_recipe(options.recipe)
     config = replace(

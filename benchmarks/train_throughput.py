@@ -44,10 +44,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 from brainray import runlog
+from brainray.images.preprocess import Preprocessing
 from brainray.model.network import build_network
-from brainray.pipelines.config import Placement, TrainConfig
-from brainray.pipelines.optimisation import Optimisation
-from brainray.pixels.preprocess import Preprocessing
+from brainray.training.config import Placement, TrainConfig
+from brainray.training.optim import Optimisation
 
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
@@ -243,10 +243,10 @@ def run_brainray(options: Options) -> Turn:
     import ray
 
     from brainray.cluster import connect_ray
-    from brainray.dataset.source import find_samples
-    from brainray.pipelines.data import prepare_training_data
-    from brainray.pipelines.fit import fit
-    from brainray.pipelines.run import TrainJob
+    from brainray.data.labelled import find_samples
+    from brainray.training.fit import fit
+    from brainray.training.prepare import prepare_training_data
+    from brainray.training.run import TrainJob
 
     config = TrainConfig(
         weights="none",

@@ -108,9 +108,9 @@ def parse_job(
 
 def run_train(arguments: list[str]) -> None:
     """`brainray train`, `python jobs/train.py`."""
-    from brainray.pipelines.folds import cross_validate
-    from brainray.pipelines.run import TrainJob
-    from brainray.pipelines.train import train
+    from brainray.training.crossval import cross_validate
+    from brainray.training.run import TrainJob
+    from brainray.training.train import train
 
     options = guard(lambda: _parse_train(arguments))
     reporter = ConsoleReporter()
@@ -156,7 +156,7 @@ def _find_recipe(arguments: Sequence[str]) -> str:
 
 def run_evaluate(arguments: list[str]) -> None:
     """`brainray evaluate`, `python jobs/evaluate.py`."""
-    from brainray.pipelines.evaluate import EvaluateJob, evaluate
+    from brainray.evaluation.evaluate import EvaluateJob, evaluate
 
     job, verbose = parse_job(
         EvaluateJob,
@@ -232,7 +232,7 @@ def run_serve(arguments: list[str]) -> None:
 
 def run_audit(arguments: list[str]) -> None:
     """`brainray audit`, `python jobs/audit.py`; exits 3 when more leaks than was allowed."""
-    from brainray.pipelines.audit import AuditJob, audit, list_excessive_leaks
+    from brainray.evaluation.audit import AuditJob, audit, list_excessive_leaks
 
     job, verbose = parse_job(
         AuditJob,
@@ -263,7 +263,7 @@ def run_audit(arguments: list[str]) -> None:
 
 def run_compare(arguments: list[str]) -> None:
     """`brainray compare A B`, `python jobs/compare.py A B`."""
-    from brainray.pipelines.compare import CompareJob, compare
+    from brainray.evaluation.compare import CompareJob, compare
 
     job, as_json = parse_job(
         CompareJob,
@@ -282,7 +282,7 @@ def run_compare(arguments: list[str]) -> None:
 
 def run_data(arguments: list[str]) -> None:
     """`brainray data fetch`."""
-    from brainray.dataset.kaggle import FetchJob, fetch_kaggle_set
+    from brainray.data.kaggle import FetchJob, fetch_kaggle_set
 
     if not arguments or arguments[0] != "fetch":
         asked = bool(arguments) and arguments[0] in ("-h", "--help")
@@ -294,8 +294,8 @@ def run_data(arguments: list[str]) -> None:
 
 def run_demonstration(arguments: list[str]) -> None:
     """`brainray demo`."""
-    from brainray.pipelines.demo import DemoJob, run_demo
     from brainray.recipes import build_recipe
+    from brainray.training.demo import DemoJob, run_demo
 
     job = guard(lambda: tyro.cli(DemoJob, args=arguments, prog="brainray demo"))
     reporter = ConsoleReporter()
@@ -309,7 +309,7 @@ def run_demonstration(arguments: list[str]) -> None:
 
 def run_doctor(arguments: list[str]) -> None:
     """`brainray doctor`."""
-    from brainray.pipelines.doctor import examine
+    from brainray.doctor import examine
 
     if arguments:
         print("usage: brainray doctor", file=sys.stderr)

@@ -14,7 +14,7 @@ import ray
 import ray.data
 from ray.exceptions import RayTaskError
 
-from brainray.dataset.stream import TASK_CPUS
+from brainray.data.stream import TASK_CPUS
 from brainray.errors import BrainrayError, ConfigError
 from brainray.io.repeat import repeat
 from brainray.raytoken import keep_token_private
@@ -133,7 +133,7 @@ def share_cpus(count: int, nodes: Sequence[Bundle], wanted: float = 1.0, **other
     """Return the CPUs that each of some processes reserves: all wanted, or a part of one.
 
     Whatever the nodes and whichever of them are lost, each of the processes leaves
-    :data:`brainray.dataset.stream.TASK_CPUS` of every CPU to the tasks that read and decode: a
+    :data:`brainray.data.stream.TASK_CPUS` of every CPU to the tasks that read and decode: a
     run whose processes hold every CPU of every node waits for its own data for ever.
 
     Parameters

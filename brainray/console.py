@@ -151,7 +151,7 @@ def describe_comparison(document: dict[str, Any]) -> list[str]:
     Parameters
     ----------
     document : dict
-        What :func:`brainray.pipelines.compare.compare` returned.
+        What :func:`brainray.evaluation.compare.compare` returned.
     """
     kind = "groups" if document["join"]["has_groups"] else "images, each a group of its own"
     lines = [

@@ -69,7 +69,7 @@ class RejectedImage(UserError):  # noqa: N818 - a rejection is an answer, not a 
     Parameters
     ----------
     reason : str
-        Stable code, one of :data:`brainray.pixels.decode.REJECTION_REASONS`.
+        Stable code, one of :data:`brainray.images.decode.REJECTION_REASONS`.
     message : str
         The same in words.
     """

@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 import tyro
 
 from brainray.errors import ConfigError
+from brainray.images.preprocess import Preprocessing
 from brainray.model.trust import TrustOptions
-from brainray.pipelines.config import Placement, TrainConfig
-from brainray.pipelines.optimisation import Optimisation
-from brainray.pixels.augment import Augmentation
-from brainray.pixels.preprocess import Preprocessing
+from brainray.training.augment import Augmentation
+from brainray.training.config import Placement, TrainConfig
+from brainray.training.optim import Optimisation
 
 
 def smoke() -> TrainConfig:

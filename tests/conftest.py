@@ -10,10 +10,10 @@ import torch
 from hypothesis import settings
 
 from brainray.cluster import connect_ray
+from brainray.images.preprocess import Preprocessing
 from brainray.model.classifier import save_classifier
 from brainray.model.network import build_network
-from brainray.pixels.phantoms import write_phantom_folder
-from brainray.pixels.preprocess import Preprocessing
+from brainray.phantoms import write_phantom_folder
 from tests.training import train_here
 
 settings.register_profile("fast", max_examples=25, deadline=None)

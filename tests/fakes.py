@@ -12,10 +12,10 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import NUM_POOLED_FEATURES, Engine, EngineOptions
 from brainray.model.classifier import read_card
 from brainray.model.trust import Outputs, Trust
-from brainray.pixels.preprocess import Preprocessing
 
 DELAY_VARIABLE = "BRAINRAY_TEST_DELAY_S"
 """Seconds that each call of the engine takes."""

@@ -19,10 +19,10 @@ import numpy as np
 import uvicorn
 from numpy.typing import NDArray
 
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import Preprocessing, open_scan
 from brainray.inference.engine import Prediction
 from brainray.model.explain import STRIDE_PX
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import Preprocessing, open_scan
 from brainray.serving.asgi import App, Receive, Scope, Send
 from brainray.serving.limits import ServiceLimits
 from brainray.serving.predictor import Meaning, Reply

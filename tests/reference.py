@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from brainray.images.normalise import normalise_images
 from brainray.model.classifier import Classifier
 from brainray.model.network import pool_stages, split_head
 from brainray.model.trust import Outputs
-from brainray.pixels.normalise import normalise_images
 
 
 @torch.inference_mode()

@@ -19,8 +19,8 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import EngineOptions
-from brainray.pixels.preprocess import Preprocessing
 from brainray.serving.asgi import App
 from brainray.serving.auth import Guard
 from brainray.serving.gate import Gate

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from brainray import cli
-from brainray.dataset.source import find_samples
+from brainray.data.labelled import find_samples
 from brainray.errors import ConfigError
-from brainray.pipelines.audit import AuditJob, audit, parse_max_leak
+from brainray.evaluation.audit import AuditJob, audit, parse_max_leak
 from tests.conftest import CLASSES
 
 pytestmark = pytest.mark.usefixtures("local_ray")

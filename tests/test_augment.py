@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage, stats
 
 from brainray.errors import ConfigError
-from brainray.pixels.augment import (
+from brainray.training.augment import (
     NO_AUGMENTATION,
     Augmentation,
     Dice,

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
+from brainray.images.decode import REJECTION_REASONS
 from brainray.inference import report
 from brainray.inference.engine import EngineOptions
 from brainray.inference.predict import EnginePool
 from brainray.inference.stats import STAGES, Progress, RunStats
 from brainray.metrics import compute_curves, compute_evaluation
-from brainray.pixels.decode import REJECTION_REASONS
-from brainray.reporting import plots
-from brainray.reporting.bulk import UncertainScan, render_bulk_report
-from brainray.reporting.evaluation import Mistake
-from brainray.reporting.page import format_bytes, format_duration, format_moment, format_share
+from brainray.reports import plots
+from brainray.reports.bulk import UncertainScan, render_bulk_report
+from brainray.reports.evaluation import Mistake
+from brainray.reports.page import format_bytes, format_duration, format_moment, format_share
 from tests.test_report import CLASSES, DASH, NBSP, Page, build_mistake, build_predictions
 
 HOSTILE = [

@@ -12,14 +12,14 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from brainray.dataset.source import FoundSamples
+from brainray.data.labelled import FoundSamples
+from brainray.evaluation.modelcard import summarise_data
+from brainray.evaluation.prepared import PreparedData
 from brainray.metrics import compute_evaluation
 from brainray.model.reasons import NOTICE
-from brainray.pipelines.data import PreparedData
-from brainray.pipelines.modelcard import summarise_data
-from brainray.reporting.card import build_model_card, render_model_card
-from brainray.reporting.guidelines import CLAIM, TRIPOD_AI
-from brainray.reporting.page import format_text
+from brainray.reports.card import build_model_card, render_model_card
+from brainray.reports.guidelines import CLAIM, TRIPOD_AI
+from brainray.reports.page import format_text
 from tests.test_report import CLASSES, build_predictions, build_split
 
 HOSTILE = (

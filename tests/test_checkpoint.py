@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from brainray.model.network import set_batch_norm
-from brainray.pipelines.checkpoint import (
+from brainray.training.checkpoint import (
     Progress,
     load_checkpoint,
     load_network_weights,
     save_checkpoint,
 )
-from brainray.pipelines.optimisation import Optimisation, build_optimizer
+from brainray.training.optim import Optimisation, build_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

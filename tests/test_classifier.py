@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 
 from brainray.errors import ClassifierError
+from brainray.images.preprocess import Preprocessing
 from brainray.model.calibration import fit_likeness
 from brainray.model.classifier import (
     CARD_FILE,
@@ -31,7 +32,6 @@ from brainray.model.classifier import (
 )
 from brainray.model.network import STAGE_WIDTHS, StateDict, build_network
 from brainray.model.trust import Trust
-from brainray.pixels.preprocess import Preprocessing
 from tests.reference import compute_eager, predict_eager
 
 pytestmark = pytest.mark.usefixtures("one_thread")

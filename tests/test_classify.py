@@ -29,6 +29,9 @@ from brainray.errors import (
     LockLostError,
     StorageError,
 )
+from brainray.images.decode import REJECTION_REASONS, DecodeLimits, decode_image
+from brainray.images.heatmap import GALLERY_OVERLAY_PX
+from brainray.images.preprocess import Preprocessing, load_image
 from brainray.inference import bulk as bulk_module
 from brainray.inference import plan as plan_module
 from brainray.inference.bulk import ClassifyJob, classify, parse_max_rejected
@@ -39,9 +42,6 @@ from brainray.inference.store import PredictionStore, Wave
 from brainray.io.lock import OutputLock, hold_output
 from brainray.model.classifier import load_classifier, read_card, save_classifier
 from brainray.model.network import build_network
-from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits, decode_image
-from brainray.pixels.picture import GALLERY_OVERLAY_PX
-from brainray.pixels.preprocess import Preprocessing, load_image
 from tests.conftest import CLASSES, REPOSITORY
 from tests.fakes import prepare_fake_engine
 from tests.test_decode import SAMPLES, mutate

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from brainray import cli, console
-from brainray.pipelines.doctor import examine
+from brainray.doctor import examine
 from brainray.recipes import RECIPES
 
 

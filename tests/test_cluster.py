@@ -20,7 +20,7 @@ from brainray import cluster as cluster_room
 from brainray.cluster import Need, check_fits, count_fitting, find_lacking, share_cpus
 from brainray.cluster import tell_waiting as tell
 from brainray.errors import ConfigError
-from brainray.pixels.phantoms import write_phantom_folder
+from brainray.phantoms import write_phantom_folder
 from tests.conftest import REPOSITORY
 from tests.nodes import Cluster, Node
 from tests.object_store import BUCKET, ObjectStore, serve_objects

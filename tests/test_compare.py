@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from brainray.errors import DataError
-from brainray.pipelines.compare import CompareJob, compare
+from brainray.evaluation.compare import CompareJob, compare
 from brainray.storage import read_json
 from tests.conftest import CLASSES
 

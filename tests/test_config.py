@@ -9,11 +9,11 @@ import pytest
 
 from brainray import __version__
 from brainray.errors import ConfigError
-from brainray.pipelines.config import Placement, TrainConfig, find_differences
-from brainray.pipelines.optimisation import Optimisation
-from brainray.pixels.preprocess import Preprocessing
+from brainray.images.preprocess import Preprocessing
 from brainray.provenance import LIBRARIES, collect_versions, read_code_revision
 from brainray.recipes import RECIPES, build_recipe
+from brainray.training.config import Placement, TrainConfig, find_differences
+from brainray.training.optim import Optimisation
 
 NAN = float("nan")
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from brainray.errors import RejectedImage
-from brainray.pixels.decode import REJECTION_REASONS, DecodeLimits, decode_image
+from brainray.images.decode import REJECTION_REASONS, DecodeLimits, decode_image
 
 DICE = np.random.default_rng(20240607)
 GREY = DICE.integers(0, 256, (13, 19), dtype=np.uint8)

@@ -23,12 +23,12 @@ from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 
 from brainray import cli
 from brainray.errors import ConfigError
+from brainray.images.decode import DecodeLimits
 from brainray.inference.bulk import ClassifyJob
 from brainray.inference.predict import CPUS_PER_ENGINE
 from brainray.inference.schema import SCHEMA_VERSION, build_schema
 from brainray.io.lock import LEASE_LIFE_S
 from brainray.model.reasons import REASONS
-from brainray.pixels.decode import DecodeLimits
 from brainray.serving.auth import MIN_TOKEN_CHARACTERS, TOKEN_VARIABLE
 from brainray.serving.config import ServeJob, read_arguments
 from brainray.serving.connection import INSTALLER

@@ -17,6 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from brainray.errors import ConfigError
+from brainray.images.decode import DecodeLimits
+from brainray.images.normalise import normalise_images
+from brainray.images.preprocess import Preprocessing, load_image
 from brainray.inference import engine_torch, export_openvino
 from brainray.inference.engine import (
     Engine,
@@ -30,9 +33,6 @@ from brainray.model.classifier import Classifier, load_classifier, save_classifi
 from brainray.model.network import build_network, compute_features
 from brainray.model.precision import has_native_bf16
 from brainray.model.shipped import find_default_classifier
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.normalise import normalise_images
-from brainray.pixels.preprocess import Preprocessing, load_image
 from tests.conftest import REPOSITORY
 from tests.reference import predict_eager
 

@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import spearmanr
 
+from brainray.images.decode import DecodeLimits
+from brainray.images.heatmap import render_map
+from brainray.images.normalise import normalise_images
+from brainray.images.preprocess import Preprocessing, load_image, resize_image
 from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.explain import STRIDE_PX
@@ -20,10 +24,6 @@ from brainray.model.network import build_network, compute_features
 from brainray.model.precision import has_native_bf16
 from brainray.model.shipped import find_default_classifier
 from brainray.model.trust import Trust
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.normalise import normalise_images
-from brainray.pixels.picture import render_map
-from brainray.pixels.preprocess import Preprocessing, load_image, resize_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

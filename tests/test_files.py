@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from brainray import cli
+from brainray.evaluation.evaluate import EvaluateJob
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import load_image
 from brainray.inference import files
 from brainray.inference.bulk import ClassifyJob
 from brainray.inference.engine import EngineOptions
@@ -21,9 +24,6 @@ from brainray.inference.schema import build_schema
 from brainray.model.classifier import load_classifier, read_card
 from brainray.model.reasons import NOTICE
 from brainray.model.shipped import DEFAULT_VARIABLE, SHIPPED_FOLDER, find_default_classifier
-from brainray.pipelines.evaluate import EvaluateJob
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import load_image
 from brainray.serving.predictor import ModelOptions
 from tests.conftest import CLASSES
 from tests.reference import predict_eager

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from brainray.dataset import findings
-from brainray.dataset.findings import Nearest, Pair
+from brainray.data import findings
+from brainray.data.findings import Nearest, Pair
 
 
 def ints(*values: int) -> NDArray[np.int64]:

@@ -10,19 +10,19 @@ import ray.data
 import torch
 from ray.data import Dataset
 
+from brainray.evaluation.evaluate import EvaluateJob, evaluate
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import Preprocessing
 from brainray.inference.bulk import ClassifyJob, WaveTask, build_stream, classify
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.inference.predict import EnginePool, PredictStage
 from brainray.inference.store import PredictionStore
 from brainray.model.classifier import load_classifier, read_card
-from brainray.pipelines.config import Placement, TrainConfig
-from brainray.pipelines.evaluate import EvaluateJob, evaluate
-from brainray.pipelines.optimisation import Optimisation
-from brainray.pipelines.run import TrainJob
-from brainray.pipelines.train import train
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.phantoms import write_phantom_folder
-from brainray.pixels.preprocess import Preprocessing
+from brainray.phantoms import write_phantom_folder
+from brainray.training.config import Placement, TrainConfig
+from brainray.training.optim import Optimisation
+from brainray.training.run import TrainJob
+from brainray.training.train import train
 from tests.fakes import prepare_fake_engine
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

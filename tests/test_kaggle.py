@@ -14,8 +14,8 @@ import pytest
 from kagglesdk import kaggle_env
 
 from brainray import cli
-from brainray.dataset import kaggle
-from brainray.dataset.kaggle import SUMS_FILE, FetchJob, KaggleSet, fetch_kaggle_set
+from brainray.data import kaggle
+from brainray.data.kaggle import SUMS_FILE, FetchJob, KaggleSet, fetch_kaggle_set
 from brainray.errors import DataError, StorageError
 
 SET = KaggleSet(

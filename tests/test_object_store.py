@@ -15,7 +15,7 @@ import pytest
 from pyarrow import fs
 
 from brainray import cli, storage
-from brainray.dataset.scans import list_scans
+from brainray.data.scans import list_scans
 from brainray.errors import LockLostError, StorageError
 from brainray.inference.store import Wave
 from brainray.io import conditional

@@ -21,10 +21,10 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from brainray.errors import RejectedImage
+from brainray.images.decode import decode_image
 from brainray.model.reasons import REASONS, find_status
 from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING
-from brainray.pixels.decode import decode_image
-from brainray.pixels.phantoms import draw_phantom
+from brainray.phantoms import draw_phantom
 from brainray.serving.gate import FAULT
 from brainray.serving.pages import WEB
 from brainray.serving.problem import Problem

@@ -20,14 +20,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
+from brainray import phantoms
 from brainray.errors import ConfigError
 from brainray.labels import BRAIN_TUMOUR_CLASSES
-from brainray.pixels import phantoms
-from brainray.pixels.phantoms import Phantom, iterate_phantoms
-from brainray.pixels.phantoms.painter import Painter
+from brainray.phantoms import Phantom, iterate_phantoms
+from brainray.phantoms.painter import Painter
 
 _DIGEST_SCRIPT = (
-    "import hashlib; from brainray.pixels.phantoms import iterate_phantoms as draw; "
+    "import hashlib; from brainray.phantoms import iterate_phantoms as draw; "
     "print(hashlib.sha256(b''.join(p.name.encode() + p.image_bytes "
     "for p in draw(num_per_class=3, seed=5))).hexdigest())"
 )

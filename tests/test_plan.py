@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainray.dataset.read import read_scan
-from brainray.dataset.scans import find_places
+from brainray.data.read import read_scan
+from brainray.data.scans import find_places
 from brainray.errors import DataError
 from brainray.inference import plan as plan_module
 from brainray.inference.plan import (

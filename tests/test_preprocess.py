@@ -12,9 +12,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from brainray.errors import ConfigError, RejectedImage
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.normalise import normalise_images
-from brainray.pixels.preprocess import (
+from brainray.images.decode import DecodeLimits
+from brainray.images.normalise import normalise_images
+from brainray.images.preprocess import (
     IMAGENET_GREY_MEAN,
     IMAGENET_GREY_STD,
     Preprocessing,

@@ -17,9 +17,9 @@ from brainray.metrics import (
     compute_evaluation,
     compute_risk_coverage,
 )
-from brainray.reporting import plots
-from brainray.reporting.page import format_interval, format_number, format_percent, format_text
-from brainray.reporting.report import Mistake, render_report
+from brainray.reports import plots
+from brainray.reports.page import format_interval, format_number, format_percent, format_text
+from brainray.reports.report import Mistake, render_report
 
 CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
 VOID = {"meta", "img", "br", "link", "input", "hr"}

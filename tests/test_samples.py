@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from brainray.dataset.source import find_samples
+from brainray.data.labelled import find_samples
 from brainray.errors import ConfigError, RejectedImage
+from brainray.evaluation.prepared import PreparedData, group_samples, split_samples
+from brainray.images.decode import DecodeLimits
 from brainray.inference import samples
 from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.inference.predict import EnginePool, PredictStage
 from brainray.inference.samples import predict_samples
 from brainray.inference.schema import stack_lists
 from brainray.model.classifier import load_classifier, read_card
-from brainray.pipelines.data import PreparedData, group_samples, split_samples
-from brainray.pixels.decode import DecodeLimits
 from tests.conftest import CLASSES
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -119,7 +119,7 @@ def test_what_an_engine_refuses_is_one_line_in_the_driver(
 def test_a_file_that_has_vanished_is_said(
     folder: Path, tiny_classifier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("brainray.dataset.scan.OBJECT_STORE_SHARE", 0.0)
+    monkeypatch.setattr("brainray.data.scan.OBJECT_STORE_SHARE", 0.0)
     data = prepare(folder)
     (gone,) = folder.glob(f"{data.found.samples['path'][3]}")
     target = gone.readlink()

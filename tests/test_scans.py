@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from brainray import storage
-from brainray.dataset import scans as scans_module
-from brainray.dataset.read import read_named_scan
-from brainray.dataset.scans import (
+from brainray.data import scans as scans_module
+from brainray.data.read import read_named_scan
+from brainray.data.scans import (
     LISTING_SCHEMA,
     Listing,
     find_places,

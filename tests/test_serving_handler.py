@@ -15,11 +15,11 @@ import pytest
 from numpy.typing import NDArray
 
 from brainray.errors import ClassifierError, ConfigError, ServingError
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import Preprocessing, load_image
 from brainray.inference.engine import Prediction
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import Preprocessing, load_image
 from brainray.serving.auth import Guard, read_token
 from brainray.serving.bodies import part_uploads
 from brainray.serving.config import read_arguments

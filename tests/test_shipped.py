@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import safetensors
 
+from brainray.evaluation.modelcard import MODEL_CARD_FILE
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import load_image
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import (
@@ -18,9 +21,6 @@ from brainray.model.classifier import (
     read_card,
 )
 from brainray.model.shipped import SHIPPED_FOLDER
-from brainray.pipelines.modelcard import MODEL_CARD_FILE
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import load_image
 from tests.conftest import REPOSITORY
 
 MAX_BYTES = 50e6

@@ -8,10 +8,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from brainray.dataset import shortcuts
-from brainray.dataset.shortcuts import ALL_TOGETHER, build_traits, judge_shortcuts
-from brainray.pixels.decode import DecodeLimits, decode_image
-from brainray.pixels.traits import ImageTraits, hash_pixels, measure_traits
+from brainray.data import shortcuts
+from brainray.data.shortcuts import ALL_TOGETHER, build_traits, judge_shortcuts
+from brainray.images.decode import DecodeLimits, decode_image
+from brainray.images.metadata import ImageTraits, hash_pixels, measure_traits
 
 
 def judge(

@@ -16,6 +16,9 @@ import pytest
 from PIL import Image
 
 from brainray import storage
+from brainray.evaluation.evaluate import EvaluateJob, evaluate
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import load_image, resize_image
 from brainray.inference.bulk import ClassifyJob, classify
 from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.inference.files import run_files
@@ -24,9 +27,6 @@ from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import STAGE_WIDTHS
 from brainray.model.precision import choose_precision, has_native_bf16
 from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING, Outputs, Trust
-from brainray.pipelines.evaluate import EvaluateJob, evaluate
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import load_image, resize_image
 from tests.conftest import CLASSES
 from tests.service import LocalModel, build_test_app, open_client, open_predictor
 

@@ -10,10 +10,10 @@ import pytest
 import ray
 from numpy.typing import NDArray
 
-from brainray.dataset import scan as scan_room
-from brainray.dataset.scan import ScanResult, scan_samples
-from brainray.dataset.source import find_samples
-from brainray.dataset.stream import (
+from brainray.data import scan as scan_room
+from brainray.data.labelled import find_samples
+from brainray.data.scan import ScanResult, scan_samples
+from brainray.data.stream import (
     LoadedBatch,
     StreamPlan,
     count_off,
@@ -23,8 +23,8 @@ from brainray.dataset.stream import (
     shuffle_epoch,
 )
 from brainray.errors import TrainingError
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import Preprocessing, load_image
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import Preprocessing, load_image
 from tests.conftest import CLASSES
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -102,7 +102,7 @@ def test_kept_pixels_are_not_decoded_again(
     samples = find_samples(str(phantom_folder), CLASSES).samples
     size = Preprocessing(size_px=48)
     kept = scan_samples(samples, limits=DecodeLimits(), keep=[size]).store
-    monkeypatch.setattr("brainray.dataset.scan.load_image", None)
+    monkeypatch.setattr("brainray.data.scan.load_image", None)
     assert kept.load_images([3, 1], size, DecodeLimits()).shape == (2, 48, 48)
     with pytest.raises(TypeError):
         kept.load_images([3], Preprocessing(size_px=64), DecodeLimits())

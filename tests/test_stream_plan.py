@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from brainray.dataset.stream import (
+from brainray.data.stream import (
     CHUNK_BYTES,
     SHUFFLE_WINDOW_ROW_GROUPS,
     StreamPlan,
@@ -19,8 +19,8 @@ from brainray.dataset.stream import (
     share_of,
     shuffle_epoch,
 )
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import Preprocessing
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import Preprocessing
 
 WORLD_SIZES = (1, 2, 3, 4, 7)
 SIZES = [(40, 9, 8), (41, 17, 8), (23, 5, 5), (16, 16, 16), (100, 33, 7), (9, 1, 1), (30, 4, 3)]

@@ -26,31 +26,31 @@ from ray.train import PreemptionInfo
 
 from brainray import runlog, storage
 from brainray.cluster import WATCHER_VARIABLE
-from brainray.dataset.source import find_samples
-from brainray.dataset.split import hash_manifest
-from brainray.dataset.twins import NEAR_TWIN_CORRELATION
+from brainray.data.labelled import find_samples
+from brainray.data.near_duplicates import NEAR_TWIN_CORRELATION
+from brainray.data.splits import hash_manifest
 from brainray.errors import ConfigError, TrainingError
+from brainray.evaluation.evaluate import EvaluateJob, evaluate
+from brainray.images.decode import DecodeLimits
+from brainray.images.heatmap import GALLERY_OVERLAY_PX, render_overlay
+from brainray.images.normalise import normalise_images
+from brainray.images.preprocess import Preprocessing, load_image, open_scan
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.inference.schema import build_schema
 from brainray.model.calibration import choose_max_distance, fit_calibration
 from brainray.model.classifier import load_classifier
 from brainray.model.explain import STRIDE_PX
-from brainray.pipelines import loop, seal
-from brainray.pipelines.checkpoint import PROGRESS_FILE, load_network_weights
-from brainray.pipelines.config import Placement, TrainConfig
-from brainray.pipelines.data import prepare_training_data
-from brainray.pipelines.evaluate import EvaluateJob, evaluate
-from brainray.pipelines.optimisation import Optimisation
-from brainray.pipelines.run import TrainJob
-from brainray.pipelines.seal import fit_trust_on
-from brainray.pipelines.train import train
-from brainray.pipelines.worker import train_worker
-from brainray.pixels.augment import NO_AUGMENTATION
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.normalise import normalise_images
-from brainray.pixels.picture import GALLERY_OVERLAY_PX, render_overlay
-from brainray.pixels.preprocess import Preprocessing, load_image, open_scan
 from brainray.provenance import describe_cpu
+from brainray.training import loop, seal
+from brainray.training.augment import NO_AUGMENTATION
+from brainray.training.checkpoint import PROGRESS_FILE, load_network_weights
+from brainray.training.config import Placement, TrainConfig
+from brainray.training.finalize import fit_trust_on
+from brainray.training.optim import Optimisation
+from brainray.training.prepare import prepare_training_data
+from brainray.training.run import TrainJob
+from brainray.training.train import train
+from brainray.training.worker import train_worker
 from tests.reference import compute_eager
 from tests.test_report import Page
 from tests.training import read_records
@@ -103,7 +103,7 @@ def test_training_goes_on_within_the_epoch_in_which_a_node_was_announced_to_go(
     whole, _, _ = finished
     cut = dataclasses.replace(whole, output_uri=str(tmp_path))
     monkeypatch.setenv(WATCHER_VARIABLE, "1")
-    monkeypatch.setattr("brainray.pipelines.fit.train_worker", train_until_the_node_goes)
+    monkeypatch.setattr("brainray.training.fit.train_worker", train_until_the_node_goes)
     train(cut)
     progress = json.loads((tmp_path / BEFORE_RESUMING_FILE).read_text())
     assert (progress["next_epoch"], progress["next_step"]) == (0, 2)

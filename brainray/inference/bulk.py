@@ -40,15 +40,17 @@ from brainray.cluster import (
     raise_own_errors,
     tell_waiting,
 )
-from brainray.dataset.read import read_scan
-from brainray.dataset.scans import Place, find_places
-from brainray.dataset.stream import TASK_CPUS
+from brainray.data.read import read_scan
+from brainray.data.scans import Place, find_places
+from brainray.data.stream import TASK_CPUS
 from brainray.errors import (
     ClassificationError,
     ConfigError,
     DataError,
     RejectedImage,
 )
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import Preprocessing, open_scan
 from brainray.inference.engine import Engine, EngineOptions, prepare_engine
 from brainray.inference.labels import Labels, read_labels
 from brainray.inference.plan import PLAN_SCHEMA, Plan, PlanOptions, make_plan, name_part, read_shard
@@ -67,8 +69,6 @@ from brainray.io.lock import OutputLock, hold_output
 from brainray.model.classifier import read_card
 from brainray.model.shipped import find_default_classifier
 from brainray.model.trust import LOW_CONFIDENCE
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import Preprocessing, open_scan
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainray.errors import ConfigError, RejectedImage
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import Preprocessing, load_image
 from brainray.model.explain import STRIDE_PX, compute_class_maps
 from brainray.model.precision import (
     AskedPrecision,
@@ -25,8 +27,6 @@ from brainray.model.precision import (
     has_native_bf16,
 )
 from brainray.model.trust import Outputs, Trust
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import Preprocessing, load_image
 
 if TYPE_CHECKING:
     from brainray.inference.engine_openvino import ExportedModel
@@ -135,7 +135,7 @@ class Engine(ABC):
         Parameters
         ----------
         images : ndarray of uint8, shape (N, size_px, size_px)
-            From :func:`brainray.pixels.preprocess.load_image`, with the classifier's
+            From :func:`brainray.images.preprocess.load_image`, with the classifier's
             preprocessing; N may be 0.
         outputs : collection of {"logits", "features", "class_maps"}
             What else is wanted.
@@ -344,8 +344,8 @@ def read_calibration_images(
             "int8 takes the range of each layer's values from images, and got none. "
             "Pass --calibration-uri FOLDER with a few hundred scans, or another --precision."
         )
-    from brainray.dataset.read import read_named_scan
-    from brainray.dataset.scans import list_scans
+    from brainray.data.read import read_named_scan
+    from brainray.data.scans import list_scans
 
     found = list_scans([calibration_uri])["scan_uri"].to_pylist()
     chosen = np.linspace(0, len(found) - 1, min(len(found), NUM_CALIBRATION_IMAGES)).round()

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import Engine, EngineOptions
 from brainray.model.precision import Precision
 from brainray.model.trust import Outputs, Trust
-from brainray.pixels.preprocess import Preprocessing
 
 if TYPE_CHECKING:
     import openvino

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from brainray.images.normalise import normalise_images
 from brainray.inference.engine import Engine, EngineOptions
 from brainray.model.classifier import Classifier
 from brainray.model.network import pool_stages, read_head, split_head
 from brainray.model.precision import Precision
 from brainray.model.trust import Outputs
-from brainray.pixels.normalise import normalise_images
 
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
 """Images computed at once; bounds the memory of a call of any size."""

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from brainray.errors import ConfigError
+from brainray.images.normalise import normalise_images
+from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import NUM_CALIBRATION_IMAGES
 from brainray.inference.engine_openvino import ExportedModel, opening_lock, without_telemetry
 from brainray.model.classifier import Classifier
 from brainray.model.network import pool_stages, read_head, split_head
-from brainray.pixels.normalise import normalise_images
-from brainray.pixels.preprocess import Preprocessing
 
 if TYPE_CHECKING:
     import openvino

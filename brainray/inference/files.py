@@ -25,13 +25,13 @@ from rich.text import Text
 
 from brainray import storage
 from brainray.errors import ConfigError, RejectedImage, StorageError, UserError
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import open_scan
 from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.inference.schema import SCAN_SCHEMA, build_rows
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.reasons import NOTICE, REASONS
 from brainray.model.shipped import find_default_classifier
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import open_scan
 
 BULK_OPTION = "--scans-uri"
 EXIT_UNREAD = 141

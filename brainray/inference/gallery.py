@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from brainray.images.decode import DecodeLimits, decode_image
+from brainray.images.heatmap import GALLERY_OVERLAY_PX, render_overlay, render_picture
+from brainray.images.preprocess import Preprocessing
 from brainray.inference.schema import describe_class_map
 from brainray.model.explain import STRIDE_PX
-from brainray.pixels.decode import DecodeLimits, decode_image
-from brainray.pixels.picture import GALLERY_OVERLAY_PX, render_overlay, render_picture
-from brainray.pixels.preprocess import Preprocessing
 
 
 def draw_scan(

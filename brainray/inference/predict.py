@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from ray.data import Dataset
 
 from brainray.cluster import list_nodes, share_cpus
-from brainray.dataset.scan import view_pixels
-from brainray.dataset.stream import TASK_CPUS
+from brainray.data.scan import view_pixels
+from brainray.data.stream import TASK_CPUS
 from brainray.errors import BrainrayError
+from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import Engine, EngineOptions, Output, prepare_engine
 from brainray.inference.schema import SCAN_SCHEMA, build_rows
 from brainray.model.classifier import read_card
-from brainray.pixels.preprocess import Preprocessing
 
 CPUS_PER_ENGINE = 4
 """Threads of one engine on a CPU, where the machine has so many."""

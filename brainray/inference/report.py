@@ -12,9 +12,11 @@ import ray
 import ray.data
 
 from brainray import storage
-from brainray.dataset.read import read_named_scan
-from brainray.dataset.stream import TASK_CPUS
+from brainray.data.read import read_named_scan
+from brainray.data.stream import TASK_CPUS
 from brainray.errors import RejectedImage
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import Preprocessing
 from brainray.inference.gallery import draw_scan
 from brainray.inference.labels import Labels
 from brainray.inference.predict import EnginePool
@@ -30,11 +32,9 @@ from brainray.inference.stats import (
     find_bottleneck,
 )
 from brainray.inference.store import PredictionStore
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import Preprocessing
 from brainray.provenance import describe_versions, read_code_revision
-from brainray.reporting.bulk import UncertainScan, render_bulk_report
-from brainray.reporting.evaluation import Mistake
+from brainray.reports.bulk import UncertainScan, render_bulk_report
+from brainray.reports.evaluation import Mistake
 
 if TYPE_CHECKING:
     from brainray.inference.bulk import ClassifyJob

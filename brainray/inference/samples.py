@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
 from brainray.cluster import find_own_error
-from brainray.dataset.scan import ScanStore
-from brainray.dataset.stream import TASK_CPUS
+from brainray.data.scan import ScanStore
+from brainray.data.stream import TASK_CPUS
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import Preprocessing
 from brainray.inference.predict import PredictStage, pack_images
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.preprocess import Preprocessing
 
 PART_ROWS = 256
 """Samples of one block: seconds of work on a CPU."""

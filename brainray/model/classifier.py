@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 
 from brainray import storage
 from brainray.errors import BrainrayError, ClassifierError
+from brainray.images.preprocess import Preprocessing
 from brainray.labels import check_classes
 from brainray.model.trust import Trust
-from brainray.pixels.preprocess import Preprocessing
 
 if TYPE_CHECKING:
     from torch import nn

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
+from brainray.images.decode import REJECTION_REASONS
 from brainray.model.trust import TRUST_REASONS, UNLIKE_TRAINING
-from brainray.pixels.decode import REJECTION_REASONS
 
 NOTICE = "Research use only; not a medical device."
 INTENDED_USE = (

@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from brainray.pixels.preprocess import Preprocessing
+from brainray.images.preprocess import Preprocessing
 from brainray.serving.asgi import App
 from brainray.serving.auth import Guard, read_token
 from brainray.serving.config import ServiceConfig, read_arguments

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from brainray.pixels.preprocess import Preprocessing
+from brainray.images.preprocess import Preprocessing
 from brainray.serving.problem import too_busy
 
 Answer = TypeVar("Answer")

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainray.errors import RejectedImage
+from brainray.images.decode import DecodeLimits
+from brainray.images.heatmap import render_map, render_overlay
+from brainray.images.preprocess import OpenedScan, Preprocessing, open_scan
 from brainray.model.explain import STRIDE_PX
-from brainray.pixels.decode import DecodeLimits
-from brainray.pixels.picture import render_map, render_overlay
-from brainray.pixels.preprocess import OpenedScan, Preprocessing, open_scan
 from brainray.serving.answer import Answer, build_answer, build_rejection
 from brainray.serving.courier import Courier
 from brainray.serving.limits import ServiceLimits

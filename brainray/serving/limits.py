@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from brainray.errors import ConfigError
-from brainray.pixels.decode import DecodeLimits
+from brainray.images.decode import DecodeLimits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

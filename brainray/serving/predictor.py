@@ -10,12 +10,12 @@ import tyro
 from numpy.typing import NDArray
 
 from brainray.errors import BrainrayError, ServingError
+from brainray.images.preprocess import Preprocessing, resize_image
 from brainray.inference.engine import Engine, EngineOptions, Prediction, open_engine
 from brainray.model.classifier import Classifier, load_classifier, read_card
 from brainray.model.precision import Precision
 from brainray.model.shipped import find_default_classifier
-from brainray.pixels.phantoms.painter import draw_phantom
-from brainray.pixels.preprocess import Preprocessing, resize_image
+from brainray.phantoms.painter import draw_phantom
 
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.5}
 """How far a probability of the self-test may be from fp32's. bf16 was 0.02 off at most on a barely

@@ -1,0 +1,1 @@
+"""Folders and tables of scans: listed, hashed, checked for near duplicates and split."""

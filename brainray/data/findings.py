@@ -1,0 +1,276 @@
+"""What an audit finds in a scanned data set: copies, look-alikes, conflicts, leaks.
+
+Everything here is arrays in, numbers and pairs of rows out; rows are the images that could
+be opened.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainray.data.near_duplicates import NEAR_TWIN_CORRELATION, find_nearest
+from brainray.data.neighbours import Spread, do_here
+from brainray.metrics import compute_accuracy
+
+Indices = NDArray[np.int64]
+
+CORRELATION_STEPS = (NEAR_TWIN_CORRELATION, 0.98, 0.96, 0.9)
+"""Where the nearest-neighbour baseline is cut, from look-alikes to strangers."""
+
+SIZE_STEPS = (1, 2, 3, 6, 11, 21)
+"""Least sizes of the classes of group sizes that are counted."""
+
+REFERENCES = {"test": ("train", "val"), "val": ("train",)}
+"""Splits that an image of a held-out split must not resemble; as training looks them up."""
+
+_MAX_MEMBERS = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """Two images that belong side by side."""
+
+    left: int
+    """Row of the first: the held-out one, where the pair crosses splits."""
+    right: int
+    """Row of the second."""
+    correlation: float
+    """Of their thumbnails."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Nearest:
+    """The most similar image among those that a held-out image must not resemble."""
+
+    rows: Indices
+    """Held-out images, shape (n,)."""
+    nearest: Indices
+    """Row of each one's most similar, shape (n,)."""
+    correlation: NDArray[np.float32]
+    """Shape (n,)."""
+
+
+def number_copies(pixel_hashes: Sequence[str]) -> Indices:
+    """Give each set of images with identical pixels a number from 0; −1 to those without a copy."""
+    _, first, kind, counts = np.unique(
+        np.array(pixel_hashes), return_index=True, return_inverse=True, return_counts=True
+    )
+    repeated = np.flatnonzero(counts > 1)
+    numbers = np.full(len(counts), -1)
+    numbers[repeated[np.argsort(first[repeated])]] = np.arange(len(repeated))
+    return numbers[kind].astype(np.int64)
+
+
+def describe_groups(groups: Indices, labels: Indices) -> dict[str, Any]:
+    """Count groups, and those of several images, and those with several labels.
+
+    Parameters
+    ----------
+    groups : ndarray of int64, shape (n,)
+        −1 for an image that is of none.
+    labels : ndarray of int64, shape (n,)
+    """
+    member = groups >= 0
+    _, group_of, sizes = np.unique(groups[member], return_inverse=True, return_counts=True)
+    mixed = _find_mixed(group_of, labels[member], len(sizes))
+    return {
+        "num_groups": len(sizes),
+        "num_repeated": int((sizes > 1).sum()),
+        "num_images_in_repeated": int(sizes[sizes > 1].sum()),
+        "largest": int(sizes.max(initial=0)),
+        "num_mixed": int(mixed.sum()),
+        "num_images_in_mixed": int(sizes[mixed].sum()),
+    }
+
+
+def count_sizes(groups: Indices) -> list[dict[str, Any]]:
+    """Count groups by size: ``low`` to ``high`` images (None: and more), groups, images."""
+    _, sizes = np.unique(groups, return_counts=True)
+    rows = []
+    for low, above in zip(SIZE_STEPS, (*SIZE_STEPS[1:], None), strict=True):
+        inside = sizes[(sizes >= low) & (sizes < (above or np.inf))]
+        high = None if above is None else above - 1
+        rows.append({"low": low, "high": high, "groups": len(inside), "images": int(inside.sum())})
+    return rows
+
+
+def _find_mixed(group_of: Indices, labels: Indices, num_groups: int) -> NDArray[np.bool_]:
+    low = np.full(num_groups, np.iinfo(np.int64).max)
+    high = np.full(num_groups, -1)
+    np.minimum.at(low, group_of, labels)
+    np.maximum.at(high, group_of, labels)
+    return np.asarray(high > low)
+
+
+def find_conflicts(
+    groups: Indices, labels: Indices, standardised: NDArray[np.float32]
+) -> list[Pair]:
+    """Find, in each group with several labels, the two most similar images that disagree.
+
+    Returns
+    -------
+    list of Pair
+        The most similar first.
+    """
+    names, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    mixed = _find_mixed(group_of, labels, len(names)) & (names >= 0)
+    members = np.split(np.argsort(group_of, kind="stable"), np.cumsum(sizes)[:-1])
+    pairs = []
+    for group in np.flatnonzero(mixed):
+        rows = members[group][:_MAX_MEMBERS]
+        similarity = standardised[rows] @ standardised[rows].T
+        similarity[labels[rows][:, None] == labels[rows]] = -np.inf
+        left, right = np.unravel_index(similarity.argmax(), similarity.shape)
+        if np.isfinite(similarity[left, right]):
+            pairs.append(_pair(int(rows[left]), int(rows[right]), similarity[left, right]))
+    return sorted(pairs, key=lambda pair: -pair.correlation)
+
+
+def _pair(left: int, right: int, correlation: np.float32 | float) -> Pair:
+    return Pair(left=left, right=right, correlation=min(1.0, float(correlation)))
+
+
+def look_up_nearest(
+    splits: NDArray[np.str_], standardised: NDArray[np.float32], spread: Spread = do_here
+) -> dict[str, Nearest]:
+    """Find every held-out image's most similar one among those it must not resemble."""
+    found = {}
+    for split, references in REFERENCES.items():
+        rows = np.flatnonzero(splits == split)
+        pool = np.flatnonzero(np.isin(splits, references))
+        if len(rows) and len(pool):
+            nearest, correlation = find_nearest(
+                standardised[rows], standardised[pool], spread=spread
+            )
+            found[split] = Nearest(rows=rows, nearest=pool[nearest], correlation=correlation)
+    return found
+
+
+def measure_leak(
+    found: Nearest,
+    references: NDArray[np.bool_],
+    copies: Indices,
+    groups: Indices,
+    labels: Indices,
+) -> dict[str, Any]:
+    """Measure how far a held-out split is known from the splits it is held out from.
+
+    Parameters
+    ----------
+    found : Nearest
+        Of the held-out split.
+    references : ndarray of bool, shape (n,)
+        Images that the split must not resemble.
+    copies, groups, labels : ndarray of int64, shape (n,)
+        From :func:`number_copies`, :func:`brainray.data.near_duplicates.group_twins`, and the
+        truth.
+
+    Returns
+    -------
+    dict
+        ``n``; ``num_`` and ``share_`` of ``exact_twin`` (identical pixels), ``near_twin``
+        (correlation of 0.995 or more; an exact twin is one too) and ``same_group``; and
+        ``baseline_1nn``, see :func:`judge_baseline`.
+    """
+    rows = found.rows
+    exact = find_known(copies, rows, references)
+    counts = {
+        "exact_twin": int(exact.sum()),
+        "near_twin": int((exact | (found.correlation >= NEAR_TWIN_CORRELATION)).sum()),
+        "same_group": int(find_known(groups, rows, references).sum()),
+    }
+    return {
+        "n": len(rows),
+        **{f"num_{name}": count for name, count in counts.items()},
+        **{f"share_{name}": count / len(rows) for name, count in counts.items()},
+        "twin_correlation": NEAR_TWIN_CORRELATION,
+        "baseline_1nn": judge_baseline(
+            labels[rows], labels[found.nearest], found.correlation, groups[rows]
+        ),
+    }
+
+
+def find_known(names: Indices, rows: Indices, references: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Tell which rows share a name (not −1) with an image of the references."""
+    return (names[rows] >= 0) & np.isin(names[rows], names[references])
+
+
+def judge_baseline(
+    labels: Indices, answers: Indices, correlation: NDArray[np.float32], groups: Indices
+) -> list[dict[str, Any]]:
+    """Judge the vote of the nearest image: over all, and by how near that one is.
+
+    Returns
+    -------
+    list of dict
+        ``low`` and ``high`` bounds of the correlation (None: open), ``n``, ``accuracy`` and
+        ``accuracy_ci95`` (None where there is no image). All images come first.
+    """
+    bounds: list[tuple[float | None, float | None]] = [(None, None)]
+    bounds += zip((*CORRELATION_STEPS, None), (None, *CORRELATION_STEPS), strict=True)
+    rows = []
+    for low, high in bounds:
+        inside = np.ones(len(labels), np.bool_)
+        if low is not None:
+            inside &= correlation >= low
+        if high is not None:
+            inside &= correlation < high
+        scores: dict[str, Any] = {"accuracy": None, "accuracy_ci95": None}
+        if inside.any():
+            scores = compute_accuracy(labels[inside], answers[inside], groups=groups[inside])
+        rows.append(
+            {
+                "low": low,
+                "high": high,
+                "n": int(inside.sum()),
+                "accuracy": scores["accuracy"],
+                "accuracy_ci95": scores["accuracy_ci95"],
+            }
+        )
+    return rows
+
+
+def list_crossing_copies(
+    copies: Indices, found: Nearest, references: NDArray[np.bool_], limit: int
+) -> list[Pair]:
+    """List held-out images with a copy among the references, each set of copies once."""
+    first: dict[int, int] = {}
+    for row in np.flatnonzero(references & (copies >= 0)):
+        first.setdefault(int(copies[row]), int(row))
+    pairs, seen = [], set()
+    for row in found.rows[find_known(copies, found.rows, references)]:
+        name = int(copies[row])
+        if name not in seen:
+            seen.add(name)
+            pairs.append(_pair(int(row), first[name], 1.0))
+    return _spread(pairs, limit)
+
+
+def list_crossing_near_twins(copies: Indices, found: Nearest, limit: int) -> list[Pair]:
+    """List held-out images with a near-twin that is no copy, from the least alike upwards."""
+    left, right = copies[found.rows], copies[found.nearest]
+    chosen = (found.correlation >= NEAR_TWIN_CORRELATION) & ((left < 0) | (left != right))
+    order = np.flatnonzero(chosen)[np.argsort(found.correlation[chosen], kind="stable")]
+    pairs = [
+        _pair(int(found.rows[at]), int(found.nearest[at]), found.correlation[at]) for at in order
+    ]
+    return _spread(pairs, limit)
+
+
+def list_copies(copies: Indices, limit: int) -> list[Pair]:
+    """List two images of each set of copies."""
+    rows = np.flatnonzero(copies >= 0)
+    order = rows[np.argsort(copies[rows], kind="stable")]
+    starts = np.flatnonzero(np.diff(copies[order], prepend=-1))
+    pairs = [_pair(int(order[at]), int(order[at + 1]), 1.0) for at in starts]
+    return _spread(pairs, limit)
+
+
+def _spread(pairs: list[Pair], limit: int) -> list[Pair]:
+    """Return at most so many, evenly taken."""
+    if len(pairs) <= limit:
+        return pairs
+    return [pairs[at] for at in np.linspace(0, len(pairs) - 1, limit).round().astype(int)]

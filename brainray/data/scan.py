@@ -1,0 +1,315 @@
+"""Open every scan once: hash, thumbnail, and the reason when it cannot be used.
+
+The same pass leaves in Ray's object store what fits there: the encoded bytes, so that
+nothing goes back to the disk or the network for them, and the pixels at the sizes that are
+asked for, so that no epoch decodes again what the first look has decoded.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from numpy.typing import NDArray
+
+from brainray.data.near_duplicates import THUMBNAIL_PX, compute_thumbnail
+from brainray.data.read import name_scan, read_scan
+from brainray.errors import RejectedImage
+from brainray.images.decode import DecodeLimits, decode_image
+from brainray.images.metadata import ImageTraits, measure_traits
+from brainray.images.preprocess import Preprocessing, load_image, resize_image
+
+SCAN_ROWS_PER_TASK = 256
+"""Scans opened by one task: about a tenth of a second of work for 224-px JPEGs."""
+
+OBJECT_STORE_SHARE = 0.4
+"""Scans stay in the object store up to this share of the smallest node's store.
+
+Ray Data asks for half of the store for blocks in flight; the rest is left to those.
+"""
+
+
+FINDING_TYPES = {
+    "scan_uri": pa.string(),  # of a row in a Parquet file: FILE#row=N, as bulk jobs name it
+    "content_sha256": pa.string(),  # null where no byte could be read
+    "reason": pa.string(),  # why it is rejected; else null
+    "width_px": pa.int32(),  # null where it is rejected
+    "height_px": pa.int32(),
+    "size_bytes": pa.int64(),  # of the encoded bytes; null where they could not be read
+}
+"""Columns of every scan, beside its thumbnail."""
+
+TRAIT_TYPES = {
+    "pixel_sha256": pa.string(),
+    "width_px": pa.int32(),
+    "height_px": pa.int32(),
+    "mode": pa.string(),
+    "format": pa.string(),
+    "size_bytes": pa.int64(),
+    "mean_grey": pa.float32(),
+    "border_grey": pa.float32(),
+    "border_dark_share": pa.float32(),
+}
+"""Columns of a scan with traits."""
+assert set(TRAIT_TYPES) == {field.name for field in fields(ImageTraits)}
+
+
+@dataclass(frozen=True, slots=True)
+class ScanResult:
+    """What opening every scan brought."""
+
+    table: pa.Table
+    """Columns index and those of :data:`FINDING_TYPES`, in sample order; with those of
+    :class:`brainray.images.metadata.ImageTraits` where they were asked for."""
+    store: "ScanStore"
+    """Gives the encoded bytes of any scan again."""
+
+
+class ScanStore:
+    """Every scan's bytes and pixels, by index: from the object store, or from where they lie.
+
+    It travels to tasks and workers as a handle of a few hundred bytes.
+    """
+
+    def __init__(
+        self, samples: "ray.ObjectRef[pa.Table]", blocks: "list[ray.ObjectRef[pa.Table]] | None"
+    ) -> None:
+        self._samples = samples
+        self._blocks = blocks
+
+    @property
+    def in_object_store(self) -> bool:
+        """Whether the bytes are held in Ray's object store."""
+        return self._blocks is not None
+
+    def read(self, indices: Sequence[int]) -> list[bytes]:
+        """Return the encoded bytes of some scans, in the order asked for.
+
+        Raises
+        ------
+        RejectedImage
+            A file has vanished or cannot be read.
+        """
+        if self._blocks is None:
+            samples: pa.Table = ray.get(self._samples)
+            return read_samples(samples.take(pa.array(indices, pa.int64())))
+        tables, places = self._find(indices)
+        return [tables[block]["image_bytes"][row].as_py() for block, row in places]
+
+    def load_images(
+        self, indices: Sequence[int], preprocessing: Preprocessing, limits: DecodeLimits
+    ) -> NDArray[np.uint8]:
+        """Return the pixels of some scans, decoded and resized, in the order asked for.
+
+        Returns
+        -------
+        ndarray of uint8, shape (n, size_px, size_px)
+
+        Raises
+        ------
+        RejectedImage
+            A scan cannot be turned into pixels, or has vanished.
+        """
+        side = preprocessing.size_px
+        images = np.empty((len(indices), side, side), np.uint8)
+        column = _name_pixels(preprocessing)
+        if self._blocks is not None:
+            tables, places = self._find(indices)
+            if not tables or column in tables[0].column_names:
+                views = [view_pixels(table[column], side) for table in tables]
+                for image, (block, row) in zip(images, places, strict=True):
+                    image[:] = views[block][row]
+                return images
+        for image, content in zip(images, self.read(indices), strict=True):
+            image[:] = load_image(content, preprocessing, limits)
+        return images
+
+    def _find(self, indices: Sequence[int]) -> tuple[list[pa.Table], NDArray[np.int64]]:
+        """Return the blocks and, of every index, its block and its row in it."""
+        assert self._blocks is not None
+        tables = ray.get(self._blocks)
+        located = _locate(tuple(block.hex() for block in self._blocks), tables)
+        return tables, located[np.asarray(indices, np.int64)]
+
+
+_located: dict[tuple[str, ...], NDArray[np.int64]] = {}
+
+
+def _locate(key: tuple[str, ...], tables: list[pa.Table]) -> NDArray[np.int64]:
+    """Return (block, row) of every index; computed once in each process."""
+    if key not in _located:
+        indices = [table["index"].to_numpy() for table in tables]
+        located = np.full((sum(map(len, indices)), 2), -1, np.int64)
+        for block, index in enumerate(indices):
+            located[index] = np.stack([np.full(len(index), block), np.arange(len(index))], 1)
+        _located.clear()
+        _located[key] = located
+    return _located[key]
+
+
+def _name_pixels(preprocessing: Preprocessing) -> str:
+    return f"pixels_{preprocessing.fit}_{preprocessing.size_px}"
+
+
+def view_pixels(column: pa.ChunkedArray, side: int) -> NDArray[np.uint8]:
+    """View a column of squares as uint8, shape (rows, side, side), without copying it."""
+    values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    pixels = np.frombuffer(values.buffers()[1], np.uint8)
+    start = values.offset * side**2
+    return pixels[start : start + len(values) * side**2].reshape(-1, side, side)
+
+
+def read_samples(samples: pa.Table) -> list[bytes]:
+    """Read the encoded bytes of a sample table's rows from where they lie.
+
+    Raises
+    ------
+    RejectedImage
+        ``missing`` or ``unreadable``.
+    """
+    return [
+        read_scan(uri, row_group, row)
+        for uri, row_group, row in zip(
+            samples["uri"].to_pylist(),
+            samples["row_group"].to_pylist(),
+            samples["row"].to_pylist(),
+            strict=True,
+        )
+    ]
+
+
+def scan_samples(
+    samples: pa.Table,
+    *,
+    limits: DecodeLimits,
+    keep: Collection[Preprocessing] = (),
+    with_traits: bool = False,
+) -> ScanResult:
+    """Open every scan once, in parallel Ray Data tasks.
+
+    Parameters
+    ----------
+    samples : pyarrow.Table
+        From :func:`brainray.data.labelled.find_samples`.
+    limits : DecodeLimits
+        What is too large to open.
+    keep : collection of Preprocessing
+        Pixels that will be asked for again; they are kept where they fit.
+    with_traits : bool
+        Whether to measure what an image is besides its picture.
+    """
+    num_bytes = sum(samples["size_bytes"].to_pylist())
+    num_pixels = samples.num_rows * sum(one.size_px**2 for one in keep)
+    fits = bytes_fit_object_store(num_bytes)
+    kept = tuple(keep) if bytes_fit_object_store(num_bytes + num_pixels) else ()
+    indexed = samples.append_column("index", pa.array(range(samples.num_rows), pa.int64()))
+    parts = [
+        indexed.slice(start, SCAN_ROWS_PER_TASK)
+        for start in range(0, samples.num_rows, SCAN_ROWS_PER_TASK)
+    ]
+    scanned = (
+        ray.data.from_arrow(parts)
+        .map_batches(
+            _scan_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_kwargs={
+                "limits": limits,
+                "keep_bytes": fits,
+                "keep": kept,
+                "with_traits": with_traits,
+            },
+        )
+        .materialize()
+    )
+    names = FINDING_TYPES | TRAIT_TYPES if with_traits else FINDING_TYPES
+    findings = scanned.select_columns(["index", "thumbnail", *names])
+    table = pa.concat_tables(ray.get(findings.to_arrow_refs())).sort_by("index")
+    blocks = scanned.to_arrow_refs() if fits else None
+    return ScanResult(table, ScanStore(ray.put(samples), blocks))
+
+
+def bytes_fit_object_store(num_bytes: int) -> bool:
+    """Tell whether encoded bytes may stay in the object store, as the cluster is now."""
+    stores = [
+        node["Resources"]["object_store_memory"]
+        for node in ray.nodes()
+        if node["Alive"] and "object_store_memory" in node["Resources"]
+    ]
+    return num_bytes <= OBJECT_STORE_SHARE * min(stores, default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What one look at a scan brought."""
+
+    scan_uri: str
+    content_sha256: str | None = None
+    reason: str | None = None
+    width_px: int | None = None
+    height_px: int | None = None
+    size_bytes: int | None = None
+    content: bytes = b""
+    squares: tuple[bytes | None, ...] = ()
+    """The thumbnail, then the pixels to keep."""
+    traits: ImageTraits | None = None
+
+
+def _scan_batch(
+    batch: pa.Table,
+    *,
+    limits: DecodeLimits,
+    keep_bytes: bool,
+    keep: Sequence[Preprocessing],
+    with_traits: bool,
+) -> pa.Table:
+    looks = [_look_at(batch, row, limits, keep, with_traits) for row in range(batch.num_rows)]
+    columns: dict[str, Any] = {"index": batch["index"]}
+    for name, kind in FINDING_TYPES.items():
+        columns[name] = pa.array([getattr(look, name) for look in looks], kind)
+    if keep_bytes:
+        columns["image_bytes"] = pa.array([look.content for look in looks], pa.binary())
+    sides = [THUMBNAIL_PX, *(one.size_px for one in keep)]
+    names = ["thumbnail", *map(_name_pixels, keep)]
+    for place, (name, side) in enumerate(zip(names, sides, strict=True)):
+        values = [look.squares[place] if look.squares else None for look in looks]
+        columns[name] = pa.array(values, pa.binary(side**2))
+    for name, kind in TRAIT_TYPES.items() if with_traits else ():
+        values = [getattr(look.traits, name) if look.traits else None for look in looks]
+        columns[name] = pa.array(values, kind)
+    return pa.table(columns)
+
+
+def _look_at(
+    batch: pa.Table,
+    row: int,
+    limits: DecodeLimits,
+    keep: Sequence[Preprocessing],
+    with_traits: bool,
+) -> _Look:
+    content, scan_uri = b"", str(batch["uri"][row])
+    try:
+        (content,) = read_samples(batch.slice(row, 1))
+        scan_uri = name_scan(scan_uri, batch["row_group"][row].as_py(), batch["row"][row].as_py())
+        pixels = decode_image(content, limits)
+    except RejectedImage as rejection:
+        if rejection.reason in ("missing", "unreadable"):
+            return _Look(scan_uri, reason=rejection.reason)
+        digest = sha256(content).hexdigest()
+        return _Look(scan_uri, digest, rejection.reason, size_bytes=len(content))
+    squares = (compute_thumbnail(pixels), *(resize_image(pixels, one) for one in keep))
+    height, width = pixels.shape
+    return _Look(
+        scan_uri,
+        sha256(content).hexdigest(),
+        width_px=width,
+        height_px=height,
+        size_bytes=len(content),
+        content=content,
+        squares=tuple(square.tobytes() for square in squares),
+        traits=measure_traits(content, pixels, limits) if with_traits else None,
+    )

@@ -1,0 +1,330 @@
+"""List the scans to classify: folders, globs, files, Parquet tables and lists of URIs.
+
+Nothing here opens an image. Every visible file is a scan until its bytes say otherwise, whatever
+its name, so that everything in an inbox gets a row. Listing is cut into :class:`Place` objects:
+each is the work of one task, which lists for a bounded time and returns the places that are left.
+"""
+
+import csv
+import io
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from wcmatch import glob
+
+from brainray import storage
+from brainray.data.labelled import is_hidden
+from brainray.data.read import TABLE_SUFFIX
+from brainray.errors import DataError
+
+LIST_SUFFIXES = (".txt", ".csv")
+LIST_COLUMNS = ("scan_uri", "uri", "path")
+"""Columns of a CSV list that may hold the URIs, the first one found counts; else its first."""
+
+MAX_ROWS_PER_TASK = 200_000
+"""A task that has listed as many scans returns what is left."""
+
+_WILD = re.compile(r"[*?\\[]")
+_GLOB_FLAGS = glob.GLOBSTAR | glob.DOTGLOB | glob.FORCEUNIX
+
+LISTING_SCHEMA = pa.schema(
+    [
+        ("scan_uri", pa.string()),  # unique name of the scan
+        ("uri", pa.string()),  # file that holds the bytes
+        ("row_group", pa.int32()),  # of a Parquet file; -1 for a file
+        ("row", pa.int64()),  # within the row group; -1 for a file
+        ("size_bytes", pa.int64()),  # of the file; null where it is not known
+        ("modified_ns", pa.int64()),  # of the file; null where it is not known
+        ("reason", pa.string()),  # why it is rejected unopened; else null
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Something to list: one `--scans-uri`, or a part of it."""
+
+    kind: Literal["folder", "file", "table", "list"]
+    uri: str
+    root: str = ""
+    """Of a folder: the folder that was given, which globs and hidden names count from."""
+    pattern: str | None = None
+    """Of a folder: the glob that the path below ``root`` has to match."""
+    first_row_group: int = 0
+    """Of a table."""
+    row_offset: int = 0
+    """Of a table: rows before the first row group."""
+    is_given: bool = True
+    """Of a table: whether it was named; one that lay in a folder may be no table of scans."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What one task has listed."""
+
+    scans: pa.Table
+    """Rows of :data:`LISTING_SCHEMA`."""
+    rest: tuple[Place, ...] = ()
+    """What it did not reach."""
+    num_hidden: int = 0
+    """Hidden files and folders skipped."""
+
+
+def find_places(scans_uris: Sequence[str]) -> list[Place]:
+    """Find out what each of some `--scans-uri` is.
+
+    Parameters
+    ----------
+    scans_uris : sequence of str
+        Folders (everything below them), globs (``**`` for any depth), single files, Parquet
+        tables with a column ``image_bytes``, and ``.txt`` or ``.csv`` lists of URIs; local,
+        s3:// or gs://.
+
+    Raises
+    ------
+    DataError
+        There is nothing at one of them.
+    StorageError
+        One cannot be looked at.
+    """
+    return [_find_place(uri) for uri in scans_uris]
+
+
+def _find_place(scans_uri: str) -> Place:
+    uri = storage.make_absolute(scans_uri)
+    if storage.is_folder(uri):
+        return Place("folder", uri, uri)
+    if storage.find_file(uri) is not None:
+        if uri.endswith(TABLE_SUFFIX):
+            return Place("table", uri)
+        return Place("list" if uri.lower().endswith(LIST_SUFFIXES) else "file", uri)
+    wild = _WILD.search(uri)
+    if wild is None or not _WILD.search(scans_uri):
+        raise DataError(
+            f"No scans at '{scans_uri}': it is neither a folder nor a file. "
+            "Check the path, or mount it."
+        )
+    root = uri[: wild.start()].rpartition("/")[0] or "/"
+    if not storage.is_folder(root):
+        raise DataError(f"No scans at '{uri}': there is no folder '{root}'. Check the path.")
+    return Place("folder", root, root, uri[len(root) :].lstrip("/"))
+
+
+class _Rows:
+    """Collects rows of the listing, column by column."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._columns: dict[str, list[Any]] = {name: [] for name in LISTING_SCHEMA.names}
+        self._tables: list[pa.Table] = []
+
+    def add(
+        self,
+        uri: str,
+        size_bytes: int | None = None,
+        modified_ns: int | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """Add one file."""
+        values = (uri, uri, -1, -1, size_bytes, modified_ns, reason)
+        for column, value in zip(self._columns.values(), values, strict=True):
+            column.append(value)
+        self.count += 1
+
+    def add_found(self, file: storage.FoundFile) -> None:
+        """Add a file of a listing."""
+        size = file.size_bytes if file.size_bytes >= 0 else None
+        self.add(file.uri, size, file.modified_ns or None)
+
+    def add_row_group(
+        self, file: storage.FoundFile, row_group: int, num_rows: int, offset: int
+    ) -> None:
+        """Add the rows of a row group, the first of which is row ``offset`` of its table."""
+        numbers = range(offset, offset + num_rows)
+        self._tables.append(
+            pa.table(
+                [
+                    pa.array([f"{file.uri}#row={number}" for number in numbers], pa.string()),
+                    pa.repeat(pa.scalar(file.uri), num_rows),
+                    pa.repeat(pa.scalar(row_group, pa.int32()), num_rows),
+                    pa.array(range(num_rows), pa.int64()),
+                    pa.nulls(num_rows, pa.int64()),
+                    pa.repeat(pa.scalar(file.modified_ns or None, pa.int64()), num_rows),
+                    pa.nulls(num_rows, pa.string()),
+                ],
+                schema=LISTING_SCHEMA,
+            )
+        )
+        self.count += num_rows
+
+    def build(self) -> pa.Table:
+        """Return all rows."""
+        return pa.concat_tables([*self._tables, pa.table(self._columns, schema=LISTING_SCHEMA)])
+
+
+def list_place(
+    place: Place, *, leave_out: Sequence[str] = (), max_seconds: float = float("inf")
+) -> Listing:
+    """List a place, or as much of it as the time and :data:`MAX_ROWS_PER_TASK` allow.
+
+    Parameters
+    ----------
+    place : Place
+        What to list.
+    leave_out : sequence of str
+        Folders whose files are no scans: the job's own output.
+    max_seconds : float
+        After this time the folders that are left are returned as ``rest``.
+
+    Raises
+    ------
+    DataError
+        A table that was named lacks ``image_bytes``, or cannot be read; a list is not UTF-8.
+    """
+    if place.kind == "folder":
+        return _list_folder(place, leave_out, time.monotonic() + max_seconds)
+    rows = _Rows()
+    if place.kind == "list":
+        for uri in _read_list(place.uri):
+            rows.add(uri)
+        return Listing(rows.build())
+    file = storage.find_file(place.uri)
+    if file is None:  # it vanished
+        rows.add(place.uri, reason="missing")
+    elif place.kind == "file":
+        rows.add_found(file)
+    else:
+        return _list_table(place, file, rows)
+    return Listing(rows.build())
+
+
+def _list_folder(place: Place, leave_out: Sequence[str], deadline: float) -> Listing:
+    omitted = tuple(storage.make_absolute(uri) + "/" for uri in leave_out)
+    rows, num_hidden = _Rows(), 0
+    waiting, tables = [place.uri], []
+    while waiting:
+        folder = waiting.pop()
+        try:
+            files, folders = storage.list_folder(folder, place.root)
+        except OSError as error:
+            files, folders = [], []
+            if is_hidden(_name_below(folder, place.root)):
+                num_hidden += 1
+            else:
+                reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+                rows.add(folder, reason=reason)
+        for name in reversed(folders):
+            if f"{name}/".startswith(omitted or ("\0",)):
+                continue
+            waiting.append(name)
+        for file in files:
+            if file.uri.startswith(omitted or ("\0",)):
+                continue
+            if is_hidden(file.relative_path):
+                num_hidden += 1
+            elif place.pattern and not _matches(file, place.root, place.pattern):
+                continue
+            elif file.uri.endswith(TABLE_SUFFIX):
+                tables.append(Place("table", file.uri, is_given=False))
+            else:
+                rows.add_found(file)
+        if rows.count >= MAX_ROWS_PER_TASK or time.monotonic() >= deadline:
+            break
+    rest = [replace(place, uri=folder) for folder in waiting]
+    return Listing(rows.build(), (*rest, *tables), num_hidden)
+
+
+def _matches(file: storage.FoundFile, root: str, pattern: str) -> bool:
+    """Tell whether a file's name, as it is or as its URI has it, matches."""
+    names = {file.relative_path, _name_below(file.uri, root)}
+    return any(glob.globmatch(name, pattern, flags=_GLOB_FLAGS) for name in names)
+
+
+def _name_below(uri: str, root: str) -> str:
+    return uri.removeprefix(root).lstrip("/")
+
+
+def _list_table(place: Place, file: storage.FoundFile, rows: _Rows) -> Listing:
+    """List a table's rows; what lay in a folder and is no table of scans is one rejected scan."""
+    try:
+        metadata = _read_table_metadata(file.uri)
+    except DataError:
+        if place.is_given:
+            raise
+        rows.add(file.uri, reason="unsupported")
+        return Listing(rows.build())
+    offset = place.row_offset
+    for number in range(place.first_row_group, metadata.num_row_groups):
+        if rows.count >= MAX_ROWS_PER_TASK:
+            rest = replace(place, first_row_group=number, row_offset=offset)
+            return Listing(rows.build(), (rest,))
+        num_rows = metadata.row_group(number).num_rows
+        rows.add_row_group(file, number, num_rows, offset)
+        offset += num_rows
+    return Listing(rows.build())
+
+
+def _read_table_metadata(uri: str) -> pq.FileMetaData:
+    filesystem, path = storage.resolve(uri)
+    try:
+        with pq.ParquetFile(path, filesystem=filesystem) as parquet:
+            metadata, names = parquet.metadata, parquet.schema_arrow.names
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"Cannot read '{uri}' as Parquet: {storage.describe_error(error)}"
+        ) from error
+    if "image_bytes" not in names:
+        raise DataError(f"Expected a column 'image_bytes' in '{uri}', found {', '.join(names)}.")
+    return metadata
+
+
+def _read_list(list_uri: str) -> Iterator[str]:
+    """Yield the URIs of a list; one that is not absolute counts from the list's folder."""
+    try:
+        text = storage.read_bytes(list_uri).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"Expected UTF-8 text in the list '{list_uri}': {error}") from error
+    folder = list_uri.rpartition("/")[0]
+    for entry in _read_entries(text, is_csv=list_uri.lower().endswith(".csv")):
+        is_absolute = "://" in entry or entry.startswith(("/", "~"))
+        yield storage.make_absolute(entry) if is_absolute else storage.join(folder, entry)
+
+
+def _read_entries(text: str, *, is_csv: bool) -> Iterator[str]:
+    if not is_csv:
+        yield from (line for line in text.splitlines() if line.strip())
+        return
+    rows = csv.reader(io.StringIO(text, newline=""))
+    header = next(rows, [])
+    named = [header.index(name) for name in LIST_COLUMNS if name in header]
+    column = named[0] if named else 0
+    for row in rows if named else [header, *rows]:
+        if len(row) > column and row[column].strip():
+            yield row[column]
+
+
+def list_scans(scans_uris: Sequence[str], *, leave_out: Sequence[str] = ()) -> pa.Table:
+    """List places in this process, as one table: for a few thousand scans.
+
+    Parameters
+    ----------
+    scans_uris, leave_out
+        As for :func:`find_places` and :func:`list_place`.
+
+    Returns
+    -------
+    Table
+        Rows of :data:`LISTING_SCHEMA`; a scan that is named twice has two.
+    """
+    waiting = find_places(scans_uris)[::-1]
+    tables = [LISTING_SCHEMA.empty_table()]
+    while waiting:
+        listing = list_place(waiting.pop(), leave_out=leave_out)
+        tables.append(listing.scans)
+        waiting += listing.rest[::-1]
+    return pa.concat_tables(tables)

@@ -1,0 +1,178 @@
+"""Judge a sealed classifier on a labelled data set, without training anything."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import tyro
+from numpy.typing import NDArray
+
+from brainray import storage
+from brainray.cluster import check_fits, connect_ray, describe_gpu_need, tell_waiting
+from brainray.data.labelled import FoundSamples, find_samples
+from brainray.data.near_duplicates import (
+    find_nearest,
+    group_twins,
+    merge_groups,
+    standardise_thumbnails,
+)
+from brainray.data.splits import hash_manifest
+from brainray.data.spread import spread_blocks
+from brainray.errors import DataError
+from brainray.evaluation.judge import Say, judge_and_report
+from brainray.evaluation.prepared import (
+    MANIFEST_FILE,
+    GroupedData,
+    PreparedData,
+    group_samples,
+    split_samples,
+    stack_thumbnails,
+    write_nearest,
+)
+from brainray.images.decode import DecodeLimits
+from brainray.inference.engine import EngineOptions
+from brainray.model.classifier import Classifier, load_classifier
+from brainray.model.shipped import find_default_classifier
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateJob:
+    """One evaluation: which classifier, on what, to where."""
+
+    data_uri: str
+    """Labelled scans; where there are splits, the test split is judged."""
+    classifier_uri: str = field(default_factory=find_default_classifier)
+    """A sealed classifier folder; `$BRAINRAY_CLASSIFIER`, else the one that comes with the
+    project, if not given."""
+    output_uri: str
+    """Where metrics, predictions and report go."""
+    manifest_uri: str | None = None
+    """Manifest of the training data, for near-twins and the baseline; looked for beside the
+    classifier when not given."""
+    group_correlation: float = 0.96
+    """Slices whose thumbnails correlate at least this much are of one group (0 to 1)."""
+    engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions()
+    limits: DecodeLimits = DecodeLimits()
+    """What is too large to open."""
+
+
+def evaluate(job: EvaluateJob, *, say: Say = logger.info, verbose: bool = False) -> dict[str, Any]:
+    """Predict every test scan, and write metrics, predictions and report.
+
+    Returns
+    -------
+    dict
+        The content of metrics.json.
+
+    Raises
+    ------
+    UserError
+        The classifier, the data or the output cannot be used.
+    """
+    storage.check_writable(job.output_uri)
+    classifier = load_classifier(job.classifier_uri)
+    found = find_samples(job.data_uri, classifier.classes, splits=("test",))
+    training = find_training_manifest(job, classifier.card, say)
+    connect_ray(verbose=verbose)
+    needs = [describe_gpu_need()] if job.engine.use_gpu else []
+    check_fits(*needs)
+    data = prepare_evaluation_data(found, classifier, training, job)
+    with tell_waiting(needs, say):
+        return judge_and_report(
+            data,
+            output_uri=job.output_uri,
+            classifier_uri=job.classifier_uri,
+            splits=("test",),
+            limits=job.limits,
+            engine=job.engine,
+            title="brainray evaluation report",
+            configuration=asdict(job),
+            facts={"Data": job.data_uri},
+            say=say,
+        )
+
+
+def find_training_manifest(job: EvaluateJob, card: dict[str, Any], say: Say) -> pa.Table | None:
+    """Return the manifest of the data that a classifier was trained on, if it can be had.
+
+    Raises
+    ------
+    DataError
+        ``manifest_uri`` was given and is missing, or is another classifier's.
+    """
+    beside = storage.make_absolute(job.classifier_uri).rpartition("/")[0]
+    uri = job.manifest_uri or storage.join(beside, MANIFEST_FILE)
+    try:
+        manifest = storage.read_table(uri)
+    except FileNotFoundError:
+        if job.manifest_uri:
+            raise DataError(f"No manifest at '{uri}'. Check --manifest-uri.") from None
+        say(f"No training manifest at {uri}: near-twins and the baseline are left out.")
+        return None
+    if hash_manifest(manifest) != card.get("data_manifest_sha256"):
+        if job.manifest_uri:
+            raise DataError(f"'{uri}' is not the manifest this classifier was trained with.")
+        say(f"{uri} is another run's: near-twins and the baseline are left out.")
+        return None
+    return manifest
+
+
+def prepare_evaluation_data(
+    found: FoundSamples, classifier: Classifier, training: pa.Table | None, job: EvaluateJob
+) -> PreparedData:
+    """Scan and group the scans to judge, and look up their nearest training images."""
+    data = group_samples(
+        found,
+        classifier.classes,
+        keep=[classifier.preprocessing],
+        limits=job.limits,
+        min_correlation=job.group_correlation,
+    )
+    splits = np.full(len(data.kept), "test")
+    if training is None:
+        return split_samples(data, classifier.classes, splits)
+    reference = training.filter(pc.is_in(training["split"], pa.array(["train", "val"])))
+    known = standardise_thumbnails(stack_thumbnails(reference["thumbnail"]))
+    data = replace(data, groups=group_beside(data, known, reference["group"].to_pylist(), job))
+    prepared = split_samples(data, classifier.classes, splits)
+    nearest, correlation = find_nearest(data.standardised, known, spread=spread_blocks)
+    labels = reference["label"].take(pa.array(nearest)).to_pylist()
+    return replace(
+        prepared, manifest=write_nearest(prepared.manifest, data.kept, correlation, labels)
+    )
+
+
+def group_beside(
+    data: GroupedData, known: NDArray[np.float32], known_groups: Sequence[int], job: EvaluateJob
+) -> NDArray[np.int64]:
+    """Group scans as if they lay in one data set with the training images.
+
+    Two that resemble one training image are of one group, as they are where a training run judges
+    its own test split: both give the same intervals.
+
+    Parameters
+    ----------
+    known : ndarray of float32, shape (m, 576)
+        Standardised thumbnails of the training images.
+    known_groups : sequence of int, length m
+        Their groups.
+
+    Returns
+    -------
+    ndarray of int64, shape (n,)
+        Of the scans that could be opened.
+    """
+    twins = group_twins(
+        np.concatenate([data.standardised, known]),
+        min_correlation=job.group_correlation,
+        spread=spread_blocks,
+    )
+    given: list[str | None] = data.found.samples["group"].take(pa.array(data.kept)).to_pylist()
+    names = [name and f"given {name}" for name in given]
+    return merge_groups(twins, names + [f"known {group}" for group in known_groups])[: len(names)]

@@ -1,0 +1,222 @@
+"""Encoded bytes to grey pixels: the one decoder, for training, bulk and HTTP alike.
+
+The order of work is what makes it safe to point at strangers' bytes. The file's own header is read
+first (``headers``), in bounded time and without unpacking anything: size, frames, orientation,
+length. Only what passes is handed to Pillow, and without its metadata. So a decompression bomb
+costs a few microseconds, a text chunk or an EXIF block cannot hurt, and Pillow finds nothing to
+warn about. (``warnings.catch_warnings`` would not do: it swaps the process's filters, and threads
+share them.)
+"""
+
+import io
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from brainray.errors import RejectedImage
+from brainray.images.headers import ACCEPTED, Header, read_header, recognise
+
+REJECTION_REASONS: dict[str, str] = {
+    "missing": "There is no file at that place.",
+    "unreadable": "The file exists but could not be read.",
+    "empty": "The file has no bytes.",
+    "truncated": "The file ends before its image does.",
+    "corrupt": "The file contradicts its own format.",
+    "not_an_image": "The bytes are not an image in any known format.",
+    "too_large": "The image is larger than the limits allow.",
+    "unsupported": "The format, or this variant of it, is not supported.",
+    "multi_frame": "The file holds several images, and which is meant is ambiguous.",
+}
+"""Stable reason code to one sentence; what :class:`brainray.errors.RejectedImage` carries."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeLimits:
+    """How large an image may be before it is refused unopened."""
+
+    max_bytes: int = 64 * 2**20
+    """Largest encoded file, in bytes."""
+
+    max_pixels: int = 50_000_000
+    """Largest image, width times height, in pixels. Unpacking takes 2 to 20 bytes for each. Above
+    Pillow's own limit (``PIL.Image.MAX_IMAGE_PIXELS``, 89 million) Pillow's limit holds."""
+
+
+_DEFAULT_LIMITS = DecodeLimits()
+
+
+def decode_image(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -> NDArray[np.uint8]:
+    """Decode one encoded image to 8-bit luminance.
+
+    Colour becomes luminance by ITU-R 601-2, as Pillow's ``convert("L")``; transparency shows black;
+    16-bit samples are scaled by their full range, never clipped [1]_; EXIF orientation is applied.
+    Safe to call from many threads: it touches no global state and raises no warnings.
+
+    Parameters
+    ----------
+    image_bytes : bytes
+        A whole JPEG, PNG, BMP, GIF, TIFF or WebP file.
+    limits : DecodeLimits
+        The largest file (bytes) and image (pixels) accepted.
+
+    Returns
+    -------
+    ndarray of uint8, shape (height, width)
+        Luminance, 0 black to 255 white; C-contiguous and read-only (copy it to write to it).
+
+    Raises
+    ------
+    RejectedImage
+        Whatever else the bytes may be; ``reason`` is a key of :data:`REJECTION_REASONS`.
+
+    References
+    ----------
+    .. [1] libpng manual 1.6, section 3.6, ``png_set_scale_16``.
+    """
+    if not image_bytes:
+        raise RejectedImage("empty", f"{ACCEPTED}, got no bytes. Upload the file again.")
+    if len(image_bytes) > limits.max_bytes:
+        raise RejectedImage(
+            "too_large",
+            f"The file has {len(image_bytes):,} bytes, more than the {limits.max_bytes:,} allowed.",
+        )
+    name = recognise(image_bytes)
+    try:
+        return _decode(read_header(name, image_bytes, limits.max_pixels))
+    except RejectedImage:
+        raise
+    except (MemoryError, Image.DecompressionBombError) as error:
+        raise RejectedImage(
+            "too_large", f"There is not enough memory to unpack this {name} image."
+        ) from error
+    except Exception as error:  # any bytes get an answer; Pillow raises a dozen types for bad ones
+        raise _translate(name, error) from error
+
+
+def _translate(name: str, error: Exception) -> RejectedImage:
+    """Sort an exception of Pillow's into truncated or corrupt."""
+    if "truncated" in str(error):
+        return RejectedImage("truncated", f"The {name} file ends before its image does. Resend it.")
+    if isinstance(error, UnidentifiedImageError):  # its message is a memory address
+        if name == "TIFF":  # the directory was read and found whole, so it is Pillow that lacks it
+            return RejectedImage(
+                "unsupported", "This layout of TIFF samples is not supported. Save it as PNG."
+            )
+        return RejectedImage("corrupt", f"The {name} header is damaged. Export the image again.")
+    return RejectedImage(
+        "corrupt", f"The {name} data cannot be decoded ({error}). Export the image again."
+    )
+
+
+# ---- pixels --------------------------------------------------------------------------------------
+
+# EXIF orientation to the turn that makes the picture upright, as ImageOps.exif_transpose.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _open(header: Header) -> ImageFile.ImageFile:
+    image = Image.open(io.BytesIO(header.payload), formats=[header.format])
+    if image.size != header.size:
+        raise RejectedImage(
+            "corrupt", f"The {header.format} file contradicts itself about its size."
+        )
+    return image
+
+
+def _decode(header: Header) -> NDArray[np.uint8]:
+    image = _open(header)
+    if header.bits == 16:
+        grey = _decode_16(image, header)
+    else:
+        image.load()
+        if header.transparent is not None:  # Pillow forgets to stretch it to 8 bits
+            image.info["transparency"] = (
+                header.transparent if image.mode == "RGB" else header.transparent[0]
+            )
+        grey = _to_grey(image)
+    if header.orientation != 1:
+        grey = grey.transpose(_TURNS[header.orientation])
+    return np.asarray(grey)
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    """Turn a loaded image of 8-bit samples into mode L, over black where it is transparent."""
+    # A palette goes through RGB in any case: Pillow rounds P to L differently.
+    if image.mode != "La" and (image.mode == "P" or image.has_transparency_data):
+        image = image.convert("RGBA").convert("LA").convert("La")
+    # La is grey times alpha, rounded: that is, over black.
+    return image.getchannel(0) if image.mode == "La" else image.convert("L")
+
+
+def _decode_16(image: ImageFile.ImageFile, header: Header) -> Image.Image:
+    """Decode 16-bit samples at full depth, then scale them and whatever they show to 8 bits."""
+    if image.mode.startswith("I;16"):
+        image.load()
+        samples = np.asarray(image)
+    else:
+        samples = _load_colour_16(image, header)
+    grey = np.asarray(_to_grey(Image.fromarray(_scale_16(samples))))
+    if header.white_is_zero:
+        grey = np.invert(grey)
+    if header.transparent is not None:
+        clear = np.atleast_3d(samples) == np.array(header.transparent)
+        grey = grey * ~clear.all(axis=-1)
+    return Image.fromarray(grey)
+
+
+def _scale_16(samples: NDArray[np.uint16]) -> NDArray[np.uint8]:
+    """Scale 16 bits to 8 with exact rounding, as libpng's png_do_scale_16_to_8."""
+    wide = samples.astype(np.uint32)
+    wide *= 255
+    wide += 32895
+    wide >>= 16
+    return wide.astype(np.uint8)
+
+
+def _load_colour_16(image: ImageFile.ImageFile, header: Header) -> NDArray[np.uint16]:
+    """Load 16-bit colour or grey with alpha, which Pillow has no mode for, at full depth.
+
+    Pillow keeps one byte of each such sample. Which one is the raw mode's choice, so reading once
+    in each byte order gives both; grey with alpha fits into one reading as four bytes.
+    """
+    raw_modes = {_get_raw_mode(tile) for tile in image.tile}
+    raw = raw_modes.pop()
+    if raw_modes or raw[:-1] not in ("RGB;16", "RGBA;16", "LA;16"):
+        raise RejectedImage(
+            "unsupported", f"This layout of 16-bit {header.format} samples is not supported."
+        )
+    if raw == "LA;16B":
+        _set_raw_mode(image, "RGBA")
+        image.load()
+        return np.asarray(image).view(">u2")
+    other = _open(header)
+    native_other = "B" if sys.byteorder == "little" else "L"
+    _set_raw_mode(other, raw[:-1] + {"B": "L", "L": "B", "N": native_other}[raw[-1]])
+    image.load()
+    other.load()
+    samples = np.asarray(image).astype(np.uint16)
+    samples <<= 8
+    samples |= np.asarray(other)
+    return samples
+
+
+def _get_raw_mode(tile: ImageFile._Tile) -> str:
+    return tile.args if isinstance(tile.args, str) else str((tile.args or ("",))[0])
+
+
+def _set_raw_mode(image: ImageFile.ImageFile, raw: str) -> None:
+    image.tile = [
+        tile._replace(args=raw if isinstance(tile.args, str) else (raw, *(tile.args or ())[1:]))
+        for tile in image.tile
+    ]

@@ -1,0 +1,175 @@
+"""A scan as a picture for a person to look at, and over it where the evidence lies."""
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from brainray.images.decode import DecodeLimits, decode_image
+from brainray.images.preprocess import Preprocessing, find_frame
+
+PICTURE_PX = 224
+SHOWN_PX = 1024
+"""Longer side of a scan as shown under a heat map, at most; the map itself is far coarser."""
+
+GALLERY_OVERLAY_PX = 160
+"""Longer side of an overlay among many: in colour a picture takes twice the bytes."""
+
+OVERLAY_ALPHA = 0.6
+"""Share of colour where the evidence is strongest; the scan stays visible under it."""
+
+# Inferno of matplotlib (van der Walt and Smith, 2015; CC0) at 2/9 to 9/9 of its length: from there
+# on it stands out from black, and its lightness still rises evenly.
+_INFERNO = ("4b0c6b", "781c6d", "a52c60", "cf4446", "ed6925", "fb9a06", "f7d03c", "fcffa4")
+
+
+def render_picture(image_bytes: bytes, limits: DecodeLimits) -> bytes:
+    """Render a scan as a PNG of at most :data:`PICTURE_PX` on its longer side.
+
+    Raises
+    ------
+    RejectedImage
+        The bytes cannot be turned into pixels.
+    """
+    image = Image.fromarray(decode_image(image_bytes, limits))
+    image.thumbnail((PICTURE_PX, PICTURE_PX))
+    return _encode(image)
+
+
+def render_map(
+    class_map: NDArray[np.float32],
+    shape: tuple[int, int],
+    preprocessing: Preprocessing,
+    stride_px: int,
+) -> bytes:
+    """Render the evidence for a class as a PNG that is laid over the scan.
+
+    Colour and opacity both rise with the evidence, relative to the strongest there is for this
+    class; where there is none, or evidence against it, the picture is transparent. What the network
+    saw beside the scan, in its padding, is not shown, but counts as the strongest if it is.
+
+    Parameters
+    ----------
+    class_map : ndarray of float32, shape (h, w)
+        Evidence for one class in every cell of the network's last features.
+    shape : (int, int)
+        Height and width of the scan, in pixels.
+    preprocessing : Preprocessing
+        What brought the scan into the network's square.
+    stride_px : int
+        Pixels of that square from one cell to the next; cell i is centred on pixel i times this.
+
+    Returns
+    -------
+    bytes
+        An RGBA PNG of the scan's size, or where that is larger, of its aspect ratio and
+        :data:`SHOWN_PX` on the longer side.
+    """
+    levels = _compute_levels(class_map, shape, preprocessing, stride_px)
+    return _encode(Image.fromarray(np.dstack([_COLOURS[levels], levels])))
+
+
+def render_overlay(
+    class_map: NDArray[np.float32],
+    pixels: NDArray[np.uint8],
+    preprocessing: Preprocessing,
+    stride_px: int,
+    *,
+    shown_px: int = SHOWN_PX,
+) -> bytes:
+    """Render a scan with the evidence for a class on it, as one opaque PNG.
+
+    Parameters
+    ----------
+    pixels : ndarray of uint8, shape (height, width)
+        The scan, from :func:`brainray.images.decode.decode_image`.
+    class_map, preprocessing, stride_px
+        As for :func:`render_map`.
+    shown_px : int
+        Longer side of the picture, at most.
+
+    Returns
+    -------
+    bytes
+        An RGB PNG, by default of the same size as that of :func:`render_map`.
+    """
+    height, width = pixels.shape
+    levels = _compute_levels(class_map, (height, width), preprocessing, stride_px, shown_px)
+    image = Image.fromarray(pixels)
+    if levels.shape != pixels.shape:
+        image = image.resize(levels.shape[::-1], Image.Resampling.BOX)
+    alpha = (levels * np.float32(OVERLAY_ALPHA / 255))[..., None]
+    blended = np.asarray(image)[..., None] * (1 - alpha) + _COLOURS[levels] * alpha
+    return _encode(Image.fromarray(blended.round().astype(np.uint8)))
+
+
+def _compute_levels(
+    class_map: NDArray[np.float32],
+    shape: tuple[int, int],
+    preprocessing: Preprocessing,
+    stride_px: int,
+    shown_px: int = SHOWN_PX,
+) -> NDArray[np.uint8]:
+    """Return the evidence at every pixel of the scan as shown: 0 none, 255 the strongest."""
+    shrunk = min(1.0, shown_px / max(shape))
+    height, width = (max(1, round(length * shrunk)) for length in shape)
+    peak = float(class_map.max())
+    if not peak > 0:
+        return np.zeros((height, width), np.uint8)
+    frame = find_frame(*shape, preprocessing)
+    num_rows, num_columns = class_map.shape
+    rows = _interpolate(height, frame.top, frame.height, num_rows, stride_px)
+    columns = _interpolate(width, frame.left, frame.width, num_columns, stride_px)
+    levels = rows @ (class_map * np.float32(255 / peak)) @ columns.T
+    return levels.clip(0, 255).round().astype(np.uint8)
+
+
+def _interpolate(
+    length: int, start: int, extent: int, num_cells: int, stride_px: int
+) -> NDArray[np.float32]:
+    """Return the weight of every cell at every pixel of a line, shape (length, num_cells).
+
+    Catmull-Rom splines: smooth, and each cell keeps its value. Beyond the outermost centres the
+    evidence stays what it is there.
+
+    Parameters
+    ----------
+    length : int
+        Pixels of the line as shown.
+    start, extent : int
+        Where the line lies in the network's square.
+    """
+    places = start + (np.arange(length) + 0.5) * (extent / length) - 0.5
+    cells = (places / stride_px).clip(0, num_cells - 1)
+    first = np.floor(cells).astype(np.int64)
+    t = cells - first
+    weights = (
+        -0.5 * t + t**2 - 0.5 * t**3,
+        1 - 2.5 * t**2 + 1.5 * t**3,
+        0.5 * t + 2 * t**2 - 1.5 * t**3,
+        -0.5 * t**2 + 0.5 * t**3,
+    )
+    matrix = np.zeros((length, num_cells), np.float32)
+    for offset, weight in enumerate(weights, start=-1):
+        neighbours = (first + offset).clip(0, num_cells - 1)
+        np.add.at(matrix, (np.arange(length), neighbours), weight)
+    return matrix
+
+
+def _build_colours() -> NDArray[np.uint8]:
+    """Return a colour for every level of evidence, shape (256, 3)."""
+    stops = np.array([list(bytes.fromhex(stop)) for stop in _INFERNO])
+    places = np.linspace(0, 1, len(stops))
+    levels = np.linspace(0, 1, 256)
+    channels = [np.interp(levels, places, stops[:, channel]) for channel in range(3)]
+    return np.stack(channels, axis=1).round().astype(np.uint8)
+
+
+_COLOURS = _build_colours()
+
+
+def _encode(image: Image.Image) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, "PNG", compress_level=3)  # twice as fast as 6, and a tenth larger
+    return sink.getvalue()

@@ -1,1 +1,0 @@
-"""The jobs: train, evaluate, and the demonstration."""

@@ -1,0 +1,144 @@
+"""What a training run is made of: every number that shapes the classifier, with its unit."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from brainray.errors import ConfigError
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import Preprocessing
+from brainray.labels import BRAIN_TUMOUR_CLASSES, check_classes
+from brainray.model.network import BatchNormMode
+from brainray.model.trust import TrustOptions
+from brainray.training.augment import Augmentation
+from brainray.training.optim import Optimisation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A recipe: everything that shapes the classifier, and nothing about where it runs."""
+
+    classes: tuple[str, ...] = BRAIN_TUMOUR_CLASSES
+    """Class names in class order; also the names of the class folders."""
+    seed: int = 0
+    """Seeds the split, the weights, the order of the images and the augmentation."""
+    weights: Literal["imagenet", "none"] = "imagenet"
+    """Start from torchvision's IMAGENET1K_V2, or from random weights."""
+    weights_uri: str | None = None
+    """Start from this .safetensors or .pth state dict instead."""
+    preprocessing: Preprocessing = Preprocessing()
+    """Sealed with the classifier."""
+    augmentation: Augmentation = Augmentation()
+    """Training only."""
+    optimisation: Optimisation = Optimisation()
+    """How the weights move."""
+    trust: TrustOptions = TrustOptions()
+    """How its answers are calibrated and withheld; sealed with the classifier."""
+    limits: DecodeLimits = DecodeLimits()
+    """What is too large to open."""
+    val_fraction: float = 0.15
+    """Share of the training images held out, by groups, where no val folder is given."""
+    test_fraction: float = 0.15
+    """Share held out for testing where the data set has no splits; 0 holds out none."""
+    group_correlation: float = 0.96
+    """Slices whose thumbnails correlate at least this much are of one group (0 to 1)."""
+    num_epochs: int = 30
+    """Passes of the whole network over the training images."""
+    head_epochs: int = 0
+    """Epochs of the head alone before that, on features computed once. Without weights to
+    start from there is nothing to stand on, and they are left out."""
+    train_sizes_px: tuple[int, ...] = ()
+    """Sides of the training images in equal stretches of the run; empty: the sealed size."""
+    global_batch_size: int = 64
+    """Images of one optimiser step, over all workers."""
+    batch_norm: BatchNormMode = "local"
+    """Statistics from each worker's images, from all workers' (`sync`), or as loaded (`frozen`)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`bf16` is autocast: weights stay fp32. `auto` takes it where all the workers' processors
+    or GPUs have it, else fp32."""
+    channels_last: bool = True
+    """Memory layout; faster on CPUs with oneDNN and on tensor cores."""
+    compile: bool = False
+    """torch.compile the network; takes a minute at the start. For GPUs: on a CPU it was slower
+    (0.92 to 1.02 of eager; 96 px, batch 32, bf16)."""
+    patience_epochs: int = 0
+    """Stop when this many epochs brought no better validation score; 0 never stops early."""
+    monitor: Literal["val_macro_f1", "val_accuracy", "val_macro_auroc"] = "val_macro_f1"
+    """Validation score that chooses the epoch that is sealed."""
+
+    def __post_init__(self) -> None:
+        check_classes(self.classes)
+        positive = ("num_epochs", "global_batch_size")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("head_epochs", "patience_epochs"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not 0 < self.val_fraction <= 0.5:
+            raise ConfigError(f"val_fraction must be in (0, 0.5], got {self.val_fraction}.")
+        if not 0 <= self.test_fraction <= 0.5:
+            raise ConfigError(f"test_fraction must be in [0, 0.5], got {self.test_fraction}.")
+        if not 0 < self.group_correlation <= 1:
+            raise ConfigError(f"group_correlation must be in (0, 1], got {self.group_correlation}.")
+        for size_px in self.train_sizes_px:
+            if not 32 <= size_px <= 1024:
+                raise ConfigError(f"train_sizes_px must be in [32, 1024], got {size_px}.")
+
+    def list_epoch_sizes(self) -> tuple[int, ...]:
+        """Return the side of the training images of every epoch, in pixels."""
+        sizes = self.train_sizes_px or (self.preprocessing.size_px,)
+        epochs_left = range(self.num_epochs - 1, -1, -1)  # counted back, so that the last is last
+        return tuple(sizes[-1 - left * len(sizes) // self.num_epochs] for left in epochs_left)
+
+    def list_pixel_sizes(self) -> list[Preprocessing]:
+        """Return every way in which the run asks for an image's pixels."""
+        sizes = {self.preprocessing.size_px, *self.list_epoch_sizes()}
+        return [replace(self.preprocessing, size_px=size) for size in sorted(sizes)]
+
+    @property
+    def starts_with_head(self) -> bool:
+        """Whether head-only epochs come first: asked for, and with weights to stand on."""
+        has_weights = self.weights_uri is not None or self.weights != "none"
+        return self.head_epochs > 0 and has_weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """Where a run computes; it may change between a run's stretches."""
+
+    num_workers: int = 1
+    """Training workers; each takes a GPU with --use-gpu, else a share of the CPUs."""
+    min_workers: int | None = None
+    """Go on with as few as this when nodes are lost or not there yet (elastic)."""
+    use_gpu: bool = False
+    """Train on GPUs."""
+    max_failures: int = 3
+    """Times that a failed worker group is started again from its last checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ConfigError(f"num_workers must be at least 1, got {self.num_workers}.")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
+            raise ConfigError(
+                f"min_workers must be in [1, num_workers={self.num_workers}], "
+                f"got {self.min_workers}."
+            )
+
+    @property
+    def worker_range(self) -> int | tuple[int, int]:
+        """Number of workers, or the fewest and the most."""
+        if self.min_workers is None or self.min_workers == self.num_workers:
+            return self.num_workers
+        return self.min_workers, self.num_workers
+
+
+def find_differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
+    """Say where two JSON-ready configurations differ, as `name: saved -> given` lines."""
+    lines = []
+    for name in sorted(saved.keys() | given.keys()):
+        old, new = saved.get(name), given.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += find_differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"{prefix}{name}: {old} -> {new}")
+    return lines

@@ -1,0 +1,353 @@
+"""Cross-validation: every training image is judged by a classifier that never saw it."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+
+from brainray import runlog, storage
+from brainray.cluster import check_fits, connect_ray
+from brainray.data.labelled import FoundSamples, find_samples
+from brainray.data.splits import assign_folds, assign_splits
+from brainray.evaluation.judge import (
+    METRICS_FILE,
+    METRICS_SCHEMA_VERSION,
+    Say,
+    collect_mistakes,
+    judge_split,
+)
+from brainray.evaluation.prepared import (
+    GroupedData,
+    PreparedData,
+    split_samples,
+)
+from brainray.evaluation.rows import read_evaluation_rows
+from brainray.inference.schema import stack_lists
+from brainray.metrics import compute_curves
+from brainray.model.network import fetch_weights
+from brainray.provenance import describe_versions, read_code_revision
+from brainray.reports.report import render_report
+from brainray.training.config import TrainConfig
+from brainray.training.fit import describe_training_needs
+from brainray.training.prepare import group_training_data
+from brainray.training.run import (
+    Tick,
+    TrainJob,
+    check_run,
+    describe_run,
+    find_finished,
+    keep_manifest,
+)
+from brainray.training.train import describe_plan, train_prepared
+
+logger = logging.getLogger(__name__)
+
+Numbers = NDArray[np.int64]
+
+POOLED = "cv"
+"""Name of the folds' answers put together, where others have the name of a split."""
+
+SPREAD_SCORES = ("accuracy", "macro_f1", "macro_auroc")
+
+
+def cross_validate(
+    job: TrainJob,
+    *,
+    say: Say = logger.info,
+    tick: Tick = lambda _: None,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Train once for each fold, and judge what the folds' classifiers say of what they never saw.
+
+    The training images (a val split among them) are dealt into folds that part no group. Each
+    fold is the test split of an ordinary run in a folder of its own; that run takes its
+    validation split, which chooses the epoch, from the other folds. A test split of the data
+    set has no part in it. An earlier call of the same job is gone on with.
+
+    Parameters
+    ----------
+    job : TrainJob
+        What to train, with ``folds``.
+    say, tick, verbose
+        As of :func:`brainray.training.train.train`.
+
+    Returns
+    -------
+    dict
+        The content of metrics.json: see :func:`judge_folds`.
+
+    Raises
+    ------
+    UserError
+        Something the user can mend; nothing is lost.
+    TrainingError
+        The workers failed more often than ``max_failures``.
+    """
+    assert job.folds is not None, "train() is for this"
+    finished = find_finished(job, say)
+    if finished is not None:
+        return finished
+    found = find_training_samples(job)
+    weights = fetch_weights(job.config.weights, job.config.weights_uri)
+    connect_ray(verbose=verbose)
+    check_fits(describe_training_needs(job.placement))
+    data = group_training_data(found, job.config)
+    labels = data.labels[data.kept]
+    folds = assign_folds(labels, data.groups, job.folds, seed=job.config.seed)
+    splits = [  # all before the first is trained: what cannot be split fails now
+        split_fold(folds, number, labels, data.groups, job.config) for number in range(job.folds)
+    ]
+    pooled = pool_data(data, folds, job.config.classes)
+    describe_plan(job, pooled, name_folds(job.folds), say)
+    keep_manifest(job, pooled)
+    shared_weights = ray.put(weights)
+    runs = list_runs(job)
+    results = [
+        train_fold(run, data, split, shared_weights, say, tick)
+        for run, split in zip(runs, splits, strict=True)
+    ]
+    return judge_folds(job, pooled, results, say)
+
+
+def find_training_samples(job: TrainJob) -> FoundSamples:
+    """List the scans to be cross-validated: all but a test split, none with a split of its own."""
+    found = find_samples(job.data_uri, job.config.classes, splits=("train", "val", ""))
+    column = found.samples.schema.get_field_index("split")
+    unsaid = pa.array([""] * found.samples.num_rows, pa.string())
+    samples = found.samples.set_column(column, found.samples.schema.field(column), unsaid)
+    return replace(found, samples=samples)
+
+
+def split_fold(
+    folds: Numbers, number: int, labels: Numbers, groups: Numbers, config: TrainConfig
+) -> NDArray[np.str_]:
+    """Split the images for the run that holds a fold out.
+
+    Parameters
+    ----------
+    folds, labels, groups : ndarray of int64, shape (n,)
+        Of the images that could be opened.
+    number : int
+        The fold.
+
+    Returns
+    -------
+    ndarray of str, shape (n,)
+        "test" for the fold's images; "val", by groups, for some of the others; else "train".
+
+    Raises
+    ------
+    DataError
+        Too few groups of a class are left for a validation split.
+    """
+    return assign_splits(
+        np.where(folds == number, "test", "train").tolist(),
+        labels,
+        groups,
+        val_fraction=config.val_fraction,
+        test_fraction=0.0,
+        seed=config.seed,
+    )
+
+
+def pool_data(data: GroupedData, folds: Numbers, classes: Sequence[str]) -> PreparedData:
+    """Name each image's fold as its split, and look up what it resembles most outside of it.
+
+    Parameters
+    ----------
+    folds : ndarray of int64, shape (n,)
+        Of the images that could be opened.
+    """
+    names = name_folds(int(folds.max()) + 1)
+    outside = {name: [other for other in names if other != name] for name in names}
+    return split_samples(data, classes, np.array(names)[folds], outside)
+
+
+def name_folds(num_folds: int) -> list[str]:
+    """Return the names of the folds: of their folders, and in the manifest."""
+    return [f"fold-{number}" for number in range(num_folds)]
+
+
+def list_runs(job: TrainJob) -> list[TrainJob]:
+    """Return the run of each fold."""
+    assert job.folds is not None
+    return [
+        replace(job, output_uri=job.at(name), fold=number)
+        for number, name in enumerate(name_folds(job.folds))
+    ]
+
+
+def train_fold(
+    run: TrainJob,
+    data: GroupedData,
+    splits: NDArray[np.str_],
+    weights: "ray.ObjectRef[Any]",
+    say: Say,
+    tick: Tick,
+) -> dict[str, Any]:
+    """Train without a fold, and judge on it; not again what is finished.
+
+    Returns
+    -------
+    dict
+        The content of the run's metrics.json.
+    """
+    assert run.fold is not None
+    title = f"Fold {run.fold + 1} of {run.folds}"
+    going_on = check_run(run)
+    if storage.exists(run.at(METRICS_FILE)):
+        say(f"{title} is finished.")
+        return dict(storage.read_json(run.at(METRICS_FILE)))
+    prepared = split_samples(data, run.config.classes, splits)
+    test, val, train = (len(prepared.select(split)) for split in ("test", "val", "train"))
+    say(
+        f"{title}{' goes on' if going_on else ''}: {test:,} images held out; of the others "
+        f"{train:,} to train on, {val:,} to choose the epoch."
+    )
+    keep_manifest(run, prepared)
+    return train_prepared(run, prepared, weights, say, tick)
+
+
+def judge_folds(
+    job: TrainJob, data: PreparedData, results: Sequence[dict[str, Any]], say: Say
+) -> dict[str, Any]:
+    """Judge the folds' answers put together, and write predictions, report and metrics.
+
+    Parameters
+    ----------
+    data : PreparedData
+        As :func:`pool_data` gives it.
+    results : sequence of dict
+        Content of each fold's metrics.json.
+
+    Returns
+    -------
+    dict
+        The content of metrics.json: ``folds``, a list of what :func:`describe_fold` gives;
+        ``spread``, from :func:`compute_spread`; and ``cv``, what
+        :func:`brainray.evaluation.judge.judge_split` says of the answers put together.
+
+    Notes
+    -----
+    The intervals of ``cv`` are over groups, for the answers that were given: they say how far
+    other scans might lead, not how far other folds or another seed might. The ranks behind the
+    AUROC of ``cv`` are of probabilities from different classifiers, so that it falls below the
+    folds' mean where those are calibrated differently [1]_.
+
+    References
+    ----------
+    .. [1] Forman and Scholz, "Apples-to-apples in cross-validation studies", ACM SIGKDD
+       Explorations 12 (2010).
+    """
+    classes, runs = job.config.classes, list_runs(job)
+    predictions = pool_predictions(runs)
+    say(f"Judging the folds together: {predictions.num_rows:,} images, each by who never saw it.")
+    numbers = {path: number for number, path in enumerate(data.manifest["path"].to_pylist())}
+    indices = np.array([numbers[path] for path in predictions["path"].to_pylist()], np.int64)
+    usable = np.flatnonzero(data.splits != "rejected")
+    assert np.array_equal(np.sort(indices), usable), "every image has one answer"
+    probs = stack_lists(predictions["probs"])
+    storage.write_table(job.at("predictions", f"{POOLED}.parquet"), predictions)
+    folds = [describe_fold(number, result) for number, result in enumerate(results)]
+    metrics: dict[str, Any] = {
+        "schema_version": METRICS_SCHEMA_VERSION,
+        "classes": list(classes),
+        "runtime": results[0]["runtime"],
+        "folds": folds,
+        "spread": compute_spread(folds),
+        POOLED: judge_split(data, indices, probs, classes) | {"rejected": data.count_rejected()},
+    }
+    time_s = sum(result["training"]["time_s"] for result in results)
+    report = render_report(
+        title="brainray cross-validation report",
+        metrics=metrics,
+        epochs=(),
+        curves={POOLED: compute_curves(data.labels[indices], probs, classes)},
+        mistakes=collect_mistakes(
+            data, predictions, POOLED, classes, job.config.preprocessing, job.config.limits
+        ),
+        configuration=describe_run(job)["config"],
+        facts={
+            "Recipe": job.recipe,
+            "Data": job.data_uri,
+            "Folds": str(job.folds),
+            "Engine": results[0]["runtime"]["description"],
+            "Training time": runlog.format_duration(time_s),
+            "Versions": describe_versions(),
+            "Revision": read_code_revision(),
+        },
+    )
+    storage.write_bytes(job.at("report.html"), report.encode())
+    storage.write_json(job.at(METRICS_FILE), metrics)
+    return metrics
+
+
+def pool_predictions(runs: Sequence[TrainJob]) -> pa.Table:
+    """Put the folds' answers together, with the column ``fold`` in the place of ``split``."""
+    tables = []
+    for run in runs:
+        table = read_evaluation_rows(run.at("predictions", "test.parquet"))
+        number = pa.array([run.fold] * table.num_rows, pa.int64())
+        tables.append(table.set_column(table.column_names.index("split"), "fold", number))
+    return pa.concat_tables(tables)
+
+
+def describe_fold(number: int, result: dict[str, Any]) -> dict[str, Any]:
+    """Say of a fold what the table of the folds shows.
+
+    Parameters
+    ----------
+    number : int
+        From 0.
+    result : dict
+        The content of its metrics.json.
+    """
+    scores, training = result["test"], result["training"]
+    names = [name for score in SPREAD_SCORES for name in (score, f"{score}_ci95")]
+    return {
+        "fold": number,
+        "n": scores["n"],
+        **{name: scores[name] for name in names},
+        "best_epoch": training["best_epoch"],
+        "num_epochs": training["num_epochs"],
+        "classifier_id": result["classifier_id"],
+    }
+
+
+def compute_spread(folds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Compute how far the folds' scores lie apart.
+
+    This describes the K folds and is no interval: the folds share training images, and no
+    unbiased estimator of the variance of their mean exists [1]_.
+
+    Parameters
+    ----------
+    folds : sequence of dict
+        What :func:`describe_fold` gives; at least two.
+
+    Returns
+    -------
+    dict
+        For each of accuracy, macro_f1 and macro_auroc: ``mean``, ``sd`` (standard deviation
+        with K − 1), ``min`` and ``max``, each fold counting the same.
+
+    References
+    ----------
+    .. [1] Bengio and Grandvalet, "No unbiased estimator of the variance of K-fold
+       cross-validation", Journal of Machine Learning Research 5 (2004).
+    """
+    spread = {}
+    for score in SPREAD_SCORES:
+        values = np.array([fold[score] for fold in folds], np.float64)
+        spread[score] = {
+            "mean": float(values.mean()),
+            "sd": float(values.std(ddof=1)),
+            "min": float(values.min()),
+            "max": float(values.max()),
+        }
+    return spread

@@ -1,0 +1,60 @@
+"""The main job on an embedded default: draw phantoms, train on them, classify the rest."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from brainray import storage
+from brainray.evaluation.judge import Say
+from brainray.phantoms import write_phantom_folder
+from brainray.training.config import Placement, TrainConfig
+from brainray.training.run import Tick, TrainJob
+from brainray.training.train import train
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoJob:
+    """Draw phantoms, train a classifier on them with two workers, and judge it."""
+
+    output_path: str = "runs/demo"
+    """Local folder for the phantoms and the run."""
+    num_train_per_class: int = 150
+    """Phantoms of each class to train and validate on."""
+    num_test_per_class: int = 40
+    """Phantoms of each class that are held out."""
+    num_workers: int = 2
+    """Training workers."""
+    seed: int = 0
+    """Seeds the phantoms."""
+
+
+def run_demo(job: DemoJob, config: TrainConfig, say: Say, tick: Tick) -> tuple[dict[str, Any], str]:
+    """Run the demonstration.
+
+    Returns
+    -------
+    metrics : dict
+        The content of metrics.json.
+    output_uri : str
+        Where the run is.
+    """
+    root = Path(storage.make_absolute(job.output_path))
+    scans = root / f"phantoms-{job.num_train_per_class}-{job.num_test_per_class}-{job.seed}"
+    if not scans.exists():
+        say(f"Drawing {4 * (job.num_train_per_class + job.num_test_per_class)} phantoms.")
+        partial = root / ".phantoms.partial"
+        write_phantom_folder(
+            partial,
+            num_train_per_class=job.num_train_per_class,
+            num_test_per_class=job.num_test_per_class,
+            seed=job.seed,
+        )
+        partial.replace(scans)
+    training = TrainJob(
+        data_uri=str(scans),
+        output_uri=str(root / "run"),
+        config=config,
+        placement=Placement(num_workers=job.num_workers),
+        recipe="smoke",
+    )
+    return train(training, say=say, tick=tick), training.output_uri

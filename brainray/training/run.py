@@ -1,0 +1,127 @@
+"""A training run: what makes it this one, and what of it lies in the output."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from brainray import storage
+from brainray.data.splits import hash_manifest
+from brainray.errors import ConfigError
+from brainray.evaluation.judge import METRICS_FILE, Say
+from brainray.evaluation.prepared import MANIFEST_FILE, PreparedData
+from brainray.provenance import collect_versions
+from brainray.training.config import Placement, TrainConfig, find_differences
+
+RUN_FILE = "run.json"
+RECORDS_FILE = "metrics.jsonl"
+CLASSIFIER_FOLDER = "classifier"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+Tick = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainJob:
+    """One training run: what, from where, to where, on what."""
+
+    data_uri: str
+    output_uri: str
+    config: TrainConfig
+    placement: Placement
+    recipe: str = "custom"
+    folds: int | None = None
+    """Folds of the cross-validation that this is; None for a run of its own."""
+    fold: int | None = None
+    """Which of them it holds out, from 0; None for all of them, one after the other."""
+
+    def __post_init__(self) -> None:
+        if self.folds is not None and self.folds < 2:
+            raise ConfigError(f"folds must be at least 2, got {self.folds}.")
+
+    def at(self, *parts: str) -> str:
+        """Return a place below the output."""
+        return storage.join(self.output_uri, *parts)
+
+
+def find_finished(job: TrainJob, say: Say) -> dict[str, Any] | None:
+    """Return the metrics of this very run if it is finished; say where it stands.
+
+    Raises
+    ------
+    ConfigError, StorageError
+        As :func:`check_run`.
+    """
+    going_on = check_run(job)
+    if storage.exists(job.at(METRICS_FILE)):
+        say(f"Already finished: {job.output_uri}. Give another --output-uri to train anew.")
+        return dict(storage.read_json(job.at(METRICS_FILE)))
+    if going_on:
+        say(f"Going on with the run in {job.output_uri}.")
+    return None
+
+
+def check_run(job: TrainJob) -> bool:
+    """Tell whether the output holds this run already, begun or finished.
+
+    Raises
+    ------
+    ConfigError
+        The output belongs to a run of another configuration.
+    StorageError
+        The output cannot be written.
+    """
+    given = describe_run(job)
+    try:
+        saved = storage.read_json(job.at(RUN_FILE))
+    except FileNotFoundError:
+        storage.check_writable(job.output_uri)
+        return False
+    different = find_differences({name: saved.get(name) for name in given}, given)
+    if different:
+        raise ConfigError(
+            f"'{job.output_uri}' holds a run of another configuration: "
+            f"{'; '.join(line.removeprefix('config.') for line in different)}. "
+            "Give the same values to go on with it, or another --output-uri."
+        )
+    return True
+
+
+def describe_run(job: TrainJob) -> dict[str, Any]:
+    """Return what makes two calls the same run, ready for JSON."""
+    return {
+        "data_uri": job.data_uri,
+        "folds": job.folds,
+        "fold": job.fold,
+        "config": make_plain(asdict(job.config)),
+    }
+
+
+def make_plain(value: Any) -> Any:  # noqa: ANN401 - any configuration value
+    """Return a configuration value as JSON will give it back: tuples become lists."""
+    if isinstance(value, dict):
+        return {name: make_plain(item) for name, item in value.items()}
+    return [make_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def keep_manifest(job: TrainJob, data: PreparedData) -> None:
+    """Claim the output for this run; on going on, check that the data set is still the same.
+
+    Raises
+    ------
+    ConfigError
+        The data set has changed since the run began.
+    """
+    uri = job.at(MANIFEST_FILE)
+    try:
+        saved = storage.read_table(uri)
+    except FileNotFoundError:
+        about = {"recipe": job.recipe, "versions": collect_versions()}
+        storage.write_json(job.at(RUN_FILE), describe_run(job) | about)
+        storage.write_table(uri, data.manifest)  # last: without it, both are written again
+        return
+    if hash_manifest(saved) != hash_manifest(data.manifest):
+        raise ConfigError(
+            f"The data at '{job.data_uri}' are not those that the run in '{job.output_uri}' "
+            f"began with ({saved.num_rows} scans then, {data.manifest.num_rows} now, or other "
+            "content). Restore them, or give another --output-uri."
+        )

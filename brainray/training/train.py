@@ -1,0 +1,156 @@
+"""The main job: from a folder of scans to a sealed classifier with its metrics and report."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import ray
+
+from brainray import runlog
+from brainray.cluster import check_fits, connect_ray
+from brainray.data.labelled import find_samples
+from brainray.evaluation.judge import Say, judge_and_report
+from brainray.evaluation.prepared import PreparedData
+from brainray.inference.engine import EngineOptions
+from brainray.model.network import fetch_weights
+from brainray.training.finalize import seal
+from brainray.training.fit import describe_training_needs, fit
+from brainray.training.prepare import prepare_training_data
+from brainray.training.run import (
+    CLASSIFIER_FOLDER,
+    RECORDS_FILE,
+    Tick,
+    TrainJob,
+    find_finished,
+    keep_manifest,
+    make_plain,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    job: TrainJob,
+    *,
+    say: Say = logger.info,
+    tick: Tick = lambda _: None,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Train, seal, judge and report; go on where an earlier call of the same job stopped.
+
+    Parameters
+    ----------
+    job : TrainJob
+        What to train.
+    say : callable
+        Takes a line for a person.
+    tick : callable
+        Takes progress within an epoch: ``epoch``, ``step``, ``num_steps``.
+    verbose : bool
+        Whether Ray's own lines are shown.
+
+    Returns
+    -------
+    dict
+        The content of metrics.json.
+
+    Raises
+    ------
+    UserError
+        Something the user can mend; nothing is lost.
+    TrainingError
+        The workers failed more often than ``max_failures``.
+    """
+    assert job.folds is None, "cross_validate() is for this"
+    finished = find_finished(job, say)
+    if finished is not None:
+        return finished
+    found = find_samples(job.data_uri, job.config.classes)
+    weights = fetch_weights(job.config.weights, job.config.weights_uri)
+    connect_ray(verbose=verbose)
+    check_fits(describe_training_needs(job.placement))
+    data = prepare_training_data(found, job.config)
+    describe_plan(job, data, ("train", "val", "test"), say)
+    keep_manifest(job, data)
+    return train_prepared(job, data, ray.put(weights), say, tick)
+
+
+def train_prepared(
+    job: TrainJob,
+    data: PreparedData,
+    weights: "ray.ObjectRef[Any]",
+    say: Say,
+    tick: Tick,
+) -> dict[str, Any]:
+    """Train, seal, judge and report, on data that are split and on weights that are fetched."""
+    result = fit(job, data, weights, say, tick)
+    seal(job, data, result, say)
+    return judge(job, data, say)
+
+
+def describe_plan(job: TrainJob, data: PreparedData, splits: Sequence[str], say: Say) -> None:
+    """Say what the data set holds, and what of the recipe is left out."""
+    say(describe_data(data, splits))
+    if job.config.head_epochs and not job.config.starts_with_head:
+        say("No weights to start from: the head-only epochs are left out.")
+
+
+def describe_data(data: PreparedData, splits: Sequence[str]) -> str:
+    """Say in one line what the data set holds."""
+    counts = ", ".join(f"{len(data.select(split)):,} {split}" for split in splits)
+    groups = len(set(data.manifest["group"].to_pylist()))
+    line = f"Data: {counts} images in {groups:,} groups of near-identical slices"
+    rejected = data.count_rejected()
+    if rejected:
+        line += "; rejected " + ", ".join(f"{n} {reason}" for reason, n in rejected.items())
+    passed_over = data.found.describe_passed_over()
+    if passed_over:
+        line += f"; passed over {passed_over}"
+    held = "held in the object store" if data.store.in_object_store else "streamed from storage"
+    return f"{line}; bytes {held}."
+
+
+def summarise_training(job: TrainJob, records: list[runlog.Record]) -> dict[str, Any]:
+    """Say what the training itself took and brought."""
+    best = max(records, key=lambda record: (record[job.config.monitor], -record["epoch"]))
+    return {
+        "recipe": job.recipe,
+        "num_epochs": len(records),
+        "best_epoch": best["epoch"],
+        "monitor": job.config.monitor,
+        "best_score": best[job.config.monitor],
+        "time_s": records[-1]["time_s"],
+        "images_per_s": sum(r["num_train_images"] for r in records) / records[-1]["time_s"],
+        "world_size": records[-1]["world_size"],
+        # A run that began with an older version has neither.
+        "hardware": records[-1].get("hardware"),
+        "precision": records[-1].get("precision"),
+    }
+
+
+def judge(job: TrainJob, data: PreparedData, say: Say) -> dict[str, Any]:
+    """Judge the sealed classifier on validation and test, and write the report."""
+    records = runlog.read_records(job.at(RECORDS_FILE))
+    training = summarise_training(job, records)
+    device = "GPU" if job.placement.use_gpu else "CPU"
+    return judge_and_report(
+        data,
+        output_uri=job.output_uri,
+        classifier_uri=job.at(CLASSIFIER_FOLDER),
+        splits=("val", "test"),
+        limits=job.config.limits,
+        engine=EngineOptions(use_gpu=job.placement.use_gpu),
+        title="brainray training report",
+        configuration=make_plain(asdict(job.config)),
+        facts={
+            "Recipe": job.recipe,
+            "Data": job.data_uri,
+            "Workers": f"{training['world_size']} ({device}, {training['precision'] or 'unknown'})",
+            "Training time": runlog.format_duration(training["time_s"]),
+            "Sealed epoch": f"{training['best_epoch'] + 1} of {training['num_epochs']}",
+        },
+        say=say,
+        training=training,
+        records=records,
+    )
