@@ -3,21 +3,30 @@
     python benchmarks/classify_scale.py --data-path /var/tmp/scale
 
 Listing, reading, hashing, decoding, comparison with earlier rows, writing, lock, metrics and report
-are those of the bulk job. Only the network is a stub that looks at the mean grey of a scan, so that
-all else has to keep up with a fast GPU. Every size is run in a process of its own, and then again,
-when nothing is new. Each row is checked: one for every scan, with the hash of what was written.
+are those of the bulk job. Only the network is the tests' fake one, which looks at the mean grey of
+a scan, so that all else has to keep up with a fast GPU. Every size is run in a process of its own,
+and then again, when nothing is new. Each row is checked: one for every scan, with the hash of what
+was written.
+
+``--num-nodes 3`` runs the workers on so many nodes of one CPU each, processes on this machine, and
+none beside the driver. What the driver received over its TCP connections is then what it would
+receive over a network: tasks' results, and Ray's own messages.
 
 The scans are 32-px PNGs, no two alike, in Parquet tables below ``--data-path``, where a later call
 finds them again; with ``--kind files`` each is a file.
 """
 
 import io
+import os
 import resource
 import shutil
+import socket
+import stat
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,19 +37,22 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import tyro
-from numpy.typing import NDArray
 from PIL import Image
+from ray.cluster_utils import Cluster
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from brainray.images.preprocess import Preprocessing
 from brainray.inference import bulk
 from brainray.inference.bulk import ClassifyJob, classify
-from brainray.inference.engine import NUM_POOLED_FEATURES, Engine
 from brainray.inference.stats import Progress
+from brainray.io.repeat import repeat
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import save_classifier
 from brainray.model.network import build_network
-from brainray.model.trust import Outputs, Trust
+from tests.fakes import prepare_fake_engine
 
 SIDE_PX = 32
 SHARD_ROWS = 10_000
@@ -58,6 +70,8 @@ class Options:
     """Scans of each run, in ten thousands."""
     kind: Literal["tables", "files"] = "tables"
     """Rows of Parquet tables, or a file for each."""
+    num_nodes: int = 0
+    """Nodes of one CPU each that the workers run on; 0 starts Ray as the command does."""
     only: int | None = None
     """Run one size in this process."""
 
@@ -109,40 +123,6 @@ def read_shard(place: Path) -> Iterator[tuple[str, bytes]]:
         yield f"{place}#row={row}", content
 
 
-# --- the stub of the network ----------------------------------------------------------------------
-
-
-class StubEngine(Engine):
-    """Predicts by the mean grey, in microseconds."""
-
-    backend = "torch"
-    precision = "fp32"
-    description = "a stub of the network"
-
-    def _compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:
-        grey = images.mean(axis=(1, 2), dtype=np.float32)
-        centres = np.linspace(0, 64, self._num_classes, dtype=np.float32)
-        features = np.zeros((len(images), NUM_POOLED_FEATURES), np.float32)
-        return Outputs(-abs(grey[:, None] - centres) / 16, features)
-
-    def _compute_features(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
-        raise NotImplementedError
-
-
-def open_stub() -> Engine:
-    """Open the stub; runs in the job's actors."""
-    count = len(BRAIN_TUMOUR_CLASSES)
-    head = np.zeros((count, 2048), np.float32), np.zeros(count, np.float32)
-    return StubEngine(
-        BRAIN_TUMOUR_CLASSES, Preprocessing(size_px=SIDE_PX), Trust.nothing(count), *head
-    )
-
-
-def prepare_stub(*_: object) -> Callable[[], Engine]:
-    """Take the place of :func:`brainray.inference.engine.prepare_engine`."""
-    return open_stub
-
-
 # --- a run ----------------------------------------------------------------------------------------
 
 
@@ -159,15 +139,67 @@ def run_once(options: Options, count: int) -> None:
     job = ClassifyJob(
         scans_uri=(str(inbox),), classifier_uri=str(root / "classifier"), output_uri=str(output)
     )
-    bulk.prepare_engine = prepare_stub  # type: ignore[assignment]
+    bulk.prepare_engine = prepare_fake_engine
+    if options.num_nodes:
+        start_nodes(options.num_nodes)
     for title in ("new", "again"):
         started = time.perf_counter()
-        metrics = classify(job, say=print_line, on_progress=partial(print_progress, Clock()))
+        received = Received()
+        with repeat(received.measure, 1.0, "received"):
+            metrics = classify(job, say=print_line, on_progress=partial(print_progress, Clock()))
+            received.measure()
         print_run(title, metrics, time.perf_counter() - started)
+        if options.num_nodes:
+            print_line(
+                f"  the driver received {received.total / 2**20:.1f} MiB, "
+                f"{received.total / count:.0f} bytes a scan"
+            )
         num_new = count if title == "new" else 0
         assert metrics["run"]["num_new"] == num_new, metrics["run"]
         assert metrics["counts"]["total"] == count, metrics["counts"]
     check_rows(inbox, output, count)
+
+
+def start_nodes(count: int) -> None:
+    """Start a head without CPUs, which the driver joins, and nodes of one CPU."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    for _ in range(count):
+        cluster.add_node(num_cpus=1, object_store_memory=500 * 2**20)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+
+
+TCP_BYTES_RECEIVED = 128
+"""Offset of ``tcpi_bytes_received`` in Linux's ``struct tcp_info``, a 64-bit integer."""
+
+
+class Received:
+    """Bytes that this process has received over its TCP connections."""
+
+    def __init__(self) -> None:
+        self._connections: dict[tuple[Any, Any], int] = {}
+        self.measure()
+        self._before = sum(self._connections.values())
+
+    @property
+    def total(self) -> int:
+        """Bytes since the start; what came in a connection's last second may be missing."""
+        return sum(self._connections.values()) - self._before
+
+    def measure(self) -> None:
+        """Look at the connections that are open now."""
+        for path in Path("/proc/self/fd").iterdir():
+            try:
+                if not stat.S_ISSOCK(path.stat().st_mode):
+                    continue
+                with socket.socket(fileno=os.dup(int(path.name))) as one:
+                    if one.family in (socket.AF_INET, socket.AF_INET6):
+                        info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                        (count,) = struct.unpack_from("Q", info, TCP_BYTES_RECEIVED)
+                        self._connections[one.getsockname(), one.getpeername()] = count
+            except OSError:  # it listens, or was closed meanwhile
+                continue
 
 
 def check_rows(inbox: Path, output: Path, count: int) -> None:

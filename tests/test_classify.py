@@ -37,6 +37,7 @@ from brainray.inference import plan as plan_module
 from brainray.inference.bulk import ClassifyJob, classify, parse_max_rejected
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.inference.schema import build_schema
+from brainray.inference.shards import OPENED_FILE
 from brainray.inference.stats import Progress
 from brainray.inference.store import PredictionStore, Wave
 from brainray.io.lock import OutputLock, hold_output
@@ -707,6 +708,24 @@ def test_a_stream_that_keeps_breaking_ends_in_an_error(
     with pytest.raises(ClassificationError, match="3 times without a new prediction"):
         classify(make_job(inbox, tiny_classifier, tmp_path / "out"), say=said.append)
     assert sum("going on with what is left" in line for line in said) == 2
+
+
+@pytest.mark.usefixtures("fake_engine")
+def test_a_plan_that_cannot_be_announced_ends_the_run(
+    inbox: Path, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = storage.write_json
+
+    def fill_the_disk(uri: str, document: Any) -> None:  # noqa: ANN401 - JSON
+        if uri.endswith(OPENED_FILE) and document is not None:
+            raise StorageError("No space left on device.")
+        write(uri, document)
+
+    monkeypatch.setattr(storage, "write_json", fill_the_disk)
+    with pytest.raises(StorageError, match="No space left"):
+        classify(make_job(inbox, tiny_classifier, tmp_path / "out"))
+    monkeypatch.undo()
+    assert not list_files(tmp_path / "out")
 
 
 @pytest.mark.usefixtures("small_waves")

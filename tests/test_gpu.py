@@ -13,9 +13,10 @@ from ray.data import Dataset
 from brainray.evaluation.evaluate import EvaluateJob, evaluate
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
-from brainray.inference.bulk import ClassifyJob, WaveTask, build_stream, classify
+from brainray.inference.bulk import ClassifyJob, classify
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.inference.predict import EnginePool, PredictStage
+from brainray.inference.shards import WaveTask, build_stream
 from brainray.inference.store import PredictionStore
 from brainray.model.classifier import load_classifier, read_card
 from brainray.phantoms import write_phantom_folder

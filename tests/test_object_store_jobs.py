@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 
-from brainray.inference.bulk import OPENED_FILE
+from brainray.inference.shards import OPENED_FILE
 from brainray.io.lock import LEASE_LIFE_S
 from brainray.model.network import build_network
 from tests.conftest import CLASSES, REPOSITORY
