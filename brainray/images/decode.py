@@ -29,6 +29,17 @@ REJECTION_REASONS: dict[str, str] = {
     "too_large": "The image is larger than the limits allow.",
     "unsupported": "The format, or this variant of it, is not supported.",
     "multi_frame": "The file holds several images, and which is meant is ambiguous.",
+    "not_an_image_object": "The DICOM object is a report or something else that is not an image.",
+    "no_pixels": "The DICOM object has no pixel data.",
+    "not_mr": "The DICOM image is not a magnetic resonance image.",
+    "other_body_part": "The DICOM header names a part of the body other than the head.",
+    "localizer": "The DICOM image is a localizer.",
+    "projection": "The DICOM image is a projection or a reformatted image.",
+    "derived_map": "The DICOM image is a computed map or a phase image.",
+    "mosaic": "The DICOM frame is a mosaic of many slices.",
+    "secondary_capture": "The DICOM object is a screen capture.",
+    "colour": "The DICOM or NIfTI image has colours.",
+    "burned_in": "The DICOM header says that text is burned into the image.",
 }
 """Stable reason code to one sentence; what :class:`brainray.errors.RejectedImage` carries."""
 

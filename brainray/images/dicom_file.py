@@ -1,0 +1,283 @@
+"""DICOM bytes to the few header elements that are used, and where the pixels begin.
+
+pydicom parses. It is handed the list of elements to keep, so names, dates and free text are skipped
+unread, and it stops at the pixels. Its logger and its warnings quote what a file holds; both are
+off for the whole process from the import of this module on, because switching them for each call
+would not be safe among threads.
+"""
+
+import io
+import logging
+import math
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+import pydicom.config
+from pydicom.dataset import Dataset
+from pydicom.filereader import read_dataset
+from pydicom.tag import Tag
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
+
+from brainray.errors import RejectedImage
+
+for _name in ("pydicom", "openjpeg"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
+warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+
+UNDEFINED_LENGTH = 0xFFFFFFFF
+_PIXEL_DATA = Tag("PixelData")
+_PIXEL_TAGS = frozenset({_PIXEL_DATA, Tag("FloatPixelData"), Tag("DoubleFloatPixelData")})
+
+_KEPT_ELEMENTS = (
+    "AcquisitionContrast AnatomicRegionSequence BitsAllocated BitsStored BodyPartExamined "
+    "BurnedInAnnotation Columns ComplexImageComponent ExtendedOffsetTable "
+    "ExtendedOffsetTableLengths HighBit ImageOrientationPatient ImagePositionPatient ImageType "
+    "LossyImageCompression Modality ModalityLUTSequence NumberOfFrames PatientID "
+    "PerFrameFunctionalGroupsSequence PhotometricInterpretation PixelPaddingRangeLimit "
+    "PixelPaddingValue PixelRepresentation PixelSpacing PresentationLUTShape RescaleIntercept "
+    "RescaleSlope Rows SOPClassUID SOPInstanceUID SamplesPerPixel ScanningSequence "
+    "SeriesInstanceUID SharedFunctionalGroupsSequence StudyInstanceUID VOILUTFunction "
+    "VOILUTSequence VolumeBasedCalculationTechnique WindowCenter WindowWidth"
+)
+"""Keywords of the only elements that are read. Real World Value Maps are not among them: they
+give quantities such as mm²/s, not grey values."""
+_KEPT_TAGS = [Tag(keyword) for keyword in _KEPT_ELEMENTS.split()]
+
+_Result = TypeVar("_Result")
+
+
+class PixelElement(NamedTuple):
+    """The element that holds the pixels."""
+
+    is_integer: bool
+    """False where it is Float Pixel Data or Double Float Pixel Data."""
+    vr: str
+    offset: int
+    """Of its value, in bytes from the start of the file (of the inflated file, if deflated)."""
+    length: int
+    """Of its value, in bytes; :data:`UNDEFINED_LENGTH` if it is encapsulated."""
+
+
+@dataclass(frozen=True, eq=False)
+class ParsedFile:
+    """A DICOM file up to its pixels. Its repr shows nothing of it."""
+
+    dataset: Dataset
+    sop_class: str
+    transfer_syntax: str
+    pixels: PixelElement | None
+    size_bytes: int
+    """Of the file, or of what it inflates to."""
+    inflated: bytes | None
+    """The data set of a deflated file; offsets count from its start."""
+    ends_early: bool
+    """The file ends inside the header of an element."""
+
+    def __repr__(self) -> str:
+        return "ParsedFile()"
+
+
+def call_safely(function: Callable[..., _Result], *arguments: Any) -> _Result:  # noqa: ANN401
+    """Call a function on a stranger's bytes; whatever it raises becomes a rejection.
+
+    The rejection is raised outside of the ``except`` block: the exception of a library quotes the
+    values of the file, and must not hang on it as its context.
+
+    Raises
+    ------
+    RejectedImage
+        As `function` raised it, or ``corrupt``, ``truncated`` or ``too_large`` for its exceptions.
+    """
+    try:
+        return function(*arguments)
+    except RejectedImage:
+        raise
+    except MemoryError:
+        reason, what = "too_large", "There is not enough memory to read this file."
+    except (EOFError, OSError):
+        reason, what = "truncated", "The file ends inside an element. Resend it."
+    except Exception as error:  # pydicom and the codecs raise a dozen types for bad bytes
+        name = type(error).__name__
+        reason, what = "corrupt", f"The file cannot be decoded ({name}). Export it again."
+    raise RejectedImage(reason, what)
+
+
+def is_dicom(start: bytes) -> bool:
+    """Tell from a file's first 132 bytes whether it is to be read as DICOM.
+
+    Part 10 files have ``DICM`` after 128 bytes. Files without this preamble are recognised by
+    their first element, which is in group 2 or group 8.
+    """
+    return start[128:132] == b"DICM" or start[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x08")
+
+
+def parse_file(file: BinaryIO, size_bytes: int, max_inflated_bytes: int) -> ParsedFile:
+    """Read the header of a DICOM file, with or without preamble and meta information.
+
+    Raises
+    ------
+    RejectedImage
+        ``truncated``, ``corrupt`` or ``too_large``.
+    """
+    return call_safely(_parse_file, file, size_bytes, max_inflated_bytes)
+
+
+def _parse_file(file: BinaryIO, size_bytes: int, max_inflated_bytes: int) -> ParsedFile:
+    meta = _read_meta(file)
+    syntax = str(meta.get("TransferSyntaxUID") or "").strip("\0 ")
+    inflated = None
+    if syntax == DeflatedExplicitVRLittleEndian:
+        inflated = _inflate(file.read(), max_inflated_bytes)
+        file, size_bytes = io.BytesIO(inflated), len(inflated)
+    is_little_endian = syntax != ExplicitVRBigEndian
+    if not syntax:  # the first element is in group 8
+        is_little_endian = file.read(2) != b"\x00\x08"
+        file.seek(-2, io.SEEK_CUR)
+    stop = _PixelStop(file, size_bytes)
+    dataset = read_dataset(
+        file,
+        syntax in ("", ImplicitVRLittleEndian),  # pydicom finds explicit VRs by itself
+        is_little_endian,
+        stop_when=stop,
+        specific_tags=list(_KEPT_TAGS),
+    )
+    if not syntax:
+        is_implicit = dataset.original_encoding[0]
+        little = ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
+        syntax = str(little if is_little_endian else ExplicitVRBigEndian)
+    sop_class = str(
+        get_value(dataset, "SOPClassUID") or get_value(meta, "MediaStorageSOPClassUID") or ""
+    )
+    ends_early = stop.pixels is None and stop.end not in (None, size_bytes)
+    return ParsedFile(dataset, sop_class, syntax, stop.pixels, size_bytes, inflated, ends_early)
+
+
+def _read_meta(file: BinaryIO) -> Dataset:
+    """Read the elements of group 2, if any, and stop at the first of another group."""
+    if file.read(132)[128:] != b"DICM":
+        file.seek(0)
+    return read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag >> 16 != 2)
+
+
+def _inflate(deflated: bytes, max_bytes: int) -> bytes:
+    """Inflate a deflated data set (PS3.5, annex A.5)."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    inflated = inflater.decompress(deflated, max_bytes + 1)
+    if len(inflated) > max_bytes:
+        raise RejectedImage(
+            "too_large",
+            f"The file inflates to more than the {max_bytes:,} bytes allowed.",
+        )
+    if not inflater.eof:
+        raise RejectedImage("truncated", "The deflated file ends too early. Resend it.")
+    return inflated
+
+
+class _PixelStop:
+    """Stops pydicom at the pixels, and notices an element that is longer than the file."""
+
+    def __init__(self, file: BinaryIO, size_bytes: int) -> None:
+        self._file = file
+        self._size_bytes = size_bytes
+        self.pixels: PixelElement | None = None
+        self.end: int | None = None
+        """Where the last element ends, in bytes; None where it does not say."""
+
+    def __call__(self, tag: int, vr: str | None, length: int) -> bool:
+        at = self._file.tell()
+        if length != UNDEFINED_LENGTH and at + length > self._size_bytes:
+            raise RejectedImage(
+                "truncated",
+                f"The file ends inside element ({tag >> 16:04X},{tag & 0xFFFF:04X}). Resend it.",
+            )
+        if tag in _PIXEL_TAGS:
+            self.pixels = PixelElement(tag == _PIXEL_DATA, vr or "OW", at, length)
+            return True
+        self.end = None if length == UNDEFINED_LENGTH else at + length
+        return False
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+
+def get_value(dataset: Dataset, keyword: str) -> Any:  # noqa: ANN401 - as pydicom's
+    """Return an element's value; None where it is absent, empty or malformed."""
+    try:
+        value = dataset.get(keyword)
+    except Exception:  # an element that cannot be read is as good as none
+        return None
+    return None if value == "" else value
+
+
+def get_item(dataset: Dataset | None, keyword: str) -> Dataset | None:
+    """Return the first item of a sequence; None where there is none."""
+    items = None if dataset is None else get_value(dataset, keyword)
+    if isinstance(items, str | bytes) or not items:
+        return None
+    return items[0] if isinstance(items[0], Dataset) else None
+
+
+def get_words(dataset: Dataset, keyword: str) -> tuple[str, ...]:
+    """Return the values of a code string, in upper case."""
+    value = get_value(dataset, keyword)
+    if value is None:
+        return ()
+    values = [value] if isinstance(value, str) else list(value)
+    return tuple(str(word).strip().upper() for word in values)
+
+
+def get_numbers(dataset: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
+    """Return the first `count` numbers of an element; None unless all are there and finite."""
+    value = get_value(dataset, keyword)
+    if value is None:
+        return None
+    try:
+        values = [value] if isinstance(value, str | int | float) else list(value)
+        numbers = tuple(float(number) for number in values[:count])
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
+
+
+def get_int(dataset: Dataset, keyword: str) -> int | None:
+    """Return a whole number; None where there is none."""
+    numbers = get_numbers(dataset, keyword, 1)
+    return None if numbers is None else int(numbers[0])
+
+
+class FunctionalGroups:
+    """Elements of one frame: its own functional groups first, then the shared ones, then the root.
+
+    Enhanced objects keep there what classic ones keep in the root (PS3.3, C.7.6.16).
+    """
+
+    def __init__(self, dataset: Dataset, frame: int) -> None:
+        self.root = dataset
+        own = get_value(dataset, "PerFrameFunctionalGroupsSequence")
+        item = own[frame] if own and frame < len(own) else None
+        self._groups = (item, get_item(dataset, "SharedFunctionalGroupsSequence"))
+
+    def find(self, sequence: str, keyword: str) -> Dataset:
+        """Return the data set that holds an element for this frame; the root where none does."""
+        for group in self._groups:
+            item = get_item(group, sequence)
+            if item is not None and keyword in item:
+                return item
+        return self.root
+
+    def find_window(self) -> tuple[float, float, Dataset] | None:
+        """Return centre, width and the data set that holds them; None without a usable window."""
+        item = self.find("FrameVOILUTSequence", "WindowWidth")
+        centre, width = get_numbers(item, "WindowCenter", 1), get_numbers(item, "WindowWidth", 1)
+        if centre is None or width is None or width[0] <= 0:
+            return None
+        return centre[0], width[0], item

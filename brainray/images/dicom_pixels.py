@@ -1,0 +1,350 @@
+"""Frames of a DICOM object as grey values: the pixel chain of PS3.3, C.11.
+
+pydicom decodes the stored samples. The rest is done here, because pydicom applies rescaling from
+the root of an object only, and enhanced objects keep it in their functional groups:
+
+1. stored samples, with unused bits cleared,
+2. Modality LUT, or Rescale Slope and Intercept of the frame: :func:`decode_frame` stops here,
+3. VOI LUT or window, to 8 bits: :func:`render_frame` only,
+4. inversion, where low values are to be shown bright,
+5. padding, which is not part of the image, to the darkest value.
+
+The network's input takes the values after step 2, inverted and masked, because its grey range is
+that of the percentiles of the slice's own samples: windows differ from slice to slice within one
+series. Only where a classifier's preprocessing takes 8-bit values as they are stored are the
+windowed values of :func:`render_frame` its input.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gdcm
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.pixels.decoders.base import get_decoder
+
+from brainray.errors import RejectedImage
+from brainray.images.dicom import PLUGINS, DicomImage, PixelFormat
+from brainray.images.dicom_file import (
+    FunctionalGroups,
+    call_safely,
+    get_item,
+    get_numbers,
+    get_value,
+    get_words,
+)
+from brainray.images.dicom_rules import reject
+from brainray.images.headers.codestream import read_jpeg_2000_codestream, read_jpeg_codestream
+
+gdcm.Trace.WarningOff()  # it prints to standard error
+gdcm.Trace.ErrorOff()
+
+GreyRange = Literal["voi_lut", "window", "samples"]
+
+_RLE_LOSSLESS = "1.2.840.10008.1.2.5"
+_PERCENTILES = (1, 99)
+"""Range shown where an object has no window."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedFrame:
+    """A frame for display."""
+
+    pixels: NDArray[np.uint8]
+    """Shape (rows, columns), 0 black to 255 white."""
+    grey_range: GreyRange
+    """Where the range of grey values came from: the object's VOI LUT, its window, or, where it has
+    neither, the 1st to the 99th percentile of the frame's own samples."""
+
+
+def decode_frame(image: DicomImage, frame: int = 0) -> NDArray[np.float32]:
+    """Decode one frame to grey values at full depth, after the modality transform.
+
+    High is bright: where the object says that low values are to be shown bright, the values are
+    mirrored within their range. Padding has the lowest value of the rest.
+
+    Parameters
+    ----------
+    image : DicomImage
+        What :func:`brainray.images.dicom.open_dicom` returned.
+    frame : int
+        Index from 0.
+
+    Returns
+    -------
+    ndarray of float32, shape (rows, columns)
+        In the units of the modality transform, which for MR mean nothing across series.
+
+    Raises
+    ------
+    RejectedImage
+        The frame cannot be decoded, or is not to be classified (``Frame.rejection``).
+    IndexError
+        There is no such frame.
+    """
+    samples = _load_samples(image, frame)
+    values = samples.values
+    shown = values if samples.padding is None else values[~samples.padding]
+    if not shown.size:
+        return np.zeros_like(values)
+    low, high = shown.min(), shown.max()
+    if samples.is_inverted:
+        np.subtract(low + high, values, out=values)
+    if samples.padding is not None:
+        values[samples.padding] = low
+    return values
+
+
+def render_frame(image: DicomImage, frame: int = 0) -> RenderedFrame:
+    """Decode one frame to 8 bits for display, through its VOI LUT or window.
+
+    A VOI LUT comes before a window, and the first of several is taken. Width 0, which a linear
+    window must not have, counts as no window; a linear window narrower than 1 is taken as
+    LINEAR_EXACT, which scanners that rescale to small numbers mean.
+
+    Parameters and exceptions are those of :func:`decode_frame`.
+    """
+    samples = _load_samples(image, frame)
+    pixels, grey_range = call_safely(_apply_voi, samples)
+    if samples.is_inverted:
+        np.invert(pixels, out=pixels)
+    if samples.padding is not None:
+        pixels[samples.padding] = 0
+    return RenderedFrame(pixels, grey_range)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Samples:
+    """One frame after the modality transform."""
+
+    values: NDArray[np.float32]
+    padding: NDArray[np.bool_] | None
+    is_inverted: bool
+    groups: FunctionalGroups
+
+
+def _load_samples(image: DicomImage, frame: int) -> _Samples:
+    num_frames = len(image.instance.frames)
+    if not 0 <= frame < num_frames:
+        raise IndexError(f"Expected a frame from 0 to {num_frames - 1}, got {frame}.")
+    if reason := image.instance.frames[frame].rejection:
+        raise reject(reason)
+    return call_safely(_decode_samples, image, frame)
+
+
+def _decode_samples(image: DicomImage, frame: int) -> _Samples:
+    stored = _decode_stored(image, frame)
+    padding = _find_padding(stored, image.dataset, image.layout)
+    groups = FunctionalGroups(image.dataset, frame)
+    values = _apply_modality(stored, groups, image.layout)
+    if not np.isfinite(values).all():
+        raise RejectedImage(
+            "corrupt", "Rescale Slope or Intercept (0028,1052) gives infinite grey values."
+        )
+    return _Samples(values, padding, _is_inverted(image.dataset), groups)
+
+
+def _is_inverted(dataset: Dataset) -> bool:
+    """Presentation LUT Shape counts before Photometric Interpretation (PS3.3, C.11.6.1.2)."""
+    shape = get_words(dataset, "PresentationLUTShape")[:1]
+    if shape in (("INVERSE",), ("IDENTITY",)):
+        return shape == ("INVERSE",)
+    return get_words(dataset, "PhotometricInterpretation")[:1] == ("MONOCHROME1",)
+
+
+# ---- stored samples ------------------------------------------------------------------------------
+
+
+def _decode_stored(image: DicomImage, frame: int) -> NDArray[Any]:
+    """Return the stored samples of one frame, shape (rows, columns), an integer type."""
+    syntax = image.instance.transfer_syntax
+    plugin = PLUGINS[syntax]
+    source: bytes | memoryview
+    if plugin is None:
+        source, index, num_frames = _view_frames(image), frame, len(image.instance.frames)
+    else:
+        encoded = _cut_frame(image, frame)
+        if syntax != _RLE_LOSSLESS:
+            encoded = _check_codestream(encoded, plugin, image.layout)
+        source, index, num_frames = encapsulate([encoded], has_bot=False), 0, 1
+    options = _describe_pixels(image) | {"number_of_frames": num_frames}
+    samples: NDArray[Any] = get_decoder(syntax).as_array(
+        source, index=index, raw=True, decoding_plugin=plugin or "", **options
+    )[0]
+    return samples
+
+
+def _describe_pixels(image: DicomImage) -> dict[str, Any]:
+    """Return the options by which pydicom decodes grey frames."""
+    layout = image.layout
+    return {
+        "rows": layout.rows,
+        "columns": layout.columns,
+        "samples_per_pixel": 1,
+        "bits_allocated": layout.bits_allocated,
+        "bits_stored": layout.bits_stored,
+        "pixel_representation": int(layout.is_signed),
+        "photometric_interpretation": "MONOCHROME2",  # inversion comes last
+        "pixel_keyword": "PixelData",
+        "pixel_vr": image.pixels.vr,
+        "allow_excess_frames": False,
+    }
+
+
+def _view_frames(image: DicomImage) -> memoryview:
+    """Return the uncompressed frames, without what may follow them; padded to an even length."""
+    layout = image.layout
+    num_bytes = len(image.instance.frames) * layout.rows * layout.columns
+    num_bytes = num_bytes * layout.bits_allocated // 8
+    start = image.pixels.offset
+    return memoryview(image.content)[start : start + num_bytes + num_bytes % 2]
+
+
+def _cut_frame(image: DicomImage, frame: int) -> bytes:
+    """Return one compressed frame, put together from its fragments."""
+    file = io.BytesIO(image.content)  # does not copy
+    file.seek(image.pixels.offset)
+    tables = [
+        get_value(image.dataset, keyword)
+        for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")
+    ]
+    encoded: bytes = get_frame(
+        file,
+        frame,
+        number_of_frames=len(image.instance.frames),
+        extended_offsets=(tables[0], tables[1]) if all(tables) else None,
+    )
+    return encoded
+
+
+def _check_codestream(encoded: bytes, plugin: str, layout: PixelFormat) -> bytes:
+    """Check that a compressed frame is what the header says, before memory is taken for it."""
+    is_jpeg_2000 = plugin == "pylibjpeg"
+    read = read_jpeg_2000_codestream if is_jpeg_2000 else read_jpeg_codestream
+    frame = read(encoded)
+    if (frame.rows, frame.columns, frame.components) != (layout.rows, layout.columns, 1):
+        raise RejectedImage(
+            "corrupt",
+            f"The header says {layout.columns} x {layout.rows} grey pixels, the compressed frame "
+            f"has {frame.columns} x {frame.rows} with {frame.components} components. "
+            "Export the image again.",
+        )
+    if frame.bits > min(layout.bits_allocated, 8 if plugin == "pillow" else 16):
+        raise RejectedImage(
+            "unsupported",
+            f"This compression with {frame.bits}-bit samples is not supported. "
+            "Convert the file to Explicit VR Little Endian.",
+        )
+    return frame.data
+
+
+def _wrap(value: int, layout: PixelFormat) -> int:
+    """Return what a number becomes when it is stored as a sample.
+
+    Padding values are written with either sign, or with more bits than a sample has.
+    """
+    value &= (1 << layout.bits_stored) - 1
+    if layout.is_signed and value >> (layout.bits_stored - 1):
+        value -= 1 << layout.bits_stored
+    return value
+
+
+def _find_padding(
+    stored: NDArray[Any], dataset: Dataset, layout: PixelFormat
+) -> NDArray[np.bool_] | None:
+    """Return where samples are padding (PS3.3, C.7.5.1.1.2); None where the header has none."""
+    values = get_numbers(dataset, "PixelPaddingValue", 1)
+    if values is None:
+        return None
+    limits = get_numbers(dataset, "PixelPaddingRangeLimit", 1) or values
+    ends = sorted(_wrap(int(value), layout) for value in (values[0], limits[0]))
+    mask: NDArray[np.bool_] = (stored >= ends[0]) & (stored <= ends[1])
+    return mask
+
+
+# ---- modality and VOI ----------------------------------------------------------------------------
+
+
+def _apply_modality(
+    stored: NDArray[Any], groups: FunctionalGroups, layout: PixelFormat
+) -> NDArray[np.float32]:
+    lut = get_item(groups.root, "ModalityLUTSequence")
+    if lut is not None:
+        return _apply_lut(stored, lut, layout.is_signed)[0]
+    values = stored.astype(np.float32)
+    sequence = "PixelValueTransformationSequence"
+    slope = get_numbers(groups.find(sequence, "RescaleSlope"), "RescaleSlope", 1)
+    intercept = get_numbers(groups.find(sequence, "RescaleIntercept"), "RescaleIntercept", 1)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite values are rejected afterwards
+        if slope is not None and slope[0] not in (0.0, 1.0):  # 0 would leave nothing of the image
+            values *= np.float32(slope[0])
+        if intercept is not None and intercept[0] != 0.0:
+            values += np.float32(intercept[0])
+    return values
+
+
+def _apply_lut(
+    values: NDArray[Any], item: Dataset, is_signed: bool
+) -> tuple[NDArray[np.float32], int]:
+    """Look values up in a table (PS3.3, C.11.1.1); return them, and the bits of an entry."""
+    descriptor = get_numbers(item, "LUTDescriptor", 3)
+    if descriptor is None:
+        raise RejectedImage("corrupt", "LUT Descriptor (0028,3002) is missing. Export it again.")
+    num_entries, first, bits = (int(number) for number in descriptor)
+    num_entries = num_entries or 2**16
+    if is_signed and first >= 2**15:
+        first -= 2**16
+    data = item["LUTData"].value
+    if isinstance(data, bytes):
+        is_little_endian = item.original_encoding[1]
+        width = 1 if len(data) < 2 * num_entries else 2
+        table = np.frombuffer(data, f"{'<' if is_little_endian else '>'}u{width}")
+    else:
+        table = np.asarray(data).astype(np.int64) & 0xFFFF
+    if not 1 <= num_entries <= len(table) or not 1 <= bits <= 16:
+        raise RejectedImage(
+            "corrupt", "LUT Data (0028,3006) does not fit its descriptor. Export it again."
+        )
+    index = np.clip(np.rint(values).astype(np.int64) - first, 0, num_entries - 1)
+    return table.astype(np.float32)[index], bits
+
+
+def _apply_voi(samples: _Samples) -> tuple[NDArray[np.uint8], GreyRange]:
+    values, groups = samples.values, samples.groups
+    lut = get_item(groups.root, "VOILUTSequence")
+    if lut is not None:
+        # The first value of the descriptor has the sign of what goes into the table.
+        shown, bits = _apply_lut(values, lut, bool(values.min() < 0))
+        return _to_bytes(shown / (2.0**bits - 1)), "voi_lut"
+    window = groups.find_window()
+    if window is not None:
+        centre, width, item = window
+        function = "".join(get_words(item, "VOILUTFunction")[:1])
+        return _to_bytes(_apply_window(values, centre, width, function)), "window"
+    shown = values if samples.padding is None else values[~samples.padding]
+    if not shown.size:
+        return np.zeros(values.shape, np.uint8), "samples"
+    low, high = np.percentile(shown, _PERCENTILES)
+    return _to_bytes((values - low) / max(float(high - low), np.finfo(np.float32).tiny)), "samples"
+
+
+def _apply_window(
+    values: NDArray[np.float32], centre: float, width: float, function: str
+) -> NDArray[np.floating[Any]]:
+    """Apply a window (PS3.3, C.11.2.1.2 and C.11.2.1.3); return values whose 0 to 1 is shown."""
+    wide = values.astype(np.float64)
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(np.clip(-4 * (wide - centre) / width, -700, 700)))
+    if function == "LINEAR_EXACT" or width < 1:
+        return (wide - centre) / width + 0.5
+    if width == 1:
+        return (wide > centre - 0.5).astype(np.float64)
+    return (wide - (centre - 0.5)) / (width - 1) + 0.5
+
+
+def _to_bytes(shares: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    grey: NDArray[np.uint8] = np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8)
+    return grey

@@ -1,0 +1,880 @@
+"""DICOM: what is read and what is rejected, the pixel chain, and that no identity gets out."""
+
+import gzip
+import io
+import os
+import subprocess
+import sys
+import textwrap
+import tracemalloc
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from pydicom.dataset import Dataset
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from brainray.errors import RejectedImage
+from brainray.images.decode import REJECTION_REASONS, DecodeLimits
+from brainray.images.dicom import hash_identifier, open_dicom, read_header
+from brainray.images.dicom_pixels import decode_frame, render_frame
+from tests.dicom_files import (
+    PYDICOM_FILES,
+    RAMP,
+    as_mr,
+    make_compressed,
+    make_dataset,
+    make_enhanced,
+    make_item,
+    make_mr,
+    write,
+)
+
+KEY = b"0123456789abcdef"
+REPOSITORY = Path(__file__).parents[1]
+
+
+def decode(content: bytes, frame: int = 0) -> NDArray[np.float32]:
+    return decode_frame(open_dicom(content), frame)
+
+
+def render(content: bytes, frame: int = 0) -> NDArray[np.uint8]:
+    return render_frame(open_dicom(content), frame).pixels
+
+
+def reject(content: bytes, reason: str, limits: DecodeLimits | None = None) -> str:
+    with pytest.raises(RejectedImage) as caught:
+        decode_frame(open_dicom(content, limits=limits or DecodeLimits()))
+    assert caught.value.reason == reason, caught.value.message
+    assert caught.value.__context__ is None, "a library's exception quotes the file"
+    return caught.value.message
+
+
+def decode_or_reject(content: bytes) -> str:
+    """Decode every frame both ways; return "decoded", or the reason."""
+    try:
+        image = open_dicom(content)
+        for index in range(min(len(image.instance.frames), 4)):
+            grey = decode_frame(image, index)
+            assert grey.shape == (image.instance.rows, image.instance.columns)
+            assert np.isfinite(grey).all()
+            assert render_frame(image, index).pixels.shape == grey.shape
+    except RejectedImage as rejected:
+        return rejected.reason if rejected.reason in REJECTION_REASONS else "no known reason"
+    return "decoded"
+
+
+def find_pydicom_data(name: str) -> Path:
+    spec = find_spec("data_store")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    if not folders:
+        pytest.skip("pydicom-data is not installed")
+    return Path(folders[0]) / "data" / name
+
+
+# ---- files of others -----------------------------------------------------------------------------
+
+EXPECTED = {
+    "MR_small.dcm": "decoded",
+    "MR_small_bigendian.dcm": "decoded",
+    "MR_truncated.dcm": "truncated",
+    "CT_small.dcm": "not_mr",
+    "examples_overlay.dcm": "other_body_part",
+    "liver_1frame.dcm": "not_an_image_object",
+    "test-SR.dcm": "not_an_image_object",
+    "rtplan.dcm": "not_an_image_object",
+    "rtdose.dcm": "not_mr",
+    "waveform_ecg.dcm": "not_an_image_object",
+    "DICOMDIR": "not_an_image_object",
+    "SC_rgb.dcm": "secondary_capture",
+    "image_dfl.dcm": "secondary_capture",
+    "README.txt": "not_an_image",
+}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted(PYDICOM_FILES.rglob("*")) if path.is_file()],
+    ids=lambda path: str(path.relative_to(PYDICOM_FILES)),
+)
+def test_every_bundled_file_is_decoded_or_gets_a_reason(path: Path) -> None:
+    answer = decode_or_reject(path.read_bytes())
+    assert answer != "no known reason"
+    assert answer == EXPECTED.get(path.name, answer)
+
+
+def test_body_part_and_direction_are_unknown_in_a_real_brain_study() -> None:
+    study = PYDICOM_FILES / "dicomdirtests" / "98892003"
+    answers = [decode_or_reject(path.read_bytes()) for path in sorted(study.rglob("*/*"))]
+    assert answers.count("decoded") == 10
+    assert answers.count("projection") == 7
+    flags = read_header(study / "MR1" / "4919").flags
+    assert "body_part_unknown" in flags
+    assert "non_axial" in flags
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["RLE", "bigendian", "expb", "implicit", "jp2klossless", "jpeg_ls_lossless", "padded"],
+)
+def test_lossless_syntaxes_agree(name: str) -> None:
+    expected = pydicom.dcmread(PYDICOM_FILES / "MR_small.dcm").pixel_array
+    grey = decode((PYDICOM_FILES / f"MR_small_{name}.dcm").read_bytes())
+    np.testing.assert_array_equal(grey, expected)
+
+
+@pytest.mark.parametrize("name", ["RLE", "big_endian", "jpeg_2k_lossless", "jpeg_ls_lossless"])
+def test_lossless_syntaxes_of_an_enhanced_file_agree(name: str) -> None:
+    reference = open_dicom(find_pydicom_data("emri_small.dcm").read_bytes())
+    image = open_dicom(find_pydicom_data(f"emri_small_{name}.dcm").read_bytes())
+    assert len(image.instance.frames) == 10
+    for index in range(10):
+        np.testing.assert_array_equal(decode_frame(image, index), decode_frame(reference, index))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["J2K_pixelrep_mismatch.dcm", "693_J2KI.dcm", "JPEG2000.dcm", "JPEGLSNearLossless_16.dcm"],
+)
+def test_stored_samples_are_pydicoms(name: str) -> None:
+    """Among them JPEG 2000 whose codestream has another sign than its header (pydicom#1149)."""
+    dataset = pydicom.dcmread(PYDICOM_FILES / name)
+    slope = float(dataset.get("RescaleSlope", 1))
+    intercept = float(dataset.get("RescaleIntercept", 0))
+    image = open_dicom(as_mr(PYDICOM_FILES / name))
+    expected = dataset.pixel_array.astype(np.float32) * slope + intercept
+    if "PixelPaddingValue" in dataset:
+        is_padding = dataset.pixel_array == dataset.PixelPaddingValue
+        expected[is_padding] = expected[~is_padding].min()
+    np.testing.assert_allclose(decode_frame(image), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["JPEG-LL.dcm", "JPGLosslessP14SV1_1s_1f_8b.dcm"])
+def test_jpeg_lossless_is_decoded(name: str) -> None:
+    path = find_pydicom_data(name)
+    grey = decode(as_mr(path))
+    low, high = np.percentile(grey, (1, 99))
+    assert high > low
+    np.testing.assert_array_equal(grey, pydicom.dcmread(path).pixel_array.reshape(grey.shape))
+
+
+@pytest.mark.parametrize("name", ["JPGExtended.dcm", "JPEG-lossy.dcm"])
+def test_jpeg_of_12_bits_is_unsupported(name: str) -> None:
+    assert "12-bit" in reject(as_mr(PYDICOM_FILES / name), "unsupported")
+
+
+@pytest.mark.parametrize("name", ["philips_mprage.dcm.gz", "siemens_dwi_0.dcm.gz"])
+def test_files_of_vendors(name: str) -> None:
+    folder = Path(find_spec("nibabel").submodule_search_locations[0])  # type: ignore[union-attr,index]
+    content = gzip.decompress((folder / "nicom" / "tests" / "data" / name).read_bytes())
+    expected = {"philips_mprage.dcm.gz": "decoded", "siemens_dwi_0.dcm.gz": "mosaic"}
+    assert decode_or_reject(content) == expected[name]
+
+
+# ---- encodings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.uint32])
+def test_uncompressed_samples_survive(syntax: str, dtype: type) -> None:
+    info = np.iinfo(dtype)
+    pixels = np.linspace(info.min, min(info.max, 2**24), 5 * 8).astype(dtype).reshape(5, 8)
+    stored = pixels
+    if syntax == ExplicitVRBigEndian and pixels.itemsize == 1:  # bytes of an OW word are swapped
+        stored = pixels.reshape(-1, 2)[:, ::-1].reshape(5, 8)
+    np.testing.assert_array_equal(decode(make_mr(stored, syntax)), pixels)
+
+
+def test_odd_frames_of_swapped_bytes() -> None:
+    """Big endian OW words that straddle two frames."""
+    frames = np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5)
+    swapped = frames.reshape(-1, 2)[:, ::-1].reshape(2, 3, 5)
+    content = make_mr(swapped, ExplicitVRBigEndian)
+    for index in range(2):
+        np.testing.assert_array_equal(decode(content, index), frames[index])
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, "1.2.840.10008.1.2.1"])
+@pytest.mark.parametrize("keeps_meta", [True, False])
+def test_files_without_preamble(syntax: str, keeps_meta: bool) -> None:
+    content = make_mr(syntax=syntax)
+    if keeps_meta:
+        bare = content[132:]
+    else:
+        buffer = io.BytesIO()
+        is_implicit = syntax == ImplicitVRLittleEndian
+        pydicom.dcmwrite(buffer, make_dataset(), implicit_vr=is_implicit, little_endian=True)
+        bare = buffer.getvalue()
+    np.testing.assert_array_equal(decode(bare), RAMP)
+
+
+def test_big_endian_without_meta() -> None:
+    buffer = io.BytesIO()
+    dataset = make_dataset(RAMP.astype(">u2"))
+    pydicom.dcmwrite(buffer, dataset, implicit_vr=False, little_endian=False)
+    np.testing.assert_array_equal(decode(buffer.getvalue()), RAMP)
+
+
+def test_unused_bits_are_cleared() -> None:
+    """Old files keep overlays in the bits above the samples."""
+    pixels = RAMP & 0xFFF
+    np.testing.assert_array_equal(decode(make_mr(pixels | 0xF000, BitsStored=12)), pixels)
+
+
+def test_signed_samples_of_12_bits() -> None:
+    pixels = np.array([[-2048, -1, 0, 2047]], np.int16)
+    np.testing.assert_array_equal(decode(make_mr(pixels & 0xFFF, BitsStored=12)), pixels)
+
+
+def test_a_high_bit_that_shifts_the_samples_is_unsupported() -> None:
+    reject(make_mr(BitsStored=12, HighBit=15), "unsupported")
+
+
+def compress(pixels: NDArray, syntax: str) -> list[bytes]:
+    dataset = pydicom.dcmread(io.BytesIO(make_mr(pixels)))
+    dataset.compress(syntax, generate_instance_uid=False)
+    return list(pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=len(pixels)))
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
+def test_frames_are_told_apart(syntax: str) -> None:
+    frames = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]])
+    content = make_compressed(compress(frames, syntax), syntax, frames)
+    for index, frame in enumerate(frames):
+        np.testing.assert_array_equal(decode(content, index), frame)
+
+
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_a_frame_in_several_fragments(num_frames: int) -> None:
+    """dcm2niix#1017."""
+    noise = np.random.default_rng(5).integers(0, 4096, (num_frames, 64, 64), dtype=np.uint16)
+    encoded = compress(noise, JPEG2000Lossless)
+    fragments = [[frame[:100], frame[100:]] for frame in encoded]
+    content = make_compressed(fragments, JPEG2000Lossless, noise)
+    for index, frame in enumerate(noise):
+        np.testing.assert_array_equal(decode(content, index), frame)
+
+
+def test_jpeg_baseline() -> None:
+    smooth = np.add.outer(np.arange(32), np.arange(48)).astype(np.uint8) * 3
+    buffer = io.BytesIO()
+    Image.fromarray(smooth).save(buffer, "JPEG", quality=95)
+    content = make_compressed([buffer.getvalue()], JPEGBaseline8Bit, smooth)
+    assert np.abs(decode(content) - smooth).max() <= 4
+    with Image.open(buffer) as image:
+        np.testing.assert_array_equal(decode(content), np.asarray(image))
+
+
+def test_the_icon_is_not_the_image() -> None:
+    """dcm2niix#638."""
+    icon = make_dataset(np.full((4, 4), 9, np.uint8))
+    for keyword in ("SOPClassUID", "SOPInstanceUID"):
+        del icon[keyword]
+    np.testing.assert_array_equal(decode(make_mr(IconImageSequence=[icon])), RAMP)
+    reject(make_mr(IconImageSequence=[icon], PixelData=None), "no_pixels")
+
+
+def test_threads_get_the_same_frames() -> None:
+    contents = [path.read_bytes() for path in sorted(PYDICOM_FILES.glob("MR_small*.dcm"))] * 4
+    with ThreadPoolExecutor(8) as pool:
+        frames = list(pool.map(decode, contents))
+    assert all((frame == frames[0]).all() for frame in frames)
+
+
+def test_a_path_is_read_up_to_its_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "scan.dcm"
+    path.write_bytes(make_mr())
+    assert read_header(path, key=KEY) == read_header(path.read_bytes(), key=KEY)
+
+
+# ---- modality transform --------------------------------------------------------------------------
+
+
+def test_rescaling_is_applied() -> None:
+    grey = decode(make_mr(RescaleSlope="2.5", RescaleIntercept="-100"))
+    np.testing.assert_allclose(grey, RAMP * 2.5 - 100)
+
+
+def test_a_slope_of_zero_is_not_applied() -> None:
+    np.testing.assert_array_equal(decode(make_mr(RescaleSlope="0", RescaleIntercept="0")), RAMP)
+
+
+def make_scaling(slope: str, intercept: str = "0") -> Dataset:
+    item = make_item(RescaleSlope=slope, RescaleIntercept=intercept, RescaleType="US")
+    return make_item(PixelValueTransformationSequence=[item])
+
+
+def test_functional_groups_rescale_each_frame() -> None:
+    """pydicom#2353, dcm2niix#363: a frame's own slope counts first, the root's last."""
+    frames = np.stack([RAMP, RAMP])
+    content = make_enhanced(
+        frames,
+        make_scaling("2.108"),
+        [Dataset(), make_scaling("3", "7")],
+        RescaleSlope="50",
+        RescaleIntercept="0",
+    )
+    np.testing.assert_allclose(decode(content, 0), RAMP * 2.108, rtol=1e-6)
+    np.testing.assert_allclose(decode(content, 1), RAMP * 3.0 + 7)
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_modality_lut(is_packed: bool) -> None:
+    table = (np.arange(100) ** 2).astype(np.uint16)
+    lut = make_item(LUTDescriptor=[100, 10, 16], ModalityLUTType="US")
+    if is_packed:
+        lut.add_new("LUTData", "OW", table.tobytes())
+    else:
+        lut.add_new("LUTData", "US", table.tolist())
+    pixels = np.array([[0, 10, 50, 109, 4000]], np.uint16)
+    grey = decode(make_mr(pixels, ModalityLUTSequence=[lut]))
+    np.testing.assert_array_equal(grey, [[0, 0, 40**2, 99**2, 99**2]])
+
+
+def test_real_world_values_are_ignored() -> None:
+    mapping = make_item(RealWorldValueSlope=0.001, RealWorldValueIntercept=5.0)
+    mapping.RealWorldValueFirstValueMapped, mapping.RealWorldValueLastValueMapped = 0, 4000
+    content = make_mr(RealWorldValueMappingSequence=[mapping], RescaleSlope=2, RescaleIntercept=0)
+    np.testing.assert_array_equal(decode(content), RAMP * 2.0)
+
+
+def test_an_infinite_slope_is_corrupt() -> None:
+    reject(make_mr(RescaleSlope="1e300", RescaleIntercept="0"), "corrupt")
+
+
+# ---- inversion and padding -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("elements", "is_inverted"),
+    [
+        ({"PhotometricInterpretation": "MONOCHROME1"}, True),
+        ({"PhotometricInterpretation": "MONOCHROME2"}, False),
+        ({"PresentationLUTShape": "INVERSE"}, True),
+        ({"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "IDENTITY"}, False),
+        ({"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "INVERSE"}, True),
+    ],
+)
+def test_inversion(elements: dict, is_inverted: bool) -> None:
+    """MONAI Deploy#282."""
+    content = make_mr(WindowCenter=1900, WindowWidth=3900, **elements)
+    grey, shown = decode(content), render(content).astype(int)
+    if is_inverted:
+        np.testing.assert_array_equal(grey, RAMP.max() - RAMP.astype(int))
+        assert shown[0, 0] > shown[-1, -1]
+    else:
+        np.testing.assert_array_equal(grey, RAMP)
+        assert shown[0, 0] < shown[-1, -1]
+
+
+def test_inversion_comes_after_the_window() -> None:
+    """cornerstone3D PR 2215: inverted first, a window off the middle shows other values."""
+    window = {"WindowCenter": 500, "WindowWidth": 400}
+    plain = render(make_mr(**window))
+    inverted = render(make_mr(PhotometricInterpretation="MONOCHROME1", **window))
+    np.testing.assert_array_equal(inverted, 255 - plain)
+    assert (plain == 255).mean() > 0.5
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_darkest(photometric: str) -> None:
+    pixels = np.array([[-2000, -2000, 100, 200, 300]], np.int16)
+    content = make_mr(pixels, PixelPaddingValue=-2000, PhotometricInterpretation=photometric)
+    grey = decode(content)
+    image = [300, 200, 100] if photometric == "MONOCHROME1" else [100, 200, 300]
+    np.testing.assert_array_equal(grey, [[100, 100, *image]])
+    assert render(content)[0, :2].tolist() == [0, 0]
+
+
+def test_padding_as_a_range() -> None:
+    pixels = np.array([[0, 5, 9, 10, 60]], np.uint16)
+    content = make_mr(pixels, PixelPaddingValue=9, PixelPaddingRangeLimit=0)
+    np.testing.assert_array_equal(decode(content), [[10, 10, 10, 10, 60]])
+
+
+def test_padding_written_with_the_other_sign() -> None:
+    dataset = make_dataset(np.array([[-2000, 100, 200]], np.int16))
+    dataset.add_new("PixelPaddingValue", "US", 2**16 - 2000)
+    np.testing.assert_array_equal(decode(write(dataset)), [[100, 100, 200]])
+
+
+def test_a_frame_of_padding_only_is_dark() -> None:
+    content = make_mr(np.full((3, 4), 7, np.uint16), PixelPaddingValue=7)
+    assert not decode(content).any()
+    assert not render(content).any()
+
+
+# ---- windows -------------------------------------------------------------------------------------
+
+VALUES = np.array([[0, 10, 20, 30, 40, 50, 60]], np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("elements", "expected"),
+    [
+        # PS3.3, C.11.2.1.2.1: ((x - 29.5) / 20 + 0.5) * 255
+        ({"WindowWidth": 21}, [0, 0, 7, 134, 255, 255, 255]),
+        ({"WindowWidth": 20, "VOILUTFunction": "LINEAR_EXACT"}, [0, 0, 0, 128, 255, 255, 255]),
+        ({"WindowWidth": 40, "VOILUTFunction": "SIGMOID"}, [12, 30, 69, 128, 186, 225, 243]),
+        ({"WindowWidth": 1}, [0, 0, 0, 255, 255, 255, 255]),
+        ({"WindowWidth": 0.5}, [0, 0, 0, 128, 255, 255, 255]),
+        ({"WindowCenter": [30, 99], "WindowWidth": [21, 3]}, [0, 0, 7, 134, 255, 255, 255]),
+    ],
+)
+def test_windows(elements: dict, expected: list[int]) -> None:
+    rendered = render_frame(open_dicom(make_mr(VALUES, **({"WindowCenter": 30} | elements))))
+    assert rendered.grey_range == "window"
+    np.testing.assert_allclose(rendered.pixels[0], expected, atol=1)
+
+
+@pytest.mark.parametrize("elements", [{}, {"WindowCenter": 30, "WindowWidth": 0}])
+def test_without_a_window_the_samples_give_the_range(elements: dict) -> None:
+    image = open_dicom(make_mr(RAMP, **elements))
+    rendered = render_frame(image)
+    assert rendered.grey_range == "samples"
+    assert (rendered.pixels.min(), rendered.pixels.max()) == (0, 255)
+    assert "no_window" in image.instance.flags
+
+
+def test_the_window_does_not_change_grey_values() -> None:
+    narrow = make_mr(WindowCenter=10, WindowWidth=5)
+    np.testing.assert_array_equal(decode(narrow), RAMP)
+    assert "no_window" not in open_dicom(narrow).instance.flags
+
+
+def test_the_window_is_on_rescaled_values() -> None:
+    rescaled = make_mr(VALUES, WindowCenter=3, WindowWidth=2, RescaleSlope="0.1",
+                       RescaleIntercept=0, VOILUTFunction="LINEAR_EXACT")  # fmt: skip
+    np.testing.assert_allclose(render(rescaled)[0], [0, 0, 0, 128, 255, 255, 255], atol=1)
+
+
+def test_voi_lut_comes_before_the_window() -> None:
+    lut = make_item(LUTDescriptor=[61, 0, 8])
+    lut.add_new("LUTData", "US", [0] * 40 + [255] * 21)
+    content = make_mr(VALUES, VOILUTSequence=[lut], WindowCenter=10, WindowWidth=5)
+    rendered = render_frame(open_dicom(content))
+    assert rendered.grey_range == "voi_lut"
+    assert rendered.pixels[0].tolist() == [0, 0, 0, 0, 255, 255, 255]
+
+
+def test_each_frame_has_its_window() -> None:
+    """Windows differ from slice to slice; grey values of the same samples do not."""
+
+    def make_window(centre: int) -> Dataset:
+        return make_item(FrameVOILUTSequence=[make_item(WindowCenter=centre, WindowWidth=21)])
+
+    content = make_enhanced(
+        np.stack([VALUES, VALUES]), Dataset(), [make_window(30), make_window(50)]
+    )
+    assert render(content, 0)[0].tolist() != render(content, 1)[0].tolist()
+    np.testing.assert_array_equal(decode(content, 0), decode(content, 1))
+
+
+# ---- what is rejected, what is flagged -----------------------------------------------------------
+
+STORAGE = "1.2.840.10008.5.1.4.1.1."
+
+
+@pytest.mark.parametrize(
+    ("reason", "elements"),
+    [
+        ("not_an_image_object", {"SOPClassUID": f"{STORAGE}88.33", "Modality": "SR"}),
+        ("not_an_image_object", {"SOPClassUID": f"{STORAGE}11.1", "Modality": "PR"}),
+        ("not_an_image_object", {"SOPClassUID": None, "Modality": "KO"}),
+        ("not_an_image_object", {"SOPClassUID": f"{STORAGE}66.4", "Modality": "SEG"}),
+        ("no_pixels", {"PixelData": None}),
+        ("not_mr", {"Modality": "CT"}),
+        ("not_mr", {"SOPClassUID": f"{STORAGE}2"}),
+        ("other_body_part", {"BodyPartExamined": "KNEE"}),
+        ("localizer", {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}),
+        ("projection", {"ImageType": ["DERIVED", "SECONDARY", "PROJECTION IMAGE", "MIP"]}),
+        ("projection", {"ImageType": ["DERIVED", "SECONDARY", "MPR"]}),
+        ("projection", {"VolumeBasedCalculationTechnique": "MAX_IP"}),
+        ("derived_map", {"ImageType": ["DERIVED", "PRIMARY", "DIFFUSION", "ADC"]}),
+        ("derived_map", {"ImageType": ["ORIGINAL", "PRIMARY", "P", "ND"]}),
+        ("derived_map", {"ComplexImageComponent": "PHASE"}),
+        ("derived_map", {"SOPClassUID": f"{STORAGE}30"}),
+        ("mosaic", {"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]}),
+        ("secondary_capture", {"SOPClassUID": f"{STORAGE}7", "Modality": "OT"}),
+        ("colour", {"PhotometricInterpretation": "PALETTE COLOR"}),
+        ("colour", {"SamplesPerPixel": 3}),
+        ("burned_in", {"BurnedInAnnotation": "YES"}),
+        ("corrupt", {"Rows": None}),
+        ("corrupt", {"NumberOfFrames": -3}),
+        ("truncated", {"NumberOfFrames": 2}),
+        ("truncated", {"NumberOfFrames": 2**31 - 1}),
+        ("unsupported", {"BitsAllocated": 64}),
+    ],
+)
+def test_reasons(reason: str, elements: dict) -> None:
+    reject(make_mr(**elements), reason)
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"ImageType": ["DERIVED", "SECONDARY", "M"]},
+        {"BodyPartExamined": "ORBIT"},
+        {"BurnedInAnnotation": "NO"},
+        {"Modality": None},
+        {"SOPClassUID": "1.3.46.670589.11.0.0.12.1"},
+        {"VolumeBasedCalculationTechnique": "NONE"},
+        {"NumberOfFrames": 0},
+        {"WindowCenter": None, "PixelSpacing": None},
+    ],
+)
+def test_what_is_not_said_rejects_nothing(elements: dict) -> None:
+    present = {"WindowCenter": 5, "WindowWidth": 5}
+    dataset = make_dataset(**present, PixelSpacing=[1, 1])
+    for keyword, value in elements.items():
+        if value is None:
+            del dataset[keyword]
+        else:
+            setattr(dataset, keyword, value)
+    np.testing.assert_array_equal(decode(write(dataset)), RAMP)
+
+
+@pytest.mark.parametrize(
+    ("flag", "elements"),
+    [
+        ("body_part_unknown", {"BodyPartExamined": None}),
+        ("body_part_unknown", {"BodyPartExamined": "ROUTINE"}),
+        ("no_window", {}),
+        ("non_axial", {"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}),
+        ("orientation_unknown", {"ImageOrientationPatient": None}),
+        ("orientation_unknown", {"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}),
+        ("lossy", {"LossyImageCompression": "01"}),
+        ("modality_unknown", {"Modality": None, "SOPClassUID": None}),
+        ("contrast_diffusion", {"AcquisitionContrast": "DIFFUSION"}),
+        ("echo_planar", {"ScanningSequence": ["EP", "SE"]}),
+    ],
+)
+def test_flags(flag: str, elements: dict) -> None:
+    dataset = make_dataset(**elements)
+    content = write(dataset)
+    if "SOPClassUID" not in dataset:
+        content = io.BytesIO()  # type: ignore[assignment]
+        pydicom.dcmwrite(content, make_dataset(**elements), implicit_vr=False, little_endian=True)
+        content = content.getvalue()  # type: ignore[attr-defined]
+    flags = read_header(content).flags
+    assert flag in flags
+    assert flags == tuple(sorted(set(flags)))
+
+
+def test_anatomic_region_counts() -> None:
+    def make_region(code: str) -> list[Dataset]:
+        return [make_item(CodeValue=code, CodingSchemeDesignator="SCT", CodeMeaning="x")]
+
+    chest = make_mr(BodyPartExamined=None, AnatomicRegionSequence=make_region("51185008"))
+    reject(chest, "other_body_part")
+    brain = make_mr(BodyPartExamined="KNEE", AnatomicRegionSequence=make_region("12738006"))
+    assert "body_part_unknown" not in read_header(brain).flags
+
+
+def test_frames_of_an_enhanced_file_are_rejected_one_by_one() -> None:
+    def make_type(*words: str) -> Dataset:
+        return make_item(MRImageFrameTypeSequence=[make_item(FrameType=list(words))])
+
+    magnitude = make_type("ORIGINAL", "PRIMARY", "DIFFUSION", "NONE")
+    adc = make_type("DERIVED", "PRIMARY", "DIFFUSION", "ADC")
+    frames = np.stack([RAMP, RAMP])
+    mixed = make_enhanced(frames, Dataset(), [magnitude, adc], ImageType=["MIXED", "PRIMARY"])
+    image = open_dicom(mixed)
+    assert [frame.rejection for frame in image.instance.frames] == [None, "derived_map"]
+    assert "frames_rejected" in image.instance.flags
+    np.testing.assert_array_equal(decode_frame(image, 0), RAMP)
+    with pytest.raises(RejectedImage, match="derived_map"):
+        decode_frame(image, 1)
+    with pytest.raises(IndexError, match="from 0 to 1, got 2"):
+        decode_frame(image, 2)
+    reject(make_enhanced(frames, Dataset(), [adc, adc]), "derived_map")
+
+
+def test_an_unknown_transfer_syntax_is_named_only_if_it_is_registered() -> None:
+    jpip = "1.2.840.10008.1.2.4.94"
+    assert jpip in reject(make_compressed([b"ab"], jpip), "unsupported")
+    assert "1.9.8.7" not in reject(make_mr(syntax="1.9.8.7"), "unsupported")
+
+
+# ---- geometry ------------------------------------------------------------------------------------
+
+
+def test_geometry_of_a_classic_file() -> None:
+    (frame,) = read_header(make_mr()).frames
+    assert frame.orientation == (1, 0, 0, 0, 1, 0)
+    assert (frame.position_mm, frame.spacing_mm, frame.plane) == (33, (1.5, 0.5), "axial")
+
+
+@pytest.mark.parametrize(
+    ("orientation", "plane", "position"),
+    [
+        ([1, 0, 0, 0, 0, -1], "coronal", -90),
+        ([0, 1, 0, 0, 0, -1], "sagittal", 100),
+        ([1, 0, 0, 0, 0.866025, 0.5], "axial", -0.5 * -90 + 0.866025 * 33),
+    ],
+)
+def test_planes(orientation: list[float], plane: str, position: float) -> None:
+    (frame,) = read_header(make_mr(ImageOrientationPatient=orientation)).frames
+    assert frame.plane == plane
+    assert frame.position_mm == pytest.approx(position)
+
+
+def test_geometry_of_each_frame() -> None:
+    """MONAI#8468: an enhanced file's geometry is in its functional groups, not made up."""
+    shared = make_item(
+        PlaneOrientationSequence=[make_item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
+        PixelMeasuresSequence=[make_item(PixelSpacing=[2, 3])],
+    )
+    per_frame = [
+        make_item(PlanePositionSequence=[make_item(ImagePositionPatient=[0, 0, z])])
+        for z in (7, -4)
+    ]
+    frames = read_header(make_enhanced(np.stack([RAMP, RAMP]), shared, per_frame)).frames
+    assert [frame.position_mm for frame in frames] == [7, -4]
+    assert {(frame.spacing_mm, frame.plane) for frame in frames} == {((2, 3), "axial")}
+
+
+def test_as_many_functional_groups_as_frames() -> None:
+    reject(make_enhanced(np.stack([RAMP, RAMP]), Dataset(), [Dataset()] * 3), "corrupt")
+
+
+# ---- damage and bombs ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm"])
+def test_a_file_cut_anywhere_is_rejected(name: str) -> None:
+    content = (PYDICOM_FILES / name).read_bytes()
+    end = content.rindex(b"\xe0\x7f\x10\x00") + 12 + 64 * 64 * 2  # padding follows the pixels
+    if name != "MR_small.dcm":
+        end = content.rindex(b"\xfe\xff\xdd\xe0")
+    answers = {decode_or_reject(content[:cut]) for cut in np.linspace(1, end - 1, 40).astype(int)}
+    assert answers <= {"truncated", "not_an_image", "no_pixels", "corrupt", "not_mr"}
+    assert decode_or_reject(content[: end - 1]) == "truncated"
+    assert decode_or_reject(content[:end]) == "decoded"
+
+
+def test_empty() -> None:
+    reject(b"", "empty")
+
+
+def measure_peak(content: bytes, reason: str, limits: DecodeLimits | None = None) -> int:
+    reject(content, reason, limits)  # imports and caches
+    tracemalloc.start()
+    try:
+        reject(content, reason, limits)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_deflate_bomb_is_not_inflated() -> None:
+    deflater = zlib.compressobj(wbits=-15)
+    bomb = deflater.compress(bytes(40 * 2**20)) + deflater.flush()
+    plain = write(make_dataset(), DeflatedExplicitVRLittleEndian)
+    start = plain.index(b"1.2.840.10008.1.2.1.99") + 22
+    limits = DecodeLimits(max_bytes=2**20)
+    assert (
+        measure_peak(plain[: start + len(plain[start:]) % 2] + bomb, "too_large", limits)
+        < 8 * 2**20
+    )
+
+
+def test_sizes_are_checked_before_memory_is_taken() -> None:
+    huge = make_mr(Rows=60_000, Columns=60_000)
+    assert measure_peak(huge, "too_large") < 2**20
+    many = make_compressed(compress(RAMP[None], RLELossless), RLELossless, NumberOfFrames=2**30)
+    assert measure_peak(many, "truncated") < 2**20
+
+
+def test_a_compressed_frame_must_be_as_large_as_the_header_says() -> None:
+    (frame,) = compress(RAMP[None], JPEG2000Lossless)
+    at = frame.index(b"\xff\x4f\xff\x51") + 8
+    lying = frame[:at] + (60_000).to_bytes(4, "big") * 2 + frame[at + 8 :]
+    assert measure_peak(make_compressed([lying], JPEG2000Lossless), "corrupt") < 2**20
+    (frame,) = compress(RAMP[None], JPEGLSLossless)
+    at = frame.index(b"\xff\xf7") + 5
+    lying = frame[:at] + (60_000).to_bytes(2, "big") * 2 + frame[at + 4 :]
+    assert measure_peak(make_compressed([lying], JPEGLSLossless), "corrupt") < 2**20
+
+
+def test_limits() -> None:
+    reject(make_mr(), "too_large", DecodeLimits(max_pixels=RAMP.size - 1))
+    reject(make_mr(), "too_large", DecodeLimits(max_bytes=500))
+    reject(make_compressed([b"\xff\xd8"], JPEGExtended12Bit, np.zeros((4, 4), np.uint8)), "corrupt")
+
+
+def list_mutated() -> list[bytes]:
+    frames = np.stack([RAMP, RAMP])
+    scaled = [make_scaling("2"), make_scaling("3")]
+    names = ("", "_RLE", "_jp2klossless", "_jpeg_ls_lossless", "_bigendian", "_implicit")
+    return [
+        *((PYDICOM_FILES / f"MR_small{name}.dcm").read_bytes() for name in names),
+        make_enhanced(frames, Dataset(), scaled),
+        write(make_dataset(), DeflatedExplicitVRLittleEndian),
+    ]
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(
+    source=st.sampled_from(list_mutated()),
+    edits=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=6)), max_size=6
+    ),
+    is_in_header=st.booleans(),
+    end=st.none() | st.floats(0, 1),
+)
+def test_damaged_bytes_get_an_answer(
+    source: bytes, edits: list[tuple[float, bytes]], is_in_header: bool, end: float | None
+) -> None:
+    damaged = bytearray(source)
+    for share, bytes_ in edits:
+        at = int(share * (2000 if is_in_header else len(source)))
+        damaged[at : at + len(bytes_)] = bytes_
+    damaged = damaged[: None if end is None else int(end * len(source))]
+    tracemalloc.start()
+    try:
+        assert decode_or_reject(bytes(damaged)) != "no known reason"
+        assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+# ---- identity ------------------------------------------------------------------------------------
+
+
+def test_identifiers_are_keyed_hashes() -> None:
+    instance = read_header(make_mr(), key=KEY)
+    assert instance.patient == hash_identifier("patient-7", KEY)
+    assert len({instance.patient, instance.study, instance.series, instance.sop_instance}) == 4
+    assert instance.patient != hash_identifier("patient-7", KEY[::-1])
+    assert all(len(value or "") == 32 for value in (instance.study, instance.series))
+    assert read_header(make_mr()).patient is None
+    assert read_header(make_mr(PatientID=None), key=KEY).patient is None
+    # A known answer: other implementations must be able to join on it.
+    assert hash_identifier("a", KEY) == hash_identifier("a\0", KEY)
+    with pytest.raises(ValueError, match="at least 16 bytes, got 3"):
+        hash_identifier("a", b"key")
+
+
+TOKEN = "QZTOKEN"
+TOKEN_UID = "1.2.826.0.1.99.20261128.313373"
+
+LEAK_SCRIPT = """
+    import logging, sys
+    from pathlib import Path
+    from brainray.errors import RejectedImage
+    from brainray.images.dicom import open_dicom, read_header
+    from brainray.images.dicom_pixels import decode_frame, render_frame
+    logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
+    logging.captureWarnings(False)
+    for path in sorted(Path(sys.argv[1]).iterdir()):
+        try:
+            print(read_header(path.read_bytes(), key=b"k" * 16))
+            image = open_dicom(path.read_bytes(), key=b"k" * 16)
+            print(image, render_frame(image), decode_frame(image).sum())
+        except RejectedImage:
+            logging.exception("rejected")
+"""
+
+
+def plant_tokens() -> Dataset:
+    dataset = make_dataset(
+        SpecificCharacterSet="ISO_IR 192",
+        PatientName=f"山田^{TOKEN}",
+        PatientID=TOKEN,
+        AccessionNumber=TOKEN,
+        InstitutionName=TOKEN,
+        SeriesDescription=TOKEN,
+        ImageComments=TOKEN,
+        StudyInstanceUID=TOKEN_UID,
+        SeriesInstanceUID=f"{TOKEN_UID}.1",
+        SOPInstanceUID=f"{TOKEN_UID}.2",
+        RequestAttributesSequence=[make_item(ScheduledProcedureStepID=TOKEN)],
+    )
+    block = dataset.private_block(0x0029, TOKEN, create=True)
+    block.add_new(0x01, "LO", TOKEN)
+    dataset.add_new(0x60003000, "OW", TOKEN.encode() + b"\0")
+    return dataset
+
+
+def plant_malformed() -> dict[str, bytes]:
+    """Return files that a library would quote in a warning or an exception."""
+    good = write(plant_tokens())
+    files = {"good": good, "cut": good[:-100], "cut-in-header": good[:700]}
+    elements = {
+        "decimal": ("WindowCenter", "DS", TOKEN),
+        "slope": ("RescaleSlope", "DS", TOKEN),
+        "integer": ("NumberOfFrames", "IS", TOKEN),
+        "uid": ("SOPClassUID", "UI", TOKEN_UID),
+        "code": ("PhotometricInterpretation", "CS", TOKEN),
+        "modality": ("Modality", "CS", TOKEN),
+        "body": ("BodyPartExamined", "CS", TOKEN),
+        "type": ("ImageType", "CS", TOKEN),
+        "charset": ("SpecificCharacterSet", "CS", TOKEN),
+        "rows": ("Rows", "US", None),
+    }
+    for name, (keyword, vr, value) in elements.items():
+        dataset = plant_tokens()
+        if value is None:
+            del dataset[keyword]
+        else:
+            raw = value.encode() + (b"" if len(value) % 2 == 0 else b" ")
+            tag = pydicom.tag.Tag(keyword)
+            dataset[tag] = pydicom.dataelem.RawDataElement(tag, vr, len(raw), raw, 0, False, True)
+        buffer = io.BytesIO()
+        pydicom.dcmwrite(buffer, dataset, implicit_vr=False, little_endian=True)
+        files[name] = buffer.getvalue()
+    frame = TOKEN.encode() * 3
+    for syntax in (
+        JPEG2000Lossless,
+        JPEGLSLossless,
+        RLELossless,
+        JPEGLosslessSV1,
+        TOKEN_UID,
+    ):
+        dataset = plant_tokens()
+        dataset.add_new("PixelData", "OB", pydicom.encaps.encapsulate([frame + b"\0"]))
+        dataset["PixelData"].is_undefined_length = True
+        files[f"frame-{syntax}"] = write(dataset, syntax)
+    return files
+
+
+def test_nothing_that_identifies_gets_out(tmp_path: Path) -> None:
+    """In a process of its own, because pytest changes the warning filters and the loggers."""
+    files = plant_malformed()
+    for name, content in files.items():
+        assert TOKEN.encode() in content
+        (tmp_path / name).write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", textwrap.dedent(LEAK_SCRIPT), str(tmp_path)],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    printed = done.stdout + done.stderr
+    assert printed.count("RejectedImage") + printed.count("DicomImage(") >= len(files)
+    for secret in (TOKEN, TOKEN_UID, "山田", TOKEN_UID[-15:]):
+        assert secret not in printed
