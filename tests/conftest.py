@@ -33,6 +33,7 @@ MARK_OF_PLACE = {
     "test_files::test_no_ray_is_loaded": "heavy",
     "test_object_store": "heavy",
     "test_object_store_jobs": "ray",
+    "test_dicom::test_nothing_that_identifies_gets_out": "heavy",
     "test_engine": "heavy",
     "test_serve_faults": "service",
     "test_serve_http": "service",

@@ -3,7 +3,8 @@
 pydicom parses. It is handed the list of elements to keep, so names, dates and free text are skipped
 unread, and it stops at the pixels. Its logger and its warnings quote what a file holds; both are
 off for the whole process from the import of this module on, because switching them for each call
-would not be safe among threads.
+would not be safe among threads. It does not validate values either, so that it has little to quote
+where a program resets the warning filters.
 """
 
 import io
@@ -37,6 +38,14 @@ UNDEFINED_LENGTH = 0xFFFFFFFF
 _PIXEL_DATA = Tag("PixelData")
 _PIXEL_TAGS = frozenset({_PIXEL_DATA, Tag("FloatPixelData"), Tag("DoubleFloatPixelData")})
 
+
+MAX_HEADER_BYTES = 32 * 2**20
+"""Most bytes before the pixels. Enhanced objects take some kilobytes for each frame."""
+MAX_ITEMS = 250_000
+"""Most sequence items in a header that is longer than as many empty items."""
+_FIRST_BYTES = 2**18  # enough for the header of a classic object
+_ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")
+
 _KEPT_ELEMENTS = (
     "AcquisitionContrast AnatomicRegionSequence BitsAllocated BitsStored BodyPartExamined "
     "BurnedInAnnotation Columns ComplexImageComponent ExtendedOffsetTable "
@@ -65,6 +74,16 @@ class PixelElement(NamedTuple):
     """Of its value, in bytes from the start of the file (of the inflated file, if deflated)."""
     length: int
     """Of its value, in bytes; :data:`UNDEFINED_LENGTH` if it is encapsulated."""
+
+
+class _Meta(NamedTuple):
+    """What precedes the data set."""
+
+    transfer_syntax: str
+    """Empty where the file does not say."""
+    sop_class: str
+    end: int
+    """Where the data set begins, in bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +127,12 @@ def call_safely(function: Callable[..., _Result], *arguments: Any) -> _Result:  
     except Exception as error:  # pydicom and the codecs raise a dozen types for bad bytes
         name = type(error).__name__
         reason, what = "corrupt", f"The file cannot be decoded ({name}). Export it again."
+    except BaseException as error:
+        # pylibjpeg-rle 2.2 is written in Rust and panics where a segment is too long. A panic is no
+        # Exception in Python, and its type cannot be imported. Needed until that decoder raises.
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        reason, what = "corrupt", "A run-length encoded frame is damaged. Export it again."
     raise RejectedImage(reason, what)
 
 
@@ -123,25 +148,50 @@ def is_dicom(start: bytes) -> bool:
 def parse_file(file: BinaryIO, size_bytes: int, max_inflated_bytes: int) -> ParsedFile:
     """Read the header of a DICOM file, with or without preamble and meta information.
 
+    pydicom takes some 40 bytes of memory for each byte of a header made of empty elements, and 80
+    for each of one made of empty items. So it is handed the start of the file only, and no more
+    than :data:`MAX_HEADER_BYTES` and :data:`MAX_ITEMS` of it.
+
     Raises
     ------
     RejectedImage
         ``truncated``, ``corrupt`` or ``too_large``.
     """
-    return call_safely(_parse_file, file, size_bytes, max_inflated_bytes)
-
-
-def _parse_file(file: BinaryIO, size_bytes: int, max_inflated_bytes: int) -> ParsedFile:
-    meta = _read_meta(file)
-    syntax = str(meta.get("TransferSyntaxUID") or "").strip("\0 ")
+    meta = call_safely(_read_meta, file)
     inflated = None
-    if syntax == DeflatedExplicitVRLittleEndian:
-        inflated = _inflate(file.read(), max_inflated_bytes)
-        file, size_bytes = io.BytesIO(inflated), len(inflated)
+    if meta.transfer_syntax == DeflatedExplicitVRLittleEndian:
+        file.seek(meta.end)
+        inflated = call_safely(_inflate, file.read(), max_inflated_bytes)
+        file, size_bytes, meta = io.BytesIO(inflated), len(inflated), meta._replace(end=0)
+    for num_bytes in (_FIRST_BYTES, MAX_HEADER_BYTES):
+        file.seek(0)
+        start = file.read(num_bytes)
+        is_whole = len(start) == size_bytes
+        try:
+            parsed = call_safely(_parse_start, start, meta, size_bytes, inflated)
+        except RejectedImage:
+            if is_whole or num_bytes == MAX_HEADER_BYTES:
+                raise
+        else:
+            if is_whole or parsed.pixels is not None:
+                return parsed
+    raise RejectedImage(
+        "too_large", f"The header has more than the {MAX_HEADER_BYTES:,} bytes allowed."
+    )
+
+
+def _parse_start(start: bytes, meta: _Meta, size_bytes: int, inflated: bytes | None) -> ParsedFile:
+    """Read the data set in the first bytes of a file."""
+    if len(start) > 8 * MAX_ITEMS and sum(map(start.count, _ITEM_TAGS)) > MAX_ITEMS:
+        raise RejectedImage(
+            "too_large", f"The header has more than the {MAX_ITEMS:,} sequence items allowed."
+        )
+    file = io.BytesIO(start)
+    file.seek(meta.end)
+    syntax = meta.transfer_syntax
     is_little_endian = syntax != ExplicitVRBigEndian
     if not syntax:  # the first element is in group 8
-        is_little_endian = file.read(2) != b"\x00\x08"
-        file.seek(-2, io.SEEK_CUR)
+        is_little_endian = start[meta.end : meta.end + 2] != b"\x00\x08"
     stop = _PixelStop(file, size_bytes)
     dataset = read_dataset(
         file,
@@ -154,18 +204,19 @@ def _parse_file(file: BinaryIO, size_bytes: int, max_inflated_bytes: int) -> Par
         is_implicit = dataset.original_encoding[0]
         little = ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
         syntax = str(little if is_little_endian else ExplicitVRBigEndian)
-    sop_class = str(
-        get_value(dataset, "SOPClassUID") or get_value(meta, "MediaStorageSOPClassUID") or ""
-    )
     ends_early = stop.pixels is None and stop.end not in (None, size_bytes)
+    sop_class = str(get_value(dataset, "SOPClassUID") or meta.sop_class)
     return ParsedFile(dataset, sop_class, syntax, stop.pixels, size_bytes, inflated, ends_early)
 
 
-def _read_meta(file: BinaryIO) -> Dataset:
+def _read_meta(file: BinaryIO) -> _Meta:
     """Read the elements of group 2, if any, and stop at the first of another group."""
-    if file.read(132)[128:] != b"DICM":
-        file.seek(0)
-    return read_dataset(file, False, True, stop_when=lambda tag, _vr, _length: tag >> 16 != 2)
+    start = io.BytesIO(file.read(_FIRST_BYTES))
+    if start.read(132)[128:] != b"DICM":
+        start.seek(0)
+    meta = read_dataset(start, False, True, stop_when=lambda tag, _vr, _length: tag >> 16 != 2)
+    syntax = str(get_value(meta, "TransferSyntaxUID") or "").strip("\0 ")
+    return _Meta(syntax, str(get_value(meta, "MediaStorageSOPClassUID") or ""), start.tell())
 
 
 def _inflate(deflated: bytes, max_bytes: int) -> bytes:
