@@ -125,7 +125,7 @@ def run_plain_app(classifier_uri: str, port: int) -> None:
     from torchvision.transforms import v2
 
     classifier = load_classifier(classifier_uri)
-    network = classifier.network.to(memory_format=torch.contiguous_format)
+    network = classifier.build_network().to(memory_format=torch.contiguous_format)
     preprocessing = classifier.preprocessing
     transform = v2.Compose(
         [

@@ -92,7 +92,7 @@ def test_what_was_sealed_is_what_is_opened(
     classifier = load_classifier(str(sealed))
     assert classifier.classes == CLASSES
     assert classifier.preprocessing == PREPROCESSING
-    assert not classifier.network.training
+    assert not classifier.build_network().training
     assert classifier.card["metrics"] == PROVENANCE["metrics"]
     assert classifier.classifier_id == classifier.card["classifier_id"]
 

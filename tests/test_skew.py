@@ -104,7 +104,7 @@ def wary_classifier(
     folder = tmp_path_factory.mktemp("wary") / "classifier"
     save_classifier(
         str(folder),
-        opened.network.state_dict(),
+        opened.build_network().state_dict(),
         classes=CLASSES,
         preprocessing=opened.preprocessing,
         provenance={},

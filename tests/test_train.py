@@ -256,9 +256,9 @@ def test_the_sealed_statistics_are_of_training_images_as_they_are(
     classifier = load_classifier(job.at("classifier"))
     images = load_training_images(job)
     with torch.no_grad():
-        stem = classifier.network.get_submodule("conv1")
+        stem = classifier.build_network().get_submodule("conv1")
         seen = stem(normalise_images(torch.from_numpy(images), PREPROCESSING))
-    norm = classifier.network.get_submodule("bn1")
+    norm = classifier.build_network().get_submodule("bn1")
     assert isinstance(norm, torch.nn.BatchNorm2d)
     torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
     assert any(f"statistics on {len(images)} images" in line for line in lines)
@@ -358,7 +358,7 @@ def test_the_exported_statistics_are_computed_in_the_precision_of_the_workers(
         seen.append(network(next(iter(batches))).dtype)
 
     monkeypatch.setattr(seal, "measure_statistics", measure)
-    state = load_classifier(job.at("classifier")).network.state_dict()
+    state = load_classifier(job.at("classifier")).build_network().state_dict()
     indices = data.select("train")[:4]
     seal._measure_statistics(state, indices, data.store, TINY, precision, use_gpu=False)
     assert seen == [{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]]
@@ -601,8 +601,8 @@ def test_pretrained_weights_start_with_the_head_alone(
     outputs = compute_eager(before, load_training_images(job))
     loss = F.cross_entropy(torch.from_numpy(outputs.logits), torch.tensor(labels)).item()
     assert runlog.read_records(job.at("metrics.jsonl"))[0]["train_loss"] < loss - 0.1
-    after = load_classifier(job.at("classifier")).network.state_dict()
-    for name, tensor in before.network.state_dict().items():
+    after = load_classifier(job.at("classifier")).build_network().state_dict()
+    for name, tensor in before.build_network().state_dict().items():
         stood_still = torch.allclose(tensor, after[name], atol=1e-6)
         assert stood_still != name.startswith("fc."), name
 

@@ -40,6 +40,13 @@ class Preprocessing:
             raise ConfigError(f"std must be positive, got {self.std}.")
 
 
+def normalise_greys(preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """Return the network's input for each grey value, shape (256,)."""
+    scale = np.float32(1.0 / (255.0 * preprocessing.std))
+    offset = np.float32(preprocessing.mean / preprocessing.std)
+    return np.arange(256, dtype=np.float32) * scale - offset
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """Where a scan lies in the network's square, in its pixels."""

@@ -7,21 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import nn
 from torchvision.models import ResNet50_Weights, resnet50
 
 from brainray import storage
 from brainray.errors import StorageError, WeightsError
+from brainray.model.resnet50 import NUM_FEATURES
 
-NUM_FEATURES = 2048
-"""Width of the pooled features below the head."""
 STAGE_WIDTHS = (512, 1024, NUM_FEATURES)
 """Channels of what layer2, layer3 and layer4 give."""
 
@@ -256,16 +253,6 @@ def round_weights(state: StateDict) -> StateDict:
     return {
         name: tensor.bfloat16() if tensor.ndim > 1 else tensor for name, tensor in state.items()
     }
-
-
-def read_head(network: nn.Module) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return copies of the head's weight, shape (K, 2048), and bias, shape (K,)."""
-    head = network.get_submodule("fc")
-    weight, bias = (
-        head.get_parameter(name).detach().float().cpu().numpy().copy()
-        for name in ("weight", "bias")
-    )
-    return weight, bias
 
 
 def pool_stages(

@@ -37,7 +37,6 @@ from brainray.errors import TrainingError
 from brainray.images.normalise import normalise_images
 from brainray.metrics import summarise
 from brainray.model.network import (
-    NUM_FEATURES,
     StateDict,
     build_network,
     compute_features,
@@ -46,6 +45,7 @@ from brainray.model.network import (
     use_matrix_products,
 )
 from brainray.model.precision import Precision, choose_precision, has_native_bf16
+from brainray.model.resnet50 import NUM_FEATURES
 from brainray.provenance import describe_cpu
 from brainray.training.augment import augment_images, mix_images, roll_dice
 from brainray.training.checkpoint import Progress, load_checkpoint, save_checkpoint
