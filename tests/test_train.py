@@ -41,7 +41,7 @@ from brainray.model.calibration import choose_max_distance, fit_calibration
 from brainray.model.classifier import load_classifier
 from brainray.model.explain import STRIDE_PX
 from brainray.provenance import describe_cpu
-from brainray.training import loop, seal
+from brainray.training import finalize, loop
 from brainray.training.augment import NO_AUGMENTATION
 from brainray.training.checkpoint import PROGRESS_FILE, load_network_weights
 from brainray.training.config import Placement, TrainConfig
@@ -323,7 +323,7 @@ def test_calibration_is_fitted_to_what_the_engine_that_ships_predicts(
     finished: tuple[TrainJob, dict[str, Any], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, _, _ = finished
-    for module in ("pipelines.seal", "model.calibration"):
+    for module in ("training.finalize", "model.calibration"):
         monkeypatch.setattr(f"brainray.{module}.MIN_IMAGES", 10)
     data = prepare_training_data(find_samples(job.data_uri, TINY.classes), TINY)
     trust = fit_trust_on(job, data, say=lambda _: None)
@@ -357,10 +357,10 @@ def test_the_exported_statistics_are_computed_in_the_precision_of_the_workers(
     def measure(network: torch.nn.Module, batches: Iterable[torch.Tensor]) -> None:
         seen.append(network(next(iter(batches))).dtype)
 
-    monkeypatch.setattr(seal, "measure_statistics", measure)
+    monkeypatch.setattr(finalize, "measure_statistics", measure)
     state = load_classifier(job.at("classifier")).build_network().state_dict()
     indices = data.select("train")[:4]
-    seal._measure_statistics(state, indices, data.store, TINY, precision, use_gpu=False)
+    finalize._measure_statistics(state, indices, data.store, TINY, precision, use_gpu=False)
     assert seen == [{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]]
 
 
