@@ -65,9 +65,7 @@ def cpu_long() -> TrainConfig:
         preprocessing=Preprocessing(size_px=160),
         train_sizes_px=(64,) * 5 + (96,) * 4 + (128,) * 4 + (160,),
         num_epochs=56,
-        augmentation=Augmentation(
-            rotation_deg=20.0, zoom=0.25, stretch=0.1, shift=0.1, contrast=0.3, mixup_alpha=0.2
-        ),
+        augmentation=Augmentation(rotation_deg=20.0, zoom=0.25, shift=0.1),
         optimisation=dataclasses.replace(short.optimisation, ema_decay=0.997),
     )
 

@@ -47,7 +47,7 @@ from brainray.model.network import (
 from brainray.model.precision import Precision, choose_precision, has_native_bf16
 from brainray.model.resnet50 import NUM_FEATURES
 from brainray.provenance import describe_cpu
-from brainray.training.augment import augment_images, mix_images, roll_dice
+from brainray.training.augment import augment_images, sample_params
 from brainray.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from brainray.training.config import TrainConfig
 from brainray.training.optim import build_optimizer, set_learning_rate
@@ -288,11 +288,14 @@ class Worker:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def _to_input(self, batch: LoadedBatch) -> torch.Tensor:
+    def _to_device(self, batch: LoadedBatch) -> torch.Tensor:
         pixels = torch.from_numpy(batch.images)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        return normalise_images(pixels, self.config.preprocessing)
+        return pixels
+
+    def _to_input(self, batch: LoadedBatch) -> torch.Tensor:
+        return normalise_images(self._to_device(batch), self.config.preprocessing)
 
     def _run_epoch(
         self, model: nn.Module, batches: Iterator[LoadedBatch], epoch: int
@@ -387,19 +390,19 @@ class Worker:
         config, optimisation = self.config, self.config.optimisation
         labels = self.labels[batch.indices].to(self.device)
         global_size = self.plan.global_batch_size
-        seed = int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0])
-        dice = roll_dice(config.augmentation, global_size, seed=seed)
-        dice = dice.slice(batch.offset, batch.offset + len(labels))
+        params = sample_params(
+            config.augmentation,
+            batch.indices,
+            seed=config.seed,
+            epoch=step // self.plan.steps_per_epoch,
+        )
+        images = augment_images(self._to_device(batch), params)
+        images = images.sub_(config.preprocessing.mean).div_(config.preprocessing.std)
         with self._autocast():
-            images = augment_images(
-                self._to_input(batch), dice, grey_range=1 / config.preprocessing.std
-            )
-            targets = F.one_hot(labels, len(config.classes)).float()
-            images, targets = mix_images(images, targets, dice.mixup)
             logits = model(images)
             loss = F.cross_entropy(
                 logits.float(),
-                targets,
+                labels,
                 weight=self.class_weights,
                 label_smoothing=optimisation.label_smoothing,
                 reduction="sum",
