@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from brainray.images.decode import DecodeLimits
 from brainray.images.heatmap import render_map
 from brainray.images.normalise import normalise_images
-from brainray.images.preprocess import Preprocessing, load_image, resize_image
+from brainray.images.preprocess import Preprocessing, load_image, open_samples
 from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.explain import STRIDE_PX
@@ -315,8 +315,9 @@ def test_the_picture_is_hot_where_the_scan_is_bright(shape: tuple[int, int], fit
         radius = max(shape) / 6
         bump = np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / radius**2)
         scan = (bump * 255).astype(np.uint8)
-        _, maps = explain(engine, resize_image(scan, preprocessing)[None])
-        picture = Image.open(io.BytesIO(render_map(maps[0, 0], shape, preprocessing, STRIDE_PX)))
+        opened = open_samples(scan, preprocessing)
+        _, maps = explain(engine, opened.image[None])
+        picture = Image.open(io.BytesIO(render_map(maps[0, 0], opened.frame, STRIDE_PX)))
         alpha = np.asarray(picture)[..., 3].astype(float) ** 2
         assert alpha.shape == shape
         centre = (alpha * rows).sum() / alpha.sum(), (alpha * columns).sum() / alpha.sum()

@@ -18,7 +18,7 @@ from PIL import Image
 from brainray import storage
 from brainray.evaluation.evaluate import EvaluateJob, evaluate
 from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import load_image, resize_image
+from brainray.images.preprocess import load_image, preprocess_image
 from brainray.inference.bulk import ClassifyJob, classify
 from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.inference.files import run_files
@@ -92,7 +92,7 @@ def wary_classifier(
         )
         for split in ("Training", "Testing")
     )
-    foreign = compute_outputs(engine, [resize_image(NOISE, opened.preprocessing)]).features
+    foreign = compute_outputs(engine, [preprocess_image(NOISE, opened.preprocessing)]).features
     scale, shift = np.array([0.7, 0.9, 1.1, 1.3]), np.array([0.02, -0.03, 0.0, 0.01])
     trust = Trust(scale.astype(np.float32), shift.astype(np.float32))
     confidence = np.sort(trust.calibrate(test.logits).max(1))

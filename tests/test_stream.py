@@ -86,7 +86,12 @@ def test_scan_knows_every_file_and_gives_its_bytes(phantom_folder: Path) -> None
 
 def test_kept_pixels_are_those_that_decoding_again_gives(phantom_folder: Path) -> None:
     samples = find_samples(str(phantom_folder), CLASSES).samples
-    sizes = [Preprocessing(size_px=48), Preprocessing(size_px=32, fit="pad")]
+    sizes = [
+        Preprocessing(size_px=48),
+        Preprocessing(size_px=32, fit="pad"),
+        Preprocessing(size_px=32, fit="pad", crop="head"),
+        Preprocessing(size_px=32, fit="pad", intensity="percentile"),
+    ]
     limits = DecodeLimits()
     kept = scan_samples(samples, limits=limits, keep=sizes).store
     plain = scan_samples(samples, limits=limits).store

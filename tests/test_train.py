@@ -381,7 +381,7 @@ def test_the_report_shows_where_the_class_was_seen_that_a_scan_was_taken_for(
     assert maps.class_maps is not None
     class_map = maps.class_maps[0, classifier.classes.index(worst["predicted_class"])]
     expected = render_overlay(
-        class_map, scan.pixels, PREPROCESSING, STRIDE_PX, shown_px=GALLERY_OVERLAY_PX
+        class_map, scan.samples, scan.frame, STRIDE_PX, shown_px=GALLERY_OVERLAY_PX
     )
     assert images[1]["alt"] == f"Where the network saw {worst['predicted_class']}"
     shown = base64.b64decode((images[1]["src"] or "").partition(",")[2])

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from brainray.data.near_duplicates import THUMBNAIL_PX, compute_thumbnail
 from brainray.data.read import name_scan, read_scan
 from brainray.errors import RejectedImage
-from brainray.images.decode import DecodeLimits, decode_image
+from brainray.images.decode import DecodeLimits, decode_samples
+from brainray.images.intensity import scale_to_8_bits
 from brainray.images.metadata import ImageTraits, measure_traits
-from brainray.images.preprocess import Preprocessing, load_image, resize_image
+from brainray.images.preprocess import Preprocessing, load_image, preprocess_image
 
 SCAN_ROWS_PER_TASK = 256
 """Scans opened by one task: about a tenth of a second of work for 224-px JPEGs."""
@@ -152,7 +153,9 @@ def _locate(key: tuple[str, ...], tables: list[pa.Table]) -> NDArray[np.int64]:
 
 
 def _name_pixels(preprocessing: Preprocessing) -> str:
-    return f"pixels_{preprocessing.fit}_{preprocessing.size_px}"
+    """Return the column that holds scans preprocessed so; mean and std come after it."""
+    chosen = (preprocessing.crop, preprocessing.intensity, preprocessing.fit)
+    return "_".join(("pixels", *chosen, str(preprocessing.size_px)))
 
 
 def view_pixels(column: pa.ChunkedArray, side: int) -> NDArray[np.uint8]:
@@ -295,13 +298,14 @@ def _look_at(
     try:
         (content,) = read_samples(batch.slice(row, 1))
         scan_uri = name_scan(scan_uri, batch["row_group"][row].as_py(), batch["row"][row].as_py())
-        pixels = decode_image(content, limits)
+        samples = decode_samples(content, limits)
     except RejectedImage as rejection:
         if rejection.reason in ("missing", "unreadable"):
             return _Look(scan_uri, reason=rejection.reason)
         digest = sha256(content).hexdigest()
         return _Look(scan_uri, digest, rejection.reason, size_bytes=len(content))
-    squares = (compute_thumbnail(pixels), *(resize_image(pixels, one) for one in keep))
+    pixels = scale_to_8_bits(samples)
+    squares = (compute_thumbnail(pixels), *(preprocess_image(samples, one) for one in keep))
     height, width = pixels.shape
     return _Look(
         scan_uri,

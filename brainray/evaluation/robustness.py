@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from brainray.evaluation.shifts import SHIFTS, apply_shift
-from brainray.images.preprocess import Preprocessing, resize_image
+from brainray.images.preprocess import Preprocessing, preprocess_image
 from brainray.inference.engine import Prediction
 from brainray.metrics import compute_evaluation
 from brainray.model.reasons import find_status
@@ -112,13 +112,6 @@ def measure_robustness(
     }
 
 
-def prepare_image(samples: NDArray[Any], preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Turn decoded samples into the network's input, as the decoder and the preprocessing do."""
-    if samples.dtype == np.uint16:
-        samples = np.rint(samples / 257).astype(np.uint8)  # 16 bits by their full range
-    return resize_image(samples, preprocessing)
-
-
 def _predict(
     engine: Predictor,
     preprocessing: Preprocessing,
@@ -129,7 +122,7 @@ def _predict(
     probs, reasons = [], []
     for start in range(0, count, BATCH_SIZE):
         numbers = range(start, min(start + BATCH_SIZE, count))
-        images = np.stack([prepare_image(get_samples(i), preprocessing) for i in numbers])
+        images = np.stack([preprocess_image(get_samples(i), preprocessing) for i in numbers])
         predicted = engine.predict(images)
         probs.append(predicted.probs)
         reasons += predicted.reasons

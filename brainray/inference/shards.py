@@ -190,7 +190,7 @@ def _open_scan(row: dict[str, Any], task: WaveTask) -> _OpenedScan:
             scan.read_s = time.perf_counter() - started
             if scan.content_sha256 not in known:
                 opened = open_scan(content, task.preprocessing, limits)
-                scan.height_px, scan.width_px = opened.pixels.shape
+                scan.height_px, scan.width_px = opened.samples.shape
                 scan.image = opened.image
                 scan.decode_s = time.perf_counter() - started - scan.read_s
     except RejectedImage as rejection:

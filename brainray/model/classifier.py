@@ -42,6 +42,8 @@ SCHEMA_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
 """Version 1 knew no `trust`: its softmax stands, and it always gives a class. Version 2 knew where
 the last stage's features lie, and no other's."""
+ADDED_PREPROCESSING = {"crop", "intensity"}
+"""Fields that a folder of any version may lack; their defaults are what was done before."""
 WEIGHTS_FILE = "model.safetensors"
 TRUST_FILE = "trust.safetensors"
 CARD_FILE = "classifier.json"
@@ -265,10 +267,11 @@ def _read_meaning(card: dict[str, Any], where: str) -> tuple[tuple[str, ...], Pr
     if name != ARCHITECTURE:
         raise ClassifierError(f"Expected a {ARCHITECTURE} in '{where}', found '{name}'.")
     known = {field.name for field in fields(Preprocessing)}
-    if set(card["preprocessing"]) != known:
+    given = set(card["preprocessing"])
+    if not known - ADDED_PREPROCESSING <= given <= known:
         raise ClassifierError(
             f"Expected the preprocessing in '{where}' to give {', '.join(sorted(known))}; "
-            f"found {', '.join(sorted(card['preprocessing']))}."
+            f"found {', '.join(sorted(given))}."
         )
     try:
         return check_classes(card["classes"]), Preprocessing(**card["preprocessing"])

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits
 from brainray.images.heatmap import render_map, render_overlay
-from brainray.images.preprocess import OpenedScan, Preprocessing, open_scan
+from brainray.images.intensity import Samples
+from brainray.images.preprocess import Frame, OpenedScan, Preprocessing, open_scan
 from brainray.model.explain import STRIDE_PX
 from brainray.serving.answer import Answer, build_answer, build_rejection
 from brainray.serving.courier import Courier
@@ -66,19 +67,19 @@ class Upload:
 class Evidence:
     """Where in one scan the network saw its class."""
 
-    pixels: NDArray[np.uint8]
+    samples: Samples
     """The scan itself, shape (height, width)."""
+    frame: Frame
+    """Which part of the scan the network sees, and where in its square."""
     class_map: NDArray[np.float32]
     """Of the explained class, shape (h, w)."""
     explained_class: str
-    preprocessing: Preprocessing
 
     def render(self, kind: Render) -> bytes:
         """Render it as a PNG: the map alone, or the scan with the map on it."""
         if kind == "overlay":
-            return render_overlay(self.class_map, self.pixels, self.preprocessing, STRIDE_PX)
-        height, width = self.pixels.shape
-        return render_map(self.class_map, (height, width), self.preprocessing, STRIDE_PX)
+            return render_overlay(self.class_map, self.samples, self.frame, STRIDE_PX)
+        return render_map(self.class_map, self.frame, STRIDE_PX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +136,11 @@ class Handler:
             ``too_many_files``, ``too_busy``, ``timeout`` or ``model_unavailable``; a scan that
             cannot be read is an answer.
         """
-        return await self._answer(uploads, self.courier, keep_pixels=False)
+        return await self._answer(uploads, self.courier, keep_samples=False)
 
     async def explain(self, uploads: Sequence[Upload]) -> Answers:
         """Answer every upload, with the evidence for its most probable class."""
-        return await self._answer(uploads, self.explainer, keep_pixels=True)
+        return await self._answer(uploads, self.explainer, keep_samples=True)
 
     async def draw(self, answered: Answers, kind: Render) -> list[bytes | None]:
         """Make the pictures of a request, in the threads that decode."""
@@ -181,7 +182,7 @@ class Handler:
         return self._meaning
 
     async def _answer(
-        self, uploads: Sequence[Upload], courier: Courier[Reply], *, keep_pixels: bool
+        self, uploads: Sequence[Upload], courier: Courier[Reply], *, keep_samples: bool
     ) -> Answers:
         if len(uploads) > self.limits.files:
             raise Problem(
@@ -193,18 +194,18 @@ class Handler:
         async with bound(self.limits.request_s):
             await self.get_meaning()
             for _ in range(MAX_CHANGES):
-                answered = await self._answer_once(uploads, courier, keep_pixels)
+                answered = await self._answer_once(uploads, courier, keep_samples)
                 if answered is not None:
                     return answered
         raise Problem("model_unavailable", "The classifier is being replaced. Try again.")
 
     async def _answer_once(
-        self, uploads: Sequence[Upload], courier: Courier[Reply], keep_pixels: bool
+        self, uploads: Sequence[Upload], courier: Courier[Reply], keep_samples: bool
     ) -> Answers | None:
         """Answer all uploads by one classifier; None if it was replaced in between."""
         meaning = await self.get_meaning()
         tasks = [
-            asyncio.ensure_future(self._answer_upload(upload, meaning, courier, keep_pixels))
+            asyncio.ensure_future(self._answer_upload(upload, meaning, courier, keep_samples))
             for upload in uploads
         ]
         try:
@@ -219,7 +220,7 @@ class Handler:
         return Answers(meaning, [answer for answer, _ in pairs], [shown for _, shown in pairs])
 
     async def _answer_upload(
-        self, upload: Upload, meaning: Meaning, courier: Courier[Reply], keep_pixels: bool
+        self, upload: Upload, meaning: Meaning, courier: Courier[Reply], keep_samples: bool
     ) -> tuple[Answer, Evidence | None] | None:
         opened, digest = await asyncio.get_running_loop().run_in_executor(
             self._decoders,
@@ -230,8 +231,8 @@ class Handler:
         )
         if isinstance(opened, RejectedImage):
             return build_rejection(upload.name, digest, opened), None
-        image, shape = opened.image, opened.pixels.shape
-        pixels = opened.pixels if keep_pixels else None
+        image, frame = opened.image, opened.frame
+        samples = opened.samples if keep_samples else None
         del opened  # what only waits for the model need not hold a large scan
         reply = await courier.carry(meaning.preprocessing, image)
         found = reply.prediction
@@ -239,14 +240,17 @@ class Handler:
             self._meaning = reply.meaning
             return None
         answer = build_answer(
-            upload.name, digest, shape, meaning.classes, found.probs[0], found.reasons[0]
+            upload.name,
+            digest,
+            frame.shape,
+            meaning.classes,
+            found.probs[0],
+            found.reasons[0],
         )
-        if found.class_maps is None or pixels is None or answer.status == "rejected":
+        if found.class_maps is None or samples is None or answer.status == "rejected":
             return answer, None
         top = int(found.probs[0].argmax())
-        evidence = Evidence(
-            pixels, found.class_maps[0, top], meaning.classes[top], meaning.preprocessing
-        )
+        evidence = Evidence(samples, frame, found.class_maps[0, top], meaning.classes[top])
         return answer, evidence
 
     async def _call(

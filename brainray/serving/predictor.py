@@ -10,7 +10,7 @@ import tyro
 from numpy.typing import NDArray
 
 from brainray.errors import BrainrayError, ServingError
-from brainray.images.preprocess import Preprocessing, resize_image
+from brainray.images.preprocess import Preprocessing, preprocess_image
 from brainray.inference.engine import Engine, EngineOptions, Prediction, open_engine
 from brainray.model.classifier import Classifier, load_classifier, read_card
 from brainray.model.precision import Precision
@@ -65,7 +65,7 @@ class SelfTest:
         dice = np.random.default_rng(0)
         planes: tuple[Literal["axial", "coronal"], ...] = ("axial", "coronal")
         drawn = [draw_phantom("glioma", dice, plane=plane) for plane in planes[:NUM_TEST_IMAGES]]
-        self._images = np.stack([resize_image(one, classifier.preprocessing) for one in drawn])
+        self._images = np.stack([preprocess_image(one, classifier.preprocessing) for one in drawn])
         exact = EngineOptions(backend="torch", precision="fp32")
         self._expected = open_engine(classifier, exact).predict(self._images).probs
 
