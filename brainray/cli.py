@@ -120,9 +120,10 @@ def run_train(arguments: list[str]) -> None:
             data_uri=storage.make_absolute(options.data_uri),
             output_uri=storage.make_absolute(options.output_uri),
             config=options.config,
-            placement=options.placement,
+            scaling=options.scaling,
             recipe=options.recipe,
             folds=options.folds,
+            mlflow_uri=options.mlflow_uri,
         )
         run_job = train if job.folds is None else cross_validate
         metrics = run_job(job, say=reporter.log, tick=reporter.on_step, verbose=options.verbose)

@@ -33,6 +33,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from brainray import storage
 from brainray.cluster import (
+    TASK_CPUS,
     Need,
     check_fits,
     connect_ray,
@@ -42,7 +43,6 @@ from brainray.cluster import (
 )
 from brainray.data.read import read_scan
 from brainray.data.scans import Place, find_places
-from brainray.data.stream import TASK_CPUS
 from brainray.errors import (
     ClassificationError,
     ConfigError,

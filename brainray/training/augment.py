@@ -1,17 +1,20 @@
-"""Training-only dice: drawn for the whole global batch, applied on the device.
+"""Random changes of training images: drawn for each image, applied to a batch on its device.
 
-Every draw depends on the seed, the epoch and the step alone, never on the worker, so that
-the same image of the same global batch is augmented alike however many workers share it,
-and alike again after a resume.
+What happens to an image depends on the seed, the epoch and the image's id alone: not on the
+worker, the batch or the step. So a run gives the same images on any number of workers, and after
+a resume.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from brainray.errors import ConfigError
+from brainray.images.normalise import scale_to_unit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,15 +41,12 @@ class Augmentation:
     """Gaussian blur with a deviation uniform in [0, this] pixels (0 to 5)."""
     noise: float = 0.0
     """Gaussian noise with a deviation uniform in [0, this] shares of the full range (0 to 1)."""
-    mixup_alpha: float = 0.0
-    """Beta(α, α) of mixup (Zhang et al., ICLR 2018), one draw a step; pairs within a worker."""
 
     def __post_init__(self) -> None:
         limits = {
             "rotation_deg": 180.0,
             "shift": 0.5,
             "blur_px": 5.0,
-            "mixup_alpha": 10.0,
         }
         for name in self.__slots__:
             value, limit = getattr(self, name), limits.get(name, 1.0)
@@ -59,8 +59,8 @@ NO_AUGMENTATION = Augmentation(**dict.fromkeys(Augmentation.__slots__, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
-class Dice:
-    """What was drawn for one batch; every tensor has the batch as its first dimension."""
+class AugmentParams:
+    """What was drawn for N images: tensors on the CPU."""
 
     theta: torch.Tensor
     """Shape (N, 2, 3): output to input coordinates in [-1, 1], as affine_grid takes them."""
@@ -72,44 +72,32 @@ class Dice:
     """Shape (N,): deviations in pixels."""
     noise: torch.Tensor
     """Shape (N,): deviations in shares of the full range."""
-    noise_seed: int
-    """Seeds the noise field of the first image; each next image's seed is one higher."""
-    mixup: float
-    """Weight of the first of two mixed images, in [0.5, 1]; 1 mixes nothing."""
-
-    def slice(self, start: int, stop: int) -> "Dice":
-        """Return one worker's share of a global batch."""
-        part = slice(start, stop)
-        return Dice(
-            self.theta[part],
-            self.brightness[part],
-            self.contrast[part],
-            self.blur_px[part],
-            self.noise[part],
-            self.noise_seed + start,
-            self.mixup,
-        )
+    noise_seed: torch.Tensor
+    """Seed of the noise of each image, int64, shape (N,)."""
 
 
-def roll_dice(augmentation: Augmentation, num_images: int, *, seed: int) -> Dice:
-    """Draw the random changes for a batch.
+def sample_params(
+    augmentation: Augmentation, image_ids: NDArray[np.int64], *, seed: int, epoch: int
+) -> AugmentParams:
+    """Draw the random changes of some images.
 
     Parameters
     ----------
     augmentation : Augmentation
         The ranges.
-    num_images : int
-        Size of the global batch.
-    seed : int
-        The same seed draws the same changes.
+    image_ids : ndarray of int64, shape (N,)
+        Not negative; equal ones get equal changes.
+    seed, epoch : int
+        Not negative. Others draw other changes.
     """
-    generator = torch.Generator().manual_seed(seed)
+    draws = [np.random.default_rng([seed, epoch, number]).random(12) for number in image_ids]
+    columns = iter(torch.from_numpy(np.array(draws).reshape(-1, 12)).float().unbind(1))
 
     def uniform(limit: float) -> torch.Tensor:
-        return (torch.rand(num_images, generator=generator) * 2 - 1) * limit
+        return (next(columns) * 2 - 1) * limit
 
     def flip(probability: float) -> torch.Tensor:
-        return 1.0 - 2.0 * (torch.rand(num_images, generator=generator) < probability).float()
+        return 1.0 - 2.0 * (next(columns) < probability).float()
 
     angle = uniform(math.radians(augmentation.rotation_deg))
     zoom = uniform(math.log1p(augmentation.zoom)).exp()
@@ -124,27 +112,18 @@ def roll_dice(augmentation: Augmentation, num_images: int, *, seed: int) -> Dice
         ],
         1,
     )
-    return Dice(
+    return AugmentParams(
         theta=theta,
         brightness=uniform(augmentation.brightness),
         contrast=uniform(math.log1p(augmentation.contrast)).exp(),
         blur_px=uniform(augmentation.blur_px).abs(),
         noise=uniform(augmentation.noise).abs(),
-        noise_seed=int(torch.randint(2**31, (1,), generator=generator)),
-        mixup=_draw_mixup(augmentation.mixup_alpha, generator),
+        noise_seed=(next(columns) * 2**24).long(),
     )
 
 
-def _draw_mixup(alpha: float, generator: torch.Generator) -> float:
-    if alpha == 0:
-        return 1.0
-    gammas = torch._standard_gamma(torch.tensor([alpha, alpha]), generator=generator)
-    share = float(gammas[0] / gammas.sum().clamp_min(1e-12))
-    return max(share, 1 - share)
-
-
-def augment_images(images: torch.Tensor, dice: Dice, *, grey_range: float) -> torch.Tensor:
-    """Apply one affine sampling and the intensity changes to a normalised batch.
+def augment_images(images: torch.Tensor, params: AugmentParams) -> torch.Tensor:
+    """Apply one affine sampling and the intensity changes to a batch.
 
     Rotation, flips, zoom, stretch and shift are one matrix, so that pixels are
     interpolated once. What comes from outside the image repeats its border. Autocast
@@ -152,43 +131,38 @@ def augment_images(images: torch.Tensor, dice: Dice, *, grey_range: float) -> to
 
     Parameters
     ----------
-    images : Tensor of float32, shape (N, 1, H, W)
-        Normalised images, on any device.
-    dice : Dice
+    images : Tensor of uint8, shape (N, H, W)
+        Grey images, on any device.
+    params : AugmentParams
         What was drawn for them.
-    grey_range : float
-        Width of the full grey range after normalisation: ``1 / std``.
 
     Returns
     -------
     Tensor of float32, shape (N, 1, H, W)
+        Grey values in [0, 1], on the images' device.
     """
     with torch.autocast(images.device.type, enabled=False):
-        return _augment(images, dice, grey_range)
+        return _augment(scale_to_unit(images), params).clamp_(0, 1)
 
 
-def _augment(images: torch.Tensor, dice: Dice, grey_range: float) -> torch.Tensor:
-    """Do so in the images' own type."""
+def _augment(images: torch.Tensor, params: AugmentParams) -> torch.Tensor:
     device = images.device
-    if not bool((dice.theta == torch.eye(2, 3)).all()):
-        grid = F.affine_grid(dice.theta.to(device), list(images.shape), align_corners=False)
+    if not bool((params.theta == torch.eye(2, 3)).all()):
+        grid = F.affine_grid(params.theta.to(device), list(images.shape), align_corners=False)
         images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    if bool((dice.blur_px > 0).any()):
-        images = _blur(images, dice.blur_px.to(device))
+    if bool((params.blur_px > 0).any()):
+        images = _blur(images, params.blur_px.to(device))
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     contrast, brightness = (
-        values.to(device).view(-1, 1, 1, 1) for values in (dice.contrast, dice.brightness)
+        values.to(device).view(-1, 1, 1, 1) for values in (params.contrast, params.brightness)
     )
-    images = (images - mean) * contrast + (mean + brightness * grey_range)
-    if bool((dice.noise > 0).any()):
+    images = (images - mean) * contrast + (mean + brightness)
+    if bool((params.noise > 0).any()):
         fields = [
-            torch.randn(
-                images.shape[1:], generator=torch.Generator().manual_seed(dice.noise_seed + index)
-            )
-            for index in range(len(images))
+            torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(int(seed)))
+            for seed in params.noise_seed
         ]
-        field = torch.stack(fields).to(device)
-        images = images + field * (dice.noise.to(device).view(-1, 1, 1, 1) * grey_range)
+        images = images + torch.stack(fields).to(device) * params.noise.to(device).view(-1, 1, 1, 1)
     return images
 
 
@@ -205,24 +179,3 @@ def _blur(images: torch.Tensor, sigma_px: torch.Tensor) -> torch.Tensor:
     stacked = F.conv2d(stacked, kernels.view(count, 1, -1, 1), groups=count)
     stacked = F.conv2d(stacked, kernels.view(count, 1, 1, -1), groups=count)
     return stacked.view(count, 1, height, width)
-
-
-def mix_images(
-    images: torch.Tensor, targets: torch.Tensor, share: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix each image and its target with those of the batch in reverse order (mixup).
-
-    Parameters
-    ----------
-    images : Tensor, shape (N, 1, H, W)
-    targets : Tensor of float32, shape (N, K)
-        Class probabilities.
-    share : float
-        Weight of the image itself; 1 returns the batch unchanged.
-    """
-    if share >= 1:
-        return images, targets
-    return (
-        images * share + images.flip(0) * (1 - share),
-        targets * share + targets.flip(0) * (1 - share),
-    )
