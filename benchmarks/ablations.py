@@ -23,7 +23,7 @@ from brainray import storage
 from brainray.images.preprocess import Preprocessing
 from brainray.recipes import RECIPES, build_recipe
 from brainray.training.augment import NO_AUGMENTATION
-from brainray.training.config import Placement, TrainConfig
+from brainray.training.config import ScalingOptions, TrainConfig
 from brainray.training.run import TrainJob
 from brainray.training.train import train
 
@@ -59,7 +59,6 @@ def list_variations(options: Options) -> dict[str, TrainConfig]:
         weights="none",
         test_fraction=0.0,
         preprocessing=Preprocessing(size_px=options.size_px),
-        train_sizes_px=(),
         num_epochs=options.num_epochs,
     )
 
@@ -101,11 +100,6 @@ def list_variations(options: Options) -> dict[str, TrainConfig]:
         "larger": dataclasses.replace(
             whole, preprocessing=Preprocessing(size_px=options.size_px * 3 // 2)
         ),
-        "small-first": dataclasses.replace(
-            whole,
-            preprocessing=Preprocessing(size_px=options.size_px * 3 // 2),
-            train_sizes_px=(options.size_px, options.size_px * 5 // 4, options.size_px * 3 // 2),
-        ),
     }
 
 
@@ -124,7 +118,7 @@ def run(options: Options) -> dict[str, dict[int, dict[str, float]]]:
                 data_uri=storage.make_absolute(options.data_uri),
                 output_uri=storage.join(options.output_uri, f"{name}-{seed}"),
                 config=dataclasses.replace(config, seed=seed),
-                placement=Placement(num_workers=options.num_workers),
+                scaling=ScalingOptions(num_workers=options.num_workers),
                 recipe=options.recipe,
             )
             metrics = train(job, say=lambda line: print(line, flush=True))

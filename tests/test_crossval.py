@@ -19,7 +19,7 @@ from brainray.evaluation.compare import CompareJob, compare
 from brainray.images.preprocess import Preprocessing
 from brainray.metrics import compute_evaluation
 from brainray.recipes import smoke
-from brainray.training.config import Placement, TrainConfig
+from brainray.training.config import ScalingOptions, TrainConfig
 from brainray.training.crossval import (
     compute_spread,
     cross_validate,
@@ -47,7 +47,7 @@ def build_job(data: Path, output: Path, folds: int, config: TrainConfig = TINY) 
         data_uri=str(data),
         output_uri=str(output),
         config=config,
-        placement=Placement(),
+        scaling=ScalingOptions(),
         recipe="smoke",
         folds=folds,
     )

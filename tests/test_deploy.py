@@ -334,12 +334,12 @@ def test_rayjob_runs_the_training_door_and_cleans_up(
     assert (python, script) == ("python", "jobs/train.py")
     assert is_in_repository(script, repository_files)
     options = cli._parse_train(flags)
-    assert options.placement.use_gpu
+    assert options.scaling.use_gpu
     assert options.data_uri.startswith("s3://")
     assert options.output_uri.startswith("s3://")
     assert options.recipe == "gpu"
     (workers,) = rayjob_spec["rayClusterSpec"]["workerGroupSpecs"]
-    assert options.placement.num_workers == workers["replicas"]
+    assert options.scaling.num_workers == workers["replicas"]
     assert rayjob_spec["shutdownAfterJobFinishes"] is True
 
 

@@ -3,29 +3,23 @@
 import base64
 import dataclasses
 import io
-import itertools
 import json
 import shutil
-import time
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from ray.train import PreemptionInfo
 
 from brainray import runlog, storage
-from brainray.cluster import WATCHER_VARIABLE
 from brainray.data.labelled import find_samples
 from brainray.data.near_duplicates import NEAR_TWIN_CORRELATION
 from brainray.data.splits import hash_manifest
@@ -41,16 +35,15 @@ from brainray.model.calibration import choose_max_distance, fit_calibration
 from brainray.model.classifier import load_classifier
 from brainray.model.explain import STRIDE_PX
 from brainray.provenance import describe_cpu
-from brainray.training import finalize, loop
+from brainray.training import distributed, finalize, loop
 from brainray.training.augment import NO_AUGMENTATION
-from brainray.training.checkpoint import PROGRESS_FILE, load_network_weights
-from brainray.training.config import Placement, TrainConfig
+from brainray.training.checkpoint import load_network_weights
+from brainray.training.config import ScalingOptions, TrainConfig
 from brainray.training.finalize import fit_trust_on
 from brainray.training.optim import Optimisation
 from brainray.training.prepare import prepare_training_data
 from brainray.training.run import TrainJob
 from brainray.training.train import train
-from brainray.training.worker import train_worker
 from tests.reference import compute_eager
 from tests.test_report import Page
 from tests.training import read_records
@@ -61,7 +54,6 @@ PREPROCESSING = Preprocessing(size_px=40)
 TINY = TrainConfig(
     weights="none",
     preprocessing=PREPROCESSING,
-    train_sizes_px=(32, 40),
     num_epochs=2,
     global_batch_size=16,
     precision="fp32",
@@ -69,60 +61,21 @@ TINY = TrainConfig(
 )
 
 
-BEFORE_RESUMING_FILE = "resumed.json"
 BF16_HOLDERS: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (0, 1))
 """Ranks of two workers that have bf16 instructions."""
 
 
-def train_until_the_node_goes(loop_config: dict[str, Any]) -> None:
-    """Do as a training worker does that is told in mid-epoch of a node's end, and then meets it."""
-    output = Path(ray.get(loop_config["setup"]).records_uri).parent
-    notice = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [1]})
-    checkpoint, calls = ray.train.get_checkpoint(), itertools.count()
-
-    def look() -> PreemptionInfo | None:
-        if checkpoint is not None or next(calls) == 0:
-            return notice if checkpoint is None else None
-        while not list(output.glob("checkpoints/checkpoint_manager_snapshot.json")):
-            time.sleep(0.05)
-        raise ConnectionError("the node is gone")
-
-    loop.NOTICE_STEPS = 2
-    ray.train.get_preemption_info = look
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            shutil.copy(Path(folder) / PROGRESS_FILE, output / BEFORE_RESUMING_FILE)
-    train_worker(loop_config)
-
-
-def test_training_goes_on_within_the_epoch_in_which_a_node_was_announced_to_go(
-    finished: tuple[TrainJob, dict[str, Any], list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    whole, _, _ = finished
-    cut = dataclasses.replace(whole, output_uri=str(tmp_path))
-    monkeypatch.setenv(WATCHER_VARIABLE, "1")
-    monkeypatch.setattr("brainray.training.fit.train_worker", train_until_the_node_goes)
-    train(cut)
-    progress = json.loads((tmp_path / BEFORE_RESUMING_FILE).read_text())
-    assert (progress["next_epoch"], progress["next_step"]) == (0, 2)
-    assert progress["epoch_sums"][2] == 2 * TINY.global_batch_size
-    expected, found = (runlog.read_records(job.at("metrics.jsonl")) for job in (whole, cut))
-    assert [record["epoch"] for record in found] == [0, 1]
-    for name in ("train_loss", "num_train_images", "train_accuracy"):
-        values = [record[name] for record in expected]
-        assert [record[name] for record in found] == pytest.approx(values, rel=1e-5), name
-    # In the epoch that was cut, the validated network has its statistics of fewer images.
-    assert found[1]["val_loss"] == pytest.approx(expected[1]["val_loss"], rel=1e-5)
-
-
-def build_job(data: Path, output: Path, config: TrainConfig = TINY, **placement: int) -> TrainJob:
+def build_job(
+    data: Path,
+    output: Path,
+    config: TrainConfig = TINY,
+    **scaling: Any,  # noqa: ANN401 - any field of it
+) -> TrainJob:
     return TrainJob(
         data_uri=str(data),
         output_uri=str(output),
         config=config,
-        placement=Placement(**placement),
+        scaling=ScalingOptions(**scaling),
         recipe="tiny",
     )
 
@@ -156,7 +109,7 @@ def test_a_run_writes_everything_it_promises(
         assert (output / name).stat().st_size > 0, name
     assert json.loads((output / "metrics.json").read_text()) == metrics
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [record["size_px"] for record in records] == [32, 40]
+    assert [record["size_px"] for record in records] == [40, 40]
     assert [record["world_size"] for record in records] == [2, 2]
     assert sum(line.startswith("epoch ") for line in lines) == 2
     assert "32 test images" in lines[0]
@@ -354,10 +307,10 @@ def test_the_exported_statistics_are_computed_in_the_precision_of_the_workers(
     data = prepare_training_data(find_samples(job.data_uri, TINY.classes), TINY)
     seen: list[torch.dtype] = []
 
-    def measure(network: torch.nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    def measure(batches: Iterable[torch.Tensor], network: torch.nn.Module) -> None:
         seen.append(network(next(iter(batches))).dtype)
 
-    monkeypatch.setattr(finalize, "measure_statistics", measure)
+    monkeypatch.setattr(finalize, "update_bn", measure)
     state = load_classifier(job.at("classifier")).build_network().state_dict()
     indices = data.select("train")[:4]
     finalize._measure_statistics(state, indices, data.store, TINY, precision, use_gpu=False)
@@ -495,8 +448,10 @@ def ask_for_bf16(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     answers = []
     for holders in BF16_HOLDERS:
-        loop.has_native_bf16 = lambda *, use_gpu, holds=rank in holders: holds and not use_gpu
-        answers.append(loop.all_have_bf16(torch.device("cpu")))
+        distributed.has_native_bf16 = lambda *, use_gpu, holds=rank in holders: (
+            holds and not use_gpu
+        )
+        answers.append(distributed.all_have_bf16(torch.device("cpu")))
     (Path(folder) / f"{rank}.json").write_text(json.dumps(answers))
     dist.destroy_process_group()
 
@@ -525,14 +480,9 @@ def test_bf16_is_taken_where_all_have_it_or_it_was_asked_for(
     said: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loop, "has_native_bf16", lambda *, use_gpu: has_bf16 and not use_gpu)
+    monkeypatch.setattr(distributed, "has_native_bf16", lambda *, use_gpu: has_bf16 and not use_gpu)
     told: list[dict[str, Any]] = []
-    worker = SimpleNamespace(
-        config=dataclasses.replace(TINY, precision=asked),
-        device=torch.device("cpu"),
-        _tell=told.append,
-    )
-    assert loop.Worker._choose_precision(worker) == taken  # type: ignore[arg-type]
+    assert loop.agree_precision(asked, torch.device("cpu"), told.append) == taken
     assert [message["line"].startswith(said or "") for message in told] == [True] * bool(said)
 
 
@@ -552,7 +502,6 @@ def warm(
         TINY,
         weights_uri=finished[0].at("classifier", "model.safetensors"),
         head_epochs=200,
-        train_sizes_px=(),
         augmentation=NO_AUGMENTATION,
         batch_norm="frozen",
         num_epochs=5,
@@ -605,15 +554,6 @@ def test_pretrained_weights_start_with_the_head_alone(
     for name, tensor in before.build_network().state_dict().items():
         stood_still = torch.allclose(tensor, after[name], atol=1e-6)
         assert stood_still != name.startswith("fc."), name
-
-
-def test_the_time_that_is_left_goes_with_the_pixels() -> None:
-    config = dataclasses.replace(TINY, num_epochs=4, train_sizes_px=(32, 64))
-    size_px = config.preprocessing.size_px
-    small, large, val = 3 * 100 * 32**2, 3 * 100 * 64**2, 10 * size_px**2
-    done, left = small + val, small + 2 * large + 3 * val
-    assert loop.compare_work(config, 100, 10, 1) == pytest.approx(left / done)
-    assert loop.compare_work(config, 100, 10, 4) == 0
 
 
 def test_a_diverging_run_fails_with_the_remedy(phantom_folder: Path, tmp_path: Path) -> None:

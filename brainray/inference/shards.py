@@ -19,8 +19,8 @@ import ray.data
 from ray.data import Dataset, ExecutionResources
 
 from brainray import storage
+from brainray.cluster import TASK_CPUS
 from brainray.data.read import read_scan
-from brainray.data.stream import TASK_CPUS
 from brainray.errors import ClassificationError, RejectedImage
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing, open_scan

@@ -2,7 +2,7 @@
 
 import pickle
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,6 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torchvision.models import ResNet50_Weights, resnet50
 
@@ -32,7 +31,12 @@ STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
 """Parts of the network from input to head, for learning rates that fall with depth."""
 
 
-def build_network(num_classes: int, *, weights: StateDict | None = None) -> nn.Module:
+def build_network(
+    num_classes: int,
+    *,
+    weights: StateDict | None = None,
+    norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+) -> nn.Module:
     """Build a ResNet-50 for grey images.
 
     Parameters
@@ -43,6 +47,8 @@ def build_network(num_classes: int, *, weights: StateDict | None = None) -> nn.M
         torchvision ResNet-50 weights, of any input channels and head width. A stem for
         RGB is summed over its input channels, which is what repeating a grey image three
         times would compute; a head of another width is left at its random start.
+    norm_layer : callable
+        Builds a normalisation for a number of channels; see :func:`choose_norm_layer`.
 
     Returns
     -------
@@ -60,7 +66,9 @@ def build_network(num_classes: int, *, weights: StateDict | None = None) -> nn.M
     .. [2] Goyal et al., 2017, arXiv:1706.02677, section 5.1: the last scale of each
        residual branch starts at zero.
     """
-    network: nn.Module = resnet50(num_classes=num_classes, zero_init_residual=True)
+    network: nn.Module = resnet50(
+        num_classes=num_classes, zero_init_residual=True, norm_layer=norm_layer
+    )
     stem = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     network.conv1 = stem
@@ -211,39 +219,6 @@ def split_head(network: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
     return nn.Sequential(*parts.values()), head
 
 
-@torch.no_grad()
-def measure_statistics(network: nn.Module, batches: Iterable[torch.Tensor]) -> None:
-    """Measure the batch normalisation's statistics anew, each batch counting the same.
-
-    While the network trains they are moving averages over augmented images and over weights
-    that were other ones by then; averaged weights never had any of their own [1]_ [2]_.
-
-    Parameters
-    ----------
-    network : Module
-        Changed in place; left in evaluation mode.
-    batches : iterable of Tensor, shape (N, 1, H, W)
-        What the network will be given; N above 1.
-
-    References
-    ----------
-    .. [1] Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021, arXiv:2105.07576, section 3.
-    .. [2] Touvron et al., Fixing the train-test resolution discrepancy, NeurIPS 2019.
-    """
-    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
-    layers = [module for module in network.modules() if isinstance(module, kinds)]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # torch's word for the plain mean over batches
-    network.train()
-    for images in batches:
-        network(images)
-    network.eval()
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-
-
 def round_weights(state: StateDict) -> StateDict:
     """Return weights as they are sealed: those that are multiplied in bf16, the others in fp32.
 
@@ -337,83 +312,26 @@ class WorkerSyncedBatchNorm2d(nn.BatchNorm2d):
 class FrozenBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation that keeps its statistics and its affine part as they are loaded."""
 
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.requires_grad_(False)
+        self.eval()
+
     def train(self, mode: bool = True) -> "FrozenBatchNorm2d":  # noqa: ARG002 - torch's signature
         """Stay in evaluation mode."""
         return super().train(False)
 
 
-class ProductConv2d(nn.Conv2d):
-    """A convolution that trains as a matrix product: every position's pixels by the weights.
-
-    On maps of a few pixels, oneDNN's gradients (torch 2.15, bf16) take up to six times the
-    product's time: on a Zen core 13 ms against 7 for 1 × 1 from 512 to 2048 channels of 3 × 3
-    pixels, 26 against 17 for 3 × 3 of 512 channels with a stride; on one with AMX 94 against 25
-    for 3 × 3 of 512 channels of 3 × 3 pixels, but 144 against 317 of 10 × 10 (64 images).
-    Evaluation keeps the convolution, which other runtimes know by its name.
-    """
-
-    MAX_POSITIONS_PER_CHANNEL = 4
-    """Where a kernel is larger than a pixel; with more, copying what each position sees costs
-    more than is gained."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map (N, C, H, W) to the output's channels."""
-        (height, width), (rows, columns), (above, left) = (
-            self.kernel_size,
-            self.stride,
-            (int(self.padding[0]), int(self.padding[1])),
-        )
-        positions_per_channel = input[:, 0, ::rows, ::columns].numel() / self.out_channels
-        is_small = positions_per_channel <= self.MAX_POSITIONS_PER_CHANNEL
-        if not self.training or (height * width > 1 and not is_small):
-            return super().forward(input)
-        pixels = F.pad(input, (left, left, above, above)).permute(0, 2, 3, 1)
-        last_row, last_column = pixels.shape[1] - height, pixels.shape[2] - width
-        taps = [
-            pixels[:, i : last_row + i + 1 : rows, j : last_column + j + 1 : columns]
-            for i in range(height)
-            for j in range(width)
-        ]
-        positions = taps[0] if len(taps) == 1 else torch.cat(taps, dim=-1)
-        # Permuted before it is flattened, so that its gradient lies in memory as it does itself.
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return F.linear(positions, weight, self.bias).permute(0, 3, 1, 2)
-
-
-def use_matrix_products(network: nn.Module) -> nn.Module:
-    """Let convolutions that are faster so train as matrix products; changed in place.
-
-    These are the last two stages', where their maps are small. Worth it on a CPU with
-    channels-last maps, whose pixels are such a product's rows.
-    """
-    for stage in ("layer3", "layer4"):
-        for module in network.get_submodule(stage).modules():
-            if type(module) is nn.Conv2d:
-                module.__class__ = ProductConv2d
-    return network
-
-
-def set_batch_norm(network: nn.Module, mode: BatchNormMode, *, on_gpu: bool) -> nn.Module:
-    """Choose where batch normalisation takes its statistics from.
+def choose_norm_layer(mode: BatchNormMode, *, on_gpu: bool) -> type[nn.Module]:
+    """Choose the class that takes batch normalisation's statistics from where a run wants them.
 
     Parameters
     ----------
-    network : Module
-        Changed in place; state-dict names stay as they are.
     mode : {"local", "sync", "frozen"}
         Each worker's images; all workers' images; or the loaded statistics.
     on_gpu : bool
         Whether the workers hold GPUs.
     """
-    if mode == "sync" and on_gpu:
-        synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        return synced
-    if mode != "local":
-        kind = WorkerSyncedBatchNorm2d if mode == "sync" else FrozenBatchNorm2d
-        for module in network.modules():
-            if type(module) is nn.BatchNorm2d:
-                module.__class__ = kind
-                module.train(module.training)  # frozen: from now on, not from the next train()
-                for parameter in module.parameters():
-                    parameter.requires_grad = mode != "frozen"
-    return network
+    if mode == "sync":
+        return nn.SyncBatchNorm if on_gpu else WorkerSyncedBatchNorm2d
+    return FrozenBatchNorm2d if mode == "frozen" else nn.BatchNorm2d

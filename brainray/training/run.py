@@ -10,7 +10,7 @@ from brainray.errors import ConfigError
 from brainray.evaluation.judge import METRICS_FILE, Say
 from brainray.evaluation.prepared import MANIFEST_FILE, PreparedData
 from brainray.provenance import collect_versions
-from brainray.training.config import Placement, TrainConfig, find_differences
+from brainray.training.config import ScalingOptions, TrainConfig, find_differences
 
 RUN_FILE = "run.json"
 RECORDS_FILE = "metrics.jsonl"
@@ -27,8 +27,10 @@ class TrainJob:
     data_uri: str
     output_uri: str
     config: TrainConfig
-    placement: Placement
+    scaling: ScalingOptions
     recipe: str = "custom"
+    mlflow_uri: str | None = None
+    """MLflow tracking server, or folder, that the run is logged to as well."""
     folds: int | None = None
     """Folds of the cross-validation that this is; None for a run of its own."""
     fold: int | None = None

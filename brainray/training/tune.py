@@ -9,7 +9,7 @@ Testing images have no part in it.
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -24,13 +24,13 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from brainray import storage
 from brainray.cluster import TASK_CPUS, check_fits, connect_ray
 from brainray.data.splits import assign_folds
-from brainray.errors import ConfigError, TrainingError
+from brainray.errors import TrainingError
 from brainray.evaluation.judge import Say
 from brainray.evaluation.prepared import GroupedData, split_samples
 from brainray.model.network import fetch_weights
 from brainray.reports.tune import render_tuning
 from brainray.training.augment import LIMITS, Augmentation
-from brainray.training.config import TrainConfig
+from brainray.training.config import RANGES, SearchSpace, TrainConfig, TuneOptions
 from brainray.training.crossval import find_training_samples
 from brainray.training.fit import describe_training_needs, fit
 from brainray.training.prepare import group_training_data
@@ -49,50 +49,6 @@ REDUCTION = 2
 """Of so many trials one goes on past each rung."""
 
 Parameters = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SearchSpace:
-    """What is drawn; equal ends keep a number as it is."""
-
-    learning_rate: tuple[float, float] = (3e-4, 3e-3)
-    """Range of the peak learning rate, log-uniform."""
-    weight_decay: tuple[float, float] = (0.01, 0.2)
-    """Range of the weight decay, log-uniform."""
-    grey_strength: tuple[float, float] = (0.5, 2.0)
-    """Range of a factor on the recipe's CLAHE probability, gamma, bias field, gain, noise and blur,
-    log-uniform."""
-    geometric_strength: tuple[float, float] = (0.5, 2.0)
-    """Range of a factor on the recipe's rotation, zoom, stretch and shift, log-uniform."""
-    num_epochs: tuple[int, ...] = ()
-    """Numbers of epochs to choose from; the recipe's, if none is given."""
-
-    def __post_init__(self) -> None:
-        for name in RANGES:
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ConfigError(f"{name} must be two positive numbers in order, got {low} {high}.")
-
-
-RANGES = ("learning_rate", "weight_decay", "grey_strength", "geometric_strength")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TuneOptions:
-    """How long to search."""
-
-    space: SearchSpace = SearchSpace()
-    num_configurations: int = 8
-    """Configurations to draw."""
-    num_folds: int = 3
-    """Folds of groups; each configuration is trained once for each of them."""
-    max_concurrent: int = 1
-    """Trials at a time; each takes --num-workers workers."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_configurations", 1), ("num_folds", 2), ("max_concurrent", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
 
 def tune(
@@ -131,7 +87,7 @@ def tune(
     weights = fetch_weights(job.config.weights, job.config.weights_uri)
     connect_ray(verbose=verbose)
     check_fits(describe_training_needs(job.scaling))
-    data = group_training_data(found, job.config)
+    data = group_training_data(found, job.config, job.scaling.loader)
     folds = assign_folds(
         data.labels[data.kept], data.groups, options.num_folds, seed=job.config.seed
     )
@@ -149,7 +105,9 @@ def tune(
         "configurations": summarise_configurations(rows, options.num_folds),
     }
     if not any(one["percent_done"] == 100 for one in result["configurations"]):
-        raise TrainingError(f"No configuration was trained to its end; see {job.at(TRIALS_FOLDER)}.")
+        raise TrainingError(
+            f"No configuration was trained to its end; see {job.at(TRIALS_FOLDER)}."
+        )
     storage.write_bytes(job.at(REPORT_FILE), render_tuning(result).encode())
     storage.write_json(job.at(RESULT_FILE), result)
     return result
@@ -160,7 +118,6 @@ def build_tuner(
 ) -> ray_tune.Tuner:
     """Build Ray Tune's search, or go on with the one in the output."""
     filesystem, path = storage.resolve(job.output_uri)
-    monitored = {"metric": job.config.monitor, "mode": "max"}
     # The trial itself computes nothing: its workers do.
     trainable = ray_tune.with_resources(trial, {"cpu": TASK_CPUS})
     if ray_tune.Tuner.can_restore(f"{path}/{TRIALS_FOLDER}", storage_filesystem=filesystem):
@@ -187,7 +144,8 @@ def build_tuner(
                 max_t=100,
                 grace_period=MIN_PERCENT,
                 reduction_factor=REDUCTION,
-                **monitored,
+                metric=job.config.monitor,
+                mode="max",
             ),
         ),
         run_config=ray_tune.RunConfig(
@@ -284,7 +242,8 @@ def name_trial(parameters: Parameters) -> str:
 def collect_rows(results: ray_tune.ResultGrid, monitor: str) -> list[dict[str, Any]]:
     """Return a row for each trial that has finished an epoch."""
     rows = []
-    for result in results:
+    for number in range(len(results)):
+        result = results[number]
         history = result.metrics_dataframe
         if history is None or monitor not in history or result.config is None:
             continue
