@@ -140,7 +140,7 @@ class ResidentLoader:
         self, setup: LoaderSetup, rank: int, world_size: int, device: torch.device
     ) -> None:
         self._setup, self._rank, self._world_size, self._device = setup, rank, world_size, device
-        self._labels = torch.from_numpy(setup.labels)
+        self._labels = torch.tensor(setup.labels)
         self._ids = np.concatenate([setup.train_ids, setup.val_ids])
         self._pixels = setup.store.open_pixels(setup.preprocessing, self._ids.tolist())
         self._on_gpu = self._copy_to_gpu()
@@ -214,7 +214,7 @@ class StreamLoader:
         self._setup, self._rank, self._world_size, self._device = setup, rank, world_size, device
         # Else the threads that form batches hand them over as they finish.
         ray.data.DataContext.get_current().execution_options.preserve_order = True
-        self._labels = torch.from_numpy(setup.labels)
+        self._labels = torch.tensor(setup.labels)
         self._images_of_worker = len(setup.train_ids) // world_size
         self._batch_size = min(
             max(1, setup.global_batch_size // world_size), self._images_of_worker

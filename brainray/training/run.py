@@ -62,8 +62,10 @@ def find_finished(job: TrainJob, say: Say) -> dict[str, Any] | None:
     return None
 
 
-def check_run(job: TrainJob) -> bool:
+def check_run(job: TrainJob, **more: Any) -> bool:  # noqa: ANN401 - ready for JSON
     """Tell whether the output holds this run already, begun or finished.
+
+    ``more`` is what else makes two calls the same run.
 
     Raises
     ------
@@ -72,7 +74,7 @@ def check_run(job: TrainJob) -> bool:
     StorageError
         The output cannot be written.
     """
-    given = describe_run(job)
+    given = describe_run(job) | more
     try:
         saved = storage.read_json(job.at(RUN_FILE))
     except FileNotFoundError:

@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -34,7 +33,7 @@ from brainray.training.config import RANGES, SearchSpace, TrainConfig, TuneOptio
 from brainray.training.crossval import find_training_samples
 from brainray.training.fit import describe_training_needs, fit
 from brainray.training.prepare import group_training_data
-from brainray.training.run import TrainJob, check_run, make_plain
+from brainray.training.run import RUN_FILE, TrainJob, check_run, describe_run, make_plain
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,10 @@ def tune(
     TrainingError
         Not one configuration was trained on all folds.
     """
-    check_run(job)
+    plain = make_plain(asdict(options))
+    if check_run(job, search=plain):
+        say(f"Going on with the search in {job.output_uri}.")
+    storage.write_json(job.at(RUN_FILE), describe_run(job) | {"search": plain})
     found = find_training_samples(replace(job, folds=options.num_folds))
     weights = fetch_weights(job.config.weights, job.config.weights_uri)
     connect_ray(verbose=verbose)
@@ -95,13 +97,15 @@ def tune(
         f"Data: {len(data.kept):,} images in {len(set(data.groups.tolist())):,} groups, "
         f"{options.num_folds} folds. {options.num_configurations} configurations."
     )
-    trial = partial(run_trial, job=job, data=data, folds=folds, weights=ray.put(weights))
+    trial = ray_tune.with_parameters(
+        run_trial, job=job, data=data, folds=folds, weights=ray.put(weights)
+    )
     tuner = build_tuner(job, options, trial)
     rows = collect_rows(tuner.fit(), job.config.monitor)
     result = {
         "monitor": job.config.monitor,
         "recipe": job.recipe,
-        "options": make_plain(asdict(options)),
+        "options": plain,
         "configurations": summarise_configurations(rows, options.num_folds),
     }
     if not any(one["percent_done"] == 100 for one in result["configurations"]):
