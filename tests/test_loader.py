@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from brainray.cluster import list_nodes, share_cpus
 from brainray.data import scan as scan_module
 from brainray.data.labelled import find_samples
 from brainray.data.scan import scan_samples
@@ -201,7 +202,10 @@ def stream(setup: LoaderSetup, num_workers: int) -> dict[tuple[int, str], list[l
         train_loop_config={"setup": setup, "notes": notes},
         datasets={TRAIN_DATASET: build_train_dataset(setup)},
         dataset_config=build_data_config(),
-        scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker={"CPU": 0.4}),
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,  # which hold every CPU, as those of a run may
+            resources_per_worker={"CPU": share_cpus(num_workers, list_nodes())},
+        ),
     ).fit()
     seen: dict[tuple[int, str], list[list[int]]] = ray.get(notes.read.remote())
     return seen

@@ -47,6 +47,24 @@ def test_a_missing_mlflow_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatc
 
 
 @needs_mlflow
+def test_a_server_that_fails_later_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    log_record = open_log(replace(JOB, mlflow_uri=(tmp_path / "mlruns").as_uri()))
+
+    def fail(*_: object, **__: object) -> None:
+        raise MlflowException("gone")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", fail)
+    log_record(make_record(0))
+    assert "Epoch 1 was not logged to MLflow: gone" in caplog.text
+
+
+@needs_mlflow
 def test_a_resumed_run_goes_on_with_its_mlflow_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """The network, the weights it starts from, and where its statistics come from."""
 
+import copy
 import io
 import pickle
 import socket
@@ -26,6 +27,7 @@ from brainray.model.network import (
     STAGES,
     BatchNormMode,
     FrozenBatchNorm2d,
+    ProductConv2d,
     StateDict,
     WorkerSyncedBatchNorm2d,
     build_network,
@@ -35,6 +37,7 @@ from brainray.model.network import (
     imagenet_weights_path,
     round_weights,
     stage_of,
+    use_matrix_products,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -478,6 +481,63 @@ def test_a_single_worker_needs_no_synchronisation() -> None:
     torch.testing.assert_close(synced(images), plain(images))
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(synced.state_dict()[name], value)
+
+
+@pytest.mark.heavy
+def test_convolutions_train_as_the_same_product() -> None:
+    torch.manual_seed(5)
+    images = torch.randn(2, 1, 96, 96, dtype=torch.float64).to(memory_format=torch.channels_last)
+    plain = build_network(3).double().to(memory_format=torch.channels_last)
+    product = use_matrix_products(copy.deepcopy(plain))
+    kinds = [name for name, m in product.named_modules() if isinstance(m, ProductConv2d)]
+    # Three in each block and the shortcut's: six blocks, then three.
+    assert [sum(name.startswith(stage) for name in kinds) for stage in STAGES[1:5]] == [
+        0,
+        0,
+        19,
+        10,
+    ]
+    results = []
+    for network in (plain, product):
+        for norm in network.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                nn.init.constant_(norm.weight, 0.5)  # else each branch starts at zero
+                norm.momentum = 0.0
+        logits = network.train()(images)
+        logits.square().sum().backward()
+        results.append((logits, {n: p.grad for n, p in network.named_parameters()}))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-7, atol=1e-9)
+    weights = [product.get_submodule(name).weight for name in kinds]
+    for gradient, weight in zip(
+        torch.autograd.grad(product(images).sum(), weights), weights, strict=True
+    ):
+        assert gradient.stride() == weight.stride()  # else DDP copies it once more, and warns
+    torch.testing.assert_close(product.eval()(images), plain.eval()(images), rtol=0, atol=0)
+    assert list(product.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "side", "is_product"), [(3, 2, True), (3, 9, False), (1, 9, True)]
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_large_maps_keep_the_convolution_of_large_kernels(
+    kernel_size: int, side: int, is_product: bool, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(5)
+    layer = ProductConv2d(4, 8, kernel_size, stride=stride, padding=kernel_size // 2)
+    images = torch.randn(8, 4, side * stride, side * stride)  # 4 or 81 positions a channel
+    plain = nn.functional.conv2d(
+        images, layer.weight, layer.bias, stride=stride, padding=kernel_size // 2
+    )
+    products, multiply = [], room.F.linear
+
+    def count(*args: torch.Tensor) -> torch.Tensor:
+        products.append(args)
+        return multiply(*args)
+
+    monkeypatch.setattr(room.F, "linear", count)
+    torch.testing.assert_close(layer(images), plain, rtol=1e-5, atol=1e-5)
+    assert len(products) == is_product
 
 
 BATCH = 6

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.optim.swa_utils import update_bn
 
+from brainray.images.normalise import normalise_images
 from brainray.images.preprocess import Preprocessing
 from brainray.model.network import build_network, choose_norm_layer
 from brainray.training.config import TrainConfig
@@ -50,7 +52,9 @@ def take_steps(rank: int, world_size: int) -> dict[str, Any]:
         device=CPU,
         class_weights=torch.tensor([1.0, 2.0, 0.5, 1.0]).double(),
     )
-    sums = [step(make_share(n, rank, world_size), 0, n) for n in range(NUM_STEPS)]
+    shares = [make_share(n, rank, world_size) for n in range(NUM_STEPS)]
+    sums = [step(share, 0, n) for n, share in enumerate(shares)]
+    update_bn((normalise_images(s.images, CONFIG.preprocessing) for s in shares), network)
     return {"sums": torch.stack(sums), **network.state_dict()}
 
 

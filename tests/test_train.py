@@ -434,13 +434,11 @@ def test_evaluating_without_the_manifest_leaves_the_baseline_out_and_says_so(
 
 
 def test_two_workers_train_as_one_does(trained: Path, trained_by_two: Path) -> None:
-    pairs = zip(read_records(trained), read_records(trained_by_two), strict=True)
-    for one, two in list(pairs)[:2]:  # then the rounding grows: 3e-3 after four epochs
-        assert (one["world_size"], two["world_size"]) == (1, 2)
-        assert one["num_train_images"] == two["num_train_images"]
-        # The losses alone: rounding may swap the ranks of two of 14 images, whose AUROC then jumps.
-        for name in ("train_loss", "val_loss"):
-            assert two[name] == pytest.approx(one[name], abs=1e-3), name
+    """In single precision rounding grows with each step; tests/test_step.py compares in double."""
+    one, two = (read_records(output)[0] for output in (trained, trained_by_two))
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["num_train_images"] == two["num_train_images"]
+    assert two["train_loss"] == pytest.approx(one["train_loss"], abs=3e-4)
 
 
 def ask_for_bf16(rank: int, folder: str) -> None:

@@ -259,7 +259,8 @@ class StreamLoader:
         """Yield each of some images once: this worker decodes its share as a dataset of its own."""
         share = image_ids[share_of(self._rank, self._world_size, len(image_ids))]
         if len(share):
-            blocks = ray.data.from_arrow(list_blocks(self._setup, share))
+            # Not from_arrow: it starts tasks of a whole CPU, which training workers may all hold.
+            blocks = ray.data.from_blocks(list_blocks(self._setup, share))
             yield from self._iterate(_decode(blocks, self._setup, self._world_size).iterator())
 
     def _iterate(self, source: DataIterator, **options: Any) -> Iterator[Batch]:  # noqa: ANN401 - Ray's
@@ -276,7 +277,7 @@ def build_train_dataset(setup: LoaderSetup) -> Dataset:
     Image files are listed class by class; they are mixed once, before they are cut into blocks.
     """
     order = np.random.default_rng(setup.seed).permutation(setup.train_ids)
-    blocks: Dataset = ray.data.from_arrow(list_blocks(setup, order))
+    blocks: Dataset = ray.data.from_blocks(list_blocks(setup, order))
     return _decode(blocks.randomize_block_order(seed=RandomSeedConfig(seed=setup.seed)), setup)
 
 

@@ -1,5 +1,6 @@
 """The records of a run in MLflow, beside metrics.jsonl and TensorBoard."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from brainray import runlog
 from brainray.errors import ConfigError
 from brainray.training.run import TrainJob, make_plain
+
+logger = logging.getLogger(__name__)
 
 EXPERIMENT = "brainray"
 OUTPUT_TAG = "brainray.output_uri"
@@ -44,9 +47,12 @@ def open_log(job: TrainJob) -> Callable[[runlog.Record], None]:
         time_ms = int(record["unix_time_s"] * 1000)
         scalars = runlog.scalars_of(record).items()
         metrics = [Metric(name, value, time_ms, record["epoch"] + 1) for name, value in scalars]
-        client.log_batch(run_id, metrics=metrics)
-        if record["epoch"] + 1 == record["num_epochs"]:
-            client.set_terminated(run_id)
+        try:
+            client.log_batch(run_id, metrics=metrics)
+            if record["epoch"] + 1 == record["num_epochs"]:
+                client.set_terminated(run_id)
+        except MlflowException as error:  # training goes on; metrics.jsonl has the record
+            logger.warning("Epoch %d was not logged to MLflow: %s", record["epoch"] + 1, error)
 
     return log_record
 
