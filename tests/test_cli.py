@@ -157,7 +157,7 @@ def test_scores_are_printed_beside_what_they_must_be_read_beside() -> None:
 
 
 def test_jobs_are_the_same_doors() -> None:
-    for name in ("train", "evaluate", "classify", "serve"):
+    for name in ("train", "tune", "evaluate", "classify", "serve"):
         text = (Path(__file__).parents[1] / "jobs" / f"{name}.py").read_text()
         assert f"run_{name}(sys.argv[1:])" in text
         assert callable(getattr(cli, f"run_{name}"))
