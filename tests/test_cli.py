@@ -8,7 +8,7 @@ import pytest
 
 from brainray import cli, console
 from brainray.doctor import examine
-from brainray.recipes import RECIPES
+from brainray.recipes import RECIPES, TrainOptions
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -25,8 +25,9 @@ def test_without_a_command_it_says_which_there_are(capsys: pytest.CaptureFixture
     for words, expected in (((), 2), (("--help",), 0), (("nonsense",), 2)):
         status, out, err = run(capsys, *words)
         assert status == expected
-        assert "train | classify | evaluate | serve | audit | compare | data | demo | doctor" in (
-            out if expected == 0 else err
+        assert (
+            "train | tune | classify | evaluate | serve | audit | compare | data | demo | doctor"
+            in (out if expected == 0 else err)
         )
 
 
@@ -52,9 +53,8 @@ def test_an_unknown_recipe_exits_2_and_lists_them(
 
 @pytest.mark.parametrize("spelling", [["--recipe", "smoke"], ["--recipe=smoke"]])
 def test_a_recipe_gives_the_defaults_that_flags_override(spelling: list[str]) -> None:
-    options = cli._parse_train(
-        ["--data-uri", "d", "--output-uri", "o", *spelling, "--num-epochs", "9"]
-    )
+    words = ["--data-uri", "d", "--output-uri", "o", *spelling, "--num-epochs", "9"]
+    options = cli._parse_recipe(TrainOptions, words, "train")
     assert options.recipe == "smoke"
     assert options.config.num_epochs == 9
     assert options.config.preprocessing == RECIPES["smoke"]().preprocessing

@@ -126,7 +126,7 @@ def test_the_folds_are_those_of_a_split_that_the_audit_made(
     )
     config = dataclasses.replace(TINY, seed=5)
     job = build_job(tmp_path / "split.parquet", tmp_path / "out", 3, config)
-    data = group_training_data(find_training_samples(job), config)
+    data = group_training_data(find_training_samples(job), config, "auto")
     paths = data.found.samples["path"].to_pylist()
     dealt = dict(
         zip(paths, assign_folds(data.labels, data.groups, 3, seed=5).tolist(), strict=True)

@@ -29,6 +29,7 @@ from brainray.inference.predict import CPUS_PER_ENGINE
 from brainray.inference.schema import SCHEMA_VERSION, build_schema
 from brainray.io.lock import LEASE_LIFE_S
 from brainray.model.reasons import REASONS
+from brainray.recipes import TrainOptions
 from brainray.serving.auth import MIN_TOKEN_CHARACTERS, TOKEN_VARIABLE
 from brainray.serving.config import ServeJob, read_arguments
 from brainray.serving.connection import INSTALLER
@@ -333,7 +334,7 @@ def test_rayjob_runs_the_training_door_and_cleans_up(
     python, script, *flags = shlex.split(rayjob_spec["entrypoint"])
     assert (python, script) == ("python", "jobs/train.py")
     assert is_in_repository(script, repository_files)
-    options = cli._parse_train(flags)
+    options = cli._parse_recipe(TrainOptions, flags, "train")
     assert options.scaling.use_gpu
     assert options.data_uri.startswith("s3://")
     assert options.output_uri.startswith("s3://")

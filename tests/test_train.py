@@ -433,6 +433,7 @@ def test_evaluating_without_the_manifest_leaves_the_baseline_out_and_says_so(
     assert any("baseline" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_two_workers_train_as_one_does(trained: Path, trained_by_two: Path) -> None:
     """In single precision rounding grows with each step; tests/test_step.py compares in double."""
     one, two = (read_records(output)[0] for output in (trained, trained_by_two))

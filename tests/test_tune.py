@@ -25,7 +25,7 @@ from brainray.training.tune import (
 from tests.test_report import Page
 
 CONFIG = TrainConfig(weights="none", preprocessing=Preprocessing(size_px=32), num_epochs=4)
-OPTIONS = TuneOptions(num_configurations=4, num_folds=2)
+OPTIONS = TuneOptions(num_configurations=3, num_folds=2, max_concurrent=2)
 NUMBERS = {
     "learning_rate": 2e-3,
     "weight_decay": 0.1,
@@ -110,7 +110,7 @@ def test_each_draw_is_tried_on_every_fold_and_the_worse_are_ended(tmp_path: Path
     job = build_job(tmp_path)
     rows = collect_rows(build_tuner(job, OPTIONS, report_scores).fit(), "val_macro_f1")
     found = summarise_configurations(rows, 2)
-    assert len(found) == 4
+    assert len(found) == 3
     assert all(None not in one["scores"] for one in found)
     recipe = describe_recipe(CONFIG, OPTIONS.space)
     assert recipe in [one["parameters"] for one in found]
