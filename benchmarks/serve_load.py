@@ -47,7 +47,7 @@ from brainray.serving.access_log import AccessLog
 from brainray.serving.metrics import Metrics
 from brainray.serving.options import ServiceLimits
 from brainray.serving.pipeline import Pipeline
-from brainray.serving.predictor import ClassifierPredictor, ModelOptions
+from brainray.serving.predictor import ModelOptions, Predictor
 from brainray.serving.routes import build_app
 
 REPOSITORY = Path(__file__).parents[1]
@@ -136,7 +136,7 @@ def run_on_uvicorn(classifier_uri: str, port: int) -> None:
     """Serve the service's own application without Ray."""
     import uvicorn
 
-    predictor = ClassifierPredictor(ModelOptions(classifier_uri=classifier_uri))
+    predictor = Predictor(ModelOptions(classifier_uri=classifier_uri))
     app = build_app(
         Pipeline(predictor, ServiceLimits()),
         token=TOKEN,

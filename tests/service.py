@@ -24,7 +24,7 @@ from brainray.serving.access_log import AccessLog
 from brainray.serving.metrics import Metrics
 from brainray.serving.options import ServiceLimits
 from brainray.serving.pipeline import Pipeline
-from brainray.serving.predictor import ClassifierPredictor, ModelOptions, Predictor
+from brainray.serving.predictor import ModelOptions, Predictor
 from brainray.serving.routes import build_app
 from tests.conftest import REPOSITORY
 
@@ -65,8 +65,8 @@ class LocalPredictor:
 EXACT = EngineOptions(backend="torch", precision="fp32")
 
 
-def open_predictor(classifier: Path, engine: EngineOptions = EXACT) -> ClassifierPredictor:
-    return ClassifierPredictor(ModelOptions(classifier_uri=str(classifier), engine=engine))
+def open_predictor(classifier: Path, engine: EngineOptions = EXACT) -> Predictor:
+    return Predictor(ModelOptions(classifier_uri=str(classifier), engine=engine))
 
 
 def build_test_app(

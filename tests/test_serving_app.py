@@ -27,7 +27,7 @@ from brainray.inference.engine import Prediction
 from brainray.model.reasons import REASONS
 from brainray.serving.local import check_job, share_cpus
 from brainray.serving.options import ServeJob, ServiceConfig, ServiceLimits
-from brainray.serving.predictor import ClassifierPredictor, ModelOptions
+from brainray.serving.predictor import ModelOptions, Predictor
 from brainray.serving.problem import PROBLEMS, Problem
 from brainray.serving.schemas import AnswersBody, ExplainedAnswersBody, ModelBody, ProblemBody
 from tests.conftest import CLASSES
@@ -39,12 +39,12 @@ INFER = "/v2/models/brainray/infer"
 
 
 @pytest.fixture(scope="module")
-def predictor(tiny_classifier: Path) -> ClassifierPredictor:
+def predictor(tiny_classifier: Path) -> Predictor:
     return open_predictor(tiny_classifier)
 
 
 @pytest.fixture
-def model(predictor: ClassifierPredictor) -> LocalPredictor:
+def model(predictor: Predictor) -> LocalPredictor:
     return LocalPredictor(predictor)
 
 
@@ -351,7 +351,7 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing(
     length=st.sampled_from([None, "0", "-1", "7", "x", "99999999999999999999"]),
 )
 def test_no_request_is_a_fault_of_ours(
-    predictor: ClassifierPredictor, path: str, kind: str, content: bytes, length: str | None
+    predictor: Predictor, path: str, kind: str, content: bytes, length: str | None
 ) -> None:
     headers = {"content-type": kind.encode("latin-1")}
     if length is not None:

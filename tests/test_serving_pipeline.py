@@ -27,7 +27,7 @@ from brainray.serving.batcher import Batcher
 from brainray.serving.open_inference import read_inference, render_inference
 from brainray.serving.options import ServiceLimits, read_arguments
 from brainray.serving.pipeline import Pipeline, Upload
-from brainray.serving.predictor import ClassifierPredictor
+from brainray.serving.predictor import Predictor
 from brainray.serving.problem import Problem
 from brainray.serving.uploads import read_uploads
 from tests.conftest import CLASSES
@@ -38,12 +38,12 @@ TOKEN = "a token of sixteen".replace(" ", "-")
 
 
 @pytest.fixture(scope="module")
-def predictor(tiny_classifier: Path) -> ClassifierPredictor:
+def predictor(tiny_classifier: Path) -> Predictor:
     return open_predictor(tiny_classifier)
 
 
 @pytest.fixture
-def model(predictor: ClassifierPredictor) -> LocalPredictor:
+def model(predictor: Predictor) -> LocalPredictor:
     return LocalPredictor(predictor)
 
 
@@ -230,7 +230,7 @@ def test_a_failed_call_fails_those_in_it_and_no_other() -> None:
 
 
 def test_the_self_test_notices_what_answers_wrongly(
-    predictor: ClassifierPredictor, monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predictor.check()
     engine = predictor._engine
@@ -254,7 +254,7 @@ def test_the_self_test_notices_what_answers_wrongly(
 
 
 def test_numbers_that_are_none_are_never_an_answer(
-    predictor: ClassifierPredictor, monkeypatch: pytest.MonkeyPatch, scans: list[bytes]
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, scans: list[bytes]
 ) -> None:
     monkeypatch.setattr(
         predictor._engine,

@@ -18,7 +18,7 @@ from brainray.serving.auth import read_token
 from brainray.serving.metrics import Metrics
 from brainray.serving.options import ServiceConfig, read_arguments
 from brainray.serving.pipeline import MAX_BATCH_SIZE, MAX_GPU_BATCH_SIZE, Pipeline
-from brainray.serving.predictor import ClassifierPredictor
+from brainray.serving.predictor import Predictor
 from brainray.serving.problem import RETRY_AFTER_S
 from brainray.serving.routes import build_app
 
@@ -49,7 +49,7 @@ class Model:
     def __init__(self, config: ServiceConfig, use_ray_metrics: bool) -> None:
         self._config = config
         self._pipeline = Pipeline(
-            ClassifierPredictor(config.model),
+            Predictor(config.model),
             config.limits,
             max_batch_size=MAX_GPU_BATCH_SIZE if config.model.engine.use_gpu else MAX_BATCH_SIZE,
         )

@@ -15,8 +15,6 @@ import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from types import FrameType
-from typing import Any
 
 import ray
 from ray import serve
@@ -66,12 +64,10 @@ def serve_here(job: ServeJob, *, log: Log, verbose: bool = False) -> None:
     classifier = load_classifier(job.service.model.classifier_uri)
     config = share_cpus(job.service, len(os.sched_getaffinity(0)))
     config = replace(config, log_path=config.log_path or find_stdout())
-    stop = StopSignals()
     try:
         start_ray(job, verbose=verbose)
-        stop.install()  # again: Ray has replaced them by its own, which print a stack trace
         start_service(job, config)
-        stop.is_serving = True
+        stop = catch_stop_signals()
         announce(job, classifier, log)
         while not stop.wait(STATUS_PERIOD_S):
             failure = find_failure()
@@ -81,8 +77,15 @@ def serve_here(job: ServeJob, *, log: Log, verbose: bool = False) -> None:
         serve.delete(APPLICATION)
     finally:
         ray.shutdown()
-        stop.restore()
     log("Stopped.")
+
+
+def catch_stop_signals() -> threading.Event:
+    """Return an event that SIGTERM and Ctrl-C set from now on, instead of ending this process."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
 
 
 def check_job(job: ServeJob) -> None:
@@ -254,34 +257,3 @@ def find_failure() -> str | None:
     messages = [d.message for d in found.deployments.values() if d.message] or [found.message]
     lines = [line.strip() for line in messages[0].splitlines() if line.strip()]
     return lines[-1] if lines else "Serve gives no reason."
-
-
-class StopSignals:
-    """Waits for SIGTERM or Ctrl-C, which then no longer interrupt.
-
-    Before the service answers, Ctrl-C interrupts its start.
-    """
-
-    def __init__(self) -> None:
-        self.is_serving = False
-        self._received = threading.Event()
-        self._before = self.install()
-
-    def install(self) -> dict[int, Any]:
-        """Handle the signals, and return what handled them before."""
-        return {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        if number == signal.SIGINT and not self.is_serving:
-            raise KeyboardInterrupt
-        self._received.set()
-
-    def wait(self, seconds: float) -> bool:
-        """Wait until asked to stop, or for some time; return whether asked."""
-        return self._received.wait(seconds)
-
-    def restore(self) -> None:
-        """Let the signals do what they did before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

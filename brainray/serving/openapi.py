@@ -3,6 +3,7 @@
 Everything that they load comes from here; no page asks a third party for anything.
 """
 
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ DOCS_POLICY = (
 SCANS_PATHS = ("/v1/classify", "/v1/explain")
 
 
-READING, POSTING = (401, 429, 500, 503, 504), (400, 401, 408, 413, 415, 422, 429, 500, 503, 504)
-"""Statuses of refusals that a path which answers, or which takes scans, may have."""
+READING = (401, 429, 500, 503, 504)
+POSTING = (*READING, 400, 406, 408, 413, 415, 422)
+"""Statuses of refusals of a path that answers, and of one that takes scans."""
 STATUSES = {
     400: "The request cannot be understood.",
     401: "The token is missing or wrong.",
@@ -96,18 +98,16 @@ EXAMPLE = {
 }
 
 
-def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def describe_refusals(statuses: Iterable[int]) -> dict[str, dict[str, Any]]:
     """Describe the refusals of a path."""
-    described: dict[int | str, dict[str, Any]] = {}
-    for status in statuses:
-        described[status] = {
-            "description": STATUSES[status],
-            "content": {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemBody"}}},
-        }
-    if 429 in described:
-        schema = {"type": "string", "pattern": "^[0-9]+$"}
-        header = {"description": "Seconds to wait.", "required": True, "schema": schema}
-        described[429]["headers"] = {"Retry-After": header}
+    schema = {"schema": {"$ref": "#/components/schemas/ProblemBody"}}
+    described: dict[str, dict[str, Any]] = {
+        str(status): {"description": STATUSES[status], "content": {PROBLEM_TYPE: schema}}
+        for status in statuses
+    }
+    seconds = {"type": "string", "pattern": "^[0-9]+$"}
+    header = {"description": "Seconds to wait.", "required": True, "schema": seconds}
+    described["429"]["headers"] = {"Retry-After": header}
     return described
 
 
@@ -128,10 +128,12 @@ def describe_interface(app: FastAPI, limits: ServiceLimits, *, needs_token: bool
         form = document["paths"][path]["post"]["requestBody"]["content"][MULTIPART]
         form["schema"]["properties"][FILES_FIELD]["maxItems"] = limits.files
     for path, operations in document["paths"].items():
-        for operation in operations.values():
-            if not needs_token:
-                operation["responses"].pop("401", None)
-            elif is_public(path):
+        for method, operation in operations.items():
+            refusals = describe_refusals(POSTING if method == "post" else READING)
+            operation["responses"].update(refusals)
+            if not needs_token or is_public(path):
+                del operation["responses"]["401"]
+            if needs_token and is_public(path):
                 operation["security"] = []
     if needs_token:
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}

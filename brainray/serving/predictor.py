@@ -1,14 +1,14 @@
 """A classifier that is ready to answer: opened, tested against eager fp32, and warmed up."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 
 from brainray.errors import ServingError
-from brainray.images.preprocess import Preprocessing, resize_image
+from brainray.images.preprocess import resize_image
 from brainray.inference.engine import Engine, EngineOptions, Prediction, open_engine
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.precision import Precision
@@ -33,33 +33,11 @@ class ModelOptions:
     engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions()
 
 
-class Predictor(Protocol):
-    """What the service needs of a classifier; tests put others in the place of the real one."""
+class Predictor:
+    """A classifier bundle, ready to predict; several threads may call it at once.
 
-    @property
-    def card(self) -> dict[str, Any]:
-        """Metadata of the bundle."""
-
-    @property
-    def runtime(self) -> dict[str, str]:
-        """Backend, precision and description of the engine."""
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How a scan becomes network input."""
-
-    def predict(self, images: NDArray[np.uint8]) -> Prediction:
-        """Predict class probabilities of images, shape (N, size_px, size_px)."""
-
-    def explain(self, images: NDArray[np.uint8]) -> Prediction:
-        """Predict them with class maps."""
-
-    def check(self) -> None:
-        """Run the self-test."""
-
-
-class ClassifierPredictor:
-    """A :class:`Predictor` with a classifier bundle; several threads may call it at once.
+    ``card`` is the bundle's metadata, ``preprocessing`` makes its input of a scan, and ``runtime``
+    names backend and precision.
 
     Raises
     ------

@@ -17,12 +17,9 @@ from brainray.serving.metrics import CONTENT_TYPE, Metrics
 from brainray.serving.middleware import RequestContext, RequestLimits, TokenAuth
 from brainray.serving.openapi import (
     PICTURE,
-    POSTING,
-    READING,
     SCANS_BODY,
     add_pages,
     describe_interface,
-    refusals,
 )
 from brainray.serving.pipeline import Pipeline, Render
 from brainray.serving.problem import Problem, name_status
@@ -114,12 +111,12 @@ async def _refuse_parameter(request: Request, error: Exception) -> Response:
 
 
 def _add_operations(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> None:
-    @app.get("/healthz", tags=["operations"], responses=refusals(500))
+    @app.get("/healthz", tags=["operations"])
     async def healthz() -> HealthBody:
         """Tell that this process answers; of the model it says nothing."""
         return HEALTHY
 
-    @app.get("/readyz", tags=["operations"], responses=refusals(500, 503))
+    @app.get("/readyz", tags=["operations"])
     async def readyz() -> HealthBody:
         """Tell that a model is loaded and gives the right answers to images drawn for the test."""
         await pipeline.check_ready()
@@ -129,10 +126,7 @@ def _add_operations(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> None:
         "/metrics",
         tags=["operations"],
         response_class=Response,
-        responses={
-            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
-            **refusals(401, 500),
-        },
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def show_metrics() -> Response:
         """Count requests, times and answers, and what waits, in Prometheus' text format.
@@ -143,9 +137,7 @@ def _add_operations(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> None:
 
 
 def _add_answers(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> None:
-    @app.post(
-        "/v1/classify", tags=["answers"], responses=refusals(*POSTING), openapi_extra=SCANS_BODY
-    )
+    @app.post("/v1/classify", tags=["answers"], openapi_extra=SCANS_BODY)
     async def classify(request: Request) -> AnswersBody:
         """Classify scans.
 
@@ -165,7 +157,7 @@ def _add_answers(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> None:
         "/v1/explain",
         tags=["answers"],
         response_model=ExplainedAnswersBody,
-        responses={200: {"content": {"image/png": PICTURE}}, **refusals(*POSTING, 406)},
+        responses={200: {"content": {"image/png": PICTURE}}},
         openapi_extra=SCANS_BODY,
     )
     async def explain(
@@ -192,7 +184,7 @@ def _add_answers(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> None:
             return Response(picture, headers={"content-type": "image/png"})
         return ExplainedAnswersBody(**_describe_request(request, pipeline), answers=answers)
 
-    @app.get("/v1/model", tags=["answers"], responses=refusals(*READING))
+    @app.get("/v1/model", tags=["answers"])
     async def model() -> ModelBody:
         """Describe the classifier, its scores, its intended use, and the limits of requests."""
         card = pipeline.card
@@ -232,24 +224,24 @@ def _describe_request(request: Request, pipeline: Pipeline) -> dict[str, Any]:
 def _add_open_inference(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> None:
     tags: list[Any] = ["Open Inference Protocol"]
 
-    @app.get("/v2", responses=refusals(401, 429, 500), tags=tags)
+    @app.get("/v2", tags=tags)
     async def server() -> ServerBody:
         """Describe the server."""
         return ServerBody(name=app.title, version=app.version, extensions=open_inference.EXTENSIONS)
 
-    @app.get("/v2/health/live", responses=refusals(500), tags=tags)
+    @app.get("/v2/health/live", tags=tags)
     async def live() -> HealthBody:
         """Tell that this process answers."""
         return HEALTHY
 
-    @app.get("/v2/health/ready", responses=refusals(500, 503), tags=tags)
-    @app.get(f"{MODEL_PATH}/ready", responses=refusals(*READING), tags=tags)
+    @app.get("/v2/health/ready", tags=tags)
+    @app.get(f"{MODEL_PATH}/ready", tags=tags)
     async def ready() -> HealthBody:
         """Tell the same as /readyz."""
         await pipeline.check_ready()
         return HEALTHY
 
-    @app.get(MODEL_PATH, responses=refusals(*READING), response_model_exclude_none=True, tags=tags)
+    @app.get(MODEL_PATH, response_model_exclude_none=True, tags=tags)
     async def metadata() -> ModelMetadata:
         """Describe the model's tensors."""
         return ModelMetadata(**open_inference.describe_model(pipeline))
@@ -257,7 +249,6 @@ def _add_open_inference(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> N
     @app.post(
         f"{MODEL_PATH}/infer",
         response_model=InferenceResponse,
-        responses=refusals(*POSTING),
         openapi_extra={
             "requestBody": {
                 "required": True,
