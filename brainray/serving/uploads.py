@@ -30,7 +30,7 @@ async def read_body(request: Request, limits: ServiceLimits) -> bytes:
         ``body_too_slow``, or what :class:`~brainray.serving.middleware.RequestLimits` refuses.
     """
     try:
-        async with limit_time(limits.body_s, "body_too_slow", "Send the body faster."):
+        async with limit_time(limits.body_s, "body_too_slow", "The body did not arrive"):
             return await request.body()
     except Problem as problem:
         problem.headers.update(CLOSE)
