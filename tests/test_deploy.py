@@ -630,7 +630,9 @@ def test_serve_config_builds_the_service(serve_config: dict[str, Any]) -> None:
     built = build(application["args"])
     deployment = built._bound_deployment
     assert deployment.name == "Model"
-    assert deployment.max_ongoing_requests > config.limits.in_flight, "it refuses in its own words"
+    assert deployment.max_ongoing_requests > config.limits.in_flight, (
+        "it refuses itself, with a problem body"
+    )
     assert deployment.max_queued_requests > 0, "what waits in Serve's proxy is bounded"
 
 

@@ -194,7 +194,6 @@ def test_the_queue_is_bounded() -> None:
         with pytest.raises(Problem) as caught:
             await batcher.predict(np.full((1, 1), 4, np.uint8))
         assert caught.value.code == "too_busy"
-        assert caught.value.headers["retry-after"] == "1"
         engine.release.set()
         assert [read_number(p) for p in await asyncio.gather(*tasks)] == [2, 4, 6]
 

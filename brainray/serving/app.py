@@ -13,6 +13,7 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
+from brainray.inference.engine import EngineOptions
 from brainray.serving.access_log import AccessLog
 from brainray.serving.auth import read_token
 from brainray.serving.metrics import Metrics
@@ -22,11 +23,9 @@ from brainray.serving.predictor import Predictor
 from brainray.serving.problem import RETRY_AFTER_S
 from brainray.serving.routes import build_app
 
-TARGET_ONGOING_REQUESTS = 8
-"""Requests of a replica at which another is started: a CPU is busy with fewer."""
 ROOM_FOR_HEALTH = 64
-"""Requests that a replica takes beyond ``limits.in_flight``, so that it refuses in its own words,
-and health is answered whatever the load."""
+"""Requests that a replica takes beyond ``limits.in_flight``, so that it refuses them itself, with a
+problem body, and answers health whatever the load."""
 SELF_TEST_PERIOD_S = 10.0
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 """The service writes its own line for a request."""
@@ -51,7 +50,7 @@ class Model:
         self._pipeline = Pipeline(
             Predictor(config.model),
             config.limits,
-            max_batch_size=MAX_GPU_BATCH_SIZE if config.model.engine.use_gpu else MAX_BATCH_SIZE,
+            max_batch_size=get_max_batch_size(config.model.engine),
         )
         self._metrics = Metrics(
             serve.get_replica_context().replica_id.unique_id, use_ray=use_ray_metrics
@@ -69,6 +68,11 @@ class Model:
     async def check_health(self) -> None:
         """Run the self-test now and then; Serve replaces a replica that fails it three times."""
         await self._pipeline.check_ready(SELF_TEST_PERIOD_S)
+
+
+def get_max_batch_size(engine: EngineOptions) -> int:
+    """Return how many images a replica computes together, at most; half of them keep it busy."""
+    return MAX_GPU_BATCH_SIZE if engine.use_gpu else MAX_BATCH_SIZE
 
 
 def build_application(config: ServiceConfig, *, use_ray_metrics: bool) -> Application:
@@ -90,7 +94,7 @@ def build_application(config: ServiceConfig, *, use_ray_metrics: bool) -> Applic
         autoscaling_config={
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
-            "target_ongoing_requests": TARGET_ONGOING_REQUESTS,
+            "target_ongoing_requests": get_max_batch_size(engine) // 2,
             "upscale_delay_s": 5,
             "downscale_delay_s": 120,
         },

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainray.inference.engine import Prediction
-from brainray.serving.problem import too_busy
+from brainray.serving.problem import Problem
 
 Predict = Callable[[NDArray[np.uint8]], Prediction]
 """Takes images, shape (N, size_px, size_px); returns the prediction of each. Runs in a thread."""
@@ -62,9 +62,10 @@ class Batcher:
             ``too_busy``.
         """
         if len(self._queue) + count > self._max_queued:
-            raise too_busy(
+            raise Problem(
+                "too_busy",
                 f"{len(self._queue)} scans wait for the model, of at most {self._max_queued}. "
-                "Try again later, with fewer scans at a time."
+                "Try again later, with fewer scans at a time.",
             )
 
     async def predict(self, image: NDArray[np.uint8]) -> Prediction:

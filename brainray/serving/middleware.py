@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from brainray.serving.access_log import AccessLog
 from brainray.serving.metrics import Metrics
 from brainray.serving.options import ServiceLimits
-from brainray.serving.problem import Problem, render_problem, too_busy
+from brainray.serving.problem import Problem, render_problem
 
 FAULT = "Something went wrong; the service's log says what, under the request_id."
 STATIC, OTHER = "/static/", "other"
@@ -221,9 +221,10 @@ class RequestLimits:
     def _check_request(self, scope: Scope) -> None:
         is_patient = scope["path"] in (*HEALTH_PATHS, "/metrics")  # answered whatever the load
         if self._in_flight > self._limits.in_flight and not is_patient:
-            raise too_busy(
+            raise Problem(
+                "too_busy",
                 f"{self._limits.in_flight} requests are in flight, the most at a time. "
-                "Try again later."
+                "Try again later.",
             )
         declared = Headers(scope=scope).get("content-length", "0")
         if not (declared.isascii() and declared.isdigit()):
@@ -245,9 +246,8 @@ class RequestLimits:
             size = len(message.get("body", b""))
             self._check_size(int(state["body_bytes"]) + size)
             if self._buffered_bytes + size > self._limits.buffered_bytes:
-                problem = too_busy("Too many bytes of requests are held. Try again later.")
-                problem.headers.update(CLOSE)
-                raise problem
+                detail = "Too many bytes of requests are held. Try again later."
+                raise Problem("too_busy", detail, dict(CLOSE))
             state["body_bytes"] += size
             state["body_ms"] = (time.perf_counter() - state["started"]) * 1e3
             self._buffered_bytes += size
