@@ -75,6 +75,10 @@ SCANS_BODY: dict[str, Any] = {
         },
     }
 }
+INFERENCE_SCHEMA = {"$ref": "#/components/schemas/InferenceRequest"}
+INFERENCE_BODY: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": INFERENCE_SCHEMA}}}
+}
 EXAMPLE = {
     "request_id": "5f0c2c5b8d3e4a7f9b1d6c3e2a4f8b70",
     "classifier_id": "f4efae25798c",
