@@ -62,7 +62,7 @@ def render_problem(problem: Problem, request_id: str) -> tuple[bytes, dict[str, 
     }
     headers = {"content-type": PROBLEM_TYPE, **problem.headers}
     if status in (429, 503):
-        headers["retry-after"] = str(RETRY_AFTER_S)
+        headers.setdefault("retry-after", str(RETRY_AFTER_S))
     return orjson.dumps(body), headers
 
 
