@@ -72,13 +72,13 @@ class ModelBody(Body):
     classes: list[str]
     preprocessing: dict[str, Any]
     metrics: dict[str, Any] | None = Field(
-        description="Scores with 95 % intervals, as training or evaluation sealed them."
+        description="Scores with 95 % intervals, as training or evaluation wrote them."
     )
     runtime: dict[str, str]
     intended_use: str
     not_intended_for: str
     model_card: dict[str, Any] | None = Field(
-        description="What the training run knew of it; null for one sealed without a card."
+        description="What the training run knew of it; null for a bundle without a card."
     )
     limits: dict[str, float]
     rejection_reasons: dict[str, str]
