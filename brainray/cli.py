@@ -239,7 +239,7 @@ def _refuse_no_scans() -> None:
 
 def run_serve(arguments: list[str]) -> None:
     """`brainray serve`, `python jobs/serve.py`."""
-    from brainray.serving.config import ServeJob
+    from brainray.serving.options import ServeJob
 
     job, verbose = parse_job(
         ServeJob,
@@ -250,9 +250,9 @@ def run_serve(arguments: list[str]) -> None:
     reporter = ConsoleReporter()
 
     def run() -> None:
-        from brainray.serving.server import serve_here  # Ray Serve takes seconds to import
+        from brainray.serving.local import serve_here  # Ray Serve takes seconds to import
 
-        serve_here(job, say=reporter.log, verbose=verbose)
+        serve_here(job, log=reporter.log, verbose=verbose)
 
     guard(run, interrupted="interrupted before the service was ready.")
 

@@ -34,6 +34,7 @@ MARK_OF_PLACE = {
     "test_object_store": "heavy",
     "test_object_store_jobs": "ray",
     "test_engine": "heavy",
+    "test_haproxy": "service",
     "test_serve_faults": "service",
     "test_serve_http": "service",
     "test_serve_schema": "service",

@@ -31,10 +31,8 @@ from brainray.io.lock import LEASE_LIFE_S
 from brainray.model.reasons import REASONS
 from brainray.recipes import TrainOptions
 from brainray.serving.auth import MIN_TOKEN_CHARACTERS, TOKEN_VARIABLE
-from brainray.serving.config import ServeJob, read_arguments
-from brainray.serving.connection import INSTALLER
-from brainray.serving.limits import ServiceLimits
-from brainray.serving.server import is_loopback
+from brainray.serving.local import PRODUCTION_VARIABLES, is_loopback
+from brainray.serving.options import ServeJob, ServiceLimits, read_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -631,7 +629,12 @@ def test_serve_config_builds_the_service(serve_config: dict[str, Any]) -> None:
     config = read_arguments(application["args"])
     assert config.limits.request_s < serve_config["http_options"]["request_timeout_s"]
     built = build(application["args"])
-    assert built._bound_deployment.name == "Ingress"
+    deployment = built._bound_deployment
+    assert deployment.name == "Model"
+    assert deployment.max_ongoing_requests > config.limits.in_flight, (
+        "it refuses itself, with a problem body"
+    )
+    assert deployment.max_queued_requests > 0, "what waits in Serve's proxy is bounded"
 
 
 def test_serve_config_opens_nothing_and_holds_no_secret(serve_config: dict[str, Any]) -> None:
@@ -640,7 +643,8 @@ def test_serve_config_opens_nothing_and_holds_no_secret(serve_config: dict[str, 
     assert config["http_options"]["host"] == "127.0.0.1"
     text = (ROOT / "deploy" / "serve.yaml").read_text()
     assert TOKEN_VARIABLE in text
-    assert f"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH={INSTALLER}" in text
+    for name, value in PRODUCTION_VARIABLES.items():
+        assert f"{name}={value}" in text, "how HAProxy is turned on"
 
 
 def test_both_serve_configs_agree() -> None:
@@ -672,10 +676,10 @@ def test_service_answers_nobody_without_a_token(
         environment = {e["name"]: e for e in template["spec"]["containers"][0]["env"]}
         reference = environment[TOKEN_VARIABLE]["valueFrom"]["secretKeyRef"]
         assert not reference.get("optional", False), name
-        for variable in re.findall(
-            r"\b(RAY_SERVE_\w+)=(\S+)", (ROOT / "deploy/serve.yaml").read_text()
-        ):
-            assert environment[variable[0]]["value"] == variable[1], name
+        for variable, value in PRODUCTION_VARIABLES.items():
+            assert environment[variable]["value"] == value, name
+        switches = {variable for variable in environment if variable.startswith("RAY_SERVE_")}
+        assert switches == set(PRODUCTION_VARIABLES), "Ray's documentation names no other"
 
 
 @only_serving

@@ -28,7 +28,7 @@ from brainray.model.network import STAGE_WIDTHS
 from brainray.model.precision import choose_precision, has_native_bf16
 from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING, Outputs, Trust
 from tests.conftest import CLASSES
-from tests.service import LocalModel, build_test_app, open_client, open_predictor
+from tests.service import build_test_app, open_client, open_predictor
 
 NOISE = np.random.default_rng(3).integers(0, 256, (180, 160), dtype=np.uint8)
 """An image that is no scan, and can be read."""
@@ -143,7 +143,7 @@ def predict_files(
 
 
 def predict_http(scans: Path, classifier: Path) -> Rows:
-    app = build_test_app(LocalModel(open_predictor(classifier, EngineOptions())))
+    app = build_test_app(open_predictor(classifier, EngineOptions()))
 
     async def ask() -> Rows:
         rows: Rows = {}
