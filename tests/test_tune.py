@@ -105,6 +105,7 @@ def report_scores(parameters: dict[str, Any]) -> None:
         ray_tune.report({"val_macro_f1": score, "percent_done": percent_done, "time_s": 1.0})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_each_draw_is_tried_on_every_fold_and_the_worse_are_ended(tmp_path: Path) -> None:
     job = build_job(tmp_path)
