@@ -136,7 +136,7 @@ def build_trainer(
         train_worker,
         train_loop_config={"setup": ray.put(setup)},
         datasets={TRAIN_DATASET: build_train_dataset(setup.loader)} if is_stream else None,
-        dataset_config=build_data_config(),
+        dataset_config=build_data_config() if is_stream else None,
         scaling_config=ScalingConfig(
             num_workers=scaling.worker_range,  # type: ignore[arg-type]  # Ray takes a range
             use_gpu=scaling.use_gpu,
