@@ -17,22 +17,16 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-import torch
 import tyro
-from augment_speed import apply_chain, build_chain
 
 from brainray import storage
 from brainray.images.preprocess import Preprocessing
 from brainray.recipes import RECIPES, build_recipe
-from brainray.training import fit, loop
-from brainray.training.augment import NO_AUGMENTATION, Dice
-from brainray.training.config import Placement, TrainConfig
+from brainray.training.augment import NO_AUGMENTATION
+from brainray.training.config import ScalingOptions, TrainConfig
 from brainray.training.run import TrainJob
 from brainray.training.train import train
-from brainray.training.worker import train_worker
 
-CHAIN = "torchvision-chain"
 SCORES = ("accuracy", "macro_f1", "macro_auroc", "log_loss")
 
 
@@ -65,11 +59,8 @@ def list_variations(options: Options) -> dict[str, TrainConfig]:
         weights="none",
         test_fraction=0.0,
         preprocessing=Preprocessing(size_px=options.size_px),
-        train_sizes_px=(),
         num_epochs=options.num_epochs,
     )
-
-    stronger = build_recipe("cpu-long").augmentation
 
     def augment(**fields: float) -> TrainConfig:
         augmentation = dataclasses.replace(whole.augmentation, **fields)
@@ -82,46 +73,34 @@ def list_variations(options: Options) -> dict[str, TrainConfig]:
     return {
         "whole": whole,
         "no-augmentation": dataclasses.replace(whole, augmentation=NO_AUGMENTATION),
-        CHAIN: whole,  # train_by_chain makes the difference
         "no-rotation": augment(rotation_deg=0.0),
         "no-flip": augment(flip_horizontal=0.0),
         "no-zoom": augment(zoom=0.0),
         "no-shift": augment(shift=0.0),
         "no-rotation-zoom-shift": augment(rotation_deg=0.0, zoom=0.0, shift=0.0),
-        "no-grey-changes": augment(brightness=0.0, contrast=0.0),
-        "stronger": dataclasses.replace(
-            whole, augmentation=dataclasses.replace(stronger, mixup_alpha=0.0)
+        "no-stretch": augment(stretch=0.0),
+        "no-grey-changes": augment(grey_probability=0.0),
+        "no-clahe": augment(clahe=0.0),
+        "no-gamma": augment(gamma=0.0),
+        "no-bias-and-gain": augment(bias_field=0.0, gain=0.0),
+        "no-blur-and-noise": augment(blur=0.0, noise=0.0),
+        "strong-on-half": augment(
+            grey_probability=0.5,
+            clahe=0.5,
+            gamma=0.6,
+            bias_field=0.3,
+            gain=0.3,
+            blur_probability=0.25,
+            noise=0.05,
+            noise_probability=0.5,
         ),
-        "mixup": augment(mixup_alpha=stronger.mixup_alpha),
         "no-label-smoothing": optimise(label_smoothing=0.0),
         "no-ema": optimise(ema_decay=0.0),
         "sgd": optimise(optimizer="sgd", learning_rate=0.05, weight_decay=1e-4),
         "larger": dataclasses.replace(
             whole, preprocessing=Preprocessing(size_px=options.size_px * 3 // 2)
         ),
-        "small-first": dataclasses.replace(
-            whole,
-            preprocessing=Preprocessing(size_px=options.size_px * 3 // 2),
-            train_sizes_px=(options.size_px, options.size_px * 5 // 4, options.size_px * 3 // 2),
-        ),
     }
-
-
-def train_by_chain(loop_config: dict[str, Any]) -> None:
-    """Train as a worker does, but augment by torchvision's transforms one after the other."""
-    config = ray.get(loop_config["setup"]).config
-    chain = build_chain(config.augmentation)
-
-    def augment(
-        images: torch.Tensor,
-        dice: Dice,  # noqa: ARG001 - the chain draws its own
-        *,
-        grey_range: float,  # noqa: ARG001
-    ) -> torch.Tensor:
-        return apply_chain(chain, images, config.preprocessing)
-
-    setattr(loop, "augment_images", augment)  # noqa: B010 - nor is this the loop's
-    train_worker(loop_config)
 
 
 def run(options: Options) -> dict[str, dict[int, dict[str, float]]]:
@@ -139,11 +118,9 @@ def run(options: Options) -> dict[str, dict[int, dict[str, float]]]:
                 data_uri=storage.make_absolute(options.data_uri),
                 output_uri=storage.join(options.output_uri, f"{name}-{seed}"),
                 config=dataclasses.replace(config, seed=seed),
-                placement=Placement(num_workers=options.num_workers),
+                scaling=ScalingOptions(num_workers=options.num_workers),
                 recipe=options.recipe,
             )
-            function = train_by_chain if name == CHAIN else train_worker
-            setattr(fit, "train_worker", function)  # noqa: B010 - it is not fit's own
             metrics = train(job, say=lambda line: print(line, flush=True))
             scores = {score: metrics["val"][score] for score in SCORES}
             found[name][seed] = scores | {"time_s": metrics["training"]["time_s"]}

@@ -1,117 +1,96 @@
-"""One affine sampling a batch against torchvision's transforms one after the other: images/s.
+"""What the augmentation of a batch costs, as a whole and by its parts: milliseconds, one thread.
 
     python benchmarks/augment_speed.py
 
-Both make the same kinds of changes, with the same ranges, to the same random grey images, in one
-thread, in rounds by turns. ``benchmarks/ablations.py --variations whole torchvision-chain`` says
-what the difference is worth in accuracy.
+Beside it, CLAHE of a whole batch by torch and by OpenCV, image by image. The batch is of random
+grey levels; the sides take turns, and the median is printed.
 """
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import cv2
+import numpy as np
 import torch
 import tyro
-from torchvision.transforms import InterpolationMode, v2
 
-from brainray.images.normalise import normalise_images
-from brainray.images.preprocess import Preprocessing
-from brainray.recipes import RECIPES, build_recipe
-from brainray.training.augment import Augmentation, augment_images, roll_dice
+from brainray.training.augment import (
+    NO_AUGMENTATION,
+    Augmentation,
+    augment_images,
+    sample_params,
+)
+from brainray.training.clahe import apply_clahe
+
+PARTS = {
+    "geometry": ("rotation_deg", "flip_horizontal", "zoom", "stretch", "shift"),
+    "CLAHE": ("clahe", "grey_probability"),
+    "gamma, bias, gain": ("gamma", "bias_field", "gain", "grey_probability"),
+    "blur": ("blur", "blur_probability", "grey_probability"),
+    "noise": ("noise", "noise_probability", "grey_probability"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What is measured."""
 
-    recipe: str = "cpu"
-    """Whose augmentation."""
-    sizes_px: tuple[int, ...] = (64, 96, 160, 224)
+    augmentation: Augmentation = Augmentation()
+    """Ranges of the changes."""
+    sizes_px: tuple[int, ...] = (64, 128, 224)
     """Sides of the images."""
     batch_size: int = 64
-    """Images that are sampled at once."""
-    rounds: int = 9
+    """Images that are augmented at once."""
+    rounds: int = 15
     """Of each side, by turns."""
 
 
-def build_chain(augmentation: Augmentation) -> v2.Compose:
-    """Return torchvision's transforms with an augmentation's ranges.
+def list_sides(options: Options, size_px: int) -> dict[str, Callable[[int], object]]:
+    """Return what is timed: functions of an epoch number."""
+    shape = (options.batch_size, size_px, size_px)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    ids = np.arange(options.batch_size)
 
-    Flip, rotation, zoom and shift, brightness and contrast: each geometric step interpolates
-    anew. Factors are uniform where ours are log-uniform; outside the image it is black, as
-    torchvision has it. What the ``cpu`` recipes leave at zero is not among them.
+    def augment(augmentation: Augmentation) -> Callable[[int], object]:
+        return lambda epoch: augment_images(
+            images, sample_params(augmentation, ids, seed=0, epoch=epoch)
+        )
 
-    Takes grey images in [0, 1], shape (1, H, W), one by one.
-    """
-    a = augmentation
-    bilinear = InterpolationMode.BILINEAR
-    return v2.Compose(
-        [
-            v2.RandomHorizontalFlip(a.flip_horizontal),
-            v2.RandomRotation(a.rotation_deg, bilinear),
-            v2.RandomAffine(
-                0,
-                translate=(a.shift, a.shift),
-                scale=(1 / (1 + a.zoom), 1 + a.zoom),
-                interpolation=bilinear,
-            ),
-            v2.ColorJitter(
-                brightness=a.brightness, contrast=(1 / (1 + a.contrast), 1 + a.contrast)
-            ),
-        ]
-    )
+    def equalise_by_opencv(_: int) -> object:
+        clahe = cv2.createCLAHE(2.0, (8, 8))
+        return np.stack([clahe.apply(image) for image in images.numpy()])
 
-
-def apply_chain(
-    chain: v2.Compose, images: torch.Tensor, preprocessing: Preprocessing
-) -> torch.Tensor:
-    """Apply a chain to each image of a normalised batch, shape (N, 1, H, W).
-
-    Outside autocast: it makes the sampling grid bf16, and torchvision takes images of another
-    type than their grid for whole numbers, which leaves 0 and 1 of the greys.
-    """
-    mean, std = preprocessing.mean, preprocessing.std
-    with torch.autocast(images.device.type, enabled=False):
-        return torch.stack([(chain(image * std + mean) - mean) / std for image in images])
+    sides = {"whole": augment(options.augmentation), "nothing": augment(NO_AUGMENTATION)}
+    for name, fields in PARTS.items():
+        ranges = {field: getattr(options.augmentation, field) for field in fields}
+        sides[name] = augment(replace(NO_AUGMENTATION, **ranges))
+    sides["CLAHE of all, torch"] = lambda _: apply_clahe(images, torch.full((len(images),), 2.0))
+    sides["CLAHE of all, OpenCV"] = equalise_by_opencv
+    return sides
 
 
 def measure(options: Options, size_px: int) -> dict[str, float]:
-    """Return the median images per second of either side."""
-    preprocessing = Preprocessing(size_px=size_px)
-    augmentation = build_recipe(options.recipe).augmentation
-    chain = build_chain(augmentation)
-    images = torch.randint(0, 256, (options.batch_size, size_px, size_px), dtype=torch.uint8)
-    normalised = normalise_images(images, preprocessing)
-
-    def sample_once(seed: int) -> None:
-        dice = roll_dice(augmentation, options.batch_size, seed=seed)
-        augment_images(normalised, dice, grey_range=1 / preprocessing.std)
-
-    def sample_each(_: int) -> None:
-        apply_chain(chain, normalised, preprocessing)
-
-    sides: dict[str, Callable[[int], None]] = {"one affine": sample_once, "chain": sample_each}
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for seed in range(options.rounds + 1):
+    """Return the median milliseconds a batch of each side."""
+    sides = list_sides(options, size_px)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for epoch in range(options.rounds + 1):
         for name, run in sides.items():
             started = time.perf_counter()
-            run(seed)
-            rates[name].append(options.batch_size / (time.perf_counter() - started))
-    return {name: statistics.median(found[1:]) for name, found in rates.items()}
+            run(epoch)
+            times[name].append(1000 * (time.perf_counter() - started))
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
 def main(options: Options) -> None:
-    """Print a line for each size."""
-    if options.recipe not in RECIPES:
-        raise SystemExit(f"Unknown recipe. Expected one of {', '.join(RECIPES)}.")
+    """Print a table."""
     torch.set_num_threads(1)
-    for size_px in options.sizes_px:
-        found = measure(options, size_px)
-        ratio = found["one affine"] / found["chain"]
-        shown = ", ".join(f"{name} {rate:,.0f} images/s" for name, rate in found.items())
-        print(f"{size_px:>4} px  {shown}, ratio {ratio:.1f}", flush=True)
+    cv2.setNumThreads(1)
+    columns = [measure(options, size_px) for size_px in options.sizes_px]
+    print(f"{'ms a batch':<22}" + "".join(f"{size:>7} px" for size in options.sizes_px))
+    for name in columns[0]:
+        print(f"{name:<22}" + "".join(f"{column[name]:>10.1f}" for column in columns))
 
 
 if __name__ == "__main__":

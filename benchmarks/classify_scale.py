@@ -140,8 +140,7 @@ def run_once(options: Options, count: int) -> None:
         scans_uri=(str(inbox),), classifier_uri=str(root / "classifier"), output_uri=str(output)
     )
     bulk.prepare_engine = prepare_fake_engine
-    if options.num_nodes:
-        start_nodes(options.num_nodes)
+    cluster = start_nodes(options.num_nodes) if options.num_nodes else None
     for title in ("new", "again"):
         started = time.perf_counter()
         received = Received()
@@ -157,17 +156,21 @@ def run_once(options: Options, count: int) -> None:
         num_new = count if title == "new" else 0
         assert metrics["run"]["num_new"] == num_new, metrics["run"]
         assert metrics["counts"]["total"] == count, metrics["counts"]
+    if cluster is not None:
+        ray.shutdown()
+        cluster.shutdown()
     check_rows(inbox, output, count)
 
 
-def start_nodes(count: int) -> None:
-    """Start a head without CPUs, which the driver joins, and nodes of one CPU."""
+def start_nodes(count: int) -> Cluster:
+    """Start a head without CPUs, which the job joins, and nodes of one CPU."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(count):
         cluster.add_node(num_cpus=1, object_store_memory=500 * 2**20)
     cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    os.environ["RAY_ADDRESS"] = cluster.address
+    return cluster
 
 
 TCP_BYTES_RECEIVED = 128

@@ -121,7 +121,7 @@ def run_loop(options: Options, classifier_uri: str, *, like_timm: bool) -> float
     """Run a turn of a hand-written loop, files to Parquet, and return images/s once warm."""
     device = torch.device("cuda" if options.use_gpu else "cpu")
     classifier = load_classifier(classifier_uri)
-    network = classifier.network.to(device).to(memory_format=torch.contiguous_format)
+    network = classifier.build_network().to(device).to(memory_format=torch.contiguous_format)
     if like_timm:
         network = network.to(memory_format=torch.channels_last)
     files = list_images(options, options.num_loop_images + options.batch_size)
@@ -181,7 +181,7 @@ class EagerModel:
         classifier = load_classifier(classifier_uri)
         self._bf16 = bf16
         layout = torch.channels_last if bf16 else torch.contiguous_format
-        self._network = classifier.network.to(self._device).to(memory_format=layout)
+        self._network = classifier.build_network().to(self._device).to(memory_format=layout)
         self._layout = layout
         preprocessing = classifier.preprocessing
         self._mean, self._std = preprocessing.mean, preprocessing.std

@@ -2,19 +2,22 @@
 
     python benchmarks/serve_load.py --scans-uri FOLDER
 
-Needs `wrk` and `hey` (Debian packages). Three sides take turns within one run:
+Needs `wrk` and `hey` (Debian packages). These sides take turns within one run:
 
-* ``bare``: the runtime alone, one scan after another and many at once, decoded and in memory.
-* ``service``: `jobs/serve.py`, asked by wrk, which posts real scans as raw bodies.
-* ``plain``: FastAPI, uvicorn, Pillow and eager fp32 PyTorch, as most write it, asked likewise.
+* ``bare``: the engine alone, one scan after another and many at once, decoded and in memory.
+* ``proxy``: `jobs/serve.py`, asked by wrk, which posts real scans as raw bodies.
+* ``haproxy``: `jobs/serve.py --production`, asked likewise.
+* ``uvicorn``: the same ASGI application on uvicorn, without Ray.
+* ``plain``: FastAPI, uvicorn, Pillow and eager fp32 PyTorch, as most write it.
 
-Then the service is asked four times more than it can answer, at a fixed rate (hey), and after that
-once more as before: status counts, memory over time, and what is left of the speed.
+Then each way to listen is asked four times more than it can answer, at a fixed rate (hey), and
+after that once more as before: status counts, memory over time, and the speed that is left.
 """
 
 import csv
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -40,9 +43,18 @@ from brainray.inference.engine import EngineOptions, open_engine
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
+from brainray.serving.access_log import AccessLog
+from brainray.serving.metrics import Metrics
+from brainray.serving.options import ServiceLimits
+from brainray.serving.pipeline import Pipeline
+from brainray.serving.predictor import ModelOptions, Predictor
+from brainray.serving.routes import build_app
 
 REPOSITORY = Path(__file__).parents[1]
 START_S = 180.0
+STOP_S = 120.0  # HAProxy mode takes half a minute
+TOKEN = "a-token-for-the-benchmark"  # HAProxy mode needs one
+Way = Literal["proxy", "haproxy", "uvicorn"]
 WRK_SCRIPT = """
 local scans, number, statuses = {}, 0, {}
 for path in io.lines(os.getenv("SCANS")) do
@@ -50,7 +62,8 @@ for path in io.lines(os.getenv("SCANS")) do
 end
 request = function()
   number = number + 1
-  return wrk.format("POST", nil, {["Content-Type"] = "image/jpeg"}, scans[number % #scans + 1])
+  return wrk.format("POST", nil, {["Content-Type"] = "image/jpeg",
+    ["Authorization"] = "Bearer " .. os.getenv("TOKEN")}, scans[number % #scans + 1])
 end
 done = function(summary, latency, requests)
   io.write(string.format('JSON {"requests": %d, "seconds": %f, "p50_ms": %f, "p95_ms": %f, ' ..
@@ -69,9 +82,11 @@ class Options:
     scans_uri: str
     """Local folder of scans."""
     classifier_uri: str | None = None
-    """A sealed classifier; random weights at 224 px if not given, which are as fast."""
+    """A classifier bundle; random weights at 224 px if not given, which are as fast."""
     num_scans: int = 64
     """Scans that are posted in turn."""
+    ways: tuple[Way, ...] = ("proxy", "haproxy", "uvicorn")
+    """Ways to listen."""
     connections: tuple[int, ...] = (1, 4, 16, 64)
     """Requests at a time."""
     duration_s: int = 15
@@ -81,10 +96,10 @@ class Options:
     with_plain: bool = True
     """Measure the plain app too."""
     overload_s: int = 120
-    """How long too much is asked; 0 leaves it out."""
+    """How long too much is asked of each way; 0 leaves it out."""
     port: int = 8300
     """Port of the service; the plain app has the next one."""
-    side: Literal["all", "bare", "plain"] = "all"
+    side: Literal["all", "bare", "uvicorn", "plain"] = "all"
     """`all` measures; the others are what it starts."""
 
 
@@ -117,6 +132,20 @@ def measure_bare(classifier_uri: str, files: list[Path]) -> None:
     print("JSON", json.dumps(found))
 
 
+def run_on_uvicorn(classifier_uri: str, port: int) -> None:
+    """Serve the service's own application without Ray."""
+    import uvicorn
+
+    predictor = Predictor(ModelOptions(classifier_uri=classifier_uri))
+    app = build_app(
+        Pipeline(predictor, ServiceLimits()),
+        token=TOKEN,
+        metrics=Metrics("uvicorn"),
+        access_log=AccessLog(os.devnull),
+    )
+    uvicorn.run(app, port=port, log_level="error", access_log=False)
+
+
 def run_plain_app(classifier_uri: str, port: int) -> None:
     """Serve as most write it."""
     import uvicorn
@@ -125,7 +154,7 @@ def run_plain_app(classifier_uri: str, port: int) -> None:
     from torchvision.transforms import v2
 
     classifier = load_classifier(classifier_uri)
-    network = classifier.network.to(memory_format=torch.contiguous_format)
+    network = classifier.build_network().to(memory_format=torch.contiguous_format)
     preprocessing = classifier.preprocessing
     transform = v2.Compose(
         [
@@ -154,7 +183,12 @@ def run_plain_app(classifier_uri: str, port: int) -> None:
 @contextmanager
 def running(port: int, *command: str) -> Iterator[psutil.Process]:
     """Run a server until it is ready, and end it afterwards."""
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=os.environ | {"BRAINRAY_API_TOKEN": TOKEN},
+        stdout=subprocess.DEVNULL,
+    )
     try:
         deadline = time.monotonic() + START_S
         while not is_ready(port):
@@ -164,7 +198,7 @@ def running(port: int, *command: str) -> Iterator[psutil.Process]:
         yield psutil.Process(process.pid)
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(STOP_S)
 
 
 def is_ready(port: int) -> bool:
@@ -199,7 +233,7 @@ class Bench:
                 *("wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "60s"),
                 *("-s", str(script), f"http://127.0.0.1:{port}/v1/classify"),
             ],
-            env={"SCANS": str(names), "PATH": "/usr/bin:/usr/local/bin:/bin"},
+            env=os.environ | {"SCANS": str(names), "TOKEN": TOKEN},
             check=True,
             stdout=subprocess.PIPE,
             text=True,
@@ -214,11 +248,14 @@ class Bench:
             *("--num-scans", str(self.options.num_scans)),
         ]
 
-    def serve(self) -> list[str]:
+    def serve(self, way: Way) -> list[str]:
         """Return the command that starts the service."""
+        if way == "uvicorn":
+            return self.run_self("uvicorn")
         return [
             *(sys.executable, "jobs/serve.py", "--classifier-uri", self.classifier_uri),
             *("--port", str(self.options.port)),
+            *(["--production"] if way == "haproxy" else []),
         ]
 
 
@@ -229,9 +266,10 @@ def read_json(output: str) -> dict[str, float]:
     return found
 
 
-def compare(bench: Bench) -> float:
-    """Let the sides take turns; print every figure, and return the service's best rate."""
-    options, best = bench.options, 0.0
+def compare(bench: Bench) -> dict[Way, float]:
+    """Let the sides take turns; print every figure, and return the best rate of each way."""
+    options = bench.options
+    best: dict[Way, float] = dict.fromkeys(options.ways, 0.0)
     for turn in range(1, options.rounds + 1):
         output = subprocess.run(
             bench.run_self("bare"), check=True, stdout=subprocess.PIPE, text=True
@@ -241,12 +279,12 @@ def compare(bench: Bench) -> float:
             f"round {turn}  bare     one after another {bare['p50_ms']:6.1f} ms "
             f"{bare['one_per_s']:6.1f} scans/s   many at once {bare['many_per_s']:6.1f} scans/s"
         )
-        with running(options.port, *bench.serve()):
-            bench.run_wrk(options.port, 4, 3)
-            for connections in options.connections:
-                found = bench.run_wrk(options.port, connections, options.duration_s)
-                rate = show(turn, "service", connections, found, bare)
-                best = max(best, rate)
+        for way in options.ways:
+            with running(options.port, *bench.serve(way)):
+                bench.run_wrk(options.port, 4, 3)
+                for connections in options.connections:
+                    found = bench.run_wrk(options.port, connections, options.duration_s)
+                    best[way] = max(best[way], show(turn, way, connections, found, bare))
         if options.with_plain:
             with running(options.port + 1, *bench.run_self("plain")):
                 bench.run_wrk(options.port + 1, 4, 3)
@@ -271,11 +309,11 @@ def show(
     return rate
 
 
-def overload(bench: Bench, rate: float) -> None:
+def overload(bench: Bench, way: Way, rate: float) -> None:
     """Ask four times too much at a fixed rate; print what came, memory, and the speed after."""
     options = bench.options
     workers = 800  # so many that all of them waiting for answers do not slow the asking down
-    with running(options.port, *bench.serve()) as server:
+    with running(options.port, *bench.serve(way)) as server:
         before = bench.run_wrk(options.port, 16, options.duration_s)
         memory: list[tuple[float, float]] = []
         stopped = threading.Event()
@@ -286,6 +324,7 @@ def overload(bench: Bench, rate: float) -> None:
                 *("hey", "-z", f"{options.overload_s}s", "-c", str(workers)),
                 *("-q", f"{4 * rate / workers:.4f}", "-t", "60", "-m", "POST", "-o", "csv"),
                 *("-T", "image/jpeg", "-D", str(bench.files[0])),
+                *("-H", f"Authorization: Bearer {TOKEN}"),
                 f"http://127.0.0.1:{options.port}/v1/classify",
             ],
             check=True,
@@ -296,7 +335,8 @@ def overload(bench: Bench, rate: float) -> None:
         watcher.join()
         after = bench.run_wrk(options.port, 16, options.duration_s)
     rows = list(csv.DictReader(io.StringIO(output)))
-    print(f"overload {len(rows) / options.overload_s:.0f} requests/s for {options.overload_s} s")
+    asked = len(rows) / options.overload_s
+    print(f"overload of {way}: {asked:.0f} requests/s for {options.overload_s} s")
     counts = Counter(row["status-code"] for row in rows)
     for status, count in sorted(counts.items()):
         times = sorted(float(r["response-time"]) for r in rows if r["status-code"] == status)
@@ -325,8 +365,8 @@ def watch_memory(
         stopped.wait(2)
 
 
-def seal_random(folder: Path) -> str:
-    """Seal a classifier with random weights."""
+def save_random_classifier(folder: Path) -> str:
+    """Write a classifier bundle with random weights."""
     torch.manual_seed(0)
     save_classifier(
         str(folder),
@@ -344,15 +384,18 @@ def main(options: Options) -> None:
     files = found[:: max(1, len(found) // options.num_scans)][: options.num_scans]
     if options.side == "bare":
         measure_bare(str(options.classifier_uri), files)
+    elif options.side == "uvicorn":
+        run_on_uvicorn(str(options.classifier_uri), options.port)
     elif options.side == "plain":
         run_plain_app(str(options.classifier_uri), options.port + 1)
     else:
         with tempfile.TemporaryDirectory() as name:
-            uri = options.classifier_uri or seal_random(Path(name) / "classifier")
+            uri = options.classifier_uri or save_random_classifier(Path(name) / "classifier")
             bench = Bench(options, uri, files, Path(name))
             best = compare(bench)
-            if options.overload_s:
-                overload(bench, best)
+            for way, rate in best.items():
+                if options.overload_s:
+                    overload(bench, way, rate)
 
 
 if __name__ == "__main__":

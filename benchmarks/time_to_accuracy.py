@@ -55,7 +55,7 @@ class Options:
 def run_brainray(options: Options) -> None:
     """Train by the recipe; the records go where every run's go."""
     from brainray.recipes import build_recipe
-    from brainray.training.config import Placement
+    from brainray.training.config import ScalingOptions
     from brainray.training.run import TrainJob
     from brainray.training.train import train
 
@@ -71,7 +71,7 @@ def run_brainray(options: Options) -> None:
         data_uri=storage.make_absolute(options.data_uri),
         output_uri=storage.join(options.output_uri, "brainray"),
         config=config,
-        placement=Placement(num_workers=options.num_workers),
+        scaling=ScalingOptions(num_workers=options.num_workers),
         recipe=options.recipe,
     )
     train(job, say=lambda line: print(line, flush=True))

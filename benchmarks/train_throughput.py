@@ -7,10 +7,10 @@ number of workers, with the same optimiser, the same augmentations (torchvision'
 plain side) and the same allocator. The sides take turns within one run, each in processes
 of its own, so that neither pays for the other. Counted are the training steps of whole
 epochs after a first one, waiting for data included; start-up and validation are not. The
-DataLoader begins each epoch anew within the counted time, while this pipeline decodes ahead
-during its validation, which is not counted: the shorter the epochs, the more that is worth.
-Beside them stands the ceiling: the same steps on one batch that is in memory already,
-with no augmentation and no data to wait for; it is of one worker.
+DataLoader and the stream begin each epoch anew within the counted time.
+``brainray`` keeps the pixels in the object store; ``stream`` is the same training with images that
+Ray Data decodes in each epoch. Beside them stands the ceiling: the same steps on one batch that is
+in memory already, with no augmentation and no data to wait for; it is of one worker.
 
 With ``--use-gpu``, the share of the time from the first counted step to the last in which the
 GPU was busy is printed too, as nvidia-smi samples it: all of it where a single kernel always runs,
@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,7 @@ from torchvision.transforms import v2
 from brainray import runlog
 from brainray.images.preprocess import Preprocessing
 from brainray.model.network import build_network
-from brainray.training.config import Placement, TrainConfig
+from brainray.training.config import ScalingOptions, TrainConfig
 from brainray.training.optim import Optimisation
 
 LEARNING_RATE = 1e-3
@@ -76,7 +77,7 @@ class Options:
     """Turns of each side."""
     use_gpu: bool = False
     """Train on a GPU for each worker."""
-    side: Literal["all", "brainray", "plain", "ceiling"] = "all"
+    side: Literal["all", "brainray", "stream", "plain", "ceiling"] = "all"
     """`all` compares; the others run one turn of one side and print images/s."""
 
 
@@ -238,7 +239,7 @@ def run_ceiling(options: Options) -> Turn:
     return Turn(num_steps * batch_size / (finished - started), started, finished)
 
 
-def run_brainray(options: Options) -> Turn:
+def run_brainray(options: Options, loader: Literal["resident", "stream"] = "resident") -> Turn:
     """Run one turn of this pipeline."""
     import ray
 
@@ -273,10 +274,12 @@ def run_brainray(options: Options) -> Turn:
             data_uri=str(root),
             output_uri=str(root / "out"),
             config=config,
-            placement=Placement(num_workers=options.num_workers, use_gpu=options.use_gpu),
+            scaling=ScalingOptions(
+                num_workers=options.num_workers, use_gpu=options.use_gpu, loader=loader
+            ),
         )
         connect_ray()
-        data = prepare_training_data(find_samples(job.data_uri, config.classes), config)
+        data = prepare_training_data(find_samples(job.data_uri, config.classes), config, loader)
         fit(job, data, ray.put(None), lambda _: None, lambda _: None)
         records = runlog.read_records(job.at("metrics.jsonl"))
         ray.shutdown()
@@ -329,7 +332,7 @@ def count_flops(size_px: int) -> int:
 
 def compare(options: Options) -> None:
     """Let the sides take turns, and print every turn, the medians and the ratios."""
-    sides = ("brainray", "plain", "ceiling")
+    sides = ("brainray", "stream", "plain", "ceiling")
     rates: dict[str, list[float]] = {side: [] for side in sides}
     shares: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(options.rounds):
@@ -359,6 +362,7 @@ if __name__ == "__main__":
     chosen = tyro.cli(Options)
     turns: dict[str, Callable[[Options], Turn]] = {
         "brainray": run_brainray,
+        "stream": partial(run_brainray, loader="stream"),
         "plain": run_plain,
         "ceiling": run_ceiling,
     }

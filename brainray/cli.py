@@ -23,12 +23,13 @@ from brainray.console import (
     report_audit,
     report_bulk,
     report_scores,
+    report_tuning,
 )
 from brainray.errors import ConfigError
 from brainray.inference.files import asks_for_bulk, find_files, run_files
 
 if TYPE_CHECKING:
-    from brainray.recipes import TrainOptions
+    pass
 
 DEFAULT_RECIPE = "cpu"
 
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": run_train,
+        "tune": run_tune,
         "classify": run_classify,
         "evaluate": run_evaluate,
         "serve": run_serve,
@@ -108,11 +110,12 @@ def parse_job(
 
 def run_train(arguments: list[str]) -> None:
     """`brainray train`, `python jobs/train.py`."""
+    from brainray.recipes import TrainOptions
     from brainray.training.crossval import cross_validate
     from brainray.training.run import TrainJob
     from brainray.training.train import train
 
-    options = guard(lambda: _parse_train(arguments))
+    options = guard(lambda: _parse_recipe(TrainOptions, arguments, "train"))
     reporter = ConsoleReporter()
 
     def run() -> None:
@@ -120,9 +123,10 @@ def run_train(arguments: list[str]) -> None:
             data_uri=storage.make_absolute(options.data_uri),
             output_uri=storage.make_absolute(options.output_uri),
             config=options.config,
-            placement=options.placement,
+            scaling=options.scaling,
             recipe=options.recipe,
             folds=options.folds,
+            mlflow_uri=options.mlflow_uri,
         )
         run_job = train if job.folds is None else cross_validate
         metrics = run_job(job, say=reporter.log, tick=reporter.on_step, verbose=options.verbose)
@@ -131,18 +135,41 @@ def run_train(arguments: list[str]) -> None:
     guard(run)
 
 
-def _parse_train(arguments: list[str]) -> "TrainOptions":
+def run_tune(arguments: list[str]) -> None:
+    """`brainray tune`, `python jobs/tune.py`."""
+    from brainray.recipes import TuneCommand
+    from brainray.training.run import TrainJob
+    from brainray.training.tune import tune
+
+    options = guard(lambda: _parse_recipe(TuneCommand, arguments, "tune"))
+    reporter = ConsoleReporter()
+
+    def run() -> None:
+        job = TrainJob(
+            data_uri=storage.make_absolute(options.data_uri),
+            output_uri=storage.make_absolute(options.output_uri),
+            config=options.config,
+            scaling=options.scaling,
+            recipe=options.recipe,
+        )
+        result = tune(job, options.search, say=reporter.log, verbose=options.verbose)
+        report_tuning(reporter, result, job.output_uri)
+
+    guard(run)
+
+
+def _parse_recipe(kind: Any, arguments: list[str], command: str) -> Any:  # noqa: ANN401 - a form
     """Parse twice: first for the recipe, whose values are the defaults of the rest."""
-    from brainray.recipes import TrainOptions, build_recipe
+    from brainray.recipes import build_recipe
 
     name = _find_recipe(arguments)
-    default = TrainOptions(
+    default = kind(
         data_uri=tyro.MISSING,
         output_uri=tyro.MISSING,
-        recipe=name,  # type: ignore[arg-type]
+        recipe=name,
         config=build_recipe(name),
     )
-    return tyro.cli(TrainOptions, default=default, args=arguments, prog="brainray train")
+    return tyro.cli(kind, default=default, args=arguments, prog=f"brainray {command}")
 
 
 def _find_recipe(arguments: Sequence[str]) -> str:
@@ -212,7 +239,7 @@ def _refuse_no_scans() -> None:
 
 def run_serve(arguments: list[str]) -> None:
     """`brainray serve`, `python jobs/serve.py`."""
-    from brainray.serving.config import ServeJob
+    from brainray.serving.options import ServeJob
 
     job, verbose = parse_job(
         ServeJob,
@@ -223,9 +250,9 @@ def run_serve(arguments: list[str]) -> None:
     reporter = ConsoleReporter()
 
     def run() -> None:
-        from brainray.serving.server import serve_here  # Ray Serve takes seconds to import
+        from brainray.serving.local import serve_here  # Ray Serve takes seconds to import
 
-        serve_here(job, say=reporter.log, verbose=verbose)
+        serve_here(job, log=reporter.log, verbose=verbose)
 
     guard(run, interrupted="interrupted before the service was ready.")
 

@@ -14,7 +14,6 @@ import ray
 import ray.data
 from ray.exceptions import RayTaskError
 
-from brainray.data.stream import TASK_CPUS
 from brainray.errors import BrainrayError, ConfigError
 from brainray.io.repeat import repeat
 from brainray.raytoken import keep_token_private
@@ -22,14 +21,15 @@ from brainray.raytoken import keep_token_private
 MIN_CPUS = 2
 """Logical CPUs that Ray is given at least on this machine: one to train, one to decode."""
 
+TASK_CPUS = 0.01
+"""Logical CPUs of a task that reads and decodes. How many run at a time is said beside; asking for
+whole ones, they would wait for ever where training workers or predictors hold part of each node."""
+
 JOINING_S = 15.0
 """Nodes of a cluster that is just being started have this long to join."""
 
 TELL_S = 30.0
 """Between two lines on what a job waits for."""
-
-WATCHER_VARIABLE = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-"""Ray Train's switch for the actor that hears of nodes about to be taken away; on where unset."""
 
 NODE_GROUP_LABEL = "ray.io/node-group"
 """Ray's label of nodes whose kind an autoscaler knows; nodes that people start have none."""
@@ -59,8 +59,8 @@ def connect_ray(*, verbose: bool = False) -> None:
             signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop`
         return
     keep_token_private()
-    # Nobody drains the only node; each idle actor takes 1 % of a core from two that train.
-    os.environ.setdefault(WATCHER_VARIABLE, "0")
+    # Disable the preemption watcher on a single node: an idle actor takes 1 % of a core.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(
         address="local",
         num_cpus=max(MIN_CPUS, len(os.sched_getaffinity(0))),
@@ -88,11 +88,6 @@ def raise_own_errors() -> Iterator[None]:
         yield
     except RayTaskError as error:
         raise find_own_error(error) or error from None
-
-
-def hears_notices() -> bool:
-    """Tell whether training hears of nodes that are about to be taken away."""
-    return os.environ.get(WATCHER_VARIABLE, "1") != "0"
 
 
 def _interrupt(*_: object) -> None:
@@ -133,7 +128,7 @@ def share_cpus(count: int, nodes: Sequence[Bundle], wanted: float = 1.0, **other
     """Return the CPUs that each of some processes reserves: all wanted, or a part of one.
 
     Whatever the nodes and whichever of them are lost, each of the processes leaves
-    :data:`brainray.data.stream.TASK_CPUS` of every CPU to the tasks that read and decode: a
+    :data:`TASK_CPUS` of every CPU to the tasks that read and decode: a
     run whose processes hold every CPU of every node waits for its own data for ever.
 
     Parameters

@@ -84,6 +84,15 @@ def report_scores(reporter: ConsoleReporter, metrics: dict[str, Any], output_uri
     reporter.log("Research use only; not a medical device.")
 
 
+def report_tuning(reporter: ConsoleReporter, result: dict[str, Any], output_uri: str) -> None:
+    """Print the configurations of a search, the best first, and where things are."""
+    for one in result["configurations"]:
+        numbers = ", ".join(f"{name} {value:.3g}" for name, value in one["parameters"].items())
+        folds = " ".join("-" if score is None else f"{score:.4f}" for score in one["scores"])
+        reporter.log(f"{one['score']:.4f} ({folds}), {one['percent_done']:>3} %: {numbers}")
+    reporter.log(f"report      {storage.join(output_uri, 'tune.html')}")
+
+
 def report_bulk(reporter: ConsoleReporter, metrics: dict[str, Any], output_uri: str) -> None:
     """Print what a bulk run did, and where things are."""
     run = metrics["run"]

@@ -1,8 +1,9 @@
 """What a run says while it runs: metrics.jsonl and TensorBoard events, and a line for people."""
 
-import io
 import json
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from brainray import storage
@@ -53,31 +54,30 @@ def format_epoch(record: Record) -> str:
 
 
 def write_tensorboard(tensorboard_uri: str, records: Sequence[Record]) -> None:
-    """Write every epoch so far as one event file.
+    """Write every epoch so far as one event file, under one name.
 
-    The file grows by what is new and is otherwise the same bytes, so that a reader can
-    follow it, on an object store too, and a resumed run leaves no second copy.
+    So a resumed run leaves no second copy, and an object store, which cannot append, is as good
+    as a disk: the file grows by what is new, which is how TensorBoard follows it.
     """
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
+    from torch.utils.tensorboard import SummaryWriter
 
-    sink = io.BytesIO()
-    writer = RecordWriter(sink)
-    started = Event(wall_time=records[0]["unix_time_s"], file_version="brain.Event:2")
-    writer.write(started.SerializeToString())
-    for record in records:
-        values = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in record.items()
-            if isinstance(value, float) and name != "unix_time_s"
-        ]
-        event = Event(
-            wall_time=record["unix_time_s"],
-            step=record["epoch"] + 1,
-            summary=Summary(value=values),
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            for record in records:
+                for name, value in scalars_of(record).items():
+                    writer.add_scalar(
+                        name, value, record["epoch"] + 1, walltime=record["unix_time_s"]
+                    )
+        (file,) = Path(folder).iterdir()
+        storage.write_bytes(
+            storage.join(tensorboard_uri, "events.out.tfevents.0.brainray"), file.read_bytes()
         )
-        writer.write(event.SerializeToString())
-    storage.write_bytes(
-        storage.join(tensorboard_uri, "events.out.tfevents.0.brainray"), sink.getvalue()
-    )
+
+
+def scalars_of(record: Record) -> dict[str, float]:
+    """Return what of an epoch is drawn as a curve."""
+    return {
+        name: value
+        for name, value in record.items()
+        if isinstance(value, float) and name != "unix_time_s"
+    }

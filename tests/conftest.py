@@ -35,6 +35,7 @@ MARK_OF_PLACE = {
     "test_object_store_jobs": "ray",
     "test_dicom::test_nothing_that_identifies_gets_out": "heavy",
     "test_engine": "heavy",
+    "test_haproxy": "service",
     "test_serve_faults": "service",
     "test_serve_http": "service",
     "test_serve_schema": "service",

@@ -7,7 +7,7 @@ up, and found by what the scan looks like to it.
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -18,14 +18,13 @@ from urllib.parse import parse_qs
 import numpy as np
 import uvicorn
 from numpy.typing import NDArray
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing, open_scan
 from brainray.inference.engine import Prediction
 from brainray.model.explain import STRIDE_PX
-from brainray.serving.asgi import App, Receive, Scope, Send
-from brainray.serving.limits import ServiceLimits
-from brainray.serving.predictor import Meaning, Reply
+from brainray.serving.options import ServiceLimits
 from tests.conftest import CLASSES
 from tests.service import build_test_app
 
@@ -69,52 +68,40 @@ class Said:
     """What befalls the first call with it."""
 
 
-class FixedModel:
-    """Stands where the model replicas are; knows no scan but those it was taught."""
+class FixedPredictor:
+    """Stands where the classifier is; knows no scan but those it was taught."""
 
     def __init__(self) -> None:
         self.card = dict(CARD)
+        self.runtime = {
+            "backend": "openvino",
+            "precision": "fp32",
+            "description": "OpenVINO, fp32",
+        }
+        self.preprocessing = PREPROCESSING
         self.delay_s = 0.0
         self.num_calls = 0
-        self.most_at_once = 0
         self._said: dict[str, Said] = {}
         self._failed: set[str] = set()
-        self._at_once = 0
-        self._meaning = Meaning(CLASSIFIER_ID, CLASSES, PREPROCESSING)
 
     def teach(self, scan: Path, said: Said) -> None:
         """Fix what is said to every scan that looks like this one."""
         seen = hash_image(open_scan(scan.read_bytes(), PREPROCESSING, DecodeLimits()).image)
         assert self._said.setdefault(seen, said) == said, "two scans look the same"
 
-    async def predict(
-        self, preprocessing: Preprocessing, images: Sequence[NDArray[np.uint8]]
-    ) -> Reply:
-        assert preprocessing == PREPROCESSING
+    def predict(self, images: NDArray[np.uint8]) -> Prediction:
         self.num_calls += 1
-        self._at_once += 1
-        self.most_at_once = max(self._at_once, self.most_at_once)
-        try:
-            await asyncio.sleep(self.delay_s)
-        finally:
-            self._at_once -= 1
+        time.sleep(self.delay_s)
         found = [self._look_up(hash_image(image)) for image in images]
         probs = np.array([said.probs for said in found], np.float32)
-        return Reply(self._meaning, Prediction(probs, [said.reason for said in found]))
+        return Prediction(probs, [said.reason for said in found])
 
-    async def explain(
-        self, preprocessing: Preprocessing, images: Sequence[NDArray[np.uint8]]
-    ) -> Reply:
-        found = (await self.predict(preprocessing, images)).prediction
-        assert found is not None
+    def explain(self, images: NDArray[np.uint8]) -> Prediction:
+        found = self.predict(images)
         maps = np.broadcast_to(draw_spot(), (*found.probs.shape, *draw_spot().shape))
-        return Reply(self._meaning, Prediction(found.probs, found.reasons, class_maps=maps))
+        return Prediction(found.probs, found.reasons, class_maps=maps)
 
-    async def describe(self) -> dict[str, Any]:
-        runtime = {"backend": "openvino", "precision": "fp32", "description": "OpenVINO, fp32"}
-        return {"card": self.card, "meaning": self._meaning, "runtime": runtime}
-
-    async def check(self) -> None:
+    def check(self) -> None:
         """Pass the self-test."""
 
     def _look_up(self, seen: str) -> Said:
@@ -140,7 +127,7 @@ def draw_spot() -> NDArray[np.float32]:
 class FixedService:
     """The application, its model, and who asked it for what."""
 
-    model: FixedModel = field(default_factory=FixedModel)
+    model: FixedPredictor = field(default_factory=FixedPredictor)
     limits: ServiceLimits = field(default_factory=lambda: ServiceLimits(body_bytes=2**20))
     url: str = ""
     renders: list[str] = field(default_factory=list)
@@ -149,30 +136,43 @@ class FixedService:
     """When."""
     hold_first_s: float = 0.0
     """Time for which the first of these requests is kept from the application."""
+    most_at_once: int = 0
+    """Most of these requests that were under way together."""
+    _at_once: int = 0
 
     def __post_init__(self) -> None:
         self.require(None)
 
     def require(self, token: str | None) -> None:
         """Begin anew with a token, or with none, as a service that was started again."""
-        bounds = {"max_calls": 8, "max_images": 1}  # a call is of one scan, and fails alone
-        self._app: App = build_test_app(self.model, self.limits, token, **bounds)
+        # Batches of one, so that each scan fails alone.
+        self._app: ASGIApp = build_test_app(self.model, self.limits, token, max_batch_size=1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["path"] == "/v1/explain":
+        if scope.get("path") != "/v1/explain":
+            await self._app(scope, receive, send)
+            return
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
             self.asked_at.append(time.monotonic())
             (render,) = parse_qs(scope["query_string"].decode())["render"]
             self.renders.append(render)
             if len(self.renders) == 1:
                 await asyncio.sleep(self.hold_first_s)
-        await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+        finally:
+            self._at_once -= 1
 
 
 @contextmanager
-def serve_fixed(service: FixedService) -> Iterator[FixedService]:
-    """Serve on a free port, in a thread, for the time of a `with`."""
-    config = uvicorn.Config(service, port=0, log_level="error", lifespan="off")  # type: ignore[arg-type]
+def serve_fixed(service: FixedService, app: ASGIApp | None = None) -> Iterator[FixedService]:
+    """Serve on a free port, in a thread, for the time of a `with`.
+
+    ``app`` may be put before the service.
+    """
+    config = uvicorn.Config(app or service, port=0, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

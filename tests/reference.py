@@ -14,7 +14,7 @@ from brainray.model.trust import Outputs
 def compute_eager(classifier: Classifier, images: NDArray[np.uint8]) -> Outputs:
     """Return logits and pooled features."""
     pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
-    trunk, head = split_head(classifier.network)
+    trunk, head = split_head(classifier.build_network())
     _, pooled = pool_stages(trunk, normalise_images(pixels, classifier.preprocessing))
     return Outputs(head[-1](pooled[-1]).numpy(), torch.cat(pooled, 1).numpy())
 

@@ -1,6 +1,5 @@
 """A service to test: in this process without Ray, or as the command starts it."""
 
-import asyncio
 import json
 import os
 import signal
@@ -10,90 +9,83 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+from fastapi import FastAPI
 from numpy.typing import NDArray
+from starlette.types import ASGIApp
 
-from brainray.images.preprocess import Preprocessing
-from brainray.inference.engine import EngineOptions
-from brainray.serving.asgi import App
-from brainray.serving.auth import Guard
-from brainray.serving.gate import Gate
-from brainray.serving.handler import Handler, Model
-from brainray.serving.http import build_app
-from brainray.serving.journal import Journal
-from brainray.serving.limits import ServiceLimits
-from brainray.serving.meters import Meters
-from brainray.serving.predictor import ModelOptions, Predictor, Reply
+from brainray.inference.engine import EngineOptions, Prediction
+from brainray.serving.access_log import AccessLog
+from brainray.serving.metrics import Metrics
+from brainray.serving.options import ServiceLimits
+from brainray.serving.pipeline import Pipeline
+from brainray.serving.predictor import ModelOptions, Predictor
+from brainray.serving.routes import build_app
 from tests.conftest import REPOSITORY
 
 START_S = 120.0
 
 
-class LocalModel:
-    """A predictor in this process, that counts its calls and may be slow or broken."""
+class LocalPredictor:
+    """A predictor in this process that records its calls, and may be slow or broken."""
 
     def __init__(self, predictor: Predictor) -> None:
-        self.predictor = predictor
+        self._predictor = predictor
+        self.card, self.runtime = dict(predictor.card), predictor.runtime
+        self.preprocessing = predictor.preprocessing
         self.calls: list[int] = []
         self.delay_s = 0.0
         self.error: Exception | None = None
 
-    async def predict(
-        self, preprocessing: Preprocessing, images: Sequence[NDArray[np.uint8]]
-    ) -> Reply:
-        self.calls.append(len(images))
-        await asyncio.sleep(self.delay_s)
+    def predict(self, images: NDArray[np.uint8]) -> Prediction:
+        self._begin(len(images))
+        return self._predictor.predict(images)
+
+    def explain(self, images: NDArray[np.uint8]) -> Prediction:
+        self._begin(len(images))
+        return self._predictor.explain(images)
+
+    def check(self) -> None:
         if self.error is not None:
             raise self.error
-        return self.predictor.predict(preprocessing, images)
+        self._predictor.check()
 
-    async def explain(
-        self, preprocessing: Preprocessing, images: Sequence[NDArray[np.uint8]]
-    ) -> Reply:
-        self.calls.append(len(images))
-        return self.predictor.explain(preprocessing, images)
-
-    async def describe(self) -> dict[str, Any]:
-        return self.predictor.describe()
-
-    async def check(self) -> None:
+    def _begin(self, count: int) -> None:
+        self.calls.append(count)
+        time.sleep(self.delay_s)
         if self.error is not None:
             raise self.error
-        self.predictor.check()
 
 
 EXACT = EngineOptions(backend="torch", precision="fp32")
 
 
-def open_predictor(
-    classifier: Path, engine: EngineOptions = EXACT, *, follow: bool = False
-) -> Predictor:
-    return Predictor(ModelOptions(classifier_uri=str(classifier), engine=engine, follow=follow))
+def open_predictor(classifier: Path, engine: EngineOptions = EXACT) -> Predictor:
+    return Predictor(ModelOptions(classifier_uri=str(classifier), engine=engine))
 
 
 def build_test_app(
-    model: Model,
+    predictor: Predictor,
     limits: ServiceLimits | None = None,
     token: str | None = None,
     log_path: Path | None = None,
-    **bounds: int,
-) -> Gate:
+    max_batch_size: int = 8,
+) -> FastAPI:
     return build_app(
-        Handler(model, limits or ServiceLimits(), **bounds),
-        guard=Guard(token),
-        meters=Meters("here"),
-        journal=Journal(str(log_path or os.devnull)),
+        Pipeline(predictor, limits or ServiceLimits(), max_batch_size=max_batch_size),
+        token=token,
+        metrics=Metrics("here"),
+        access_log=AccessLog(str(log_path or os.devnull)),
     )
 
 
-def open_client(app: App, **headers: str) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
+def open_client(app: ASGIApp, **headers: str) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app)
     return httpx.AsyncClient(transport=transport, base_url="http://here", headers=headers)
 
 

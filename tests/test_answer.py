@@ -9,7 +9,7 @@ from brainray.inference.engine import Prediction
 from brainray.inference.schema import SCAN_SCHEMA, build_rows, build_schema, stack_lists
 from brainray.model.reasons import REASONS
 from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING
-from brainray.serving.answer import build_answer, build_rejection
+from brainray.serving.pipeline import build_answer, build_rejection
 
 CLASSES = ("x", "y")
 PROBS = np.array([[0.25, 0.75], [0.6, 0.4], [0.9, 0.1]], np.float32)
@@ -22,10 +22,10 @@ PREDICTION = Prediction(
 )
 SCANS = pa.Table.from_pylist(
     [
-        {"scan_uri": "a.png", "content_sha256": "aa", "height_px": 2, "width_px": 3},
-        {"scan_uri": "cut.png", "content_sha256": "bb", "reason": "truncated", "size_bytes": 9},
-        {"scan_uri": "c.png", "content_sha256": "cc", "height_px": 2, "width_px": 3},
-        {"scan_uri": "d.png", "content_sha256": "dd", "height_px": 2, "width_px": 3},
+        {"scan_uri": "a.png", "content_sha256": "a" * 64, "height_px": 2, "width_px": 3},
+        {"scan_uri": "cut.png", "content_sha256": "b" * 64, "reason": "truncated", "size_bytes": 9},
+        {"scan_uri": "c.png", "content_sha256": "c" * 64, "height_px": 2, "width_px": 3},
+        {"scan_uri": "d.png", "content_sha256": "d" * 64, "height_px": 2, "width_px": 3},
     ],
     schema=SCAN_SCHEMA,
 )
@@ -80,19 +80,21 @@ def test_the_service_says_of_a_scan_what_the_table_says(row: int) -> None:
     number = [0, None, 1, 2][row]
     reason = expected["reason"]
     answer = build_answer("a", expected["content_sha256"], (2, 3), CLASSES, PROBS[number], reason)
-    same = ("status", "reason", "predicted_class", "confidence", "width_px", "height_px")
-    for name in (*same, "content_sha256"):
+    same = ("status", "reason", "predicted_class", "width_px", "height_px", "content_sha256")
+    for name in same:
         assert getattr(answer, name) == expected[name], name
-    assert [expected[f"prob_{name}"] for name in CLASSES] == list(
-        (answer.probs or dict.fromkeys(CLASSES)).values()
-    )
+    shown = [answer.confidence, *(answer.probs or dict.fromkeys(CLASSES)).values()]
+    # As float32: the service writes the shortest decimals that read back as the table's numbers.
+    assert [None if value is None else np.float32(value) for value in shown] == [
+        expected[name] for name in ("confidence", "prob_x", "prob_y")
+    ]
     assert answer.detail == (REASONS[reason] if reason else None)
 
 
 def test_a_rejection_says_why() -> None:
-    answer = build_rejection("a", "bb", RejectedImage("truncated", "It ends too soon."))
+    answer = build_rejection("a", "b" * 64, RejectedImage("truncated", "It ends too soon."))
     assert (answer.status, answer.reason, answer.detail) == (
         *("rejected", "truncated", "It ends too soon."),
     )
     assert (answer.predicted_class, answer.probs, answer.width_px) == (None, None, None)
-    assert answer.content_sha256 == "bb"
+    assert answer.content_sha256 == "b" * 64

@@ -92,7 +92,7 @@ def test_what_was_sealed_is_what_is_opened(
     classifier = load_classifier(str(sealed))
     assert classifier.classes == CLASSES
     assert classifier.preprocessing == PREPROCESSING
-    assert not classifier.network.training
+    assert not classifier.build_network().training
     assert classifier.card["metrics"] == PROVENANCE["metrics"]
     assert classifier.classifier_id == classifier.card["classifier_id"]
 
@@ -191,7 +191,8 @@ def edit(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ("schema_version", ..., [f"schema {SCHEMA_VERSION}", "found None"]),
         ("architecture.name", "resnet18", ["resnet50", "'resnet18'"]),
         ("preprocessing.rotation", 1, ["preprocessing", "rotation", "size_px"]),
-        ("preprocessing.std", ..., ["preprocessing", "fit, mean, size_px, std", "size_px."]),
+        ("preprocessing.std", ..., ["preprocessing", "intensity, mean, size_px, std;", "size_px."]),
+        ("preprocessing.crop", "brain", ["damaged", "crop must be none or head, got 'brain'"]),
         ("preprocessing.size_px", 5, ["damaged", "size_px"]),
         ("preprocessing.size_px", "large", ["damaged"]),
         ("classes", ["a", "b"], ["do not fit", "2 classes"]),
@@ -300,6 +301,20 @@ def test_a_folder_of_the_first_schema_is_opened(folder: Path, images: NDArray[np
     assert load_classifier(str(folder)).classifier_id == card["classifier_id"]
 
 
+def test_a_folder_that_knows_neither_crop_nor_intensity_is_opened(folder: Path) -> None:
+    card = read_card(str(folder))
+    for name in ("crop", "intensity"):
+        del card["preprocessing"][name]
+    meaning = {name: card[name] for name in ("classes", "preprocessing", "trust")}
+    canonical = json.dumps([card["weights"]["sha256"], meaning], sort_keys=True)
+    card["classifier_id"] = hashlib.sha256(canonical.encode()).hexdigest()[:12]
+    (folder / CARD_FILE).write_text(json.dumps(card))
+    classifier = load_classifier(str(folder))
+    assert classifier.preprocessing == PREPROCESSING
+    assert (PREPROCESSING.crop, PREPROCESSING.intensity) == ("none", "stored")
+    assert classifier.classifier_id == card["classifier_id"]
+
+
 # --- identity -----------------------------------------------------------------------------
 
 SMALL: StateDict = {
@@ -343,6 +358,8 @@ def test_identity_is_that_of_weights_classes_and_preprocessing(tmp_path: Path) -
         seal(tmp_path / "a", classes=("pituitary", "glioma", "notumor")),
         seal(tmp_path / "a", preprocessing=replace(PREPROCESSING, size_px=33)),
         seal(tmp_path / "a", preprocessing=replace(PREPROCESSING, fit="stretch")),
+        seal(tmp_path / "a", preprocessing=replace(PREPROCESSING, crop="head")),
+        seal(tmp_path / "a", preprocessing=replace(PREPROCESSING, intensity="percentile")),
         seal(tmp_path / "a", preprocessing=replace(PREPROCESSING, mean=0.31)),
         seal(tmp_path / "a", preprocessing=replace(PREPROCESSING, std=0.51)),
     ]

@@ -8,7 +8,7 @@ import pytest
 
 from brainray import cli, console
 from brainray.doctor import examine
-from brainray.recipes import RECIPES
+from brainray.recipes import RECIPES, TrainOptions
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -25,9 +25,8 @@ def test_without_a_command_it_says_which_there_are(capsys: pytest.CaptureFixture
     for words, expected in (((), 2), (("--help",), 0), (("nonsense",), 2)):
         status, out, err = run(capsys, *words)
         assert status == expected
-        assert "train | classify | evaluate | serve | audit | compare | data | demo | doctor" in (
-            out if expected == 0 else err
-        )
+        said = out if expected == 0 else err
+        assert "train | tune | classify | evaluate | serve | audit | compare | data | demo" in said
 
 
 def test_a_mistyped_flag_exits_2_and_names_the_right_one(
@@ -52,9 +51,8 @@ def test_an_unknown_recipe_exits_2_and_lists_them(
 
 @pytest.mark.parametrize("spelling", [["--recipe", "smoke"], ["--recipe=smoke"]])
 def test_a_recipe_gives_the_defaults_that_flags_override(spelling: list[str]) -> None:
-    options = cli._parse_train(
-        ["--data-uri", "d", "--output-uri", "o", *spelling, "--num-epochs", "9"]
-    )
+    words = ["--data-uri", "d", "--output-uri", "o", *spelling, "--num-epochs", "9"]
+    options = cli._parse_recipe(TrainOptions, words, "train")
     assert options.recipe == "smoke"
     assert options.config.num_epochs == 9
     assert options.config.preprocessing == RECIPES["smoke"]().preprocessing
@@ -157,7 +155,7 @@ def test_scores_are_printed_beside_what_they_must_be_read_beside() -> None:
 
 
 def test_jobs_are_the_same_doors() -> None:
-    for name in ("train", "evaluate", "classify", "serve"):
+    for name in ("train", "tune", "evaluate", "classify", "serve"):
         text = (Path(__file__).parents[1] / "jobs" / f"{name}.py").read_text()
         assert f"run_{name}(sys.argv[1:])" in text
         assert callable(getattr(cli, f"run_{name}"))

@@ -12,7 +12,7 @@ from brainray.errors import ConfigError
 from brainray.images.preprocess import Preprocessing
 from brainray.provenance import LIBRARIES, collect_versions, read_code_revision
 from brainray.recipes import RECIPES, build_recipe
-from brainray.training.config import Placement, TrainConfig, find_differences
+from brainray.training.config import ScalingOptions, TrainConfig, find_differences
 from brainray.training.optim import Optimisation
 
 NAN = float("nan")
@@ -55,8 +55,6 @@ def test_optimisation_names_the_field_out_of_range(field: str, value: float) -> 
         ("test_fraction", 0.6, "test_fraction must be in .*, got 0.6"),
         ("group_correlation", 0.0, "group_correlation must be in .*, got 0.0"),
         ("group_correlation", 1.1, "group_correlation must be in .*, got 1.1"),
-        ("train_sizes_px", (64, 16), "train_sizes_px must be in .*, got 16"),
-        ("train_sizes_px", (2048,), "train_sizes_px must be in .*, got 2048"),
         ("classes", ("only",), "at least two classes"),
         ("classes", ("a", "b", "a"), "more than once: a"),
     ],
@@ -83,9 +81,8 @@ def test_edges_of_the_ranges_are_allowed() -> None:
         val_fraction=0.5,
         test_fraction=0.0,
         group_correlation=1.0,
-        train_sizes_px=(32, 1024),
     )
-    Placement(num_workers=4, min_workers=4)
+    ScalingOptions(num_workers=4, min_workers=4)
 
 
 @pytest.mark.parametrize(
@@ -96,29 +93,9 @@ def test_edges_of_the_ranges_are_allowed() -> None:
         ({"num_workers": 2, "min_workers": 0}, "min_workers must be in .*got 0"),
     ],
 )
-def test_placement_names_the_field_that_is_wrong(fields: dict[str, Any], said: str) -> None:
+def test_scaling_names_the_field_that_is_wrong(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        Placement(**fields)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "num_epochs", "expected"),
-    [
-        ((), 3, (96, 96, 96)),
-        ((64,), 2, (64, 64)),
-        ((64, 80, 96), 6, (64, 64, 80, 80, 96, 96)),
-        ((64, 80, 96), 7, (64, 64, 80, 80, 96, 96, 96)),
-        ((64, 96), 3, (64, 96, 96)),
-        ((64, 80, 96), 2, (80, 96)),  # too few for all: the sealed size comes last
-    ],
-)
-def test_epoch_sizes_are_equal_stretches(
-    sizes: tuple[int, ...], num_epochs: int, expected: tuple[int, ...]
-) -> None:
-    config = TrainConfig(
-        preprocessing=Preprocessing(size_px=96), train_sizes_px=sizes, num_epochs=num_epochs
-    )
-    assert config.list_epoch_sizes() == expected
+        ScalingOptions(**fields)
 
 
 def test_differences_are_named_by_their_path() -> None:
@@ -151,9 +128,6 @@ def test_every_recipe_builds_and_says_what_it_is_for(name: str) -> None:
     doc = inspect.getdoc(RECIPES[name])
     assert doc
     assert f"{config.preprocessing.size_px} px" in doc
-    sizes = config.list_epoch_sizes()
-    assert len(sizes) == config.num_epochs
-    assert sizes[-1] == config.preprocessing.size_px, "trained last at the size it is sealed for"
     if config.head_epochs:
         assert config.weights != "none", "a head on random features learns nothing"
 

@@ -19,7 +19,7 @@ from brainray.evaluation.compare import CompareJob, compare
 from brainray.images.preprocess import Preprocessing
 from brainray.metrics import compute_evaluation
 from brainray.recipes import smoke
-from brainray.training.config import Placement, TrainConfig
+from brainray.training.config import ScalingOptions, TrainConfig
 from brainray.training.crossval import (
     compute_spread,
     cross_validate,
@@ -47,7 +47,7 @@ def build_job(data: Path, output: Path, folds: int, config: TrainConfig = TINY) 
         data_uri=str(data),
         output_uri=str(output),
         config=config,
-        placement=Placement(),
+        scaling=ScalingOptions(),
         recipe="smoke",
         folds=folds,
     )
@@ -126,7 +126,7 @@ def test_the_folds_are_those_of_a_split_that_the_audit_made(
     )
     config = dataclasses.replace(TINY, seed=5)
     job = build_job(tmp_path / "split.parquet", tmp_path / "out", 3, config)
-    data = group_training_data(find_training_samples(job), config)
+    data = group_training_data(find_training_samples(job), config, "auto")
     paths = data.found.samples["path"].to_pylist()
     dealt = dict(
         zip(paths, assign_folds(data.labels, data.groups, 3, seed=5).tolist(), strict=True)

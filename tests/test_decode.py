@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from brainray.errors import RejectedImage
-from brainray.images.decode import REJECTION_REASONS, DecodeLimits, decode_image
+from brainray.images.decode import REJECTION_REASONS, DecodeLimits, decode_image, decode_samples
 
 DICE = np.random.default_rng(20240607)
 GREY = DICE.integers(0, 256, (13, 19), dtype=np.uint8)
@@ -51,10 +51,10 @@ def decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
         return np.asarray(image.convert("L"))
 
 
-def compute_luma(rgb: NDArray) -> NDArray[np.uint8]:
+def compute_luma(rgb: NDArray) -> NDArray:
     """ITU-R 601-2 in Pillow's fixed point (libImaging/Convert.c)."""
     r, g, b = (rgb[..., band].astype(np.int64) for band in range(3))
-    return ((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16).astype(np.uint8)
+    return ((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16).astype(rgb.dtype)
 
 
 def over_black(grey: NDArray, alpha: NDArray) -> NDArray[np.uint8]:
@@ -242,16 +242,35 @@ def test_sixteen_bit_ramp_is_scaled_not_clipped() -> None:
 
 
 def test_sixteen_bit_colour_keeps_its_full_depth() -> None:
-    scaled = scale_16(DEEP)
-    assert (scaled != DEEP >> 8).mean() > 0.2  # dropping the low byte would show
-    rgb, alpha = compute_luma(scaled), scaled[..., 3]
-    np.testing.assert_array_equal(decode_image(make_deep_png(DEEP[..., :3], 2)), rgb)
-    np.testing.assert_array_equal(decode_image(make_deep_png(DEEP, 6)), over_black(rgb, alpha))
-    expected = over_black(scaled[..., 0], scaled[..., 1])
-    np.testing.assert_array_equal(decode_image(make_deep_png(DEEP[..., :2], 4)), expected)
-    for order in "<>":
-        data = make_tiff(DEEP[..., :3], order, photometric=2)
-        np.testing.assert_array_equal(decode_image(data), rgb)
+    rgb, alpha = compute_luma(DEEP), DEEP[..., 3].astype(float)
+    assert rgb.dtype == np.uint16
+    files = {
+        make_deep_png(DEEP[..., :3], 2): rgb,
+        make_deep_png(DEEP, 6): np.rint(rgb * alpha / 65535),
+        make_deep_png(DEEP[..., :2], 4): np.rint(DEEP[..., 0] * (DEEP[..., 1] / 65535)),
+        make_tiff(DEEP[..., :3], "<", photometric=2): rgb,
+        make_tiff(DEEP[..., :3], ">", photometric=2): rgb,
+    }
+    for data, expected in files.items():
+        samples = decode_samples(data)
+        np.testing.assert_array_equal(samples, expected)
+        assert samples.dtype == np.uint16
+        assert samples.dtype.isnative
+        np.testing.assert_array_equal(decode_image(data), scale_16(expected))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sixteen_bit_samples_come_whole_and_upright(orientation: int) -> None:
+    deep = DEEP[..., 0]
+    for order, white_is_zero in (("<", False), (">", False), ("<", True)):
+        data = make_tiff(deep, order, photometric=1 - white_is_zero, tags={274: [orientation]})
+        samples = decode_samples(data)
+        expected = turn(65535 - deep if white_is_zero else deep)[orientation]
+        np.testing.assert_array_equal(samples, expected)
+        assert samples.dtype == np.uint16
+        assert samples.flags.c_contiguous
+        assert not samples.flags.writeable
+        assert not decode_image(data).flags.writeable
 
 
 def test_sixteen_bit_transparent_colour_is_matched_in_sixteen_bits() -> None:
@@ -365,6 +384,13 @@ def list_samples() -> dict[str, bytes]:
 
 
 SAMPLES = list_samples()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_display_of_a_file_is_its_samples_scaled_to_eight_bits(name: str) -> None:
+    samples, grey = decode_samples(SAMPLES[name]), decode_image(SAMPLES[name])
+    expected = scale_16(samples) if samples.dtype == np.uint16 else samples
+    np.testing.assert_array_equal(grey, expected)
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -29,11 +29,10 @@ from brainray.inference.predict import CPUS_PER_ENGINE
 from brainray.inference.schema import SCHEMA_VERSION, build_schema
 from brainray.io.lock import LEASE_LIFE_S
 from brainray.model.reasons import REASONS
+from brainray.recipes import TrainOptions
 from brainray.serving.auth import MIN_TOKEN_CHARACTERS, TOKEN_VARIABLE
-from brainray.serving.config import ServeJob, read_arguments
-from brainray.serving.connection import INSTALLER
-from brainray.serving.limits import ServiceLimits
-from brainray.serving.server import is_loopback
+from brainray.serving.local import PRODUCTION_VARIABLES, is_loopback
+from brainray.serving.options import ServeJob, ServiceLimits, read_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -333,13 +332,13 @@ def test_rayjob_runs_the_training_door_and_cleans_up(
     python, script, *flags = shlex.split(rayjob_spec["entrypoint"])
     assert (python, script) == ("python", "jobs/train.py")
     assert is_in_repository(script, repository_files)
-    options = cli._parse_train(flags)
-    assert options.placement.use_gpu
+    options = cli._parse_recipe(TrainOptions, flags, "train")
+    assert options.scaling.use_gpu
     assert options.data_uri.startswith("s3://")
     assert options.output_uri.startswith("s3://")
     assert options.recipe == "gpu"
     (workers,) = rayjob_spec["rayClusterSpec"]["workerGroupSpecs"]
-    assert options.placement.num_workers == workers["replicas"]
+    assert options.scaling.num_workers == workers["replicas"]
     assert rayjob_spec["shutdownAfterJobFinishes"] is True
 
 
@@ -630,7 +629,12 @@ def test_serve_config_builds_the_service(serve_config: dict[str, Any]) -> None:
     config = read_arguments(application["args"])
     assert config.limits.request_s < serve_config["http_options"]["request_timeout_s"]
     built = build(application["args"])
-    assert built._bound_deployment.name == "Ingress"
+    deployment = built._bound_deployment
+    assert deployment.name == "Model"
+    assert deployment.max_ongoing_requests > config.limits.in_flight, (
+        "it refuses itself, with a problem body"
+    )
+    assert deployment.max_queued_requests > 0, "what waits in Serve's proxy is bounded"
 
 
 def test_serve_config_opens_nothing_and_holds_no_secret(serve_config: dict[str, Any]) -> None:
@@ -639,7 +643,8 @@ def test_serve_config_opens_nothing_and_holds_no_secret(serve_config: dict[str, 
     assert config["http_options"]["host"] == "127.0.0.1"
     text = (ROOT / "deploy" / "serve.yaml").read_text()
     assert TOKEN_VARIABLE in text
-    assert f"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH={INSTALLER}" in text
+    for name, value in PRODUCTION_VARIABLES.items():
+        assert f"{name}={value}" in text, "how HAProxy is turned on"
 
 
 def test_both_serve_configs_agree() -> None:
@@ -671,10 +676,10 @@ def test_service_answers_nobody_without_a_token(
         environment = {e["name"]: e for e in template["spec"]["containers"][0]["env"]}
         reference = environment[TOKEN_VARIABLE]["valueFrom"]["secretKeyRef"]
         assert not reference.get("optional", False), name
-        for variable in re.findall(
-            r"\b(RAY_SERVE_\w+)=(\S+)", (ROOT / "deploy/serve.yaml").read_text()
-        ):
-            assert environment[variable[0]]["value"] == variable[1], name
+        for variable, value in PRODUCTION_VARIABLES.items():
+            assert environment[variable]["value"] == value, name
+        switches = {variable for variable in environment if variable.startswith("RAY_SERVE_")}
+        assert switches == set(PRODUCTION_VARIABLES), "Ray's documentation names no other"
 
 
 @only_serving

@@ -20,7 +20,7 @@ from brainray.errors import ConfigError
 from brainray.images.decode import DecodeLimits
 from brainray.images.normalise import normalise_images
 from brainray.images.preprocess import Preprocessing, load_image
-from brainray.inference import engine_torch, export_openvino
+from brainray.inference import engine_torch, openvino_model
 from brainray.inference.engine import (
     Engine,
     EngineOptions,
@@ -219,12 +219,11 @@ def test_the_classifier_stays_as_it_is(
     sealed: Path, images: Images, expected: NDArray[np.float32]
 ) -> None:
     classifier = load_classifier(str(sealed))
-    before = {name: tensor.clone() for name, tensor in classifier.network.state_dict().items()}
+    before = {name: values.copy() for name, values in classifier.weights.items()}
     for backend in ("torch", "openvino"):
         open_engine(classifier, EngineOptions(backend=backend)).predict(images[:1])
-    after = classifier.network.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert list(classifier.weights) == list(before)
+    assert all(np.array_equal(classifier.weights[name], before[name]) for name in before)
     np.testing.assert_allclose(predict_eager(classifier, images), expected, atol=1e-6)
 
 
@@ -245,9 +244,9 @@ def test_int8_is_near_and_keeps_the_first_and_the_last_layer(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     models: list[Any] = []
-    quantise = export_openvino.quantise
+    serialise = openvino_model._serialise
     monkeypatch.setattr(
-        export_openvino, "quantise", lambda *given: models.append(quantise(*given)) or models[-1]
+        openvino_model, "_serialise", lambda model: models.append(model) or serialise(model)
     )
     engine = open_engine(classifier, ask_int8(phantom_folder / "Testing"))
     assert capfd.readouterr() == ("", "")
@@ -394,15 +393,16 @@ import numpy as np
 from brainray.inference import engine
 from brainray.model.classifier import load_classifier
 
+classifier = load_classifier(sys.argv[1])
 assert not {"openvino", "nncf", "ray"} & set(sys.modules), "imported before it is needed"
-classifier = load_classifier(sys.argv[1])  # imports torch, which makes a folder of its own
 before = sorted(Path.home().rglob("*"))
 opened = engine.open_engine(classifier, engine.EngineOptions())
 assert opened.predict(np.zeros((4, 32, 32), np.uint8)).probs.shape == (4, 4)
 if "nncf" in sys.argv:
-    from brainray.inference.export_openvino import _import_nncf
+    from brainray.inference.openvino_model import _import_nncf
     _import_nncf()
 assert "openvino" in sys.modules
+assert "torch" not in sys.modules, "OpenVINO needs no torch"
 assert "openvino_telemetry" not in sys.modules, "what reports was imported"
 assert sorted(Path.home().rglob("*")) == before
 """

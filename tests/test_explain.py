@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from brainray.images.decode import DecodeLimits
 from brainray.images.heatmap import render_map
 from brainray.images.normalise import normalise_images
-from brainray.images.preprocess import Preprocessing, load_image, resize_image
+from brainray.images.preprocess import Preprocessing, load_image, open_samples
 from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.explain import STRIDE_PX
@@ -38,7 +38,8 @@ needs_bf16 = pytest.mark.skipif(
 def wrap(network: torch.nn.Module, preprocessing: Preprocessing = PREPROCESSING) -> Classifier:
     network = network.eval().to(memory_format=torch.channels_last)
     trust = Trust.nothing(len(CLASSES))
-    return Classifier(network, CLASSES, preprocessing, trust, {"classifier_id": "0"})
+    weights = {name: values.numpy() for name, values in network.state_dict().items()}
+    return Classifier(weights, CLASSES, preprocessing, trust, {"classifier_id": "0"})
 
 
 def open_one(classifier: Classifier, backend: str, precision: str = "fp32") -> Engine:
@@ -102,7 +103,8 @@ def test_the_mean_of_a_map_is_the_logit_of_eager_torch(
     probs, maps = explain(engine, images)
     assert (maps.shape, maps.dtype) == ((len(images), 4, 3, 3), np.float32)
     with torch.no_grad():
-        logits = classifier.network(normalise_images(torch.from_numpy(images), PREPROCESSING))
+        inputs = normalise_images(torch.from_numpy(images), PREPROCESSING)
+        logits = classifier.build_network()(inputs)
     assert np.ptp(maps, axis=(2, 3)).min() > 1e-2, "the cells are alike: nothing to tell apart"
     np.testing.assert_allclose(maps.mean((2, 3)), logits.numpy(), atol=1e-4)
     np.testing.assert_allclose(probs, engine.predict(images).probs, atol=1e-5)
@@ -170,7 +172,7 @@ def test_threads_that_explain_and_predict_at_once_get_their_own(
 def test_other_weights_give_another_map(classifier: Classifier, images: NDArray[np.uint8]) -> None:
     """The sanity check of Adebayo et al., NeurIPS 2018: a map that ignores the weights is none."""
     shuffled = build_network(4)
-    shuffled.load_state_dict(classifier.network.state_dict())
+    shuffled.load_state_dict(classifier.build_network().state_dict())
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in shuffled.named_parameters():
@@ -313,8 +315,9 @@ def test_the_picture_is_hot_where_the_scan_is_bright(shape: tuple[int, int], fit
         radius = max(shape) / 6
         bump = np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / radius**2)
         scan = (bump * 255).astype(np.uint8)
-        _, maps = explain(engine, resize_image(scan, preprocessing)[None])
-        picture = Image.open(io.BytesIO(render_map(maps[0, 0], shape, preprocessing, STRIDE_PX)))
+        opened = open_samples(scan, preprocessing)
+        _, maps = explain(engine, opened.image[None])
+        picture = Image.open(io.BytesIO(render_map(maps[0, 0], opened.frame, STRIDE_PX)))
         alpha = np.asarray(picture)[..., 3].astype(float) ** 2
         assert alpha.shape == shape
         centre = (alpha * rows).sum() / alpha.sum(), (alpha * columns).sum() / alpha.sum()

@@ -20,7 +20,7 @@ from brainray.inference.shards import WaveTask, build_stream
 from brainray.inference.store import PredictionStore
 from brainray.model.classifier import load_classifier, read_card
 from brainray.phantoms import write_phantom_folder
-from brainray.training.config import Placement, TrainConfig
+from brainray.training.config import ScalingOptions, TrainConfig
 from brainray.training.optim import Optimisation
 from brainray.training.run import TrainJob
 from brainray.training.train import train
@@ -71,12 +71,11 @@ def test_every_job_runs_on_a_gpu(tmp_path: Path) -> None:
         config=TrainConfig(
             weights="none",
             preprocessing=Preprocessing(size_px=64),
-            train_sizes_px=(32, 64),
             num_epochs=2,
             batch_norm="sync",
             optimisation=Optimisation(ema_decay=0.9),
         ),
-        placement=Placement(use_gpu=True),
+        scaling=ScalingOptions(use_gpu=True),
     )
     metrics = train(job)
     assert metrics["training"]["hardware"] == torch.cuda.get_device_name()

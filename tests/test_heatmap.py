@@ -8,11 +8,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from brainray.images import heatmap as room
-from brainray.images.heatmap import SHOWN_PX, render_map, render_overlay
-from brainray.images.preprocess import Preprocessing, find_frame, resize_image
+from brainray.images.decode import DecodeLimits
+from brainray.images.head import Box
+from brainray.images.heatmap import SHOWN_PX, render_map, render_overlay, render_picture
+from brainray.images.preprocess import Frame, Preprocessing, open_samples
 
 STRETCH, PAD = Preprocessing(size_px=96), Preprocessing(size_px=96, fit="pad")
 STRIDE = 32
+
+
+def frame(shape: tuple[int, int], preprocessing: Preprocessing = STRETCH) -> Frame:
+    return open_samples(np.zeros(shape, np.uint8), preprocessing).frame
 
 
 def read(content: bytes) -> tuple[str, NDArray[np.uint8]]:
@@ -29,7 +35,7 @@ def spot(row: int, column: int, value: float = 5.0, cells: int = 3) -> NDArray[n
 
 def test_the_strongest_evidence_is_the_strongest_colour_whatever_its_size() -> None:
     weak, strong = (
-        read(render_map(spot(1, 1, value), (96, 96), STRETCH, STRIDE))[1] for value in (1e-3, 50)
+        read(render_map(spot(1, 1, value), frame((96, 96)), STRIDE))[1] for value in (1e-3, 50)
     )
     assert weak[..., 3].max() == strong[..., 3].max() >= 254
     assert (np.argwhere(strong[..., 3] == strong[..., 3].max()).mean(0) == (32, 32)).all()
@@ -39,11 +45,11 @@ def test_the_strongest_evidence_is_the_strongest_colour_whatever_its_size() -> N
 @pytest.mark.parametrize("value", [0.0, -1.0, -1e6])
 def test_no_evidence_for_the_class_is_an_empty_picture(value: float) -> None:
     nothing = np.full((3, 3), value, np.float32)
-    mode, picture = read(render_map(nothing, (40, 50), STRETCH, STRIDE))
+    mode, picture = read(render_map(nothing, frame((40, 50)), STRIDE))
     assert (mode, picture.shape) == ("RGBA", (40, 50, 4))
     assert not picture[..., 3].any()
     scan = np.arange(2000, dtype=np.uint8).reshape(40, 50)
-    mode, overlay = read(render_overlay(nothing, scan, STRETCH, STRIDE))
+    mode, overlay = read(render_overlay(nothing, scan, frame(scan.shape), STRIDE))
     assert mode == "RGB"
     np.testing.assert_array_equal(overlay, np.repeat(scan[..., None], 3, axis=2))
 
@@ -52,9 +58,9 @@ def test_no_evidence_for_the_class_is_an_empty_picture(value: float) -> None:
 def test_an_overlay_among_many_is_small(shape: tuple[int, int]) -> None:
     scan = np.full(shape, 90, np.uint8)
     class_map = spot(1, 2)
-    small = read(render_overlay(class_map, scan, STRETCH, STRIDE, shown_px=100))[1]
+    small = read(render_overlay(class_map, scan, frame(shape), STRIDE, shown_px=100))[1]
     assert max(small.shape) == min(100, max(shape))
-    whole = read(render_overlay(class_map, scan, STRETCH, STRIDE))[1]
+    whole = read(render_overlay(class_map, scan, frame(shape), STRIDE))[1]
     expected = Image.fromarray(whole).resize(small.shape[1::-1], Image.Resampling.BOX)
     assert np.abs(small - np.asarray(expected, float)).max() < 16
 
@@ -62,8 +68,8 @@ def test_an_overlay_among_many_is_small(shape: tuple[int, int]) -> None:
 def test_the_overlay_is_the_scan_with_its_share_of_the_map() -> None:
     scan = np.random.default_rng(0).integers(0, 256, (60, 96), dtype=np.uint8)
     class_map = spot(0, 2)
-    layer = read(render_map(class_map, scan.shape, STRETCH, STRIDE))[1].astype(float)
-    overlay = read(render_overlay(class_map, scan, STRETCH, STRIDE))[1]
+    layer = read(render_map(class_map, frame(scan.shape), STRIDE))[1].astype(float)
+    overlay = read(render_overlay(class_map, scan, frame(scan.shape), STRIDE))[1]
     alpha = layer[..., 3:] / 255 * room.OVERLAY_ALPHA
     expected = scan[..., None] * (1 - alpha) + layer[..., :3] * alpha
     assert np.abs(overlay - expected).max() <= 1
@@ -82,40 +88,105 @@ def test_colours_rise_in_lightness_evenly() -> None:
 
 def test_padding_is_taken_away_again() -> None:
     """A wide scan lies in the middle rows; evidence beside it is out of the picture."""
-    frame = find_frame(48, 96, PAD)
-    assert (frame.left, frame.top, frame.width, frame.height) == (0, 24, 96, 48)
     scan = np.full((48, 96), 200, np.uint8)
-    square = resize_image(scan, PAD)
+    opened = open_samples(scan, PAD)
+    assert opened.frame == Frame((48, 96), Box(0, 0, 96, 48), Box(0, 24, 96, 48))
+    square = opened.image
     assert square[24:72].min() == 200
     assert not square[:24].any()
-    layer = read(render_map(spot(1, 2), scan.shape, PAD, STRIDE))[1]
+    layer = read(render_map(spot(1, 2), frame(scan.shape, PAD), STRIDE))[1]
     assert layer.shape == (48, 96, 4)
     alpha = layer[..., 3].astype(int)
     # The cell is centred on pixel (32, 64) of the square: (8, 64) of the scan.
     assert np.unravel_index(alpha.argmax(), alpha.shape) == (8, 64)
-    stretched = read(render_map(spot(1, 2), scan.shape, STRETCH, STRIDE))[1][..., 3]
+    stretched = read(render_map(spot(1, 2), frame(scan.shape), STRIDE))[1][..., 3]
     assert abs(int(stretched.argmax()) // 96 - 16) <= 1
-    beside = read(render_map(spot(0, 1), scan.shape, PAD, STRIDE))[1][..., 3]
+    beside = read(render_map(spot(0, 1), frame(scan.shape, PAD), STRIDE))[1][..., 3]
     assert beside.max() < 60, "what is hottest in the padding is not shown as if in the scan"
 
 
 def test_a_tall_scan_is_shown_as_the_same_scan_lying() -> None:
     class_map = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
     for preprocessing in (STRETCH, PAD):
-        lying = read(render_map(class_map, (50, 90), preprocessing, STRIDE))[1]
-        tall = read(render_map(class_map.T, (90, 50), preprocessing, STRIDE))[1]
+        lying = read(render_map(class_map, frame((50, 90), preprocessing), STRIDE))[1]
+        tall = read(render_map(class_map.T, frame((90, 50), preprocessing), STRIDE))[1]
         np.testing.assert_array_equal(tall, lying.transpose(1, 0, 2))
 
 
 def test_a_large_scan_is_shown_smaller_and_a_small_one_as_it_is() -> None:
     class_map = spot(1, 1)
-    assert read(render_map(class_map, (2048, 1024), PAD, STRIDE))[1].shape == (SHOWN_PX, 512, 4)
+    shown = {(2048, 1024): (SHOWN_PX, 512), (1, 5000): (1, SHOWN_PX), (7, 5): (7, 5)}
+    for shape, expected in shown.items():
+        picture = read(render_map(class_map, frame(shape, PAD), STRIDE))[1]
+        assert picture.shape == (*expected, 4)
     large = np.zeros((1024, 3000), np.uint8)
-    assert read(render_overlay(class_map, large, PAD, STRIDE))[1].shape == (350, SHOWN_PX, 3)
-    assert read(render_map(class_map, (1, 5000), PAD, STRIDE))[1].shape == (1, SHOWN_PX, 4)
-    assert read(render_map(class_map, (7, 5), PAD, STRIDE))[1].shape == (7, 5, 4)
+    overlay = read(render_overlay(class_map, large, frame(large.shape, PAD), STRIDE))[1]
+    assert overlay.shape == (350, SHOWN_PX, 3)
 
 
 def test_one_cell_is_one_colour() -> None:
-    layer = read(render_map(np.ones((1, 1), np.float32), (9, 9), Preprocessing(size_px=32), 32))[1]
+    layer = read(
+        render_map(np.ones((1, 1), np.float32), frame((9, 9), Preprocessing(size_px=32)), 32)
+    )[1]
     assert (layer[..., 3] == 255).all()
+
+
+@pytest.mark.parametrize("fit", ["pad", "stretch"])
+@pytest.mark.parametrize("crop", ["head", "none"])
+@pytest.mark.parametrize("shape", [(300, 300), (240, 480), (481, 260), (700, 1500)])
+def test_evidence_is_drawn_over_the_spot_it_came_from(
+    shape: tuple[int, int], crop: str, fit: str
+) -> None:
+    preprocessing = Preprocessing(size_px=224, crop=crop, fit=fit)  # type: ignore[arg-type]
+    height, width = shape
+    rows, columns = np.mgrid[:height, :width]
+    # A grey head in the upper left of its frame, with a bright spot in its lower right.
+    radius = 0.4 * min(shape)
+    head = np.hypot(rows - 0.45 * height, columns - 0.42 * width) < radius
+    y, x = 0.45 * height + 0.4 * radius, 0.42 * width + 0.3 * radius
+    spotted = np.hypot(rows - y, columns - x) < 0.25 * radius
+    scan = np.where(spotted, 250, np.where(head, 90, 0)).astype(np.uint8)
+    opened = open_samples(scan, preprocessing)
+    stride = 16
+    # A network that finds evidence in what is bright: cell i is centred on pixel i * stride.
+    seen = np.pad((opened.image > 170).astype(np.float32), stride // 2)
+    class_map = seen.reshape(15, stride, 15, stride).mean((1, 3))[:14, :14] - 0.05
+    alpha = read(render_map(class_map, opened.frame, stride))[1][..., 3].astype(float)
+    scale = alpha.shape[1] / width
+    assert alpha.shape == tuple(round(side * scale) for side in shape)
+    centre = [(alpha * np.indices(alpha.shape)[axis]).sum() / alpha.sum() for axis in (0, 1)]
+    source, target = opened.frame.source, opened.frame.target
+    cell = stride * np.array([source.height / target.height, source.width / target.width])
+    assert (np.abs(np.array(centre) / scale - (y, x)) < cell / 3).all()
+    _, overlay = read(render_overlay(class_map, scan, opened.frame, stride))
+    hottest = np.unravel_index(
+        (overlay[..., 0].astype(int) - overlay[..., 2]).argmax(), alpha.shape
+    )
+    assert np.hypot(hottest[0] / scale - y, hottest[1] / scale - x) < 0.25 * radius + max(cell)
+
+
+def test_outside_the_crop_nothing_is_drawn() -> None:
+    scan = np.zeros((200, 300), np.uint8)
+    scan[40:120, 50:150] = 90
+    opened = open_samples(scan, Preprocessing(size_px=96, crop="head", fit="pad"))
+    box = opened.frame.source
+    alpha = read(render_map(np.ones((3, 3), np.float32), opened.frame, STRIDE))[1][..., 3]
+    expected = np.zeros(scan.shape, np.uint8)
+    expected[box.top : box.top + box.height, box.left : box.left + box.width] = 255
+    np.testing.assert_array_equal(alpha, expected)
+    assert expected.mean() < 128
+
+
+@pytest.mark.parametrize("render", ["picture", "overlay"])
+def test_12_bit_data_in_a_16_bit_file_are_shown_bright(render: str) -> None:
+    grey = np.tile(np.arange(0, 256, dtype=np.uint16), (200, 1))
+    deep = (grey * 16).astype(np.uint16)
+    if render == "picture":
+        buffer = io.BytesIO()
+        Image.fromarray(deep).save(buffer, "PNG")
+        shown = read(render_picture(buffer.getvalue(), DecodeLimits()))[1]
+        grey = np.asarray(Image.fromarray(grey.astype(np.uint8)).resize((224, 175)))
+    else:
+        nothing = np.zeros((3, 3), np.float32)
+        shown = read(render_overlay(nothing, deep, frame(deep.shape), STRIDE))[1][..., 0]
+    assert np.abs(shown - grey.astype(float)).max() < 8

@@ -12,9 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from brainray import runlog
-from brainray.model.network import STAGES, build_network, set_batch_norm, stage_of
+from brainray.model.network import STAGES, build_network, choose_norm_layer, stage_of
 from brainray.training.optim import (
     Optimisation,
+    build_average,
     build_optimizer,
     compute_lr_fraction,
     set_learning_rate,
@@ -89,7 +90,7 @@ def test_the_rate_is_set_for_the_step(network: nn.Module) -> None:
 
 
 def test_frozen_parameters_are_left_out() -> None:
-    network = set_batch_norm(build_network(2), "frozen", on_gpu=False)
+    network = build_network(2, norm_layer=choose_norm_layer("frozen", on_gpu=False))
     built = build_optimizer(network, Optimisation())
     members = [name for _, names in name_groups(network, built) for name in names]
     trained = [name for name, p in network.named_parameters() if p.requires_grad]
@@ -151,6 +152,32 @@ def test_warmup_may_be_part_of_an_epoch_or_longer_than_the_run() -> None:
     assert compute_lr_fraction(9, 10, long, 1) == pytest.approx(10 / 51)
 
 
+# --- the average of the weights ---------------------------------------------------------------
+
+
+def test_the_average_forgets_faster_early_on() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    averaged = build_average(network, decay=0.9)
+    expected = network.weight.item()
+    for step in range(1, 200):
+        nn.init.constant_(network.weight, float(step))
+        averaged.update_parameters(network)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        assert averaged.module.weight.item() == pytest.approx(expected, rel=1e-5)
+    assert not averaged.module.weight.requires_grad
+
+
+def test_the_average_has_the_buffers_of_the_network() -> None:
+    network = nn.BatchNorm1d(2)
+    averaged = build_average(network, decay=0.9)
+    for _ in range(2):
+        network(torch.randn(8, 2) + 3)
+        averaged.update_parameters(network)
+    assert torch.equal(averaged.module.running_mean, network.running_mean)
+    assert int(averaged.module.num_batches_tracked) == 2
+
+
 # --- TensorBoard --------------------------------------------------------------------------
 
 
@@ -184,13 +211,10 @@ def test_curves_can_be_read_by_tensorboard(tmp_path: Path) -> None:
         assert [scalar.wall_time for scalar in scalars] == [r["unix_time_s"] for r in records]
 
 
-def test_the_event_file_only_grows(tmp_path: Path) -> None:
+def test_a_reader_follows_the_event_file(tmp_path: Path) -> None:
     records = [make_record(epoch) for epoch in range(3)]
-    contents = []
+    events = EventAccumulator(str(tmp_path))
     for count in (1, 2, 3):
         runlog.write_tensorboard(str(tmp_path), records[:count])
-        (path,) = tmp_path.iterdir()
-        contents.append(path.read_bytes())
-    assert len(contents[0]) < len(contents[1]) < len(contents[2])
-    assert contents[1].startswith(contents[0])
-    assert contents[2].startswith(contents[1])
+        events.Reload()  # reads on from where it stopped
+        assert [scalar.step for scalar in events.Scalars("train_loss")] == [1, 2, 3][:count]

@@ -25,8 +25,8 @@ from brainray.images.decode import decode_image
 from brainray.model.reasons import REASONS, find_status
 from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING
 from brainray.phantoms import draw_phantom
-from brainray.serving.gate import FAULT
-from brainray.serving.pages import WEB
+from brainray.serving.middleware import FAULT
+from brainray.serving.openapi import WEB
 from brainray.serving.problem import Problem
 from tests.conftest import CLASSES
 from tests.fixed_service import CLASSIFIER_ID, FixedService, Said, serve_fixed
@@ -494,7 +494,7 @@ def test_few_are_asked_at_a_time(
     for path in paths:
         shutil.copy(scans / "glioma.png", path)
     page.choose_and_wait(*paths)
-    assert 1 < service.model.most_at_once <= 3
+    assert 1 < service.most_at_once <= 3
     assert service.model.num_calls == len(service.renders) == len(paths)
 
 

@@ -8,9 +8,9 @@ import ray
 
 from brainray.cluster import connect_ray
 from brainray.raytoken import keep_token_private
-from brainray.serving.config import ServeJob, ServiceConfig
+from brainray.serving.local import start_ray
+from brainray.serving.options import ServeJob, ServiceConfig
 from brainray.serving.predictor import ModelOptions
-from brainray.serving.server import build_environment, start_ray
 
 SERVICE = ServeJob(service=ServiceConfig(model=ModelOptions(classifier_uri="c")))
 
@@ -67,7 +67,7 @@ def test_every_door_keeps_the_token_before_it_starts_ray(
     token: Path, monkeypatch: pytest.MonkeyPatch, door: str
 ) -> None:
     modes = []
-    for name in ("RAY_TRAIN_ENABLE_PRINT_PATCH", *build_environment(SERVICE)):
+    for name in ("RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_USAGE_STATS_ENABLED"):
         monkeypatch.setenv(name, "")  # what the doors set is gone afterwards
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: modes.append((mode_of(token), options)))

@@ -96,6 +96,7 @@ def test_rows_come_in_the_order_asked_for(
     np.testing.assert_allclose(stack_lists(rows["logits"]), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_a_lost_process_leaves_is_begun_again(
     data: PreparedData, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,36 +5,33 @@ import base64
 import io
 import json
 import re
-import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from socket import create_connection, socket
+from socket import socket
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from numpy.typing import NDArray
 from PIL import Image
+from starlette.types import ASGIApp
 
 from brainray import cli
+from brainray.inference.engine import Prediction
 from brainray.model.reasons import REASONS
-from brainray.serving.asgi import App
-from brainray.serving.config import ServeJob, ServiceConfig
-from brainray.serving.connection import Threshold, WatchedConnection
-from brainray.serving.limits import ConnectionLimits, ServiceLimits
-from brainray.serving.predictor import ModelOptions, Predictor, Reply
+from brainray.serving.local import check_job, share_cpus
+from brainray.serving.options import ServeJob, ServiceConfig, ServiceLimits
+from brainray.serving.predictor import ModelOptions, Predictor
 from brainray.serving.problem import PROBLEMS, Problem
 from brainray.serving.schemas import AnswersBody, ExplainedAnswersBody, ModelBody, ProblemBody
-from brainray.serving.server import check_address, share_cpus
 from tests.conftest import CLASSES
-from tests.service import LocalModel, build_test_app, find_port, open_client, open_predictor
+from tests.service import LocalPredictor, build_test_app, find_port, open_client, open_predictor
 
 TOKEN = "0123456789abcdef"
 JPEG = {"content-type": "image/jpeg"}
@@ -47,8 +44,8 @@ def predictor(tiny_classifier: Path) -> Predictor:
 
 
 @pytest.fixture
-def model(predictor: Predictor) -> LocalModel:
-    return LocalModel(predictor)
+def model(predictor: Predictor) -> LocalPredictor:
+    return LocalPredictor(predictor)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +54,7 @@ def scan(phantom_folder: Path) -> bytes:
 
 
 def ask(
-    app: App,
+    app: ASGIApp,
     method: str,
     path: str,
     **request: Any,  # noqa: ANN401
@@ -87,7 +84,7 @@ def check_problem(answer: httpx.Response, status: int, code: str) -> dict[str, A
 # --- answers -------------------------------------------------------------------------------------
 
 
-def test_one_scan_as_the_body(model: LocalModel, scan: bytes) -> None:
+def test_one_scan_as_the_body(model: LocalPredictor, scan: bytes) -> None:
     for kind in ("image/jpeg", "application/octet-stream", "image/x-anything; q=1", None):
         headers = {} if kind is None else {"content-type": kind}
         answer = ask(build_test_app(model), "POST", "/v1/classify", content=scan, headers=headers)
@@ -102,7 +99,7 @@ def test_one_scan_as_the_body(model: LocalModel, scan: bytes) -> None:
         assert one.confidence == max(one.probs.values())
 
 
-def test_several_files_in_a_form(model: LocalModel, scan: bytes) -> None:
+def test_several_files_in_a_form(model: LocalPredictor, scan: bytes) -> None:
     files = [("files", ("a.jpg", scan)), ("files", ("b.jpg", b"no")), ("files", ("c.jpg", scan))]
     answer = ask(build_test_app(model), "POST", "/v1/classify", files=files)
     assert answer.status_code == 200
@@ -115,7 +112,7 @@ def test_several_files_in_a_form(model: LocalModel, scan: bytes) -> None:
     assert answers[1].reason == "not_an_image"
 
 
-def test_one_body_that_is_no_scan_is_a_422(model: LocalModel, scan: bytes) -> None:
+def test_one_body_that_is_no_scan_is_a_422(model: LocalPredictor, scan: bytes) -> None:
     app = build_test_app(model)
     for content, reason in ((b"text", "not_an_image"), (scan[:900], "truncated"), (b"", "empty")):
         answer = ask(app, "POST", "/v1/classify", content=content, headers=JPEG)
@@ -125,7 +122,7 @@ def test_one_body_that_is_no_scan_is_a_422(model: LocalModel, scan: bytes) -> No
     assert ask(app, "POST", "/v1/classify", files=form).status_code == 200
 
 
-def test_the_protocols_json_and_binary_answers_agree(model: LocalModel, scan: bytes) -> None:
+def test_the_protocols_json_and_binary_answers_agree(model: LocalPredictor, scan: bytes) -> None:
     app = build_test_app(model)
     tensor = {"name": "image", "datatype": "BYTES", "shape": [2]}
     data = [base64.b64encode(content).decode() for content in (scan, b"no")]
@@ -145,12 +142,12 @@ def test_the_protocols_json_and_binary_answers_agree(model: LocalModel, scan: by
     np.testing.assert_allclose(list(direct["probs"].values()), outputs["probs"][:4], atol=1e-6)
 
 
-def test_the_protocols_clients_find_their_error_member(model: LocalModel) -> None:
+def test_the_protocols_clients_find_their_error_member(model: LocalPredictor) -> None:
     answer = ask(build_test_app(model), "POST", INFER, content=b"{", headers={})
     assert check_problem(answer, 400, "invalid_request")["error"].startswith("The body is not JSON")
 
 
-def test_the_model_says_what_it_is_for_and_what_is_too_much(model: LocalModel) -> None:
+def test_the_model_says_what_it_is_for_and_what_is_too_much(model: LocalPredictor) -> None:
     body = ask(build_test_app(model, ServiceLimits(files=3)), "GET", "/v1/model").json()
     assert body["limits"]["files"] == 3
     assert body["preprocessing"]["size_px"] == 32
@@ -161,30 +158,27 @@ def test_the_model_says_what_it_is_for_and_what_is_too_much(model: LocalModel) -
     assert metadata["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
 
 
-def test_the_model_gives_its_card_where_it_has_one(
-    model: LocalModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_gives_its_card_where_it_has_one(model: LocalPredictor) -> None:
     app = build_test_app(model)
     assert ask(app, "GET", "/v1/model").json()["model_card"] is None, "sealed without one"
     written = {"limits": ["It sees one slice."]}
-    monkeypatch.setitem(model.predictor.describe()["card"], "model_card", written)
+    model.card["model_card"] = written
+    app = build_test_app(model)
     body = ModelBody.model_validate(ask(app, "GET", "/v1/model").json())
     assert body.model_card == written
 
 
 def test_evidence_is_a_picture_of_the_scans_size(
-    model: LocalModel, scan: bytes, monkeypatch: pytest.MonkeyPatch
+    model: LocalPredictor, scan: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    explain = model.predictor.explain
+    explain = model.explain
 
-    def explain_with_evidence(*asked: Any) -> Reply:  # noqa: ANN401
-        reply = explain(*asked)  # of random weights, which may speak against every class
-        found = reply.prediction
-        assert found is not None
+    def explain_with_evidence(images: NDArray[np.uint8]) -> Prediction:
+        found = explain(images)  # of random weights, which may speak against every class
         assert found.class_maps is not None
-        return replace(reply, prediction=replace(found, class_maps=np.abs(found.class_maps) + 1))
+        return replace(found, class_maps=np.abs(found.class_maps) + 1)
 
-    monkeypatch.setattr(model.predictor, "explain", explain_with_evidence)
+    monkeypatch.setattr(model, "explain", explain_with_evidence)
     app = build_test_app(model)
     size = Image.open(io.BytesIO(scan)).size
     files = [("files", ("a.jpg", scan)), ("files", ("b.jpg", b"no"))]
@@ -230,7 +224,7 @@ def test_evidence_is_a_picture_of_the_scans_size(
     ],
 )
 def test_what_is_not_there_is_a_problem(
-    model: LocalModel, method: str, path: str, status: int, code: str
+    model: LocalPredictor, method: str, path: str, status: int, code: str
 ) -> None:
     answer = ask(build_test_app(model), method, path)
     check_problem(answer, status, code)
@@ -238,7 +232,7 @@ def test_what_is_not_there_is_a_problem(
         assert answer.headers["allow"] in ("POST", "GET")
 
 
-def test_types_and_parameters_are_checked(model: LocalModel, scan: bytes) -> None:
+def test_types_and_parameters_are_checked(model: LocalPredictor, scan: bytes) -> None:
     app = build_test_app(model)
     answer = ask(app, "POST", "/v1/classify", content=scan, headers={"content-type": "text/plain"})
     check_problem(answer, 415, "unsupported_media_type")
@@ -248,7 +242,7 @@ def test_types_and_parameters_are_checked(model: LocalModel, scan: bytes) -> Non
     check_problem(answer, 422, "invalid_parameter")
 
 
-def test_a_declared_body_too_large_is_refused_unread(model: LocalModel) -> None:
+def test_a_declared_body_too_large_is_refused_unread(model: LocalPredictor) -> None:
     app = build_test_app(model, ServiceLimits(body_bytes=1000))
     reads = 0
 
@@ -264,7 +258,7 @@ def test_a_declared_body_too_large_is_refused_unread(model: LocalModel) -> None:
     assert reads == 0
 
 
-def test_a_body_of_unknown_length_is_stopped_at_the_limit(model: LocalModel) -> None:
+def test_a_body_of_unknown_length_is_stopped_at_the_limit(model: LocalPredictor) -> None:
     app = build_test_app(model, ServiceLimits(body_bytes=1000))
     sent = 0
 
@@ -279,7 +273,7 @@ def test_a_body_of_unknown_length_is_stopped_at_the_limit(model: LocalModel) -> 
     assert sent <= 1200
 
 
-def test_a_body_that_does_not_come_is_given_up(model: LocalModel, scan: bytes) -> None:
+def test_a_body_that_does_not_come_is_given_up(model: LocalPredictor, scan: bytes) -> None:
     app = build_test_app(model, ServiceLimits(body_s=0.2))
 
     async def body() -> AsyncIterator[bytes]:
@@ -292,7 +286,7 @@ def test_a_body_that_does_not_come_is_given_up(model: LocalModel, scan: bytes) -
     assert time.monotonic() - started < 5
 
 
-def test_what_is_held_and_what_is_in_flight_is_bounded(model: LocalModel, scan: bytes) -> None:
+def test_what_is_held_and_what_is_in_flight_is_bounded(model: LocalPredictor, scan: bytes) -> None:
     limits = ServiceLimits(in_flight=2, buffered_bytes=10**6)
     app = build_test_app(model, limits)
     model.delay_s = 0.5
@@ -320,37 +314,7 @@ def test_what_is_held_and_what_is_in_flight_is_bounded(model: LocalModel, scan: 
     assert after.status_code == 200, "what was refused is held no longer"
 
 
-def test_a_service_that_stops_finishes_what_it_has_and_takes_no_more(
-    model: LocalModel, scan: bytes
-) -> None:
-    app = build_test_app(model)
-    model.delay_s = 0.5
-
-    async def run() -> tuple[list[httpx.Response], float]:
-        async with open_client(app) as client:
-            taken = asyncio.create_task(client.post("/v1/classify", content=scan, headers=JPEG))
-            await asyncio.sleep(0.2)
-            started = time.monotonic()
-            draining = asyncio.create_task(app.drain())
-            await asyncio.sleep(0.05)
-            late = [
-                await client.post("/v1/classify", content=scan, headers=JPEG),
-                await client.get("/readyz"),
-                await client.get("/healthz"),
-            ]
-            await draining
-            return [await taken, *late], time.monotonic() - started
-
-    (taken, late, ready, live), seconds = asyncio.run(run())
-    assert taken.status_code == 200
-    assert 0.1 < seconds < 5
-    for answer in (late, ready):
-        check_problem(answer, 503, "model_unavailable")
-        assert (answer.headers["retry-after"], answer.headers["connection"]) == ("1", "close")
-    assert live.status_code == 200
-
-
-def test_a_model_that_is_away_is_a_503_and_not_ready(model: LocalModel, scan: bytes) -> None:
+def test_a_model_that_is_away_is_a_503_and_not_ready(model: LocalPredictor, scan: bytes) -> None:
     model.error = Problem("model_unavailable", "It is away.", {"retry-after": "1"})
     app = build_test_app(model)
     answer = ask(app, "POST", "/v1/classify", content=scan, headers=JPEG)
@@ -361,7 +325,7 @@ def test_a_model_that_is_away_is_a_503_and_not_ready(model: LocalModel, scan: by
 
 
 def test_a_fault_of_ours_is_a_500_that_tells_nothing(
-    model: LocalModel, scan: bytes, caplog: pytest.LogCaptureFixture
+    model: LocalPredictor, scan: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     model.error = RuntimeError("secret of the house")
     answer = ask(build_test_app(model), "POST", "/v1/classify", content=scan, headers=JPEG)
@@ -392,7 +356,7 @@ def test_no_request_is_a_fault_of_ours(
     headers = {"content-type": kind.encode("latin-1")}
     if length is not None:
         headers["inference-header-content-length"] = length.encode()
-    app = build_test_app(LocalModel(predictor))
+    app = build_test_app(LocalPredictor(predictor))
     answer = ask(app, "POST", path, content=content, headers=headers)
     assert answer.status_code < 500, answer.text
     if answer.status_code >= 400:
@@ -402,7 +366,7 @@ def test_no_request_is_a_fault_of_ours(
 # --- token, names, log, counts -------------------------------------------------------------------
 
 
-def test_with_a_token_nothing_but_health_and_the_page_is_open(model: LocalModel) -> None:
+def test_with_a_token_nothing_but_health_and_the_page_is_open(model: LocalPredictor) -> None:
     app = build_test_app(model, token=TOKEN)
     for path in ("/v1/model", "/metrics", "/docs", "/openapi.json", "/v2", "/nowhere"):
         answer = ask(app, "GET", path)
@@ -415,7 +379,7 @@ def test_with_a_token_nothing_but_health_and_the_page_is_open(model: LocalModel)
     assert ask(app, "GET", "/static/swagger/swagger-ui.css").status_code == 200
 
 
-def test_a_request_keeps_its_name_if_it_is_sane(model: LocalModel) -> None:
+def test_a_request_keeps_its_name_if_it_is_sane(model: LocalPredictor) -> None:
     app = build_test_app(model)
     given_name = {"x-request-id": "scan-7:a.b_c"}
     assert ask(app, "GET", "/healthz", headers=given_name).headers["x-request-id"] == "scan-7:a.b_c"
@@ -425,7 +389,7 @@ def test_a_request_keeps_its_name_if_it_is_sane(model: LocalModel) -> None:
 
 
 def test_the_log_has_a_line_for_a_request_and_nothing_of_what_was_in_it(
-    model: LocalModel, scan: bytes, tmp_path: Path
+    model: LocalPredictor, scan: bytes, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
     app = build_test_app(model, log_path=log)
@@ -442,7 +406,7 @@ def test_the_log_has_a_line_for_a_request_and_nothing_of_what_was_in_it(
     assert "patient" not in log.read_text()
 
 
-def test_counts_are_for_prometheus(model: LocalModel, scan: bytes) -> None:
+def test_counts_are_for_prometheus(model: LocalPredictor, scan: bytes) -> None:
     app = build_test_app(model)
     ask(app, "POST", "/v1/classify", content=scan, headers=JPEG)
     ask(app, "POST", "/v1/classify", content=b"no", headers=JPEG)
@@ -465,7 +429,7 @@ def test_counts_are_for_prometheus(model: LocalModel, scan: bytes) -> None:
 # --- description ---------------------------------------------------------------------------------
 
 
-def test_the_docs_ask_nobody_else(model: LocalModel) -> None:
+def test_the_docs_ask_nobody_else(model: LocalPredictor) -> None:
     app = build_test_app(model)
     page = ask(app, "GET", "/docs").text
     loaded = re.findall(r'(?:src|href)="([^"]+)"', page)
@@ -476,7 +440,7 @@ def test_the_docs_ask_nobody_else(model: LocalModel) -> None:
     assert "http" not in re.sub(r"window\.location\.\w+", "", page)
 
 
-def test_the_page_and_all_it_loads_come_from_here(model: LocalModel) -> None:
+def test_the_page_and_all_it_loads_come_from_here(model: LocalPredictor) -> None:
     app = build_test_app(model, token=TOKEN)
     page = ask(app, "GET", "/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
@@ -492,7 +456,7 @@ def test_the_page_and_all_it_loads_come_from_here(model: LocalModel) -> None:
         )
 
 
-def test_the_interface_is_described_with_every_status(model: LocalModel) -> None:
+def test_the_interface_is_described_with_every_status(model: LocalPredictor) -> None:
     document = ask(
         build_test_app(model, token=TOKEN),
         "GET",
@@ -519,7 +483,7 @@ def test_the_interface_is_described_with_every_status(model: LocalModel) -> None
     assert "401" not in json.dumps(open_document)
 
 
-def test_answers_are_what_the_description_says(model: LocalModel, scan: bytes) -> None:
+def test_answers_are_what_the_description_says(model: LocalPredictor, scan: bytes) -> None:
     app = build_test_app(model)
     document = ask(app, "GET", "/openapi.json").json()
     files = [("files", ("a.jpg", scan)), ("files", ("b.jpg", b"no"))]
@@ -536,146 +500,7 @@ def test_answers_are_what_the_description_says(model: LocalModel, scan: bytes) -
         )
 
 
-# --- connections ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def watched(predictor: Predictor, monkeypatch_module: pytest.MonkeyPatch) -> Iterator[int]:
-    """Serve with uvicorn, under tight limits for connections."""
-    limits = ConnectionLimits(header_bytes=4000, header_s=0.5, connections=20)
-    monkeypatch_module.setattr(WatchedConnection, "_limits", limits)
-    port = find_port()
-    config = uvicorn.Config(
-        Threshold(build_test_app(LocalModel(predictor))),  # type: ignore[arg-type]
-        port=port,
-        http=WatchedConnection,
-        log_level="critical",
-        timeout_keep_alive=1,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield port
-    server.should_exit = True
-    thread.join(10)
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
-def talk(port: int, *pieces: bytes, pause_s: float = 0.0) -> bytes:
-    """Send pieces, and return all that comes until the connection is closed."""
-    with create_connection(("127.0.0.1", port), timeout=10) as connection:
-        for piece in pieces:
-            connection.sendall(piece)
-            time.sleep(pause_s)
-        said = b""
-        with suppress(ConnectionResetError):  # closed with something of ours unread
-            while part := connection.recv(65536):
-                said += part
-        return said
-
-
-def test_who_says_nothing_is_shown_out(watched: int) -> None:
-    started = time.monotonic()
-    assert talk(watched) == b""
-    assert talk(watched, b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: ") == b""
-    assert 0.9 < time.monotonic() - started < 5
-
-
-def test_who_says_headers_bit_by_bit_is_shown_out(watched: int) -> None:
-    started = time.monotonic()
-    with create_connection(("127.0.0.1", watched), timeout=10) as slow:
-        slow.sendall(b"GET /healthz HTTP/1.1\r\n")
-        while not is_closed(slow):
-            slow.sendall(b"X: y\r\n")
-            assert time.monotonic() - started < 5
-    assert time.monotonic() - started > 0.4
-
-
-def is_closed(connection: socket) -> bool:
-    """Wait a moment for the other side to close."""
-    connection.settimeout(0.05)
-    try:
-        return connection.recv(1) == b""
-    except TimeoutError:
-        return False
-    except ConnectionError:
-        return True
-
-
-def test_headers_have_a_limit(watched: int) -> None:
-    many = b"".join(b"X%d: yyyyyyyyyy\r\n" % number for number in range(2000))
-    for head in (b"X: " + b"y" * 10**6 + b"\r\n", many):
-        try:
-            said = talk(watched, b"GET /healthz HTTP/1.1\r\nHost: a\r\n" + head + b"\r\n")
-        except ConnectionError:  # it was closed while we still talked
-            continue
-        assert said.startswith(b"HTTP/1.1 431 ")
-    assert b" 431 " in talk(watched, b"GET /" + b"x" * 5000 + b" HTTP/1.1\r\nHost: a\r\n\r\n")
-
-
-def test_a_large_body_is_no_header(watched: int) -> None:
-    head = b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Length: 300000\r\n"
-    said = talk(watched, head + b"Connection: close\r\n\r\n" + b"x" * 300_000)
-    assert said.startswith(b"HTTP/1.1 422 ")
-    two = head + b"\r\n" + b"x" * 300_000
-    said = talk(watched, two, two)
-    assert said.count(b"HTTP/1.1 422 ") == 2, "one after another on a connection"
-
-
-def test_there_are_no_more_connections_than_allowed(watched: int) -> None:
-    kept = [create_connection(("127.0.0.1", watched), timeout=10) for _ in range(20)]
-    time.sleep(0.1)
-    assert talk(watched, b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n") == b""
-    for connection in kept:
-        connection.close()
-    time.sleep(0.3)
-    said = talk(watched, b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-    assert said.startswith(b"HTTP/1.1 200 ")
-
-
-def test_what_is_no_http_is_a_400(watched: int) -> None:
-    assert talk(watched, b"\x16\x03\x01\x02\x00\r\n\r\n").startswith(b"HTTP/1.1 400 ")
-    assert talk(watched, b"GET / HTTP/9.9\r\n\r\n").startswith(b"HTTP/1.1 400 ")
-
-
-def test_nothing_reaches_ray_that_is_meant_for_it() -> None:
-    seen: dict[str, Any] = {}
-
-    async def app(scope: Any, _: Any, send: Any) -> None:  # noqa: ANN401
-        seen["headers"] = dict(scope["headers"])
-        headers = [(b"content-type", b"text/plain"), (b"retry-after", b"3")]
-        await send({"type": "http.response.start", "status": 500, "headers": headers})
-        await send({"type": "http.response.body", "body": b"ray.exceptions.ActorDiedError"})
-
-    headers = {
-        "x-request-timeout-seconds": "-1",
-        "x-request-disconnect-disabled": "?1",
-        "serve_multiplexed_model_id": "x",
-        "x-request-id": "not sane",
-        "x-kept": "1",
-    }
-    answer = ask(Threshold(app), "GET", "/", headers=headers)
-    assert b"x-kept" in seen["headers"]
-    assert not {b"x-request-timeout-seconds", b"x-request-disconnect-disabled"} & set(
-        seen["headers"]
-    )
-    assert b"serve_multiplexed_model_id" not in seen["headers"]
-    assert re.fullmatch(b"[0-9a-f]{32}", seen["headers"][b"x-request-id"])
-    body = answer.json()
-    ProblemBody.model_validate(body)
-    assert (answer.status_code, body["code"]) == (503, "model_unavailable")
-    assert "ActorDied" not in answer.text
-    assert answer.headers["retry-after"] == "3"
-
-
-# --- the door ------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def test_threads_are_shared_out_and_a_successor_fits() -> None:
@@ -708,12 +533,12 @@ def test_an_address_that_others_reach_needs_a_token(
     job = ServeJob(service=service, host=host)
     if needs_token:
         with pytest.raises(ValueError, match="--insecure"):
-            check_address(job)
+            check_job(job)
     else:
-        check_address(job)
-    check_address(ServeJob(service=service, host=host, insecure=True))
+        check_job(job)
+    check_job(ServeJob(service=service, host=host, insecure=True))
     monkeypatch.setenv("BRAINRAY_API_TOKEN", TOKEN)
-    check_address(job)
+    check_job(job)
 
 
 def test_what_a_person_can_mend_is_one_line_and_exit_2(
@@ -724,8 +549,10 @@ def test_what_a_person_can_mend_is_one_line_and_exit_2(
 ) -> None:
     for name in ("BRAINRAY_API_TOKEN", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
-    short, taken = tmp_path / "token", socket()
+    short, token, taken = tmp_path / "short", tmp_path / "token", socket()
     short.write_text("short")
+    token.write_text(TOKEN)
+    tls = ("--tls-cert", short, "--tls-key", short)
     taken.bind(("127.0.0.1", 0))
     taken.listen()
     here = ("--classifier-uri", tiny_classifier, "--port", find_port())
@@ -739,7 +566,11 @@ def test_what_a_person_can_mend_is_one_line_and_exit_2(
         ((*here, "--api-token-file", tmp_path / "nowhere"), "Cannot read the token file"),
         ((*here, "--tls-cert", short), "go together"),
         ((*here, "--tls-cert", short, "--tls-key", short), "Cannot use the certificate"),
-        ((*here, "--ingress-replicas", 2), "one process speaks HTTP"),
+        ((*here, "--production"), "there is no token"),
+        (
+            (*here, "--production", "--api-token-file", token, *tls),
+            "--production has no TLS",
+        ),
         ((*here, "--log-path", tmp_path / "no" / "log"), "Cannot write the log"),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -18,7 +18,7 @@ from PIL import Image
 from brainray import storage
 from brainray.evaluation.evaluate import EvaluateJob, evaluate
 from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import load_image, resize_image
+from brainray.images.preprocess import load_image, preprocess_image
 from brainray.inference.bulk import ClassifyJob, classify
 from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.inference.files import run_files
@@ -28,7 +28,7 @@ from brainray.model.network import STAGE_WIDTHS
 from brainray.model.precision import choose_precision, has_native_bf16
 from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING, Outputs, Trust
 from tests.conftest import CLASSES
-from tests.service import LocalModel, build_test_app, open_client, open_predictor
+from tests.service import build_test_app, open_client, open_predictor
 
 NOISE = np.random.default_rng(3).integers(0, 256, (180, 160), dtype=np.uint8)
 """An image that is no scan, and can be read."""
@@ -92,7 +92,7 @@ def wary_classifier(
         )
         for split in ("Training", "Testing")
     )
-    foreign = compute_outputs(engine, [resize_image(NOISE, opened.preprocessing)]).features
+    foreign = compute_outputs(engine, [preprocess_image(NOISE, opened.preprocessing)]).features
     scale, shift = np.array([0.7, 0.9, 1.1, 1.3]), np.array([0.02, -0.03, 0.0, 0.01])
     trust = Trust(scale.astype(np.float32), shift.astype(np.float32))
     confidence = np.sort(trust.calibrate(test.logits).max(1))
@@ -104,7 +104,7 @@ def wary_classifier(
     folder = tmp_path_factory.mktemp("wary") / "classifier"
     save_classifier(
         str(folder),
-        opened.network.state_dict(),
+        opened.build_network().state_dict(),
         classes=CLASSES,
         preprocessing=opened.preprocessing,
         provenance={},
@@ -143,7 +143,7 @@ def predict_files(
 
 
 def predict_http(scans: Path, classifier: Path) -> Rows:
-    app = build_test_app(LocalModel(open_predictor(classifier, EngineOptions())))
+    app = build_test_app(open_predictor(classifier, EngineOptions()))
 
     async def ask() -> Rows:
         rows: Rows = {}

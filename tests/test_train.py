@@ -3,29 +3,23 @@
 import base64
 import dataclasses
 import io
-import itertools
 import json
 import shutil
-import time
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from ray.train import PreemptionInfo
 
 from brainray import runlog, storage
-from brainray.cluster import WATCHER_VARIABLE
 from brainray.data.labelled import find_samples
 from brainray.data.near_duplicates import NEAR_TWIN_CORRELATION
 from brainray.data.splits import hash_manifest
@@ -41,16 +35,15 @@ from brainray.model.calibration import choose_max_distance, fit_calibration
 from brainray.model.classifier import load_classifier
 from brainray.model.explain import STRIDE_PX
 from brainray.provenance import describe_cpu
-from brainray.training import loop, seal
+from brainray.training import distributed, finalize, loop
 from brainray.training.augment import NO_AUGMENTATION
-from brainray.training.checkpoint import PROGRESS_FILE, load_network_weights
-from brainray.training.config import Placement, TrainConfig
+from brainray.training.checkpoint import load_network_weights
+from brainray.training.config import ScalingOptions, TrainConfig
 from brainray.training.finalize import fit_trust_on
 from brainray.training.optim import Optimisation
 from brainray.training.prepare import prepare_training_data
 from brainray.training.run import TrainJob
 from brainray.training.train import train
-from brainray.training.worker import train_worker
 from tests.reference import compute_eager
 from tests.test_report import Page
 from tests.training import read_records
@@ -61,7 +54,6 @@ PREPROCESSING = Preprocessing(size_px=40)
 TINY = TrainConfig(
     weights="none",
     preprocessing=PREPROCESSING,
-    train_sizes_px=(32, 40),
     num_epochs=2,
     global_batch_size=16,
     precision="fp32",
@@ -69,60 +61,21 @@ TINY = TrainConfig(
 )
 
 
-BEFORE_RESUMING_FILE = "resumed.json"
 BF16_HOLDERS: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (0, 1))
 """Ranks of two workers that have bf16 instructions."""
 
 
-def train_until_the_node_goes(loop_config: dict[str, Any]) -> None:
-    """Do as a training worker does that is told in mid-epoch of a node's end, and then meets it."""
-    output = Path(ray.get(loop_config["setup"]).records_uri).parent
-    notice = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node": [1]})
-    checkpoint, calls = ray.train.get_checkpoint(), itertools.count()
-
-    def look() -> PreemptionInfo | None:
-        if checkpoint is not None or next(calls) == 0:
-            return notice if checkpoint is None else None
-        while not list(output.glob("checkpoints/checkpoint_manager_snapshot.json")):
-            time.sleep(0.05)
-        raise ConnectionError("the node is gone")
-
-    loop.NOTICE_STEPS = 2
-    ray.train.get_preemption_info = look
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            shutil.copy(Path(folder) / PROGRESS_FILE, output / BEFORE_RESUMING_FILE)
-    train_worker(loop_config)
-
-
-def test_training_goes_on_within_the_epoch_in_which_a_node_was_announced_to_go(
-    finished: tuple[TrainJob, dict[str, Any], list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    whole, _, _ = finished
-    cut = dataclasses.replace(whole, output_uri=str(tmp_path))
-    monkeypatch.setenv(WATCHER_VARIABLE, "1")
-    monkeypatch.setattr("brainray.training.fit.train_worker", train_until_the_node_goes)
-    train(cut)
-    progress = json.loads((tmp_path / BEFORE_RESUMING_FILE).read_text())
-    assert (progress["next_epoch"], progress["next_step"]) == (0, 2)
-    assert progress["epoch_sums"][2] == 2 * TINY.global_batch_size
-    expected, found = (runlog.read_records(job.at("metrics.jsonl")) for job in (whole, cut))
-    assert [record["epoch"] for record in found] == [0, 1]
-    for name in ("train_loss", "num_train_images", "train_accuracy"):
-        values = [record[name] for record in expected]
-        assert [record[name] for record in found] == pytest.approx(values, rel=1e-5), name
-    # In the epoch that was cut, the validated network has its statistics of fewer images.
-    assert found[1]["val_loss"] == pytest.approx(expected[1]["val_loss"], rel=1e-5)
-
-
-def build_job(data: Path, output: Path, config: TrainConfig = TINY, **placement: int) -> TrainJob:
+def build_job(
+    data: Path,
+    output: Path,
+    config: TrainConfig = TINY,
+    **scaling: Any,  # noqa: ANN401 - any field of it
+) -> TrainJob:
     return TrainJob(
         data_uri=str(data),
         output_uri=str(output),
         config=config,
-        placement=Placement(**placement),
+        scaling=ScalingOptions(**scaling),
         recipe="tiny",
     )
 
@@ -156,7 +109,7 @@ def test_a_run_writes_everything_it_promises(
         assert (output / name).stat().st_size > 0, name
     assert json.loads((output / "metrics.json").read_text()) == metrics
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [record["size_px"] for record in records] == [32, 40]
+    assert [record["size_px"] for record in records] == [40, 40]
     assert [record["world_size"] for record in records] == [2, 2]
     assert sum(line.startswith("epoch ") for line in lines) == 2
     assert "32 test images" in lines[0]
@@ -256,9 +209,9 @@ def test_the_sealed_statistics_are_of_training_images_as_they_are(
     classifier = load_classifier(job.at("classifier"))
     images = load_training_images(job)
     with torch.no_grad():
-        stem = classifier.network.get_submodule("conv1")
+        stem = classifier.build_network().get_submodule("conv1")
         seen = stem(normalise_images(torch.from_numpy(images), PREPROCESSING))
-    norm = classifier.network.get_submodule("bn1")
+    norm = classifier.build_network().get_submodule("bn1")
     assert isinstance(norm, torch.nn.BatchNorm2d)
     torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
     assert any(f"statistics on {len(images)} images" in line for line in lines)
@@ -323,7 +276,7 @@ def test_calibration_is_fitted_to_what_the_engine_that_ships_predicts(
     finished: tuple[TrainJob, dict[str, Any], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, _, _ = finished
-    for module in ("pipelines.seal", "model.calibration"):
+    for module in ("training.finalize", "model.calibration"):
         monkeypatch.setattr(f"brainray.{module}.MIN_IMAGES", 10)
     data = prepare_training_data(find_samples(job.data_uri, TINY.classes), TINY)
     trust = fit_trust_on(job, data, say=lambda _: None)
@@ -354,13 +307,13 @@ def test_the_exported_statistics_are_computed_in_the_precision_of_the_workers(
     data = prepare_training_data(find_samples(job.data_uri, TINY.classes), TINY)
     seen: list[torch.dtype] = []
 
-    def measure(network: torch.nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    def measure(batches: Iterable[torch.Tensor], network: torch.nn.Module) -> None:
         seen.append(network(next(iter(batches))).dtype)
 
-    monkeypatch.setattr(seal, "measure_statistics", measure)
-    state = load_classifier(job.at("classifier")).network.state_dict()
+    monkeypatch.setattr(finalize, "update_bn", measure)
+    state = load_classifier(job.at("classifier")).build_network().state_dict()
     indices = data.select("train")[:4]
-    seal._measure_statistics(state, indices, data.store, TINY, precision, use_gpu=False)
+    finalize._measure_statistics(state, indices, data.store, TINY, precision, use_gpu=False)
     assert seen == [{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]]
 
 
@@ -381,7 +334,7 @@ def test_the_report_shows_where_the_class_was_seen_that_a_scan_was_taken_for(
     assert maps.class_maps is not None
     class_map = maps.class_maps[0, classifier.classes.index(worst["predicted_class"])]
     expected = render_overlay(
-        class_map, scan.pixels, PREPROCESSING, STRIDE_PX, shown_px=GALLERY_OVERLAY_PX
+        class_map, scan.samples, scan.frame, STRIDE_PX, shown_px=GALLERY_OVERLAY_PX
     )
     assert images[1]["alt"] == f"Where the network saw {worst['predicted_class']}"
     shown = base64.b64decode((images[1]["src"] or "").partition(",")[2])
@@ -480,14 +433,13 @@ def test_evaluating_without_the_manifest_leaves_the_baseline_out_and_says_so(
     assert any("baseline" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_two_workers_train_as_one_does(trained: Path, trained_by_two: Path) -> None:
-    pairs = zip(read_records(trained), read_records(trained_by_two), strict=True)
-    for one, two in list(pairs)[:2]:  # then the rounding grows: 3e-3 after four epochs
-        assert (one["world_size"], two["world_size"]) == (1, 2)
-        assert one["num_train_images"] == two["num_train_images"]
-        # The losses alone: rounding may swap the ranks of two of 14 images, whose AUROC then jumps.
-        for name in ("train_loss", "val_loss"):
-            assert two[name] == pytest.approx(one[name], abs=1e-3), name
+    """In single precision rounding grows with each step; tests/test_step.py compares in double."""
+    one, two = (read_records(output)[0] for output in (trained, trained_by_two))
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["num_train_images"] == two["num_train_images"]
+    assert two["train_loss"] == pytest.approx(one["train_loss"], abs=3e-4)
 
 
 def ask_for_bf16(rank: int, folder: str) -> None:
@@ -495,8 +447,10 @@ def ask_for_bf16(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     answers = []
     for holders in BF16_HOLDERS:
-        loop.has_native_bf16 = lambda *, use_gpu, holds=rank in holders: holds and not use_gpu
-        answers.append(loop.all_have_bf16(torch.device("cpu")))
+        distributed.has_native_bf16 = lambda *, use_gpu, holds=rank in holders: (
+            holds and not use_gpu
+        )
+        answers.append(distributed.all_have_bf16(torch.device("cpu")))
     (Path(folder) / f"{rank}.json").write_text(json.dumps(answers))
     dist.destroy_process_group()
 
@@ -525,14 +479,9 @@ def test_bf16_is_taken_where_all_have_it_or_it_was_asked_for(
     said: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loop, "has_native_bf16", lambda *, use_gpu: has_bf16 and not use_gpu)
+    monkeypatch.setattr(distributed, "has_native_bf16", lambda *, use_gpu: has_bf16 and not use_gpu)
     told: list[dict[str, Any]] = []
-    worker = SimpleNamespace(
-        config=dataclasses.replace(TINY, precision=asked),
-        device=torch.device("cpu"),
-        _tell=told.append,
-    )
-    assert loop.Worker._choose_precision(worker) == taken  # type: ignore[arg-type]
+    assert loop.agree_precision(asked, torch.device("cpu"), told.append) == taken
     assert [message["line"].startswith(said or "") for message in told] == [True] * bool(said)
 
 
@@ -552,7 +501,6 @@ def warm(
         TINY,
         weights_uri=finished[0].at("classifier", "model.safetensors"),
         head_epochs=200,
-        train_sizes_px=(),
         augmentation=NO_AUGMENTATION,
         batch_norm="frozen",
         num_epochs=5,
@@ -601,19 +549,10 @@ def test_pretrained_weights_start_with_the_head_alone(
     outputs = compute_eager(before, load_training_images(job))
     loss = F.cross_entropy(torch.from_numpy(outputs.logits), torch.tensor(labels)).item()
     assert runlog.read_records(job.at("metrics.jsonl"))[0]["train_loss"] < loss - 0.1
-    after = load_classifier(job.at("classifier")).network.state_dict()
-    for name, tensor in before.network.state_dict().items():
+    after = load_classifier(job.at("classifier")).build_network().state_dict()
+    for name, tensor in before.build_network().state_dict().items():
         stood_still = torch.allclose(tensor, after[name], atol=1e-6)
         assert stood_still != name.startswith("fc."), name
-
-
-def test_the_time_that_is_left_goes_with_the_pixels() -> None:
-    config = dataclasses.replace(TINY, num_epochs=4, train_sizes_px=(32, 64))
-    size_px = config.preprocessing.size_px
-    small, large, val = 3 * 100 * 32**2, 3 * 100 * 64**2, 10 * size_px**2
-    done, left = small + val, small + 2 * large + 3 * val
-    assert loop.compare_work(config, 100, 10, 1) == pytest.approx(left / done)
-    assert loop.compare_work(config, 100, 10, 4) == 0
 
 
 def test_a_diverging_run_fails_with_the_remedy(phantom_folder: Path, tmp_path: Path) -> None:

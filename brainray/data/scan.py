@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from brainray.data.near_duplicates import THUMBNAIL_PX, compute_thumbnail
 from brainray.data.read import name_scan, read_scan
 from brainray.errors import RejectedImage
-from brainray.images.decode import DecodeLimits, decode_image
+from brainray.images.decode import DecodeLimits, decode_samples
+from brainray.images.intensity import scale_to_8_bits
 from brainray.images.metadata import ImageTraits, measure_traits
-from brainray.images.preprocess import Preprocessing, load_image, resize_image
+from brainray.images.preprocess import Preprocessing, load_image, preprocess_image
 
 SCAN_ROWS_PER_TASK = 256
 """Scans opened by one task: about a tenth of a second of work for 224-px JPEGs."""
@@ -69,6 +70,22 @@ class ScanResult:
     """Gives the encoded bytes of any scan again."""
 
 
+class PixelViews:
+    """Preprocessed pixels of scans, by index, where they lie in the object store of the node."""
+
+    def __init__(self, views: dict[int, NDArray[np.uint8]], places: NDArray[np.int64]) -> None:
+        self._views = views
+        self._places = places
+
+    def take(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return a copy of some scans' pixels, shape (n, size_px, size_px)."""
+        side = next(iter(self._views.values())).shape[-1] if self._views else 0
+        images = np.empty((len(indices), side, side), np.uint8)
+        for image, (block, row) in zip(images, self._places[indices].tolist(), strict=True):
+            image[:] = self._views[block][row]
+        return images
+
+
 class ScanStore:
     """Every scan's bytes and pixels, by index: from the object store, or from where they lie.
 
@@ -76,15 +93,30 @@ class ScanStore:
     """
 
     def __init__(
-        self, samples: "ray.ObjectRef[pa.Table]", blocks: "list[ray.ObjectRef[pa.Table]] | None"
+        self,
+        samples: "ray.ObjectRef[pa.Table]",
+        blocks: "Sequence[ray.ObjectRef[pa.Table]]" = (),
+        places: "ray.ObjectRef[NDArray[np.int64]] | None" = None,
+        kept: Sequence[Preprocessing] = (),
     ) -> None:
         self._samples = samples
         self._blocks = blocks
+        self._places = places
+        self._kept = frozenset(map(_name_pixels, kept))
+
+    @property
+    def samples(self) -> "ray.ObjectRef[pa.Table]":
+        """The sample table, in the object store: where each scan lies."""
+        return self._samples
 
     @property
     def in_object_store(self) -> bool:
         """Whether the bytes are held in Ray's object store."""
-        return self._blocks is not None
+        return self._places is not None
+
+    def holds_pixels(self, preprocessing: Preprocessing) -> bool:
+        """Whether preprocessed pixels are held in Ray's object store."""
+        return _name_pixels(preprocessing) in self._kept
 
     def read(self, indices: Sequence[int]) -> list[bytes]:
         """Return the encoded bytes of some scans, in the order asked for.
@@ -94,11 +126,21 @@ class ScanStore:
         RejectedImage
             A file has vanished or cannot be read.
         """
-        if self._blocks is None:
+        if not self.in_object_store:
             samples: pa.Table = ray.get(self._samples)
             return read_samples(samples.take(pa.array(indices, pa.int64())))
-        tables, places = self._find(indices)
-        return [tables[block]["image_bytes"][row].as_py() for block, row in places]
+        tables, places = self._fetch(indices)
+        return [tables[block]["image_bytes"][row].as_py() for block, row in places[indices]]
+
+    def open_pixels(self, preprocessing: Preprocessing, indices: Sequence[int]) -> PixelViews:
+        """Bring some scans' pixels to this node, where its processes share them without a copy.
+
+        Those of the preprocessing must be held: :meth:`holds_pixels`.
+        """
+        column, side = _name_pixels(preprocessing), preprocessing.size_px
+        tables, places = self._fetch(indices)
+        views = {block: view_pixels(table[column], side) for block, table in tables.items()}
+        return PixelViews(views, places)
 
     def load_images(
         self, indices: Sequence[int], preprocessing: Preprocessing, limits: DecodeLimits
@@ -116,43 +158,42 @@ class ScanStore:
         """
         side = preprocessing.size_px
         images = np.empty((len(indices), side, side), np.uint8)
-        column = _name_pixels(preprocessing)
-        if self._blocks is not None:
-            tables, places = self._find(indices)
-            if not tables or column in tables[0].column_names:
-                views = [view_pixels(table[column], side) for table in tables]
-                for image, (block, row) in zip(images, places, strict=True):
-                    image[:] = views[block][row]
-                return images
+        if self.holds_pixels(preprocessing) and len(indices):
+            wanted = np.asarray(indices, np.int64)
+            return self.open_pixels(preprocessing, indices).take(wanted)
         for image, content in zip(images, self.read(indices), strict=True):
             image[:] = load_image(content, preprocessing, limits)
         return images
 
-    def _find(self, indices: Sequence[int]) -> tuple[list[pa.Table], NDArray[np.int64]]:
-        """Return the blocks and, of every index, its block and its row in it."""
-        assert self._blocks is not None
-        tables = ray.get(self._blocks)
-        located = _locate(tuple(block.hex() for block in self._blocks), tables)
-        return tables, located[np.asarray(indices, np.int64)]
+    def _fetch(self, indices: Sequence[int]) -> tuple[dict[int, pa.Table], NDArray[np.int64]]:
+        """Return the blocks of some scans by their numbers, and each scan's block and row."""
+        assert self._places is not None
+        places: NDArray[np.int64] = ray.get(self._places)
+        needed = np.unique(places[indices, 0]).tolist()
+        tables = ray.get([self._blocks[block] for block in needed])
+        return dict(zip(needed, tables, strict=True)), places
 
 
-_located: dict[tuple[str, ...], NDArray[np.int64]] = {}
+def _list_indices(table: pa.Table) -> NDArray[np.int64]:
+    """Return the scans of a block; runs as a Ray task, so that the driver fetches no pixels."""
+    indices: NDArray[np.int64] = table["index"].to_numpy()
+    return indices
 
 
-def _locate(key: tuple[str, ...], tables: list[pa.Table]) -> NDArray[np.int64]:
-    """Return (block, row) of every index; computed once in each process."""
-    if key not in _located:
-        indices = [table["index"].to_numpy() for table in tables]
-        located = np.full((sum(map(len, indices)), 2), -1, np.int64)
-        for block, index in enumerate(indices):
-            located[index] = np.stack([np.full(len(index), block), np.arange(len(index))], 1)
-        _located.clear()
-        _located[key] = located
-    return _located[key]
+def _locate(blocks: "Sequence[ray.ObjectRef[pa.Table]]") -> NDArray[np.int64]:
+    """Return each scan's block and row, shape (scans, 2)."""
+    task = ray.remote(_list_indices)
+    indices = ray.get([task.remote(block) for block in blocks])
+    places = np.full((sum(map(len, indices)), 2), -1, np.int64)
+    for block, index in enumerate(indices):
+        places[index] = np.stack([np.full(len(index), block), np.arange(len(index))], 1)
+    return places
 
 
 def _name_pixels(preprocessing: Preprocessing) -> str:
-    return f"pixels_{preprocessing.fit}_{preprocessing.size_px}"
+    """Return the column that holds scans preprocessed so; mean and std come after it."""
+    chosen = (preprocessing.crop, preprocessing.intensity, preprocessing.fit)
+    return "_".join(("pixels", *chosen, str(preprocessing.size_px)))
 
 
 def view_pixels(column: pa.ChunkedArray, side: int) -> NDArray[np.uint8]:
@@ -229,8 +270,11 @@ def scan_samples(
     names = FINDING_TYPES | TRAIT_TYPES if with_traits else FINDING_TYPES
     findings = scanned.select_columns(["index", "thumbnail", *names])
     table = pa.concat_tables(ray.get(findings.to_arrow_refs())).sort_by("index")
-    blocks = scanned.to_arrow_refs() if fits else None
-    return ScanResult(table, ScanStore(ray.put(samples), blocks))
+    store = ScanStore(ray.put(samples))
+    if fits:
+        blocks = scanned.to_arrow_refs()
+        store = ScanStore(ray.put(samples), blocks, ray.put(_locate(blocks)), kept)
+    return ScanResult(table, store)
 
 
 def bytes_fit_object_store(num_bytes: int) -> bool:
@@ -295,13 +339,14 @@ def _look_at(
     try:
         (content,) = read_samples(batch.slice(row, 1))
         scan_uri = name_scan(scan_uri, batch["row_group"][row].as_py(), batch["row"][row].as_py())
-        pixels = decode_image(content, limits)
+        samples = decode_samples(content, limits)
     except RejectedImage as rejection:
         if rejection.reason in ("missing", "unreadable"):
             return _Look(scan_uri, reason=rejection.reason)
         digest = sha256(content).hexdigest()
         return _Look(scan_uri, digest, rejection.reason, size_bytes=len(content))
-    squares = (compute_thumbnail(pixels), *(resize_image(pixels, one) for one in keep))
+    pixels = scale_to_8_bits(samples)
+    squares = (compute_thumbnail(pixels), *(preprocess_image(samples, one) for one in keep))
     height, width = pixels.shape
     return _Look(
         scan_uri,

@@ -1,4 +1,4 @@
-"""Encoded bytes to grey pixels: the one decoder, for training, bulk and HTTP alike.
+"""Encoded bytes to grey samples: the one decoder, for training, bulk and HTTP alike.
 
 The order of work is what makes it safe to point at strangers' bytes. The file's own header is read
 first (``headers``), in bounded time and without unpacking anything: size, frames, orientation,
@@ -18,6 +18,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from brainray.errors import RejectedImage
 from brainray.images.headers import ACCEPTED, Header, read_header, recognise
+from brainray.images.intensity import Samples, scale_to_8_bits
 
 REJECTION_REASONS: dict[str, str] = {
     "missing": "There is no file at that place.",
@@ -62,16 +63,8 @@ _DEFAULT_LIMITS = DecodeLimits()
 def decode_image(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -> NDArray[np.uint8]:
     """Decode one encoded image to 8-bit luminance.
 
-    Colour becomes luminance by ITU-R 601-2, as Pillow's ``convert("L")``; transparency shows black;
-    16-bit samples are scaled by their full range, never clipped [1]_; EXIF orientation is applied.
-    Safe to call from many threads: it touches no global state and raises no warnings.
-
-    Parameters
-    ----------
-    image_bytes : bytes
-        A whole JPEG, PNG, BMP, GIF, TIFF or WebP file.
-    limits : DecodeLimits
-        The largest file (bytes) and image (pixels) accepted.
+    As :func:`decode_samples`, and 16-bit samples are scaled by their full range, never clipped
+    [1]_.
 
     Returns
     -------
@@ -86,6 +79,35 @@ def decode_image(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -> 
     References
     ----------
     .. [1] libpng manual 1.6, section 3.6, ``png_set_scale_16``.
+    """
+    pixels = scale_to_8_bits(decode_samples(image_bytes, limits))
+    pixels.flags.writeable = False
+    return pixels
+
+
+def decode_samples(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -> Samples:
+    """Decode one encoded image to luminance at the depth of its samples.
+
+    Colour becomes luminance by ITU-R 601-2, as Pillow's ``convert("L")``; transparency shows black;
+    EXIF orientation is applied. Safe to call from many threads: it touches no global state and
+    raises no warnings.
+
+    Parameters
+    ----------
+    image_bytes : bytes
+        A whole JPEG, PNG, BMP, GIF, TIFF or WebP file.
+    limits : DecodeLimits
+        The largest file (bytes) and image (pixels) accepted.
+
+    Returns
+    -------
+    ndarray of uint16 where the file has 16-bit samples, else uint8, shape (height, width)
+        Luminance, 0 black to the type's greatest value white; C-contiguous and read-only.
+
+    Raises
+    ------
+    RejectedImage
+        Whatever else the bytes may be; ``reason`` is a key of :data:`REJECTION_REASONS`.
     """
     if not image_bytes:
         raise RejectedImage("empty", f"{ACCEPTED}, got no bytes. Upload the file again.")
@@ -145,10 +167,10 @@ def _open(header: Header) -> ImageFile.ImageFile:
     return image
 
 
-def _decode(header: Header) -> NDArray[np.uint8]:
+def _decode(header: Header) -> Samples:
     image = _open(header)
     if header.bits == 16:
-        grey = _decode_16(image, header)
+        grey = Image.fromarray(_decode_16(image, header))
     else:
         image.load()
         if header.transparent is not None:  # Pillow forgets to stretch it to 8 bits
@@ -170,29 +192,44 @@ def _to_grey(image: Image.Image) -> Image.Image:
     return image.getchannel(0) if image.mode == "La" else image.convert("L")
 
 
-def _decode_16(image: ImageFile.ImageFile, header: Header) -> Image.Image:
-    """Decode 16-bit samples at full depth, then scale them and whatever they show to 8 bits."""
+def _decode_16(image: ImageFile.ImageFile, header: Header) -> NDArray[np.uint16]:
+    """Decode 16-bit samples to luminance, over black where they are transparent."""
     if image.mode.startswith("I;16"):
         image.load()
         samples = np.asarray(image)
     else:
         samples = _load_colour_16(image, header)
-    grey = np.asarray(_to_grey(Image.fromarray(_scale_16(samples))))
+    grey = _to_grey_16(samples)
     if header.white_is_zero:
         grey = np.invert(grey)
     if header.transparent is not None:
         clear = np.atleast_3d(samples) == np.array(header.transparent)
-        grey = grey * ~clear.all(axis=-1)
-    return Image.fromarray(grey)
+        grey *= ~clear.all(axis=-1)
+    return grey
 
 
-def _scale_16(samples: NDArray[np.uint16]) -> NDArray[np.uint8]:
-    """Scale 16 bits to 8 with exact rounding, as libpng's png_do_scale_16_to_8."""
-    wide = samples.astype(np.uint32)
-    wide *= 255
-    wide += 32895
-    wide >>= 16
-    return wide.astype(np.uint8)
+def _to_grey_16(samples: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """Turn 16-bit samples of one to four bands into luminance, by Pillow's weights [1]_.
+
+    References
+    ----------
+    .. [1] Pillow, src/libImaging/Convert.c, ``L24``.
+    """
+    if samples.ndim == 2:
+        return samples.astype(np.uint16)  # in the machine's byte order
+    num_bands = samples.shape[-1]
+    grey = samples[..., 0].astype(np.uint32)
+    if num_bands > 2:
+        grey *= 19595
+        grey += samples[..., 1] * np.uint32(38470)
+        grey += samples[..., 2] * np.uint32(7471)
+        grey += 0x8000
+        grey >>= 16
+    if num_bands in (2, 4):  # the last is alpha; its product with grey fits in 32 bits
+        grey *= samples[..., -1]
+        grey += 32767
+        grey //= 65535
+    return grey.astype(np.uint16)
 
 
 def _load_colour_16(image: ImageFile.ImageFile, header: Header) -> NDArray[np.uint16]:

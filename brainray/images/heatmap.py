@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from brainray.images.decode import DecodeLimits, decode_image
-from brainray.images.preprocess import Preprocessing, find_frame
+from brainray.images.decode import DecodeLimits, decode_samples
+from brainray.images.intensity import Samples, to_display
+from brainray.images.preprocess import Frame
 
 PICTURE_PX = 224
 SHOWN_PX = 1024
@@ -27,36 +28,33 @@ _INFERNO = ("4b0c6b", "781c6d", "a52c60", "cf4446", "ed6925", "fb9a06", "f7d03c"
 def render_picture(image_bytes: bytes, limits: DecodeLimits) -> bytes:
     """Render a scan as a PNG of at most :data:`PICTURE_PX` on its longer side.
 
+    16-bit samples are shown by the scan's own range: many hold 12 bits, which would be nearly
+    black.
+
     Raises
     ------
     RejectedImage
         The bytes cannot be turned into pixels.
     """
-    image = Image.fromarray(decode_image(image_bytes, limits))
+    image = Image.fromarray(to_display(decode_samples(image_bytes, limits)))
     image.thumbnail((PICTURE_PX, PICTURE_PX))
     return _encode(image)
 
 
-def render_map(
-    class_map: NDArray[np.float32],
-    shape: tuple[int, int],
-    preprocessing: Preprocessing,
-    stride_px: int,
-) -> bytes:
+def render_map(class_map: NDArray[np.float32], frame: Frame, stride_px: int) -> bytes:
     """Render the evidence for a class as a PNG that is laid over the scan.
 
     Colour and opacity both rise with the evidence, relative to the strongest there is for this
-    class; where there is none, or evidence against it, the picture is transparent. What the network
-    saw beside the scan, in its padding, is not shown, but counts as the strongest if it is.
+    class; where there is none, or evidence against it, the picture is transparent. So is the part
+    of the scan that the network does not see. What it sees beside the scan, in its padding, is not
+    shown, but counts as the strongest if it is.
 
     Parameters
     ----------
     class_map : ndarray of float32, shape (h, w)
         Evidence for one class in every cell of the network's last features.
-    shape : (int, int)
-        Height and width of the scan, in pixels.
-    preprocessing : Preprocessing
-        What brought the scan into the network's square.
+    frame : Frame
+        Which part of the scan the network sees, and where in its square.
     stride_px : int
         Pixels of that square from one cell to the next; cell i is centred on pixel i times this.
 
@@ -66,14 +64,14 @@ def render_map(
         An RGBA PNG of the scan's size, or where that is larger, of its aspect ratio and
         :data:`SHOWN_PX` on the longer side.
     """
-    levels = _compute_levels(class_map, shape, preprocessing, stride_px)
+    levels = _compute_levels(class_map, frame, stride_px)
     return _encode(Image.fromarray(np.dstack([_COLOURS[levels], levels])))
 
 
 def render_overlay(
     class_map: NDArray[np.float32],
-    pixels: NDArray[np.uint8],
-    preprocessing: Preprocessing,
+    samples: Samples,
+    frame: Frame,
     stride_px: int,
     *,
     shown_px: int = SHOWN_PX,
@@ -82,9 +80,9 @@ def render_overlay(
 
     Parameters
     ----------
-    pixels : ndarray of uint8, shape (height, width)
-        The scan, from :func:`brainray.images.decode.decode_image`.
-    class_map, preprocessing, stride_px
+    samples : ndarray of uint8 or uint16, shape (height, width)
+        The scan; 16-bit samples are shown by their own range.
+    class_map, frame, stride_px
         As for :func:`render_map`.
     shown_px : int
         Longer side of the picture, at most.
@@ -94,10 +92,9 @@ def render_overlay(
     bytes
         An RGB PNG, by default of the same size as that of :func:`render_map`.
     """
-    height, width = pixels.shape
-    levels = _compute_levels(class_map, (height, width), preprocessing, stride_px, shown_px)
-    image = Image.fromarray(pixels)
-    if levels.shape != pixels.shape:
+    levels = _compute_levels(class_map, frame, stride_px, shown_px)
+    image = Image.fromarray(to_display(samples))
+    if levels.shape != samples.shape:
         image = image.resize(levels.shape[::-1], Image.Resampling.BOX)
     alpha = (levels * np.float32(OVERLAY_ALPHA / 255))[..., None]
     blended = np.asarray(image)[..., None] * (1 - alpha) + _COLOURS[levels] * alpha
@@ -105,42 +102,45 @@ def render_overlay(
 
 
 def _compute_levels(
-    class_map: NDArray[np.float32],
-    shape: tuple[int, int],
-    preprocessing: Preprocessing,
-    stride_px: int,
-    shown_px: int = SHOWN_PX,
+    class_map: NDArray[np.float32], frame: Frame, stride_px: int, shown_px: int = SHOWN_PX
 ) -> NDArray[np.uint8]:
     """Return the evidence at every pixel of the scan as shown: 0 none, 255 the strongest."""
-    shrunk = min(1.0, shown_px / max(shape))
-    height, width = (max(1, round(length * shrunk)) for length in shape)
+    shrunk = min(1.0, shown_px / max(frame.shape))
+    height, width = (max(1, round(length * shrunk)) for length in frame.shape)
     peak = float(class_map.max())
     if not peak > 0:
         return np.zeros((height, width), np.uint8)
-    frame = find_frame(*shape, preprocessing)
+    source, target = frame.source, frame.target
     num_rows, num_columns = class_map.shape
-    rows = _interpolate(height, frame.top, frame.height, num_rows, stride_px)
-    columns = _interpolate(width, frame.left, frame.width, num_columns, stride_px)
+    # Centres of the shown pixels, in pixels of the scan and then as shares of what is seen of it.
+    down = (np.arange(height) + 0.5) * (frame.shape[0] / height)
+    across = (np.arange(width) + 0.5) * (frame.shape[1] / width)
+    rows = _interpolate(
+        (down - source.top) / source.height, target.top, target.height, num_rows, stride_px
+    )
+    columns = _interpolate(
+        (across - source.left) / source.width, target.left, target.width, num_columns, stride_px
+    )
     levels = rows @ (class_map * np.float32(255 / peak)) @ columns.T
     return levels.clip(0, 255).round().astype(np.uint8)
 
 
 def _interpolate(
-    length: int, start: int, extent: int, num_cells: int, stride_px: int
+    shares: NDArray[np.float64], start: int, extent: int, num_cells: int, stride_px: int
 ) -> NDArray[np.float32]:
-    """Return the weight of every cell at every pixel of a line, shape (length, num_cells).
+    """Return the weight of every cell at every pixel of a line, shape (pixels, num_cells).
 
     Catmull-Rom splines: smooth, and each cell keeps its value. Beyond the outermost centres the
-    evidence stays what it is there.
+    evidence stays what it is there; at pixels that the network does not see all weights are 0.
 
     Parameters
     ----------
-    length : int
-        Pixels of the line as shown.
+    shares : ndarray of float64, shape (pixels,)
+        Where each pixel's centre is: 0 and 1 are the ends of what the network sees of the line.
     start, extent : int
-        Where the line lies in the network's square.
+        Where that lies in the network's square.
     """
-    places = start + (np.arange(length) + 0.5) * (extent / length) - 0.5
+    places = start + shares * extent - 0.5
     cells = (places / stride_px).clip(0, num_cells - 1)
     first = np.floor(cells).astype(np.int64)
     t = cells - first
@@ -150,10 +150,11 @@ def _interpolate(
         0.5 * t + 2 * t**2 - 1.5 * t**3,
         -0.5 * t**2 + 0.5 * t**3,
     )
-    matrix = np.zeros((length, num_cells), np.float32)
+    matrix = np.zeros((len(shares), num_cells), np.float32)
     for offset, weight in enumerate(weights, start=-1):
         neighbours = (first + offset).clip(0, num_cells - 1)
-        np.add.at(matrix, (np.arange(length), neighbours), weight)
+        np.add.at(matrix, (np.arange(len(shares)), neighbours), weight)
+    matrix[(shares < 0) | (shares > 1)] = 0
     return matrix
 
 

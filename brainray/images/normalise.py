@@ -9,6 +9,25 @@ import torch
 from brainray.images.preprocess import Preprocessing
 
 
+def scale_to_unit(images: torch.Tensor) -> torch.Tensor:
+    """Turn grey uint8 images (N, H, W) into float32 grey values (N, 1, H, W) in [0, 1]."""
+    return images.unsqueeze(1).float().div_(255)
+
+
+def standardise(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """Turn grey values in [0, 1] into network input: ``(images - mean) / std``.
+
+    Parameters
+    ----------
+    images : Tensor of float32, shape (N, 1, H, W)
+
+    Returns
+    -------
+    Tensor of float32, shape (N, 1, H, W)
+    """
+    return images.sub(preprocessing.mean).div_(preprocessing.std)
+
+
 def normalise_images(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
     """Turn a batch of grey uint8 images into float network input, on their device.
 
@@ -21,6 +40,4 @@ def normalise_images(images: torch.Tensor, preprocessing: Preprocessing) -> torc
     Tensor of float32, shape (N, 1, H, W)
         ``(images / 255 - mean) / std``.
     """
-    scale = 1.0 / (255.0 * preprocessing.std)
-    offset = preprocessing.mean / preprocessing.std
-    return images.unsqueeze(1).float().mul_(scale).sub_(offset)
+    return standardise(scale_to_unit(images), preprocessing)

@@ -29,7 +29,7 @@ from brainray.model.precision import (
 from brainray.model.trust import Outputs, Trust
 
 if TYPE_CHECKING:
-    from brainray.inference.engine_openvino import ExportedModel
+    from brainray.inference.openvino_model import QuantisedModel
     from brainray.model.classifier import Classifier
 
 Backend = Literal["torch", "openvino"]
@@ -216,7 +216,7 @@ def open_engine(classifier: "Classifier", options: EngineOptions) -> Engine:
         from brainray.inference.engine_torch import TorchEngine
 
         return TorchEngine(classifier, check_precision(options, "torch"), options)
-    return _open_exported(_export(classifier, options), options)
+    return _open_openvino(classifier, options, _quantise(classifier, options))
 
 
 def prepare_engine(classifier_uri: str, options: EngineOptions) -> Callable[[], Engine]:
@@ -232,7 +232,7 @@ def prepare_engine(classifier_uri: str, options: EngineOptions) -> Callable[[], 
     Returns
     -------
     callable
-        Opens the engine; it can be pickled. For OpenVINO it holds the exported network, 94 MB.
+        Opens the engine; it can be pickled, and holds the weights, 94 MB in fp32.
 
     Raises
     ------
@@ -241,38 +241,38 @@ def prepare_engine(classifier_uri: str, options: EngineOptions) -> Callable[[], 
     """
     from brainray.model.classifier import load_classifier
 
+    classifier = load_classifier(classifier_uri)
     if options.use_gpu or options.backend == "torch":
-        return partial(_open_from_bundle, classifier_uri, options)
-    return partial(_open_exported, _export(load_classifier(classifier_uri), options), options)
+        return partial(open_engine, classifier, options)
+    return partial(_open_openvino, classifier, options, _quantise(classifier, options))
 
 
-def _open_from_bundle(classifier_uri: str, options: EngineOptions) -> Engine:
-    from brainray.model.classifier import load_classifier
-
-    return open_engine(load_classifier(classifier_uri), options)
-
-
-def _open_exported(model: "ExportedModel", options: EngineOptions) -> Engine:
+def _open_openvino(
+    classifier: "Classifier", options: EngineOptions, quantised: "QuantisedModel | None"
+) -> Engine:
     from brainray.inference.engine_openvino import OpenVinoEngine
 
-    return OpenVinoEngine(model, check_precision(options, "openvino"), options)
+    precision = check_precision(options, "openvino")
+    return OpenVinoEngine(classifier, precision, options, quantised)
 
 
-def _export(classifier: "Classifier", options: EngineOptions) -> "ExportedModel":
-    from brainray.inference.export_openvino import export_model
-
+def _quantise(classifier: "Classifier", options: EngineOptions) -> "QuantisedModel | None":
+    """Quantise a network where int8 was asked for, and measure how far that is from fp32."""
     if options.precision != "int8":
-        return export_model(classifier)
+        return None
+    from brainray.inference.openvino_model import quantise
+
     images = read_calibration_images(options.calibration_uri, classifier.preprocessing)
-    model = export_model(classifier, images)
+    quantised = quantise(classifier, images)
     compared = images[:NUM_COMPARED_IMAGES]
     exact = open_engine(classifier, replace(options, precision="fp32"))
     found = measure_disagreement(
-        exact.predict(compared).probs, _open_exported(model, options).predict(compared).probs
+        exact.predict(compared).probs,
+        _open_openvino(classifier, options, quantised).predict(compared).probs,
     )
     return replace(
-        model,
-        int8_cost=f"int8 against fp32 on {found['n']} of the calibration images: "
+        quantised,
+        cost=f"int8 against fp32 on {found['n']} of the calibration images: "
         f"{found['same_top_class']:.1%} have the same class, "
         f"the largest difference of a probability is {found['largest_difference']:.3f}.",
     )

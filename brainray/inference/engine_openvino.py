@@ -1,32 +1,30 @@
 """The OpenVINO engine: CPUs, in fp32, bf16 or int8.
 
-It loads an :class:`ExportedModel`, and does without torch: a process that only predicts starts two
-seconds sooner and takes 300 MB less.
+It does without torch: a process that only predicts starts two seconds sooner and takes 300 MB less.
 """
 
 import atexit
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from brainray.images.preprocess import Preprocessing
+from brainray.images.preprocess import normalise_greys
 from brainray.inference.engine import Engine, EngineOptions
+from brainray.inference.openvino_model import build_model, importing_lock, without_telemetry
 from brainray.model.precision import Precision
-from brainray.model.trust import Outputs, Trust
+from brainray.model.trust import Outputs
 
 if TYPE_CHECKING:
     import openvino
 
-opening_lock = threading.Lock()
-"""Held while OpenVINO is imported or traces: both change the state of the whole process."""
+    from brainray.inference.openvino_model import QuantisedModel
+    from brainray.model.classifier import Classifier
 
 _queues: "weakref.WeakSet[openvino.AsyncInferQueue]" = weakref.WeakSet()
 """Those whose threads may be in our callback."""
@@ -44,30 +42,6 @@ def _wait_for_callbacks() -> None:
         queue.wait_all()
 
 
-@dataclass(frozen=True, slots=True)
-class ExportedModel:
-    """A classifier as the OpenVINO engine loads it; several processes can share one.
-
-    From :func:`brainray.inference.export_openvino.export_model`.
-    """
-
-    classes: tuple[str, ...]
-    preprocessing: Preprocessing
-    trust: Trust
-    head_weight: NDArray[np.float32]
-    """Shape (K, 2048)."""
-    head_bias: NDArray[np.float32]
-    """Shape (K,)."""
-    xml: bytes
-    """The network as OpenVINO's intermediate representation: outputs logits and pooled features."""
-    weights: bytes
-    greys: NDArray[np.float32]
-    """Network input for each grey value, shape (256,)."""
-    precision: Precision | None = None
-    """int8 where the network is quantised; None where any other can be chosen."""
-    int8_cost: str | None = None
-
-
 class OpenVinoEngine(Engine):
     """One image at a time: on a CPU a batch gains nothing, and no prediction depends on another.
 
@@ -78,25 +52,39 @@ class OpenVinoEngine(Engine):
 
     backend = "openvino"
 
-    def __init__(self, model: ExportedModel, precision: Precision, options: EngineOptions) -> None:
+    def __init__(
+        self,
+        classifier: "Classifier",
+        precision: Precision,
+        options: EngineOptions,
+        quantised: "QuantisedModel | None" = None,
+    ) -> None:
         super().__init__(
-            model.classes, model.preprocessing, model.trust, model.head_weight, model.head_bias
+            classifier.classes,
+            classifier.preprocessing,
+            classifier.trust,
+            classifier.weights["fc.weight"],
+            classifier.weights["fc.bias"],
         )
-        with opening_lock, without_telemetry():
+        with importing_lock, without_telemetry():
             import openvino
 
         self.precision = precision
-        self.int8_cost = model.int8_cost
+        self.int8_cost = quantised.cost if quantised else None
         self._num_threads = options.num_threads or len(os.sched_getaffinity(0))
         self._core = openvino.Core()
-        self._model = self._core.read_model(model.xml, model.weights)
+        self._model = (
+            self._core.read_model(quantised.xml, quantised.weights)
+            if quantised
+            else build_model(classifier.weights, classifier.preprocessing.size_px)
+        )
         # Each is compiled when it is first asked for, which takes half a second.
         self._one: openvino.InferRequest | None = None
         self._many: openvino.AsyncInferQueue | None = None
         self._explaining: openvino.InferRequest | None = None
         self._turn, self._feeding, self._counting = (threading.Lock() for _ in range(3))
         self._num_calls = 0
-        self._greys = model.greys
+        self._greys = normalise_greys(classifier.preprocessing)
         version = openvino.get_version().split("-")[0]
         threads = f"{self._num_threads} thread{'s' * (self._num_threads > 1)}"
         self.description = f"OpenVINO {version}, {precision}, {threads}"
@@ -217,24 +205,3 @@ def _keep_features(model: "openvino.Model") -> "openvino.Model":
     assert len(node.output(0).get_shape()) == 4, node
     kept.add_outputs(node.output(0))
     return kept
-
-
-@contextmanager
-def without_telemetry() -> Iterator[None]:
-    """Import OpenVINO or NNCF such that neither reports to its maker.
-
-    Each import and each conversion of theirs (OpenVINO 2026.4, NNCF 3.4) sends an event to
-    Google Analytics, and leaves an identifier in ``~/intel``. Both do without where the package
-    that sends is not installed, so it is hidden from them. Their own switch, ``opt_in_out
-    --opt_out``, is one for the user's whole home, and itself sends an event. Drop this when an
-    environment variable or an argument turns it off.
-    """
-    sender = "openvino_telemetry"
-    before = sys.modules.get(sender)
-    sys.modules[sender] = None  # type: ignore[assignment]  # importing it is an ImportError now
-    try:
-        yield
-    finally:
-        del sys.modules[sender]
-        if before is not None:
-            sys.modules[sender] = before

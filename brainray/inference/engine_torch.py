@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from brainray.images.normalise import normalise_images
 from brainray.inference.engine import Engine, EngineOptions
 from brainray.model.classifier import Classifier
-from brainray.model.network import pool_stages, read_head, split_head
+from brainray.model.network import pool_stages, split_head
 from brainray.model.precision import Precision
 from brainray.model.trust import Outputs
 
@@ -32,14 +32,15 @@ class TorchEngine(Engine):
             classifier.classes,
             classifier.preprocessing,
             classifier.trust,
-            *read_head(classifier.network),
+            classifier.weights["fc.weight"],
+            classifier.weights["fc.bias"],
         )
         self.precision = precision
         self._device = torch.device("cuda" if options.use_gpu else "cpu")
         if options.num_threads is not None:
             torch.set_num_threads(options.num_threads)  # torch has one pool for the process
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        network = fuse_batch_norm(classifier.network)
+        network = fuse_batch_norm(classifier.build_network())
         network.to(self._device, self._dtype).to(memory_format=torch.channels_last)
         self._trunk, head = split_head(network)
         # In bf16 a logit of 8 to 16 is a multiple of 1/16; the head costs too little for that.

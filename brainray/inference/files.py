@@ -176,7 +176,7 @@ def predict_files(
             if len(content) <= limits.max_bytes:  # else it was not read to its end
                 scan["content_sha256"] = sha256(content).hexdigest()
             opened = open_scan(content, classifier.preprocessing, limits)
-            scan["height_px"], scan["width_px"] = opened.pixels.shape
+            scan["height_px"], scan["width_px"] = opened.samples.shape
             images = opened.image[None]
         except RejectedImage as rejection:
             scan["reason"], detail = rejection.reason, rejection.message

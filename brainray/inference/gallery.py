@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from brainray.images.decode import DecodeLimits, decode_image
+from brainray.images.decode import DecodeLimits
 from brainray.images.heatmap import GALLERY_OVERLAY_PX, render_overlay, render_picture
-from brainray.images.preprocess import Preprocessing
+from brainray.images.preprocess import Preprocessing, open_scan
 from brainray.inference.schema import describe_class_map
 from brainray.model.explain import STRIDE_PX
 
@@ -45,8 +45,8 @@ def draw_scan(
         return image_png, None
     shape = describe_class_map(preprocessing.size_px)
     cells = np.array(class_map, np.float32).reshape(shape["height"], shape["width"])
-    pixels = decode_image(content, limits)
+    scan = open_scan(content, preprocessing, limits)
     overlay_png = render_overlay(
-        cells, pixels, preprocessing, STRIDE_PX, shown_px=GALLERY_OVERLAY_PX
+        cells, scan.samples, scan.frame, STRIDE_PX, shown_px=GALLERY_OVERLAY_PX
     )
     return image_png, overlay_png

@@ -20,9 +20,9 @@ import ray
 import ray.data
 
 from brainray import storage
+from brainray.cluster import TASK_CPUS
 from brainray.data.read import TABLE_SUFFIX
 from brainray.data.scans import LISTING_SCHEMA, Listing, Place, list_place
-from brainray.data.stream import TASK_CPUS
 from brainray.errors import BrainrayError
 from brainray.inference.stats import hash_names
 from brainray.inference.store import KNOWN_SCHEMA, PredictionStore

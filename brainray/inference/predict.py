@@ -18,9 +18,8 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data import Dataset
 
-from brainray.cluster import list_nodes, share_cpus
+from brainray.cluster import TASK_CPUS, list_nodes, share_cpus
 from brainray.data.scan import view_pixels
-from brainray.data.stream import TASK_CPUS
 from brainray.errors import BrainrayError
 from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import Engine, EngineOptions, Output, prepare_engine

@@ -12,8 +12,8 @@ import ray
 import ray.data
 
 from brainray import storage
+from brainray.cluster import TASK_CPUS
 from brainray.data.read import read_named_scan
-from brainray.data.stream import TASK_CPUS
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing

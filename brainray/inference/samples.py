@@ -12,9 +12,8 @@ import ray.data
 from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
-from brainray.cluster import find_own_error
+from brainray.cluster import TASK_CPUS, find_own_error
 from brainray.data.scan import ScanStore
-from brainray.data.stream import TASK_CPUS
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
 from brainray.inference.predict import PredictStage, pack_images

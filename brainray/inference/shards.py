@@ -19,8 +19,8 @@ import ray.data
 from ray.data import Dataset, ExecutionResources
 
 from brainray import storage
+from brainray.cluster import TASK_CPUS
 from brainray.data.read import read_scan
-from brainray.data.stream import TASK_CPUS
 from brainray.errors import ClassificationError, RejectedImage
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing, open_scan
@@ -190,7 +190,7 @@ def _open_scan(row: dict[str, Any], task: WaveTask) -> _OpenedScan:
             scan.read_s = time.perf_counter() - started
             if scan.content_sha256 not in known:
                 opened = open_scan(content, task.preprocessing, limits)
-                scan.height_px, scan.width_px = opened.pixels.shape
+                scan.height_px, scan.width_px = opened.samples.shape
                 scan.image = opened.image
                 scan.decode_s = time.perf_counter() - started - scan.read_s
     except RejectedImage as rejection:

@@ -9,8 +9,8 @@
                            from, the hashes of the others
       MODEL_CARD.md        what training knew of it, for people; absent in older folders
 
-Nothing in it is pickled. Who opens the folder needs no flag. torch is imported with the weights,
-not with this module: it takes seconds, and who only reads classifier.json does without.
+Nothing in it is pickled. Who opens the folder needs no flag. Opening it does without torch, which
+takes seconds to import: OpenVINO computes with the weights as they are.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from brainray import storage
 from brainray.errors import BrainrayError, ClassifierError
 from brainray.images.preprocess import Preprocessing
 from brainray.labels import check_classes
+from brainray.model.resnet50 import list_shapes
 from brainray.model.trust import Trust
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ SCHEMA_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
 """Version 1 knew no `trust`: its softmax stands, and it always gives a class. Version 2 knew where
 the last stage's features lie, and no other's."""
+ADDED_PREPROCESSING = {"crop", "intensity"}
+"""Fields that a folder of any version may lack; their defaults are what was done before."""
 WEIGHTS_FILE = "model.safetensors"
 TRUST_FILE = "trust.safetensors"
 CARD_FILE = "classifier.json"
@@ -59,9 +62,10 @@ SEALED_PARTS = (
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """An opened classifier: a network in evaluation mode and the meaning of its numbers."""
+    """An opened classifier: weights and the meaning of their numbers. Can be pickled."""
 
-    network: "nn.Module"
+    weights: dict[str, NDArray[np.float32]]
+    """By torchvision's names, in fp32: see :func:`brainray.model.resnet50.list_shapes`."""
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     trust: Trust
@@ -72,6 +76,16 @@ class Classifier:
     def classifier_id(self) -> str:
         """First 12 hexadecimal digits of the hash over all that shapes an answer."""
         return str(self.card["classifier_id"])
+
+    def build_network(self) -> "nn.Module":
+        """Build the network in torch, on the CPU, in evaluation mode, channels-last."""
+        import torch
+
+        from brainray.model.network import build_network
+
+        state = {name: torch.tensor(values) for name, values in self.weights.items()}
+        network = build_network(len(self.classes), weights=state)
+        return network.to(memory_format=torch.channels_last).eval()
 
 
 def save_classifier(
@@ -191,36 +205,27 @@ def read_card(classifier_uri: str) -> dict[str, Any]:
     return dict(card)
 
 
-def load_classifier(classifier_uri: str, *, device: str = "cpu") -> Classifier:
+def load_classifier(classifier_uri: str) -> Classifier:
     """Open a sealed classifier folder.
 
     Parameters
     ----------
     classifier_uri : str
         Local, s3:// or gs:// folder.
-    device : str
-        Where the network computes.
 
     Raises
     ------
     ClassifierError
         The folder is missing, foreign, damaged, or of another schema version.
     """
-    import torch
-
-    from brainray.model.network import build_network
-
     card = read_card(classifier_uri)
     classes, preprocessing = _read_meaning(card, classifier_uri)
-    state = _read_sealed_weights(card, classifier_uri)
-    network = build_network(len(classes))
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
+    weights = _read_sealed_weights(card, classifier_uri)
+    if {name: values.shape for name, values in weights.items()} != list_shapes(len(classes)):
         raise ClassifierError(
             f"The weights in '{classifier_uri}' do not fit a {ARCHITECTURE} with "
             f"{len(classes)} classes. Restore the folder."
-        ) from error
+        )
     parts = ("classes", "preprocessing", "trust")
     meaning: dict[str, Any] = {name: card[name] for name in parts if name in card}
     if card["classifier_id"] != _identify(card["weights"]["sha256"], meaning):
@@ -228,9 +233,8 @@ def load_classifier(classifier_uri: str, *, device: str = "cpu") -> Classifier:
             f"The {', '.join(meaning)} in '{classifier_uri}' were changed after they were sealed: "
             f"they do not give the id {card['classifier_id']}. Restore the folder."
         )
-    network = network.to(torch.device(device)).to(memory_format=torch.channels_last).eval()
     trust = read_trust(card, classifier_uri)
-    return Classifier(network, classes, preprocessing, trust, card)
+    return Classifier(weights, classes, preprocessing, trust, card)
 
 
 def read_trust(card: dict[str, Any], where: str) -> Trust:
@@ -263,10 +267,11 @@ def _read_meaning(card: dict[str, Any], where: str) -> tuple[tuple[str, ...], Pr
     if name != ARCHITECTURE:
         raise ClassifierError(f"Expected a {ARCHITECTURE} in '{where}', found '{name}'.")
     known = {field.name for field in fields(Preprocessing)}
-    if set(card["preprocessing"]) != known:
+    given = set(card["preprocessing"])
+    if not known - ADDED_PREPROCESSING <= given <= known:
         raise ClassifierError(
             f"Expected the preprocessing in '{where}' to give {', '.join(sorted(known))}; "
-            f"found {', '.join(sorted(card['preprocessing']))}."
+            f"found {', '.join(sorted(given))}."
         )
     try:
         return check_classes(card["classes"]), Preprocessing(**card["preprocessing"])
@@ -274,15 +279,25 @@ def _read_meaning(card: dict[str, Any], where: str) -> tuple[tuple[str, ...], Pr
         raise ClassifierError(f"The classifier at '{where}' is damaged: {error}") from error
 
 
-def _read_sealed_weights(card: dict[str, Any], where: str) -> "StateDict":
-    import safetensors.torch
-
+def _read_sealed_weights(card: dict[str, Any], where: str) -> dict[str, NDArray[np.float32]]:
     uri = storage.join(where, WEIGHTS_FILE)
     content = _read_sealed(uri, str(card["weights"].get("sha256")))
     try:
-        return safetensors.torch.load(content)
+        tensors = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise ClassifierError(f"'{uri}' is not a safetensors file: {error}") from error
+    return {
+        name: _widen(tensor) for name, tensor in tensors if not name.endswith("num_batches_tracked")
+    }
+
+
+def _widen(tensor: dict[str, Any]) -> NDArray[np.float32]:
+    """Return a tensor of a safetensors file in fp32; numpy knows no bf16."""
+    if tensor["dtype"] == "BF16":
+        values = (np.frombuffer(tensor["data"], np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.frombuffer(tensor["data"], np.float32)
+    return values.reshape(tensor["shape"])
 
 
 def _read_sealed(uri: str, sha256: str) -> bytes:

@@ -366,6 +366,19 @@ def draw_progress(points: Points, *, title: str) -> Markup:
     return _figure(title, panel.wrap(panel.axes(), panel.line(places, "s0"), dot))
 
 
+def draw_panel(title: str, panel: Panel, marks: Sequence[Markup]) -> Markup:
+    """Draw a panel with its axes and some marks.
+
+    Parameters
+    ----------
+    title : str
+        What a screen reader says of the figure.
+    marks : sequence of Markup
+        Of the panel's ``dot`` and ``line``.
+    """
+    return _figure(title, panel.wrap(panel.axes(), *marks))
+
+
 def _build_count_panel(x: Axis, highest: float) -> Panel:
     """Build the panel of a figure that counts scans; large numbers get a wide left margin."""
     y = build_axis(0, max(highest, 1), "scans", min_step=1)

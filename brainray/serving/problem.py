@@ -1,6 +1,5 @@
 """Refusals, as RFC 9457 has them; the one place that maps what went wrong to HTTP."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -49,11 +48,6 @@ class Problem(Exception):  # noqa: N818 - RFC 9457 calls it so
         return PROBLEMS[self.code][0]
 
 
-def too_busy(detail: str) -> Problem:
-    """Build the refusal of a request that came when everything was taken."""
-    return Problem("too_busy", detail, {"retry-after": str(RETRY_AFTER_S)})
-
-
 def render_problem(problem: Problem, request_id: str) -> tuple[bytes, dict[str, str]]:
     """Return the body and the headers of a refusal."""
     status, title = PROBLEMS[problem.code]
@@ -66,8 +60,10 @@ def render_problem(problem: Problem, request_id: str) -> tuple[bytes, dict[str, 
         "request_id": request_id,
         **problem.members,
     }
-    headers: Mapping[str, str] = {"content-type": PROBLEM_TYPE, **problem.headers}
-    return orjson.dumps(body), dict(headers)
+    headers = {"content-type": PROBLEM_TYPE, **problem.headers}
+    if status in (429, 503):
+        headers.setdefault("retry-after", str(RETRY_AFTER_S))
+    return orjson.dumps(body), headers
 
 
 def name_status(status: int) -> str:

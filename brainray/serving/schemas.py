@@ -1,16 +1,14 @@
-"""Bodies of the service, as OpenAPI describes them.
-
-What goes out on the hot path is written from plain dataclasses; the tests hold it against these.
-"""
+"""Bodies of the service's requests and answers, as OpenAPI describes them."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from brainray.model.reasons import REASONS
+from brainray.model.reasons import REASONS, Status
 from brainray.serving.problem import PROBLEMS
 
 Fraction = float
+OutputName = Literal["probs", "predicted_class", "status", "reason"]
 BASE64 = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 
 
@@ -21,27 +19,33 @@ class Body(BaseModel):
 
 
 class AnswerBody(Body):
-    """What became of one scan."""
+    """The answer to one scan: classified, abstained, or rejected with a reason."""
 
     name: str | None = Field(description="File name as it came; null where there was none.")
-    status: Literal["classified", "abstained", "rejected"]
+    status: Status
     reason: Literal[tuple(REASONS)] | None = Field(  # type: ignore[valid-type]
-        description="Why the scan has no class: a stable code."
+        default=None, description="Why the scan has no class: a stable code."
     )
-    detail: str | None = Field(description="The same in words, with what to do.")
-    predicted_class: str | None
-    confidence: Fraction | None = Field(ge=0, le=1, description="Of the most probable class.")
-    probs: dict[str, Fraction] | None = Field(description="Probability of every class.")
-    width_px: int | None = Field(ge=1)
-    height_px: int | None = Field(ge=1)
+    detail: str | None = Field(default=None, description="The same in words, with what to do.")
+    predicted_class: str | None = None
+    confidence: Fraction | None = Field(
+        default=None, ge=0, le=1, description="Of the most probable class, given or withheld."
+    )
+    probs: dict[str, Fraction] | None = Field(
+        default=None, description="Probability of every class; null where it was rejected."
+    )
+    width_px: int | None = Field(default=None, ge=1)
+    height_px: int | None = Field(default=None, ge=1)
     content_sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the encoded bytes.")
 
 
 class ExplainedBody(AnswerBody):
-    """An answer, and where in the scan the network saw it."""
+    """An answer, and where in the scan the network saw its class."""
 
-    explained_class: str | None = Field(description="Class that the map is of; the predicted one.")
-    heat_map_png: str | None = Field(description="PNG, base64.")
+    explained_class: str | None = Field(
+        default=None, description="Class that the map is of: the most probable one."
+    )
+    heat_map_png: str | None = Field(default=None, description="PNG, base64.")
 
 
 class AnswersBody(Body):
@@ -68,13 +72,13 @@ class ModelBody(Body):
     classes: list[str]
     preprocessing: dict[str, Any]
     metrics: dict[str, Any] | None = Field(
-        description="Scores with 95 % intervals, as training or evaluation sealed them."
+        description="Scores with 95 % intervals, as training or evaluation wrote them."
     )
     runtime: dict[str, str]
     intended_use: str
     not_intended_for: str
     model_card: dict[str, Any] | None = Field(
-        description="What the training run knew of it; null for one sealed without a card."
+        description="What the training run knew of it; null for a bundle without a card."
     )
     limits: dict[str, float]
     rejection_reasons: dict[str, str]
@@ -125,38 +129,66 @@ class ModelMetadata(Body):
     parameters: dict[str, Any] | None = None
 
 
-class InputTensor(BaseModel):
-    """Encoded images, each base64."""
+class RequestedOutput(BaseModel):
+    """An output that is wanted."""
+
+    name: OutputName
+    parameters: dict[str, Any] | None = None
+
+
+class BaseTensor(BaseModel):
+    """The one input, without its images."""
 
     name: Literal["image"]
     datatype: Literal["BYTES"]
     shape: list[int] = Field(description="[N]; what counts is how many images there are.")
+    parameters: dict[str, Any] | None = None
+
+
+class InputTensor(BaseTensor):
+    """Encoded images, each base64."""
+
     data: list[Annotated[str, Field(pattern=BASE64)]] = Field(
         min_length=1, description="N images: PNG, JPEG, …, base64."
     )
-    parameters: dict[str, Any] | None = None
 
 
-class RequestedOutput(BaseModel):
-    """An output that is wanted."""
+class BinarySize(BaseModel):
+    """Where the images of a tensor are: behind the JSON."""
 
-    name: Literal["probs", "predicted_class", "status", "reason"]
-    parameters: dict[str, Any] | None = None
+    binary_data_size: int
 
 
-class InferenceRequest(BaseModel):
-    """A request of the Open Inference Protocol."""
+class BinaryTensor(BaseTensor):
+    """Encoded images that follow the JSON as they are."""
+
+    parameters: BinarySize  # type: ignore[assignment]
+
+
+class BaseRequest(BaseModel):
+    """A request, without its input."""
 
     id: str | None = None
-    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
     outputs: list[RequestedOutput] | None = None
     parameters: dict[str, Any] | None = None
+
+
+class InferenceRequest(BaseRequest):
+    """A request of the Open Inference Protocol."""
+
+    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
+
+
+class BinaryRequest(BaseRequest):
+    """A request of the Open Inference Protocol whose images follow the JSON."""
+
+    inputs: list[BinaryTensor] = Field(min_length=1, max_length=1)
 
 
 class OutputTensor(Body):
     """Numbers, or strings; row for row as the images came."""
 
-    name: Literal["probs", "predicted_class", "status", "reason"]
+    name: OutputName
     datatype: Literal["BYTES", "FP32"]
     shape: list[int]
     data: list[float] | list[str] | None = None

@@ -1,55 +1,82 @@
-"""Training-only dice: drawn for the whole global batch, applied on the device.
+"""Random changes of training images: drawn for each image, applied to a batch on its device.
 
-Every draw depends on the seed, the epoch and the step alone, never on the worker, so that
-the same image of the same global batch is augmented alike however many workers share it,
-and alike again after a resume.
+What happens to an image depends on the seed, the epoch and the image's id alone: not on the worker,
+the batch, the order or the step. So a run gives the same images on any number of workers, and after
+a resume.
 """
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from brainray.errors import ConfigError
+from brainray.training.clahe import apply_clahe
+
+CLIP_LIMITS = (1.0, 4.0)
+"""Range of CLAHE's clip limit, see :func:`brainray.training.clahe.apply_clahe`."""
+LIMITS = {
+    "rotation_deg": 180.0,
+    "shift": 0.5,
+    "gamma": 2.0,
+    "bias_field": 0.5,
+    "gain": 2.0,
+    "blur": 0.05,
+}
+"""Largest value of a field of :class:`Augmentation`, where it is not 1."""
+BLUR_REACH = 3.0
+"""Standard deviations after which the Gaussian of the blur is cut off."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augmentation:
-    """Ranges of the random changes made to training images; zero switches one off."""
+    """Ranges of the random changes made to training images; zero switches one off.
 
-    rotation_deg: float = 15.0
+    They are made in this order: CLAHE; the geometric changes, as one affine sampling, which leaves
+    black what comes from outside the image; gamma, bias field, gain, blur, noise.
+    """
+
+    rotation_deg: float = 10.0
     """Rotation, uniform in ± this many degrees (0 to 180)."""
     flip_horizontal: float = 0.5
     """Probability of a left-right flip (0 to 1)."""
     flip_vertical: float = 0.0
     """Probability of an up-down flip (0 to 1)."""
-    zoom: float = 0.15
+    zoom: float = 0.1
     """Magnification, log-uniform between 1/(1 + this) and 1 + this (0 to 1)."""
-    stretch: float = 0.0
+    stretch: float = 0.2
     """Ratio of width to height, log-uniform between 1/(1 + this) and 1 + this (0 to 1)."""
-    shift: float = 0.08
+    shift: float = 0.05
     """Shift along each axis, uniform in ± this share of the side (0 to 0.5)."""
-    brightness: float = 0.1
-    """Added grey, uniform in ± this share of the full range (0 to 1)."""
-    contrast: float = 0.2
-    """Factor about the image's mean, log-uniform between 1/(1 + this) and 1 + this (0 to 1)."""
-    blur_px: float = 0.0
-    """Gaussian blur with a deviation uniform in [0, this] pixels (0 to 5)."""
-    noise: float = 0.0
-    """Gaussian noise with a deviation uniform in [0, this] shares of the full range (0 to 1)."""
-    mixup_alpha: float = 0.0
-    """Beta(α, α) of mixup (Zhang et al., ICLR 2018), one draw a step; pairs within a worker."""
+    grey_probability: float = 1.0
+    """Probability that the fields below apply to an image at all (0 to 1)."""
+    clahe: float = 0.3
+    """Probability that an image is blended with its CLAHE version, whose weight is uniform in
+    [0, 1] and whose clip limit is uniform in [1, 4] (0 to 1)."""
+    gamma: float = 0.4
+    """Logarithm of the exponent of the grey values, uniform in ± this (0 to 2)."""
+    bias_field: float = 0.2
+    """Relative change of brightness from the centre to the border along each axis, linear, uniform
+    in ± this (0 to 0.5)."""
+    gain: float = 0.15
+    """Logarithm of the factor of all grey values, uniform in ± this (0 to 2)."""
+    blur: float = 0.015
+    """Standard deviation of a Gaussian blur, uniform in [0, this share of the side] (0 to 0.05)."""
+    blur_probability: float = 0.15
+    """Probability of the blur (0 to 1)."""
+    noise: float = 0.04
+    """Standard deviation of Rician noise, uniform in [0, this share of the grey range] (0 to 1)."""
+    noise_probability: float = 0.3
+    """Probability of the noise (0 to 1)."""
 
     def __post_init__(self) -> None:
-        limits = {
-            "rotation_deg": 180.0,
-            "shift": 0.5,
-            "blur_px": 5.0,
-            "mixup_alpha": 10.0,
-        }
         for name in self.__slots__:
-            value, limit = getattr(self, name), limits.get(name, 1.0)
+            value, limit = getattr(self, name), LIMITS.get(name, 1.0)
             if not 0 <= value <= limit:
                 raise ConfigError(f"augmentation.{name} must be in [0, {limit:g}], got {value}.")
 
@@ -59,170 +86,289 @@ NO_AUGMENTATION = Augmentation(**dict.fromkeys(Augmentation.__slots__, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
-class Dice:
-    """What was drawn for one batch; every tensor has the batch as its first dimension."""
+class AugmentParams:
+    """What was drawn for N images: tensors on the CPU, float32 unless said."""
 
     theta: torch.Tensor
-    """Shape (N, 2, 3): output to input coordinates in [-1, 1], as affine_grid takes them."""
-    brightness: torch.Tensor
-    """Shape (N,): shares of the full range."""
-    contrast: torch.Tensor
-    """Shape (N,): factors."""
-    blur_px: torch.Tensor
-    """Shape (N,): deviations in pixels."""
+    """Output to input coordinates, both in [-1, 1], shape (N, 2, 3); as ``affine_grid`` has it."""
+    clahe_weight: torch.Tensor
+    """Share of the CLAHE version, shape (N,)."""
+    clip_limit: torch.Tensor
+    """CLAHE's clip limit, shape (N,)."""
+    gamma: torch.Tensor
+    """Exponent, shape (N,)."""
+    bias: torch.Tensor
+    """Relative change of brightness from the centre to the right and to the lower border, shape
+    (N, 2)."""
+    gain: torch.Tensor
+    """Factor, shape (N,)."""
+    blur: torch.Tensor
+    """Standard deviation in shares of the side, shape (N,)."""
     noise: torch.Tensor
-    """Shape (N,): deviations in shares of the full range."""
-    noise_seed: int
-    """Seeds the noise field of the first image; each next image's seed is one higher."""
-    mixup: float
-    """Weight of the first of two mixed images, in [0.5, 1]; 1 mixes nothing."""
-
-    def slice(self, start: int, stop: int) -> "Dice":
-        """Return one worker's share of a global batch."""
-        part = slice(start, stop)
-        return Dice(
-            self.theta[part],
-            self.brightness[part],
-            self.contrast[part],
-            self.blur_px[part],
-            self.noise[part],
-            self.noise_seed + start,
-            self.mixup,
-        )
+    """Standard deviation in shares of the grey range, shape (N,)."""
+    noise_key: torch.Tensor
+    """Seed of the noise of each image, int64, shape (N,)."""
 
 
-def roll_dice(augmentation: Augmentation, num_images: int, *, seed: int) -> Dice:
-    """Draw the random changes for a batch.
+def sample_params(
+    augmentation: Augmentation, image_ids: NDArray[np.int64], *, seed: int, epoch: int
+) -> AugmentParams:
+    """Draw the random changes of some images.
 
     Parameters
     ----------
     augmentation : Augmentation
-        The ranges.
-    num_images : int
-        Size of the global batch.
-    seed : int
-        The same seed draws the same changes.
+        The ranges. Changing one does not change what is drawn for the others.
+    image_ids : ndarray of int64, shape (N,)
+        Any numbers; equal ones get equal changes.
+    seed, epoch : int
+        Not negative. Others draw other changes.
+
+    Returns
+    -------
+    AugmentParams
     """
-    generator = torch.Generator().manual_seed(seed)
+    a, uniform = augmentation, _open_uniforms(image_ids, seed, epoch)
 
-    def uniform(limit: float) -> torch.Tensor:
-        return (torch.rand(num_images, generator=generator) * 2 - 1) * limit
+    def symmetric(limit: float) -> NDArray[np.float64]:
+        return (2 * uniform() - 1) * limit
 
-    def flip(probability: float) -> torch.Tensor:
-        return 1.0 - 2.0 * (torch.rand(num_images, generator=generator) < probability).float()
+    def happens(probability: float) -> NDArray[np.bool_]:
+        return uniform() < probability
 
-    angle = uniform(math.radians(augmentation.rotation_deg))
-    zoom = uniform(math.log1p(augmentation.zoom)).exp()
-    stretch = uniform(math.log1p(augmentation.stretch) / 2).exp()
-    scale_x = flip(augmentation.flip_horizontal) / (zoom * stretch)
-    scale_y = flip(augmentation.flip_vertical) * stretch / zoom
-    cosine, sine = angle.cos(), angle.sin()
-    theta = torch.stack(
-        [
-            torch.stack([scale_x * cosine, -scale_y * sine, uniform(2 * augmentation.shift)], 1),
-            torch.stack([scale_x * sine, scale_y * cosine, uniform(2 * augmentation.shift)], 1),
-        ],
-        1,
+    theta = _build_theta(
+        angle=symmetric(math.radians(a.rotation_deg)),
+        zoom=np.exp(symmetric(math.log1p(a.zoom))),
+        stretch=np.exp(symmetric(math.log1p(a.stretch))),
+        flips=(happens(a.flip_horizontal), happens(a.flip_vertical)),
+        shifts=(symmetric(2 * a.shift), symmetric(2 * a.shift)),  # the side is 2 long
     )
-    return Dice(
-        theta=theta,
-        brightness=uniform(augmentation.brightness),
-        contrast=uniform(math.log1p(augmentation.contrast)).exp(),
-        blur_px=uniform(augmentation.blur_px).abs(),
-        noise=uniform(augmentation.noise).abs(),
-        noise_seed=int(torch.randint(2**31, (1,), generator=generator)),
-        mixup=_draw_mixup(augmentation.mixup_alpha, generator),
-    )
+    is_grey = happens(a.grey_probability)
+    drawn = {
+        "theta": theta,
+        "clahe_weight": uniform() * (happens(a.clahe) & is_grey),
+        "clip_limit": CLIP_LIMITS[0] + uniform() * (CLIP_LIMITS[1] - CLIP_LIMITS[0]),
+        "gamma": np.exp(symmetric(a.gamma) * is_grey),
+        "bias": np.stack([symmetric(a.bias_field), symmetric(a.bias_field)], 1) * is_grey[:, None],
+        "gain": np.exp(symmetric(a.gain) * is_grey),
+        "blur": uniform() * a.blur * (happens(a.blur_probability) & is_grey),
+        "noise": uniform() * a.noise * (happens(a.noise_probability) & is_grey),
+    }
+    tensors = {name: torch.from_numpy(values.astype(np.float32)) for name, values in drawn.items()}
+    noise_key = torch.from_numpy((uniform() * 2**53).astype(np.int64))
+    return AugmentParams(**tensors, noise_key=noise_key)
 
 
-def _draw_mixup(alpha: float, generator: torch.Generator) -> float:
-    if alpha == 0:
-        return 1.0
-    gammas = torch._standard_gamma(torch.tensor([alpha, alpha]), generator=generator)
-    share = float(gammas[0] / gammas.sum().clamp_min(1e-12))
-    return max(share, 1 - share)
+def _build_theta(
+    *,
+    angle: NDArray[np.float64],
+    zoom: NDArray[np.float64],
+    stretch: NDArray[np.float64],
+    flips: tuple[NDArray[np.bool_], NDArray[np.bool_]],
+    shifts: tuple[NDArray[np.float64], NDArray[np.float64]],
+) -> NDArray[np.float64]:
+    """Build the inverse of: shift, rotate, then scale and flip along the axes of the output."""
+    root = np.sqrt(stretch)  # keeps the area
+    scale_x = (1 - 2.0 * flips[0]) / (zoom * root)
+    scale_y = (1 - 2.0 * flips[1]) * root / zoom
+    cosine, sine = np.cos(angle), np.sin(angle)
+    rows = [
+        [scale_x * cosine, -scale_y * sine, shifts[0]],
+        [scale_x * sine, scale_y * cosine, shifts[1]],
+    ]
+    return np.stack([np.stack(row, 1) for row in rows], 1)
 
 
-def augment_images(images: torch.Tensor, dice: Dice, *, grey_range: float) -> torch.Tensor:
-    """Apply one affine sampling and the intensity changes to a normalised batch.
+# ----------------------------------------------------------------------------------- random numbers
 
-    Rotation, flips, zoom, stretch and shift are one matrix, so that pixels are
-    interpolated once. What comes from outside the image repeats its border. Autocast
+# SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): number n of a stream is a hash of the stream's
+# seed + n * GOLDEN. So any number of any stream is computed by itself, for many streams at once.
+GOLDEN = 0x9E3779B97F4A7C15
+SHIFTS_AND_FACTORS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+
+
+def _hash(values: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
+    """Return one number of the streams whose seeds are given."""
+    mixed = values + np.uint64(number * GOLDEN % 2**64)
+    for shift, factor in SHIFTS_AND_FACTORS:
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed
+
+
+def _open_uniforms(
+    image_ids: NDArray[np.int64], seed: int, epoch: int
+) -> Callable[[], NDArray[np.float64]]:
+    """Return a function that gives each image's next number, uniform in [0, 1), shape (N,)."""
+    streams = np.zeros(len(image_ids), np.uint64)
+    for part in (np.uint64(seed), np.uint64(epoch), image_ids.astype(np.uint64)):
+        streams = _hash(streams ^ part, 1)
+    numbers = itertools.count(1)
+
+    def uniform() -> NDArray[np.float64]:
+        return (_hash(streams, next(numbers)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    return uniform
+
+
+def _hash_pixels(keys: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the first 64-bit numbers of streams, int64 of shape (N, count), on the keys' device.
+
+    The arithmetic is that of :func:`_hash`: int64 wraps around as uint64 does, but its shift to the
+    right repeats the sign bit, which is masked out.
+    """
+    numbers = torch.arange(1, count + 1, device=keys.device) * _wrap(GOLDEN)
+    mixed = keys[:, None] + numbers
+    for shift, factor in SHIFTS_AND_FACTORS:
+        mixed ^= (mixed >> shift) & (2 ** (64 - shift) - 1)
+        mixed *= _wrap(factor)
+    return mixed
+
+
+def _wrap(unsigned: int) -> int:
+    """Return the int64 of the same 64 bits."""
+    return unsigned - 2**64 if unsigned >= 2**63 else unsigned
+
+
+# -------------------------------------------------------------------------------------- application
+
+
+def augment_images(images: torch.Tensor, params: AugmentParams) -> torch.Tensor:
+    """Apply what was drawn to a batch.
+
+    On a CPU an image comes out the same to the last bit whatever else is in the batch. Autocast
     does not touch it: it would make the sampling grid bf16, off by a pixel at 224 px.
 
     Parameters
     ----------
-    images : Tensor of float32, shape (N, 1, H, W)
-        Normalised images, on any device.
-    dice : Dice
-        What was drawn for them.
-    grey_range : float
-        Width of the full grey range after normalisation: ``1 / std``.
+    images : Tensor of uint8, shape (N, S, S)
+        Grey images, on any device.
+    params : AugmentParams
+        Of :func:`sample_params`, for these images.
 
     Returns
     -------
-    Tensor of float32, shape (N, 1, H, W)
+    Tensor of float32, shape (N, 1, S, S)
+        Grey values, in [0, 1], on the images' device.
     """
+    assert images.dtype == torch.uint8, images.dtype
     with torch.autocast(images.device.type, enabled=False):
-        return _augment(images, dice, grey_range)
+        pixels = _blend_clahe(images, params)
+        pixels = _sample_affine(pixels, params.theta)
+        pixels = _change_brightness(pixels, params)
+        pixels = _blur_some(pixels, params.blur)
+        pixels = _add_rician_noise(pixels, params)
+        return pixels.clamp_(0, 1).unsqueeze(1)
 
 
-def _augment(images: torch.Tensor, dice: Dice, grey_range: float) -> torch.Tensor:
-    """Do so in the images' own type."""
-    device = images.device
-    if not bool((dice.theta == torch.eye(2, 3)).all()):
-        grid = F.affine_grid(dice.theta.to(device), list(images.shape), align_corners=False)
-        images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    if bool((dice.blur_px > 0).any()):
-        images = _blur(images, dice.blur_px.to(device))
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    contrast, brightness = (
-        values.to(device).view(-1, 1, 1, 1) for values in (dice.contrast, dice.brightness)
-    )
-    images = (images - mean) * contrast + (mean + brightness * grey_range)
-    if bool((dice.noise > 0).any()):
-        fields = [
-            torch.randn(
-                images.shape[1:], generator=torch.Generator().manual_seed(dice.noise_seed + index)
-            )
-            for index in range(len(images))
-        ]
-        field = torch.stack(fields).to(device)
-        images = images + field * (dice.noise.to(device).view(-1, 1, 1, 1) * grey_range)
-    return images
+def _blend_clahe(images: torch.Tensor, params: AugmentParams) -> torch.Tensor:
+    """Return grey values in [0, 1], of which some images are blended with their CLAHE version.
 
-
-def _blur(images: torch.Tensor, sigma_px: torch.Tensor) -> torch.Tensor:
-    """Blur each image by its own Gaussian: two one-dimensional grouped convolutions."""
-    reach_px = (3 * sigma_px).ceil().clamp_min(1).unsqueeze(1)  # each its own, whoever is beside it
-    radius = int(reach_px.max())
-    offsets = torch.arange(-radius, radius + 1, device=images.device)
-    kernels = torch.exp(-0.5 * (offsets / sigma_px.clamp_min(1e-3).unsqueeze(1)) ** 2)
-    kernels = kernels * (offsets.abs() <= reach_px)
-    kernels = kernels / kernels.sum(1, keepdim=True)
-    count, _, height, width = images.shape
-    stacked = F.pad(images.view(1, count, height, width), [radius] * 4, mode="replicate")
-    stacked = F.conv2d(stacked, kernels.view(count, 1, -1, 1), groups=count)
-    stacked = F.conv2d(stacked, kernels.view(count, 1, 1, -1), groups=count)
-    return stacked.view(count, 1, height, width)
-
-
-def mix_images(
-    images: torch.Tensor, targets: torch.Tensor, share: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix each image and its target with those of the batch in reverse order (mixup).
-
-    Parameters
-    ----------
-    images : Tensor, shape (N, 1, H, W)
-    targets : Tensor of float32, shape (N, K)
-        Class probabilities.
-    share : float
-        Weight of the image itself; 1 returns the batch unchanged.
+    Black stays black, as it does in scans whose intensity range is stretched after CLAHE.
     """
-    if share >= 1:
-        return images, targets
-    return (
-        images * share + images.flip(0) * (1 - share),
-        targets * share + targets.flip(0) * (1 - share),
+    pixels = images.float().div_(255)
+    rows = params.clahe_weight.nonzero().flatten()
+    if len(rows):
+        weight, clip_limit = (
+            values[rows].to(images.device) for values in (params.clahe_weight, params.clip_limit)
+        )
+        rows = rows.to(images.device)
+        stored = pixels[rows]
+        change = apply_clahe(images[rows], clip_limit) - stored
+        pixels[rows] = stored + change * (weight.view(-1, 1, 1) * (stored > 0))
+    return pixels
+
+
+def _sample_affine(pixels: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    """Interpolate once for all geometric changes; black comes from outside the image."""
+    if bool((theta == torch.eye(2, 3)).all()):
+        return pixels
+    y, x = _centre_pixels(pixels)
+    # Not by affine_grid: it multiplies matrices, whose last bit can depend on the batch's size.
+    along_x, along_y, shift = theta.to(pixels.device)[:, None, None].unbind(-1)
+    grid = along_x * x.unsqueeze(-1) + (along_y * y.unsqueeze(-1) + shift)
+    return F.grid_sample(pixels.unsqueeze(1), grid, align_corners=False).squeeze(1)
+
+
+def _centre_pixels(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the coordinates, in (-1, 1), of the pixels' centres: shapes (H, 1) and (1, W)."""
+    height, width = pixels.shape[1:]
+    y, x = (
+        (2 * torch.arange(size, device=pixels.device) + 1) / size - 1 for size in (height, width)
     )
+    return y[:, None], x[None]
+
+
+def _change_brightness(pixels: torch.Tensor, params: AugmentParams) -> torch.Tensor:
+    """Apply gamma, bias field and gain; black stays black."""
+    gamma, gain = (
+        values.to(pixels.device).view(-1, 1, 1) for values in (params.gamma, params.gain)
+    )
+    if bool((params.gamma != 1).any()):
+        pixels = pixels.pow_(gamma)
+    if bool((params.bias != 0).any() or (params.gain != 1).any()):
+        bias_x, bias_y = params.bias.to(pixels.device)[:, None, None].unbind(-1)
+        y, x = _centre_pixels(pixels)
+        pixels = pixels.mul_(bias_x * x * gain + (bias_y * y + 1) * gain)
+    return pixels
+
+
+def _blur_some(pixels: torch.Tensor, blur: torch.Tensor) -> torch.Tensor:
+    """Blur some of the images, each by its own Gaussian; the border pixels repeat outside."""
+    rows = blur.nonzero().flatten()
+    if len(rows):
+        weights = _build_gaussians(blur[rows].double() * pixels.shape[1]).to(pixels.device)
+        rows = rows.to(pixels.device)
+        radius = weights.shape[1] - 1
+        blurred = F.pad(pixels[rows], [radius] * 4, mode="replicate")
+        for axis in (1, 2):
+            blurred = _convolve(blurred, weights, axis)
+        pixels[rows] = blurred
+    return pixels
+
+
+def _build_gaussians(sigma_px: torch.Tensor) -> torch.Tensor:
+    """Return the right halves of Gaussian kernels, float32 of shape (N, 1 + radius)."""
+    radius = math.ceil(BLUR_REACH * float(sigma_px.max()))
+    distance, sigma_px = torch.arange(radius + 1), sigma_px[:, None]
+    weights = torch.exp(-0.5 * (distance / sigma_px) ** 2) * (distance <= BLUR_REACH * sigma_px)
+    # Summed in order: so the zeros that a wider kernel in the batch appends change no last bit.
+    half = weights.cumsum(1)[:, -1:]
+    return (weights / (2 * half - weights[:, :1])).float()
+
+
+def _convolve(pixels: torch.Tensor, weights: torch.Tensor, axis: int) -> torch.Tensor:
+    """Convolve each image along one axis by its own symmetric kernel; its radius is cut off."""
+    radius = weights.shape[1] - 1
+    size = pixels.shape[axis] - 2 * radius
+    columns = weights.view(*weights.shape, 1, 1).unbind(1)
+    result = pixels.narrow(axis, radius, size) * columns[0]
+    for offset in range(1, radius + 1):
+        before, after = (pixels.narrow(axis, radius + side, size) for side in (-offset, offset))
+        result += (before + after) * columns[offset]
+    return result
+
+
+def _add_rician_noise(pixels: torch.Tensor, params: AugmentParams) -> torch.Tensor:
+    """Add noise to some of the images as MRI has it: the magnitude of a complex Gaussian [1]_.
+
+    It covers the black background too, as it does around the head of a noisy scan.
+
+    References
+    ----------
+    .. [1] Gudbjartsson and Patz, The Rician distribution of noisy MRI data, Magnetic Resonance in
+       Medicine 34, 1995.
+    """
+    rows = params.noise.nonzero().flatten()
+    if len(rows):
+        sigma = params.noise[rows].to(pixels.device).view(-1, 1, 1)
+        bits = _hash_pixels(params.noise_key[rows].to(pixels.device), pixels[0].numel())
+        bits = bits.view(-1, *pixels.shape[1:])
+        # Box and Muller's radius and angle; 24 bits are what float32 can hold.
+        radius = (((bits >> 40 & 0xFFFFFF) + 1) * 2.0**-24).log_().mul_(-2).sqrt_() * sigma
+        cosine = ((bits & 0xFFFFFF) * (2 * math.pi * 2.0**-24)).cos_()
+        rows = rows.to(pixels.device)
+        stored = pixels[rows]
+        # |x + r e^(i angle)|; rounding may leave the square just below 0.
+        square = stored * stored + 2 * stored * radius * cosine + radius * radius
+        pixels[rows] = square.clamp_(min=0).sqrt_()
+    return pixels

@@ -1,16 +1,17 @@
-"""A training checkpoint: everything a run needs to go on as if it had never stopped.
+"""A training checkpoint: everything that the next epoch starts from.
 
 A folder of two files, neither pickled: ``state.safetensors`` (network, averaged weights and
 optimiser) and ``state.json`` (the rest).
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from brainray.model.network import StateDict
 
@@ -24,31 +25,26 @@ class Progress:
 
     next_epoch: int = 0
     """Epoch to train next, from 0."""
-    next_step: int = 0
-    """Step of that epoch to take next: not 0 where a node was about to be taken away."""
-    epoch_sums: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Loss, correct images and images of that epoch's steps so far, over all workers."""
     best_score: float = float("-inf")
     """Best validation score so far."""
     best_epoch: int = -1
     """Epoch that reached it; -1 before the first."""
     time_s: float = 0.0
-    """Seconds spent training, over all stretches of the run."""
-    ema_steps: int = 0
-    """Optimiser steps that the averaged weights have seen."""
+    """Seconds spent on the finished epochs, over all starts of the run."""
 
 
 def save_checkpoint(
     folder: Path,
     *,
-    network: StateDict,
-    averaged: StateDict | None,
+    network: torch.nn.Module,
+    averaged: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
 ) -> None:
     """Write a checkpoint into an existing local folder."""
-    tensors = {f"network.{name}": tensor for name, tensor in network.items()}
-    tensors |= {f"averaged.{name}": tensor for name, tensor in (averaged or {}).items()}
+    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    if averaged is not None:
+        tensors |= {f"averaged.{name}": tensor for name, tensor in averaged.state_dict().items()}
     for index, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{slot}": tensor for slot, tensor in slots.items()}
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -57,16 +53,16 @@ def save_checkpoint(
 
 
 def load_network_weights(folder: Path) -> StateDict:
-    """Read the weights to seal: the averaged ones where the run keeps them."""
+    """Read the weights to export: the averaged ones where the run keeps them."""
     tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
-    return _strip(tensors, "averaged.") or _strip(tensors, "network.")
+    return _strip(tensors, "averaged.module.") or _strip(tensors, "network.")
 
 
 def load_checkpoint(
     folder: Path,
     *,
     network: torch.nn.Module,
-    averaged: torch.nn.Module | None,
+    averaged: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
 ) -> Progress:
     """Put a checkpoint back into a network, its average and its optimiser."""
@@ -86,9 +82,7 @@ def load_checkpoint(
         slots.setdefault(int(index), {})[slot] = tensor
     state: dict[str, Any] = {**optimizer.state_dict(), "state": slots}
     optimizer.load_state_dict(state)
-    progress = Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
-    loss, correct, images = progress.epoch_sums  # a list: JSON knows no tuples
-    return replace(progress, epoch_sums=(loss, correct, images))
+    return Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
 
 
 def _strip(tensors: StateDict, prefix: str) -> StateDict:

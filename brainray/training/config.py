@@ -1,6 +1,6 @@
 """What a training run is made of: every number that shapes the classifier, with its unit."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from brainray.errors import ConfigError
@@ -46,8 +46,6 @@ class TrainConfig:
     head_epochs: int = 0
     """Epochs of the head alone before that, on features computed once. Without weights to
     start from there is nothing to stand on, and they are left out."""
-    train_sizes_px: tuple[int, ...] = ()
-    """Sides of the training images in equal stretches of the run; empty: the sealed size."""
     global_batch_size: int = 64
     """Images of one optimiser step, over all workers."""
     batch_norm: BatchNormMode = "local"
@@ -80,20 +78,6 @@ class TrainConfig:
             raise ConfigError(f"test_fraction must be in [0, 0.5], got {self.test_fraction}.")
         if not 0 < self.group_correlation <= 1:
             raise ConfigError(f"group_correlation must be in (0, 1], got {self.group_correlation}.")
-        for size_px in self.train_sizes_px:
-            if not 32 <= size_px <= 1024:
-                raise ConfigError(f"train_sizes_px must be in [32, 1024], got {size_px}.")
-
-    def list_epoch_sizes(self) -> tuple[int, ...]:
-        """Return the side of the training images of every epoch, in pixels."""
-        sizes = self.train_sizes_px or (self.preprocessing.size_px,)
-        epochs_left = range(self.num_epochs - 1, -1, -1)  # counted back, so that the last is last
-        return tuple(sizes[-1 - left * len(sizes) // self.num_epochs] for left in epochs_left)
-
-    def list_pixel_sizes(self) -> list[Preprocessing]:
-        """Return every way in which the run asks for an image's pixels."""
-        sizes = {self.preprocessing.size_px, *self.list_epoch_sizes()}
-        return [replace(self.preprocessing, size_px=size) for size in sorted(sizes)]
 
     @property
     def starts_with_head(self) -> bool:
@@ -103,8 +87,8 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
-    """Where a run computes; it may change between a run's stretches."""
+class ScalingOptions:
+    """Where a run computes; it may change when a run is resumed."""
 
     num_workers: int = 1
     """Training workers; each takes a GPU with --use-gpu, else a share of the CPUs."""
@@ -114,6 +98,10 @@ class Placement:
     """Train on GPUs."""
     max_failures: int = 3
     """Times that a failed worker group is started again from its last checkpoint."""
+    loader: Literal["auto", "resident", "stream"] = "auto"
+    """Where training images come from: `resident` decodes once and keeps all pixels in the object
+    store of every node; `stream` decodes them again in each epoch. `auto` takes `resident` where
+    the pixels fit the smallest node's object store."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
@@ -130,6 +118,53 @@ class Placement:
         if self.min_workers is None or self.min_workers == self.num_workers:
             return self.num_workers
         return self.min_workers, self.num_workers
+
+
+RANGES = ("learning_rate", "weight_decay", "grey_strength", "geometric_strength")
+"""Fields of :class:`SearchSpace` that numbers are drawn from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchSpace:
+    """What is drawn; equal ends keep a number as it is."""
+
+    learning_rate: tuple[float, float] = (3e-4, 3e-3)
+    """Range of the peak learning rate, log-uniform."""
+    weight_decay: tuple[float, float] = (0.01, 0.2)
+    """Range of the weight decay, log-uniform."""
+    grey_strength: tuple[float, float] = (0.5, 2.0)
+    """Range of a factor on the recipe's CLAHE probability, gamma, bias field, gain, noise and blur,
+    log-uniform."""
+    geometric_strength: tuple[float, float] = (0.5, 2.0)
+    """Range of a factor on the recipe's rotation, zoom, stretch and shift, log-uniform."""
+    num_epochs: tuple[int, ...] = ()
+    """Numbers of epochs to choose from; the recipe's, if none is given."""
+
+    def __post_init__(self) -> None:
+        for name in RANGES:
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ConfigError(
+                    f"{name} must be two positive numbers in order, got {low} {high}."
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneOptions:
+    """How long to search."""
+
+    space: SearchSpace = SearchSpace()
+    num_configurations: int = 8
+    """Configurations to draw."""
+    num_folds: int = 3
+    """Folds of groups; each configuration is trained once for each of them."""
+    max_concurrent: int = 1
+    """Trials at a time; each takes --num-workers workers."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_configurations", 1), ("num_folds", 2), ("max_concurrent", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
 
 def find_differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:

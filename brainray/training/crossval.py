@@ -95,8 +95,8 @@ def cross_validate(
     found = find_training_samples(job)
     weights = fetch_weights(job.config.weights, job.config.weights_uri)
     connect_ray(verbose=verbose)
-    check_fits(describe_training_needs(job.placement))
-    data = group_training_data(found, job.config)
+    check_fits(describe_training_needs(job.scaling))
+    data = group_training_data(found, job.config, job.scaling.loader)
     labels = data.labels[data.kept]
     folds = assign_folds(labels, data.groups, job.folds, seed=job.config.seed)
     splits = [  # all before the first is trained: what cannot be split fails now

@@ -7,7 +7,7 @@ from typing import Any
 from brainray import storage
 from brainray.evaluation.judge import Say
 from brainray.phantoms import write_phantom_folder
-from brainray.training.config import Placement, TrainConfig
+from brainray.training.config import ScalingOptions, TrainConfig
 from brainray.training.run import Tick, TrainJob
 from brainray.training.train import train
 
@@ -54,7 +54,7 @@ def run_demo(job: DemoJob, config: TrainConfig, say: Say, tick: Tick) -> tuple[d
         data_uri=str(scans),
         output_uri=str(root / "run"),
         config=config,
-        placement=Placement(num_workers=job.num_workers),
+        scaling=ScalingOptions(num_workers=job.num_workers),
         recipe="smoke",
     )
     return train(training, say=say, tick=tick), training.output_uri

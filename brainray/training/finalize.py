@@ -10,6 +10,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.train import Result
+from torch.optim.swa_utils import update_bn
 
 from brainray import runlog
 from brainray.data.scan import ScanStore
@@ -28,7 +29,6 @@ from brainray.model.network import (
     STAGE_WIDTHS,
     StateDict,
     build_network,
-    measure_statistics,
     round_weights,
 )
 from brainray.model.precision import Precision
@@ -93,7 +93,7 @@ def settle_statistics(
     dice = np.random.default_rng(job.config.seed)
     chosen = dice.permutation(train)[:MAX_STATISTICS_IMAGES]
     say(f"Measuring the normalisation's statistics on {len(chosen):,} images as they are.")
-    use_gpu = job.placement.use_gpu
+    use_gpu = job.scaling.use_gpu
     task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_measure_statistics)
     settled: StateDict = ray.get(
         task.remote(state, chosen, data.store, job.config, precision, use_gpu)
@@ -120,7 +120,7 @@ def _measure_statistics(
         for part in np.array_split(images, -(-len(images) // STATISTICS_BATCH_SIZE))
     )
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        measure_statistics(network, batches)
+        update_bn(batches, network)
     return {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
@@ -143,7 +143,7 @@ def fit_trust_on(job: TrainJob, data: PreparedData, say: Say) -> Trust | None:
     dice = np.random.default_rng(job.config.seed)
     chosen = np.sort(dice.choice(train, min(len(train), MAX_LIKENESS_IMAGES), replace=False))
     say(f"Calibrating on {len(val):,} val images, beside {len(chosen):,} of train.")
-    pool = plan_pool(EngineOptions(use_gpu=job.placement.use_gpu))
+    pool = plan_pool(EngineOptions(use_gpu=job.scaling.use_gpu))
     stage = PredictStage.open(job.at(CLASSIFIER_FOLDER), pool, outputs=("logits", "features"))
     rows, runtime = predict_samples(
         stage, data.store, data.scans, np.concatenate([chosen, val]), job.config.limits

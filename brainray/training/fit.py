@@ -1,41 +1,54 @@
-"""The fit: the training loop on Ray Train's workers, and what the person hears of it meanwhile."""
+"""The driver's side of training: Ray Train's trainer, and progress for the person meanwhile."""
 
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import ray
-from numpy.typing import NDArray
-from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+)
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.queue import Empty, Queue
 
 from brainray import runlog, storage
-from brainray.cluster import Need, hears_notices, list_nodes, share_cpus, tell_waiting
+from brainray.cluster import Bundle, Need, list_nodes, share_cpus, tell_waiting
 from brainray.errors import TrainingError
 from brainray.evaluation.judge import Say
 from brainray.evaluation.prepared import PreparedData
-from brainray.training.config import Placement
+from brainray.training.config import ScalingOptions
+from brainray.training.loader import (
+    TRAIN_DATASET,
+    LoaderSetup,
+    build_data_config,
+    build_train_dataset,
+    choose_loader,
+)
 from brainray.training.loop import WorkerSetup
+from brainray.training.mlflow_log import open_log
 from brainray.training.run import CHECKPOINTS_FOLDER, RECORDS_FILE, Tick, TrainJob
 from brainray.training.worker import train_worker
 
 
-def describe_training_needs(placement: Placement) -> Need:
+def describe_training_needs(scaling: ScalingOptions) -> Need:
     """Say what training cannot do without."""
-    least = placement.min_workers or placement.num_workers
-    others = {"GPU": 1.0} if placement.use_gpu else {}
+    least = scaling.min_workers or scaling.num_workers
+    others = {"GPU": 1.0} if scaling.use_gpu else {}
     return Need(
-        bundle={"CPU": share_cpus(placement.num_workers, list_nodes(), **others), **others},
+        bundle={"CPU": share_cpus(scaling.num_workers, list_nodes(), **others), **others},
         count=least,
         what="training worker",
         remedy="lower --num-workers, or let it go on with fewer (--min-workers)"
-        + (", or leave --use-gpu out" if placement.use_gpu else ""),
+        + (", or leave --use-gpu out" if scaling.use_gpu else ""),
     )
 
 
@@ -45,33 +58,33 @@ def fit(
     weights: "ray.ObjectRef[Any]",
     say: Say,
     tick: Tick,
+    callbacks: Sequence[UserCallback] = (),
 ) -> Result:
     """Run the training loop on Ray Train's workers.
 
+    ``callbacks`` are Ray Train's own: told of each epoch.
+
     Raises
     ------
+    ConfigError
+        The loader that is asked for cannot load these images.
     TrainingError
         The workers failed more often than ``max_failures``.
     """
-    need = describe_training_needs(job.placement)
-    with relay_messages(say, tick) as messages, tell_waiting([need], say):
+    need = describe_training_needs(job.scaling)
+    loader = plan_loader(job, data, need.bundle["CPU"])
+    say(describe_loader(loader))
+    with relay_messages(job, say, tick) as messages, tell_waiting([need], say):
         setup = WorkerSetup(
             config=job.config,
-            train_indices=data.select("train"),
-            val_indices=data.select("val"),
-            labels=data.labels,
-            row_groups=number_row_groups(data) if not data.store.in_object_store else None,
-            store=data.store,
+            loader=loader,
             weights=weights,
-            checkpoints_uri=job.at(CHECKPOINTS_FOLDER),
             records_uri=job.at(RECORDS_FILE),
             tensorboard_uri=job.at("tensorboard"),
-            cpus_per_worker=need.bundle["CPU"],
-            use_gpu=job.placement.use_gpu,
-            heeds_notices=hears_notices(),
+            use_gpu=job.scaling.use_gpu,
             messages=messages,
         )
-        trainer = build_trainer(job, setup)
+        trainer = build_trainer(job, setup, need.bundle, callbacks)
         on_interrupt = signal.getsignal(signal.SIGINT)
         try:
             return trainer.fit()
@@ -84,44 +97,65 @@ def fit(
                 signal.signal(signal.SIGINT, on_interrupt)
 
 
-def build_trainer(job: TrainJob, setup: WorkerSetup) -> TorchTrainer:
+def plan_loader(job: TrainJob, data: PreparedData, cpus_per_worker: float) -> LoaderSetup:
+    """Decide how the workers load images; a stream decodes on the CPUs that they leave."""
+    free_cpus = ray.cluster_resources()["CPU"] - job.scaling.num_workers * cpus_per_worker
+    return LoaderSetup(
+        kind=choose_loader(job.scaling.loader, data.store, job.config.preprocessing),
+        train_ids=data.select("train"),
+        val_ids=data.select("val"),
+        labels=data.labels,
+        store=data.store,
+        preprocessing=job.config.preprocessing,
+        limits=job.config.limits,
+        global_batch_size=job.config.global_batch_size,
+        seed=job.config.seed,
+        num_tasks=max(1, int(free_cpus)),
+    )
+
+
+def describe_loader(loader: LoaderSetup) -> str:
+    """Say in one line how images are loaded, and why."""
+    size_px, count = loader.preprocessing.size_px, len(loader.train_ids) + len(loader.val_ids)
+    pixels = f"{count * size_px**2 / 2**20:,.0f} MiB of pixels at {size_px} px"
+    if loader.kind == "resident":
+        return f"Loader: resident; {pixels} stay in the object store."
+    return (
+        f"Loader: stream; {pixels} are decoded in each epoch, {loader.num_tasks} tasks at a time."
+    )
+
+
+def build_trainer(
+    job: TrainJob, setup: WorkerSetup, bundle: Bundle, callbacks: Sequence[UserCallback] = ()
+) -> TorchTrainer:
     """Say to Ray Train what runs where, and what is kept of it."""
-    placement = job.placement
+    scaling = job.scaling
     filesystem, path = storage.resolve(job.output_uri)
-    resources = {"CPU": setup.cpus_per_worker} | ({"GPU": 1.0} if placement.use_gpu else {})
+    is_stream = setup.loader.kind == "stream"
     return TorchTrainer(
         train_worker,
         train_loop_config={"setup": ray.put(setup)},
+        datasets={TRAIN_DATASET: build_train_dataset(setup.loader)} if is_stream else None,
+        dataset_config=build_data_config() if is_stream else None,
         scaling_config=ScalingConfig(
-            num_workers=placement.worker_range,  # type: ignore[arg-type]  # Ray takes a range
-            use_gpu=placement.use_gpu,
-            resources_per_worker=resources,
+            num_workers=scaling.worker_range,  # type: ignore[arg-type]  # Ray takes a range
+            use_gpu=scaling.use_gpu,
+            resources_per_worker=bundle,
             # On a CPU, a worker computes with all cores of its node.
-            placement_strategy="PACK" if placement.use_gpu else "SPREAD",
+            placement_strategy="PACK" if scaling.use_gpu else "SPREAD",
         ),
         run_config=RunConfig(
             name=CHECKPOINTS_FOLDER,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=placement.max_failures),
+            failure_config=FailureConfig(max_failures=scaling.max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1,  # the best; Ray Train keeps the last as well
                 checkpoint_score_attribute=job.config.monitor,
             ),
+            callbacks=list(callbacks),  # type: ignore[arg-type]  # its own type is another
         ),
     )
-
-
-def number_row_groups(data: PreparedData) -> NDArray[np.int64] | None:
-    """Give a number to the Parquet row group of every training image; None for image files."""
-    rows = data.found.samples.take(data.select("train"))
-    if (rows["row_group"].to_numpy() < 0).all():
-        return None
-    keys = [
-        f"{u}#{g}"
-        for u, g in zip(rows["uri"].to_pylist(), rows["row_group"].to_pylist(), strict=True)
-    ]
-    return np.unique(keys, return_inverse=True)[1].astype(np.int64)
 
 
 def _find_cause(error: BaseException) -> str:
@@ -132,8 +166,9 @@ def _find_cause(error: BaseException) -> str:
 
 
 @contextmanager
-def relay_messages(say: Say, tick: Tick) -> Iterator[Queue]:
-    """Show what rank 0 says while the driver waits for it."""
+def relay_messages(job: TrainJob, say: Say, tick: Tick) -> Iterator[Queue]:
+    """Show what rank 0 says while the driver waits for it, and log its records to MLflow."""
+    log_record = open_log(job)
     messages = Queue(actor_options={"num_cpus": 0})
     stopped = threading.Event()
 
@@ -147,6 +182,7 @@ def relay_messages(say: Say, tick: Tick) -> Iterator[Queue]:
                 return
             if "record" in message:
                 say(runlog.format_epoch(message["record"]))
+                log_record(message["record"])
             elif "line" in message:
                 say(message["line"])
             else:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from brainray.errors import ConfigError
 from brainray.model.network import STAGES, stage_of
@@ -99,3 +100,22 @@ def set_learning_rate(
     fraction = compute_lr_fraction(step, steps_per_epoch, optimisation, num_epochs)
     for group in optimizer.param_groups:
         group["lr"] = optimisation.learning_rate * fraction * group["lr_scale"]
+
+
+Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
+
+
+def build_average(network: nn.Module, decay: float) -> AveragedModel:
+    """Build the exponential moving average of a network's weights.
+
+    Early on it forgets faster, as timm's does: of the first n steps it has the decay
+    ``(1 + n) / (10 + n)`` at most. Buffers are those of the network.
+    """
+
+    def average(averaged: Tensors, current: Tensors, _: object) -> None:
+        steps = int(model.n_averaged)  # on the CPU: the one that is passed here waits for a GPU
+        get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averaged, current, steps)
+
+    model = AveragedModel(network, multi_avg_fn=average)
+    model.n_averaged += 1  # the weights as they are; else those of the first step replace them
+    return model.requires_grad_(False)

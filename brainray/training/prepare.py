@@ -1,20 +1,31 @@
-"""A data set scanned, grouped and split as a training configuration asks for it."""
+"""A data set scanned, grouped and split as a training run asks for it."""
+
+from typing import Literal
 
 from brainray.data.labelled import FoundSamples
 from brainray.data.splits import assign_splits
 from brainray.evaluation.prepared import GroupedData, PreparedData, group_samples, split_samples
 from brainray.training.config import TrainConfig
 
+Loader = Literal["auto", "resident", "stream"]
 
-def prepare_training_data(found: FoundSamples, config: TrainConfig) -> PreparedData:
+
+def prepare_training_data(
+    found: FoundSamples, config: TrainConfig, loader: Loader = "auto"
+) -> PreparedData:
     """Scan, group and split a data set for training.
+
+    Parameters
+    ----------
+    loader : {"auto", "resident", "stream"}
+        Pixels stay in the object store unless they are to be streamed, if they fit.
 
     Raises
     ------
     DataError
         The folders, labels or images do not make a data set.
     """
-    data = group_training_data(found, config)
+    data = group_training_data(found, config, loader)
     splits = assign_splits(
         found.samples["split"].take(data.kept).to_pylist(),
         data.labels[data.kept],
@@ -26,12 +37,12 @@ def prepare_training_data(found: FoundSamples, config: TrainConfig) -> PreparedD
     return split_samples(data, config.classes, splits)
 
 
-def group_training_data(found: FoundSamples, config: TrainConfig) -> GroupedData:
-    """Scan and group a data set as a run of some configuration asks for it."""
+def group_training_data(found: FoundSamples, config: TrainConfig, loader: Loader) -> GroupedData:
+    """Scan and group a data set; the parameters are those of :func:`prepare_training_data`."""
     return group_samples(
         found,
         config.classes,
-        keep=config.list_pixel_sizes(),
+        keep=() if loader == "stream" else (config.preprocessing,),
         limits=config.limits,
         min_correlation=config.group_correlation,
     )

@@ -10,7 +10,7 @@ from brainray.errors import ConfigError
 from brainray.evaluation.judge import METRICS_FILE, Say
 from brainray.evaluation.prepared import MANIFEST_FILE, PreparedData
 from brainray.provenance import collect_versions
-from brainray.training.config import Placement, TrainConfig, find_differences
+from brainray.training.config import ScalingOptions, TrainConfig, find_differences
 
 RUN_FILE = "run.json"
 RECORDS_FILE = "metrics.jsonl"
@@ -27,8 +27,10 @@ class TrainJob:
     data_uri: str
     output_uri: str
     config: TrainConfig
-    placement: Placement
+    scaling: ScalingOptions
     recipe: str = "custom"
+    mlflow_uri: str | None = None
+    """MLflow tracking server, or folder, that the run is logged to as well."""
     folds: int | None = None
     """Folds of the cross-validation that this is; None for a run of its own."""
     fold: int | None = None
@@ -60,8 +62,10 @@ def find_finished(job: TrainJob, say: Say) -> dict[str, Any] | None:
     return None
 
 
-def check_run(job: TrainJob) -> bool:
+def check_run(job: TrainJob, **more: Any) -> bool:  # noqa: ANN401 - ready for JSON
     """Tell whether the output holds this run already, begun or finished.
+
+    ``more`` is what else makes two calls the same run.
 
     Raises
     ------
@@ -70,7 +74,7 @@ def check_run(job: TrainJob) -> bool:
     StorageError
         The output cannot be written.
     """
-    given = describe_run(job)
+    given = describe_run(job) | more
     try:
         saved = storage.read_json(job.at(RUN_FILE))
     except FileNotFoundError:

@@ -69,8 +69,8 @@ def train(
     found = find_samples(job.data_uri, job.config.classes)
     weights = fetch_weights(job.config.weights, job.config.weights_uri)
     connect_ray(verbose=verbose)
-    check_fits(describe_training_needs(job.placement))
-    data = prepare_training_data(found, job.config)
+    check_fits(describe_training_needs(job.scaling))
+    data = prepare_training_data(found, job.config, job.scaling.loader)
     describe_plan(job, data, ("train", "val", "test"), say)
     keep_manifest(job, data)
     return train_prepared(job, data, ray.put(weights), say, tick)
@@ -133,14 +133,14 @@ def judge(job: TrainJob, data: PreparedData, say: Say) -> dict[str, Any]:
     """Judge the sealed classifier on validation and test, and write the report."""
     records = runlog.read_records(job.at(RECORDS_FILE))
     training = summarise_training(job, records)
-    device = "GPU" if job.placement.use_gpu else "CPU"
+    device = "GPU" if job.scaling.use_gpu else "CPU"
     return judge_and_report(
         data,
         output_uri=job.output_uri,
         classifier_uri=job.at(CLASSIFIER_FOLDER),
         splits=("val", "test"),
         limits=job.config.limits,
-        engine=EngineOptions(use_gpu=job.placement.use_gpu),
+        engine=EngineOptions(use_gpu=job.scaling.use_gpu),
         title="brainray training report",
         configuration=make_plain(asdict(job.config)),
         facts={

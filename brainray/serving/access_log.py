@@ -1,4 +1,4 @@
-"""The service's log: a line of JSON for each request, wherever it is wanted."""
+"""The access log: a line of JSON for each request."""
 
 import os
 from typing import Any
@@ -10,7 +10,7 @@ from brainray.errors import ConfigError
 STDERR = 2
 
 
-class Journal:
+class AccessLog:
     """Writes lines, and never waits for whoever reads them.
 
     Parameters
@@ -25,8 +25,8 @@ class Journal:
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self.dropped = 0
-        """Lines that nobody took in time."""
+        self.num_dropped = 0
+        """Lines that could not be written in time."""
         self._file = STDERR
         if path is not None:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
@@ -42,4 +42,4 @@ class Journal:
         try:
             os.write(self._file, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
         except OSError:  # a full pipe, a full disk: requests are answered all the same
-            self.dropped += 1
+            self.num_dropped += 1

@@ -3,15 +3,18 @@
 import asyncio
 import base64
 import json
-import logging
 import struct
+import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI, Request
 from numpy.typing import NDArray
 
 from brainray.errors import ClassifierError, ConfigError, ServingError
@@ -20,22 +23,19 @@ from brainray.images.preprocess import Preprocessing, load_image
 from brainray.inference.engine import Prediction
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.serving.auth import Guard, read_token
-from brainray.serving.bodies import part_uploads
-from brainray.serving.config import read_arguments
-from brainray.serving.courier import Courier
-from brainray.serving.handler import Answers, Handler, Upload
-from brainray.serving.inference import read_inference, render_inference
-from brainray.serving.limits import ConnectionLimits, ServiceLimits
-from brainray.serving.meters import Meters, merge
+from brainray.serving.auth import read_token
+from brainray.serving.batcher import Batcher
+from brainray.serving.open_inference import read_inference, render_inference
+from brainray.serving.options import ServiceLimits, read_arguments
+from brainray.serving.pipeline import Pipeline, Upload
 from brainray.serving.predictor import Predictor
 from brainray.serving.problem import Problem
+from brainray.serving.uploads import read_uploads
 from tests.conftest import CLASSES
 from tests.reference import predict_eager
-from tests.service import LocalModel, open_predictor
+from tests.service import LocalPredictor, build_test_app, open_client, open_predictor
 
 TOKEN = "a token of sixteen".replace(" ", "-")
-SEEN = Preprocessing(size_px=32)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def predictor(tiny_classifier: Path) -> Predictor:
 
 
 @pytest.fixture
-def model(predictor: Predictor) -> LocalModel:
-    return LocalModel(predictor)
+def model(predictor: Predictor) -> LocalPredictor:
+    return LocalPredictor(predictor)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def scans(phantom_folder: Path) -> list[bytes]:
     return [file.read_bytes() for file in files[::4]]
 
 
-def seal(folder: Path, *, seed: int, size_px: int = 32) -> Path:
+def save_random_classifier(folder: Path, *, seed: int, size_px: int = 32) -> Path:
     import torch
 
     torch.manual_seed(seed)
@@ -72,7 +72,7 @@ def seal(folder: Path, *, seed: int, size_px: int = 32) -> Path:
 
 
 def test_every_upload_has_one_answer_in_order(
-    model: LocalModel, tiny_classifier: Path, scans: list[bytes]
+    model: LocalPredictor, tiny_classifier: Path, scans: list[bytes]
 ) -> None:
     uploads = [
         Upload("a.jpg", scans[0]),
@@ -81,29 +81,29 @@ def test_every_upload_has_one_answer_in_order(
         Upload("cut.jpg", scans[2][: len(scans[2]) // 2]),
         Upload("none", b""),
     ]
-    answered = asyncio.run(Handler(model, ServiceLimits()).classify(uploads))
-    assert [a.name for a in answered.answers] == ["a.jpg", "b.txt", None, "cut.jpg", "none"]
-    assert [a.reason for a in answered.answers] == [
+    answers = asyncio.run(Pipeline(model, ServiceLimits()).classify(uploads))
+    assert [a.name for a in answers] == ["a.jpg", "b.txt", None, "cut.jpg", "none"]
+    assert [a.reason for a in answers] == [
         *(None, "not_an_image", None, "truncated", "empty"),
     ]
     classifier = load_classifier(str(tiny_classifier))
     for row in (0, 2):
         image = load_image(uploads[row].content, classifier.preprocessing, DecodeLimits())
         expected = predict_eager(classifier, image[None])[0]
-        answer = answered.answers[row]
+        answer = answers[row]
         assert answer.probs is not None
         np.testing.assert_allclose(list(answer.probs.values()), expected, atol=1e-5)
         assert list(answer.probs) == list(CLASSES)
         assert answer.predicted_class == CLASSES[int(expected.argmax())]
         assert answer.confidence == max(answer.probs.values())
         assert answer.status == "classified"
-    rejected = answered.answers[1]
+    rejected = answers[1]
     assert (rejected.status, rejected.probs, rejected.confidence) == ("rejected", None, None)
     assert rejected.detail is not None
     assert not rejected.detail.startswith("not_an_image"), "the code is said once"
 
 
-def test_the_sizes_and_the_hash_are_those_of_the_file(model: LocalModel) -> None:
+def test_the_sizes_and_the_hash_are_those_of_the_file(model: LocalPredictor) -> None:
     import io
     from hashlib import sha256
 
@@ -112,155 +112,116 @@ def test_the_sizes_and_the_hash_are_those_of_the_file(model: LocalModel) -> None
     sink = io.BytesIO()
     Image.new("L", (70, 40), 90).save(sink, "PNG")
     (answer,) = asyncio.run(
-        Handler(model, ServiceLimits()).classify([Upload(None, sink.getvalue())])
-    ).answers
+        Pipeline(model, ServiceLimits()).classify([Upload(None, sink.getvalue())])
+    )
     assert (answer.width_px, answer.height_px) == (70, 40)
     assert answer.content_sha256 == sha256(sink.getvalue()).hexdigest()
 
 
-def test_limits_of_a_request_are_problems(model: LocalModel, scans: list[bytes]) -> None:
+def test_limits_of_a_request_are_problems(model: LocalPredictor, scans: list[bytes]) -> None:
     upload = Upload(None, scans[0])
 
     def refusal(limits: ServiceLimits, uploads: list[Upload]) -> str:
         with pytest.raises(Problem) as caught:
-            asyncio.run(Handler(model, limits).classify(uploads))
+            asyncio.run(Pipeline(model, limits).classify(uploads))
         return caught.value.code
 
     assert refusal(ServiceLimits(files=2), [upload] * 3) == "too_many_files"
     assert refusal(ServiceLimits(queued=1, files=32), [upload] * 32) == "too_busy"
-    model.delay_s = 5
+    model.delay_s = 1
     assert refusal(ServiceLimits(request_s=0.05), [upload]) == "timeout"
     pixels = ServiceLimits(pixels=100)
     model.delay_s = 0
-    (answer,) = asyncio.run(Handler(model, pixels).classify([upload])).answers
+    (answer,) = asyncio.run(Pipeline(model, pixels).classify([upload]))
     assert answer.reason == "too_large"
 
 
-@pytest.mark.heavy
-def test_a_replaced_classifier_answers_all_of_a_request(tmp_path: Path, scans: list[bytes]) -> None:
-    """With another size, even: what was resized for the old one is resized again."""
-    old = open_predictor(seal(tmp_path / "old", seed=1))
-    new = open_predictor(seal(tmp_path / "new", seed=2, size_px=48))
-    model = LocalModel(old)
-    handler = Handler(model, ServiceLimits(), max_calls=1, max_images=2)
-
-    async def run() -> tuple[Answers, Answers]:
-        before = await handler.classify([Upload(None, scans[0])])
-        model.delay_s = 0.05
-        asked = asyncio.ensure_future(handler.classify([Upload(None, scan) for scan in scans[:6]]))
-        await asyncio.sleep(0.08)
-        model.predictor = new
-        return before, await asked
-
-    before, after = asyncio.run(run())
-    assert before.meaning.classifier_id == old.describe()["card"]["classifier_id"]
-    assert after.meaning.classifier_id == new.describe()["card"]["classifier_id"]
-    for scan, answer in zip(scans, after.answers, strict=False):
-        image = load_image(scan, Preprocessing(size_px=48), DecodeLimits())
-        found = new.predict(Preprocessing(size_px=48), [image]).prediction
-        assert found is not None
-        assert answer.probs is not None
-        np.testing.assert_allclose(list(answer.probs.values()), found.probs[0], atol=1e-6)
+# --- batcher -------------------------------------------------------------------------------------
 
 
-# --- courier -------------------------------------------------------------------------------------
-
-
-class Road:
-    """Keeps calls until they are let go."""
+class SlowEngine:
+    """Keeps calls until they are released, and fails those that hold the number 13."""
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
-        self.open = asyncio.Event()
+        self.release = threading.Event()
 
-    async def send(self, _: Preprocessing, images: Sequence[NDArray[np.uint8]]) -> list[int]:
-        names = [int(image[0, 0]) for image in images]
-        self.calls.append(names)
-        await self.open.wait()
-        if 13 in names:
+    def predict(self, images: NDArray[np.uint8]) -> Prediction:
+        numbers = [int(image[0, 0]) for image in images]
+        self.calls.append(numbers)
+        assert self.release.wait(10)
+        if 13 in numbers:
             raise ServingError("unlucky")
-        return [name * 2 for name in names]
+        return Prediction(np.array([[2.0 * n] for n in numbers], np.float32), [None] * len(images))
 
 
-def picture(number: int) -> NDArray[np.uint8]:
-    return np.full((1, 1), number, np.uint8)
-
-
-async def start_carrying(
-    courier: Courier[int], numbers: Sequence[int], preprocessing: Preprocessing = SEEN
-) -> list["asyncio.Task[int]"]:
-    tasks = [asyncio.create_task(courier.carry(preprocessing, picture(n))) for n in numbers]
-    await asyncio.sleep(0)
+async def start_predicting(
+    batcher: Batcher, numbers: Sequence[int]
+) -> list["asyncio.Task[Prediction]"]:
+    """Ask for the first image, and for the others once it is being computed."""
+    tasks = []
+    for number in numbers:
+        image = np.full((1, 1), number, np.uint8)
+        tasks.append(asyncio.create_task(batcher.predict(image)))
+        await asyncio.sleep(0.02 if number == numbers[0] else 0)
     return tasks
 
 
-def test_what_comes_to_a_free_model_is_sent_alone_and_what_waited_together() -> None:
+def read_number(found: Prediction) -> int:
+    return int(found.probs[0, 0])
+
+
+def test_an_image_that_finds_the_engine_idle_is_computed_alone_and_the_others_together() -> None:
     async def run() -> None:
-        road = Road()
-        courier = Courier(road.send, max_calls=2, max_images=3, max_waiting=10)
-        tasks = await start_carrying(courier, range(1, 8))
-        await asyncio.sleep(0)
-        assert road.calls == [[1], [2]], "nothing waits for company"
-        assert (courier.num_calls, courier.num_waiting) == (2, 5)
-        road.open.set()
-        assert await asyncio.gather(*tasks) == [2, 4, 6, 8, 10, 12, 14]
-        assert road.calls[2:] == [[3, 4, 5], [6, 7]], "bounded, and in order"
-        assert (courier.num_calls, courier.num_waiting) == (0, 0)
+        engine = SlowEngine()
+        batcher = Batcher(engine.predict, max_batch_size=3, max_queued=10)
+        tasks = await start_predicting(batcher, range(1, 7))
+        assert engine.calls == [[1]], "nothing waits for others to come"
+        assert batcher.num_queued == 5
+        engine.release.set()
+        assert [read_number(p) for p in await asyncio.gather(*tasks)] == [2, 4, 6, 8, 10, 12]
+        assert engine.calls[1:] == [[2, 3, 4], [5, 6]], "bounded, and in order"
+        assert read_number(await batcher.predict(np.full((1, 1), 9, np.uint8))) == 18
 
     asyncio.run(run())
 
 
-def test_waiting_is_bounded() -> None:
+def test_the_queue_is_bounded() -> None:
     async def run() -> None:
-        road = Road()
-        courier = Courier(road.send, max_calls=1, max_images=1, max_waiting=2)
-        tasks = await start_carrying(courier, (1, 2, 3))
+        engine = SlowEngine()
+        batcher = Batcher(engine.predict, max_batch_size=1, max_queued=2)
+        tasks = await start_predicting(batcher, (1, 2, 3))
         with pytest.raises(Problem) as caught:
-            await courier.carry(SEEN, picture(4))
+            await batcher.predict(np.full((1, 1), 4, np.uint8))
         assert caught.value.code == "too_busy"
-        assert caught.value.headers["retry-after"] == "1"
-        road.open.set()
-        assert await asyncio.gather(*tasks) == [2, 4, 6]
+        engine.release.set()
+        assert [read_number(p) for p in await asyncio.gather(*tasks)] == [2, 4, 6]
 
     asyncio.run(run())
 
 
-def test_what_nobody_wants_any_more_is_not_sent() -> None:
+def test_a_cancelled_image_is_not_computed() -> None:
     async def run() -> None:
-        road = Road()
-        courier = Courier(road.send, max_calls=1, max_images=4, max_waiting=9)
-        tasks = await start_carrying(courier, (1, 2, 3))
+        engine = SlowEngine()
+        batcher = Batcher(engine.predict, max_batch_size=4, max_queued=9)
+        tasks = await start_predicting(batcher, (1, 2, 3))
         tasks[1].cancel()
         await asyncio.sleep(0)
-        road.open.set()
-        assert await tasks[2] == 6
-        assert road.calls == [[1], [3]]
+        engine.release.set()
+        assert read_number(await tasks[2]) == 6
+        assert engine.calls == [[1], [3]]
 
     asyncio.run(run())
 
 
 def test_a_failed_call_fails_those_in_it_and_no_other() -> None:
     async def run() -> None:
-        road = Road()
-        courier = Courier(road.send, max_calls=1, max_images=2, max_waiting=9)
-        tasks = await start_carrying(courier, (1, 13, 2, 3))
-        road.open.set()
+        engine = SlowEngine()
+        batcher = Batcher(engine.predict, max_batch_size=2, max_queued=9)
+        tasks = await start_predicting(batcher, (1, 13, 2, 3))
+        engine.release.set()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(r) for r in results] == [int, ServingError, ServingError, int]
-        assert courier.num_calls == 0
-
-    asyncio.run(run())
-
-
-def test_images_of_two_preprocessings_do_not_share_a_call() -> None:
-    async def run() -> None:
-        road = Road()
-        courier = Courier(road.send, max_calls=1, max_images=9, max_waiting=9)
-        tasks = await start_carrying(courier, (1, 2))
-        tasks += await start_carrying(courier, (3, 4), Preprocessing(size_px=64))
-        road.open.set()
-        await asyncio.gather(*tasks)
-        assert road.calls == [[1], [2], [3, 4]]
+        assert [type(r) for r in results] == [Prediction, ServingError, ServingError, Prediction]
 
     asyncio.run(run())
 
@@ -272,7 +233,7 @@ def test_the_self_test_notices_what_answers_wrongly(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predictor.check()
-    engine = predictor._opened.engine
+    engine = predictor._engine
     right = engine.predict
 
     def answer_with(change: Any) -> None:  # noqa: ANN401
@@ -296,39 +257,14 @@ def test_numbers_that_are_none_are_never_an_answer(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch, scans: list[bytes]
 ) -> None:
     monkeypatch.setattr(
-        predictor._opened.engine,
+        predictor._engine,
         "predict",
         lambda images: Prediction(
             np.full((len(images), 4), np.nan, np.float32), [None] * len(images)
         ),
     )
     with pytest.raises(ServingError, match="not numbers"):
-        asyncio.run(
-            Handler(LocalModel(predictor), ServiceLimits()).classify([Upload(None, scans[0])])
-        )
-
-
-@pytest.mark.heavy
-def test_a_followed_folder_is_taken_when_it_is_whole(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = seal(tmp_path / "classifier", seed=1)
-    still, predictor = open_predictor(folder), open_predictor(folder, follow=True)
-    assert predictor.follow() is False, "nothing has changed"
-    first = predictor.describe()["card"]["classifier_id"]
-    weights = (folder / "model.safetensors").read_bytes()
-    seal(folder, seed=2)
-    second_weights = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(weights)  # half written
-    with caplog.at_level(logging.WARNING):
-        assert predictor.follow() is False
-    assert "not the sealed ones" in caplog.text
-    assert predictor.describe()["card"]["classifier_id"] == first
-    (folder / "model.safetensors").write_bytes(second_weights)
-    assert predictor.follow() is True
-    assert predictor.describe()["card"]["classifier_id"] != first
-    predictor.check()
-    assert still.follow() is False, "nobody asked it to"
+        asyncio.run(Pipeline(predictor, ServiceLimits()).classify([Upload(None, scans[0])]))
 
 
 def test_a_missing_classifier_is_said(tmp_path: Path) -> None:
@@ -336,23 +272,20 @@ def test_a_missing_classifier_is_said(tmp_path: Path) -> None:
         open_predictor(tmp_path)
 
 
-def test_readiness_is_asked_anew_after_a_while(
-    model: LocalModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    handler = Handler(model, ServiceLimits())
+def test_readiness_is_asked_again_after_a_while(model: LocalPredictor) -> None:
+    pipeline = Pipeline(model, ServiceLimits())
 
     async def run() -> None:
-        await handler.check_ready()
+        await pipeline.check_ready()
         model.error = ServingError("broken")
-        await handler.check_ready()  # a passed test stands for a moment
-        monkeypatch.setattr(handler, "_ready_until", 0.0)
+        await pipeline.check_ready()  # a passed test stands for a moment
         with pytest.raises(ServingError):
-            await handler.check_ready()
+            await pipeline.check_ready(max_age_s=0)
 
     asyncio.run(run())
 
 
-# --- bodies --------------------------------------------------------------------------------------
+# --- uploads -------------------------------------------------------------------------------------
 
 
 def make_form(*parts: tuple[str, bytes], end: str = "--B--\r\n") -> bytes:
@@ -369,7 +302,29 @@ def file_head(name: str, field: str = "files") -> str:
 FORM = "multipart/form-data; boundary=B"
 
 
-def test_a_form_is_parted_into_its_files() -> None:
+def post_form(body: bytes, kind: str = FORM, most: int = 9) -> list[Upload]:
+    """Post a body to an application that only reads its uploads."""
+    app, found = FastAPI(), []
+
+    @app.post("/")
+    async def read(request: Request) -> None:
+        try:
+            found.append((await read_uploads(request, ServiceLimits(files=most)))[0])
+        except Problem as problem:
+            found.append(problem)
+
+    async def run() -> None:
+        async with open_client(app) as client:
+            await client.post("/", content=body, headers={"content-type": kind})
+
+    asyncio.run(run())
+    (uploads,) = found
+    if isinstance(uploads, Problem):
+        raise uploads
+    return uploads
+
+
+def test_a_form_is_split_into_its_files() -> None:
     body = make_form(
         (file_head("a.jpg") + "\r\nContent-Type: image/jpeg", b"\xff\r\n--\x00"),
         (file_head("c.jpg", "other"), b"not asked for"),
@@ -378,12 +333,21 @@ def test_a_form_is_parted_into_its_files() -> None:
         (file_head("C:\\\\scans\\\\x.png"), b""),
         (file_head("../../etc/passwd"), b"3"),
     )
-    uploads = part_uploads(body, FORM, most=9)
+    uploads = post_form(body)
     assert uploads == [
         Upload("a.jpg", b"\xff\r\n--\x00"),
         Upload("x.png", b""),
         Upload("passwd", b"3"),
     ]
+
+
+def test_files_of_a_form_are_not_written_to_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise AssertionError("a scan goes to a temporary file")
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", refuse)
+    large = b"x" * 3 * 2**20
+    assert post_form(make_form((file_head("a.jpg"), large))) == [Upload("a.jpg", large)]
 
 
 @pytest.mark.parametrize(
@@ -401,7 +365,7 @@ def test_a_form_is_parted_into_its_files() -> None:
 )
 def test_what_is_no_form_has_a_code(body: bytes, kind: str, code: str) -> None:
     with pytest.raises(Problem) as caught:
-        part_uploads(body, kind, most=2)
+        post_form(body, kind, most=2)
     assert caught.value.code == code
 
 
@@ -464,12 +428,11 @@ def test_binary_data_that_end_early_have_a_code(binary: bytes) -> None:
     assert caught.value.code == "invalid_request"
 
 
-def test_outputs_are_row_for_row(model: LocalModel, scans: list[bytes]) -> None:
+def test_outputs_are_row_for_row(model: LocalPredictor, scans: list[bytes]) -> None:
     asked = read_inference(json.dumps(make_inference()).encode(), None, most=9)
-    answered = asyncio.run(
-        Handler(model, ServiceLimits()).classify([Upload(None, scans[0]), Upload(None, b"x")])
-    )
-    body, header_length = render_inference(asked, answered)
+    pipeline = Pipeline(model, ServiceLimits())
+    answers = asyncio.run(pipeline.classify([Upload(None, scans[0]), Upload(None, b"x")]))
+    body, header_length = render_inference(asked, pipeline, answers)
     assert header_length is None
     outputs = {tensor["name"]: tensor for tensor in json.loads(body)["outputs"]}
     probs = np.array(outputs["probs"]["data"]).reshape(outputs["probs"]["shape"])
@@ -481,7 +444,7 @@ def test_outputs_are_row_for_row(model: LocalModel, scans: list[bytes]) -> None:
     assert outputs["predicted_class"]["data"][1] == ""
 
 
-# --- token, configuration, counts ----------------------------------------------------------------
+# --- token, configuration ----------------------------------------------------------------
 
 
 def test_the_token_is_read_and_judged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -521,19 +484,21 @@ def test_the_token_is_read_and_judged(tmp_path: Path, caplog: pytest.LogCaptureF
         ("/static", None, False),
     ],
 )
-def test_the_guard_lets_through_who_has_the_token(
-    path: str, given: str | None, passes: bool
+def test_requests_need_the_token(
+    model: LocalPredictor, path: str, given: str | None, passes: bool
 ) -> None:
-    header = None if given is None else given.encode()
-    if passes:
-        Guard(TOKEN).check(path, header)
-        return
-    with pytest.raises(Problem) as caught:
-        Guard(TOKEN).check(path, header)
-    assert caught.value.status == 401
-    assert "Bearer" in caught.value.headers["www-authenticate"]
-    assert TOKEN not in caught.value.detail
-    Guard(None).check(path, None)
+    app = build_test_app(model, token=TOKEN)
+    headers = {} if given is None else {"authorization": given}
+
+    async def run() -> httpx.Response:
+        async with open_client(app) as client:
+            return await client.get(path, headers=headers)
+
+    answer = asyncio.run(run())
+    assert (answer.status_code != 401) is passes
+    if not passes:
+        assert "Bearer" in answer.headers["www-authenticate"]
+        assert TOKEN not in answer.text
 
 
 def test_a_config_files_arguments_are_checked() -> None:
@@ -555,19 +520,3 @@ def test_a_config_files_arguments_are_checked() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             read_arguments(arguments)
-    with pytest.raises(ConfigError, match="header_s must be positive"):
-        ConnectionLimits(header_s=0)
-
-
-def test_counts_of_replicas_are_merged_into_one_text() -> None:
-    texts = []
-    for name in ("one", "two"):
-        meters = Meters(name)
-        meters.count_request("/v1/classify", "POST", 200, 0.03)
-        texts.append(meters.render())
-    merged = merge(texts).decode()
-    assert merged.count("# TYPE brainray_requests_total counter") == 1
-    for name in ("one", "two"):
-        assert f'path="/v1/classify",replica="{name}",status="200"}} 1.0' in merged
-    head = merged.index("# TYPE brainray_request_seconds ")
-    assert merged.rindex("brainray_requests_total{") < head < merged.index("_seconds_bucket{")

@@ -1,0 +1,218 @@
+"""A classifier's network as an OpenVINO model, built from its weights without torch."""
+
+import contextlib
+import importlib
+import io
+import logging
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainray.errors import ConfigError
+from brainray.images.preprocess import normalise_greys
+from brainray.inference.engine import NUM_CALIBRATION_IMAGES
+from brainray.model.classifier import Classifier
+from brainray.model.resnet50 import BATCH_NORM_EPSILON, STAGES, Stage
+
+if TYPE_CHECKING:
+    import openvino
+
+logger = logging.getLogger(__name__)
+
+importing_lock = threading.Lock()
+"""Held while OpenVINO is imported, which changes the state of the whole process."""
+
+Weights = Mapping[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedModel:
+    """An int8 model as OpenVINO stores it."""
+
+    xml: bytes
+    weights: bytes
+    cost: str = ""
+    """How far it is from fp32, in a sentence."""
+
+
+def build_model(weights: Weights, size_px: int) -> "openvino.Model":
+    """Build the network for one image at a time.
+
+    Parameters
+    ----------
+    weights : mapping of str to ndarray of float32
+        By the names of torchvision's ResNet-50, with one input channel.
+    size_px : int
+        Side of the image.
+
+    Returns
+    -------
+    openvino.Model
+        Takes (1, 1, size_px, size_px), normalised. Gives logits, (1, K), and pooled features of the
+        last three stages, (1, 3584).
+    """
+    with importing_lock, without_telemetry():
+        import openvino
+        from openvino import opset13 as ops
+
+    image = ops.parameter([1, 1, size_px, size_px], np.float32, name="image")
+    values = ops.relu(_normalise(_convolve(image, weights, "conv1", 2), weights, "bn1"))
+    pooled = ops.max_pool(values, [2, 2], [1, 1], [1, 1], [1, 1], [3, 3])
+    values = pooled.output(0)
+    means = []
+    for stage in STAGES:
+        for number in range(stage.num_blocks):
+            values = _add_block(values, weights, stage, number)
+        means.append(ops.reduce_mean(values, np.array([2, 3]), keep_dims=False))
+    head = ops.matmul(means[-1], ops.constant(weights["fc.weight"]), False, True)
+    logits = ops.add(head, ops.constant(weights["fc.bias"][None]))
+    features = ops.concat(means[-3:], axis=1)
+    return openvino.Model([logits, features], [image], "resnet50")
+
+
+def _add_block(
+    values: "openvino.Output", weights: Weights, stage: Stage, number: int
+) -> "openvino.Output":
+    """Add a bottleneck block: three convolutions beside a shortcut."""
+    from openvino import opset13 as ops
+
+    name = f"{stage.name}.{number}"
+    stride = stage.stride if number == 0 else 1
+    shortcut = values
+    if number == 0:
+        shortcut = _normalise(
+            _convolve(values, weights, f"{name}.downsample.0", stride),
+            weights,
+            f"{name}.downsample.1",
+        )
+    for place in (1, 2, 3):
+        values = _convolve(values, weights, f"{name}.conv{place}", stride if place == 2 else 1)
+        values = _normalise(values, weights, f"{name}.bn{place}")
+        if place < 3:
+            values = ops.relu(values)
+    return ops.relu(ops.add(values, shortcut))
+
+
+def _convolve(
+    values: "openvino.Output", weights: Weights, name: str, stride: int
+) -> "openvino.Output":
+    from openvino import opset13 as ops
+
+    kernel = weights[f"{name}.weight"]
+    padding = [side // 2 for side in kernel.shape[2:]]
+    return ops.convolution(values, ops.constant(kernel), [stride, stride], padding, padding, [1, 1])
+
+
+def _normalise(values: "openvino.Output", weights: Weights, name: str) -> "openvino.Output":
+    from openvino import opset13 as ops
+
+    gamma, beta, mean, variance = (
+        ops.constant(weights[f"{name}.{part}"])
+        for part in ("weight", "bias", "running_mean", "running_var")
+    )
+    return ops.batch_norm_inference(values, gamma, beta, mean, variance, BATCH_NORM_EPSILON)
+
+
+def quantise(classifier: Classifier, images: NDArray[np.uint8]) -> QuantisedModel:
+    """Convert a classifier's network to int8, except for its first and last layers.
+
+    Weights are scaled per output channel; ranges of activations come from ``images``, and
+    biases are corrected for what rounding does to the mean of each channel.
+
+    Parameters
+    ----------
+    classifier : Classifier
+        Stays as it is.
+    images : ndarray of uint8, shape (M, size_px, size_px)
+        Like those to classify, of every class.
+
+    Raises
+    ------
+    ConfigError
+        NNCF is not installed.
+    """
+    nncf = _import_nncf()
+    model = build_model(classifier.weights, classifier.preprocessing.size_px)
+    layers = [
+        operation.get_friendly_name()
+        for operation in model.get_ordered_ops()
+        if operation.get_type_name() in ("Convolution", "MatMul")
+    ]
+    count = min(len(images), NUM_CALIBRATION_IMAGES)
+    chosen = images[np.linspace(0, len(images) - 1, count).round().astype(np.int64)]
+    greys = normalise_greys(classifier.preprocessing)
+    logger.info("Calibrating int8 on %d images.", count)
+    with importing_lock, _silence():
+        quantised = nncf.quantize(
+            model,
+            nncf.Dataset(chosen, lambda image: greys[image][None, None]),
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=count,
+            ignored_scope=nncf.IgnoredScope(names=[layers[0], layers[-1]]),
+        )
+    return QuantisedModel(*_serialise(quantised))
+
+
+def _serialise(model: "openvino.Model") -> tuple[bytes, bytes]:
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.xml"
+        openvino.serialize(model, path)
+        return path.read_bytes(), path.with_suffix(".bin").read_bytes()
+
+
+def _import_nncf() -> ModuleType:
+    with importing_lock, without_telemetry(), _silence():
+        try:
+            return importlib.import_module("nncf")
+        except ImportError as error:
+            raise ConfigError(
+                "int8 needs NNCF, which is not installed. "
+                "Run `pip install brainray[int8]`, or pass another --precision."
+            ) from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep NNCF from printing bars and warnings, and from changing how others log."""
+    disabled, logger_class = logging.root.manager.disable, logging.getLoggerClass()
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        logging.setLoggerClass(logger_class)
+
+
+@contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Import OpenVINO or NNCF such that neither reports to its maker.
+
+    Each import and each conversion of theirs (OpenVINO 2026.4, NNCF 3.4) sends an event to
+    Google Analytics, and leaves an identifier in ``~/intel``. Both do without where the package
+    that sends is not installed, so it is hidden from them. Their own switch, ``opt_in_out
+    --opt_out``, is one for the user's whole home, and itself sends an event. Drop this when an
+    environment variable or an argument turns it off.
+    """
+    sender = "openvino_telemetry"
+    before = sys.modules.get(sender)
+    sys.modules[sender] = None  # type: ignore[assignment]  # importing it is an ImportError now
+    try:
+        yield
+    finally:
+        del sys.modules[sender]
+        if before is not None:
+            sys.modules[sender] = before

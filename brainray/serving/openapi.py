@@ -1,0 +1,177 @@
+"""The OpenAPI description of the interface, its Swagger UI, and the page.
+
+Everything that they load comes from here; no page asks a third party for anything.
+"""
+
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import fastapi_offline
+import orjson
+from fastapi import FastAPI, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
+from fastapi.staticfiles import StaticFiles
+
+from brainray.model.reasons import NOTICE
+from brainray.serving.middleware import is_public
+from brainray.serving.options import ServiceLimits
+from brainray.serving.problem import PROBLEM_TYPE
+from brainray.serving.schemas import InferenceRequest, ProblemBody
+from brainray.serving.uploads import FILES_FIELD, MULTIPART
+
+WEB = Path(str(files("brainray.serving") / "web"))
+SWAGGER = Path(fastapi_offline.__file__).parent / "static"
+"""Swagger UI's own files, as that package brings them."""
+
+PAGE_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
+DOCS_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; frame-ancestors 'none'"
+)
+SCANS_PATHS = ("/v1/classify", "/v1/explain")
+
+
+READING = (401, 429, 500, 503, 504)
+POSTING = (*READING, 400, 406, 408, 413, 415, 422)
+"""Statuses of refusals of a path that answers, and of one that takes scans."""
+STATUSES = {
+    400: "The request cannot be understood.",
+    401: "The token is missing or wrong.",
+    406: "None of the accepted formats can be given.",
+    408: "The body did not arrive in time.",
+    413: "The body is larger than the limit.",
+    415: "The body is of a type that is not read here.",
+    422: "The image, or a parameter, cannot be used.",
+    429: "More requests than can be answered; try again after the time in Retry-After.",
+    500: "The service failed.",
+    503: "The model cannot answer now.",
+    504: "The answer took too long.",
+}
+PICTURE = {"schema": {"type": "string", "format": "binary"}}
+SCANS_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "Scans as JPEG, PNG, BMP, GIF, TIFF or WebP files: one as the body itself "
+        "(image/*, or application/octet-stream), or one or more in a form.",
+        "content": {
+            MULTIPART: {
+                "schema": {
+                    "type": "object",
+                    "required": [FILES_FIELD],
+                    "properties": {
+                        FILES_FIELD: {"type": "array", "minItems": 1, "items": PICTURE["schema"]}
+                    },
+                }
+            },
+            # application/octet-stream is left to the words above: whoever reads a schema would
+            # take it that any bytes are good, and what is no image is a 422.
+            "image/*": PICTURE,
+        },
+    }
+}
+INFERENCE_SCHEMA = {"$ref": "#/components/schemas/InferenceRequest"}
+INFERENCE_BODY: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": INFERENCE_SCHEMA}}}
+}
+EXAMPLE = {
+    "request_id": "5f0c2c5b8d3e4a7f9b1d6c3e2a4f8b70",
+    "classifier_id": "f4efae25798c",
+    "classes": ["glioma", "meningioma", "notumor", "pituitary"],
+    "time_ms": 23.1,
+    "notice": NOTICE,
+    "answers": [
+        {
+            "name": "a.jpg",
+            "status": "classified",
+            "reason": None,
+            "detail": None,
+            "predicted_class": "glioma",
+            "confidence": 0.93,
+            "probs": {"glioma": 0.93, "meningioma": 0.05, "notumor": 0.01, "pituitary": 0.01},
+            "width_px": 512,
+            "height_px": 512,
+            "content_sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        }
+    ],
+}
+
+
+def describe_refusals(statuses: Iterable[int]) -> dict[str, dict[str, Any]]:
+    """Describe the refusals of a path."""
+    schema = {"schema": {"$ref": "#/components/schemas/ProblemBody"}}
+    described: dict[str, dict[str, Any]] = {
+        str(status): {"description": STATUSES[status], "content": {PROBLEM_TYPE: schema}}
+        for status in statuses
+    }
+    seconds = {"type": "string", "pattern": "^[0-9]+$"}
+    header = {"description": "Seconds to wait.", "required": True, "schema": seconds}
+    described["429"]["headers"] = {"Retry-After": header}
+    return described
+
+
+def describe_interface(app: FastAPI, limits: ServiceLimits, *, needs_token: bool) -> dict[str, Any]:
+    """Build the OpenAPI document of an application's paths."""
+    document = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes
+    )
+    schemas = document["components"]["schemas"]
+    for body in (ProblemBody, InferenceRequest):
+        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[body.__name__] = schema
+    schemas["InputTensor"]["properties"]["data"]["maxItems"] = limits.files
+    answer = document["paths"]["/v1/classify"]["post"]["responses"]["200"]
+    answer["content"]["application/json"]["example"] = EXAMPLE
+    for path in SCANS_PATHS:
+        form = document["paths"][path]["post"]["requestBody"]["content"][MULTIPART]
+        form["schema"]["properties"][FILES_FIELD]["maxItems"] = limits.files
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            refusals = describe_refusals(POSTING if method == "post" else READING)
+            operation["responses"].update(refusals)
+            if not needs_token or is_public(path):
+                del operation["responses"]["401"]
+            if needs_token and is_public(path):
+                operation["security"] = []
+    if needs_token:
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"token": []}]
+    return document
+
+
+def add_pages(app: FastAPI, document: dict[str, Any]) -> None:
+    """Add the page, its files, and the description of the interface."""
+    page, content = (WEB / "index.html").read_bytes(), orjson.dumps(document)
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return _html(page, PAGE_POLICY)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return Response(content, headers={"content-type": "application/json"})
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        rendered = get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title=f"{app.title}: HTTP interface",
+            swagger_js_url="static/swagger/swagger-ui-bundle.js",
+            swagger_css_url="static/swagger/swagger-ui.css",
+            swagger_favicon_url="static/swagger/favicon.png",
+        )
+        return _html(bytes(rendered.body), DOCS_POLICY)
+
+    app.mount("/static/swagger", StaticFiles(directory=SWAGGER))
+    app.mount("/static", StaticFiles(directory=WEB))
+
+
+def _html(content: bytes, policy: str) -> Response:
+    headers = {"content-type": "text/html; charset=utf-8", "content-security-policy": policy}
+    return Response(content, headers=headers)

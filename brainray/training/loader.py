@@ -1,0 +1,333 @@
+"""Batches of training images for one worker: from pixels in memory, or streamed by Ray Data.
+
+Both loaders give uint8 images and the same kinds of iterations; what follows does not know which
+of them it is given.
+
+* :class:`ResidentLoader`, where the pixels fit: every image was decoded once, before training, and
+  lies in the object store of each node, or in the memory of the GPU. An epoch's order is a
+  permutation that depends on the seed and the epoch alone, so that the global batch of a step is
+  the same images on any number of workers, and after a resume.
+* :class:`StreamLoader`, where they do not fit: Ray Data decodes every image again in each epoch.
+  Its order repeats with the seed and the number of workers, and only while the run is not resumed:
+  Ray Data counts epochs from its own start.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import ray.train
+import torch
+from numpy.typing import NDArray
+from ray.data import DataIterator, Dataset, RandomSeedConfig
+
+from brainray.cluster import TASK_CPUS
+from brainray.data.scan import ScanStore, read_samples
+from brainray.errors import ConfigError, TrainingError
+from brainray.images.decode import DecodeLimits
+from brainray.images.preprocess import Preprocessing, load_image
+
+Indices = NDArray[np.int64]
+
+TRAIN_DATASET = "train"
+"""Name of Ray Train's dataset that the stream is read from."""
+
+GPU_MEMORY_SHARE = 0.25
+"""Pixels lie in the GPU's memory up to this share of what is free before training begins."""
+
+BLOCK_ROWS = 256
+"""Images that one task of the stream decodes."""
+
+SHUFFLE_BLOCKS = 8
+"""Blocks of the stream whose images a worker mixes with each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One worker's share of the images of a step."""
+
+    images: torch.Tensor
+    """uint8, shape (n, size_px, size_px)."""
+    labels: torch.Tensor
+    """int64, shape (n,)."""
+    image_ids: Indices
+    """Sample numbers, shape (n,)."""
+
+
+class Loader(Protocol):
+    """Gives one worker its share of the images."""
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images of one step, over all workers."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one epoch; images that do not fill a last one are left out of it."""
+
+    def iterate_epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch in its random order, one for each step."""
+
+    def iterate_once(self, image_ids: Indices) -> Iterator[Batch]:
+        """Yield each of some images once, shared out among the workers; the last may be short."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderSetup:
+    """What a loader reads, the same for every worker."""
+
+    kind: Literal["resident", "stream"]
+    train_ids: Indices
+    """Sample numbers to train on."""
+    val_ids: Indices
+    """Sample numbers to validate on."""
+    labels: Indices
+    """Class of every sample of the data set, by sample number."""
+    store: ScanStore
+    preprocessing: Preprocessing
+    limits: DecodeLimits
+    global_batch_size: int
+    seed: int
+    """Seeds the order of every epoch."""
+    num_tasks: int = 1
+    """Tasks that decode at a time, in the stream."""
+
+
+def choose_loader(
+    asked: Literal["auto", "resident", "stream"], store: ScanStore, preprocessing: Preprocessing
+) -> Literal["resident", "stream"]:
+    """Choose how images are loaded.
+
+    Raises
+    ------
+    ConfigError
+        `resident` is asked for, but the pixels do not fit.
+    """
+    fits = store.holds_pixels(preprocessing)
+    if asked == "resident" and not fits:
+        raise ConfigError(
+            "--loader resident: expected pixels that fit the object store of the smallest node; "
+            f"at {preprocessing.size_px} px they do not. Give nodes more memory, lower "
+            "--preprocessing.size-px, or use --loader auto or stream."
+        )
+    return "resident" if fits and asked != "stream" else "stream"
+
+
+def open_loader(setup: LoaderSetup, rank: int, world_size: int, device: torch.device) -> Loader:
+    """Open one worker's loader."""
+    kind = ResidentLoader if setup.kind == "resident" else StreamLoader
+    return kind(setup, rank, world_size, device)
+
+
+def share_of(rank: int, world_size: int, num_images: int) -> slice:
+    """Return a worker's share of a global batch; shares differ by one image at most."""
+    base, extra = divmod(num_images, world_size)
+    start = rank * base + min(rank, extra)
+    return slice(start, start + base + (rank < extra))
+
+
+# ----------------------------------------------------------------------------------------- resident
+
+
+class ResidentLoader:
+    """Takes batches from pixels in the object store of the node, or in the memory of the GPU."""
+
+    def __init__(
+        self, setup: LoaderSetup, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self._setup, self._rank, self._world_size, self._device = setup, rank, world_size, device
+        self._labels = torch.tensor(setup.labels)
+        self._ids = np.concatenate([setup.train_ids, setup.val_ids])
+        self._pixels = setup.store.open_pixels(setup.preprocessing, self._ids.tolist())
+        self._on_gpu = self._copy_to_gpu()
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images of one step, over all workers."""
+        return min(self._setup.global_batch_size, len(self._setup.train_ids))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one epoch."""
+        return len(self._setup.train_ids) // self.global_batch_size
+
+    def iterate_epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield this worker's slice of each global batch of an epoch's permutation."""
+        order = np.random.default_rng([self._setup.seed, epoch]).permutation(self._setup.train_ids)
+        share = share_of(self._rank, self._world_size, self.global_batch_size)
+        for step in range(self.steps_per_epoch):
+            start = step * self.global_batch_size
+            yield self._load(order[start : start + self.global_batch_size][share])
+
+    def iterate_once(self, image_ids: Indices) -> Iterator[Batch]:
+        """Yield each of some training or validation images once."""
+        share = image_ids[share_of(self._rank, self._world_size, len(image_ids))]
+        size = -(-self.global_batch_size // self._world_size)
+        for start in range(0, len(share), size):
+            yield self._load(share[start : start + size])
+
+    def _load(self, image_ids: Indices) -> Batch:
+        labels = self._labels[image_ids].to(self._device)
+        if self._on_gpu is None:
+            images = _to_device(torch.from_numpy(self._pixels.take(image_ids)), self._device)
+        else:
+            rows = np.searchsorted(self._ids, image_ids)
+            images = self._on_gpu[torch.from_numpy(rows).to(self._device)]
+        return Batch(images, labels, image_ids)
+
+    def _copy_to_gpu(self) -> torch.Tensor | None:
+        """Copy all pixels to the GPU, ordered by sample number, where they fit."""
+        num_bytes = len(self._ids) * self._setup.preprocessing.size_px**2
+        if self._device.type != "cuda":
+            return None
+        if num_bytes > GPU_MEMORY_SHARE * torch.cuda.mem_get_info(self._device)[0]:
+            return None
+        self._ids.sort()
+        parts = np.array_split(self._ids, -(-len(self._ids) // 1024))
+        return torch.cat([torch.from_numpy(self._pixels.take(p)).to(self._device) for p in parts])
+
+
+def _to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda":
+        return images.pin_memory().to(device, non_blocking=True)
+    return images
+
+
+# ------------------------------------------------------------------------------------------- stream
+
+
+class StreamLoader:
+    """Reads batches that Ray Data decodes meanwhile.
+
+    The training images are Ray Train's dataset, split among the workers; the split leaves out the
+    images that would make a worker's part longer than another's. Images that must come exactly
+    once are therefore a dataset of each worker's own: an unsplit one would be decoded by all.
+    """
+
+    def __init__(
+        self, setup: LoaderSetup, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self._setup, self._rank, self._world_size, self._device = setup, rank, world_size, device
+        # Else the threads that form batches hand them over as they finish.
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        self._labels = torch.tensor(setup.labels)
+        self._images_of_worker = len(setup.train_ids) // world_size
+        self._batch_size = min(
+            max(1, setup.global_batch_size // world_size), self._images_of_worker
+        )
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images of one step: a multiple of the number of workers."""
+        return self._batch_size * self._world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one epoch."""
+        return self._images_of_worker // self._batch_size
+
+    def iterate_epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield this worker's batches, from blocks in random order, mixed with each other.
+
+        Raises
+        ------
+        TrainingError
+            Ray Data gave another number of batches than was planned.
+        """
+        shuffle_seed = np.random.SeedSequence([self._setup.seed, epoch, self._rank])
+        batches = self._iterate(
+            ray.train.get_dataset_shard(TRAIN_DATASET),
+            drop_last=True,
+            local_shuffle_buffer_size=SHUFFLE_BLOCKS * BLOCK_ROWS,
+            local_shuffle_seed=int(shuffle_seed.generate_state(1)[0]),
+        )
+        num_batches = 0
+        for batch in batches:
+            num_batches += 1
+            yield batch
+        if num_batches != self.steps_per_epoch:
+            raise TrainingError(
+                f"Expected {self.steps_per_epoch} batches of worker {self._rank} in epoch "
+                f"{epoch + 1}, got {num_batches} from Ray Data."
+            )
+
+    def iterate_once(self, image_ids: Indices) -> Iterator[Batch]:
+        """Yield each of some images once: this worker decodes its share as a dataset of its own."""
+        share = image_ids[share_of(self._rank, self._world_size, len(image_ids))]
+        if len(share):
+            # Not from_arrow: it starts tasks of a whole CPU, which training workers may all hold.
+            blocks = ray.data.from_blocks(list_blocks(self._setup, share))
+            yield from self._iterate(_decode(blocks, self._setup, self._world_size).iterator())
+
+    def _iterate(self, source: DataIterator, **options: Any) -> Iterator[Batch]:  # noqa: ANN401 - Ray's
+        for rows in source.iter_torch_batches(
+            batch_size=self._batch_size, prefetch_batches=2, device="cpu", **options
+        ):
+            labels = self._labels[rows["index"]].to(self._device)
+            yield Batch(_to_device(rows["image"], self._device), labels, rows["index"].numpy())
+
+
+def build_train_dataset(setup: LoaderSetup) -> Dataset:
+    """Build the stream of the training images, whose blocks come in another order each epoch.
+
+    Image files are listed class by class; they are mixed once, before they are cut into blocks.
+    """
+    order = np.random.default_rng(setup.seed).permutation(setup.train_ids)
+    blocks: Dataset = ray.data.from_blocks(list_blocks(setup, order))
+    return _decode(blocks.randomize_block_order(seed=RandomSeedConfig(seed=setup.seed)), setup)
+
+
+def build_data_config() -> ray.train.DataConfig:
+    """Return what makes the order of the stream depend on its seeds alone [1]_.
+
+    References
+    ----------
+    .. [1] Ray Train's guide "Data Loading and Preprocessing", section "Enabling reproducibility".
+    """
+    options = ray.train.DataConfig.default_ingest_options()
+    options.preserve_order = True
+    return ray.train.DataConfig(execution_options=options)
+
+
+def list_blocks(setup: LoaderSetup, image_ids: Indices) -> list[pa.Table]:
+    """Cut some samples into blocks, each to be read and decoded by one task.
+
+    Image files come in the order asked for. Rows of a Parquet file are brought together by their
+    row group, which is read as a whole.
+    """
+    samples: pa.Table = ray.get(setup.store.samples)
+    rows = samples.select(["uri", "row_group", "row"]).take(image_ids)
+    rows = rows.append_column("index", pa.array(image_ids))
+    uris, row_groups = rows["uri"].to_numpy(), rows["row_group"].to_numpy()
+    _, numbers = np.unique(uris.astype(str), return_inverse=True)
+    keys = np.where(row_groups < 0, -1, numbers * (row_groups.max(initial=0) + 1) + row_groups)
+    parts = [np.flatnonzero(keys == key) for key in np.unique(keys)]
+    return [
+        rows.take(part[start : start + BLOCK_ROWS])
+        for part in parts
+        for start in range(0, len(part), BLOCK_ROWS)
+    ]
+
+
+def _decode(blocks: Dataset, setup: LoaderSetup, num_parts: int = 1) -> Dataset:
+    """Read, decode and preprocess the samples of blocks, as one of some parts of the work."""
+    return blocks.map_batches(
+        _decode_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"preprocessing": setup.preprocessing, "limits": setup.limits},
+        num_cpus=TASK_CPUS,
+        compute=ray.data.TaskPoolStrategy(size=-(-setup.num_tasks // num_parts)),
+    )
+
+
+def _decode_batch(
+    batch: pa.Table, *, preprocessing: Preprocessing, limits: DecodeLimits
+) -> dict[str, NDArray[Any]]:
+    contents = read_samples(batch)
+    images = np.stack([load_image(content, preprocessing, limits) for content in contents])
+    return {"index": batch["index"].to_numpy(), "image": images}
