@@ -132,7 +132,9 @@ def split_samples(
         manifest = look_up_nearest(
             manifest, data.standardised, data.kept, every_split, split, others
         )
-    table = data.scan.table.append_column("modified_ns", pa.nulls(len(data.labels), pa.int64()))
+    table = data.scan.table
+    for name in set(SCAN_SCHEMA.names).difference(table.column_names):
+        table = table.append_column(name, pa.nulls(table.num_rows, SCAN_SCHEMA.field(name).type))
     scans = table.select(SCAN_SCHEMA.names).cast(SCAN_SCHEMA)
     return PreparedData(data.found, manifest, data.labels, every_split, data.scan.store, scans)
 

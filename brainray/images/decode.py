@@ -41,6 +41,7 @@ REJECTION_REASONS: dict[str, str] = {
     "secondary_capture": "The DICOM object is a screen capture.",
     "colour": "The DICOM or NIfTI image has colours.",
     "burned_in": "The DICOM header says that text is burned into the image.",
+    "little_tissue": "The slice of the volume has little or no tissue.",
 }
 """Stable reason code to one sentence; what :class:`brainray.errors.RejectedImage` carries."""
 

@@ -128,7 +128,9 @@ def open_shard(block: pa.Table, *, task: WaveTask, part: int, is_first: bool) ->
         scans = read_shard(plan_uri, shard) if is_planned else PLAN_SCHEMA.empty_table()
         loaded = [_open_scan(row, task) for row in scans.to_pylist()]
         columns = {
-            name: pa.array([getattr(scan, name) for scan in loaded], SCAN_SCHEMA.field(name).type)
+            name: pa.array(
+                [getattr(scan, name, None) for scan in loaded], SCAN_SCHEMA.field(name).type
+            )
             for name in SCAN_SCHEMA.names
         }
         tables.append(

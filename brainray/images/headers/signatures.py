@@ -2,18 +2,13 @@
 
 from brainray.errors import RejectedImage
 
-ACCEPTED = "Expected a PNG, JPEG, BMP, GIF, TIFF or WebP file with one image"
+ACCEPTED = "Expected a DICOM, NIfTI, PNG, JPEG, BMP, GIF, TIFF or WebP file"
 
 _EXPORT = "Export the slice as PNG or JPEG."
 _SAVE = "Save it as PNG or JPEG."
 # (offset, magic, what it is). Offsets and magics: DICOM PS3.10 section 7.1; NIfTI-1 and NIfTI-2
 # headers; ISO/IEC 14496-12 section 4.3; the others as in the file(1) database.
 _UNSUPPORTED: tuple[tuple[int, bytes, str], ...] = (
-    (128, b"DICM", f"a DICOM file. {_EXPORT}"),
-    (344, b"n+1\0", f"a NIfTI volume. {_EXPORT}"),
-    (344, b"ni1\0", f"a NIfTI header without its image. {_EXPORT}"),
-    (4, b"n+2\0\r\n\x1a\n", f"a NIfTI-2 volume. {_EXPORT}"),
-    (0, b"\x1f\x8b", f"a gzip archive, as of a NIfTI volume (.nii.gz). {_EXPORT}"),
     (0, b"%PDF-", "a PDF document. Extract the image from it."),
     (0, b"PK\x03\x04", "a ZIP archive. Unpack it."),
     (4, b"ftyp", f"an HEIC, AVIF or MP4 file. {_SAVE}"),
