@@ -26,7 +26,7 @@ from brainray.data.splits import assign_folds
 from brainray.errors import TrainingError
 from brainray.evaluation.judge import Say
 from brainray.evaluation.prepared import GroupedData, split_samples
-from brainray.model.network import fetch_weights
+from brainray.model.network import StateDict, fetch_weights
 from brainray.reports.tune import render_tuning
 from brainray.training.augment import LIMITS, Augmentation
 from brainray.training.config import RANGES, SearchSpace, TrainConfig, TuneOptions
@@ -97,9 +97,7 @@ def tune(
         f"Data: {len(data.kept):,} images in {len(set(data.groups.tolist())):,} groups, "
         f"{options.num_folds} folds. {options.num_configurations} configurations."
     )
-    trial = ray_tune.with_parameters(
-        run_trial, job=job, data=data, folds=folds, weights=ray.put(weights)
-    )
+    trial = ray_tune.with_parameters(run_trial, job=job, data=data, folds=folds, weights=weights)
     tuner = build_tuner(job, options, trial)
     rows = collect_rows(tuner.fit(), job.config.monitor)
     result = {
@@ -220,7 +218,7 @@ def run_trial(
     job: TrainJob,
     data: GroupedData,
     folds: np.ndarray[Any, np.dtype[np.int64]],
-    weights: "ray.ObjectRef[Any]",
+    weights: StateDict | None,
 ) -> None:
     """Train a configuration without one fold, validated on it; Ray Tune calls this.
 
@@ -231,7 +229,14 @@ def run_trial(
     run = replace(job, config=config, output_uri=job.at("runs", name_trial(parameters)))
     splits = np.where(folds == parameters["fold"], "val", "train")
     prepared = split_samples(data, config.classes, splits)
-    fit(run, prepared, weights, say=logger.info, tick=_ignore, callbacks=[TuneReportCallback()])
+    fit(
+        run,
+        prepared,
+        ray.put(weights),
+        say=logger.info,
+        tick=_ignore,
+        callbacks=[TuneReportCallback()],
+    )
 
 
 def _ignore(_: object) -> None:
