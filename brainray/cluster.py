@@ -38,8 +38,18 @@ Bundle = dict[str, float]
 """Resources of one process, or of one node, by Ray's names."""
 
 
-def connect_ray(*, verbose: bool = False) -> None:
-    """Join the cluster that RAY_ADDRESS or `ray job submit` names, else start one here."""
+def connect_ray(*, verbose: bool = False, with_dashboard: bool = False) -> None:
+    """Join the cluster that RAY_ADDRESS or `ray job submit` names, else start one here.
+
+    Parameters
+    ----------
+    verbose : bool
+        Whether to show Ray's own lines.
+    with_dashboard : bool
+        Start the dashboard too, on the loopback interface. Ray Tune needs it where trials train
+        with Ray Train: what frees the CPUs of a trial that is ended asks the dashboard whether the
+        trial still runs, and waits for ever without it (Ray 2.60).
+    """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -64,10 +74,16 @@ def connect_ray(*, verbose: bool = False) -> None:
     ray.init(
         address="local",
         num_cpus=max(MIN_CPUS, len(os.sched_getaffinity(0))),
-        include_dashboard=False,
+        include_dashboard=with_dashboard,
+        # Where another cluster runs on this machine, what asks the dashboard must be told which.
+        runtime_env={"worker_process_setup_hook": _name_own_cluster} if with_dashboard else None,
         log_to_driver=verbose,
         logging_level=level,
     )
+
+
+def _name_own_cluster() -> None:
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def find_own_error(error: RayTaskError) -> BrainrayError | None:

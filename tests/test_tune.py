@@ -17,9 +17,9 @@ from brainray.training.config import ScalingOptions, SearchSpace, TrainConfig, T
 from brainray.training.run import TrainJob
 from brainray.training.tune import (
     apply_parameters,
-    build_tuner,
-    collect_rows,
     describe_recipe,
+    draw_configurations,
+    search,
     summarise_configurations,
 )
 from tests.test_report import Page
@@ -86,46 +86,60 @@ def test_configurations_are_ranked_by_the_mean_of_their_folds() -> None:
         build_row(1, 0.92, 100),
         build_row(1, 0.93, 100, weight_decay=0.02),
         build_row(0, 0.99, 50, weight_decay=0.03),
-        build_row(1, 0.99, 100, weight_decay=0.03),
         build_row(0, 0.99, 100, weight_decay=0.04),
+        build_row(1, 0.99, 50, weight_decay=0.04),
     ]
     found = summarise_configurations(rows, 2)
-    assert [one["parameters"]["weight_decay"] for one in found] == [0.02, 0.1, 0.03, 0.04]
+    assert [one["parameters"]["weight_decay"] for one in found] == [0.02, 0.1, 0.04, 0.03]
     assert found[0]["score"] == pytest.approx(0.94)
     assert found[0]["scores"] == [0.95, 0.93]
-    assert [one["percent_done"] for one in found] == [100, 100, 50, 0]
+    assert [one["percent_done"] for one in found] == [100, 100, 75, 25]
     assert found[3]["scores"] == [0.99, None]
 
 
-def report_scores(parameters: dict[str, Any]) -> None:
+def report_scores(trial: dict[str, Any]) -> None:
     """Stand for a training: the score grows with the weight decay, and with the epochs."""
-    assert isinstance(parameters["fold"], int)
+    parameters = trial["parameters"]
     for percent_done in (25, 50, 75, 100):
-        score = parameters["weight_decay"] * percent_done + parameters["fold"] / 1000
+        # The second fold is so hard that a comparison across folds would end every trial of it.
+        score = parameters["weight_decay"] * percent_done - 10 * parameters["fold"]
         ray_tune.report({"val_macro_f1": score, "percent_done": percent_done, "time_s": 1.0})
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_each_draw_is_tried_on_every_fold_and_the_worse_are_ended(tmp_path: Path) -> None:
+def test_the_worse_are_ended_and_the_others_are_tried_on_every_fold(tmp_path: Path) -> None:
     job = build_job(tmp_path)
-    rows = collect_rows(build_tuner(job, OPTIONS, report_scores).fit(), "val_macro_f1")
+    rows = search(job, OPTIONS, report_scores)
     found = summarise_configurations(rows, 2)
-    assert len(found) == 3
-    assert all(None not in one["scores"] for one in found)
-    recipe = describe_recipe(CONFIG, OPTIONS.space)
-    assert recipe in [one["parameters"] for one in found]
+    assert {str(one["parameters"]) for one in found} == {
+        str(one) for one in draw_configurations(CONFIG, OPTIONS)
+    }
     best = max(found, key=lambda one: float(one["parameters"]["weight_decay"]))
-    assert best["percent_done"] == 100
     assert found[0]["parameters"] == best["parameters"]
-    assert min(one["percent_done"] for one in found) < 100
+    assert (best["percent_done"], None in best["scores"]) == (100, False)
+    assert found[-1]["percent_done"] < 50
+    assert found[-1]["scores"][1] is None
 
-    def fail(parameters: dict[str, Any]) -> None:
-        raise AssertionError(f"{parameters} was trained again")
+    def fail(trial: dict[str, Any]) -> None:
+        raise AssertionError(f"{trial} was trained again")
 
     fail.__name__ = report_scores.__name__  # by which Ray Tune knows a search
-    again = collect_rows(build_tuner(job, OPTIONS, fail).fit(), "val_macro_f1")
-    assert sorted(map(str, again)) == sorted(map(str, rows))
+    assert sorted(map(str, search(job, OPTIONS, fail))) == sorted(map(str, rows))
+
+
+def test_what_is_drawn_depends_on_the_seed_and_stays_in_its_range() -> None:
+    options = TuneOptions(
+        num_configurations=50, space=SearchSpace(grey_strength=(1.0, 1.0), num_epochs=(3, 9))
+    )
+    drawn = draw_configurations(CONFIG, options)
+    assert drawn == draw_configurations(CONFIG, options)
+    assert drawn != draw_configurations(replace(CONFIG, seed=1), options)
+    assert len(drawn) == 50
+    rates = [one["learning_rate"] for one in drawn]
+    assert 3e-4 <= min(rates) < 6e-4 < 1.5e-3 < max(rates) <= 3e-3
+    assert {one["grey_strength"] for one in drawn} == {1.0}
+    assert {one["num_epochs"] for one in drawn} == {3, 9}
 
 
 def test_the_report_names_every_configuration() -> None:
@@ -161,7 +175,7 @@ def test_the_command_searches_and_goes_on(phantom_folder: Path, tmp_path: Path) 
     assert len(first["configurations"]) == 2
     assert first["configurations"][0]["percent_done"] == 100
     assert 0 < first["configurations"][0]["score"] <= 1
-    assert "tune" in (tmp_path / "out" / "tune.html").read_text()
+    assert "brainray tuning report" in (tmp_path / "out" / "tune.html").read_text()
     cli.main(command)
     assert json.loads((tmp_path / "out" / "tune.json").read_text()) == first
     with pytest.raises(SystemExit, match="2"):

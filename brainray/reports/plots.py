@@ -140,13 +140,7 @@ class Panel:
         )
 
 
-def draw_history(
-    series: Mapping[str, Points],
-    *,
-    title: str,
-    y_axis: Axis,
-    sizes: Sequence[tuple[int, int]] = (),
-) -> Markup:
+def draw_history(series: Mapping[str, Points], *, title: str, y_axis: Axis) -> Markup:
     """Draw one quantity over the epochs.
 
     Parameters
@@ -157,9 +151,6 @@ def draw_history(
         What a screen reader says of the figure.
     y_axis : Axis
         The vertical axis.
-    sizes : sequence of (int, int)
-        Epoch from which an image size holds, and the size in pixels. Marked when the size
-        changes at all.
     """
     epochs = [epoch for points in series.values() for epoch, _ in points]
     low, high = min(epochs), max(epochs)
@@ -172,11 +163,6 @@ def draw_history(
     )
     panel = Panel(x=x_axis, y=y_axis)
     parts = [panel.axes()]
-    for epoch, size_px in sizes if len(sizes) > 1 else ():
-        x = panel.place(max(epoch - 0.5, x_axis.low), y_axis.low)[0]
-        if epoch > low:
-            parts.append(Markup('<path class="step" d="M{:g} 0V{:g}"/>').format(x, panel.height))
-        parts.append(_text(x, -5, f"{size_px} px", "start", "note"))
     for i, (name, points) in enumerate(series.items()):
         parts.append(panel.line(points, _style(i)))
         parts += [panel.dot(x, y, _style(i), f"{name}, epoch {x:g}: {y:.4g}") for x, y in points]

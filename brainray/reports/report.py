@@ -204,11 +204,6 @@ def _count_rejected(
 def _draw_histories(epochs: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:
     """Draw the learning curves that the records have values for, by caption."""
     records = {record["epoch"] + 1: record for record in epochs}
-    sizes: list[tuple[int, int]] = []
-    for epoch, record in sorted(records.items()):
-        size_px = record.get("size_px")
-        if size_px is not None and (not sizes or sizes[-1][1] != size_px):
-            sizes.append((epoch, size_px))
     figures = {}
     for quantity in ("loss", "accuracy"):
         series = {
@@ -227,6 +222,5 @@ def _draw_histories(epochs: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:
             series,
             title=f"{quantity.capitalize()} of training and validation over the epochs",
             y_axis=plots.build_axis(low, high),
-            sizes=sizes,
         )
     return figures

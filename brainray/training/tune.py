@@ -1,8 +1,10 @@
 """Search for a recipe's numbers with Ray Tune, scored on folds of groups.
 
-A configuration is drawn at random and trained once for each fold, each time validated on that fold:
-one trial of Ray Tune for each pair. ASHA ends the trials that are behind the others at the same
-share of their epochs, since a run's score depends on how far its learning rate has fallen.
+Configurations are drawn at random and trained without the first fold, each a trial of Ray Tune that
+is validated on that fold. ASHA ends those that are behind the others at the same share of their
+epochs, since a run's score depends on how far its learning rate has fallen. Those that come to
+their end are trained without each of the other folds too, and ranked by their mean score.
+Scores of different folds are never compared with each other: one is easier than another.
 Testing images have no part in it.
 """
 
@@ -17,8 +19,7 @@ import numpy as np
 import ray
 from ray import tune as ray_tune
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from brainray import storage
 from brainray.cluster import TASK_CPUS, check_fits, connect_ray
@@ -26,7 +27,7 @@ from brainray.data.splits import assign_folds
 from brainray.errors import TrainingError
 from brainray.evaluation.judge import Say
 from brainray.evaluation.prepared import GroupedData, split_samples
-from brainray.model.network import fetch_weights
+from brainray.model.network import StateDict, fetch_weights
 from brainray.reports.tune import render_tuning
 from brainray.training.augment import LIMITS, Augmentation
 from brainray.training.config import RANGES, SearchSpace, TrainConfig, TuneOptions
@@ -71,8 +72,9 @@ def tune(
     -------
     dict
         The content of tune.json: ``configurations``, the best first, each with its ``parameters``,
-        ``score`` (the mean over folds of the best epoch's ``monitor``), ``scores`` of each fold and
-        ``percent_done``, the least of any fold. Those that ASHA ended come last.
+        ``score`` (the mean over folds of the best epoch's ``monitor``), ``scores`` of each fold
+        (None where it was not trained without it) and ``percent_done``, of the epochs of all
+        folds. Those that ASHA ended come last.
 
     Raises
     ------
@@ -87,7 +89,7 @@ def tune(
     storage.write_json(job.at(RUN_FILE), describe_run(job) | {"search": plain})
     found = find_training_samples(replace(job, folds=options.num_folds))
     weights = fetch_weights(job.config.weights, job.config.weights_uri)
-    connect_ray(verbose=verbose)
+    connect_ray(verbose=verbose, with_dashboard=True)
     check_fits(describe_training_needs(job.scaling))
     data = group_training_data(found, job.config, job.scaling.loader)
     folds = assign_folds(
@@ -97,11 +99,8 @@ def tune(
         f"Data: {len(data.kept):,} images in {len(set(data.groups.tolist())):,} groups, "
         f"{options.num_folds} folds. {options.num_configurations} configurations."
     )
-    trial = ray_tune.with_parameters(
-        run_trial, job=job, data=data, folds=folds, weights=ray.put(weights)
-    )
-    tuner = build_tuner(job, options, trial)
-    rows = collect_rows(tuner.fit(), job.config.monitor)
+    trial = ray_tune.with_parameters(run_trial, job=job, data=data, folds=folds, weights=weights)
+    rows = search(job, options, trial)
     result = {
         "monitor": job.config.monitor,
         "recipe": job.recipe,
@@ -117,45 +116,82 @@ def tune(
     return result
 
 
-def build_tuner(
+def search(
     job: TrainJob, options: TuneOptions, trial: Callable[[Parameters], None]
-) -> ray_tune.Tuner:
-    """Build Ray Tune's search, or go on with the one in the output."""
+) -> list[dict[str, Any]]:
+    """Train all configurations without the first fold, then the best without each other fold.
+
+    Returns
+    -------
+    list of dict
+        A row for each trial, see :func:`collect_rows`.
+    """
+    drawn = draw_configurations(job.config, options)
+    asha = ASHAScheduler(
+        time_attr="percent_done",
+        max_t=100,
+        grace_period=MIN_PERCENT,
+        reduction_factor=REDUCTION,
+        metric=job.config.monitor,
+        mode="max",
+    )
+    first = [parameters | {"fold": 0} for parameters in drawn]
+    rows = run_trials(job, options, trial, f"{TRIALS_FOLDER}-first-fold", first, asha)
+    others = [
+        row["parameters"] | {"fold": fold}
+        for row in rows
+        if row["percent_done"] == 100
+        for fold in range(1, options.num_folds)
+    ]
+    if others:
+        rows += run_trials(job, options, trial, f"{TRIALS_FOLDER}-other-folds", others)
+    return rows
+
+
+def run_trials(
+    job: TrainJob,
+    options: TuneOptions,
+    trial: Callable[[Parameters], None],
+    name: str,
+    parameters: Sequence[Parameters],
+    scheduler: TrialScheduler | None = None,
+) -> list[dict[str, Any]]:
+    """Run a trial for each of some parameters, or go on with those in the output."""
     filesystem, path = storage.resolve(job.output_uri)
     # The trial itself computes nothing: its workers do.
     trainable = ray_tune.with_resources(trial, {"cpu": TASK_CPUS})
-    if ray_tune.Tuner.can_restore(f"{path}/{TRIALS_FOLDER}", storage_filesystem=filesystem):
-        return ray_tune.Tuner.restore(
-            f"{path}/{TRIALS_FOLDER}",
+    if ray_tune.Tuner.can_restore(f"{path}/{name}", storage_filesystem=filesystem):
+        tuner = ray_tune.Tuner.restore(
+            f"{path}/{name}",
             trainable,
             resume_unfinished=True,
             restart_errored=True,
             storage_filesystem=filesystem,
         )
-    return ray_tune.Tuner(
-        trainable,
-        param_space=build_param_space(job.config, options),
-        tune_config=ray_tune.TuneConfig(
-            num_samples=options.num_configurations,
-            search_alg=BasicVariantGenerator(
-                constant_grid_search=True,  # each draw is tried on every fold
-                max_concurrent=options.max_concurrent,
-                points_to_evaluate=[describe_recipe(job.config, options.space)],
-                random_state=job.config.seed,
+    else:
+        tuner = ray_tune.Tuner(
+            trainable,
+            param_space={"parameters": ray_tune.grid_search(list(parameters))},
+            tune_config=ray_tune.TuneConfig(
+                max_concurrent_trials=options.max_concurrent, scheduler=scheduler
             ),
-            scheduler=ASHAScheduler(
-                time_attr="percent_done",
-                max_t=100,
-                grace_period=MIN_PERCENT,
-                reduction_factor=REDUCTION,
-                metric=job.config.monitor,
-                mode="max",
+            run_config=ray_tune.RunConfig(
+                name=name, storage_path=path, storage_filesystem=filesystem, verbose=0
             ),
-        ),
-        run_config=ray_tune.RunConfig(
-            name=TRIALS_FOLDER, storage_path=path, storage_filesystem=filesystem, verbose=0
-        ),
-    )
+        )
+    return collect_rows(tuner.fit(), job.config.monitor)
+
+
+def draw_configurations(config: TrainConfig, options: TuneOptions) -> list[Parameters]:
+    """Draw configurations; the first is the recipe, as far as it lies in the ranges."""
+    space, rng = options.space, np.random.default_rng(config.seed)
+    choices = space.num_epochs or (config.num_epochs,)
+    drawn = [describe_recipe(config, space)]
+    while len(drawn) < options.num_configurations:
+        ends = {name: np.log(getattr(space, name)) for name in RANGES}
+        numbers = {name: float(np.exp(rng.uniform(*pair))) for name, pair in ends.items()}
+        drawn.append(numbers | {"num_epochs": int(rng.choice(choices))})
+    return drawn
 
 
 def describe_recipe(config: TrainConfig, space: SearchSpace) -> Parameters:
@@ -171,19 +207,6 @@ def describe_recipe(config: TrainConfig, space: SearchSpace) -> Parameters:
     choices = space.num_epochs or (config.num_epochs,)
     nearest = min(choices, key=lambda number: abs(number - config.num_epochs))
     return kept | {"num_epochs": nearest}
-
-
-def build_param_space(config: TrainConfig, options: TuneOptions) -> Parameters:
-    """Say to Ray Tune what to draw."""
-    space = options.space
-    drawn: Parameters = {name: _draw(*getattr(space, name)) for name in RANGES}
-    drawn["num_epochs"] = ray_tune.choice(list(space.num_epochs or (config.num_epochs,)))
-    drawn["fold"] = ray_tune.grid_search(list(range(options.num_folds)))
-    return drawn
-
-
-def _draw(low: float, high: float) -> Any:  # noqa: ANN401 - a number, or Ray Tune's domain
-    return low if low == high else ray_tune.loguniform(low, high)
 
 
 def apply_parameters(config: TrainConfig, parameters: Parameters) -> TrainConfig:
@@ -215,23 +238,31 @@ def scale_augmentation(
 
 
 def run_trial(
-    parameters: Parameters,
+    trial: Parameters,
     *,
     job: TrainJob,
     data: GroupedData,
     folds: np.ndarray[Any, np.dtype[np.int64]],
-    weights: "ray.ObjectRef[Any]",
+    weights: StateDict | None,
 ) -> None:
     """Train a configuration without one fold, validated on it; Ray Tune calls this.
 
     The run lies below the output under a name made of its parameters. When the search is resumed,
     it goes on from its last epoch.
     """
+    parameters = trial["parameters"]
     config = apply_parameters(job.config, parameters)
     run = replace(job, config=config, output_uri=job.at("runs", name_trial(parameters)))
     splits = np.where(folds == parameters["fold"], "val", "train")
     prepared = split_samples(data, config.classes, splits)
-    fit(run, prepared, weights, say=logger.info, tick=_ignore, callbacks=[TuneReportCallback()])
+    fit(
+        run,
+        prepared,
+        ray.put(weights),
+        say=logger.info,
+        tick=_ignore,
+        callbacks=[TuneReportCallback()],
+    )
 
 
 def _ignore(_: object) -> None:
@@ -244,7 +275,11 @@ def name_trial(parameters: Parameters) -> str:
 
 
 def collect_rows(results: ray_tune.ResultGrid, monitor: str) -> list[dict[str, Any]]:
-    """Return a row for each trial that has finished an epoch."""
+    """Return a row for each trial that has finished an epoch.
+
+    ``parameters``, with the ``fold``; ``score``, of its best epoch; ``percent_done`` of its epochs;
+    and ``time_s``.
+    """
     rows = []
     for number in range(len(results)):
         result = results[number]
@@ -254,7 +289,7 @@ def collect_rows(results: ray_tune.ResultGrid, monitor: str) -> list[dict[str, A
         last = history.iloc[-1]
         rows.append(
             {
-                "parameters": dict(result.config),
+                "parameters": dict(result.config["parameters"]),
                 "score": float(history[monitor].max()),
                 "percent_done": int(last["percent_done"]),
                 "time_s": float(last["time_s"]),
@@ -274,14 +309,13 @@ def summarise_configurations(
     found = []
     for trials in by_configuration.values():
         scores = {int(one["parameters"]["fold"]): one["score"] for one in trials}
-        is_whole = len(scores) == num_folds
         parameters = {k: v for k, v in trials[0]["parameters"].items() if k != "fold"}
         found.append(
             {
                 "parameters": parameters,
                 "score": fmean(scores.values()),
                 "scores": [scores.get(fold) for fold in range(num_folds)],
-                "percent_done": min(one["percent_done"] for one in trials) if is_whole else 0,
+                "percent_done": sum(one["percent_done"] for one in trials) // num_folds,
                 "time_s": math.fsum(one["time_s"] for one in trials),
             }
         )
