@@ -216,7 +216,7 @@ def run_classify(arguments: list[str]) -> None:
         "classify",
         "Classify scans in bulk; a row of Parquet for every scan.\n\n"
         "`brainray classify FILE…` prints the predictions of a few files.",
-        uris=("scans_uri", "classifier_uri", "output_uri"),
+        uris=("scans_uri", "classifier_uri", "output_uri", "id_key_file"),
         config=(tyro.conf.UseAppendAction,),
     )
     reporter = ConsoleReporter()

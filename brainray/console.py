@@ -99,6 +99,9 @@ def report_bulk(reporter: ConsoleReporter, metrics: dict[str, Any], output_uri: 
     if "evaluation" in metrics:
         reporter.log(describe_scores("labelled", metrics["evaluation"]))
     reporter.log(describe_counts(run))
+    for name in ("series", "studies"):
+        if metrics.get(name, {}).get("total"):
+            reporter.log(describe_answers(name, metrics[name]))
     reporter.log(
         f"speed       {run['images_per_s']:.1f} images/s with the start; {run['bottleneck']}"
     )
@@ -217,6 +220,12 @@ def describe_counts(run: dict[str, Any]) -> str:
     return line
 
 
+def describe_answers(name: str, counts: dict[str, Any]) -> str:
+    """Say in one line what the series, or the studies, of a bulk run's output say."""
+    answers = ", ".join(f"{n:,} {answer}" for answer, n in counts["by_answer"].items())
+    return f"{name:<11} {counts['total']:,}: {answers}"
+
+
 def describe_progress(progress: "Progress") -> str:
     """Say in one line how far a bulk run is."""
     total = "?" if progress.total is None else f"{progress.total:,}"
@@ -224,9 +233,8 @@ def describe_progress(progress: "Progress") -> str:
     rate = progress.rate
     if rate and progress.warm_s > SETTLING_S:
         line += f"  {rate:.1f} images/s"
-        if progress.total is not None:
-            left = (progress.total - progress.done) / rate
-            line += f"  {runlog.format_duration(left)} left"
+        if progress.left_s is not None:
+            line += f"  {runlog.format_duration(progress.left_s)} left"
     rejected = progress.num_rejected
     return line + (f"  {rejected:,} rejected" if rejected else "")
 

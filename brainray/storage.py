@@ -532,11 +532,15 @@ def _write_local(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def write_partial(path: Path, content: bytes) -> Iterator[Path]:
-    """Write a file under another name beside its own; what is left of it is deleted."""
+def write_partial(path: Path, content: bytes, mode: int = 0o666) -> Iterator[Path]:
+    """Write a file under another name beside its own; what is left of it is deleted.
+
+    ``mode`` has the permissions of the file, from which the process's umask is taken.
+    """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("wb") as stream:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with open(descriptor, "wb") as stream:  # noqa: PTH123 - of a descriptor
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())

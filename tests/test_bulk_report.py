@@ -143,7 +143,7 @@ def test_a_run_gives_what_these_tests_render() -> None:
     progress = Progress()
     stats = RunStats(num_rows=2, reasons=Counter(empty=1), classes=Counter(glioma=1))
     about = {"backend": "openvino", "precision": "bf16", "description": "OpenVINO"}
-    progress.add(stats, 1, dict.fromkeys(STAGES, 0.5), about)
+    progress.add(stats, 2, 1, dict.fromkeys(STAGES, 0.5), about)
     pool = EnginePool(options=EngineOptions(), num_engines=3, cpus=1.0)
     card = {"classifier_id": "4fce01ab", "classes": list(CLASSES)}
     found = report.build_metrics(card, progress, pool, 2, 123)
@@ -295,6 +295,17 @@ def test_class_mix_has_counts_shares_and_bars(plain: dict[str, Any]) -> None:
     assert f"pituitary 0 0.0{NBSP}%" in text
     bars = re.findall(r"--share: ([\d.]+)%; --tone: var\(--c(\d)\)", section)
     assert bars == [("33.27", "0"), ("26.69", "1"), ("40.04", "2")]
+
+
+def test_series_and_studies_are_counted_by_answer(plain: dict[str, Any]) -> None:
+    assert "Series and studies" not in list_headings(render_bulk_report(**plain))
+    plain["metrics"]["series"] = {"total": 9, "by_answer": {"glioma": 4, "indeterminate": 5}}
+    plain["metrics"]["studies"] = {"total": 3, "by_answer": {"indeterminate": 3}}
+    text = Page(cut(render_bulk_report(**plain), "series")).text
+    assert "glioma 4 0 meningioma 0 0 notumor 0 0 pituitary 0 0 indeterminate 5 3" in text
+    assert "not calibrated" in text
+    plain["metrics"]["studies"] = {"total": 0, "by_answer": {}}
+    assert "indeterminate 5 0" in Page(cut(render_bulk_report(**plain), "series")).text
 
 
 def test_what_a_run_may_add_is_shown(judged: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,6 +38,7 @@ from brainray.inference import plan as plan_module
 from brainray.inference.bulk import ClassifyJob, classify, parse_max_rejected
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.inference.schema import build_schema
+from brainray.inference.series import SeriesRule
 from brainray.inference.shards import OPENED_FILE
 from brainray.inference.stats import Progress
 from brainray.inference.store import PredictionStore, Wave
@@ -44,6 +46,7 @@ from brainray.io.lock import OutputLock, hold_output
 from brainray.model.classifier import load_classifier, read_card, save_classifier
 from brainray.model.network import build_network
 from tests.conftest import CLASSES, REPOSITORY
+from tests.dicom_files import PYDICOM_FILES, RAMP, make_mr
 from tests.fakes import prepare_fake_engine
 from tests.test_decode import SAMPLES, mutate
 
@@ -443,6 +446,119 @@ def test_a_share_or_a_number_may_be_rejected() -> None:
 def test_max_rejected_is_a_share_or_a_number(text: str) -> None:
     with pytest.raises(ConfigError, match="max-rejected"):
         parse_max_rejected(text)
+
+
+# ------------------------------------------------------------------- files with several slices
+
+
+def fill_hospital_inbox(folder: Path) -> None:
+    """Write two series of a study, a volume, a picture and a report, with a name in each path."""
+    folder.mkdir(parents=True)
+    for series in ("1.2.3.1", "1.2.3.2"):
+        for number in range(6):
+            content = make_mr(
+                np.full((64, 64), 100 * number + 200, np.uint16) + RAMP,
+                SeriesInstanceUID=series,
+                SOPInstanceUID=f"{series}.{number}",
+                ImagePositionPatient=[0, 0, 5 * number],
+            )
+            (folder / f"Doe-{series}-{number}.dcm").write_bytes(content)
+    voxels = np.zeros((32, 32, 9), np.int16)
+    voxels[4:28, 4:28, 1:8] = np.random.default_rng(0).integers(300, 900, (24, 24, 7))
+    nib.save(nib.Nifti1Image(voxels, np.diag([-1.0, 1.0, 2.0, 1.0])), folder / "Doe.nii.gz")
+    Image.fromarray(np.asarray(RAMP % 256, np.uint8)).save(folder / "Doe.png")
+    shutil.copy(PYDICOM_FILES / "test-SR.dcm", folder / "Doe-SR.dcm")
+    shutil.copy(PYDICOM_FILES / "dicomdirtests" / "DICOMDIR", folder)
+
+
+@pytest.mark.usefixtures("fake_engine")
+def test_slices_have_rows_and_their_series_and_studies_answers(
+    tiny_classifier: Path, tmp_path: Path
+) -> None:
+    inbox, output = tmp_path / "in", tmp_path / "out"
+    fill_hospital_inbox(inbox)
+    said: list[str] = []
+    progress: list[tuple[int, int | None]] = []
+    job = make_job(inbox, tiny_classifier, output)
+    metrics = classify(
+        job, say=said.append, on_progress=lambda now: progress.append((now.done, now.total))
+    )
+    rows = {row["scan_uri"]: row for row in read_rows(output)}
+    assert len(rows) == metrics["run"]["num_new"] == 12 + 9 + 1 + 1
+    assert progress[-1] == (15, 15), "files are planned, and slices are not known before"
+    assert any("1 DICOMDIR" in line for line in said)
+    assert rows[str(inbox / "Doe-SR.dcm")]["reason"] == "not_an_image_object"
+    slices = [rows[f"{inbox}/Doe.nii.gz#frame={number}"] for number in range(9)]
+    assert [row["reason"] == "little_tissue" for row in slices] == [True] + [False] * 7 + [True]
+    series = pq.read_table(output / "series.parquet").to_pylist()
+    assert sorted(row["num_slices"] for row in series) == [6, 6, 9]
+    (study,) = pq.read_table(output / "studies.parquet").to_pylist()
+    assert study["num_series"] == 2
+    assert len(study["patient"]) == 32
+    assert metrics["series"]["total"] == 3
+    assert metrics["studies"]["total"] == 1
+    assert "Series and studies" in (output / "report.html").read_text()
+    assert metrics == json.loads((output / "metrics.json").read_text())
+
+    (inbox / "Doe.nii.gz").write_bytes((inbox / "Doe.nii.gz").read_bytes())  # another time
+    strict = replace(job, max_rejected="0", rule=SeriesRule(min_slices=7))
+    again = classify(strict)
+    assert (again["run"]["num_new"], again["run"]["num_known"]) == (0, 1)
+    assert again["counts"] == metrics["counts"]
+    found = pq.read_table(output / "series.parquet").to_pylist()
+    reasons = {row["num_slices"]: row["reason"] for row in found}
+    assert reasons[6] == "too_few_slices", "the rule of the last run, on the rows of all"
+    nib.save(nib.Nifti1Image(np.ones((32, 32, 5), np.int16), np.eye(4)), inbox / "Doe.nii.gz")
+    changed = classify(job)
+    assert changed["run"]["num_new"] == 5
+    assert len(read_rows(output)) == len(rows) + 5
+
+
+@pytest.mark.usefixtures("fake_engine")
+def test_no_output_of_a_redacted_run_holds_a_path(tiny_classifier: Path, tmp_path: Path) -> None:
+    inbox, output = tmp_path / "Doe", tmp_path / "out"
+    fill_hospital_inbox(inbox)
+    lines = [f"{inbox}/Doe.png,glioma", f"{inbox}/Doe.nii.gz,notumor"]
+    (tmp_path / "Doe.csv").write_text("\n".join(["scan_uri,label", *lines]))
+    said: list[str] = []
+    job = make_job(
+        inbox, tiny_classifier, output, redact_paths=True, labels=str(tmp_path / "Doe.csv")
+    )
+    metrics = classify(job, say=said.append)
+    assert metrics["evaluation"]["n"] == 1 + 7
+    rows = read_rows(output)
+    assert len(rows) == 23
+    assert {row["scan_uri"][:9] for row in rows} == {"redacted:"}
+    assert sum(row["scan_uri"].endswith("#frame=4") for row in rows) == 1
+    for table in ("series.parquet", "studies.parquet"):
+        assert "Doe" not in str(pq.read_table(output / table).to_pylist())
+    assert "Doe" not in str(rows)
+    files = [file for file in output.rglob("*") if file.is_file()]
+    assert len(files) > 6
+    for file in files:
+        assert b"Doe" not in file.read_bytes(), file
+    assert "Doe" not in str(said)
+    report = (output / "report.html").read_text()
+    assert "data:image/png" not in report
+    assert classify(job)["run"]["num_new"] == 0
+    with pytest.raises(ConfigError, match="Give --redact-paths"):
+        classify(make_job(inbox, tiny_classifier, output))
+
+
+@pytest.mark.usefixtures("fake_engine")
+def test_the_slices_above_and_below_a_head_are_not_too_many_rejections(
+    tiny_classifier: Path, tmp_path: Path
+) -> None:
+    voxels = np.zeros((32, 32, 20), np.int16)
+    voxels[4:28, 4:28, 8:14] = np.random.default_rng(0).integers(300, 900, (24, 24, 6))
+    (tmp_path / "in").mkdir()
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "in" / "volume.nii")
+    job = make_job(tmp_path / "in", tiny_classifier, tmp_path / "out", max_rejected="0")
+    metrics = classify(job)
+    assert metrics["counts"]["by_reason"]["little_tissue"] == 14
+    (tmp_path / "in" / "empty.dcm").touch()
+    with pytest.raises(DataError, match=r"1 of 1 new scans were rejected \(1 empty\)"):
+        classify(job)
 
 
 # ---------------------------------------------------------------------------- what is refused

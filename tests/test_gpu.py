@@ -11,8 +11,8 @@ import torch
 from ray.data import Dataset
 
 from brainray.evaluation.evaluate import EvaluateJob, evaluate
-from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import ReadOptions
 from brainray.inference.bulk import ClassifyJob, classify
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.inference.predict import EnginePool, PredictStage
@@ -50,7 +50,8 @@ def test_only_what_predicts_in_a_bulk_job_is_given_gpus(
         store=PredictionStore.of("nowhere", card),
         run="run",
         preprocessing=stage.preprocessing,
-        limits=DecodeLimits(),
+        reading=ReadOptions(),
+        key=bytes(16),
         labels=ray.put(None),
     )
     build_stream(task, stage, 0, [0, 1], 1)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brainray.data.read import read_scan
-from brainray.data.scans import find_places
+from brainray.data.scans import LISTING_SCHEMA, find_places
 from brainray.errors import DataError
 from brainray.inference import plan as plan_module
 from brainray.inference.plan import (
@@ -30,10 +30,15 @@ from brainray.inference.plan import (
     list_shard_sizes,
     make_plan,
     name_part,
+    name_scans,
     read_shard,
+    weigh_files,
 )
 from brainray.inference.store import Wave
+from brainray.io.identifiers import Identifiers
 from tests.test_store import make_rows, open_store, write
+
+IDENTIFIERS = Identifiers(bytes(16))
 
 # ----------------------------------------------------------------------------- what is new
 
@@ -142,6 +147,12 @@ def test_rows_of_one_row_group_stay_together() -> None:
 # ---------------------------------------------------------------------------------- shards
 
 
+def cut(num_rows: int, max_rows: int, num_engines: int, *, is_first: bool) -> list[int]:
+    """Cut files of one slice each."""
+    weights = np.ones(num_rows, np.int64)
+    return list_shard_sizes(weights, max_rows, num_engines, is_first=is_first)
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     num_rows=st.integers(0, 20_000),
@@ -152,7 +163,7 @@ def test_rows_of_one_row_group_stay_together() -> None:
 def test_shards_hold_every_scan_and_are_bounded(
     num_rows: int, max_rows: int, num_engines: int, is_first: bool
 ) -> None:
-    sizes = list_shard_sizes(num_rows, max_rows, num_engines, is_first=is_first)
+    sizes = cut(num_rows, max_rows, num_engines, is_first=is_first)
     assert sum(sizes) == num_rows
     assert all(0 < size <= max_rows for size in sizes)
     assert sizes[:-1] == sorted(sizes[:-1]), "they do not shrink but for the last one"
@@ -163,15 +174,69 @@ def test_shards_hold_every_scan_and_are_bounded(
 
 
 def test_the_first_shards_double_in_size() -> None:
-    sizes = list_shard_sizes(10_000, 500, 2, is_first=True)
+    sizes = cut(10_000, 500, 2, is_first=True)
     assert sizes[:12] == [16, 16, 32, 32, 64, 64, 128, 128, 256, 256, 500, 500]
     assert set(sizes[12:-1]) == {500}
-    later = list_shard_sizes(10_000, 500, 2, is_first=False)
+    later = cut(10_000, 500, 2, is_first=False)
     assert set(later[:-1]) == {500}
 
 
 def test_few_scans_of_large_images_make_small_shards() -> None:
-    assert list_shard_sizes(10, 3, 1, is_first=True) == [3, 3, 3, 1]
+    assert cut(10, 3, 1, is_first=True) == [3, 3, 3, 1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    weights=st.lists(st.integers(1, 400), max_size=200),
+    max_weight=st.integers(1, 3000),
+    num_engines=st.integers(1, 8),
+    is_first=st.booleans(),
+)
+def test_a_shard_has_one_file_or_as_many_slices_as_it_may(
+    weights: list[int], max_weight: int, num_engines: int, is_first: bool
+) -> None:
+    sizes = list_shard_sizes(
+        np.array(weights, np.int64), max_weight, num_engines, is_first=is_first
+    )
+    assert sum(sizes) == len(weights)
+    shards = np.split(np.array(weights), np.cumsum(sizes)[:-1]) if sizes else []
+    assert all(len(shard) == 1 or 1 < shard.sum() <= max_weight for shard in shards)
+    if is_first and shards:
+        assert len(shards[0]) == 1 or shards[0].sum() <= FIRST_SHARD_ROWS
+
+
+def test_files_are_weighed_by_their_names_and_sizes() -> None:
+    """Whoever plans opens none."""
+    mib = 2**20
+    files = {
+        "/in/a.JPG": (50 * mib, 1),
+        "/in/new\nline.tiff": (50 * mib, 1),
+        "/in/volume.nii.gz": (10 * mib, 160),
+        "/in/IM0001": (mib // 8, 2),
+        "/in/short": (5, 1),
+        "/in/picture.png.dcm": (mib + 1, 17),
+        "/in/list-entry.dcm": (None, 1),
+    }
+    table = pa.table({"uri": list(files), "size_bytes": [size for size, _ in files.values()]})
+    found = dict(zip(files, weigh_files(table).tolist(), strict=True))
+    assert found == {uri: weight for uri, (_, weight) in files.items()}
+    assert weigh_files(table.slice(0, 0)).shape == (0,)
+
+
+def test_names_are_hashes_where_paths_are_not_to_be_seen() -> None:
+    """And are compared as such; the place to read from stays in the plan."""
+    identifiers = Identifiers(bytes(16), redact_paths=True)
+    listing = pa.Table.from_pylist([listed("/in/Doe.dcm"), listed("/in/b")], schema=LISTING_SCHEMA)
+    named = name_scans(listing, identifiers)
+    assert named["uri"].to_pylist() == ["/in/Doe.dcm", "/in/b"]
+    assert named["scan_uri"].to_pylist() == [
+        identifiers.name("/in/Doe.dcm"),
+        identifiers.name("/in/b"),
+    ]
+    assert name_scans(listing, Identifiers(bytes(16))) is listing
+    assert choose(*named.to_pylist(), known(identifiers.name("/in/b"))) == {
+        identifiers.name("/in/Doe.dcm"): None
+    }
 
 
 def test_rows_of_a_table_that_are_near_each_other_share_a_part() -> None:
@@ -211,6 +276,7 @@ def make_options(inbox: Path, output: Path, run: str = "run") -> PlanOptions:
         run=run,
         max_shard_rows=8,
         num_engines=1,
+        identifiers=IDENTIFIERS,
     )
 
 
@@ -283,6 +349,7 @@ def test_a_plan_of_nothing_writes_nothing(tmp_path: Path) -> None:
         run="run",
         max_shard_rows=8,
         num_engines=1,
+        identifiers=IDENTIFIERS,
     )
     assert make_plan(options) == Plan(0, 0, 0, (0,))
     assert not (tmp_path / "out").exists()
@@ -300,7 +367,12 @@ def test_a_named_table_without_images_ends_the_plan(tmp_path: Path) -> None:
 
 def make_options_of(folder: Path) -> PlanOptions:
     return PlanOptions(
-        places=(), store=open_store(folder / "out"), run="run", max_shard_rows=8, num_engines=1
+        places=(),
+        store=open_store(folder / "out"),
+        run="run",
+        max_shard_rows=8,
+        num_engines=1,
+        identifiers=IDENTIFIERS,
     )
 
 

@@ -2,11 +2,13 @@
 
 import itertools
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydicom
 import pytest
 
 from brainray import storage
@@ -268,6 +270,68 @@ def test_what_vanishes_before_it_is_listed_is_missing(tmp_path: Path) -> None:
         ["missing"],
         ["missing"],
     ]
+
+
+# ---------------------------------------------------------------------------------- DICOMDIR
+
+DISC = Path(pydicom.__file__).parent / "data" / "test_files" / "dicomdirtests"
+
+
+def test_a_dicomdir_gives_the_files_that_it_references(tmp_path: Path) -> None:
+    disc = tmp_path / "disc"
+    shutil.copytree(DISC, disc)
+    folders = [disc / name for name in ("77654033", "98892001", "98892003")]
+    expected = {str(file) for folder in folders for file in folder.glob("*/*") if file.is_file()}
+    listed = list_scans([str(disc / "DICOMDIR")])
+    assert len(listed) == len(expected) == 31
+    assert set(listed["scan_uri"].to_pylist()) == expected
+    assert {row["size_bytes"] for row in listed.to_pylist()} == {
+        Path(file).stat().st_size for file in expected
+    }
+    next(disc.glob("98892001/CT5N/*")).unlink()
+    assert sorted(filter(None, list_reasons(disc / "DICOMDIR").values())) == ["missing"]
+
+
+def test_a_dicomdir_in_a_folder_is_no_scan_and_is_counted(tmp_path: Path) -> None:
+    shutil.copytree(DISC / "98892003", tmp_path / "98892003")
+    shutil.copy(DISC / "DICOMDIR", tmp_path / "dicomdir")
+    pieces = list_pieces(tmp_path)
+    assert sum(piece.num_indices for piece in pieces) == 1
+    assert len(join_pieces(pieces)) == 17
+    assert list_uris(f"{tmp_path}/*dir") == []
+
+
+def test_a_disc_that_is_mounted_in_lower_case_is_read(tmp_path: Path) -> None:
+    for file in DISC.rglob("*"):
+        if file.is_file():
+            place = tmp_path / str(file.relative_to(DISC)).lower()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
+    listed = list_scans([str(tmp_path / "dicomdir")])
+    assert listed["reason"].null_count == len(listed) == 31
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "empty", "no-records"])
+def test_a_dicomdir_that_cannot_be_read_is_an_error_without_values(
+    tmp_path: Path, kind: str
+) -> None:
+    whole = (DISC / "DICOMDIR").read_bytes()
+    contents = {"text": b"Doe^Peter", "cut": whole[:-999], "empty": b"", "no-records": whole[:400]}
+    (tmp_path / "DICOMDIR").write_bytes(contents[kind])
+    with pytest.raises(DataError, match=r"the DICOMDIR at '.*DICOMDIR': .*folder") as caught:
+        list_uris(tmp_path / "DICOMDIR")
+    assert caught.value.__context__ is None
+    assert "Doe" not in str(caught.value)
+
+
+@pytest.mark.parametrize("parts", [["..", "secret"], ["/etc/passwd"], ["DOE", "."]])
+def test_a_dicomdir_does_not_lead_out_of_its_folder(tmp_path: Path, parts: list[str]) -> None:
+    index = pydicom.dcmread(DISC / "DICOMDIR")
+    index.DirectoryRecordSequence[-1].ReferencedFileID = parts
+    index.save_as(tmp_path / "DICOMDIR")
+    with pytest.raises(DataError, match="is not the name of a file below it") as caught:
+        list_uris(tmp_path / "DICOMDIR")
+    assert parts[0] not in str(caught.value).replace(str(tmp_path), "")
 
 
 # -------------------------------------------------------------------------------------- tables

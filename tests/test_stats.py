@@ -44,7 +44,7 @@ def make_rows(count: int, seed: int) -> pa.Table:
             row |= {f"prob_{name}": probs[k] for k, name in enumerate(CLASSES)}
             row |= {"confidence": max(probs), "class_map": [float(number)] * 4}
             row["predicted_class"] = None if reason else CLASSES[int(np.argmax(probs))]
-        row |= {"reason": reason}
+        row |= {"reason": reason, "series": rng.choice([None, "s1", "s2"])}
         rows.append(row)
     return pa.Table.from_pylist(rows, schema=build_schema(CLASSES))
 
@@ -115,6 +115,7 @@ def test_the_counts_are_those_of_the_rows() -> None:
     assert sum(counts["by_class"].values()) == counts["by_status"]["classified"]
     assert found.histogram.sum() == len(with_probs)
     assert found.histogram[NUM_BINS // 2] == sum(row["confidence"] == 0.5 for row in with_probs)
+    assert found.num_in_series == sum(row["series"] is not None for row in table) > 0
     least = sorted(with_probs, key=lambda row: (row["confidence"], row["scan_uri"]))
     assert [scan["scan_uri"] for scan in found.least_certain] == [
         row["scan_uri"] for row in least[:NUM_SCANS_SHOWN]
@@ -230,7 +231,7 @@ def test_a_name_has_the_same_hash_in_every_process() -> None:
 
 def add_shards(progress: Progress, count: int) -> None:
     for _ in range(count):
-        progress.add(RunStats(num_rows=2), 1, dict.fromkeys(STAGES, 0.5), None)
+        progress.add(RunStats(num_rows=2), 3, 1, dict.fromkeys(STAGES, 0.5), None)
 
 
 @pytest.mark.parametrize("count", [1, 2, 400, 401, 402, 1000, 3001])
@@ -251,12 +252,16 @@ def test_speed_is_measured_from_the_first_shard_on(monkeypatch: pytest.MonkeyPat
     clock = [100.0]
     monkeypatch.setattr(Progress, "elapsed_s", property(lambda _: clock[0]))
     assert progress.rate is None
-    progress.add(RunStats(num_rows=10), 0, {"predict": 90.0}, {"backend": "torch"})
+    progress.add(RunStats(num_rows=10), 5, 0, {"predict": 90.0}, {"backend": "torch"})
     assert (progress.rate, progress.warm_s) == (None, 0.0)
     assert progress.compute_busy(dict.fromkeys(STAGES, 1)) == dict.fromkeys(STAGES, 0.0)
     clock[0] = 110.0
-    progress.add(RunStats(num_rows=30), 20, {"predict": 9.0, "read": 2.0}, {"backend": "other"})
+    add = {"predict": 9.0, "read": 2.0}
+    progress.add(RunStats(num_rows=30), 25, 20, add, {"backend": "other"})
     assert progress.rate == pytest.approx(5.0)
+    assert progress.left_s is None
+    progress.total = 80
+    assert progress.left_s == pytest.approx(50 * 10 / 25), "files are left, of several slices each"
     assert progress.runtime == {"backend": "torch"}
     busy = progress.compute_busy({"read": 2, "decode": 2, "predict": 1, "write": 2})
     assert busy == {"read": 0.1, "decode": 0.0, "predict": 0.9, "write": 0.0}

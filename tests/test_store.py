@@ -173,6 +173,35 @@ def test_what_is_known_of_a_scan_is_its_content_or_why_it_has_none(tmp_path: Pat
     assert known["modified_ns"].to_pylist() == [5] * 3
 
 
+def test_slices_are_known_as_their_file(tmp_path: Path) -> None:
+    """Once with each content; a file may have a name that looks like a slice's."""
+    names = [f"volume.nii#frame={number}" for number in range(3)]
+    rows = make_rows(*names, "odd#frame=7").to_pylist()
+    for number, row in enumerate(rows[:3]):
+        row |= {"frame": number, "content_sha256": "one"}
+    rows[1] |= {"reason": "little_tissue", "status": "rejected", "predicted_class": None}
+    rows += [rows[0] | {"content_sha256": "two", "modified_ns": 6}]
+    store = open_store(tmp_path)
+    write(store, 0, pa.Table.from_pylist(rows, schema=build_schema(CLASSES)))
+    known = store.read_known(store.list_files()[0])
+    assert known.schema.equals(KNOWN_SCHEMA)
+    found = sorted(zip(*(known[name].to_pylist() for name in known.column_names), strict=True))
+    assert found == [
+        ("odd#frame=7", 10, 5, None, "sha-odd#frame=7"),
+        ("volume.nii", 10, 5, None, "one"),
+        ("volume.nii", 10, 6, None, "two"),
+    ]
+
+
+def test_predictions_of_an_older_schema_below_the_classifier_are_refused(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    older = replace(store, about=store.about | {"schema_version": SCHEMA_VERSION - 1})
+    write(older, 0, make_rows("a"))
+    with pytest.raises(ConfigError, match="older schema"):
+        open_store(tmp_path)
+    assert open_store(tmp_path, "bbb").list_files() == []
+
+
 # ---------------------------------------------------------------------------- closed shards
 
 
@@ -257,7 +286,7 @@ def test_a_run_that_came_to_its_end_leaves_nothing_to_close(tmp_path: Path) -> N
 def test_an_output_of_an_older_schema_is_refused(tmp_path: Path) -> None:
     write(open_store(tmp_path), 0, make_rows("a"))
     pq.write_table(make_rows("old"), tmp_path / "predictions" / "aaa-0-000000.parquet")
-    with pytest.raises(ConfigError, match=r"older schema than 3\. Give another") as caught:
+    with pytest.raises(ConfigError, match=r"older schema than 4\. Give another") as caught:
         open_store(tmp_path)
     assert "\n" not in str(caught.value)
 

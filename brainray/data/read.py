@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 
 from brainray import storage
 from brainray.errors import RejectedImage, StorageError
+from brainray.images.slices import ReadOptions, ScanFile, open_file, split_name
 
 TABLE_SUFFIX = ".parquet"
 
@@ -53,8 +54,41 @@ def _read_row_group(uri: str, row_group: int) -> pa.ChunkedArray:
         return parquet.read_row_group(row_group, columns=["image_bytes"])["image_bytes"]
 
 
-def read_named_scan(scan_uri: str) -> bytes:
+def open_named_slice(scan_uri: str, options: ReadOptions | None = None) -> tuple[ScanFile, int]:
+    """Open a slice again by the ``scan_uri`` of its row: a file, or ``FILE#frame=N``.
+
+    Returns
+    -------
+    file : ScanFile
+        What :func:`brainray.images.slices.open_slice` and
+        :func:`brainray.images.slices.show_slice` take.
+    index : int
+        Number of the slice in it.
+
+    Raises
+    ------
+    RejectedImage
+        The file has vanished, cannot be read, or has no such slice any more.
+    """
+    options = options or ReadOptions()
+    file_uri, frame = split_name(scan_uri)
+    try:
+        content = read_named_scan(file_uri, max_bytes=options.limits.max_bytes)
+    except RejectedImage as rejection:
+        if frame is None or rejection.reason != "missing":
+            raise
+        # A file may have such a name itself.
+        content, frame = read_named_scan(scan_uri, max_bytes=options.limits.max_bytes), None
+    file = open_file(content, options)
+    if (frame or 0) >= len(file.slices):
+        raise RejectedImage("missing", f"The file has no frame {frame}. It was changed.")
+    return file, frame or 0
+
+
+def read_named_scan(scan_uri: str, *, max_bytes: int | None = None) -> bytes:
     """Read a scan again by the ``scan_uri`` that its listing gave it.
+
+    ``max_bytes`` is that of :func:`brainray.storage.read_bytes`.
 
     Raises
     ------
@@ -63,7 +97,7 @@ def read_named_scan(scan_uri: str) -> bytes:
     """
     table, mark, number = scan_uri.rpartition("#row=")
     if not mark or not table.endswith(TABLE_SUFFIX):
-        return read_scan(scan_uri, -1, -1)
+        return read_scan(scan_uri, -1, -1, max_bytes=max_bytes)
     filesystem, path = storage.resolve(table)
     row = int(number)
     try:

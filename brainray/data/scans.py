@@ -20,7 +20,7 @@ from wcmatch import glob
 from brainray import storage
 from brainray.data.labelled import is_hidden
 from brainray.data.read import TABLE_SUFFIX
-from brainray.errors import DataError
+from brainray.errors import DataError, RejectedImage
 
 LIST_SUFFIXES = (".txt", ".csv")
 LIST_COLUMNS = ("scan_uri", "uri", "path")
@@ -28,6 +28,9 @@ LIST_COLUMNS = ("scan_uri", "uri", "path")
 
 MAX_ROWS_PER_TASK = 200_000
 """A task that has listed as many scans returns what is left."""
+
+MAX_INDEX_BYTES = 64 * 2**20
+"""Longest DICOMDIR that is read."""
 
 _WILD = re.compile(r"[*?\\[]")
 _GLOB_FLAGS = glob.GLOBSTAR | glob.DOTGLOB | glob.FORCEUNIX
@@ -49,7 +52,8 @@ LISTING_SCHEMA = pa.schema(
 class Place:
     """Something to list: one `--scans-uri`, or a part of it."""
 
-    kind: Literal["folder", "file", "table", "list"]
+    kind: Literal["folder", "file", "table", "list", "index"]
+    """An index is a DICOMDIR, the list of the files of a medium."""
     uri: str
     root: str = ""
     """Of a folder: the folder that was given, which globs and hidden names count from."""
@@ -73,6 +77,8 @@ class Listing:
     """What it did not reach."""
     num_hidden: int = 0
     """Hidden files and folders skipped."""
+    num_indices: int = 0
+    """Files named DICOMDIR skipped, which lay beside what they reference."""
 
 
 def find_places(scans_uris: Sequence[str]) -> list[Place]:
@@ -82,8 +88,8 @@ def find_places(scans_uris: Sequence[str]) -> list[Place]:
     ----------
     scans_uris : sequence of str
         Folders (everything below them), globs (``**`` for any depth), single files, Parquet
-        tables with a column ``image_bytes``, and ``.txt`` or ``.csv`` lists of URIs; local,
-        s3:// or gs://.
+        tables with a column ``image_bytes``, a DICOMDIR for the files that it references, and
+        ``.txt`` or ``.csv`` lists of URIs; local, s3:// or gs://.
 
     Raises
     ------
@@ -102,6 +108,8 @@ def _find_place(scans_uri: str) -> Place:
     if storage.find_file(uri) is not None:
         if uri.endswith(TABLE_SUFFIX):
             return Place("table", uri)
+        if _is_index(uri):
+            return Place("index", uri)
         return Place("list" if uri.lower().endswith(LIST_SUFFIXES) else "file", uri)
     wild = _WILD.search(uri)
     if wild is None or not _WILD.search(scans_uri):
@@ -113,6 +121,10 @@ def _find_place(scans_uri: str) -> Place:
     if not storage.is_folder(root):
         raise DataError(f"No scans at '{uri}': there is no folder '{root}'. Check the path.")
     return Place("folder", root, root, uri[len(root) :].lstrip("/"))
+
+
+def _is_index(uri: str) -> bool:
+    return storage.get_name(uri).upper() == "DICOMDIR"
 
 
 class _Rows:
@@ -184,7 +196,8 @@ def list_place(
     Raises
     ------
     DataError
-        A table that was named lacks ``image_bytes``, or cannot be read; a list is not UTF-8.
+        A table that was named lacks ``image_bytes``, or cannot be read; a list is not UTF-8; a
+        DICOMDIR is damaged.
     """
     if place.kind == "folder":
         return _list_folder(place, leave_out, time.monotonic() + max_seconds)
@@ -192,6 +205,10 @@ def list_place(
     if place.kind == "list":
         for uri in _read_list(place.uri):
             rows.add(uri)
+        return Listing(rows.build())
+    if place.kind == "index":
+        for uri in _read_index(place.uri):
+            _add_referenced(rows, uri)
         return Listing(rows.build())
     file = storage.find_file(place.uri)
     if file is None:  # it vanished
@@ -205,7 +222,7 @@ def list_place(
 
 def _list_folder(place: Place, leave_out: Sequence[str], deadline: float) -> Listing:
     omitted = tuple(storage.make_absolute(uri) + "/" for uri in leave_out)
-    rows, num_hidden = _Rows(), 0
+    rows, num_hidden, num_indices = _Rows(), 0, 0
     waiting, tables = [place.uri], []
     while waiting:
         folder = waiting.pop()
@@ -229,6 +246,8 @@ def _list_folder(place: Place, leave_out: Sequence[str], deadline: float) -> Lis
                 num_hidden += 1
             elif place.pattern and not _matches(file, place.root, place.pattern):
                 continue
+            elif _is_index(file.uri):
+                num_indices += 1
             elif file.uri.endswith(TABLE_SUFFIX):
                 tables.append(Place("table", file.uri, is_given=False))
             else:
@@ -236,7 +255,7 @@ def _list_folder(place: Place, leave_out: Sequence[str], deadline: float) -> Lis
         if rows.count >= MAX_ROWS_PER_TASK or time.monotonic() >= deadline:
             break
     rest = [replace(place, uri=folder) for folder in waiting]
-    return Listing(rows.build(), (*rest, *tables), num_hidden)
+    return Listing(rows.build(), (*rest, *tables), num_hidden, num_indices)
 
 
 def _matches(file: storage.FoundFile, root: str, pattern: str) -> bool:
@@ -293,6 +312,41 @@ def _read_list(list_uri: str) -> Iterator[str]:
     for entry in _read_entries(text, is_csv=list_uri.lower().endswith(".csv")):
         is_absolute = "://" in entry or entry.startswith(("/", "~"))
         yield storage.make_absolute(entry) if is_absolute else storage.join(folder, entry)
+
+
+def _read_index(index_uri: str) -> list[str]:
+    """Return the URIs of the files that a DICOMDIR references."""
+    from brainray.images.dicom_index import list_references  # pictures do without pydicom
+
+    try:
+        content = storage.read_bytes(index_uri, max_bytes=MAX_INDEX_BYTES)
+        references = list_references(content)
+    except FileNotFoundError:
+        reason = "It has vanished."
+    except RejectedImage as rejection:
+        reason = rejection.message
+    else:
+        # A medium may be mounted with all of its names in lower case.
+        is_lower = storage.get_name(index_uri).islower()
+        folder = index_uri.rpartition("/")[0]
+        return [
+            storage.join(folder, *(part.lower() if is_lower else part for part in parts))
+            for parts in references
+        ]
+    raise DataError(f"Cannot read the DICOMDIR at '{index_uri}': {reason} Give its folder instead.")
+
+
+def _add_referenced(rows: _Rows, uri: str) -> None:
+    """Add a file that an index names, with its size and time if it is local.
+
+    On an object store each would cost a request.
+    """
+    if "://" in uri:
+        rows.add(uri)
+    elif file := storage.find_file(uri):
+        rows.add_found(file)
+    else:
+        rows.add(uri, reason="missing")
 
 
 def _read_entries(text: str, *, is_csv: bool) -> Iterator[str]:

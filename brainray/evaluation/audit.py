@@ -30,7 +30,7 @@ from brainray.data.spread import spread_blocks
 from brainray.errors import ConfigError, RejectedImage
 from brainray.evaluation.judge import Say
 from brainray.evaluation.prepared import check_usable, stack_thumbnails
-from brainray.images.decode import DecodeLimits
+from brainray.images.decode import DecodeLimits, decode_samples
 from brainray.images.heatmap import render_picture
 from brainray.labels import BRAIN_TUMOUR_CLASSES, check_classes
 from brainray.provenance import describe_versions, read_code_revision
@@ -451,7 +451,10 @@ def picture_pairs(
     for pair in pairs:
         rows = samples.take(pa.array(data.kept[[pair.left, pair.right]]))
         try:
-            left, right = (render_picture(one, job.limits) for one in read_samples(rows))
+            left, right = (
+                render_picture(decode_samples(content, job.limits))
+                for content in read_samples(rows)
+            )
         except RejectedImage:
             continue
         labels = [job.classes[label] for label in rows["label"].to_pylist()]

@@ -16,6 +16,7 @@ from brainray.evaluation.prepared import PreparedData
 from brainray.evaluation.rows import add_labels, find_mistakes
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import ReadOptions, open_file
 from brainray.inference.engine import EngineOptions
 from brainray.inference.gallery import draw_scan
 from brainray.inference.predict import PredictStage, plan_pool
@@ -171,7 +172,8 @@ def collect_mistakes(
     for row in rows.take(find_mistakes(rows, classes, NUM_MISTAKES_SHOWN)).to_pylist():
         try:
             (content,) = data.store.read([numbers[row["path"]]])
-            image_png, overlay_png = draw_scan(content, row["class_map"], preprocessing, limits)
+            file = open_file(content, ReadOptions(limits=limits))
+            image_png, overlay_png = draw_scan(file, 0, row["class_map"], preprocessing)
         except RejectedImage:  # vanished since it was predicted
             continue
         top = int(np.argmax(row["probs"]))

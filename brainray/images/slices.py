@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits, decode_image, decode_samples
+from brainray.images.intensity import to_display
 from brainray.images.preprocess import OpenedScan, Preprocessing, open_samples
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ GreyRange = Literal["stored", "percentile", "voi_lut", "window", "samples"]
 the `percentile` rule of the classifier, on the slice's own samples at full depth; for classifiers
 that take grey levels as they are stored, the DICOM object's `voi_lut` or `window`, or where it has
 neither, the range of the slice's `samples`."""
+
+LITTLE_TISSUE = "little_tissue"
+"""Reason of a volume's slices above and below the head."""
 
 _NIFTI_MAGICS = ((344, b"n+1\0"), (344, b"ni1\0"), (4, b"n+2\0\r\n\x1a\n"), (0, b"\x1f\x8b"))
 _FRAME = re.compile(r"^(.*)#frame=(\d+)$", re.DOTALL)
@@ -54,9 +58,9 @@ class SliceInfo:
     rejection: RejectedImage | None = None
     """Why this slice is not to be classified; None if it may be."""
     sop_instance: str | None = None
-    """Keyed hash of the DICOM object's UID, as of the three below; None without a key."""
+    """Keyed hash of the DICOM object's UID, as of the three below; None without a key. Of a NIfTI
+    volume, the keyed hash of its content, here and as the series."""
     series: str | None = None
-    """Of a NIfTI volume, the keyed hash of its content."""
     study: str | None = None
     patient: str | None = None
     plane: Plane | None = None
@@ -73,9 +77,13 @@ class SliceInfo:
 class ScanFile(Protocol):
     """A file whose header was read, and whose slices can be decoded."""
 
-    format: Literal["picture", "dicom", "nifti"]
-    slices: tuple[SliceInfo, ...]
-    """In the order of the file, those that are not to be classified included."""
+    @property
+    def format(self) -> Literal["picture", "dicom", "nifti"]:
+        """What kind of file it is."""
+
+    @property
+    def slices(self) -> tuple[SliceInfo, ...]:
+        """In the order of the file, those that are not to be classified included."""
 
     def decode(self, index: int) -> NDArray[Any]:
         """Decode slice number ``index`` of :attr:`slices` to grey samples at full depth.
@@ -142,6 +150,22 @@ def open_slice(file: ScanFile, index: int, preprocessing: Preprocessing) -> "Ope
     else:
         samples, grey_range = file.render(index)
     return OpenedSlice(open_samples(samples, preprocessing), file.slices[index], grey_range)
+
+
+def show_slice(file: ScanFile, index: int) -> NDArray[np.uint8]:
+    """Decode one slice to grey levels for a person to look at, shape (height, width).
+
+    A DICOM object is shown through its own window; a picture of 16 bits by its own range, since
+    many hold 12 bits, which would be nearly black.
+
+    Raises
+    ------
+    RejectedImage
+        It cannot be decoded, or is not to be classified.
+    """
+    if file.format == "picture":
+        return to_display(file.decode(index))
+    return file.render(index)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +299,8 @@ class _Nifti:
         if key is not None:
             from brainray.images.dicom import hash_identifier
 
-            info = replace(info, series=hash_identifier(sha256(content).hexdigest(), key))
+            identifier = hash_identifier(sha256(content).hexdigest(), key)
+            info = replace(info, series=identifier, sop_instance=identifier)
         kept = set(volume.kept)
         self.slices = tuple(
             replace(
@@ -299,4 +324,4 @@ class _Nifti:
 
 
 def _find_little_tissue() -> RejectedImage:
-    return RejectedImage("little_tissue", "The slice has little tissue: it is above or below it.")
+    return RejectedImage(LITTLE_TISSUE, "The slice has little tissue: it is above or below it.")

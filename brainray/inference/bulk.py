@@ -5,8 +5,9 @@ execution of Ray Data over some of the plan's shards::
 
     shard numbers -> read and decode (tasks) -> predict (actors) -> write (tasks) -> statistics
 
-Each shard's scans pass through it as the rows of one block, which the worker that holds the
-predictions writes as one file. The driver gets each shard's statistics, and no row.
+The slices of a shard's files pass through it as the rows of one block, which the worker that holds
+the predictions writes as one file. The driver gets each shard's statistics, and no row. When all
+waves are done, :mod:`brainray.inference.studies` puts slices together to series and studies.
 """
 
 import logging
@@ -35,17 +36,20 @@ from brainray.cluster import (
 )
 from brainray.data.scans import Place, find_places
 from brainray.errors import (
+    BrainrayError,
     ClassificationError,
     ConfigError,
     DataError,
+    RejectedImage,
 )
-from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import LITTLE_TISSUE, ReadOptions
 from brainray.inference.engine import Engine, EngineOptions, prepare_engine
 from brainray.inference.labels import Labels, read_labels
 from brainray.inference.plan import Plan, PlanOptions, make_plan
 from brainray.inference.predict import EnginePool, PredictStage, plan_pool
 from brainray.inference.report import build_metrics, write_report
+from brainray.inference.series import SeriesRule
 from brainray.inference.shards import (
     MAX_BLOCK_BYTES,
     OPENED_FILE,
@@ -60,6 +64,7 @@ from brainray.inference.stats import (
     watch_memory,
 )
 from brainray.inference.store import PredictionStore, Wave
+from brainray.io.identifiers import Identifiers, hide_paths, open_identifiers
 from brainray.io.lock import OutputLock, hold_output
 from brainray.model.classifier import read_card
 from brainray.model.shipped import find_default_classifier
@@ -90,8 +95,8 @@ class ClassifyJob:
     """One bulk run: which scans, by which classifier, to where."""
 
     scans_uri: tuple[str, ...]
-    """Folder, glob, file, Parquet table with `image_bytes`, or a .txt or .csv list of URIs;
-    local, s3:// or gs://. May be given several times."""
+    """Folder, glob, file, DICOMDIR, Parquet table with `image_bytes`, or a .txt or .csv list of
+    URIs; local, s3:// or gs://. May be given several times."""
     classifier_uri: str = field(default_factory=find_default_classifier)
     """A classifier bundle; `$BRAINRAY_CLASSIFIER`, else the one that comes with the project, if
     not given."""
@@ -103,8 +108,8 @@ class ClassifyJob:
     explain: bool = False
     """Write beside each prediction its class map: where the network found evidence."""
     max_rejected: str = "100%"
-    """Exit with status 2, after everything is written, when more of the new scans than this
-    were rejected: a share (5%) or a number (20)."""
+    """Exit with status 2, after everything is written, when more of the new slices than this
+    were rejected: a share (5%) or a number (20). Slices with little tissue do not count."""
     engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions()
     num_predictors: int | None = None
     """Processes that hold the classifier; one for each GPU, or for four CPUs, if not given."""
@@ -114,8 +119,16 @@ class ClassifyJob:
     """Tasks that read and decode at a time; as many as CPUs are left, if not given."""
     part_s: float = 20.0
     """Seconds of work in one file, about: what a kill can cost."""
-    limits: DecodeLimits = DecodeLimits()
-    """What is too large to open."""
+    reading: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions()
+    rule: SeriesRule = SeriesRule()
+    """When the slices of a series give it a class."""
+    id_key_file: str | None = None
+    """File whose bytes, at least 16, are the key of the hashes that stand for patients, studies,
+    series and objects. If not given, each output has a random key of its own beside the
+    predictions."""
+    redact_paths: bool = False
+    """Write keyed hashes in the place of all paths of scans, which may hold names. The report then
+    has no pictures."""
 
 
 def classify(
@@ -151,13 +164,43 @@ def classify(
     LockLostError
         Another run took the output over.
     """
+    if job.redact_paths:
+        return _classify_unseen(job, say, on_progress, verbose)
+    return _classify(job, say, on_progress, verbose)
+
+
+def _classify_unseen(
+    job: ClassifyJob, say: Say, on_progress: Callable[[Progress], None], verbose: bool
+) -> dict[str, Any]:
+    """Classify, and say and raise nothing that holds a path of a scan."""
+    paths = [path for path in (*job.scans_uri, job.labels, job.id_key_file) if path]
+    hidden: Exception
+    try:
+        return _classify(job, lambda line: say(hide_paths(line, paths)), on_progress, verbose)
+    except BrainrayError as error:
+        kind = ClassificationError if isinstance(error, RejectedImage) else type(error)
+        hidden = kind(hide_paths(str(error), paths))
+    except Exception as error:
+        hidden = ClassificationError(
+            f"The run failed with {type(error).__name__}. Its message may hold paths, which are "
+            "not to be seen. This is a defect of brainray; please report it."
+        )
+    raise hidden  # outside of the except block, so that the first error does not hang on it
+
+
+def _classify(
+    job: ClassifyJob, say: Say, on_progress: Callable[[Progress], None], verbose: bool
+) -> dict[str, Any]:
     max_rejected = parse_max_rejected(job.max_rejected)
     card = read_card(job.classifier_uri)
     labels = read_labels(job.labels, tuple(card["classes"]))
     places = find_places(job.scans_uri)
     with hold_output(job.output_uri) as lock, raise_own_errors():
         store = PredictionStore.of(job.output_uri, card)
-        run = _Run(job, card, store, lock, say, on_progress)
+        identifiers = open_identifiers(
+            job.output_uri, job.id_key_file, redact_paths=job.redact_paths
+        )
+        run = _Run(job, card, store, identifiers, lock, say, on_progress)
         run.close_previous()
         # Importing torch and exporting the network takes about as long as starting Ray.
         engine = start_thread(prepare_engine, job.classifier_uri, job.engine)
@@ -165,9 +208,10 @@ def classify(
         needs = describe_needs(job)
         check_fits(*needs)
         with watch_memory() as peak, tell_waiting(needs, say):
+            labels = labels and labels.rename(identifiers.name)
             run.classify(places, engine.result(), labels)
         metrics = build_metrics(card, run.progress, run.pool, run.num_decoders, peak.bytes)
-        write_report(job, card, store, run.id, run.progress.new, labels, metrics)
+        write_report(job, card, store, identifiers, run.id, run.progress.new, labels, metrics)
     _check_rejected(run.progress.new, max_rejected, job.max_rejected)
     return metrics
 
@@ -204,15 +248,17 @@ def parse_max_rejected(text: str) -> Callable[[int], float]:
 
 
 def _check_rejected(new: RunStats, limit: Callable[[int], float], text: str) -> None:
-    rejected = count_rejected(new.reasons)
-    if rejected > limit(new.num_rows):
+    # Every volume has slices above and below the head.
+    expected = new.reasons[LITTLE_TISSUE]
+    rejected, total = count_rejected(new.reasons) - expected, new.num_rows - expected
+    if rejected > limit(total):
         reasons = ", ".join(
             f"{count:,} {reason}"
             for reason, count in new.reasons.most_common()
-            if reason != LOW_CONFIDENCE
+            if reason not in (LOW_CONFIDENCE, LITTLE_TISSUE)
         )
         raise DataError(
-            f"{rejected:,} of {new.num_rows:,} new scans were rejected ({reasons}), more than "
+            f"{rejected:,} of {total:,} new scans were rejected ({reasons}), more than "
             f"--max-rejected {text} allows. All predictions are written."
         )
 
@@ -225,7 +271,7 @@ def describe_needs(job: ClassifyJob) -> list[Need]:
 
 
 def choose_shard_rows(pool: EnginePool, size_px: int, part_s: float) -> int:
-    """Choose how many scans share a file: about what one engine predicts in ``part_s`` seconds."""
+    """Choose how many slices share a file: about what one engine predicts in ``part_s`` seconds."""
     if pool.gpus:
         rate = IMAGES_PER_GPU_S * pool.gpus
     else:
@@ -244,11 +290,13 @@ class _Run:
         job: ClassifyJob,
         card: dict[str, Any],
         store: PredictionStore,
+        identifiers: Identifiers,
         lock: OutputLock,
         say: Say,
         on_progress: Callable[[Progress], None],
     ) -> None:
         self._job, self._card, self._store, self._lock = job, card, store, lock
+        self._identifiers = identifiers
         self._say, self._on_progress = say, on_progress
         self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:6]}"
         self._is_over = False
@@ -287,6 +335,7 @@ class _Run:
                 run=self.id,
                 max_shard_rows=choose_shard_rows(pool, preprocessing.size_px, job.part_s),
                 num_engines=pool.num_engines,
+                identifiers=self._identifiers,
             ),
         )
         self._stage = PredictStage.of(
@@ -296,7 +345,8 @@ class _Run:
             store=self._store,
             run=self.id,
             preprocessing=preprocessing,
-            limits=job.limits,
+            reading=job.reading,
+            key=self._identifiers.key,
             labels=ray.put(labels),
         )
         try:
@@ -312,9 +362,8 @@ class _Run:
         todo = self._predict(Wave(self.id, 0, 0, first_size), is_first=True)
         plan, num_opened = planned.result()
         if not plan.num_listed:
-            raise DataError(
-                f"No scans at {', '.join(self._job.scans_uri)}: there is not one visible file."
-            )
+            names = map(self._identifiers.name, self._job.scans_uri)
+            raise DataError(f"No scans at {', '.join(names)}: there is not one visible file.")
         _check_complete(todo.intersection(range(num_opened)))
         for part, num_shards in enumerate(plan.num_shards):
             for first in range(0 if part else num_opened, num_shards, self._wave_size):
@@ -323,6 +372,11 @@ class _Run:
                 _check_complete(self._predict(wave))
         if plan.num_hidden:
             self._say(f"Skipped {plan.num_hidden:,} hidden files.")
+        if plan.num_indices:
+            self._say(
+                f"Skipped {plan.num_indices:,} DICOMDIR: the files beside them are scans by "
+                "themselves."
+            )
         self._on_progress(self.progress)
 
     def _plan(self, options: PlanOptions) -> tuple[Plan, int]:
@@ -406,7 +460,9 @@ class _Run:
             self._say(f"Predicting with {shard.runtime['description']}.")
             if "int8_cost" in shard.runtime:
                 self._say(shard.runtime["int8_cost"])
-        self.progress.add(shard.stats, shard.num_known, shard.stages_s, shard.runtime)
+        self.progress.add(
+            shard.stats, shard.num_files, shard.num_known, shard.stages_s, shard.runtime
+        )
         self._on_progress(self.progress)
 
 

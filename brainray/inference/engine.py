@@ -7,18 +7,20 @@ of eager torch, and as many one at a time as in batches. On a GPU it is torch.
 torch and OpenVINO are imported when an engine is opened, not with this module.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from brainray.errors import ConfigError, RejectedImage
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import open_slice
 from brainray.model.explain import STRIDE_PX, compute_class_maps
 from brainray.model.precision import (
     AskedPrecision,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 Backend = Literal["torch", "openvino"]
 Output = Literal["logits", "features", "class_maps"]
+Value = TypeVar("Value")
 
 NUM_POOLED_FEATURES = 512 + 1024 + 2048
 """Channels of ResNet-50's last three stages."""
@@ -135,7 +138,7 @@ class Engine(ABC):
         Parameters
         ----------
         images : ndarray of uint8, shape (N, size_px, size_px)
-            From :func:`brainray.images.preprocess.load_image`, with the classifier's
+            From :func:`brainray.images.slices.open_slice`, with the classifier's
             preprocessing; N may be 0.
         outputs : collection of {"logits", "features", "class_maps"}
             What else is wanted.
@@ -344,21 +347,37 @@ def read_calibration_images(
             "int8 takes the range of each layer's values from images, and got none. "
             "Pass --calibration-uri FOLDER with a few hundred scans, or another --precision."
         )
-    from brainray.data.read import read_named_scan
     from brainray.data.scans import list_scans
 
     found = list_scans([calibration_uri])["scan_uri"].to_pylist()
-    chosen = np.linspace(0, len(found) - 1, min(len(found), NUM_CALIBRATION_IMAGES)).round()
-    images = []
-    for place in chosen.astype(np.int64):
-        try:
-            content = read_named_scan(found[place])
-            images.append(load_image(content, preprocessing, DecodeLimits()))
-        except RejectedImage:
-            continue
+    chosen = _spread(found, NUM_CALIBRATION_IMAGES)
+    most = math.ceil(NUM_CALIBRATION_IMAGES / max(1, len(chosen)))
+    images = [image for uri in chosen for image in _load_slices(uri, preprocessing, most)]
     if not images:
         raise ConfigError(f"None of the {len(found)} files in '{calibration_uri}' is a scan.")
     return np.stack(images)
+
+
+def _load_slices(
+    scan_uri: str, preprocessing: Preprocessing, most: int
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield network inputs of a file's slices, evenly spread over it; none if it has no image."""
+    from brainray.data.read import open_named_slice
+
+    try:
+        file, _ = open_named_slice(scan_uri)
+    except RejectedImage:
+        return
+    usable = [index for index, info in enumerate(file.slices) if info.rejection is None]
+    for index in _spread(usable, most):
+        with suppress(RejectedImage):
+            yield open_slice(file, index, preprocessing).scan.image
+
+
+def _spread(values: Sequence[Value], most: int) -> list[Value]:
+    """Return at most so many of some values, evenly spread over all of them."""
+    places = np.linspace(0, len(values) - 1, min(len(values), most)).round()
+    return [values[place] for place in places.astype(np.int64)]
 
 
 def measure_disagreement(

@@ -38,7 +38,7 @@ EXIT_UNREAD = 141
 """Exit status where nobody reads the output any more: 128 and SIGPIPE's number, as shells do."""
 FLAGS = tuple(
     f"--{prefix}{name}"
-    for name in ("json", "verbose", "explain", "use-gpu")
+    for name in ("json", "verbose", "explain", "use-gpu", "redact-paths")
     for prefix in ("", "no-")
 )
 """Options of either `brainray classify` that no value follows."""

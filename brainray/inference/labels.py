@@ -2,11 +2,12 @@
 
 import csv
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from brainray import storage
-from brainray.errors import DataError
+from brainray.errors import ConfigError, DataError
+from brainray.images.slices import split_name
 
 FOLDER = "folder"
 
@@ -20,11 +21,31 @@ class Labels:
     """None where the name of a scan's folder is its class."""
 
     def find(self, scan_uri: str) -> str | None:
-        """Return a scan's true class; None where it is not known."""
+        """Return a scan's true class; None where it is not known.
+
+        A slice has its own label, else that of its file.
+        """
         if self.by_uri is not None:
-            return self.by_uri.get(scan_uri)
+            return self.by_uri.get(scan_uri) or self.by_uri.get(split_name(scan_uri)[0])
         name = scan_uri.rsplit("/", 2)[-2] if scan_uri.count("/") > 1 else ""
         return name if name in self.classes else None
+
+    def rename(self, name: Callable[[str], str]) -> "Labels":
+        """Return the same labels of scans that have other names.
+
+        Raises
+        ------
+        ConfigError
+            A scan's name would not tell its folder any more.
+        """
+        if self.by_uri is not None:
+            return replace(self, by_uri={name(uri): label for uri, label in self.by_uri.items()})
+        if name("") != "":
+            raise ConfigError(
+                "The name of a scan's folder is not in its hash. Leave out --labels folder, or "
+                "--redact-paths, or give the labels as a CSV file."
+            )
+        return self
 
 
 def read_labels(labels: str | None, classes: tuple[str, ...]) -> Labels | None:

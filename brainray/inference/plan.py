@@ -2,13 +2,15 @@
 
 Listing, and the comparison with earlier predictions, run on the workers. The plan is written below
 the output, in parts of about a million scans; the driver learns how many scans and shards each part
-has, and no scan's name.
+has, and no scan's name. A file is planned as one scan, whatever number of slices it has: nothing is
+opened for a plan.
 """
 
 import io
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,14 +20,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from numpy.typing import NDArray
 
 from brainray import storage
 from brainray.cluster import TASK_CPUS
+from brainray.data.labelled import IMAGE_SUFFIXES
 from brainray.data.read import TABLE_SUFFIX
 from brainray.data.scans import LISTING_SCHEMA, Listing, Place, list_place
 from brainray.errors import BrainrayError
 from brainray.inference.stats import hash_names
 from brainray.inference.store import KNOWN_SCHEMA, PredictionStore
+from brainray.io.identifiers import Identifiers
 
 MAX_PART_ROWS = 1_000_000
 """Scans, listed or answered, that one task compares."""
@@ -36,11 +41,16 @@ TABLE_ROWS_PER_PART = 65_536
 FIRST_SHARD_ROWS = 16
 """The first shards are small, so that the first predictions come soon; each next one is twice as
 large."""
+BYTES_PER_SLICE = 64 * 2**10
+"""Of a file that is no picture by its name: it may have a slice for each so many bytes, as a plan
+opens no file. An uncompressed slice of 256 x 256 has twice as many, a gzipped one about half."""
 NOT_FINAL = ("missing", "unreadable")
 """Reasons of scans that are tried again in every run."""
 
 PLAN_SCHEMA = LISTING_SCHEMA.append(pa.field("known_contents", pa.list_(pa.string())))
 """``known_contents``: content hashes (or reasons) that the scan is answered with already."""
+
+_PICTURE_NAME = f"(?i)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$"
 
 _ROWS_SCHEMA = pa.unify_schemas([LISTING_SCHEMA, KNOWN_SCHEMA])
 """Listed scans, and answered ones, whose ``uri`` is null."""
@@ -54,7 +64,10 @@ class PlanOptions:
     store: PredictionStore
     run: str
     max_shard_rows: int
+    """Slices of a shard, as far as sizes tell them."""
     num_engines: int
+    identifiers: Identifiers
+    """Names the scans."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +82,8 @@ class Plan:
     """Hidden files that were skipped."""
     num_shards: tuple[int, ...]
     """Of each part."""
+    num_indices: int = 0
+    """Files named DICOMDIR that were skipped."""
 
 
 def make_plan(options: PlanOptions, on_listed: Callable[[int], None] = lambda _: None) -> Plan:
@@ -87,55 +102,77 @@ def make_plan(options: PlanOptions, on_listed: Callable[[int], None] = lambda _:
     StorageError
         Earlier predictions are damaged, or the plan cannot be written.
     """
-    tables, num_listed, num_hidden = list_all(options.places, options.store.output_uri)
+    tables, found = list_all(options)
     known, num_known = _read_known(options.store)
-    num_parts = math.ceil((num_listed + num_known) / MAX_PART_ROWS) or 1
+    num_parts = math.ceil((found.num_scans + num_known) / MAX_PART_ROWS) or 1
     on_listed(num_parts)
-    planned = _write_parts([*tables, *known], num_parts, options)
-    found = {int(part["part"]): part for part in planned}
-    counts = [found.get(part, {"num_rows": 0, "num_shards": 0}) for part in range(num_parts)]
+    planned = {
+        int(part["part"]): part for part in _write_parts([*tables, *known], num_parts, options)
+    }
+    counts = [planned.get(part, {"num_rows": 0, "num_shards": 0}) for part in range(num_parts)]
     return Plan(
-        num_listed,
+        found.num_scans,
         sum(int(part["num_rows"]) for part in counts),
-        num_hidden,
+        found.num_hidden,
         tuple(int(part["num_shards"]) for part in counts),
+        found.num_indices,
     )
 
 
-def list_all(places: Sequence[Place], output_uri: str) -> tuple[list[Any], int, int]:
+@dataclass(slots=True)
+class Found:
+    """What a listing found, in numbers."""
+
+    num_scans: int = 0
+    num_hidden: int = 0
+    num_indices: int = 0
+
+
+def list_all(options: PlanOptions) -> tuple[list[Any], Found]:
     """List places in tasks, which pass on what they do not reach.
 
     Returns
     -------
     list of ObjectRef of Table
         Rows of :data:`_ROWS_SCHEMA`.
-    int
+    Found
         How many they are.
-    int
-        Hidden files that were skipped.
     """
     task: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(_list_place)
     num_at_once = max(2, int(ray.cluster_resources().get("CPU", 1)))
-    waiting = list(places)[::-1]
+    shared = ray.put((options.store.output_uri, options.identifiers))
+    waiting = list(options.places)[::-1]
     running: dict[Any, Any] = {}
-    tables, num_listed, num_hidden = [], 0, 0
+    tables, found = [], Found()
     while waiting or running:
         while waiting and len(running) < num_at_once:
-            table, about = task.remote(waiting.pop(), output_uri)
+            table, about = task.remote(waiting.pop(), shared)
             running[about] = table
         (about,), _ = ray.wait(list(running), num_returns=1)
         tables.append(running.pop(about))
         listing, count = ray.get(about)
         waiting += listing.rest[::-1]
-        num_listed += count
-        num_hidden += listing.num_hidden
-    return tables, num_listed, num_hidden
+        found.num_scans += count
+        found.num_hidden += listing.num_hidden
+        found.num_indices += listing.num_indices
+    return tables, found
 
 
-def _list_place(place: Place, output_uri: str) -> tuple[pa.Table, tuple[Listing, int]]:
+def _list_place(
+    place: Place, shared: tuple[str, Identifiers]
+) -> tuple[pa.Table, tuple[Listing, int]]:
+    output_uri, identifiers = shared
     found = list_place(place, leave_out=[output_uri], max_seconds=MAX_LISTING_S)
-    about = Listing(LISTING_SCHEMA.empty_table(), found.rest, found.num_hidden)
-    return _complete(found.scans), (about, found.scans.num_rows)
+    about = replace(found, scans=LISTING_SCHEMA.empty_table())
+    return _complete(name_scans(found.scans, identifiers)), (about, found.scans.num_rows)
+
+
+def name_scans(listed: pa.Table, identifiers: Identifiers) -> pa.Table:
+    """Give listed scans the names that their rows are to have; ``uri`` tells where they lie."""
+    if not identifiers.redact_paths:
+        return listed
+    names = pa.array(map(identifiers.name, listed["scan_uri"].to_pylist()), pa.string())
+    return listed.set_column(listed.schema.get_field_index("scan_uri"), "scan_uri", names)
 
 
 def _complete(table: pa.Table) -> pa.Table:
@@ -218,7 +255,7 @@ def write_part(table: pa.Table, part: int, options: PlanOptions) -> pa.Table:
     """
     new = choose_new(table)
     sizes = list_shard_sizes(
-        new.num_rows, options.max_shard_rows, options.num_engines, is_first=part == 0
+        weigh_files(new), options.max_shard_rows, options.num_engines, is_first=part == 0
     )
     if sizes:
         sink = io.BytesIO()
@@ -284,26 +321,49 @@ def _drop_unchanged(listed: pa.Table, known: pa.Table) -> pa.Table:
     return listed.take(kept)
 
 
-def list_shard_sizes(
-    num_rows: int, max_rows: int, num_engines: int, *, is_first: bool
-) -> list[int]:
-    """Cut scans into shards: at least eight for each engine, small ones first.
+def weigh_files(files: pa.Table) -> NDArray[np.int64]:
+    """Return how many slices each file may have, shape (n,): 1 of pictures, else by its size.
 
     Parameters
     ----------
-    num_rows : int
-        Scans of a part.
-    max_rows : int
-        Scans of a shard, at most.
+    files : Table
+        ``uri`` and ``size_bytes``; a file of unknown size counts as one slice.
+    """
+    is_picture = pc.match_substring_regex(files["uri"], _PICTURE_NAME).to_numpy()
+    sizes = pc.fill_null(files["size_bytes"], 0).to_numpy()
+    slices = np.maximum(1, -(-sizes // BYTES_PER_SLICE))
+    return np.where(is_picture, 1, slices).astype(np.int64)
+
+
+def list_shard_sizes(
+    weights: NDArray[np.int64], max_weight: int, num_engines: int, *, is_first: bool
+) -> list[int]:
+    """Cut files into shards: at least eight for each engine, small ones first.
+
+    Parameters
+    ----------
+    weights : ndarray of int64, shape (n,)
+        Slices that each file of a part may have, at least 1, in their order.
+    max_weight : int
+        Slices of a shard, at most, where it has more than one file.
     is_first : bool
         Whether the run begins with this part.
+
+    Returns
+    -------
+    list of int
+        Number of files of each shard.
     """
-    limit = min(max_rows, max(FIRST_SHARD_ROWS, math.ceil(num_rows / (8 * num_engines))))
+    ends = np.cumsum(weights)
+    total = int(ends[-1]) if len(ends) else 0
+    limit = min(max_weight, max(FIRST_SHARD_ROWS, math.ceil(total / (8 * num_engines))))
     size = min(limit, FIRST_SHARD_ROWS) if is_first else limit
-    sizes, left = [], num_rows
-    while left:
-        sizes.append(min(size, left))
-        left -= sizes[-1]
+    sizes, start = [], 0
+    while start < len(ends):
+        before = int(ends[start] - weights[start])
+        end = max(start + 1, int(np.searchsorted(ends, before + size, side="right")))
+        sizes.append(end - start)
+        start = end
         size = min(limit, 2 * size) if len(sizes) % num_engines == 0 else size
     return sizes
 

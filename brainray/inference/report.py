@@ -13,10 +13,10 @@ import ray.data
 
 from brainray import storage
 from brainray.cluster import TASK_CPUS
-from brainray.data.read import read_named_scan
+from brainray.data.read import open_named_slice
 from brainray.errors import RejectedImage
-from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import ReadOptions
 from brainray.inference.gallery import draw_scan
 from brainray.inference.labels import Labels
 from brainray.inference.predict import EnginePool
@@ -32,6 +32,8 @@ from brainray.inference.stats import (
     find_bottleneck,
 )
 from brainray.inference.store import PredictionStore
+from brainray.inference.studies import write_series
+from brainray.io.identifiers import REDACTED, Identifiers
 from brainray.provenance import describe_versions, read_code_revision
 from brainray.reports.bulk import UncertainScan, render_bulk_report
 from brainray.reports.evaluation import Mistake
@@ -86,12 +88,13 @@ def write_report(
     job: "ClassifyJob",
     card: dict[str, Any],
     store: PredictionStore,
+    identifiers: Identifiers,
     run: str,
     new: RunStats,
     labels: Labels | None,
     metrics: dict[str, Any],
 ) -> None:
-    """Add the statistics of all predictions of this classifier, and write report and metrics.
+    """Add the statistics of all predictions of this classifier; write tables, report and metrics.
 
     Parameters
     ----------
@@ -108,23 +111,36 @@ def write_report(
     curves = None
     if stats.labelled is not None and len(stats.labelled.y_true):
         metrics["evaluation"], curves = _evaluate(stats.labelled, store.classes)
+    metrics |= write_series(store, job.rule, stats.num_in_series)
     preprocessing = Preprocessing(**card["preprocessing"])
     page = render_bulk_report(
         title="brainray classification report",
         metrics=metrics,
-        uncertain=list(_draw_least_certain(stats, store.classes, preprocessing, job.limits)),
-        configuration=asdict(job),
+        uncertain=list(_draw_least_certain(stats, store.classes, preprocessing, job.reading)),
+        configuration=describe_job(job, identifiers),
         curves=curves,
-        mistakes=list(_draw_mistakes(stats, store.classes, preprocessing, job.limits)),
+        mistakes=list(_draw_mistakes(stats, store.classes, preprocessing, job.reading)),
         facts={
             "Classifier": card["classifier_id"],
-            "Scans": ", ".join(job.scans_uri),
+            "Scans": ", ".join(map(identifiers.name, job.scans_uri)),
             "Versions": describe_versions(),
             "Revision": read_code_revision(),
         },
     )
     storage.write_bytes(storage.join(job.output_uri, REPORT_FILE), page.encode())
     storage.write_json(storage.join(job.output_uri, METRICS_FILE), metrics)
+
+
+def describe_job(job: "ClassifyJob", identifiers: Identifiers) -> dict[str, Any]:
+    """Return a job's options for the report; where paths are not to be seen, their hashes."""
+    options = asdict(job)
+    if identifiers.redact_paths:
+        options["scans_uri"] = [identifiers.name(uri) for uri in job.scans_uri]
+        for name in ("classifier_uri", "output_uri", "labels", "id_key_file"):
+            options[name] = options[name] and identifiers.name(options[name])
+        uri = job.engine.calibration_uri
+        options["engine"]["calibration_uri"] = uri and identifiers.name(uri)
+    return options
 
 
 def _evaluate(
@@ -172,21 +188,23 @@ def _read_file_statistics(store: PredictionStore, uri: str, labels: Labels | Non
 
 
 def _draw(
-    scan: dict[str, Any], preprocessing: Preprocessing, limits: DecodeLimits
+    scan: dict[str, Any], preprocessing: Preprocessing, reading: ReadOptions
 ) -> tuple[bytes, bytes | None] | None:
-    """Draw a scan and its class map; None if it has vanished since it was classified."""
+    """Draw a scan and its class map; None if it has vanished, or its row says not where it is."""
+    if scan["scan_uri"].startswith(REDACTED):
+        return None
     try:
-        content = read_named_scan(scan["scan_uri"])
-        return draw_scan(content, scan["class_map"], preprocessing, limits)
+        file, index = open_named_slice(scan["scan_uri"], reading)
+        return draw_scan(file, index, scan["class_map"], preprocessing)
     except RejectedImage:
         return None
 
 
 def _draw_least_certain(
-    stats: RunStats, classes: tuple[str, ...], preprocessing: Preprocessing, limits: DecodeLimits
+    stats: RunStats, classes: tuple[str, ...], preprocessing: Preprocessing, reading: ReadOptions
 ) -> Iterator[UncertainScan]:
     for scan in stats.least_certain:
-        drawn = _draw(scan, preprocessing, limits)
+        drawn = _draw(scan, preprocessing, reading)
         if drawn is None:
             continue
         first, second = np.argsort(scan["probs"])[::-1][:2]
@@ -202,10 +220,10 @@ def _draw_least_certain(
 
 
 def _draw_mistakes(
-    stats: RunStats, classes: tuple[str, ...], preprocessing: Preprocessing, limits: DecodeLimits
+    stats: RunStats, classes: tuple[str, ...], preprocessing: Preprocessing, reading: ReadOptions
 ) -> Iterator[Mistake]:
     for scan in stats.mistakes:
-        drawn = _draw(scan, preprocessing, limits)
+        drawn = _draw(scan, preprocessing, reading)
         if drawn is None:
             continue
         top = int(np.argmax(scan["probs"]))

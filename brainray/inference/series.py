@@ -1,8 +1,8 @@
 """What the slices of a series say together: slice evidence, by one stated rule.
 
 A network that is wrong on one slice in a hundred gives a tumour to some slice of nearly every
-series, so neither the maximum of a series nor a product over its slices means anything. Here a class
-has evidence where a share of the series' slices agree on it, and where they are neighbours.
+series, so neither the maximum of a series nor a product over its slices means anything. Here a
+class has evidence where a share of the series' slices agree on it, and where they are neighbours.
 
 The evidence is a mean of probabilities that are calibrated for slices. It is not a probability of
 the series or of the patient: ``brainray calibrate-series`` fits thresholds where labels are known.
@@ -108,6 +108,40 @@ def summarise_series(
     }
 
 
+def summarise_study(series: Sequence[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
+    """Put the answers to a study's series side by side; their slices are never mixed.
+
+    Parameters
+    ----------
+    series : sequence of dict
+        What :func:`summarise_series` returned of each series, and its ``series``.
+    classes : sequence of str
+        In class order.
+
+    Returns
+    -------
+    dict
+        ``answer``, the class that all series give which have one, else "indeterminate", with the
+        ``reason`` ``no_answers`` or ``disagreement``; ``num_series``; ``num_answered``, the series
+        with a class; ``series`` and ``series_answers``, in one order; ``evidence``, the greatest of
+        any series for each class; and ``strongest_series``, which one that is.
+    """
+    ordered = sorted(series, key=lambda one: str(one["series"]))
+    answers = [str(one["answer"]) for one in ordered]
+    given = set(answers) - {INDETERMINATE}
+    strongest = {name: max(ordered, key=lambda one: one["evidence"][name]) for name in classes}
+    return {
+        "answer": next(iter(given)) if len(given) == 1 else INDETERMINATE,
+        "reason": {0: "no_answers", 1: None}.get(len(given), "disagreement"),
+        "num_series": len(ordered),
+        "num_answered": sum(answer != INDETERMINATE for answer in answers),
+        "series": [one["series"] for one in ordered],
+        "series_answers": answers,
+        "evidence": {name: one["evidence"][name] for name, one in strongest.items()},
+        "strongest_series": {name: one["series"] for name, one in strongest.items()},
+    }
+
+
 def _choose_slices(
     slices: Sequence[dict[str, Any]], classes: Sequence[str]
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
@@ -177,9 +211,7 @@ def _find_most_evident(evidence: NDArray[np.float64], classes: Sequence[str]) ->
     return classes[max(named, key=lambda k: evidence[k])]
 
 
-def _choose_key_slices(
-    used: Sequence[dict[str, Any]], probs: NDArray[np.float64]
-) -> list[str]:
+def _choose_key_slices(used: Sequence[dict[str, Any]], probs: NDArray[np.float64]) -> list[str]:
     chosen: list[int] = []
     for place in np.argsort(-probs, kind="stable").tolist():
         if len(chosen) == NUM_KEY_SLICES:

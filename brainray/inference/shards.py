@@ -1,44 +1,48 @@
 """What Ray Data does with the shards of a bulk run: read, decode, predict, write, count.
 
-A shard is some scans that were chosen before any of them was predicted. They pass through the
-stream as the rows of one block, and end as one file.
+A shard is some scan files that were chosen before any of them was predicted. Their slices pass
+through the stream as the rows of one block, and end as one file.
 """
 
 import json
 import pickle
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
+from numpy.typing import NDArray
 from ray.data import Dataset, ExecutionResources
 
 from brainray import storage
 from brainray.cluster import TASK_CPUS
 from brainray.data.read import read_scan
 from brainray.errors import ClassificationError, RejectedImage
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing, open_scan
+from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import ReadOptions, name_slice, open_file, open_slice
 from brainray.inference.labels import Labels
 from brainray.inference.plan import PLAN_SCHEMA, name_part, read_shard
 from brainray.inference.predict import PredictStage, pack_images
-from brainray.inference.schema import SCAN_SCHEMA
+from brainray.inference.schema import SCAN_SCHEMA, describe_slice
 from brainray.inference.stats import RunStats, compute_statistics
 from brainray.inference.store import PredictionStore
 
 MAX_BLOCK_BYTES = 128 * 2**20
-"""Network input of one shard, at most."""
+"""Network input of one shard, about: a file may have more slices than its size tells."""
+MAX_FILE_BYTES = 2**30
+"""Network input of one file, at most: 21,399 slices at 224 px."""
 OPENED_FILE = "opened.json"
 """In the plan's folder: how many shards the first wave has; null until the plan is made."""
 POLL_S, MAX_POLL_S = 0.05, 0.25
 """Pause between two looks for the plan, at the start; each is longer than the one before."""
 ALREADY_ANSWERED = "already_answered"
-"""Reason that a scan has within the stream whose content has a row; it gets no other one."""
+"""Reason that a file has within the stream whose content has rows; it gets no other ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +52,9 @@ class WaveTask:
     store: PredictionStore
     run: str
     preprocessing: Preprocessing
-    limits: DecodeLimits
+    reading: ReadOptions
+    key: bytes = field(repr=False)
+    """Of the identifiers' hashes."""
     labels: "ray.ObjectRef[Labels | None]"
 
 
@@ -57,8 +63,10 @@ class DoneShard:
     """What the driver learns of a shard."""
 
     number: int
+    num_files: int
+    """Scan files that it has."""
     num_known: int
-    """Scans whose content had a row already."""
+    """Those among them whose content had rows already."""
     stats: RunStats
     stages_s: dict[str, float]
     """Seconds of work, by stage."""
@@ -103,7 +111,7 @@ def build_stream(
         num_cpus=TASK_CPUS,
     )
     context = done.context
-    context.target_max_block_size = 2 * MAX_BLOCK_BYTES  # a shard stays one block
+    context.target_max_block_size = None  # a shard stays one block
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=(4 + 4 * stage.pool.num_engines) * MAX_BLOCK_BYTES
     )
@@ -111,40 +119,32 @@ def build_stream(
 
 
 def open_shard(block: pa.Table, *, task: WaveTask, part: int, is_first: bool) -> pa.Table:
-    """Read, decode and resize the scans of a shard; runs as a Ray Data task.
+    """Read the files of a shard, decode and resize their slices; runs as a Ray Data task.
 
     Returns
     -------
     Table
-        What :meth:`brainray.inference.predict.PredictStage.apply` takes, with ``shard``,
-        ``shard_rows``, ``read_s`` and ``decode_s``; no rows for a shard that the plan has not.
+        What :meth:`brainray.inference.predict.PredictStage.apply` takes, a row for each slice, with
+        ``shard``, ``shard_rows``, ``shard_files``, ``read_s`` and ``decode_s``; no rows for a shard
+        that the plan has not.
     """
-    size_px = task.preprocessing.size_px
     num_opened = _wait_for_plan(task) if is_first else None
     tables = []
     for shard in block["shard"].to_pylist():
         is_planned = num_opened is None or shard < num_opened
         plan_uri = task.store.name_plan(task.run, name_part(part))
-        scans = read_shard(plan_uri, shard) if is_planned else PLAN_SCHEMA.empty_table()
-        loaded = [_open_scan(row, task) for row in scans.to_pylist()]
-        columns = {
-            name: pa.array(
-                [getattr(scan, name, None) for scan in loaded], SCAN_SCHEMA.field(name).type
-            )
-            for name in SCAN_SCHEMA.names
-        }
-        tables.append(
-            pa.table(
-                columns
-                | {
-                    "image": pack_images([scan.image for scan in loaded], size_px),
-                    "shard": pa.array([shard] * len(loaded), pa.int64()),
-                    "shard_rows": pa.array([len(loaded)] * len(loaded), pa.int64()),
-                    "read_s": pa.array([scan.read_s for scan in loaded], pa.float32()),
-                    "decode_s": pa.array([scan.decode_s for scan in loaded], pa.float32()),
-                }
-            )
-        )
+        files = read_shard(plan_uri, shard) if is_planned else PLAN_SCHEMA.empty_table()
+        opened = [row for file in files.to_pylist() for row in _open_file(file, task)]
+        about = {"shard": shard, "shard_rows": len(opened), "shard_files": files.num_rows}
+        rows = pa.Table.from_pylist([row.columns for row in opened], schema=SCAN_SCHEMA)
+        images = pack_images([row.image for row in opened], task.preprocessing.size_px)
+        rows = rows.append_column("image", images)
+        for name, number in about.items():
+            rows = rows.append_column(name, pa.array([number] * len(opened), pa.int64()))
+        for name in ("read_s", "decode_s"):
+            seconds = pa.array([getattr(row, name) for row in opened], pa.float32())
+            rows = rows.append_column(name, seconds)
+        tables.append(rows)
     return pa.concat_tables(tables)
 
 
@@ -162,44 +162,79 @@ def _wait_for_plan(task: WaveTask) -> int:
 
 
 @dataclass(slots=True)
-class _OpenedScan:
-    """One scan, opened or rejected."""
+class _OpenedRow:
+    """One row to be: a slice, opened or rejected, or a file that is rejected as a whole."""
 
-    scan_uri: str
-    size_bytes: int | None
-    modified_ns: int | None
-    reason: str | None
-    content_sha256: str | None = None
-    width_px: int | None = None
-    height_px: int | None = None
-    image: Any = None
+    columns: dict[str, Any]
+    """Of :data:`brainray.inference.schema.SCAN_SCHEMA`; what is left out is null."""
+    image: NDArray[np.uint8] | None = None
+    """Network input; None where it is rejected."""
     read_s: float = 0.0
     decode_s: float = 0.0
 
 
-def _open_scan(row: dict[str, Any], task: WaveTask) -> _OpenedScan:
-    scan = _OpenedScan(row["scan_uri"], row["size_bytes"], row["modified_ns"], row["reason"])
-    known = row["known_contents"] or ()
-    started = time.perf_counter()
+def _open_file(planned: dict[str, Any], task: WaveTask) -> list[_OpenedRow]:
+    """Open the slices of a file; whatever the file holds, it has at least one row.
+
+    Parameters
+    ----------
+    planned : dict
+        A row of :data:`brainray.inference.plan.PLAN_SCHEMA`.
+    """
+    whole = _OpenedRow({name: planned[name] for name in ("scan_uri", "size_bytes", "modified_ns")})
+    known = planned["known_contents"] or ()
+    reason, started = planned["reason"], time.perf_counter()
     try:
-        if scan.reason is None:
-            limits = task.limits
-            content = read_scan(
-                row["uri"], row["row_group"], row["row"], max_bytes=limits.max_bytes
-            )
-            if len(content) <= limits.max_bytes:  # else it was not read to its end
-                scan.content_sha256 = sha256(content).hexdigest()
-            scan.read_s = time.perf_counter() - started
-            if scan.content_sha256 not in known:
-                opened = open_scan(content, task.preprocessing, limits)
-                scan.height_px, scan.width_px = opened.samples.shape
-                scan.image = opened.image
-                scan.decode_s = time.perf_counter() - started - scan.read_s
+        if reason is None:
+            content = _read_file(planned, task)
+            if len(content) <= task.reading.limits.max_bytes:  # else it was not read to its end
+                whole.columns["content_sha256"] = sha256(content).hexdigest()
+            whole.read_s = time.perf_counter() - started
+            if whole.columns.get("content_sha256") not in known:
+                return _open_slices(content, whole, task)
     except RejectedImage as rejection:
-        scan.reason = rejection.reason
-    if (scan.content_sha256 or scan.reason) in known:
-        scan.reason, scan.image = ALREADY_ANSWERED, None
-    return scan
+        reason = rejection.reason
+    if (whole.columns.get("content_sha256") or reason) in known:
+        reason = ALREADY_ANSWERED
+    whole.columns["reason"] = reason
+    return [whole]
+
+
+def _read_file(planned: dict[str, Any], task: WaveTask) -> bytes:
+    place = (planned["uri"], planned["row_group"], planned["row"])
+    return read_scan(*place, max_bytes=task.reading.limits.max_bytes)
+
+
+def _open_slices(content: bytes, whole: _OpenedRow, task: WaveTask) -> list[_OpenedRow]:
+    """Open a file's slices, each of which may be rejected by itself.
+
+    Raises
+    ------
+    RejectedImage
+        The file as a whole is rejected.
+    """
+    started = time.perf_counter()
+    file = open_file(content, task.reading, key=task.key)
+    num_bytes = len(file.slices) * task.preprocessing.size_px**2
+    if num_bytes > MAX_FILE_BYTES:
+        raise RejectedImage("too_large", f"The file has {len(file.slices):,} slices, too many.")
+    rows = []
+    for index, info in enumerate(file.slices):
+        name = name_slice(whole.columns["scan_uri"], info.frame)
+        row = _OpenedRow(whole.columns | {"scan_uri": name} | describe_slice(info, None))
+        try:
+            opened = open_slice(file, index, task.preprocessing)
+            height, width = opened.scan.samples.shape
+            row.columns |= {"height_px": height, "width_px": width}
+            row.columns["grey_range"] = opened.grey_range
+            row.image = opened.scan.image
+        except RejectedImage as rejection:
+            row.columns["reason"] = rejection.reason
+        ended = time.perf_counter()
+        row.decode_s, started = ended - started, ended
+        rows.append(row)
+    rows[0].read_s = whole.read_s
+    return rows
 
 
 def write_shards(block: pa.Table, *, task: WaveTask, part: int) -> pa.Table:
@@ -210,7 +245,7 @@ def write_shards(block: pa.Table, *, task: WaveTask, part: int) -> pa.Table:
         expected = rows["shard_rows"][0].as_py()
         if rows.num_rows != expected:
             raise ClassificationError(
-                f"Ray Data cut a shard of {expected:,} scans: {rows.num_rows:,} came together. "
+                f"Ray Data cut a shard of {expected:,} slices: {rows.num_rows:,} came together. "
                 "This is a defect of brainray; please report it."
             )
         done.append(pickle.dumps(_write_shard(rows, task, part, shard)))
@@ -238,6 +273,7 @@ def _write_shard(rows: pa.Table, task: WaveTask, part: int, shard: int) -> DoneS
     stages_s["write"] = time.perf_counter() - started
     return DoneShard(
         number=shard,
+        num_files=rows["shard_files"][0].as_py(),
         num_known=rows.num_rows - new.num_rows,
         stats=stats,
         stages_s=stages_s,

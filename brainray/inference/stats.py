@@ -49,7 +49,14 @@ REMEDIES = {
     "write": "write-bound: the output's storage is the limit",
 }
 
-STATISTICS_COLUMNS = ("scan_uri", "reason", "predicted_class", "confidence", "class_map")
+STATISTICS_COLUMNS = (
+    "scan_uri",
+    "reason",
+    "predicted_class",
+    "confidence",
+    "series",
+    "class_map",
+)
 """Columns that :func:`compute_statistics` needs beside the probabilities."""
 
 
@@ -87,6 +94,8 @@ class RunStats:
     """Statistics of predictions; :meth:`add` joins those of different scans."""
 
     num_rows: int = 0
+    num_in_series: int = 0
+    """Those among them that are slices of a series."""
     reasons: Counter[str] = field(default_factory=Counter)
     classes: Counter[str] = field(default_factory=Counter)
     histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(NUM_BINS, np.int64))
@@ -101,6 +110,7 @@ class RunStats:
     def add(self, other: "RunStats") -> None:
         """Take in the statistics of other scans."""
         self.num_rows += other.num_rows
+        self.num_in_series += other.num_in_series
         self.reasons.update(other.reasons)
         self.classes.update(other.classes)
         self.histogram = self.histogram + other.histogram
@@ -114,6 +124,7 @@ class RunStats:
         """Return what does not depend on labels, ready for JSON."""
         return {
             "num_rows": self.num_rows,
+            "num_in_series": self.num_in_series,
             "reasons": dict(self.reasons),
             "classes": dict(self.classes),
             "histogram": self.histogram.tolist(),
@@ -125,6 +136,7 @@ class RunStats:
         """Return what :meth:`to_json` gave."""
         return cls(
             num_rows=document["num_rows"],
+            num_in_series=document["num_in_series"],
             reasons=Counter(document["reasons"]),
             classes=Counter(document["classes"]),
             histogram=np.array(document["histogram"], np.int64),
@@ -169,6 +181,7 @@ def compute_statistics(
     """
     stats = RunStats(
         num_rows=rows.num_rows,
+        num_in_series=rows.num_rows - rows["series"].null_count,
         reasons=Counter(rows["reason"].drop_null().to_pylist()),
         classes=Counter(rows["predicted_class"].drop_null().to_pylist()),
     )
@@ -242,26 +255,24 @@ class Progress:
 
     def __init__(self) -> None:
         self.total: int | None = None
-        """Scans to open; None until they are listed."""
+        """Scan files to open; None until they are listed."""
+        self.done = 0
+        """Scan files that are through, new or known."""
         self.new = RunStats()
         """Of the rows that this run wrote."""
         self.num_known = 0
-        """Scans that were looked at again and whose content had a row."""
+        """Scan files that were looked at again and whose content had rows."""
         self.runtime: dict[str, str] | None = None
         """What computes: from :meth:`brainray.inference.engine.Engine.describe`."""
         self.stages_s = dict.fromkeys(STAGES, 0.0)
         self.timeline: list[tuple[float, int]] = []
-        """Seconds since the start, and scans done; a bounded number of points."""
+        """Seconds since the start, and scan files done; a bounded number of points."""
         self.started_at = datetime.now(UTC)
         self._started = time.perf_counter()
         self._first_s: float | None = None
         self._done_at_first = 0
+        self._rows_at_first = 0
         self._stages_at_first_s: dict[str, float] = {}
-
-    @property
-    def done(self) -> int:
-        """Scans that are through, new or known."""
-        return self.new.num_rows + self.num_known
 
     @property
     def num_rejected(self) -> int:
@@ -280,19 +291,32 @@ class Progress:
 
     @property
     def rate(self) -> float | None:
-        """Scans in a second since the first shard was done; None while that tells nothing."""
-        done = self.done - self._done_at_first
+        """Slices in a second since the first shard was done, a known file as one.
+
+        None while that tells nothing.
+        """
+        done = self.new.num_rows + self.num_known - self._rows_at_first
         return done / self.warm_s if done and self.warm_s else None
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that the files which are left may take; None while that is not known."""
+        done = self.done - self._done_at_first
+        if self.total is None or not done or not self.warm_s:
+            return None
+        return (self.total - self.done) * self.warm_s / done
 
     def add(
         self,
         stats: RunStats,
+        num_files: int,
         num_known: int,
         stages_s: dict[str, float],
         runtime: dict[str, str] | None,
     ) -> None:
         """Count one shard."""
         self.new.add(stats)
+        self.done += num_files
         self.num_known += num_known
         self.runtime = self.runtime or runtime
         for name, seconds in stages_s.items():
@@ -300,6 +324,7 @@ class Progress:
         seconds = round(self.elapsed_s, 2)
         if self._first_s is None:
             self._first_s, self._done_at_first = seconds, self.done
+            self._rows_at_first = self.new.num_rows + self.num_known
             self._stages_at_first_s = dict(self.stages_s)
         self.timeline.append((seconds, self.done))
         if len(self.timeline) == MAX_TIMELINE:

@@ -41,7 +41,7 @@ NUM_WRITERS = 16
 
 KNOWN_SCHEMA = pa.schema(
     [
-        ("scan_uri", pa.string()),
+        ("scan_uri", pa.string()),  # of the file, without the number of a slice
         ("size_bytes", pa.int64()),
         ("modified_ns", pa.int64()),
         ("reason", pa.string()),
@@ -126,7 +126,11 @@ class PredictionStore:
         if not storage.is_folder(folder):
             return
         files, _ = storage.list_folder(folder, folder)
-        if any(file.uri.endswith(".parquet") for file in files):
+        is_older = any(file.uri.endswith(".parquet") for file in files)
+        for uri in self.list_files()[:1]:
+            about = self.read_metadata(uri)  # of an empty file that closes a run, perhaps
+            is_older |= about.get("schema_version", SCHEMA_VERSION) < SCHEMA_VERSION
+        if is_older:
             raise ConfigError(
                 f"'{self.output_uri}' holds predictions of an older schema than {SCHEMA_VERSION}. "
                 "Give another --output-uri."
@@ -185,11 +189,26 @@ class PredictionStore:
             ) from error
 
     def read_known(self, uri: str) -> pa.Table:
-        """Read which scans a file is about, as rows of :data:`KNOWN_SCHEMA`."""
-        rows = self.read(uri, ["scan_uri", "size_bytes", "modified_ns", "reason", "content_sha256"])
+        """Read which scan files a file is about, as rows of :data:`KNOWN_SCHEMA`.
+
+        Each scan file once with each content: its slices were all written with this file.
+        """
+        names = ["scan_uri", "frame", "size_bytes", "modified_ns", "reason", "content_sha256"]
+        rows = self.read(uri, names)
+        # Only what was named as a slice: a file may have a name that looks like one.
+        files = pc.replace_substring_regex(rows["scan_uri"], "#frame=[0-9]+$", "")
+        files = pc.if_else(rows["frame"].is_valid(), files, rows["scan_uri"])
         content = pc.coalesce(rows["content_sha256"], rows["reason"])
-        known = rows.drop_columns(["content_sha256"]).append_column("content", content)
-        return known.select(KNOWN_SCHEMA.names).cast(KNOWN_SCHEMA)
+        known = pa.table(
+            [files, rows["size_bytes"], rows["modified_ns"], rows["reason"], content],
+            schema=KNOWN_SCHEMA,
+        )
+        is_slice = rows["frame"].is_valid()
+        keys = [name for name in KNOWN_SCHEMA.names if name != "reason"]
+        slices = known.filter(is_slice).group_by(keys).aggregate([])
+        slices = slices.append_column("reason", pa.nulls(slices.num_rows, pa.string()))
+        whole = known.filter(pc.invert(is_slice))
+        return pa.concat_tables([whole, slices.select(KNOWN_SCHEMA.names).cast(KNOWN_SCHEMA)])
 
     def write_shard(
         self, uri: str, rows: pa.Table, engine: dict[str, str], statistics: dict[str, Any]

@@ -41,10 +41,17 @@ _NO_CONDITIONS = (
 )
 
 
-def create_bytes(uri: str, content: bytes) -> bool:
+def create_bytes(uri: str, content: bytes, *, mode: int = 0o666) -> bool:
     """Write one file, whole or not at all, unless something is there already.
 
     Of several that create the same file at once, one succeeds.
+
+    Parameters
+    ----------
+    uri : str
+    content : bytes
+    mode : int
+        Permissions of a local file, from which the process's umask is taken.
 
     Returns
     -------
@@ -62,7 +69,7 @@ def create_bytes(uri: str, content: bytes) -> bool:
         return write_object(uri, content, None) is not None
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return _create_local(Path(path), content)
+        return _create_local(Path(path), content, mode)
     except OSError as error:
         raise storage.explain("write", uri, error) from error
 
@@ -70,8 +77,8 @@ def create_bytes(uri: str, content: bytes) -> bool:
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def _create_local(path: Path, content: bytes) -> bool:
-    with storage.write_partial(path, content) as partial:
+def _create_local(path: Path, content: bytes, mode: int) -> bool:
+    with storage.write_partial(path, content, mode) as partial:
         try:
             os.link(partial, path)
         except FileExistsError:

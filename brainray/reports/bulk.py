@@ -65,6 +65,16 @@ class Tally:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SeriesAnswer:
+    """A row of the table of series and studies."""
+
+    answer: str
+    """A class, or `indeterminate`."""
+    num_series: int
+    num_studies: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
     """A stage of the run, and how busy it was."""
 
@@ -98,9 +108,9 @@ def render_bulk_report(
         Heading of the page.
     metrics : dict
         Content of ``metrics.json``: ``classifier_id``, ``classes``, ``runtime``, ``counts`` (of
-        all rows of the set), ``run`` (of this run alone), ``confidence_histogram``; and
-        ``evaluation``, what :func:`brainray.metrics.compute_evaluation` returned, where the
-        classes of scans are known.
+        all rows of the set), ``run`` (of this run alone), ``confidence_histogram``; ``series`` and
+        ``studies``, where slices belong to some; and ``evaluation``, what
+        :func:`brainray.metrics.compute_evaluation` returned, where the classes of scans are known.
     uncertain : sequence of UncertainScan
         The least certain scans, in the order in which they are to be shown.
     configuration : dict
@@ -135,6 +145,7 @@ def render_bulk_report(
         "run": run,
         "stages": _list_stages(run),
         "progress": _draw_progress(run),
+        "series": _list_series_answers(metrics),
         **_count_answers(metrics),
         **_describe_confidence(metrics["confidence_histogram"]),
         **describe_judged(
@@ -149,6 +160,7 @@ def render_bulk_report(
         "short": (True, "In short"),
         "answers": (True, "Every scan has one answer"),
         "mix": (any(row.count for row in page["mix"]), "Classes found"),
+        "series": (page["series"], "Series and studies"),
         "confidence": (page["histogram"], "Confidence"),
         "throughput": (True, "Throughput"),
         "uncertain": (uncertain, "Least certain scans"),
@@ -192,6 +204,22 @@ def _count_answers(metrics: Mapping[str, Any]) -> dict[str, Any]:
             classes, {}, counts["by_class"], new["by_class"], sum(counts["by_class"].values())
         ),
     }
+
+
+def _list_series_answers(metrics: Mapping[str, Any]) -> list[SeriesAnswer]:
+    """Count series and studies by answer: classes first, in class order."""
+    found = [metrics.get(name, {}).get("by_answer", {}) for name in ("series", "studies")]
+    if not any(found):
+        return []
+    series, studies = found
+    return [
+        SeriesAnswer(
+            answer=answer,
+            num_series=series.get(answer, 0),
+            num_studies=studies.get(answer, 0),
+        )
+        for answer in dict.fromkeys([*metrics["classes"], *series, *studies])
+    ]
 
 
 def _tally(

@@ -1,0 +1,261 @@
+"""The series and studies of an output: slice evidence, from all predictions of its classifier.
+
+::
+
+    OUT/series.parquet      a row for each series
+    OUT/studies.parquet     a row for each study
+
+Both are written anew by each run, from the rows that lie in the predictions then. The slices of a
+study come together on the workers, in hash partitions of Ray Data; the driver gets counts.
+"""
+
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from brainray import storage
+from brainray.cluster import TASK_CPUS
+from brainray.inference.schema import SCHEMA_VERSION
+from brainray.inference.series import SeriesRule, summarise_series, summarise_study
+from brainray.inference.store import METADATA_KEY, PredictionStore
+
+SERIES_FILE = "series.parquet"
+STUDIES_FILE = "studies.parquet"
+NOT_CALIBRATED = "Slice evidence: not a probability of the series, the study or the patient."
+
+_SLICE_COLUMNS = (
+    "scan_uri",
+    "reason",
+    "patient",
+    "study",
+    "series",
+    "sop_instance",
+    "frame",
+    "plane",
+    "position_mm",
+    "orientation",
+    "flags",
+    "classified_at",
+)
+_MAX_PARTITION_ROWS = 200_000
+"""Slices of one hash partition, about: some 60 MB."""
+_GROUP = "group"
+"""Column by which slices come together: the study, or where the file names none, the series."""
+
+
+def build_series_schema(classes: Sequence[str]) -> pa.Schema:
+    """Build the schema of series.parquet for some classes, in class order."""
+    return pa.schema(
+        [
+            pa.field("series", pa.string(), nullable=False),  # keyed hash, as in the predictions
+            pa.field("study", pa.string()),
+            pa.field("patient", pa.string()),
+            pa.field("answer", pa.string(), nullable=False),  # a class, or indeterminate
+            pa.field("reason", pa.string()),  # why it is indeterminate; else null
+            *(pa.field(f"evidence_{name}", pa.float32()) for name in classes),
+            *(pa.field(f"longest_run_{name}", pa.int32()) for name in classes),  # slices
+            pa.field("key_slices", pa.list_(pa.string())),  # scan_uri of each
+            pa.field("num_slices", pa.int32()),
+            pa.field("num_used", pa.int32()),
+            pa.field("skipped", pa.map_(pa.string(), pa.int32())),  # slices by reason
+            pa.field("plane", pa.string()),
+            pa.field("flags", pa.list_(pa.string())),
+            pa.field("classifier_id", pa.string(), nullable=False),
+        ]
+    )
+
+
+def build_study_schema(classes: Sequence[str]) -> pa.Schema:
+    """Build the schema of studies.parquet for some classes, in class order."""
+    return pa.schema(
+        [
+            pa.field("study", pa.string(), nullable=False),
+            pa.field("patient", pa.string()),
+            pa.field("answer", pa.string(), nullable=False),
+            pa.field("reason", pa.string()),
+            pa.field("num_series", pa.int32()),
+            pa.field("num_answered", pa.int32()),  # series with a class
+            pa.field("series", pa.list_(pa.string())),
+            pa.field("series_answers", pa.list_(pa.string())),  # in the same order
+            *(pa.field(f"evidence_{name}", pa.float32()) for name in classes),
+            *(pa.field(f"strongest_series_{name}", pa.string()) for name in classes),
+            pa.field("classifier_id", pa.string(), nullable=False),
+        ]
+    )
+
+
+def write_series(store: PredictionStore, rule: SeriesRule, num_slices: int) -> dict[str, Any]:
+    """Write both tables, in the place of those that are there.
+
+    Parameters
+    ----------
+    store : PredictionStore
+        All of whose predictions count.
+    rule : SeriesRule
+    num_slices : int
+        Rows with a series among them. Where there are none, there are no tables.
+
+    Returns
+    -------
+    dict
+        ``series`` and ``studies``, for metrics.json: ``total`` and ``by_answer``; empty where there
+        are no tables.
+
+    Raises
+    ------
+    StorageError
+        Predictions are damaged, or the output cannot be written.
+    """
+    if not num_slices:
+        _delete_tables(store.output_uri)
+        return {}
+
+    def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
+        for uri in batch["item"]:
+            yield read_slices(store, str(uri))
+
+    def summarise(slices: pa.Table) -> pa.Table:
+        return summarise_group(slices, store, rule)
+
+    files: Any = ray.data.from_items(store.list_files())
+    slices = files.map_batches(read, batch_size=64, num_cpus=TASK_CPUS)
+    num_partitions = math.ceil(num_slices / _MAX_PARTITION_ROWS)
+    groups = slices.groupby(_GROUP, num_partitions=num_partitions)
+    found = groups.map_groups(summarise, batch_format="pyarrow", num_cpus=TASK_CPUS).materialize()
+    task: Any = ray.remote(num_cpus=TASK_CPUS)(write_tables)
+    counts: dict[str, Any] = ray.get(task.remote(found.to_arrow_refs(), store, rule))
+    return counts
+
+
+def _delete_tables(output_uri: str) -> None:
+    """Delete the tables of another classifier, which are not of this run's predictions."""
+    files, _ = storage.list_folder(output_uri, output_uri)
+    for file in files:
+        if file.relative_path in (SERIES_FILE, STUDIES_FILE):
+            storage.delete_file(file.uri)
+
+
+def read_slices(store: PredictionStore, uri: str) -> pa.Table:
+    """Read of a file of predictions the rows that are slices of a series.
+
+    Returns
+    -------
+    Table
+        What :func:`summarise_group` takes.
+    """
+    probs = [f"prob_{name}" for name in store.classes]
+    rows = store.read(uri, [*_SLICE_COLUMNS, *probs])
+    rows = rows.filter(rows["series"].is_valid())
+    return rows.append_column(_GROUP, pc.coalesce(rows["study"], rows["series"]))
+
+
+def summarise_group(slices: pa.Table, store: PredictionStore, rule: SeriesRule) -> pa.Table:
+    """Summarise the series of one study.
+
+    Parameters
+    ----------
+    slices : Table
+        Rows of :func:`read_slices`, all of one study, or of one series without a study.
+
+    Returns
+    -------
+    Table
+        One row: ``series``, a list of rows of :func:`build_series_schema`; ``study``, a row of
+        :func:`build_study_schema`, null where the file names no study.
+    """
+    latest = {row["scan_uri"]: row for row in slices.sort_by("classified_at").to_pylist()}
+    rows_of: dict[str, list[dict[str, Any]]] = {}
+    for row in latest.values():
+        rows_of.setdefault(row["series"], []).append(row)
+    found = [
+        _name_group(rows, classifier_id=store.classifier_id)
+        | {"series": series}
+        | summarise_series(rows, store.classes, rule)
+        for series, rows in sorted(rows_of.items())
+    ]
+    study = None
+    if found[0]["study"] is not None:
+        named = _name_group(list(latest.values()), classifier_id=store.classifier_id)
+        study = _flatten(named | summarise_study(found, store.classes))
+    row = {"series": [_flatten(one) for one in found], "study": study}
+    return pa.Table.from_pylist([row], schema=_build_group_schema(store.classes))
+
+
+def _name_group(rows: Sequence[dict[str, Any]], *, classifier_id: str) -> dict[str, Any]:
+    """Return whose the rows of a series or study are; the patient as most of them say."""
+    patients = Counter(row["patient"] for row in rows if row["patient"] is not None)
+    return {
+        "study": rows[0]["study"],
+        "patient": max(sorted(patients), key=patients.__getitem__, default=None),
+        "classifier_id": classifier_id,
+    }
+
+
+def _flatten(summary: dict[str, Any]) -> dict[str, Any]:
+    """Turn numbers and names by class into columns, and counts by reason into pairs."""
+    flat: dict[str, Any] = {}
+    for name, value in summary.items():
+        if name == "skipped":
+            flat[name] = list(value.items())
+        elif isinstance(value, dict):
+            flat |= {f"{name}_{label}": one for label, one in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _build_group_schema(classes: Sequence[str]) -> pa.Schema:
+    series, study = build_series_schema(classes), build_study_schema(classes)
+    return pa.schema([("series", pa.list_(pa.struct(series))), ("study", pa.struct(study))])
+
+
+def write_tables(
+    groups: "Sequence[ray.ObjectRef[pa.Table]]", store: PredictionStore, rule: SeriesRule
+) -> dict[str, Any]:
+    """Write both tables from what :func:`summarise_group` gave; runs as a Ray task.
+
+    Returns
+    -------
+    dict
+        As of :func:`write_series`.
+    """
+    about = store.about | {"rule": asdict(rule), "notice": NOT_CALIBRATED}
+    metadata = {METADATA_KEY: json.dumps(about | {"schema_version": SCHEMA_VERSION})}
+    schemas = {
+        "series": build_series_schema(store.classes).with_metadata(metadata),
+        "studies": build_study_schema(store.classes).with_metadata(metadata),
+    }
+    sinks = {name: io.BytesIO() for name in schemas}
+    answers: dict[str, Counter[str]] = {name: Counter() for name in schemas}
+    writers = {
+        name: pq.ParquetWriter(sinks[name], schema, compression="zstd")
+        for name, schema in schemas.items()
+    }
+    for group in groups:
+        table = ray.get(group)
+        structs = {
+            "series": pc.list_flatten(table["series"]),
+            "studies": table["study"].drop_null(),
+        }
+        for name, column in structs.items():
+            rows = pa.Table.from_struct_array(column).cast(schemas[name])
+            answers[name].update(rows["answer"].to_pylist())
+            if rows.num_rows:
+                writers[name].write_table(rows)
+    for name, file in (("series", SERIES_FILE), ("studies", STUDIES_FILE)):
+        writers[name].close()
+        storage.write_bytes(storage.join(store.output_uri, file), sinks[name].getvalue())
+    return {
+        name: {"total": found.total(), "by_answer": dict(sorted(found.items()))}
+        for name, found in answers.items()
+    }
