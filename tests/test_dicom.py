@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import struct
 import subprocess
 import sys
 import textwrap
@@ -35,7 +36,8 @@ from pydicom.uid import (
 from brainray.errors import RejectedImage
 from brainray.images.decode import REJECTION_REASONS, DecodeLimits
 from brainray.images.dicom import hash_identifier, open_dicom, read_header
-from brainray.images.dicom_file import MAX_HEADER_BYTES, MAX_ITEMS
+from brainray.images.dicom_file import MAX_HEADER_BYTES, MAX_ITEMS, MAX_VALUES
+from brainray.images.dicom_frames import MAX_FRAGMENTS
 from brainray.images.dicom_pixels import decode_frame, render_frame
 from tests.dicom_files import (
     PYDICOM_FILES,
@@ -274,6 +276,34 @@ def test_a_frame_in_several_fragments(num_frames: int) -> None:
     content = make_compressed(fragments, JPEG2000Lossless, noise)
     for index, frame in enumerate(noise):
         np.testing.assert_array_equal(decode(content, index), frame)
+
+
+def test_the_offset_table_tells_frames_apart() -> None:
+    """Run lengths have no end marker: without the table nothing tells whose a fragment is."""
+    frames = np.stack([RAMP, RAMP[::-1], RAMP.T])
+    first, *others = compress(frames, RLELossless)
+    fragments = [first[:100], first[100:], *others]
+    dataset = make_dataset(frames)
+    items = b"".join(map(pydicom.encaps.itemize_fragment, fragments))
+    starts = np.cumsum([0, *(len(frame) + 8 for frame in (first, *others))])
+    starts[1:] += 8  # the first frame has two fragments
+    table = pydicom.encaps.itemize_fragment(starts[:3].astype("<u4").tobytes())
+    for has_table in (True, False):
+        start = table if has_table else pydicom.encaps.itemize_fragment(b"")
+        dataset.add_new("PixelData", "OB", start + items)
+        dataset["PixelData"].is_undefined_length = True
+        content = write(dataset, RLELossless)
+        if not has_table:
+            assert "which of the 4 fragments" in reject(content, "corrupt")
+            continue
+        for index, frame in enumerate(frames):
+            np.testing.assert_array_equal(decode(content, index), frame)
+
+
+def test_something_between_fragments_is_corrupt() -> None:
+    (frame,) = compress(RAMP[None], RLELossless)
+    content = make_compressed([frame], RLELossless)
+    reject(content.replace(b"\xfe\xff\xdd\xe0", b"\x10\x00\x10\x00"), "corrupt")
 
 
 def test_jpeg_baseline() -> None:
@@ -564,6 +594,8 @@ def test_what_is_not_said_rejects_nothing(elements: dict) -> None:
         ("non_axial", {"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]}),
         ("orientation_unknown", {"ImageOrientationPatient": None}),
         ("orientation_unknown", {"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}),
+        ("orientation_unknown", {"ImageOrientationPatient": [1e9, 0, 0, 0, 1e-9, 0]}),
+        ("orientation_unknown", {"ImageOrientationPatient": ["1e300", 0, 0, 0, "1e300", 0]}),
         ("lossy", {"LossyImageCompression": "01"}),
         ("modality_unknown", {"Modality": None, "SOPClassUID": None}),
         ("contrast_diffusion", {"AcquisitionContrast": "DIFFUSION"}),
@@ -638,6 +670,11 @@ def test_planes(orientation: list[float], plane: str, position: float) -> None:
     (frame,) = read_header(make_mr(ImageOrientationPatient=orientation)).frames
     assert frame.plane == plane
     assert frame.position_mm == pytest.approx(position)
+
+
+def test_a_position_that_no_scanner_has_is_none() -> None:
+    (frame,) = read_header(make_mr(ImagePositionPatient=["1e308", 0, "1e308"])).frames
+    assert (frame.position_mm, frame.plane) == (None, "axial")
 
 
 def test_geometry_of_each_frame() -> None:
@@ -722,6 +759,63 @@ def test_a_header_that_is_too_long_is_refused() -> None:
     reject(write(dataset), "too_large")
     dataset.add_new(0x00291001, "OB", bytes(2**20))
     np.testing.assert_array_equal(decode(write(dataset)), RAMP)
+
+
+def insert_element(tag: tuple[int, int], value: bytes) -> bytes:
+    """Put an element before the pixels of a file with implicit value representations."""
+    plain = make_mr(syntax=ImplicitVRLittleEndian)
+    at = plain.index(b"\xe0\x7f\x10\x00")
+    return plain[:at] + struct.pack("<HHL", *tag, len(value)) + value + plain[at:]
+
+
+@pytest.mark.parametrize("tag", [(0x0028, 0x1050), (0x0008, 0x0008), (0x0008, 0x0005)])
+def test_a_header_of_many_values_is_refused(tag: tuple[int, int]) -> None:
+    """Window, image type and character set: pydicom would take 46 s and 6 GB for 30 MB of them."""
+    content = insert_element(tag, b"1\\" * (15 * 2**20))
+    assert measure_peak(content, "too_large") < 100 * 2**20
+    few = insert_element((0x0028, 0x1050), b"1\\" * 1000)
+    np.testing.assert_array_equal(decode(few), RAMP)
+
+
+def test_backslashes_among_the_pixels_are_no_values() -> None:
+    frames = np.full((300, 64, 64), 0x5C5C, np.uint16)
+    groups = [make_scaling("1")] * 300
+    for group in groups:
+        group.add_new(0x00291001, "OB", bytes(2**10))  # beyond the first bytes that are read
+    content = make_enhanced(frames, Dataset(), groups)
+    assert content.count(b"\\") > MAX_VALUES
+    np.testing.assert_array_equal(decode(content, 299), frames[0])
+
+
+def test_a_lut_of_millions_of_numbers_is_not_made_a_list() -> None:
+    """A descriptor of one entry makes pydicom read the table as a list of numbers."""
+    descriptor = struct.pack("<HHLHHH", 0x0028, 0x3002, 6, 1, 0, 16)
+    table = b"\5\0" * (5 * 2**20)
+    item = descriptor + struct.pack("<HHL", 0x0028, 0x3006, len(table)) + table
+    content = insert_element(
+        (0x0028, 0x3000), struct.pack("<HHL", 0xFFFE, 0xE000, len(item)) + item
+    )
+    assert (decode(content) == 5).all()
+    tracemalloc.start()
+    try:
+        decode(content)
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(content)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("tag", [(0x0040, 0xA730), (0x5200, 0x9229)])
+def test_sequences_nested_without_end_are_corrupt(tag: tuple[int, int]) -> None:
+    undefined = struct.pack("<HHL", *tag, 2**32 - 1) + b"\xfe\xff\x00\xe0\xff\xff\xff\xff"
+    plain = make_mr(syntax=ImplicitVRLittleEndian)
+    at = plain.index(b"\xe0\x7f\x10\x00")
+    reject(plain[:at] + undefined * 20_000 + plain[at:], "corrupt")
+
+
+def test_a_frame_of_empty_fragments_is_refused() -> None:
+    fragments = b"\xfe\xff\x00\xe0\0\0\0\0" * (MAX_FRAGMENTS + 2)
+    content = make_compressed([b"ab"], RLELossless).replace(b"\xfe\xff\xdd\xe0", fragments)
+    assert measure_peak(content, "too_large") < 100 * 2**20
 
 
 def test_sizes_are_checked_before_memory_is_taken() -> None:

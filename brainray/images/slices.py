@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits, decode_image, decode_samples
+from brainray.images.headers.signatures import is_dicom, is_nifti
 from brainray.images.preprocess import OpenedScan, Preprocessing, open_samples
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ the `percentile` rule of the classifier, on the slice's own samples at full dept
 that take grey levels as they are stored, the DICOM object's `voi_lut` or `window`, or where it has
 neither, the range of the slice's `samples`."""
 
-_NIFTI_MAGICS = ((344, b"n+1\0"), (344, b"ni1\0"), (4, b"n+2\0\r\n\x1a\n"), (0, b"\x1f\x8b"))
 _FRAME = re.compile(r"^(.*)#frame=(\d+)$", re.DOTALL)
 
 
@@ -54,9 +54,9 @@ class SliceInfo:
     rejection: RejectedImage | None = None
     """Why this slice is not to be classified; None if it may be."""
     sop_instance: str | None = None
-    """Keyed hash of the DICOM object's UID, as of the three below; None without a key."""
+    """Keyed hash of the DICOM object's UID, as of the three below; None without a key. Of a NIfTI
+    volume, the keyed hash of its content, here and as the series."""
     series: str | None = None
-    """Of a NIfTI volume, the keyed hash of its content."""
     study: str | None = None
     patient: str | None = None
     plane: Plane | None = None
@@ -116,12 +116,11 @@ def open_file(
         :data:`brainray.images.decode.REJECTION_REASONS`.
     """
     options = options or ReadOptions()
-    if content[128:132] == b"DICM":
+    start = content[:352]
+    if is_dicom(start):
         return _Dicom(content, options, key)
-    if any(content.startswith(magic, offset) for offset, magic in _NIFTI_MAGICS):
+    if is_nifti(start):
         return _Nifti(content, options, key)
-    if content[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x08"):  # DICOM without its preamble
-        return _Dicom(content, options, key)
     return _Picture(content, options)
 
 
@@ -275,21 +274,22 @@ class _Nifti:
         if key is not None:
             from brainray.images.dicom import hash_identifier
 
-            info = replace(info, series=hash_identifier(sha256(content).hexdigest(), key))
-        kept = set(volume.kept)
+            identifier = hash_identifier(sha256(content).hexdigest(), key)
+            info = replace(info, series=identifier, sop_instance=identifier)
+        kept, thickness = set(volume.kept), volume.thickness_mm
         self.slices = tuple(
             replace(
                 info,
                 frame=index,
-                position_mm=index * volume.thickness_mm,
+                position_mm=None if thickness is None else index * thickness,
                 rejection=None if index in kept else _find_little_tissue(),
             )
             for index in range(volume.num_slices)
         )
 
     def decode(self, index: int) -> NDArray[np.float32]:
-        if rejection := self.slices[index].rejection:
-            raise rejection
+        if self.slices[index].rejection:
+            raise _find_little_tissue()  # a new one: an exception keeps the frames that raised it
         return self._volume.get_slice(index)
 
     def render(self, index: int) -> tuple[NDArray[np.uint8], GreyRange]:

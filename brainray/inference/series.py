@@ -1,8 +1,8 @@
 """What the slices of a series say together: slice evidence, by one stated rule.
 
 A network that is wrong on one slice in a hundred gives a tumour to some slice of nearly every
-series, so neither the maximum of a series nor a product over its slices means anything. Here a class
-has evidence where a share of the series' slices agree on it, and where they are neighbours.
+series, so neither the maximum of a series nor a product over its slices means anything. Here a
+class has evidence where a share of the series' slices agree on it, and where they are neighbours.
 
 Slices at one position, such as the volumes of a diffusion series, count once, with their mean
 probabilities. Slices are neighbours if they have one direction and no slice is missing between
