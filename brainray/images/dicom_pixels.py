@@ -280,7 +280,7 @@ def _apply_lut(
     if is_signed and first >= 2**15:
         first -= 2**16
     raw = item.get_item("LUTData")  # pydicom would make a list of numbers of it
-    data = raw.value if isinstance(raw, RawDataElement) and raw.value else b""
+    data = (raw.value or b"") if isinstance(raw, RawDataElement) else b""
     width = 1 if len(data) < 2 * num_entries else 2
     order = "<" if item.original_encoding[1] else ">"
     table = np.frombuffer(data, f"{order}u{width}", len(data) // width)
@@ -288,8 +288,8 @@ def _apply_lut(
         raise RejectedImage(
             "corrupt", "LUT Data (0028,3006) does not fit its descriptor. Export it again."
         )
-    index = np.clip(np.rint(values).astype(np.int64) - first, 0, num_entries - 1)
-    return table.astype(np.float32)[index], bits
+    index = np.clip(np.rint(values) - first, 0, num_entries - 1).astype(np.intp)
+    return table[:num_entries].astype(np.float32)[index], bits
 
 
 def _apply_voi(samples: _Samples) -> tuple[NDArray[np.uint8], GreyRange]:

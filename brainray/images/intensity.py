@@ -27,15 +27,19 @@ MAX_BINS = 4096
 cv2.setNumThreads(1)  # tasks and the service decode one image on each CPU already
 
 
-def to_unsigned(samples: NDArray[Any]) -> Samples:
+def to_unsigned(samples: NDArray[Any], *, fill_range: bool = False) -> Samples:
     """Return samples of any real type as unsigned integers.
 
-    Types other than uint8 and uint16 are mapped linearly onto 0 … 65535, from their lowest to their
-    highest value. Values that float32 cannot hold (NaN, infinities) become 0.
+    uint8 and uint16 are returned as they are. Whole numbers keep their steps where 16 bits hold
+    their range, and are shifted if they do not fit: so 12-bit samples have the same percentiles
+    whatever type a file has them in. Others are mapped linearly onto 0 … 65535, from their lowest
+    to their highest value. Values that float32 cannot hold (NaN, infinities) become the lowest.
 
     Parameters
     ----------
     samples : ndarray of any real dtype, shape (height, width)
+    fill_range : bool
+        Map whole numbers linearly too.
 
     Raises
     ------
@@ -54,9 +58,11 @@ def to_unsigned(samples: NDArray[Any]) -> Samples:
     is_measured = np.abs(values) <= np.finfo(np.float32).max  # False for NaN
     measured = values[is_measured]
     lowest, highest = (measured.min(), measured.max()) if measured.size else (0.0, 0.0)
+    values = np.where(is_measured, values, lowest)
+    if not fill_range and highest - lowest <= 65535 and not (values % 1).any():
+        return (values if 0 <= lowest and highest <= 65535 else values - lowest).astype(np.uint16)
     if lowest == highest:
         return np.zeros(samples.shape, np.uint16)
-    values = np.where(is_measured, values, lowest)
     return np.rint((values - lowest) / (highest - lowest) * 65535).astype(np.uint16)
 
 

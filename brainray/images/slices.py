@@ -32,7 +32,7 @@ the `percentile` rule of the classifier, on the slice's own samples at full dept
 that take grey levels as they are stored, the DICOM object's `voi_lut` or `window`, or where it has
 neither, the range of the slice's `samples`."""
 
-_FRAME = re.compile(r"^(.*)#frame=(\d+)$", re.DOTALL)
+_FRAME = re.compile(r"(.*)#frame=(0|[1-9][0-9]*)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,9 +73,12 @@ class SliceInfo:
 class ScanFile(Protocol):
     """A file whose header was read, and whose slices can be decoded."""
 
-    format: Literal["picture", "dicom", "nifti"]
-    slices: tuple[SliceInfo, ...]
-    """In the order of the file, those that are not to be classified included."""
+    @property
+    def format(self) -> Literal["picture", "dicom", "nifti"]: ...
+
+    @property
+    def slices(self) -> tuple[SliceInfo, ...]:
+        """In the order of the file, those that are not to be classified included."""
 
     def decode(self, index: int) -> NDArray[Any]:
         """Decode slice number ``index`` of :attr:`slices` to grey samples at full depth.
@@ -186,7 +189,7 @@ def name_slice(scan_uri: str, frame: int | None) -> str:
 
 def split_name(slice_uri: str) -> tuple[str, int | None]:
     """Return the file and the number that :func:`name_slice` made a name of."""
-    match = _FRAME.match(slice_uri)
+    match = _FRAME.fullmatch(slice_uri)
     return (match[1], int(match[2])) if match else (slice_uri, None)
 
 
