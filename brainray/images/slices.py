@@ -74,7 +74,8 @@ class ScanFile(Protocol):
     """A file whose header was read, and whose slices can be decoded."""
 
     @property
-    def format(self) -> Literal["picture", "dicom", "nifti"]: ...
+    def format(self) -> Literal["picture", "dicom", "nifti"]:
+        """What the bytes are."""
 
     @property
     def slices(self) -> tuple[SliceInfo, ...]:
