@@ -64,7 +64,7 @@ def test_the_search_finds_what_was_planted(objects: dict[str, bytes], tmp_path: 
     """Else the tests below could not fail."""
     found = {token for content in objects.values() for token in find_tokens(content)}
     assert found == set(TOKENS)
-    for form in ("{}", "é{}", "x{}", "xy{}"):
+    for form in ("{}", "é {}", "x{}", "xy{}"):
         for token in TOKENS:
             text = form.format(token)
             assert find_tokens(text) == [token]

@@ -2,8 +2,13 @@
 
 import gzip
 import io
+import re
 import struct
+from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +21,7 @@ from PIL import Image
 from pydicom.dataset import Dataset
 
 from brainray.errors import RejectedImage
-from brainray.images.decode import DecodeLimits
+from brainray.images.decode import REJECTION_REASONS, DecodeLimits
 from brainray.images.preprocess import Preprocessing, open_samples
 from brainray.images.slices import (
     OpenedSlice,
@@ -27,9 +32,10 @@ from brainray.images.slices import (
     open_slices,
     split_name,
 )
-from tests.dicom_files import RAMP, make_dataset, make_enhanced, make_item, make_mr
+from tests.dicom_files import PYDICOM_FILES, RAMP, make_dataset, make_enhanced, make_item, make_mr
 
 KEY = b"0123456789abcdef"
+REPOSITORY = Path(__file__).parents[1]
 STORED = Preprocessing(size_px=64)
 PERCENTILE = Preprocessing(size_px=64, intensity="percentile")
 
@@ -128,6 +134,43 @@ def test_limits_hold_for_every_format() -> None:
         with pytest.raises(RejectedImage) as caught:
             list(open_slices(make(), PERCENTILE, options))
         assert caught.value.reason == "too_large"
+
+
+def test_the_guide_lists_all_reasons() -> None:
+    guide = (REPOSITORY / "docs" / "dicom.md").read_text()
+    section = guide.partition("\n## Reasons\n")[2].partition("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = re.findall("`([a-z_]+)`", " ".join(cells))
+    assert sorted(named) == sorted(REJECTION_REASONS)
+
+
+def list_test_files() -> list[Path]:
+    """List the files of pydicom and nibabel, and of pydicom-data if it is installed."""
+    folders = [PYDICOM_FILES]
+    for name, inner in (
+        ("nibabel", "tests/data"),
+        ("nibabel", "nicom/tests/data"),
+        ("data_store", "data"),
+    ):
+        spec = find_spec(name)
+        places = (spec.submodule_search_locations or ()) if spec else ()
+        folders += [Path(place) / inner for place in places]
+    return [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+@pytest.mark.heavy
+def test_every_file_of_the_libraries_is_opened_or_rejected() -> None:
+    counts: Counter[str] = Counter()
+    for path in list_test_files():
+        try:
+            for one in islice(open_slices(path.read_bytes(), PERCENTILE), 3):
+                answer = "opened" if isinstance(one, OpenedSlice) else one[1].reason
+                counts[answer] += 1
+        except RejectedImage as rejection:
+            counts[rejection.reason] += 1
+    assert set(counts) - {"opened"} <= set(REJECTION_REASONS)
+    assert counts["opened"] >= 30
+    assert {"not_mr", "not_an_image_object", "truncated", "secondary_capture"} <= set(counts)
 
 
 # ---- names ---------------------------------------------------------------------------------------
