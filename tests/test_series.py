@@ -201,7 +201,7 @@ def test_volumes_of_one_position_count_once() -> None:
     found = summarise(slices)
     assert found["longest_run"]["glioma"] == 1
     assert (found["answer"], found["reason"]) == (INDETERMINATE, "weak_evidence")
-    assert found["num_used"] == 48
+    assert (found["num_used"], found["num_positions"]) == (48, 8)
     assert found["flags"] == ["repeated_positions"]
     assert len(found["key_slices"]) == 3
 

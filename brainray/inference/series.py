@@ -95,8 +95,8 @@ def summarise_series(
         ``answer``, a class or "indeterminate"; ``reason``, why it is indeterminate, else None;
         ``evidence`` and ``longest_run`` (in positions), a number for each class; ``key_slices``,
         at most :data:`NUM_KEY_SLICES` ``scan_uri`` of slices that are strongest for the most
-        evident class and no neighbours; ``num_slices``, ``num_used``; ``skipped``, a number for
-        each reason; ``plane``; ``flags``, sorted.
+        evident class and no neighbours; ``num_slices``, ``num_used``, and ``num_positions`` of
+        those used; ``skipped``, a number for each reason; ``plane``; ``flags``, sorted.
     """
     rule = rule or SeriesRule()
     used, skipped = _choose_slices(slices, classes)
@@ -108,7 +108,7 @@ def summarise_series(
     probs = probs.reshape(len(positions), len(classes))
     evidence = _compute_evidence(probs, rule.top_fraction)
     runs = [_find_longest_run(column >= rule.threshold, stack_of) for column in probs.T]
-    answer, reason = _decide(evidence, runs, len(positions), classes, rule)
+    answer, reason = decide_series(evidence, runs, len(positions), classes, rule)
     if _is_localizer(slices, groups):
         answer, reason = INDETERMINATE, "localizer"
     shown = answer if answer in classes else _find_most_evident(evidence, classes)
@@ -127,6 +127,7 @@ def summarise_series(
         ],
         "num_slices": len(slices),
         "num_used": len(used),
+        "num_positions": len(positions),
         "skipped": dict(sorted(skipped.items())),
         "plane": planes.most_common(1)[0][0] if used else None,
         "flags": sorted(flags if is_complete else flags | {"incomplete"}),
@@ -243,14 +244,27 @@ def _find_longest_run(holds: NDArray[np.bool_], stack_of: NDArray[np.intp]) -> i
     return longest
 
 
-def _decide(
+def decide_series(
     evidence: NDArray[np.float64],
     runs: Sequence[int],
     num_positions: int,
     classes: Sequence[str],
     rule: SeriesRule,
 ) -> tuple[str, str | None]:
-    """Return the class of a series, or "indeterminate" and why."""
+    """Return the class of a series, or "indeterminate" and why.
+
+    Parameters
+    ----------
+    evidence : ndarray of float64, shape (K,)
+        Mean probability of each class over its most probable positions.
+    runs : sequence of int, length K
+        Longest run of neighbours at or above the rule's threshold, of each class.
+    num_positions : int
+        What the rule's ``min_slices`` is compared with.
+    classes : sequence of str
+        The K names, in class order.
+    rule : SeriesRule
+    """
     if num_positions < rule.min_slices:
         return INDETERMINATE, "too_few_slices"
     tumours = [k for k, name in enumerate(classes) if name != NO_TUMOUR]
