@@ -8,7 +8,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import (
     UID,
     EnhancedMRImageStorage,
@@ -85,6 +85,13 @@ def make_compressed(
     dataset.add_new("PixelData", "OB", data)
     dataset["PixelData"].is_undefined_length = True
     return write(dataset, syntax)
+
+
+def compress(pixels: NDArray, syntax: str) -> list[bytes]:
+    """Compress frames; return each."""
+    dataset = pydicom.dcmread(io.BytesIO(make_mr(pixels)))
+    dataset.compress(syntax, generate_instance_uid=False)
+    return list(generate_frames(dataset.PixelData, number_of_frames=len(pixels)))
 
 
 def make_item(**elements) -> Dataset:

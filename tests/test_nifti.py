@@ -269,6 +269,33 @@ def test_limits() -> None:
     reject(make_nifti(), "too_large", DecodeLimits(max_pixels=BRAIN.size - 1))
 
 
+def test_millions_of_slices_of_one_voxel_are_refused() -> None:
+    header = nib.Nifti2Header()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape((1, 1, 1_000_000))
+    header["vox_offset"] = 544
+    packed = gzip.compress(header.binaryblock + bytes(4 + 1_000_000))
+    assert len(packed) < 5000
+    assert "1,000,000 axial slices" in reject(packed, "too_large")
+    assert read_nifti(packed, plane="coronal").num_slices == 1
+
+
+@pytest.mark.parametrize("spacing", [0, np.nan, np.inf])
+def test_spacing_that_is_no_number_is_none(spacing: float) -> None:
+    volume = read_nifti(patch(make_nifti(), pixdim=[1, 2, 3, spacing, 1, 1, 1, 1]))
+    assert (volume.spacing_mm, volume.thickness_mm) == (None, None)
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("meter", 1000), ("micron", 0.001), ("mm", 1)])
+def test_spacing_is_in_mm(unit: str, factor: float) -> None:
+    header = nib.Nifti1Header()
+    header.set_xyzt_units(unit)
+    volume = read_nifti(
+        patch(make_nifti(), xyzt_units=header["xyzt_units"], pixdim=[1, *[0.5] * 7])
+    )
+    assert volume.thickness_mm == pytest.approx(0.5 * factor)
+
+
 def test_no_more_is_unpacked_than_the_first_volume() -> None:
     bomb = gzip.compress(patch(make_nifti(), dim=[4, 6, 8, 5, 30000, 1, 1, 1]) + bytes(64 * 2**20))
     tracemalloc.start()

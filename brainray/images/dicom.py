@@ -8,13 +8,13 @@ a person: identifiers leave only as keyed hashes, and messages name elements, ne
 import hashlib
 import hmac
 import io
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from pydicom.dataset import Dataset
-from pydicom.encaps import parse_basic_offsets, parse_fragments
 
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits
@@ -29,9 +29,9 @@ from brainray.images.dicom_file import (
     get_numbers,
     get_value,
     get_words,
-    is_dicom,
     parse_file,
 )
+from brainray.images.dicom_frames import Span, find_frames
 from brainray.images.dicom_rules import (
     find_frame_rejection,
     find_image_rejection,
@@ -41,11 +41,13 @@ from brainray.images.dicom_rules import (
     name_uid,
     reject,
 )
+from brainray.images.headers.signatures import is_dicom
 
 Plane = Literal["axial", "coronal", "sagittal"]
 
 _DEFAULT_LIMITS = DecodeLimits()
 
+_MAX_POSITION_MM = 1e6  # what is farther away is no scanner's
 _NOT_DICOM = "Expected a DICOM file, got bytes of another format."
 
 MAX_FRAMES = 100_000
@@ -129,6 +131,8 @@ class DicomImage:
     pixels: PixelElement = field(repr=False)
     content: bytes = field(repr=False)
     """The file, or what it inflates to."""
+    fragments: tuple[tuple[Span, ...], ...] = field(repr=False)
+    """Of every frame, if the frames are compressed."""
 
 
 def hash_identifier(value: str, key: bytes) -> str:
@@ -190,10 +194,11 @@ def open_dicom(
     instance = _make_instance(parsed, key, limits)
     content = image_bytes if parsed.inflated is None else parsed.inflated
     assert parsed.pixels is not None
+    fragments: tuple[tuple[Span, ...], ...] = ()
     if PLUGINS[instance.transfer_syntax] is not None:
-        call_safely(_check_fragments, content, parsed.pixels.offset, len(instance.frames))
+        fragments = call_safely(find_frames, content, parsed.pixels.offset, len(instance.frames))
     layout = _read_pixel_format(parsed.dataset, limits)
-    return DicomImage(instance, layout, parsed.dataset, parsed.pixels, content)
+    return DicomImage(instance, layout, parsed.dataset, parsed.pixels, content, fragments)
 
 
 def _parse_bytes(image_bytes: bytes, limits: DecodeLimits) -> ParsedFile:
@@ -325,21 +330,6 @@ def _count_frames(parsed: ParsedFile, layout: PixelFormat) -> int:
     return num_frames
 
 
-def _check_fragments(content: bytes, offset: int, num_frames: int) -> None:
-    """Check that no fragment of compressed frames is missing or cut short."""
-    file = io.BytesIO(content)
-    file.seek(offset)
-    parse_basic_offsets(file)
-    num_fragments, starts = parse_fragments(file)
-    end = 0
-    if starts:
-        end = starts[-1] + 8 + int.from_bytes(content[starts[-1] + 4 : starts[-1] + 8], "little")
-    if num_fragments < num_frames or end > len(content):
-        raise RejectedImage(
-            "truncated", "The file ends before the last compressed frame does. Resend it."
-        )
-
-
 def _hash_element(dataset: Dataset, keyword: str, key: bytes | None) -> str | None:
     value = None if key is None else get_value(dataset, keyword)
     return None if key is None or value is None else hash_identifier(str(value), key)
@@ -379,16 +369,25 @@ def _read_frame(dataset: Dataset, index: int) -> Frame:
         plane=None,
         rejection=find_frame_rejection(groups),
     )
-    normal = np.zeros(3) if orientation is None else np.cross(orientation[:3], orientation[3:])
-    if np.linalg.norm(normal) < 0.9:  # no orientation, or no two perpendicular unit vectors
+    if orientation is None or not _is_orthonormal(orientation):
         return frame
+    normal = np.cross(orientation[:3], orientation[3:])
+    position = math.inf if origin is None else float(np.dot(normal, origin))
     planes: tuple[Plane, ...] = ("sagittal", "coronal", "axial")
     return replace(
         frame,
         orientation=orientation,
-        position_mm=None if origin is None else float(np.dot(normal, origin)),
+        position_mm=position if abs(position) < _MAX_POSITION_MM else None,
         plane=planes[int(np.abs(normal).argmax())],
     )
+
+
+def _is_orthonormal(orientation: tuple[float, ...]) -> bool:
+    """Tell whether these are two perpendicular unit vectors, rounding apart."""
+    if max(map(abs, orientation)) > 1.1:
+        return False
+    pair = np.reshape(orientation, (2, 3))
+    return bool(np.abs(pair @ pair.T - np.eye(2)).max() < 0.1)
 
 
 def _find_flags(dataset: Dataset, sop_class: str, frames: tuple[Frame, ...]) -> tuple[str, ...]:

@@ -42,20 +42,26 @@ _PIXEL_TAGS = frozenset({_PIXEL_DATA, Tag("FloatPixelData"), Tag("DoubleFloatPix
 MAX_HEADER_BYTES = 32 * 2**20
 """Most bytes before the pixels. Enhanced objects take some kilobytes for each frame."""
 MAX_ITEMS = 250_000
-"""Most sequence items in a header that is longer than as many empty items."""
+"""Most sequence items in a header."""
+MAX_VALUES = 500_000
+"""Most values in a header: pydicom takes some microseconds and 200 bytes for each."""
 _FIRST_BYTES = 2**18  # enough for the header of a classic object
-_ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")
+_COUNTED = (
+    ("sequence items", (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00"), MAX_ITEMS),
+    ("values", (b"\\",), MAX_VALUES),  # a backslash separates values
+)
+_PIXEL_DATA_TAGS = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")
 
 _KEPT_ELEMENTS = (
     "AcquisitionContrast AnatomicRegionSequence BitsAllocated BitsStored BodyPartExamined "
-    "BurnedInAnnotation Columns ComplexImageComponent ExtendedOffsetTable "
-    "ExtendedOffsetTableLengths HighBit ImageOrientationPatient ImagePositionPatient ImageType "
-    "LossyImageCompression Modality ModalityLUTSequence NumberOfFrames PatientID "
-    "PerFrameFunctionalGroupsSequence PhotometricInterpretation PixelPaddingRangeLimit "
-    "PixelPaddingValue PixelRepresentation PixelSpacing PresentationLUTShape RescaleIntercept "
-    "RescaleSlope Rows SOPClassUID SOPInstanceUID SamplesPerPixel ScanningSequence "
-    "SeriesInstanceUID SharedFunctionalGroupsSequence StudyInstanceUID VOILUTFunction "
-    "VOILUTSequence VolumeBasedCalculationTechnique WindowCenter WindowWidth"
+    "BurnedInAnnotation Columns ComplexImageComponent HighBit ImageOrientationPatient "
+    "ImagePositionPatient ImageType LossyImageCompression Modality ModalityLUTSequence "
+    "NumberOfFrames PatientID PerFrameFunctionalGroupsSequence PhotometricInterpretation "
+    "PixelPaddingRangeLimit PixelPaddingValue PixelRepresentation PixelSpacing "
+    "PresentationLUTShape RescaleIntercept RescaleSlope Rows SOPClassUID SOPInstanceUID "
+    "SamplesPerPixel ScanningSequence SeriesInstanceUID SharedFunctionalGroupsSequence "
+    "StudyInstanceUID VOILUTFunction VOILUTSequence VolumeBasedCalculationTechnique WindowCenter "
+    "WindowWidth"
 )
 """Keywords of the only elements that are read. Real World Value Maps are not among them: they
 give quantities such as mm²/s, not grey values."""
@@ -136,15 +142,6 @@ def call_safely(function: Callable[..., _Result], *arguments: Any) -> _Result:  
     raise RejectedImage(reason, what)
 
 
-def is_dicom(start: bytes) -> bool:
-    """Tell from a file's first 132 bytes whether it is to be read as DICOM.
-
-    Part 10 files have ``DICM`` after 128 bytes. Files without this preamble are recognised by
-    their first element, which is in group 2 or group 8.
-    """
-    return start[128:132] == b"DICM" or start[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x08")
-
-
 def parse_file(file: BinaryIO, size_bytes: int, max_inflated_bytes: int) -> ParsedFile:
     """Read the header of a DICOM file, with or without preamble and meta information.
 
@@ -182,10 +179,7 @@ def parse_file(file: BinaryIO, size_bytes: int, max_inflated_bytes: int) -> Pars
 
 def _parse_start(start: bytes, meta: _Meta, size_bytes: int, inflated: bytes | None) -> ParsedFile:
     """Read the data set in the first bytes of a file."""
-    if len(start) > 8 * MAX_ITEMS and sum(map(start.count, _ITEM_TAGS)) > MAX_ITEMS:
-        raise RejectedImage(
-            "too_large", f"The header has more than the {MAX_ITEMS:,} sequence items allowed."
-        )
+    _check_counts(start)
     file = io.BytesIO(start)
     file.seek(meta.end)
     syntax = meta.transfer_syntax
@@ -207,6 +201,17 @@ def _parse_start(start: bytes, meta: _Meta, size_bytes: int, inflated: bytes | N
     ends_early = stop.pixels is None and stop.end not in (None, size_bytes)
     sop_class = str(get_value(dataset, "SOPClassUID") or meta.sop_class)
     return ParsedFile(dataset, sop_class, syntax, stop.pixels, size_bytes, inflated, ends_early)
+
+
+def _check_counts(start: bytes) -> None:
+    """Check how much a header holds, before pydicom takes memory and time for it."""
+    end = max(map(start.rfind, _PIXEL_DATA_TAGS))
+    end = len(start) if end < 0 else end  # what follows is no header, and may hold such bytes
+    for what, marks, most in _COUNTED:
+        if end > most and sum(start.count(mark, 0, end) for mark in marks) > most:
+            raise RejectedImage(
+                "too_large", f"The header has more than the {most:,} {what} allowed."
+            )
 
 
 def _read_meta(file: BinaryIO) -> _Meta:

@@ -15,15 +15,15 @@ series. Only where a classifier's preprocessing takes 8-bit values as they are s
 windowed values of :func:`render_frame` its input.
 """
 
-import io
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import gdcm
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate, get_frame
+from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import get_decoder
 
 from brainray.errors import RejectedImage
@@ -33,7 +33,6 @@ from brainray.images.dicom_file import (
     call_safely,
     get_item,
     get_numbers,
-    get_value,
     get_words,
 )
 from brainray.images.dicom_rules import reject
@@ -166,7 +165,7 @@ def _decode_stored(image: DicomImage, frame: int) -> NDArray[Any]:
     if plugin is None:
         source, index, num_frames = _view_frames(image), frame, len(image.instance.frames)
     else:
-        encoded = _cut_frame(image, frame)
+        encoded = b"".join(image.content[start:end] for start, end in image.fragments[frame])
         if syntax != _RLE_LOSSLESS:
             encoded = _check_codestream(encoded, plugin, image.layout)
         source, index, num_frames = encapsulate([encoded], has_bot=False), 0, 1
@@ -201,23 +200,6 @@ def _view_frames(image: DicomImage) -> memoryview:
     num_bytes = num_bytes * layout.bits_allocated // 8
     start = image.pixels.offset
     return memoryview(image.content)[start : start + num_bytes + num_bytes % 2]
-
-
-def _cut_frame(image: DicomImage, frame: int) -> bytes:
-    """Return one compressed frame, put together from its fragments."""
-    file = io.BytesIO(image.content)  # does not copy
-    file.seek(image.pixels.offset)
-    tables = [
-        get_value(image.dataset, keyword)
-        for keyword in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")
-    ]
-    encoded: bytes = get_frame(
-        file,
-        frame,
-        number_of_frames=len(image.instance.frames),
-        extended_offsets=(tables[0], tables[1]) if all(tables) else None,
-    )
-    return encoded
 
 
 def _check_codestream(encoded: bytes, plugin: str, layout: PixelFormat) -> bytes:
@@ -297,19 +279,17 @@ def _apply_lut(
     num_entries = num_entries or 2**16
     if is_signed and first >= 2**15:
         first -= 2**16
-    data = item["LUTData"].value
-    if isinstance(data, bytes):
-        is_little_endian = item.original_encoding[1]
-        width = 1 if len(data) < 2 * num_entries else 2
-        table = np.frombuffer(data, f"{'<' if is_little_endian else '>'}u{width}")
-    else:
-        table = np.asarray(data).astype(np.int64) & 0xFFFF
+    raw = item.get_item("LUTData")  # pydicom would make a list of numbers of it
+    data = (raw.value or b"") if isinstance(raw, RawDataElement) else b""
+    width = 1 if len(data) < 2 * num_entries else 2
+    order = "<" if item.original_encoding[1] else ">"
+    table = np.frombuffer(data, f"{order}u{width}", len(data) // width)
     if not 1 <= num_entries <= len(table) or not 1 <= bits <= 16:
         raise RejectedImage(
             "corrupt", "LUT Data (0028,3006) does not fit its descriptor. Export it again."
         )
-    index = np.clip(np.rint(values).astype(np.int64) - first, 0, num_entries - 1)
-    return table.astype(np.float32)[index], bits
+    index = np.clip(np.rint(values) - first, 0, num_entries - 1).astype(np.intp)
+    return table[:num_entries].astype(np.float32)[index], bits
 
 
 def _apply_voi(samples: _Samples) -> tuple[NDArray[np.uint8], GreyRange]:

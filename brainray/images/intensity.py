@@ -21,21 +21,23 @@ HEAD_RANGE = (0.01, 0.99)
 """Share of the head's pixels that become black at most, and of those that do not become white."""
 DARK_SHARE = 8 / 255
 """Up to this share of its own range a pixel is taken for air; a JPEG's black is rarely 0."""
-MAX_BINS = 4096
-"""Bins of a histogram: every value of 8- and 12-bit data has its own."""
 
 cv2.setNumThreads(1)  # tasks and the service decode one image on each CPU already
 
 
-def to_unsigned(samples: NDArray[Any]) -> Samples:
+def to_unsigned(samples: NDArray[Any], *, fill_range: bool = False) -> Samples:
     """Return samples of any real type as unsigned integers.
 
-    Types other than uint8 and uint16 are mapped linearly onto 0 … 65535, from their lowest to their
-    highest value. Values that float32 cannot hold (NaN, infinities) become 0.
+    uint8 and uint16 are returned as they are. Whole numbers keep their steps where 16 bits hold
+    their range, and are shifted if they do not fit: so 12-bit samples have the same percentiles
+    whatever type a file has them in. Others are mapped linearly onto 0 … 65535, from their lowest
+    to their highest value. Values that float32 cannot hold (NaN, infinities) become the lowest.
 
     Parameters
     ----------
     samples : ndarray of any real dtype, shape (height, width)
+    fill_range : bool
+        Map whole numbers linearly too.
 
     Raises
     ------
@@ -54,9 +56,11 @@ def to_unsigned(samples: NDArray[Any]) -> Samples:
     is_measured = np.abs(values) <= np.finfo(np.float32).max  # False for NaN
     measured = values[is_measured]
     lowest, highest = (measured.min(), measured.max()) if measured.size else (0.0, 0.0)
+    values = np.where(is_measured, values, lowest)
+    if not fill_range and highest - lowest <= 65535 and not (values % 1).any():
+        return (values if lowest >= 0 and highest <= 65535 else values - lowest).astype(np.uint16)
     if lowest == highest:
         return np.zeros(samples.shape, np.uint16)
-    values = np.where(is_measured, values, lowest)
     return np.rint((values - lowest) / (highest - lowest) * 65535).astype(np.uint16)
 
 
@@ -96,12 +100,11 @@ def _find_percentiles(
     samples: Samples, shares: tuple[float, float], lowest: float, highest: float
 ) -> Range:
     """Return the values below which shares of the pixels within [lowest, highest] lie."""
-    num_bins = min(round(highest - lowest) + 1, MAX_BINS)
-    ends = [lowest, highest + 1]
-    counts = cv2.calcHist([samples], [0], None, [num_bins], ends).ravel()
+    num_bins = round(highest - lowest) + 1  # every value has its own
+    counts = cv2.calcHist([samples], [0], None, [num_bins], [lowest, highest + 1]).ravel()
     cumulative = np.cumsum(counts, dtype=np.float64)
     bins = np.searchsorted(cumulative, np.array(shares) * cumulative[-1])
-    low, high = np.round(lowest + bins * ((ends[1] - lowest) / num_bins)).tolist()
+    low, high = (lowest + bins).tolist()
     return low, high
 
 

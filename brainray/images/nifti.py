@@ -33,6 +33,10 @@ TISSUE_LEVEL = 0.1
 """A voxel is tissue above this share of the way from the volume's 1st to its 99th percentile."""
 MIN_TISSUE_FRACTION = 0.05
 """A slice with a smaller share of tissue is skipped."""
+MAX_SLICES = 4096
+"""Most slices of a volume. A gzipped file of a few kilobytes can claim millions of one voxel."""
+_MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # metres and micrometres; all else is taken for millimetres
+_MAX_SPACING_MM = 1000.0
 _NUM_SAMPLED = 1_000_000
 """About how many voxels the percentiles are taken from."""
 
@@ -55,10 +59,11 @@ class Volume:
     """Of the whole volume along the normal of `plane`."""
     kept: tuple[int, ...]
     """Indices of the slices with enough tissue, from the patient's left, back or bottom."""
-    spacing_mm: tuple[float, float]
-    """Between rows, then between columns, of a slice, in mm."""
-    thickness_mm: float
-    """Between slices, in mm."""
+    spacing_mm: tuple[float, float] | None
+    """Between rows, then between columns, of a slice, in mm; None where the header gives no
+    positive numbers."""
+    thickness_mm: float | None
+    """Between slices, in mm; None likewise."""
     flags: tuple[str, ...]
     """``orientation_unknown``: the header gives none, nibabel's default is assumed;
     ``multi_volume``: only the first of several volumes is read."""
@@ -142,7 +147,6 @@ def _read_safely(file: BinaryIO, plane: Plane, limits: DecodeLimits) -> Volume:
 def _read_volume(file: BinaryIO, plane: Plane, limits: DecodeLimits) -> Volume:
     header = _read_header(file)
     shape, dtype = _check_voxels(header, limits)
-    stored = _read_voxels(file, header, shape, dtype)
     flags: set[str] = set()
     if math.prod(header.get_data_shape()[3:]) > 1:
         flags.add("multi_volume")
@@ -150,9 +154,15 @@ def _read_volume(file: BinaryIO, plane: Plane, limits: DecodeLimits) -> Volume:
     if turns is None:
         flags.add("orientation_unknown")
         turns = nib.io_orientation(header.get_base_affine())
-    zooms = [float(abs(zoom)) for zoom in (*header.get_zooms()[:3], 1.0, 1.0)[:3]]
     axes = np.argsort(turns[:, 0])  # the file's axis for each of the patient's
     slices, columns, rows = _SLICE_AXES[plane]
+    if (num_slices := shape[axes[slices]]) > MAX_SLICES:
+        raise RejectedImage(
+            "too_large",
+            f"The volume has {num_slices:,} {plane} slices, {MAX_SLICES:,} are allowed.",
+        )
+    spacing = _find_spacing(header)
+    stored = _read_voxels(file, header, shape, dtype)
     turned = np.asarray(nib.apply_orientation(stored, turns))
     shown = turned.transpose(slices, rows, columns)[:, ::-1, ::-1]
     scale = _find_scale(header)
@@ -160,8 +170,8 @@ def _read_volume(file: BinaryIO, plane: Plane, limits: DecodeLimits) -> Volume:
         plane=plane,
         num_slices=len(shown),
         kept=_find_tissue(shown, scale),
-        spacing_mm=(zooms[axes[rows]], zooms[axes[columns]]),
-        thickness_mm=zooms[axes[slices]],
+        spacing_mm=(spacing[axes[rows]], spacing[axes[columns]]) if spacing else None,
+        thickness_mm=spacing[axes[slices]] if spacing else None,
         flags=tuple(sorted(flags)),
         _stored=shown,
         _scale=scale,
@@ -245,6 +255,14 @@ def _find_orientation(header: nib.Nifti1Header) -> NDArray[Any] | None:
         return None
     turns = nib.io_orientation(affine)
     return None if np.isnan(turns).any() else turns
+
+
+def _find_spacing(header: nib.Nifti1Header) -> tuple[float, ...] | None:
+    """Return the spacing of the file's axes in mm; None unless all numbers are positive."""
+    units = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
+    zooms = (*header.get_zooms()[:3], 1.0)[:3]  # a file of one slice may have no third
+    spacing = tuple(abs(float(zoom)) * units for zoom in zooms)
+    return spacing if all(0 < one < _MAX_SPACING_MM for one in spacing) else None
 
 
 def _find_scale(header: nib.Nifti1Header) -> tuple[float, float]:

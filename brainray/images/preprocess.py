@@ -144,7 +144,7 @@ def open_samples(samples: NDArray[Any], preprocessing: Preprocessing) -> OpenedS
     ValueError
         Samples of other than two dimensions, without pixels, or not real.
     """
-    samples = to_unsigned(samples)
+    samples = to_unsigned(samples, fill_range=preprocessing.intensity == "stored")
     view, pixels = _select(samples, preprocessing)
     source = view.clip(samples.shape)
     target = _place(view, source, preprocessing)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits, decode_image, decode_samples
+from brainray.images.headers.signatures import is_dicom, is_nifti
 from brainray.images.intensity import to_display
 from brainray.images.preprocess import OpenedScan, Preprocessing, open_samples
 
@@ -35,8 +36,7 @@ neither, the range of the slice's `samples`."""
 LITTLE_TISSUE = "little_tissue"
 """Reason of a volume's slices above and below the head."""
 
-_NIFTI_MAGICS = ((344, b"n+1\0"), (344, b"ni1\0"), (4, b"n+2\0\r\n\x1a\n"), (0, b"\x1f\x8b"))
-_FRAME = re.compile(r"^(.*)#frame=(\d+)$", re.DOTALL)
+_FRAME = re.compile(r"(.*)#frame=(0|[1-9][0-9]*)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +79,7 @@ class ScanFile(Protocol):
 
     @property
     def format(self) -> Literal["picture", "dicom", "nifti"]:
-        """What kind of file it is."""
+        """What the bytes are."""
 
     @property
     def slices(self) -> tuple[SliceInfo, ...]:
@@ -124,12 +124,11 @@ def open_file(
         :data:`brainray.images.decode.REJECTION_REASONS`.
     """
     options = options or ReadOptions()
-    if content[128:132] == b"DICM":
+    start = content[:352]
+    if is_dicom(start):
         return _Dicom(content, options, key)
-    if any(content.startswith(magic, offset) for offset, magic in _NIFTI_MAGICS):
+    if is_nifti(start):
         return _Nifti(content, options, key)
-    if content[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x08"):  # DICOM without its preamble
-        return _Dicom(content, options, key)
     return _Picture(content, options)
 
 
@@ -211,7 +210,7 @@ def name_slice(scan_uri: str, frame: int | None) -> str:
 
 def split_name(slice_uri: str) -> tuple[str, int | None]:
     """Return the file and the number that :func:`name_slice` made a name of."""
-    match = _FRAME.match(slice_uri)
+    match = _FRAME.fullmatch(slice_uri)
     return (match[1], int(match[2])) if match else (slice_uri, None)
 
 
@@ -301,20 +300,20 @@ class _Nifti:
 
             identifier = hash_identifier(sha256(content).hexdigest(), key)
             info = replace(info, series=identifier, sop_instance=identifier)
-        kept = set(volume.kept)
+        kept, thickness = set(volume.kept), volume.thickness_mm
         self.slices = tuple(
             replace(
                 info,
                 frame=index,
-                position_mm=index * volume.thickness_mm,
+                position_mm=None if thickness is None else index * thickness,
                 rejection=None if index in kept else _find_little_tissue(),
             )
             for index in range(volume.num_slices)
         )
 
     def decode(self, index: int) -> NDArray[np.float32]:
-        if rejection := self.slices[index].rejection:
-            raise rejection
+        if self.slices[index].rejection:
+            raise _find_little_tissue()  # a new one: an exception keeps the frames that raised it
         return self._volume.get_slice(index)
 
     def render(self, index: int) -> tuple[NDArray[np.uint8], GreyRange]:

@@ -4,6 +4,10 @@ A network that is wrong on one slice in a hundred gives a tumour to some slice o
 series, so neither the maximum of a series nor a product over its slices means anything. Here a
 class has evidence where a share of the series' slices agree on it, and where they are neighbours.
 
+Slices at one position, such as the volumes of a diffusion series, count once, with their mean
+probabilities. Slices are neighbours if they have one direction and no slice is missing between
+them; where the header gives no positions, the order of frames and names stands for them.
+
 The evidence is a mean of probabilities that are calibrated for slices. It is not a probability of
 the series or of the patient: ``brainray calibrate-series`` fits thresholds where labels are known.
 """
@@ -12,7 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -28,9 +32,21 @@ DUPLICATE = "duplicate"
 """Why a slice is not used: the series has the same object, or the same frame of it, already."""
 
 MAX_LOCALIZER_SLICES = 30
-"""A series of several orientations and at most so many slices is a localizer."""
+"""A series of several planes and at most so many slices is a localizer."""
+SAME_DIRECTION = math.cos(math.radians(5))
+"""Least cosine between the rows, and between the columns, of slices of one direction."""
+SAME_PLANE = math.cos(math.radians(30))
+"""Least cosine between the normals of slices of one plane."""
+SAME_POSITION_MM = 0.05
+"""Slices of one direction that are nearer than this lie at one position."""
 GAP = 1.5
 """Times the usual distance between slices from which one is taken to be missing."""
+
+_Row = dict[str, Any]
+_Position = list[_Row]
+"""Slices of one direction at one position."""
+_Stack = list[_Position]
+"""Neighbouring positions, in their order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,14 +54,14 @@ class SeriesRule:
     """When the slices of a series give it a class."""
 
     top_fraction: float = 0.1
-    """Share of the slices, those most probable of a class, whose mean probability is its
+    """Share of the positions, those most probable of a class, whose mean probability is its
     evidence (above 0, up to 1)."""
     threshold: float = 0.5
-    """Evidence, and probability of each slice of a run, that counts for a class (0 to 1)."""
+    """Evidence, and probability at each position of a run, that counts for a class (0 to 1)."""
     min_run: int = 3
-    """Neighbouring slices at or above the threshold that a class needs."""
+    """Neighbouring positions at or above the threshold that a class needs."""
     min_slices: int = 5
-    """Slices with probabilities that a series needs; with fewer it is indeterminate."""
+    """Positions with probabilities that a series needs; with fewer it is indeterminate."""
 
     def __post_init__(self) -> None:
         if not 0 < self.top_fraction <= 1:
@@ -58,7 +74,7 @@ class SeriesRule:
 
 
 def summarise_series(
-    slices: Sequence[dict[str, Any]], classes: Sequence[str], rule: SeriesRule | None = None
+    slices: Sequence[_Row], classes: Sequence[str], rule: SeriesRule | None = None
 ) -> dict[str, Any]:
     """Put the answers to a series' slices together.
 
@@ -77,34 +93,44 @@ def summarise_series(
     -------
     dict
         ``answer``, a class or "indeterminate"; ``reason``, why it is indeterminate, else None;
-        ``evidence`` and ``longest_run``, a number for each class; ``key_slices``, at most
-        :data:`NUM_KEY_SLICES` ``scan_uri`` of slices that are strongest for the most evident
-        class and no neighbours; ``num_slices``, ``num_used``; ``skipped``, a number for each
-        reason; ``plane``; ``flags``, sorted.
+        ``evidence`` and ``longest_run`` (in positions), a number for each class; ``key_slices``,
+        at most :data:`NUM_KEY_SLICES` ``scan_uri`` of slices that are strongest for the most
+        evident class and no neighbours; ``num_slices``, ``num_used``, and ``num_positions`` of
+        those used; ``skipped``, a number for each reason; ``plane``; ``flags``, sorted.
     """
     rule = rule or SeriesRule()
     used, skipped = _choose_slices(slices, classes)
-    probs = np.array([[row[f"prob_{name}"] for name in classes] for row in used], np.float64)
-    probs = probs.reshape(len(used), len(classes))
+    groups = _group_by_direction(used)
+    stacks, is_complete = _make_stacks(groups)
+    positions = [position for stack in stacks for position in stack]
+    stack_of = np.repeat(np.arange(len(stacks)), [len(stack) for stack in stacks])
+    probs = np.array([_average_probs(position, classes) for position in positions], np.float64)
+    probs = probs.reshape(len(positions), len(classes))
     evidence = _compute_evidence(probs, rule.top_fraction)
-    runs = [_find_longest_run(probs[:, k] >= rule.threshold) for k in range(len(classes))]
-    answer, reason = _decide(evidence, runs, len(used), classes, rule)
-    planes = Counter(row["plane"] for row in used)
-    flags = _find_flags(used)
-    if _is_localizer(slices, used):
+    runs = [_find_longest_run(column >= rule.threshold, stack_of) for column in probs.T]
+    answer, reason = decide_series(evidence, runs, len(positions), classes, rule)
+    if _is_localizer(slices, groups):
         answer, reason = INDETERMINATE, "localizer"
     shown = answer if answer in classes else _find_most_evident(evidence, classes)
+    strongest = np.argsort(-probs[:, list(classes).index(shown)], kind="stable")
+    planes = Counter(row["plane"] for row in used)
+    flags = {flag for row in used for flag in row["flags"] or ()}
+    flags |= _find_flags(groups, positions)
     return {
         "answer": answer,
         "reason": reason,
         "evidence": dict(zip(classes, map(float, evidence), strict=True)),
         "longest_run": dict(zip(classes, runs, strict=True)),
-        "key_slices": _choose_key_slices(used, probs[:, list(classes).index(shown)]),
+        "key_slices": [
+            str(max(positions[index], key=lambda row: row[f"prob_{shown}"])["scan_uri"])
+            for index in _choose_key_positions(strongest, stack_of)
+        ],
         "num_slices": len(slices),
         "num_used": len(used),
+        "num_positions": len(positions),
         "skipped": dict(sorted(skipped.items())),
         "plane": planes.most_common(1)[0][0] if used else None,
-        "flags": sorted(flags),
+        "flags": sorted(flags if is_complete else flags | {"incomplete"}),
     }
 
 
@@ -143,28 +169,95 @@ def summarise_study(series: Sequence[dict[str, Any]], classes: Sequence[str]) ->
 
 
 def _choose_slices(
-    slices: Sequence[dict[str, Any]], classes: Sequence[str]
-) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Return the slices with probabilities, by position, each once; count the others by reason."""
+    slices: Sequence[_Row], classes: Sequence[str]
+) -> tuple[list[_Row], Counter[str]]:
+    """Return the slices with probabilities, each once; count the others by reason."""
+
+    def has_no_answer(row: _Row) -> bool:
+        return row[f"prob_{classes[0]}"] is None
+
     used, skipped, seen = [], Counter[str](), set()
-    # By name first, so that of two copies the same one is used in every order.
-    for row in sorted(slices, key=lambda row: str(row["scan_uri"])):
+    # Of two copies, the one that has an answer is used, else the same one in every order of rows.
+    for row in sorted(slices, key=lambda row: (has_no_answer(row), str(row["scan_uri"]))):
         name = (row["sop_instance"], row["frame"])
         if row["sop_instance"] is not None and name in seen:
             skipped[DUPLICATE] += 1
-        elif row[f"prob_{classes[0]}"] is None:
+        elif has_no_answer(row):
             skipped[str(row["reason"])] += 1
         else:
             used.append(row)
         seen.add(name)
-    used.sort(
-        key=lambda row: (
-            row["position_mm"] if row["position_mm"] is not None else math.inf,
-            -1 if row["frame"] is None else row["frame"],
-            str(row["scan_uri"]),
-        )
-    )
     return used, skipped
+
+
+# ---- where slices lie ----------------------------------------------------------------------------
+
+
+def _group_by_direction(used: Sequence[_Row]) -> list[list[_Row]]:
+    groups: list[list[_Row]] = []
+    for row in used:
+        for group in groups:
+            if _has_direction(row, group[0]["orientation"]):
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    return groups
+
+
+def _has_direction(row: _Row, orientation: Sequence[float] | None) -> bool:
+    own = row["orientation"]
+    if own is None or orientation is None:
+        return own is orientation
+    cosines = np.dot(own[:3], orientation[:3]), np.dot(own[3:], orientation[3:])
+    return bool(min(cosines) >= SAME_DIRECTION)
+
+
+def _make_stacks(groups: Sequence[Sequence[_Row]]) -> tuple[list[_Stack], bool]:
+    """Put slices of each direction in order; return stacks, and whether no slice is missing."""
+
+    def place(row: _Row) -> tuple[float, int, str]:
+        frame = -1 if row["frame"] is None else row["frame"]
+        return row["position_mm"] or 0.0, frame, str(row["scan_uri"])
+
+    stacks: list[_Stack] = []
+    is_complete = True
+    for group in groups:
+        ordered = sorted(group, key=place)
+        found = _cut_at_gaps(
+            _group_by_position([row for row in ordered if row["position_mm"] is not None])
+        )
+        is_complete &= len(found) <= 1
+        stacks += found
+        if others := [[row] for row in ordered if row["position_mm"] is None]:
+            stacks.append(others)
+    return stacks, is_complete
+
+
+def _group_by_position(ordered: Sequence[_Row]) -> list[_Position]:
+    positions: list[_Position] = []
+    for row in ordered:
+        if positions and row["position_mm"] - positions[-1][0]["position_mm"] < SAME_POSITION_MM:
+            positions[-1].append(row)
+        else:
+            positions.append([row])
+    return positions
+
+
+def _cut_at_gaps(positions: list[_Position]) -> list[_Stack]:
+    steps = np.diff([position[0]["position_mm"] for position in positions])
+    gaps = np.flatnonzero(steps > GAP * np.median(steps)) if len(steps) else steps
+    ends = [*(int(gap) + 1 for gap in gaps), len(positions)]
+    return [positions[start:end] for start, end in pairwise([0, *ends]) if start < end]
+
+
+def _average_probs(position: _Position, classes: Sequence[str]) -> NDArray[np.float64]:
+    probs = [[row[f"prob_{name}"] for name in classes] for row in position]
+    average: NDArray[np.float64] = np.mean(probs, axis=0, dtype=np.float64)
+    return average
+
+
+# ---- the rule ------------------------------------------------------------------------------------
 
 
 def _compute_evidence(probs: NDArray[np.float64], top_fraction: float) -> NDArray[np.float64]:
@@ -175,23 +268,38 @@ def _compute_evidence(probs: NDArray[np.float64], top_fraction: float) -> NDArra
     return evidence
 
 
-def _find_longest_run(holds: NDArray[np.bool_]) -> int:
+def _find_longest_run(holds: NDArray[np.bool_], stack_of: NDArray[np.intp]) -> int:
     longest = current = 0
-    for one in holds.tolist():
-        current = current + 1 if one else 0
-        longest = max(longest, current)
+    previous = None
+    for is_in_run, stack in zip(holds.tolist(), stack_of.tolist(), strict=True):
+        before = current if stack == previous else 0
+        current = before + 1 if is_in_run else 0
+        longest, previous = max(longest, current), stack
     return longest
 
 
-def _decide(
+def decide_series(
     evidence: NDArray[np.float64],
     runs: Sequence[int],
-    num_used: int,
+    num_positions: int,
     classes: Sequence[str],
     rule: SeriesRule,
 ) -> tuple[str, str | None]:
-    """Return the class of a series, or "indeterminate" and why."""
-    if num_used < rule.min_slices:
+    """Return the class of a series, or "indeterminate" and why.
+
+    Parameters
+    ----------
+    evidence : ndarray of float64, shape (K,)
+        Mean probability of each class over its most probable positions.
+    runs : sequence of int, length K
+        Longest run of neighbours at or above the rule's threshold, of each class.
+    num_positions : int
+        What the rule's ``min_slices`` is compared with.
+    classes : sequence of str
+        The K names, in class order.
+    rule : SeriesRule
+    """
+    if num_positions < rule.min_slices:
         return INDETERMINATE, "too_few_slices"
     tumours = [k for k, name in enumerate(classes) if name != NO_TUMOUR]
     strong = {k for k in tumours if evidence[k] >= rule.threshold}
@@ -211,37 +319,35 @@ def _find_most_evident(evidence: NDArray[np.float64], classes: Sequence[str]) ->
     return classes[max(named, key=lambda k: evidence[k])]
 
 
-def _choose_key_slices(used: Sequence[dict[str, Any]], probs: NDArray[np.float64]) -> list[str]:
+def _choose_key_positions(strongest: NDArray[np.intp], stack_of: NDArray[np.intp]) -> list[int]:
+    """Return the first of these indices that are no neighbours of earlier ones."""
     chosen: list[int] = []
-    for place in np.argsort(-probs, kind="stable").tolist():
+    for index in strongest.tolist():
         if len(chosen) == NUM_KEY_SLICES:
             break
-        if all(abs(place - other) > 1 for other in chosen):
-            chosen.append(place)
-    return [str(used[place]["scan_uri"]) for place in chosen]
+        if all(abs(index - one) > 1 or stack_of[index] != stack_of[one] for one in chosen):
+            chosen.append(index)
+    return chosen
 
 
 # ---- flags ---------------------------------------------------------------------------------------
 
 
-def _find_flags(used: Sequence[dict[str, Any]]) -> set[str]:
-    flags = {flag for row in used for flag in row["flags"] or ()}
-    if len(_count_orientations(used)) > 1:
+def _find_flags(groups: Sequence[Sequence[_Row]], positions: Sequence[_Position]) -> set[str]:
+    flags = set()
+    if sum(group[0]["orientation"] is not None for group in groups) > 1:
         flags.add("mixed")
-    positions = sorted(
-        {round(row["position_mm"], 3) for row in used if row["position_mm"] is not None}
-    )
-    steps = [after - before for before, after in pairwise(positions)]
-    if steps and max(steps) > GAP * float(np.median(steps)):
-        flags.add("incomplete")
+    if any(position[0]["position_mm"] is None for position in positions):
+        flags.add("position_unknown")
+    if any(len(position) > 1 for position in positions):
+        flags.add("repeated_positions")
     return flags
 
 
-def _count_orientations(rows: Sequence[dict[str, Any]]) -> Counter[tuple[float, ...]]:
-    found = (row["orientation"] for row in rows if row["orientation"] is not None)
-    return Counter(tuple(round(cosine, 1) + 0.0 for cosine in one) for one in found)
-
-
-def _is_localizer(slices: Sequence[dict[str, Any]], used: Sequence[dict[str, Any]]) -> bool:
-    """Tell a localizer by its geometry: a few slices of several orientations."""
-    return len(slices) <= MAX_LOCALIZER_SLICES and len(_count_orientations(used)) > 1
+def _is_localizer(slices: Sequence[_Row], groups: Sequence[Sequence[_Row]]) -> bool:
+    """Tell a localizer by its geometry: a few slices of several planes."""
+    orientations = [group[0]["orientation"] for group in groups]
+    normals = [np.cross(one[:3], one[3:]) for one in orientations if one is not None]
+    return len(slices) <= MAX_LOCALIZER_SLICES and any(
+        abs(np.dot(one, two)) < SAME_PLANE for one, two in combinations(normals, 2)
+    )

@@ -8,6 +8,8 @@ import struct
 from typing import NamedTuple
 
 from brainray.errors import RejectedImage
+from brainray.images.headers.header import MAX_PARTS
+from brainray.images.headers.jpeg import MAX_SCANS
 
 _JPEG_FRAME_MARKERS = frozenset({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
 _JPEG_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
@@ -32,11 +34,15 @@ def read_jpeg_codestream(frame: bytes) -> Codestream:
     Raises
     ------
     RejectedImage
-        It has no frame header.
+        It has no frame header, or more scans than :data:`brainray.images.headers.jpeg.MAX_SCANS`.
     """
+    if frame.count(b"\xff\xda") > MAX_SCANS:
+        raise RejectedImage(
+            "too_large", f"A compressed frame has more than the {MAX_SCANS} JPEG scans allowed."
+        )
     at = 2
-    while at + 4 <= len(frame) and frame[:2] == b"\xff\xd8":
-        if frame[at] != 0xFF:
+    for _ in range(MAX_PARTS):
+        if at + 4 > len(frame) or frame[:2] != b"\xff\xd8" or frame[at] != 0xFF:
             break
         marker = frame[at + 1]
         if marker == 0xFF:  # a fill byte

@@ -7,7 +7,7 @@ from brainray.images.headers.header import Header, check_size, read_exif_orienta
 
 # A scan is one pass over the whole image, and costs a hostile file a hundred bytes. libjpeg-turbo's
 # own fuzzers stop at 500 [libjpeg-turbo, fuzz/decompress.cc]; encoders in use write fewer than 20.
-_MAX_SCANS = 100
+MAX_SCANS = 100
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2, 0xC3, 0xC9, 0xCA, 0xCB})
 # Hierarchical JPEG, which nothing decodes, and JPEG-LS.
 _UNSUPPORTED = frozenset({0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF, 0xDE, 0xF7})
@@ -64,9 +64,9 @@ def read_jpeg(data: bytes, max_pixels: int) -> Header:
         raise RejectedImage(
             "truncated", "The JPEG file has no end marker: part of it is missing. Resend it."
         )
-    if data.count(b"\xff\xda", at) > _MAX_SCANS:
+    if data.count(b"\xff\xda", at) > MAX_SCANS:
         raise RejectedImage(
-            "too_large", f"The JPEG file has more than {_MAX_SCANS} scans. Save as PNG."
+            "too_large", f"The JPEG file has more than {MAX_SCANS} scans. Save as PNG."
         )
     payload = b"".join([*kept, memoryview(data)[kept_from:]]) if kept else data
     return Header(format="JPEG", size=size, payload=payload, orientation=orientation or 1)

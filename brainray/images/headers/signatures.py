@@ -6,8 +6,9 @@ ACCEPTED = "Expected a DICOM, NIfTI, PNG, JPEG, BMP, GIF, TIFF or WebP file"
 
 _EXPORT = "Export the slice as PNG or JPEG."
 _SAVE = "Save it as PNG or JPEG."
-# (offset, magic, what it is). Offsets and magics: DICOM PS3.10 section 7.1; NIfTI-1 and NIfTI-2
-# headers; ISO/IEC 14496-12 section 4.3; the others as in the file(1) database.
+# Of NIfTI-1 in one file and in two, of NIfTI-2, and of gzip (offset, magic).
+_NIFTI = ((344, b"n+1\0"), (344, b"ni1\0"), (4, b"n+2\0\r\n\x1a\n"), (0, b"\x1f\x8b"))
+# (offset, magic, what it is): ISO/IEC 14496-12 section 4.3; the others as in the file(1) database.
 _UNSUPPORTED: tuple[tuple[int, bytes, str], ...] = (
     (0, b"%PDF-", "a PDF document. Extract the image from it."),
     (0, b"PK\x03\x04", "a ZIP archive. Unpack it."),
@@ -21,8 +22,22 @@ _UNSUPPORTED: tuple[tuple[int, bytes, str], ...] = (
 )
 
 
+def is_dicom(start: bytes) -> bool:
+    """Tell from a file's first 132 bytes whether it is to be read as DICOM.
+
+    Part 10 files have ``DICM`` after 128 bytes of any content. Files without this preamble are
+    recognised by their first element, which is in group 2 or group 8.
+    """
+    return start[128:132] == b"DICM" or start[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x08")
+
+
+def is_nifti(start: bytes) -> bool:
+    """Tell from a file's first 348 bytes whether it is to be read as NIfTI, or as gzipped NIfTI."""
+    return any(start.startswith(magic, offset) for offset, magic in _NIFTI)
+
+
 def recognise(data: bytes) -> str:
-    """Name the format by its first bytes, or raise RejectedImage."""
+    """Name the format of a picture by its first bytes, or raise RejectedImage."""
     if data.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -31,7 +46,6 @@ def recognise(data: bytes) -> str:
         return "GIF"
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "WEBP"
-    # DICOM lets any 128 bytes come first, so it is asked before the short magics of TIFF and BMP.
     for offset, magic, what in _UNSUPPORTED:
         if data.startswith(magic, offset):
             raise RejectedImage("unsupported", f"{ACCEPTED}, got {what}")
@@ -43,4 +57,5 @@ def recognise(data: bytes) -> str:
     text = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith((b"<svg", b"<?xml", b"<!doctype svg")):
         raise RejectedImage("unsupported", f"{ACCEPTED}, got an SVG or XML document. {_EXPORT}")
-    raise RejectedImage("not_an_image", f"{ACCEPTED}, got bytes that begin {data[:8].hex(' ')}.")
+    # Not which bytes: a text may begin with a name.
+    raise RejectedImage("not_an_image", f"{ACCEPTED}, got bytes of another format.")
