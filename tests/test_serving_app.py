@@ -469,7 +469,7 @@ def test_the_interface_is_described_with_every_status(model: LocalPredictor) -> 
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     }
-    assert len(operations) == 12
+    assert len(operations) == 14
     for (path, method), operation in operations.items():
         statuses = set(operation["responses"])
         assert "500" in statuses

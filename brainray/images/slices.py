@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits, decode_image, decode_samples
+from brainray.images.intensity import to_display
 from brainray.images.preprocess import OpenedScan, Preprocessing, open_samples
 
 if TYPE_CHECKING:
     from brainray.images.dicom import DicomImage
     from brainray.images.nifti import Volume
 
+Format = Literal["picture", "dicom", "nifti"]
 Plane = Literal["axial", "coronal", "sagittal"]
 GreyRange = Literal["stored", "percentile", "voi_lut", "window", "samples"]
 """Where the grey range of the network's input came from: the `stored` range of the samples' type;
@@ -73,7 +75,7 @@ class SliceInfo:
 class ScanFile(Protocol):
     """A file whose header was read, and whose slices can be decoded."""
 
-    format: Literal["picture", "dicom", "nifti"]
+    format: Format
     slices: tuple[SliceInfo, ...]
     """In the order of the file, those that are not to be classified included."""
 
@@ -116,13 +118,21 @@ def open_file(
         :data:`brainray.images.decode.REJECTION_REASONS`.
     """
     options = options or ReadOptions()
+    kind = recognise_format(content)
+    if kind == "picture":
+        return _Picture(content, options)
+    return (_Dicom if kind == "dicom" else _Nifti)(content, options, key)
+
+
+def recognise_format(content: bytes) -> Format:
+    """Tell by its first bytes how a file is read; what is unknown is left to the pictures."""
     if content[128:132] == b"DICM":
-        return _Dicom(content, options, key)
+        return "dicom"
     if any(content.startswith(magic, offset) for offset, magic in _NIFTI_MAGICS):
-        return _Nifti(content, options, key)
+        return "nifti"
     if content[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x08"):  # DICOM without its preamble
-        return _Dicom(content, options, key)
-    return _Picture(content, options)
+        return "dicom"
+    return "picture"
 
 
 def open_slice(file: ScanFile, index: int, preprocessing: Preprocessing) -> "OpenedSlice":
@@ -142,6 +152,22 @@ def open_slice(file: ScanFile, index: int, preprocessing: Preprocessing) -> "Ope
     else:
         samples, grey_range = file.render(index)
     return OpenedSlice(open_samples(samples, preprocessing), file.slices[index], grey_range)
+
+
+def show_slice(file: ScanFile, index: int) -> NDArray[np.uint8]:
+    """Decode one slice to grey levels for a person to look at, shape (height, width).
+
+    A DICOM object is shown through its own window; a picture of 16 bits by its own range, since
+    many hold 12 bits, which would be nearly black.
+
+    Raises
+    ------
+    RejectedImage
+        It cannot be decoded, or is not to be classified.
+    """
+    if file.format == "picture":
+        return to_display(file.decode(index))
+    return file.render(index)[0]
 
 
 @dataclass(frozen=True, slots=True)

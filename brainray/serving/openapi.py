@@ -19,7 +19,7 @@ from brainray.model.reasons import NOTICE
 from brainray.serving.middleware import is_public
 from brainray.serving.options import ServiceLimits
 from brainray.serving.problem import PROBLEM_TYPE
-from brainray.serving.schemas import InferenceRequest, ProblemBody
+from brainray.serving.schemas import AnsweredBody, InferenceRequest, ProblemBody
 from brainray.serving.uploads import FILES_FIELD, MULTIPART
 
 WEB = Path(str(files("brainray.serving") / "web"))
@@ -34,7 +34,7 @@ DOCS_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; frame-ancestors 'none'"
 )
-SCANS_PATHS = ("/v1/classify", "/v1/explain")
+SCANS_PATHS = ("/v1/classify", "/v1/explain", "/v1/render")
 
 
 READING = (401, 429, 500, 503, 504)
@@ -57,8 +57,9 @@ PICTURE = {"schema": {"type": "string", "format": "binary"}}
 SCANS_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "Scans as JPEG, PNG, BMP, GIF, TIFF or WebP files: one as the body itself "
-        "(image/*, or application/octet-stream), or one or more in a form.",
+        "description": "Scans as JPEG, PNG, BMP, GIF, TIFF, WebP, DICOM or NIfTI files: one as the "
+        "body itself (image/*, application/dicom, application/gzip or application/octet-stream; "
+        "its bytes say what it is), or one or more in a form.",
         "content": {
             MULTIPART: {
                 "schema": {
@@ -75,6 +76,10 @@ SCANS_BODY: dict[str, Any] = {
         },
     }
 }
+ANSWERED_SCHEMA = {"$ref": "#/components/schemas/AnsweredBody"}
+ANSWERED_BODY: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": ANSWERED_SCHEMA}}}
+}
 INFERENCE_SCHEMA = {"$ref": "#/components/schemas/InferenceRequest"}
 INFERENCE_BODY: dict[str, Any] = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": INFERENCE_SCHEMA}}}
@@ -87,7 +92,8 @@ EXAMPLE = {
     "notice": NOTICE,
     "answers": [
         {
-            "name": "a.jpg",
+            "name": "a.dcm",
+            "frame": None,
             "status": "classified",
             "reason": None,
             "detail": None,
@@ -96,7 +102,30 @@ EXAMPLE = {
             "probs": {"glioma": 0.93, "meningioma": 0.05, "notumor": 0.01, "pituitary": 0.01},
             "width_px": 512,
             "height_px": 512,
+            "grey_range": "percentile",
+            "plane": "axial",
+            "position_mm": 33.0,
+            "orientation": [1.0, 0.0, 0.0, 0.0, 1.0, 0.0],
+            "flags": ["no_window"],
             "content_sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+            "series": "6a2da20943931e9834fc12cfe5bb47bb",
+            "sop_instance": "d4735e3a265e16eee03f59718b9b5d03",
+            "slices": None,
+        }
+    ],
+    "series": [
+        {
+            "series": "6a2da20943931e9834fc12cfe5bb47bb",
+            "answer": "indeterminate",
+            "reason": "too_few_slices",
+            "evidence": {"glioma": 0.93, "meningioma": 0.05, "notumor": 0.01, "pituitary": 0.01},
+            "longest_run": {"glioma": 1, "meningioma": 0, "notumor": 0, "pituitary": 0},
+            "key_slices": [{"upload": 0, "frame": None}],
+            "num_slices": 1,
+            "num_used": 1,
+            "skipped": {},
+            "plane": "axial",
+            "flags": ["no_window"],
         }
     ],
 }
@@ -121,7 +150,7 @@ def describe_interface(app: FastAPI, limits: ServiceLimits, *, needs_token: bool
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
     schemas = document["components"]["schemas"]
-    for body in (ProblemBody, InferenceRequest):
+    for body in (ProblemBody, InferenceRequest, AnsweredBody):
         schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[body.__name__] = schema
