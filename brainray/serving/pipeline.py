@@ -26,9 +26,11 @@ from brainray.images import (  # noqa: F401 - their libraries take seconds to lo
 from brainray.images.heatmap import render_grey, render_map, render_overlay
 from brainray.images.preprocess import OpenedScan, Preprocessing
 from brainray.images.slices import (
+    GreyRange,
     OpenedSlice,
     ReadOptions,
     ScanFile,
+    SliceInfo,
     open_file,
     open_slice,
     recognise_format,
@@ -110,6 +112,18 @@ class Selection:
                 "answers all of them.",
             )
         return range(count)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class NetworkInput:
+    """A slice without its samples, which may be large."""
+
+    image: NDArray[np.uint8]
+    """Shape (size_px, size_px)."""
+    shape: tuple[int, ...]
+    """Height and width of the slice, in pixels."""
+    info: SliceInfo
+    grey_range: GreyRange
 
 
 @dataclass(eq=False, slots=True)
@@ -201,7 +215,7 @@ class Pipeline:
             ``timeout``; a scan that cannot be read has an answer.
         """
         self._check(len(uploads), self.predictions)
-        decode = partial(open_slice, preprocessing=self._preprocessing)
+        decode = partial(open_input, preprocessing=self._preprocessing)
         selection = Selection(one=one_slice)
         found = await self._process(uploads, selection, decode, self._predict)
         return [build_answer(file) for file in found]
@@ -353,13 +367,15 @@ class Pipeline:
         """Wait until a further file may be open; pictures are unpacked only by their decoder."""
         return nullcontext() if recognise_format(content) == "picture" else self._open_files
 
-    async def _predict(self, opened: OpenedSlice) -> SliceBody:
-        shape, image = opened.scan.samples.shape, opened.scan.image
-        info, grey_range = opened.info, opened.grey_range
-        del opened  # its samples need not be held while its image waits
-        found = await self.predictions.predict(image)
+    async def _predict(self, opened: NetworkInput) -> SliceBody:
+        found = await self.predictions.predict(opened.image)
         return build_slice(
-            shape, self.classes, found.probs[0], found.reasons[0], info=info, grey_range=grey_range
+            opened.shape,
+            self.classes,
+            found.probs[0],
+            found.reasons[0],
+            info=opened.info,
+            grey_range=opened.grey_range,
         )
 
     async def _explain(self, render: Render, opened: OpenedSlice) -> ExplainedSlice:
@@ -430,6 +446,13 @@ def try_to_decode(
         return decode(file, index)
     except RejectedImage as rejection:
         return rejection
+
+
+def open_input(file: ScanFile, index: int, preprocessing: Preprocessing) -> NetworkInput:
+    """Open one slice, and keep only what is needed of it while it waits for the model."""
+    opened = open_slice(file, index, preprocessing)
+    scan = opened.scan
+    return NetworkInput(scan.image, scan.samples.shape, opened.info, opened.grey_range)
 
 
 def open_shown(file: ScanFile, index: int, preprocessing: Preprocessing) -> OpenedSlice:
