@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from pydicom.data import get_testdata_file
 from selenium import webdriver
@@ -585,13 +586,19 @@ STRONG = (7, 12)
 """Slices in which the network sees a glioma."""
 
 
+def draw_slice(rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Draw a slice of 192 x 192 pixels: phantoms have many sizes."""
+    drawn = draw_phantom("glioma", rng, plane="axial")
+    return np.asarray(Image.fromarray(drawn).resize((192, 192)))
+
+
 @pytest.fixture(scope="module")
 def series(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Draw the files of a series, in another order than their slices lie in, and a report."""
     folder = tmp_path_factory.mktemp("series")
     rng = np.random.default_rng(2)
     for number in range(NUM_SLICES):
-        pixels = draw_phantom("glioma", rng).astype(np.uint16) * 16
+        pixels = draw_slice(rng).astype(np.uint16) * 16
         content = make_mr(
             pixels,
             SOPInstanceUID=f"1.2.3.{number}",
@@ -696,7 +703,7 @@ def test_a_slices_heat_map_is_asked_for_when_it_is_wanted(
 
 def test_a_volume_is_a_series(page: Page, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
-    voxels = np.stack([draw_phantom("glioma", rng)[::2, ::2].T for _ in range(8)], axis=2)
+    voxels = np.stack([draw_slice(rng).T for _ in range(8)], axis=2)
     path = tmp_path / "brain.nii"
     path.write_bytes(nib.Nifti1Image(voxels.astype(np.int16), np.eye(4)).to_bytes())
     service = FixedService()

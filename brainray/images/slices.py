@@ -119,9 +119,11 @@ def open_file(
     """
     options = options or ReadOptions()
     kind = recognise_format(content)
-    if kind == "picture":
-        return _Picture(content, options)
-    return (_Dicom if kind == "dicom" else _Nifti)(content, options, key)
+    if kind == "dicom":
+        return _Dicom(content, options, key)
+    if kind == "nifti":
+        return _Nifti(content, options, key)
+    return _Picture(content, options)
 
 
 def recognise_format(content: bytes) -> Format:

@@ -52,7 +52,7 @@ class ExplainedSlice:
 
 def build_answer(file: ProcessedFile[SliceBody]) -> AnswerBody:
     """Build the answer to a file, with an answer for each slice where it has several."""
-    named = {"name": file.name, "content_sha256": file.content_sha256}
+    named: dict[str, Any] = {"name": file.name, "content_sha256": file.content_sha256}
     if file.rejection is not None:
         return AnswerBody(**named, **dict(build_rejection(file.rejection)))
     info, first = file.slices[0]

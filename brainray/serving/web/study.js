@@ -234,7 +234,7 @@ export class Study {
   takeFailed() {
     const failed = this.#leftOut.filter(({ problem }) => problem).map(({ file }) => file);
     this.#leftOut = this.#leftOut.filter(({ problem }) => !problem);
-    this.#batches = this.#batches.filter(({ records }) => records);
+    this.#batches = this.#batches.filter(({ records, isDone }) => records || !isDone);
     this.#showLeftOut();
     return failed;
   }
