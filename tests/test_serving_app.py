@@ -568,6 +568,7 @@ def test_what_a_person_can_mend_is_one_line_and_exit_2(
         ((*here, "--host", "0.0.0.0"), "there is no token"),
         ((*here, "--host", "no-such-host.invalid", "--insecure"), "Cannot listen on"),
         ((*here, "--api-token-file", short), "at least 16 ASCII characters"),
+        ((*here, "--id-key-file", short), "at least 16 bytes"),
         ((*here, "--api-token-file", tmp_path / "nowhere"), "Cannot read the token file"),
         ((*here, "--tls-cert", short), "go together"),
         ((*here, "--tls-cert", short, "--tls-key", short), "Cannot use the certificate"),

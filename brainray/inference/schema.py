@@ -19,8 +19,9 @@ from brainray.model.explain import STRIDE_PX
 from brainray.model.reasons import find_status
 
 SCHEMA_VERSION = 4
-"""4 added the columns of :data:`SLICE_FIELDS`; 3 added ``engine``, ``precision``, ``logits`` and ``features``, and bulk jobs write below
-``predictions/classifier_id=<id>/``; 2 added ``class_map``."""
+"""4 added the columns of :data:`SLICE_FIELDS`; 3 added ``engine``, ``precision``, ``logits`` and
+``features``, and bulk jobs write below ``predictions/classifier_id=<id>/``; 2 added ``class_map``.
+"""
 
 SLICE_FIELDS = (
     pa.field("frame", pa.int32()),  # within the file, from 0; null where it has one slice

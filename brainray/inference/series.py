@@ -1,8 +1,8 @@
 """What the slices of a series say together: slice evidence, by one stated rule.
 
 A network that is wrong on one slice in a hundred gives a tumour to some slice of nearly every
-series, so neither the maximum of a series nor a product over its slices means anything. Here a class
-has evidence where a share of the series' slices agree on it, and where they are neighbours.
+series, so neither the maximum of a series nor a product over its slices means anything. Here a
+class has evidence where a share of the series' slices agree on it, and where they are neighbours.
 
 The evidence is a mean of probabilities that are calibrated for slices. It is not a probability of
 the series or of the patient: ``brainray calibrate-series`` fits thresholds where labels are known.
@@ -177,9 +177,7 @@ def _find_most_evident(evidence: NDArray[np.float64], classes: Sequence[str]) ->
     return classes[max(named, key=lambda k: evidence[k])]
 
 
-def _choose_key_slices(
-    used: Sequence[dict[str, Any]], probs: NDArray[np.float64]
-) -> list[str]:
+def _choose_key_slices(used: Sequence[dict[str, Any]], probs: NDArray[np.float64]) -> list[str]:
     chosen: list[int] = []
     for place in np.argsort(-probs, kind="stable").tolist():
         if len(chosen) == NUM_KEY_SLICES:
