@@ -3,7 +3,7 @@
 Everything that they load comes from here; no page asks a third party for anything.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,14 @@ from brainray.model.reasons import NOTICE
 from brainray.serving.middleware import is_public
 from brainray.serving.options import ServiceLimits
 from brainray.serving.problem import PROBLEM_TYPE
-from brainray.serving.schemas import AnsweredBody, InferenceRequest, ProblemBody
+from brainray.serving.schemas import (
+    AnswerBody,
+    AnsweredBody,
+    ExplainedBody,
+    InferenceRequest,
+    ProblemBody,
+    SliceBody,
+)
 from brainray.serving.uploads import FILES_FIELD, MULTIPART
 
 WEB = Path(str(files("brainray.serving") / "web"))
@@ -144,17 +151,28 @@ def describe_refusals(statuses: Iterable[int]) -> dict[str, dict[str, Any]]:
     return described
 
 
-def describe_interface(app: FastAPI, limits: ServiceLimits, *, needs_token: bool) -> dict[str, Any]:
+def describe_interface(
+    app: FastAPI, limits: ServiceLimits, classes: Sequence[str], *, needs_token: bool
+) -> dict[str, Any]:
     """Build the OpenAPI document of an application's paths."""
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
     schemas = document["components"]["schemas"]
-    for body in (ProblemBody, InferenceRequest, AnsweredBody):
-        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas |= schema.pop("$defs", {})
-        schemas[body.__name__] = schema
+    for asked in (ProblemBody, InferenceRequest, AnsweredBody):
+        schema = asked.model_json_schema(ref_template="#/components/schemas/{model}")
+        for name, inner in schema.pop("$defs", {}).items():
+            schemas.setdefault(name, inner)  # bodies that are answered, too, are as answered
+        schemas[asked.__name__] = schema
     schemas["InputTensor"]["properties"]["data"]["maxItems"] = limits.files
+    for body in (SliceBody, AnswerBody, ExplainedBody):
+        one_for_each, _ = schemas[body.__name__]["properties"]["probs"]["anyOf"]
+        fraction = one_for_each.pop("additionalProperties")
+        one_for_each |= {
+            "properties": dict.fromkeys(classes, fraction),
+            "required": list(classes),
+            "additionalProperties": False,
+        }
     answer = document["paths"]["/v1/classify"]["post"]["responses"]["200"]
     answer["content"]["application/json"]["example"] = EXAMPLE
     for path in SCANS_PATHS:

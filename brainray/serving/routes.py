@@ -111,7 +111,9 @@ def build_app(
     app.add_exception_handler(RequestValidationError, _refuse_parameter)
     app.state.pipeline, app.state.metrics = pipeline, metrics
     app.include_router(router)
-    document = describe_interface(app, pipeline.limits, needs_token=token is not None)
+    document = describe_interface(
+        app, pipeline.limits, pipeline.classes, needs_token=token is not None
+    )
     add_pages(app, document)
     app.add_middleware(RequestLimits, limits=pipeline.limits, metrics=metrics)
     app.add_middleware(TokenAuth, token=token)
