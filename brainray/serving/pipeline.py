@@ -323,7 +323,8 @@ class Pipeline:
         finish: Callable[[Decoded], Awaitable[Result]],
     ) -> list[ProcessedFile[Result]]:
         """Decode slices in threads, and finish each as soon as it is decoded."""
-        request = _Request(self.limits.slices, asyncio.Semaphore(self._max_under_way))
+        share = min(self._max_under_way, max(1, self.limits.queued // 2))  # others wait, too
+        request = _Request(self.limits.slices, asyncio.Semaphore(share))
         files = [
             request.start(self._process_file(upload, request, selection, decode, finish))
             for upload in uploads
