@@ -729,6 +729,7 @@ def test_text_of_a_series_stands_out_in_light_and_dark(
     until(lambda: find_part(page, "map").is_displayed())
     assert not [pair for pair in page.run(CONTRAST) if pair[0] < 4.5]
     if folder := os.environ.get("BRAINRAY_SCREENSHOTS"):
+        page.run("arguments[0].scrollIntoView()", page.all(".series")[0])
         page.driver.save_screenshot(f"{folder}/page-series-{scheme}.png")
 
 
