@@ -20,8 +20,8 @@ import uvicorn
 from numpy.typing import NDArray
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing, open_scan
+from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import OpenedSlice, open_slices
 from brainray.inference.engine import Prediction
 from brainray.model.explain import STRIDE_PX
 from brainray.serving.options import ServiceLimits
@@ -84,10 +84,16 @@ class FixedPredictor:
         self._said: dict[str, Said] = {}
         self._failed: set[str] = set()
 
-    def teach(self, scan: Path, said: Said) -> None:
-        """Fix what is said to every scan that looks like this one."""
-        seen = hash_image(open_scan(scan.read_bytes(), PREPROCESSING, DecodeLimits()).image)
-        assert self._said.setdefault(seen, said) == said, "two scans look the same"
+    def teach(self, scan: Path, *said: Said) -> None:
+        """Fix what is said to every scan that looks like this one, or like its slices."""
+        slices = [
+            one
+            for one in open_slices(scan.read_bytes(), PREPROCESSING)
+            if isinstance(one, OpenedSlice)
+        ]
+        for one, words in zip(slices, said, strict=True):
+            seen = hash_image(one.scan.image)
+            assert self._said.setdefault(seen, words) == words, "two scans look the same"
 
     def predict(self, images: NDArray[np.uint8]) -> Prediction:
         self.num_calls += 1

@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
+from pydicom.data import get_testdata_file
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -29,6 +33,7 @@ from brainray.serving.middleware import FAULT
 from brainray.serving.openapi import WEB
 from brainray.serving.problem import Problem
 from tests.conftest import CLASSES
+from tests.dicom_files import make_mr
 from tests.fixed_service import CLASSIFIER_ID, FixedService, Said, serve_fixed
 
 WAIT_S = 10.0
@@ -341,6 +346,8 @@ def test_keys_alone_do_it_all(page: Page, service: FixedService, scans: Path) ->
     page.choose_and_wait(scans / "glioma.png", scans / "meningioma.png")
     assert page.focused() == "files"
     page.press(Keys.TAB)
+    assert page.focused() == "folder"
+    page.press(Keys.TAB)
     assert page.focused() == "opacity"
     page.press(Keys.ARROW_LEFT)
     assert page.all(".map")[0].value_of_css_property("opacity") == "0.75"
@@ -569,6 +576,177 @@ def test_scans_can_be_dropped_and_pasted(page: Page, service: FixedService, way:
     )
     until(lambda: page.count_done() == 1)
     assert "note.txt" in page.all(".scan")[0].text
+
+
+# ---- series --------------------------------------------------------------------------------------
+
+NUM_SLICES = 24
+HEALTHY = (0.02, 0.01, 0.96, 0.01)
+STRONG = (7, 12)
+"""Slices in which the network sees a glioma."""
+
+
+def draw_slice(rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Draw a slice of 192 x 192 pixels: phantoms have many sizes."""
+    drawn = draw_phantom("glioma", rng, plane="axial")
+    return np.asarray(Image.fromarray(drawn).resize((192, 192)))
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Draw the files of a series, in another order than their slices lie in, and a report."""
+    folder = tmp_path_factory.mktemp("series")
+    rng = np.random.default_rng(2)
+    for number in range(NUM_SLICES):
+        pixels = draw_slice(rng).astype(np.uint16) * 16
+        content = make_mr(
+            pixels,
+            SOPInstanceUID=f"1.2.3.{number}",
+            ImagePositionPatient=[0, 0, 4.0 * number],
+            WindowCenter=2000,
+            WindowWidth=3600,
+            PatientName="Doe^Jane",
+        )
+        (folder / f"{(number * 7) % NUM_SLICES:02}.dcm").write_bytes(content)
+    shutil.copy(str(get_testdata_file("test-SR.dcm")), folder / "report.dcm")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture
+def series_service(series: list[Path]) -> Iterator[FixedService]:
+    """Say glioma to six neighbouring slices; a request may hold some files of the series only."""
+    service = FixedService()
+    for path in series[:-1]:
+        number = int(pydicom.dcmread(path).SOPInstanceUID.rpartition(".")[2])
+        is_strong = STRONG[0] <= number <= STRONG[1]
+        service.model.teach(
+            path, Said((0.9 + number / 200, 0.02, 0.02, 0.01) if is_strong else HEALTHY)
+        )
+    with serve_fixed(service):
+        yield service
+
+
+def find_part(page: Page, part: str) -> WebElement:
+    return page.driver.find_element(By.CSS_SELECTOR, f".series [data-part={part}]")
+
+
+def choose_series(page: Page, service: FixedService, paths: list[Path]) -> None:
+    page.open(service)
+    until(lambda: page.all("#card .accuracy"))  # the page knows the limits
+    page.choose(*paths)
+    until(lambda: page.all(".series[data-answer]"))
+    until(lambda: find_part(page, "pixels").is_displayed())
+
+
+def test_a_folder_of_dicom_becomes_a_series(
+    page: Page, series_service: FixedService, series: list[Path]
+) -> None:
+    assert sum(path.stat().st_size for path in series) > series_service.limits.body_bytes
+    choose_series(page, series_service, series)
+    assert len(page.all(".series")) == 1
+    assert find_part(page, "answer").text == "glioma"
+    header = page.driver.find_element(By.CSS_SELECTOR, ".series header").text
+    assert "Slice evidence, not calibrated for patients" in header
+    assert "24 slices · 24 files · axial" in header
+    keys = page.all(".series .keys button")
+    assert [one.text.split()[0] for one in keys] == ["13", "11", "9"], "no two are neighbours"
+    assert find_part(page, "number").text == "Slice 13 of 24", "the strongest is shown first"
+    assert page.by_id("tally").text == "25 scans · 24 classified · 1 rejected"
+    page.by_id("left-out-count").click()
+    assert "report.dcm" in page.by_id("left-out-list").text
+    assert "no image" in page.by_id("left-out-list").text
+    assert "Doe" not in page.driver.page_source
+
+
+def test_a_series_is_scrolled_with_wheel_keys_and_marks(
+    page: Page, series_service: FixedService, series: list[Path]
+) -> None:
+    choose_series(page, series_service, series)
+    number, about = find_part(page, "number"), find_part(page, "about")
+    find_part(page, "slider").send_keys(Keys.HOME)
+    assert number.text == "Slice 1 of 24"
+    assert "0.0 mm" in about.text
+    assert "notumor" in find_part(page, "verdict").text
+    first = find_part(page, "pixels").get_attribute("src")
+    page.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert number.text == "Slice 3 of 24"
+    assert "8.0 mm" in about.text
+    assert find_part(page, "pixels").get_attribute("src") != first
+    page.run(
+        "arguments[0].dispatchEvent(new WheelEvent('wheel', { deltaY: 120, cancelable: true }))",
+        find_part(page, "stage"),
+    )
+    assert number.text == "Slice 6 of 24"
+    page.all(".series .keys button")[1].click()
+    assert number.text == "Slice 11 of 24"
+    assert "95.0 %" in find_part(page, "verdict").text
+    find_part(page, "next").click()
+    assert number.text == "Slice 12 of 24"
+    page.all(".series .marks i")[2].click()
+    assert number.text == "Slice 9 of 24"
+    assert "glioma, 94.0 %" in (find_part(page, "slider").get_attribute("aria-valuetext") or "")
+
+
+def test_a_slices_heat_map_is_asked_for_when_it_is_wanted(
+    page: Page, series_service: FixedService, series: list[Path]
+) -> None:
+    choose_series(page, series_service, series)
+    assert not series_service.renders
+    find_part(page, "heat").click()
+    until(lambda: find_part(page, "map").is_displayed())
+    layers = [find_part(page, part) for part in ("pixels", "map")]
+    assert layers[0].rect == layers[1].rect
+    sizes = [page.run("return arguments[0].naturalWidth", layer) for layer in layers]
+    assert sizes[0] == sizes[1] > 0
+    assert series_service.renders == ["map"]
+
+
+def test_a_volume_is_a_series(page: Page, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    voxels = np.stack([draw_slice(rng).T for _ in range(8)], axis=2)
+    path = tmp_path / "brain.nii"
+    path.write_bytes(nib.Nifti1Image(voxels.astype(np.int16), np.eye(4)).to_bytes())
+    service = FixedService()
+    service.model.teach(path, *[Said(HEALTHY)] * 8)
+    with serve_fixed(service):
+        choose_series(page, service, [path])
+        assert find_part(page, "answer").text == "notumor"
+        assert "8 slices · brain.nii" in find_part(page, "facts").text
+        assert page.by_id("tally").text == "1 scan · 8 slices · 8 classified"
+        page.by_id("download").click()
+        rows = page.read_csv()[1]
+    assert [row["frame"] for row in rows] == [str(frame) for frame in range(8)]
+    assert len({row["series"] for row in rows}) == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_of_a_series_stands_out_in_light_and_dark(
+    page: Page, series_service: FixedService, series: list[Path], scheme: str
+) -> None:
+    page.emulate(prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
+    choose_series(page, series_service, series)
+    find_part(page, "heat").click()
+    until(lambda: find_part(page, "map").is_displayed())
+    assert not [pair for pair in page.run(CONTRAST) if pair[0] < 4.5]
+    if folder := os.environ.get("BRAINRAY_SCREENSHOTS"):
+        page.run("arguments[0].scrollIntoView()", page.all(".series")[0])
+        page.driver.save_screenshot(f"{folder}/page-series-{scheme}.png")
+
+
+@pytest.mark.parametrize("width", [320, 768])
+def test_a_series_fits_every_width(
+    page: Page, series_service: FixedService, series: list[Path], width: int
+) -> None:
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        choose_series(page, series_service, series)
+        assert page.run("return document.documentElement.scrollWidth") <= width
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+# ---- the classifier ------------------------------------------------------------------------------
 
 
 def test_the_card_says_how_well_it_was_measured(page: Page, service: FixedService) -> None:

@@ -36,6 +36,8 @@ from tests.service import LocalPredictor, build_test_app, find_port, open_client
 TOKEN = "0123456789abcdef"
 JPEG = {"content-type": "image/jpeg"}
 INFER = "/v2/models/brainray/infer"
+RUNNER = asyncio.Runner()
+"""All requests of this process have one event loop, as those of a service have."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def ask(
         async with open_client(app) as client:
             return await client.request(method, path, **request)
 
-    return asyncio.run(run())
+    return RUNNER.run(run())
 
 
 def check_problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
@@ -336,10 +338,13 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing(
 
 
 @given(
-    path=st.sampled_from(["/v1/classify", INFER, "/v1/explain"]),
+    path=st.sampled_from(["/v1/classify", INFER, "/v1/explain", "/v1/render", "/v1/series"]),
     kind=st.one_of(
         st.sampled_from(
-            ["multipart/form-data; boundary=B", "image/png", "application/json", "multipart/"]
+            [
+                *("multipart/form-data; boundary=B", "multipart/", "image/png"),
+                *("application/json", "application/dicom"),
+            ]
         ),
         st.text(st.characters(max_codepoint=255, exclude_categories=("Cc",)), max_size=30),
     ),
@@ -469,7 +474,7 @@ def test_the_interface_is_described_with_every_status(model: LocalPredictor) -> 
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     }
-    assert len(operations) == 12
+    assert len(operations) == 14
     for (path, method), operation in operations.items():
         statuses = set(operation["responses"])
         assert "500" in statuses
@@ -563,6 +568,7 @@ def test_what_a_person_can_mend_is_one_line_and_exit_2(
         ((*here, "--host", "0.0.0.0"), "there is no token"),
         ((*here, "--host", "no-such-host.invalid", "--insecure"), "Cannot listen on"),
         ((*here, "--api-token-file", short), "at least 16 ASCII characters"),
+        ((*here, "--id-key-file", short), "at least 16 bytes"),
         ((*here, "--api-token-file", tmp_path / "nowhere"), "Cannot read the token file"),
         ((*here, "--tls-cert", short), "go together"),
         ((*here, "--tls-cert", short, "--tls-key", short), "Cannot use the certificate"),

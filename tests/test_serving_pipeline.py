@@ -27,10 +27,10 @@ from brainray.serving.auth import read_token
 from brainray.serving.batcher import Batcher
 from brainray.serving.open_inference import read_inference, render_inference
 from brainray.serving.options import ServiceLimits, read_arguments
-from brainray.serving.pipeline import Pipeline, Upload
+from brainray.serving.pipeline import Pipeline
 from brainray.serving.predictor import Predictor
 from brainray.serving.problem import Problem
-from brainray.serving.uploads import read_uploads
+from brainray.serving.uploads import Upload, read_uploads
 from tests.conftest import CLASSES
 from tests.reference import predict_eager
 from tests.service import LocalPredictor, build_test_app, open_client, open_predictor

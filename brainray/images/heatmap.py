@@ -38,6 +38,22 @@ def render_picture(samples: Samples) -> bytes:
     return _encode(image)
 
 
+def render_grey(pixels: NDArray[np.uint8]) -> bytes:
+    """Render grey levels as a PNG of at most :data:`SHOWN_PX` on the longer side.
+
+    A map or an overlay of the same slice has the same size.
+
+    Parameters
+    ----------
+    pixels : ndarray of uint8, shape (height, width)
+    """
+    height, width = _find_shown_size(pixels.shape, SHOWN_PX)
+    image = Image.fromarray(pixels)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BOX)
+    return _encode(image)
+
+
 def render_map(class_map: NDArray[np.float32], frame: Frame, stride_px: int) -> bytes:
     """Render the evidence for a class as a PNG that is laid over the scan.
 
@@ -98,12 +114,18 @@ def render_overlay(
     return _encode(Image.fromarray(blended.round().astype(np.uint8)))
 
 
+def _find_shown_size(shape: tuple[int, ...], shown_px: int) -> tuple[int, int]:
+    """Return height and width of what is shown of a scan of some height and width."""
+    shrunk = min(1.0, shown_px / max(shape))
+    height, width = (max(1, round(length * shrunk)) for length in shape)
+    return height, width
+
+
 def _compute_levels(
     class_map: NDArray[np.float32], frame: Frame, stride_px: int, shown_px: int = SHOWN_PX
 ) -> NDArray[np.uint8]:
     """Return the evidence at every pixel of the scan as shown: 0 none, 255 the strongest."""
-    shrunk = min(1.0, shown_px / max(frame.shape))
-    height, width = (max(1, round(length * shrunk)) for length in frame.shape)
+    height, width = _find_shown_size(frame.shape, shown_px)
     peak = float(class_map.max())
     if not peak > 0:
         return np.zeros((height, width), np.uint8)

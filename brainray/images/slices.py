@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from brainray.images.dicom import DicomImage
     from brainray.images.nifti import Volume
 
+Format = Literal["picture", "dicom", "nifti"]
 Plane = Literal["axial", "coronal", "sagittal"]
 GreyRange = Literal["stored", "percentile", "voi_lut", "window", "samples"]
 """Where the grey range of the network's input came from: the `stored` range of the samples' type;
@@ -78,7 +79,7 @@ class ScanFile(Protocol):
     """A file whose header was read, and whose slices can be decoded."""
 
     @property
-    def format(self) -> Literal["picture", "dicom", "nifti"]:
+    def format(self) -> Format:
         """What the bytes are."""
 
     @property
@@ -124,12 +125,22 @@ def open_file(
         :data:`brainray.images.decode.REJECTION_REASONS`.
     """
     options = options or ReadOptions()
-    start = content[:352]
-    if is_dicom(start):
+    kind = recognise_format(content)
+    if kind == "dicom":
         return _Dicom(content, options, key)
-    if is_nifti(start):
+    if kind == "nifti":
         return _Nifti(content, options, key)
     return _Picture(content, options)
+
+
+def recognise_format(content: bytes) -> Format:
+    """Tell by its first bytes how a file is read; what is unknown is left to the pictures."""
+    start = content[:352]
+    if is_dicom(start):
+        return "dicom"
+    if is_nifti(start):
+        return "nifti"
+    return "picture"
 
 
 def open_slice(file: ScanFile, index: int, preprocessing: Preprocessing) -> "OpenedSlice":

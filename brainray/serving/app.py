@@ -5,6 +5,7 @@ request. ``serve deploy`` and ``serve run`` call :func:`build`.
 """
 
 import os
+import secrets
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +15,7 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
 from brainray.inference.engine import EngineOptions
+from brainray.io.identifiers import NUM_KEY_BYTES, read_key
 from brainray.serving.access_log import AccessLog
 from brainray.serving.auth import read_token
 from brainray.serving.metrics import Metrics
@@ -45,11 +47,12 @@ QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 class Model:
     """A replica: the ASGI application, and the classifier in the same process."""
 
-    def __init__(self, config: ServiceConfig, use_ray_metrics: bool) -> None:
+    def __init__(self, config: ServiceConfig, id_key: bytes, use_ray_metrics: bool) -> None:
         self._config = config
         self._pipeline = Pipeline(
             Predictor(config.model),
             config.limits,
+            id_key=read_key(config.id_key_file) if config.id_key_file else id_key,
             max_batch_size=get_max_batch_size(config.model.engine),
         )
         self._metrics = Metrics(
@@ -99,7 +102,8 @@ def build_application(config: ServiceConfig, *, use_ray_metrics: bool) -> Applic
             "downscale_delay_s": 120,
         },
     )
-    application: Application = deployment.bind(config, use_ray_metrics)
+    id_key = secrets.token_bytes(NUM_KEY_BYTES)  # the same in all replicas
+    application: Application = deployment.bind(config, id_key, use_ray_metrics)
     return application
 
 

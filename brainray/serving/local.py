@@ -21,6 +21,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from brainray.errors import ConfigError, ServingError
+from brainray.io.identifiers import read_key
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.raytoken import keep_token_private
 from brainray.serving.access_log import AccessLog
@@ -61,6 +62,8 @@ def serve_here(job: ServeJob, *, log: Log, verbose: bool = False) -> None:
     check_job(job)
     check_port(job.host, job.port)
     AccessLog(job.service.log_path)
+    if job.service.id_key_file:
+        read_key(job.service.id_key_file)
     classifier = load_classifier(job.service.model.classifier_uri)
     config = share_cpus(job.service, len(os.sched_getaffinity(0)))
     config = replace(config, log_path=config.log_path or find_stdout())

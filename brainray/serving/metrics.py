@@ -63,8 +63,9 @@ class Metrics:
             self._ray_latency.observe(seconds, tags={"path": path})
 
     def count_answers(self, answers: Iterable[AnswerBody]) -> None:
-        """Count the answers of a request."""
-        kinds = Tally((a.status, a.predicted_class or "", a.reason or "") for a in answers)
+        """Count the answers of a request, each slice for itself."""
+        slices = (one for answer in answers for one in answer.slices or (answer,))
+        kinds = Tally((one.status, one.predicted_class or "", one.reason or "") for one in slices)
         for (status, name, reason), count in kinds.items():
             self._count(ANSWERS[0], count, status=status, predicted_class=name, reason=reason)
 

@@ -14,23 +14,27 @@ import binascii
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import orjson
-from pydantic import ValidationError
 
-from brainray.serving.pipeline import Pipeline, Upload, too_many_files
+from brainray.serving.pipeline import Pipeline
 from brainray.serving.problem import Problem
-from brainray.serving.schemas import AnswerBody, BaseRequest, BinaryRequest, InferenceRequest
+from brainray.serving.schemas import (
+    AnswerBody,
+    BaseRequest,
+    BinaryRequest,
+    InferenceRequest,
+    read_json,
+)
+from brainray.serving.uploads import Upload, too_many_files
 
 MODEL_NAME = "brainray"
 LENGTH_HEADER = "inference-header-content-length"
 EXTENSIONS = ["binary_tensor_data"]
 OUTPUTS = {"probs": "FP32", "predicted_class": "BYTES", "status": "BYTES", "reason": "BYTES"}
 """Name to datatype. The probabilities of a rejected image are 0, and texts it lacks are empty."""
-
-Request = TypeVar("Request", bound=BaseRequest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +65,10 @@ def read_inference(body: bytes, header_length: str | None, *, most: int) -> Infe
     header, binary = _split(body, header_length)
     request: BaseRequest
     if binary:
-        request = packed = _validate(BinaryRequest, header)
+        request = packed = read_json(BinaryRequest, header)
         images = _unpack(binary, packed.inputs[0].parameters.binary_data_size)
     else:
-        request = plain = _validate(InferenceRequest, header)
+        request = plain = read_json(InferenceRequest, header)
         if "binary_data_size" in (plain.inputs[0].parameters or {}):
             raise _invalid("There are no binary data, and binary_data_size promises some.")
         images = [_decode(text) for text in plain.inputs[0].data]
@@ -143,15 +147,6 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
     if length > len(body):
         raise _invalid(f"{LENGTH_HEADER} is {length}, more than the body's {len(body)} bytes.")
     return body[:length], body[length:]
-
-
-def _validate(kind: type[Request], header: bytes) -> Request:
-    try:
-        return kind.model_validate_json(header, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        location = ".".join(map(str, first["loc"])) or "The body is not JSON"
-        raise _invalid(f"{location}: {first['msg']}.") from None
 
 
 def _decode(text: str) -> bytes:

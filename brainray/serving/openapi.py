@@ -3,7 +3,7 @@
 Everything that they load comes from here; no page asks a third party for anything.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,14 @@ from brainray.model.reasons import NOTICE
 from brainray.serving.middleware import is_public
 from brainray.serving.options import ServiceLimits
 from brainray.serving.problem import PROBLEM_TYPE
-from brainray.serving.schemas import InferenceRequest, ProblemBody
+from brainray.serving.schemas import (
+    AnswerBody,
+    AnsweredBody,
+    ExplainedBody,
+    InferenceRequest,
+    ProblemBody,
+    SliceBody,
+)
 from brainray.serving.uploads import FILES_FIELD, MULTIPART
 
 WEB = Path(str(files("brainray.serving") / "web"))
@@ -34,7 +41,7 @@ DOCS_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; frame-ancestors 'none'"
 )
-SCANS_PATHS = ("/v1/classify", "/v1/explain")
+SCANS_PATHS = ("/v1/classify", "/v1/explain", "/v1/render")
 
 
 READING = (401, 429, 500, 503, 504)
@@ -57,8 +64,9 @@ PICTURE = {"schema": {"type": "string", "format": "binary"}}
 SCANS_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "Scans as JPEG, PNG, BMP, GIF, TIFF or WebP files: one as the body itself "
-        "(image/*, or application/octet-stream), or one or more in a form.",
+        "description": "Scans as JPEG, PNG, BMP, GIF, TIFF, WebP, DICOM or NIfTI files: one as the "
+        "body itself (image/*, application/dicom, application/gzip or application/octet-stream; "
+        "its bytes say what it is), or one or more in a form.",
         "content": {
             MULTIPART: {
                 "schema": {
@@ -75,6 +83,10 @@ SCANS_BODY: dict[str, Any] = {
         },
     }
 }
+ANSWERED_SCHEMA = {"$ref": "#/components/schemas/AnsweredBody"}
+ANSWERED_BODY: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": ANSWERED_SCHEMA}}}
+}
 INFERENCE_SCHEMA = {"$ref": "#/components/schemas/InferenceRequest"}
 INFERENCE_BODY: dict[str, Any] = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": INFERENCE_SCHEMA}}}
@@ -87,7 +99,8 @@ EXAMPLE = {
     "notice": NOTICE,
     "answers": [
         {
-            "name": "a.jpg",
+            "name": "a.dcm",
+            "frame": None,
             "status": "classified",
             "reason": None,
             "detail": None,
@@ -96,7 +109,30 @@ EXAMPLE = {
             "probs": {"glioma": 0.93, "meningioma": 0.05, "notumor": 0.01, "pituitary": 0.01},
             "width_px": 512,
             "height_px": 512,
+            "grey_range": "percentile",
+            "plane": "axial",
+            "position_mm": 33.0,
+            "orientation": [1.0, 0.0, 0.0, 0.0, 1.0, 0.0],
+            "flags": ["no_window"],
             "content_sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+            "series": "6a2da20943931e9834fc12cfe5bb47bb",
+            "sop_instance": "d4735e3a265e16eee03f59718b9b5d03",
+            "slices": None,
+        }
+    ],
+    "series": [
+        {
+            "series": "6a2da20943931e9834fc12cfe5bb47bb",
+            "answer": "indeterminate",
+            "reason": "too_few_slices",
+            "evidence": {"glioma": 0.93, "meningioma": 0.05, "notumor": 0.01, "pituitary": 0.01},
+            "longest_run": {"glioma": 1, "meningioma": 0, "notumor": 0, "pituitary": 0},
+            "key_slices": [{"upload": 0, "frame": None}],
+            "num_slices": 1,
+            "num_used": 1,
+            "skipped": {},
+            "plane": "axial",
+            "flags": ["no_window"],
         }
     ],
 }
@@ -115,17 +151,28 @@ def describe_refusals(statuses: Iterable[int]) -> dict[str, dict[str, Any]]:
     return described
 
 
-def describe_interface(app: FastAPI, limits: ServiceLimits, *, needs_token: bool) -> dict[str, Any]:
+def describe_interface(
+    app: FastAPI, limits: ServiceLimits, classes: Sequence[str], *, needs_token: bool
+) -> dict[str, Any]:
     """Build the OpenAPI document of an application's paths."""
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
     schemas = document["components"]["schemas"]
-    for body in (ProblemBody, InferenceRequest):
-        schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas |= schema.pop("$defs", {})
-        schemas[body.__name__] = schema
+    for asked in (ProblemBody, InferenceRequest, AnsweredBody):
+        schema = asked.model_json_schema(ref_template="#/components/schemas/{model}")
+        for name, inner in schema.pop("$defs", {}).items():
+            schemas.setdefault(name, inner)  # bodies that are answered, too, are as answered
+        schemas[asked.__name__] = schema
     schemas["InputTensor"]["properties"]["data"]["maxItems"] = limits.files
+    for body in (SliceBody, AnswerBody, ExplainedBody):
+        one_for_each, _ = schemas[body.__name__]["properties"]["probs"]["anyOf"]
+        fraction = one_for_each.pop("additionalProperties")
+        one_for_each |= {
+            "properties": dict.fromkeys(classes, fraction),
+            "required": list(classes),
+            "additionalProperties": False,
+        }
     answer = document["paths"]["/v1/classify"]["post"]["responses"]["200"]
     answer["content"]["application/json"]["example"] = EXAMPLE
     for path in SCANS_PATHS:

@@ -23,8 +23,11 @@ class ServiceLimits:
     """Largest request body, in bytes (413)."""
     files: int = 32
     """Most scans of one request (422)."""
+    slices: int = 512
+    """Most slices of one request's scans together (422)."""
     pixels: int = 50_000_000
-    """Largest scan, width times height, in pixels; the scan is rejected as `too_large`."""
+    """Largest picture or DICOM frame, in pixels, and largest NIfTI volume, in voxels; the scan is
+    rejected as `too_large`."""
     request_s: float = 30.0
     """Time from the whole body to the answer, in seconds (504)."""
     body_s: float = 20.0
@@ -32,7 +35,7 @@ class ServiceLimits:
     in_flight: int = 512
     """Requests being received or answered at a time (429)."""
     queued: int = 128
-    """Scans that may wait for the model (429)."""
+    """Slices that may wait for the model (429)."""
     buffered_bytes: int = 512 * 2**20
     """Request bodies held in memory at a time, in bytes (429)."""
 
@@ -62,6 +65,9 @@ class ServiceConfig:
     """CPUs that Ray reserves for each replica; its threads, if not given."""
     api_token_file: str | None = None
     """File with the token that requests need; else $BRAINRAY_API_TOKEN, else they need none."""
+    id_key_file: str | None = None
+    """File with the key of the hashes that stand for identifiers, at least 16 bytes. Without it the
+    key is random: hashes are the same while the service runs, in all of its replicas."""
     log_path: str | None = None
     """File that the access log is appended to; if not given, standard output, and on a cluster the
     replica's log file."""

@@ -22,6 +22,8 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "invalid_parameter": (422, "A parameter is not valid"),
     "no_files": (422, "There is no file in the request"),
     "too_many_files": (422, "There are more files than one request may have"),
+    "too_many_slices": (422, "There are more slices than one request may have"),
+    "several_slices": (422, "The file has several slices, and one is needed"),
     "too_busy": (429, "There are more requests than can be answered"),
     "internal": (500, "The service failed"),
     "model_unavailable": (503, "The model cannot answer now"),

@@ -2,7 +2,6 @@
 
 import base64
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
 from typing import Annotated, Any
@@ -18,6 +17,7 @@ from brainray.serving.access_log import AccessLog
 from brainray.serving.metrics import CONTENT_TYPE, Metrics
 from brainray.serving.middleware import RequestContext, RequestLimits, TokenAuth
 from brainray.serving.openapi import (
+    ANSWERED_BODY,
     INFERENCE_BODY,
     PICTURE,
     SCANS_BODY,
@@ -28,13 +28,18 @@ from brainray.serving.pipeline import Pipeline, Render
 from brainray.serving.problem import Problem, name_status
 from brainray.serving.schemas import (
     AnswerBody,
+    AnsweredBody,
     AnswersBody,
     ExplainedAnswersBody,
     HealthBody,
     InferenceResponse,
     ModelBody,
     ModelMetadata,
+    PictureBody,
+    PicturesBody,
+    SeriesAnswersBody,
     ServerBody,
+    read_json,
 )
 from brainray.serving.uploads import OCTETS, read_body, read_uploads
 
@@ -62,6 +67,10 @@ async def get_metrics(request: Request) -> Metrics:
 
 ThePipeline = Annotated[Pipeline, Depends(get_pipeline)]
 TheMetrics = Annotated[Metrics, Depends(get_metrics)]
+Frame = Annotated[
+    int | None,
+    Query(ge=0, le=2**31 - 1, description="Number of a slice in its file, from 0."),
+]
 
 
 def build_app(
@@ -102,7 +111,9 @@ def build_app(
     app.add_exception_handler(RequestValidationError, _refuse_parameter)
     app.state.pipeline, app.state.metrics = pipeline, metrics
     app.include_router(router)
-    document = describe_interface(app, pipeline.limits, needs_token=token is not None)
+    document = describe_interface(
+        app, pipeline.limits, pipeline.classes, needs_token=token is not None
+    )
     add_pages(app, document)
     app.add_middleware(RequestLimits, limits=pipeline.limits, metrics=metrics)
     app.add_middleware(TokenAuth, token=token)
@@ -166,20 +177,36 @@ async def show_metrics(metrics: TheMetrics) -> Response:
 
 @router.post("/v1/classify", tags=ANSWERS, openapi_extra=SCANS_BODY)
 async def classify(request: Request, pipeline: ThePipeline, metrics: TheMetrics) -> AnswersBody:
-    """Classify scans.
+    """Classify scans: pictures, DICOM objects and NIfTI volumes.
 
     Every file gets one answer, in order; one that cannot be read is answered `rejected` with a
-    reason. Only where the body itself is the scan, what cannot be read is a 422.
+    reason. Only where the body itself is the scan, what cannot be read is a 422. The answer to a
+    file with several slices has an answer for each in `slices`. `series` puts the slices of each
+    series together.
 
-        curl -F files=@a.jpg -F files=@b.png http://127.0.0.1:8000/v1/classify
+        curl -F files=@a.jpg -F files=@b.dcm http://127.0.0.1:8000/v1/classify
         curl --data-binary @a.jpg -H "Content-Type: image/jpeg" http://127.0.0.1:8000/v1/classify
     """
     pipeline.predictions.check_room(1)
     uploads, is_raw = await read_uploads(request, pipeline.limits)
     answers = await pipeline.classify(uploads)
     metrics.count_answers(answers)
-    refuse_rejected(answers, is_raw=is_raw)
-    return AnswersBody(**describe_request(request, pipeline), answers=answers)
+    if is_raw:
+        refuse_rejected(answers[0])
+    series = await pipeline.summarise(answers)
+    return AnswersBody(**describe_request(request, pipeline), answers=answers, series=series)
+
+
+@router.post("/v1/series", tags=ANSWERS, openapi_extra=ANSWERED_BODY)
+async def summarise(request: Request, pipeline: ThePipeline) -> SeriesAnswersBody:
+    """Put the `answers` of several requests together to series.
+
+    For a series whose files are more than one request may have: send the answers to all of its
+    files, as they came.
+    """
+    answered = read_json(AnsweredBody, await read_body(request, pipeline.limits))
+    series = await pipeline.summarise(answered.answers)
+    return SeriesAnswersBody(**describe_request(request, pipeline), series=series)
 
 
 @router.post(
@@ -197,31 +224,76 @@ async def explain(
         Render,
         Query(description="The map alone, to be laid over the scan, or the scan under it."),
     ] = "map",
+    frame: Frame = None,
 ) -> ExplainedAnswersBody | Response:
-    """Classify scans, and show where in each the network saw its class.
+    """Classify one slice of each file, and show where in it the network saw its class.
 
-    With `Accept: image/png` and one raw body the answer is the picture itself.
+    With `Accept: image/png` and one raw body the answer is the picture itself. A file with several
+    slices needs `frame`.
     """
     pipeline.explanations.check_room(1)
     uploads, is_raw = await read_uploads(request, pipeline.limits)
+    wants_picture = check_picture(request, is_raw=is_raw)
+    answers = await pipeline.explain(uploads, render, frame)
+    metrics.count_answers(answers)
+    if is_raw:
+        refuse_rejected(answers[0])
+    if wants_picture:
+        return show_picture(answers[0].heat_map_png or "")
+    return ExplainedAnswersBody(**describe_request(request, pipeline), answers=answers)
+
+
+@router.post(
+    "/v1/render",
+    tags=ANSWERS,
+    response_model=PicturesBody,
+    responses={200: {"content": {"image/png": PICTURE}}},
+    openapi_extra=SCANS_BODY,
+)
+async def render(
+    request: Request, pipeline: ThePipeline, frame: Frame = None
+) -> PicturesBody | Response:
+    """Show slices as 8-bit pictures, through their window where they have one.
+
+    With `Accept: image/png` and one raw body the answer is the picture of one slice: `frame`, else
+    the first. Nothing of a header is shown.
+    """
+    uploads, is_raw = await read_uploads(request, pipeline.limits)
+    wants_picture = check_picture(request, is_raw=is_raw)
+    if wants_picture and frame is None:
+        frame = 0
+    pictures = await pipeline.render(uploads, frame)
+    if wants_picture:
+        (picture,) = pictures
+        if picture.png is None:
+            raise refuse_image(picture)
+        return show_picture(picture.png)
+    return PicturesBody(request_id=request.state.request_id, pictures=pictures)
+
+
+def check_picture(request: Request, *, is_raw: bool) -> bool:
+    """Tell whether a request wants a picture alone, which is given for one raw body."""
     accepted = request.headers.get("accept", "*/*")
     wants_picture = accepted.partition(";")[0].strip() == "image/png"
     if wants_picture and not is_raw:
         raise Problem("not_acceptable", "image/png is given for one scan as the body itself.")
-    answers = await pipeline.explain(uploads, render)
-    metrics.count_answers(answers)
-    refuse_rejected(answers, is_raw=is_raw)
-    if wants_picture:
-        picture = base64.b64decode(answers[0].heat_map_png or "")
-        return Response(picture, headers={"content-type": "image/png"})
-    return ExplainedAnswersBody(**describe_request(request, pipeline), answers=answers)
+    return wants_picture
 
 
-def refuse_rejected(answers: Sequence[AnswerBody], *, is_raw: bool) -> None:
+def show_picture(png: str) -> Response:
+    """Return a picture, base64, as it is."""
+    return Response(base64.b64decode(png), headers={"content-type": "image/png"})
+
+
+def refuse_rejected(answer: AnswerBody) -> None:
     """Refuse a request whose body itself is the scan, and cannot be read."""
-    first = answers[0]
-    if is_raw and first.status == "rejected":
-        raise Problem("image_rejected", first.detail or "", members={"reason": first.reason})
+    if answer.status == "rejected":
+        raise refuse_image(answer)
+
+
+def refuse_image(rejected: AnswerBody | PictureBody) -> Problem:
+    """Build the refusal of a scan that cannot be read."""
+    return Problem("image_rejected", rejected.detail or "", members={"reason": rejected.reason})
 
 
 def describe_request(request: Request, pipeline: Pipeline) -> dict[str, Any]:
@@ -274,7 +346,7 @@ async def describe_tensors(pipeline: ThePipeline) -> ModelMetadata:
     openapi_extra=INFERENCE_BODY,
 )
 async def infer(request: Request, pipeline: ThePipeline, metrics: TheMetrics) -> Response:
-    """Classify scans. The input `image` holds encoded images, in JSON each as base64.
+    """Classify scans. The input `image` holds files with one slice, in JSON each as base64.
 
     With the header `Inference-Header-Content-Length` the images may follow the JSON as they
     are (the protocol's binary data extension), and outputs may be asked for in that way.
@@ -283,7 +355,7 @@ async def infer(request: Request, pipeline: ThePipeline, metrics: TheMetrics) ->
     body = await read_body(request, pipeline.limits)
     header_length = request.headers.get(open_inference.LENGTH_HEADER)
     asked = open_inference.read_inference(body, header_length, most=pipeline.limits.files)
-    answers = await pipeline.classify(asked.uploads)
+    answers = await pipeline.classify(asked.uploads, one_slice=True)
     metrics.count_answers(answers)
     content, length = open_inference.render_inference(asked, pipeline, answers)
     if length is None:

@@ -1,6 +1,10 @@
 """The scans of a request: its body, or the files of a form."""
 
+import asyncio
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
@@ -8,12 +12,21 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from brainray.serving.middleware import CLOSE
 from brainray.serving.options import ServiceLimits
-from brainray.serving.pipeline import Upload, limit_time, too_many_files
 from brainray.serving.problem import Problem
 
 FILES_FIELD = "files"
 MULTIPART, OCTETS = "multipart/form-data", "application/octet-stream"
+FILE_TYPES = (OCTETS, "application/dicom", "application/gzip", "application/x-gzip")
+"""Types of a body that is the scan itself, beside image/*. Its bytes say what it is."""
 MAX_NAME_CHARACTERS = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One scan as it came."""
+
+    name: str | None
+    content: bytes
 
 
 class _FormParser(MultiPartParser):
@@ -50,11 +63,11 @@ async def read_uploads(request: Request, limits: ServiceLimits) -> tuple[list[Up
     if kind == MULTIPART:
         await read_body(request, limits)  # the parser reads it from memory, all at once
         return await parse_form(request, limits.files), False
-    if kind.startswith("image/") or kind == OCTETS:
+    if kind.startswith("image/") or kind in FILE_TYPES:
         return [Upload(None, await read_body(request, limits))], True
     raise Problem(
         "unsupported_media_type",
-        f"Expected {MULTIPART}, image/* or {OCTETS} as Content-Type.",
+        f"Expected {MULTIPART}, image/* or one of {', '.join(FILE_TYPES)} as Content-Type.",
     )
 
 
@@ -101,3 +114,36 @@ def clean_name(name: str) -> str:
     """Return the last part of a file's name, as text that can be shown."""
     text = name.replace("\\", "/").rpartition("/")[2]
     return "".join(c if c.isprintable() else "\ufffd" for c in text)[:MAX_NAME_CHARACTERS]
+
+
+def too_many_files(most: int) -> Problem:
+    """Build the refusal of a request with more scans than it may have."""
+    return Problem(
+        "too_many_files",
+        f"The request has more than {most} files. Send the others in further requests.",
+    )
+
+
+@asynccontextmanager
+async def limit_time(seconds: float, code: str, failure: str) -> AsyncIterator[None]:
+    """Bound the time of what is done inside.
+
+    Parameters
+    ----------
+    code : str
+        Of the problem.
+    failure : str
+        What did not come about in time, as the start of a sentence.
+
+    Raises
+    ------
+    Problem
+        It took longer.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise Problem(
+            code, f"{failure} in {seconds:g} s. Try again later, with fewer scans at a time."
+        ) from None

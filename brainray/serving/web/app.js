@@ -1,11 +1,13 @@
 // The page: scans come in, each is asked about, and what was answered stays until it is cleared.
+// Pictures are asked about one by one; DICOM and NIfTI files, which belong to series, together.
 
 import { renderCsv } from "./csv.js";
-import { gatherDropped, hasFiles } from "./gather.js";
+import { gatherDropped, hasFiles, holdsSlices } from "./gather.js";
 import { describeLimit, element, renderModel, renderModelCard } from "./model.js";
 import { Queue } from "./queue.js";
 import { Scan } from "./scan.js";
 import { Problem, explainScan, keepToken, readModel, readToken } from "./service.js";
+import { Study } from "./study.js";
 import { explainProblem, formatBytes, formatCount } from "./words.js";
 
 const PARALLEL = 3;
@@ -19,27 +21,35 @@ const $ = (id) => document.getElementById(id);
 let scans = [];
 let model = null;
 let visit = new AbortController(); // of all that is under way; aborted when the page is cleared
-const queue = new Queue(answerScan, PARALLEL);
+const queue = new Queue((item) => (item instanceof Scan ? answerScan(item) : answerTask(item)), PARALLEL);
+const study = new Study({ onExplain: explainSlice, speak: reportWords });
 
 // ---- scans in ----------------------------------------------------------------------------------
 
-function addFiles(files) {
+async function addFiles(files) {
   if (!files.length) return;
-  const added = files.map((file) => new Scan(file, { onOpen: openViewer, onAgain: retryScans }));
+  const { signal } = visit;
+  const isOfSeries = await Promise.all(files.map(holdsSlices));
+  if (signal.aborted) return;
+  const pictures = files.filter((_, at) => !isOfSeries[at]);
+  const added = pictures.map((file) => new Scan(file, { onOpen: openViewer, onAgain: retryScans }));
+  const batches = study.add(files.filter((_, at) => isOfSeries[at]), model?.limits);
   scans.push(...added);
   $("scans").append(...added.map((scan) => scan.item));
   document.body.classList.add("has-scans");
   $("answers").hidden = false;
   showTally();
-  speak(`${formatCount(added.length, "scan")} added.`);
-  queue.add(added);
+  speak(`${formatCount(files.length, "scan")} added.`);
+  queue.add([...batches, ...added]);
 }
 
 function listenForFiles() {
-  $("files").addEventListener("change", ({ target }) => {
-    addFiles([...target.files]);
-    target.value = ""; // so that the same file can be chosen again
-  });
+  for (const input of [$("files"), $("folder")]) {
+    input.addEventListener("change", () => {
+      addFiles([...input.files].filter(({ name }) => input === $("files") || !name.startsWith(".")));
+      input.value = ""; // so that the same file can be chosen again
+    });
+  }
   document.addEventListener("paste", ({ clipboardData }) => addFiles([...clipboardData.files]));
   let depth = 0; // drags enter a child before they leave its parent
   const veil = (isOver) => { $("veil").hidden = !isOver; };
@@ -70,7 +80,7 @@ async function answerScan(scan) {
     await scan.draw();
     if (signal.aborted) return;
     scan.show("running", "Being answered");
-    const { answer, classifierId } = await explainScan(scan.file, scan.render, signal);
+    const { answer, classifierId } = await explainScan(scan.file, scan, signal);
     if (scan.isMisfit(answer)) {
       scan.render = "overlay";
       queue.addFirst(scan);
@@ -86,6 +96,41 @@ async function answerScan(scan) {
     scan.showProblem(error);
   }
   report(scan);
+}
+
+/** Do what a study asks for: answer the files of one request, or put a series together. */
+async function answerTask(task) {
+  const { signal } = visit;
+  try {
+    await task.run(signal);
+  } catch (error) {
+    if (signal.aborted) return;
+    if (!(error instanceof Problem)) throw error;
+    const parts = task.split(error);
+    if (parts) {
+      queue.add(parts);
+      return;
+    }
+    if (postpone(task, error)) return;
+    task.fail(error);
+  }
+  if (signal.aborted) return;
+  queue.add(study.gather());
+  const { total, done } = study.progress;
+  reportWords(`${done} of ${formatCount(total, "file")} of series answered.`);
+}
+
+/** Ask for the heat map of one slice; null where the page was cleared meanwhile. */
+async function explainSlice(file, frame) {
+  const { signal } = visit;
+  try {
+    return await explainScan(file, { frame }, signal);
+  } catch (error) {
+    if (signal.aborted) return null;
+    if (!(error instanceof Problem)) throw error;
+    if (error.status === 401) meetRefusal(error);
+    return { problem: error };
+  }
 }
 
 async function checkFile(file) {
@@ -126,21 +171,27 @@ function retryScans(...failed) {
 
 function showTally() {
   const done = scans.filter((scan) => scan.isDone);
-  const counts = { classified: 0, abstained: 0, rejected: 0 };
-  for (const { answer } of done) if (answer) counts[answer.status] += 1;
+  const counts = { classified: 0, abstained: 0, rejected: 0, unanswered: 0 };
+  const statuses = [...done.flatMap((scan) => scan.statuses), ...study.statuses];
+  for (const status of statuses) counts[status] += 1;
   const failed = done.filter((scan) => scan.phase === "failed");
-  const parts = Object.entries({ ...counts, "without an answer": failed.length })
+  const { unanswered, ...answered } = counts;
+  const parts = Object.entries({ ...answered, "without an answer": failed.length + unanswered })
     .filter(([, number]) => number)
     .map(([word, number]) => `${number.toLocaleString("en")} ${word}`);
-  const all = done.length === scans.length;
+  const total = scans.length + study.progress.total;
+  const numDone = done.length + study.progress.done;
+  const all = numDone === total;
+  const numSlices = statuses.length + failed.length;
   $("tally").textContent = [
-    all ? formatCount(scans.length, "scan") : `${done.length} of ${formatCount(scans.length, "scan")}`,
+    all ? formatCount(total, "scan") : `${numDone} of ${formatCount(total, "scan")}`,
+    ...(all && numSlices > total ? [formatCount(numSlices, "slice")] : []),
     ...parts,
   ].join(" · ");
-  $("progress").max = Math.max(1, scans.length);
-  $("progress").value = done.length;
+  $("progress").max = Math.max(1, total);
+  $("progress").value = numDone;
   $("progress").hidden = all;
-  $("download").disabled = !done.length;
+  $("download").disabled = !numDone;
   $("retry").hidden = failed.length < 2;
   $("retry").textContent = `Try ${failed.length} again`;
 }
@@ -151,6 +202,7 @@ function clearScans() {
   queue.clear();
   for (const scan of scans) scan.remove();
   scans = [];
+  study.clear();
   unspoken = [];
   $("answers").hidden = true;
   document.body.classList.remove("has-scans");
@@ -160,10 +212,9 @@ function clearScans() {
 
 function downloadCsv() {
   const classes = new Set(model?.classes ?? []);
-  for (const { answer } of scans) {
-    for (const name of Object.keys(answer?.probs ?? {})) classes.add(name);
-  }
-  const text = renderCsv(scans.map((scan) => scan.row), [...classes]);
+  const rows = [...scans.map((scan) => scan.row), ...study.rows];
+  for (const { probs } of rows) for (const name of Object.keys(probs ?? {})) classes.add(name);
+  const text = renderCsv(rows, [...classes]);
   const link = element("a", "");
   link.href = URL.createObjectURL(new Blob([text], { type: "text/csv;charset=utf-8" }));
   link.download = "brainray-answers.csv";
@@ -178,12 +229,17 @@ let unspoken = [];
 let speaking = null;
 
 function report(scan) {
+  reportWords(`${scan.name}: ${scan.summary}`);
+}
+
+function reportWords(words) {
   showTally();
-  unspoken.push(`${scan.name}: ${scan.summary}`);
+  unspoken.push(words);
   speaking ??= setTimeout(() => {
     speaking = null;
     if (!unspoken.length) return;
-    const left = scans.filter((one) => !one.isDone).length;
+    const { total, done } = study.progress;
+    const left = scans.filter((one) => !one.isDone).length + total - done;
     const news = unspoken.length > MOST_SPOKEN
       ? `${formatCount(unspoken.length, "more scan")} answered.`
       : unspoken.map((one) => (one.endsWith(".") ? one : `${one}.`)).join(" ");
@@ -374,6 +430,11 @@ $("download").addEventListener("click", downloadCsv);
 $("retry").addEventListener("click", () => {
   $("scans-heading").focus();
   retryScans(...scans.filter((scan) => scan.phase === "failed"));
+});
+$("left-out-retry").addEventListener("click", () => {
+  $("scans-heading").focus();
+  queue.add(study.add(study.takeFailed(), model?.limits));
+  showTally();
 });
 showTokenKept();
 showModel();

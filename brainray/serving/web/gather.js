@@ -33,6 +33,23 @@ async function gatherFolder(entry) {
   return (await Promise.all(found.map(gatherEntry))).flat();
 }
 
+const HEADER_BYTES = 352;
+const NIFTI_MAGICS = [["n+1\0", 344], ["ni1\0", 344], ["n+2\0\r\n\x1a\n", 4], ["\x1f\x8b", 0]];
+const BARE_DICOM_STARTS = ["\x02\0", "\x08\0", "\0\x08"];
+
+/** Whether a file is DICOM or NIfTI by its first bytes: its slices may belong to a series. */
+export async function holdsSlices(file) {
+  let start;
+  try {
+    start = String.fromCharCode(...new Uint8Array(await file.slice(0, HEADER_BYTES).arrayBuffer()));
+  } catch { // whoever sends it says that it cannot be read
+    return false;
+  }
+  return start.startsWith("DICM", 128)
+    || NIFTI_MAGICS.some(([magic, offset]) => start.startsWith(magic, offset))
+    || BARE_DICOM_STARTS.some((bytes) => start.startsWith(bytes));
+}
+
 /** Whether a drag brings files. */
 export function hasFiles(event) {
   return event.dataTransfer?.types.includes("Files") ?? false;

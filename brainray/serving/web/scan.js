@@ -63,11 +63,12 @@ export class Scan {
   /** The answer in one line. */
   get summary() {
     if (this.problem) return `no answer. ${explainProblem(this.problem)}`;
-    const { status, predicted_class: name, confidence, probs } = this.answer;
-    if (status === "classified") return `${name}, ${formatShare(confidence)}`;
-    if (status === "rejected") return `rejected. ${explainStatus(this.answer)}`;
-    const [most] = Object.entries(probs ?? {}).sort((a, b) => b[1] - a[1]);
-    return `abstained; most probable ${most ? `${most[0]}, ${formatShare(most[1])}` : "nothing"}`;
+    return summariseAnswer(this.answer);
+  }
+
+  /** The statuses to count: one, of a scan with an answer. */
+  get statuses() {
+    return this.answer ? [this.answer.status] : [];
   }
 
   /** Say how far it has come. */
@@ -163,7 +164,7 @@ export class Scan {
     const { pixels, map } = this.#parts;
     const target = this.render === "overlay" ? pixels : map;
     try {
-      target.src = this.#keep(new Blob([decodeBase64(base64)], { type: "image/png" }));
+      target.src = this.#keep(makePicture(base64));
       await target.decode();
       this.#reveal(target);
     } catch { // an answer without a map is an answer
@@ -184,6 +185,15 @@ export class Scan {
   }
 }
 
+/** Say an answer in one line. */
+export function summariseAnswer(answer) {
+  const { status, predicted_class: name, confidence, probs } = answer;
+  if (status === "classified") return `${name}, ${formatShare(confidence)}`;
+  if (status === "rejected") return `rejected. ${explainStatus(answer)}`;
+  const [most] = Object.entries(probs ?? {}).sort((a, b) => b[1] - a[1]);
+  return `abstained; most probable ${most ? `${most[0]}, ${formatShare(most[1])}` : "nothing"}`;
+}
+
 function describeFacts(answer, file, render) {
   const facts = [];
   if (answer.width_px) facts.push(`${answer.width_px} × ${answer.height_px} px`);
@@ -197,7 +207,8 @@ function describeFacts(answer, file, render) {
   return facts.join(" · ");
 }
 
-function renderBar(name, fraction, isPredicted) {
+/** Build the bar of a class: its name, and how probable it is. */
+export function renderBar(name, fraction, isPredicted) {
   const fillBar = element("i", "");
   fillBar.style.setProperty("--share", fraction);
   const bar = element("span", "track", fillBar);
@@ -207,11 +218,14 @@ function renderBar(name, fraction, isPredicted) {
   return line;
 }
 
-function fill(part, text) {
+/** Write text into an element, which is hidden without. */
+export function fill(part, text) {
   part.textContent = text ?? "";
   part.hidden = !text;
 }
 
-function decodeBase64(text) {
-  return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+/** Make a picture of a PNG in base64. */
+export function makePicture(base64) {
+  const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+  return new Blob([bytes], { type: "image/png" });
 }

@@ -32,29 +32,60 @@ export async function readModel() {
 }
 
 /**
- * Have one scan answered and explained.
+ * Have one scan, or one slice of a file, answered and explained.
  * @param {File} file
- * @param {"map" | "overlay"} render the map alone, or with the scan under it.
+ * @param {{render: "map" | "overlay", frame: ?number}} options the map alone, or with the scan under
+ *   it; the number of the slice, where the file has several.
  * @param {AbortSignal} signal
  * @returns {Promise<{answer: object, classifierId: string, classes: string[]}>}
  */
-export async function explainScan(file, render, signal) {
-  const form = new FormData();
-  form.append("files", file, file.name);
-  const body = await ask(`v1/explain?render=${render}`, { method: "POST", body: form, signal });
+export async function explainScan(file, { render = "map", frame = null }, signal) {
+  const query = new URLSearchParams({ render, ...(frame !== null && { frame }) });
+  const body = await postFiles(`v1/explain?${query}`, [file], signal);
   const [answer] = body.answers ?? [];
   if (!answer) throw new Problem({ code: "not_understood" });
   return { answer, classifierId: body.classifier_id, classes: body.classes };
 }
 
-async function ask(path, { signal, ...request }) {
+/** Have files answered, slice by slice; one answer for each, in order. */
+export async function classifyFiles(files, signal) {
+  const body = await postFiles("v1/classify", files, signal);
+  if (body.answers?.length !== files.length) throw new Problem({ code: "not_understood" });
+  return { answers: body.answers, classifierId: body.classifier_id };
+}
+
+/** Have all slices of files drawn: `upload`, the number of the file, `frame` and `png` of each. */
+export async function renderFiles(files, signal) {
+  const { pictures } = await postFiles("v1/render", files, signal);
+  if (!Array.isArray(pictures)) throw new Problem({ code: "not_understood" });
+  return pictures;
+}
+
+/** Have the answers to the files of one series put together. */
+export async function summariseAnswers(answers, signal) {
+  const headers = { "content-type": "application/json" };
+  const body = JSON.stringify({ answers });
+  const [summary] = (await ask("v1/series", { method: "POST", body, headers, signal })).series ?? [];
+  if (!summary) throw new Problem({ code: "not_understood" });
+  return summary;
+}
+
+function postFiles(path, files, signal) {
+  const form = new FormData();
+  for (const file of files) form.append("files", file, file.name);
+  return ask(path, { method: "POST", body: form, signal });
+}
+
+async function ask(path, { signal, headers = {}, ...request }) {
   const token = readToken();
   const late = AbortSignal.timeout(REQUEST_TIME_MS);
   let response;
   try {
     response = await fetch(path, {
       ...request,
-      headers: { accept: "application/json", ...(token && { authorization: `Bearer ${token}` }) },
+      headers: {
+        accept: "application/json", ...headers, ...(token && { authorization: `Bearer ${token}` }),
+      },
       signal: signal ? AbortSignal.any([signal, late]) : late,
     });
   } catch (error) {

@@ -6,18 +6,55 @@ const REJECTIONS = {
   empty: "The file has no bytes. Copy or export it again.",
   truncated: "The file ends before its image does: it was cut off on its way. Copy or export it again.",
   corrupt: "The file contradicts its own format. Export the image again.",
-  not_an_image: "This is not an image in any known format. Choose a JPEG, PNG, BMP, GIF, TIFF or WebP.",
+  not_an_image: "This is not an image in any known format. Choose a JPEG, PNG, BMP, GIF, TIFF, WebP, DICOM or NIfTI file.",
   too_large: "The image is larger than this service takes. Send a smaller one, or a single slice.",
   unsupported: "This format, or this variant of it, is not supported. Save the image as PNG.",
   multi_frame: "The file holds several images, and which is meant is ambiguous. Save the slice you mean by itself.",
+  not_an_image_object: "This DICOM object is a report or something else that is no image.",
+  no_pixels: "This DICOM object has no pixels.",
+  not_mr: "This is not a magnetic resonance image.",
+  other_body_part: "The header names a part of the body other than the head.",
+  localizer: "This is a localizer.",
+  projection: "This is a projection or a reformatted image.",
+  derived_map: "This is a computed map or a phase image.",
+  mosaic: "This frame is a mosaic of many slices.",
+  secondary_capture: "This is a screen capture.",
+  colour: "This image has colours.",
+  burned_in: "The header says that text is burned into the image.",
+  little_tissue: "This slice of the volume has little tissue.",
+  duplicate: "The same slice is there already.",
   unlike_training: "This does not look like the brain MRI slices that the classifier was trained on. Send a slice like those.",
 };
 const ABSTENTION = "No class was probable enough to be given. These are the probabilities.";
+
+const INDETERMINATE = {
+  too_few_slices: "There are too few slices with answers to tell.",
+  several_classes: "The slices speak for several classes.",
+  weak_evidence: "Some slices speak for a tumour, but too few of them are neighbours.",
+  localizer: "This is a localizer: a few slices of several directions.",
+};
+
+const FLAGS = {
+  body_part_unknown: "body part not stated",
+  contrast_diffusion: "diffusion-weighted",
+  echo_planar: "echo planar",
+  frames_rejected: "some frames left out",
+  incomplete: "slices missing",
+  lossy: "lossily compressed",
+  mixed: "several directions",
+  modality_unknown: "modality not stated",
+  multi_volume: "first volume only",
+  no_window: "no window",
+  non_axial: "not axial",
+  orientation_unknown: "orientation not stated",
+};
 
 const PROBLEMS = {
   unauthorized: "The service did not accept the token.",
   body_too_slow: "The file did not reach the service in time. Check the connection.",
   body_too_large: "The file is larger than this service takes.",
+  too_many_files: "The service takes fewer files in a request.",
+  too_many_slices: "The file has more slices than this service takes. `brainray classify` takes it.",
   too_busy: "The service has more to do than it can take. Try again in a while.",
   internal: "The service failed on this scan.",
   model_unavailable: "The model cannot answer now. Try again in a while.",
@@ -33,6 +70,17 @@ export function explainStatus(answer) {
     return REJECTIONS[answer.reason] ?? answer.detail ?? "The scan could not be read.";
   }
   return answer.status === "abstained" ? ABSTENTION : null;
+}
+
+/** Say why a series has no class; null where it has one. */
+export function explainSeries(summary) {
+  if (summary.answer !== "indeterminate") return null;
+  return INDETERMINATE[summary.reason] ?? "The slices do not agree on a class.";
+}
+
+/** Say what is unknown or unusual about a slice or a series. */
+export function nameFlag(flag) {
+  return FLAGS[flag] ?? flag.replaceAll("_", " ");
 }
 
 /** Say what went wrong, and what to do. */
