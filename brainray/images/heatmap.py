@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from brainray.images.decode import DecodeLimits, decode_samples
 from brainray.images.intensity import Samples, to_display
 from brainray.images.preprocess import Frame
 
@@ -25,18 +24,16 @@ OVERLAY_ALPHA = 0.6
 _INFERNO = ("4b0c6b", "781c6d", "a52c60", "cf4446", "ed6925", "fb9a06", "f7d03c", "fcffa4")
 
 
-def render_picture(image_bytes: bytes, limits: DecodeLimits) -> bytes:
+def render_picture(samples: Samples) -> bytes:
     """Render a scan as a PNG of at most :data:`PICTURE_PX` on its longer side.
 
-    16-bit samples are shown by the scan's own range: many hold 12 bits, which would be nearly
-    black.
-
-    Raises
-    ------
-    RejectedImage
-        The bytes cannot be turned into pixels.
+    Parameters
+    ----------
+    samples : ndarray of uint8 or uint16, shape (height, width)
+        16-bit samples are shown by the scan's own range: many hold 12 bits, which would be nearly
+        black.
     """
-    image = Image.fromarray(to_display(decode_samples(image_bytes, limits)))
+    image = Image.fromarray(to_display(samples))
     image.thumbnail((PICTURE_PX, PICTURE_PX))
     return _encode(image)
 

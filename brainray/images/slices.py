@@ -74,7 +74,10 @@ class SliceInfo:
 class ScanFile(Protocol):
     """A file whose header was read, and whose slices can be decoded."""
 
-    format: Literal["picture", "dicom", "nifti"]
+    @property
+    def format(self) -> Literal["picture", "dicom", "nifti"]:
+        """What kind of file it is."""
+
     slices: tuple[SliceInfo, ...]
     """In the order of the file, those that are not to be classified included."""
 
@@ -163,10 +166,10 @@ def open_slice(
 
 
 def show_slice(file: ScanFile, index: int) -> NDArray[np.uint8]:
-    """Decode one slice to 8 bits for a person to look at.
+    """Decode one slice to grey levels for a person to look at, shape (height, width).
 
-    A DICOM object is shown through its own window, a picture of 16 bits by the range of its own
-    samples: many hold 12 bits, which would be nearly black.
+    A DICOM object is shown through its own window; a picture of 16 bits by its own range, since
+    many hold 12 bits, which would be nearly black.
 
     Raises
     ------

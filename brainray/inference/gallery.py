@@ -4,31 +4,31 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from brainray.images.decode import DecodeLimits
 from brainray.images.heatmap import GALLERY_OVERLAY_PX, render_overlay, render_picture
-from brainray.images.preprocess import Preprocessing, open_scan
+from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import ScanFile, open_slice, show_slice
 from brainray.inference.schema import describe_class_map
 from brainray.model.explain import STRIDE_PX
 
 
 def draw_scan(
-    content: bytes,
+    file: ScanFile,
+    index: int,
     class_map: Sequence[float] | None,
     preprocessing: Preprocessing,
-    limits: DecodeLimits,
 ) -> tuple[bytes, bytes | None]:
-    """Draw a scan, and the same with a class map on it.
+    """Draw a slice of a scan file, and the same with a class map on it.
 
     Parameters
     ----------
-    content : bytes
-        The encoded scan.
+    file : ScanFile
+        From :func:`brainray.images.slices.open_file`.
+    index : int
+        Number of the slice in it, from 0.
     class_map : sequence of float, optional
         As the prediction table has it.
     preprocessing : Preprocessing
         Of the classifier.
-    limits : DecodeLimits
-        What is too large to open.
 
     Returns
     -------
@@ -38,15 +38,14 @@ def draw_scan(
     Raises
     ------
     RejectedImage
-        The scan cannot be decoded.
+        The slice cannot be decoded.
     """
-    image_png = render_picture(content, limits)
+    shown = show_slice(file, index)
+    image_png = render_picture(shown)
     if class_map is None:
         return image_png, None
     shape = describe_class_map(preprocessing.size_px)
     cells = np.array(class_map, np.float32).reshape(shape["height"], shape["width"])
-    scan = open_scan(content, preprocessing, limits)
-    overlay_png = render_overlay(
-        cells, scan.samples, scan.frame, STRIDE_PX, shown_px=GALLERY_OVERLAY_PX
-    )
+    frame = open_slice(file, index, preprocessing).scan.frame
+    overlay_png = render_overlay(cells, shown, frame, STRIDE_PX, shown_px=GALLERY_OVERLAY_PX)
     return image_png, overlay_png

@@ -17,6 +17,7 @@ from brainray.data.read import read_named_scan
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import ReadOptions, open_file
 from brainray.inference.gallery import draw_scan
 from brainray.inference.labels import Labels
 from brainray.inference.predict import EnginePool
@@ -176,8 +177,8 @@ def _draw(
 ) -> tuple[bytes, bytes | None] | None:
     """Draw a scan and its class map; None if it has vanished since it was classified."""
     try:
-        content = read_named_scan(scan["scan_uri"])
-        return draw_scan(content, scan["class_map"], preprocessing, limits)
+        file = open_file(read_named_scan(scan["scan_uri"]), ReadOptions(limits=limits))
+        return draw_scan(file, 0, scan["class_map"], preprocessing)
     except RejectedImage:
         return None
 

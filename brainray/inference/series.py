@@ -177,9 +177,7 @@ def _find_most_evident(evidence: NDArray[np.float64], classes: Sequence[str]) ->
     return classes[max(named, key=lambda k: evidence[k])]
 
 
-def _choose_key_slices(
-    used: Sequence[dict[str, Any]], probs: NDArray[np.float64]
-) -> list[str]:
+def _choose_key_slices(used: Sequence[dict[str, Any]], probs: NDArray[np.float64]) -> list[str]:
     chosen: list[int] = []
     for place in np.argsort(-probs, kind="stable").tolist():
         if len(chosen) == NUM_KEY_SLICES:
