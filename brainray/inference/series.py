@@ -1,8 +1,8 @@
 """What the slices of a series say together: slice evidence, by one stated rule.
 
 A network that is wrong on one slice in a hundred gives a tumour to some slice of nearly every
-series, so neither the maximum of a series nor a product over its slices means anything. Here a class
-has evidence where a share of the series' slices agree on it, and where they are neighbours.
+series, so neither the maximum of a series nor a product over its slices means anything. Here a
+class has evidence where a share of the series' slices agree on it, and where they are neighbours.
 
 The evidence is a mean of probabilities that are calibrated for slices. It is not a probability of
 the series or of the patient: ``brainray calibrate-series`` fits thresholds where labels are known.
@@ -88,7 +88,7 @@ def summarise_series(
     probs = probs.reshape(len(used), len(classes))
     evidence = _compute_evidence(probs, rule.top_fraction)
     runs = [_find_longest_run(probs[:, k] >= rule.threshold) for k in range(len(classes))]
-    answer, reason = _decide(evidence, runs, len(used), classes, rule)
+    answer, reason = decide_series(evidence, runs, len(used), classes, rule)
     planes = Counter(row["plane"] for row in used)
     flags = _find_flags(used)
     if _is_localizer(slices, used):
@@ -149,14 +149,27 @@ def _find_longest_run(holds: NDArray[np.bool_]) -> int:
     return longest
 
 
-def _decide(
+def decide_series(
     evidence: NDArray[np.float64],
     runs: Sequence[int],
     num_used: int,
     classes: Sequence[str],
     rule: SeriesRule,
 ) -> tuple[str, str | None]:
-    """Return the class of a series, or "indeterminate" and why."""
+    """Return the class of a series, or "indeterminate" and why.
+
+    Parameters
+    ----------
+    evidence : ndarray of float64, shape (K,)
+        Mean probability of each class over its most probable slices.
+    runs : sequence of int, length K
+        Longest run of neighbours at or above the rule's threshold, of each class.
+    num_used : int
+        What the rule's ``min_slices`` is compared with.
+    classes : sequence of str
+        The K names, in class order.
+    rule : SeriesRule
+    """
     if num_used < rule.min_slices:
         return INDETERMINATE, "too_few_slices"
     tumours = [k for k, name in enumerate(classes) if name != NO_TUMOUR]
