@@ -297,7 +297,7 @@ def test_limits_follow_from_the_data(metrics: dict[str, Any]) -> None:
     assert "No patient is known by name" in text
     assert "more than one split, as the data set gives" not in text
     named = render(build_card(), metrics, data | {"num_named": 122, "num_shared_groups": 3})
-    assert "names a group, a patient perhaps, for 122 of 122 scans" in named
+    assert "names a group or a patient for 122 of 122 scans" in named
     assert "No patient is known by name" not in named
     assert "3 groups of near-identical slices lie in more than one split" in named
 

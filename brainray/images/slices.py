@@ -78,8 +78,9 @@ class ScanFile(Protocol):
     def format(self) -> Literal["picture", "dicom", "nifti"]:
         """What kind of file it is."""
 
-    slices: tuple[SliceInfo, ...]
-    """In the order of the file, those that are not to be classified included."""
+    @property
+    def slices(self) -> tuple[SliceInfo, ...]:
+        """In the order of the file, those that are not to be classified included."""
 
     def decode(self, index: int) -> NDArray[Any]:
         """Decode slice number ``index`` of :attr:`slices` to grey samples at full depth.
