@@ -322,8 +322,11 @@ def run_calibrate_series(arguments: list[str]) -> None:
         flag=("json", "Print the JSON file too, instead of a table."),
     )
     reporter = ConsoleReporter()
-    log = (lambda _: None) if as_json else reporter.log
-    document = guard(lambda: calibrate_series(job, say=log))
+
+    def run() -> dict[str, Any]:
+        return calibrate_series(job, say=(lambda _: None) if as_json else reporter.log)
+
+    document = guard(run)
     if as_json:
         print(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False))
         return

@@ -137,7 +137,9 @@ class ScanStore:
             A file has vanished or cannot be read, or its header cannot.
         """
         samples: pa.Table = ray.get(self._samples)
-        rows = samples.select(["uri", "row_group", "row", "frame"]).take(pa.array(indices))
+        rows = samples.select(["uri", "row_group", "row", "frame"]).take(
+            pa.array(indices, pa.int64())
+        )
         tables, places = self._fetch(indices) if self.in_object_store else ({}, None)
         reader = SampleReader(self.reading)
         for index, row in zip(indices, rows.to_pylist(), strict=True):

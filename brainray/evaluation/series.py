@@ -9,6 +9,7 @@ that fits the series of other patients best.
 import csv
 import io
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -380,7 +381,7 @@ def choose_rule(
     def measure_change(rule: SeriesRule) -> float:
         return (
             abs(rule.threshold - before.threshold) / (THRESHOLDS[1] - THRESHOLDS[0])
-            + abs(np.log2(rule.top_fraction / before.top_fraction))
+            + abs(math.log2(rule.top_fraction / before.top_fraction))
             + abs(rule.min_run - before.min_run)
         )
 
