@@ -208,7 +208,12 @@ def test_slices_of_a_volume_are_one_block_of_the_stream(mixed_data: PreparedData
 
 def test_an_audit_splits_volumes_and_training_reads_the_split(mixed: Path, tmp_path: Path) -> None:
     job = AuditJob(
-        data_uri=str(mixed), output_uri=str(tmp_path), make_split="grouped", folds=2, seed=1
+        data_uri=str(mixed),
+        output_uri=str(tmp_path),
+        make_split="grouped",
+        folds=2,
+        val_fraction=0.25,
+        test_fraction=0.25,
     )
     document = audit(job)
     assert document["resolution"]["formats"].keys() == {"NIfTI", "DICOM", "PNG"}
