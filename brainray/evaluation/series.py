@@ -386,8 +386,8 @@ def choose_rule(
         )
 
     scores = np.round(_compute_scores(answers, labels), 9)
-    best = np.flatnonzero(scores == scores.max())
-    return int(min(best, key=lambda place: measure_change(rules[place])))
+    best: list[int] = np.flatnonzero(scores == scores.max()).tolist()
+    return min(best, key=lambda place: measure_change(rules[place]))
 
 
 def _compute_scores(answers: Answers, labels: NDArray[np.int64]) -> NDArray[np.float64]:
