@@ -18,11 +18,12 @@ import pyarrow.compute as pc
 import tyro
 
 from brainray import storage
+from brainray.data.expand import expand_files
 from brainray.data.labelled import find_samples
-from brainray.data.read import read_scan
+from brainray.data.read import SampleReader
 from brainray.errors import DataError, RejectedImage
 from brainray.evaluation.robustness import measure_robustness, render_robustness
-from brainray.images.decode import DecodeLimits, decode_image
+from brainray.images.slices import ReadOptions
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.model.classifier import load_classifier
 
@@ -52,7 +53,7 @@ class Options:
 
 def choose_samples(options: Options, classes: tuple[str, ...]) -> pa.Table:
     """List the scans to take, in an order that depends on the seed alone."""
-    samples = find_samples(options.data_uri, classes).samples
+    samples = expand_files(find_samples(options.data_uri, classes), ReadOptions()).samples
     if options.manifest_uri is not None:
         manifest = storage.read_table(options.manifest_uri)
         paths = manifest.filter(pc.field("split") == options.split)["path"]
@@ -69,15 +70,16 @@ def choose_samples(options: Options, classes: tuple[str, ...]) -> pa.Table:
 def read_scans(samples: pa.Table) -> tuple[list[np.ndarray], list[int]]:
     """Decode scans; return those that can be decoded, and their labels."""
     scans, labels = [], []
-    limits = DecodeLimits()
-    for row in samples.select(["uri", "row_group", "row", "label"]).to_pylist():
+    reader = SampleReader(ReadOptions())
+    for row in samples.select(["uri", "row_group", "row", "frame", "label"]).to_pylist():
+        label = row.pop("label")
         try:
-            content = read_scan(row["uri"], row["row_group"], row["row"])
-            scans.append(decode_image(content, limits))
+            file, index = reader.open(**row)
+            scans.append(file.render(index)[0])
         except RejectedImage as error:
             print(f"Skipped '{row['uri']}': {error}", flush=True)
             continue
-        labels.append(row["label"])
+        labels.append(label)
     return scans, labels
 
 

@@ -18,6 +18,7 @@ from brainray.console import (
     EXIT_LEAKS,
     EXIT_USER,
     ConsoleReporter,
+    describe_calibration,
     describe_comparison,
     guard,
     report_audit,
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "serve": run_serve,
         "audit": run_audit,
         "compare": run_compare,
+        "calibrate-series": run_calibrate_series,
         "data": run_data,
         "demo": run_demonstration,
         "doctor": run_doctor,
@@ -305,6 +307,32 @@ def run_compare(arguments: list[str]) -> None:
         print(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False))
         return
     print("\n".join(describe_comparison(document)))
+
+
+def run_calibrate_series(arguments: list[str]) -> None:
+    """`brainray calibrate-series`."""
+    from brainray.evaluation.series import CalibrateSeriesJob, calibrate_series
+
+    job, as_json = parse_job(
+        CalibrateSeriesJob,
+        arguments,
+        "calibrate-series",
+        "Fit the rule of slice evidence to series whose class is known, grouped by patient.",
+        uris=("predictions_uri", "labels", "output_uri"),
+        flag=("json", "Print the JSON file too, instead of a table."),
+    )
+    reporter = ConsoleReporter()
+
+    def run() -> dict[str, Any]:
+        return calibrate_series(job, say=(lambda _: None) if as_json else reporter.log)
+
+    document = guard(run)
+    if as_json:
+        print(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False))
+        return
+    for line in describe_calibration(document):
+        reporter.log(line)
+    reporter.log(f"written to  {job.output_uri}")
 
 
 def run_data(arguments: list[str]) -> None:

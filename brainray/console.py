@@ -208,6 +208,50 @@ def _describe_difference(name: str, row: dict[str, Any]) -> str:
     )
 
 
+def describe_calibration(document: dict[str, Any]) -> list[str]:
+    """Say what fitting the rule of slice evidence brought, as the lines of a table.
+
+    Parameters
+    ----------
+    document : dict
+        What :func:`brainray.evaluation.series.calibrate_series` returned.
+    """
+    before, after = document["before"], document["after"]
+    lines = [
+        f"{document['num_series']:,} labelled series of {document['num_patients']:,} patients; "
+        "after: out of fold; with 95 % intervals over patients",
+        "",
+        f"{'':<30} {'before':<24} after",
+    ]
+    for name, row in before["per_class"].items():
+        later = after["per_class"][name]
+        for score in ("sensitivity", "specificity"):
+            title = f"{name} ({row['num_series']:,}), {score}"
+            lines.append(_describe_change(title, score, row, later))
+    lines.append(_describe_change("indeterminate", "indeterminate", before, after))
+    lines.append(_describe_change("right less wrong, mean", "score", before, after))
+    options = " ".join(
+        f"--rule.{name.replace('_', '-')} {value:g}" for name, value in document["rule"].items()
+    )
+    return [
+        *lines,
+        "",
+        f"rule        {options}",
+        "Fitted to all labelled series. It says nothing of scanners and hospitals that are not "
+        "among them.",
+        "Research use only; not a medical device.",
+    ]
+
+
+def _describe_change(title: str, name: str, before: dict[str, Any], after: dict[str, Any]) -> str:
+    def show(row: dict[str, Any]) -> str:
+        ends = row[f"{name}_ci95"]
+        around = f" [{ends[0]:.1%}, {ends[1]:.1%}]" if ends else ""
+        return "-" if row[name] is None else f"{row[name]:.1%}{around}"
+
+    return f"{title:<30} {show(before):<24} {show(after)}"
+
+
 def describe_counts(run: dict[str, Any]) -> str:
     """Say in one line what became of a bulk run's scans."""
     counts = run["new_counts"]

@@ -102,8 +102,8 @@ class TrainOptions:
     """Train a classifier on a folder (or Parquet tables) of labelled scans."""
 
     data_uri: str
-    """Class folders, alone or below Training/ and Testing/ (or train/, val/, test/), or
-    Parquet tables. Local, s3:// or gs://."""
+    """Class folders of pictures, DICOM or NIfTI files, alone or below Training/ and Testing/ (or
+    train/, val/, test/), or Parquet tables. Local, s3:// or gs://."""
     output_uri: str
     """Where everything is written. The same command goes on with what it finds here."""
     recipe: Literal["smoke", "cpu", "cpu-long", "gpu"] = "cpu"

@@ -91,7 +91,7 @@ def build_data(num_classes: int = 4) -> dict[str, Any]:
         "rejected_per_class": [2] + [0] * (num_classes - 1),
         "num_groups": 27,
         "num_shared_groups": 0,
-        "num_grouped_by_user": 0,
+        "num_named": 0,
         "splits": {
             "train": {**counts, "given": True},
             "val": {**counts, "given": False},
@@ -296,10 +296,8 @@ def test_limits_follow_from_the_data(metrics: dict[str, Any]) -> None:
     text = render(build_card(), metrics, data)
     assert "No patient is known by name" in text
     assert "more than one split, as the data set gives" not in text
-    named = render(
-        build_card(), metrics, data | {"num_grouped_by_user": 122, "num_shared_groups": 3}
-    )
-    assert "names a group, a patient perhaps, for 122 of 122 scans" in named
+    named = render(build_card(), metrics, data | {"num_named": 122, "num_shared_groups": 3})
+    assert "names a group or a patient for 122 of 122 scans" in named
     assert "No patient is known by name" not in named
     assert "3 groups of near-identical slices lie in more than one split" in named
 
@@ -379,6 +377,7 @@ def test_images_are_counted_by_split_class_and_group() -> None:
         np.array(splits),
         None,  # type: ignore[arg-type]  # no scan is read
         pa.table({}),
+        num_named=1,
     )
     assert summarise_data(data, ["a", "b"]) == {
         "num_scans": 6,
@@ -386,7 +385,7 @@ def test_images_are_counted_by_split_class_and_group() -> None:
         "rejected_per_class": [1, 0],
         "num_groups": 3,
         "num_shared_groups": 1,
-        "num_grouped_by_user": 1,
+        "num_named": 1,
         "splits": {
             "train": {"n": 3, "num_groups": 2, "per_class": [1, 2], "given": True},
             "val": {"n": 1, "num_groups": 1, "per_class": [1, 0], "given": False},

@@ -26,7 +26,10 @@ def test_without_a_command_it_says_which_there_are(capsys: pytest.CaptureFixture
         status, out, err = run(capsys, *words)
         assert status == expected
         said = out if expected == 0 else err
-        assert "train | tune | classify | evaluate | serve | audit | compare | data | demo" in said
+        assert (
+            "train | tune | classify | evaluate | serve | audit | compare | calibrate-series"
+            in said
+        )
 
 
 def test_a_mistyped_flag_exits_2_and_names_the_right_one(

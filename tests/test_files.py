@@ -1,6 +1,7 @@
 """`brainray classify FILE…`: one row for every file, for a person or as JSON."""
 
 import dataclasses
+import gzip
 import json
 import os
 import subprocess
@@ -9,13 +10,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from brainray import cli
 from brainray.evaluation.evaluate import EvaluateJob
 from brainray.images.decode import DecodeLimits
+from brainray.images.dicom import hash_identifier
 from brainray.images.preprocess import load_image
+from brainray.images.slices import open_file, open_slice
 from brainray.inference import files
 from brainray.inference.bulk import ClassifyJob
 from brainray.inference.engine import EngineOptions
@@ -26,6 +30,7 @@ from brainray.model.reasons import NOTICE
 from brainray.model.shipped import DEFAULT_VARIABLE, SHIPPED_FOLDER, find_default_classifier
 from brainray.serving.predictor import ModelOptions
 from tests.conftest import CLASSES
+from tests.dicom_files import make_mr
 from tests.reference import predict_eager
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,6 +112,99 @@ def test_json_holds_rows_of_the_prediction_table(
     assert missing["content_sha256"] is None
     for row in (scan, short, missing):
         assert list(row) == build_schema(CLASSES).names
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a volume of 30 slices, a series of six DICOM files, and a report."""
+    folder = tmp_path_factory.mktemp("volumes")
+    rng = np.random.default_rng(0)
+    voxels = np.zeros((40, 40, 30), np.int16)
+    voxels[6:34, 6:34, 3:-3] = rng.integers(200, 900, (28, 28, 24))
+    image = nib.Nifti1Image(voxels, np.diag([2.0, 2.0, 3.0, 1.0]))
+    (folder / "brain.nii.gz").write_bytes(gzip.compress(image.to_bytes()))
+    for number in range(6):
+        pixels = rng.integers(0, 900, (48, 48)).astype(np.uint16)
+        instance = {"SOPInstanceUID": f"1.2.3.{number}", "PatientID": "secret-7"}
+        position = {"ImagePositionPatient": [-100, -90, 5 * number]}
+        content = make_mr(pixels, **instance, **position)
+        (folder / f"{number}.dcm").write_bytes(content)
+    (folder / "again.dcm").write_bytes(content)
+    (folder / "report.dcm").write_bytes(make_mr(Modality="SR"))
+    return folder
+
+
+def test_slices_of_files_have_a_row_each_and_series_an_answer(
+    capsys: pytest.CaptureFixture[str], volumes: Path, tiny_classifier: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_bytes(b"k" * 16)
+    names = ["brain.nii.gz", *(f"{number}.dcm" for number in range(6)), "again.dcm", "report.dcm"]
+    options = ("--classifier-uri", tiny_classifier, "--id-key-file", tmp_path / "key")
+    files = [volumes / name for name in names]
+    status, out, err = run(capsys, "--json", *files, *options, "--rule.min-run", 1)
+    assert (status, err) == (0, "")
+    assert "secret-7" not in out
+    assert "1.2.3." not in out
+    body = json.loads(out)
+    rows = {row["scan_uri"].removeprefix(f"{volumes}/"): row for row in body["predictions"]}
+    expected = [*(f"brain.nii.gz#frame={number}" for number in range(30)), *names[1:]]
+    assert list(rows) == expected
+    file = open_file(files[0].read_bytes())
+    classifier = load_classifier(str(tiny_classifier))
+    image = open_slice(file, 9, classifier.preprocessing).scan.image
+    row = rows["brain.nii.gz#frame=9"]
+    probs = [row[f"prob_{name}"] for name in CLASSES]
+    np.testing.assert_allclose(probs, predict_eager(classifier, image[None])[0], atol=0.01)
+    assert (row["plane"], row["position_mm"], row["width_px"]) == ("axial", 27.0, 40)
+    assert (rows["brain.nii.gz#frame=0"]["reason"], rows["report.dcm"]["reason"]) == (
+        "little_tissue",
+        "not_an_image_object",
+    )
+    volume, series = body["series"]
+    assert (volume["num_slices"], volume["num_used"]) == (30, 24)
+    assert volume["skipped"] == {"little_tissue": 6}
+    assert (series["num_slices"], series["skipped"]) == (7, {"duplicate": 1})
+    assert series["patient"] == hash_identifier("secret-7", b"k" * 16)
+    assert series["series"] == rows["0.dcm"]["series"]
+    for one in body["series"]:
+        assert set(one["key_slices"]) <= {row["scan_uri"] for row in body["predictions"]}
+        assert one["evidence"].keys() == set(CLASSES)
+
+
+def test_many_slices_are_summarised_and_listed_only_if_asked_for(
+    capsys: pytest.CaptureFixture[str], volumes: Path, tiny_classifier: Path
+) -> None:
+    options = ("--classifier-uri", tiny_classifier)
+    words = (volumes / "brain.nii.gz", volumes / "0.dcm", *options)
+    _, out, _ = run(capsys, *words)
+    assert out.index("key slices") < out.index("30 slices")
+    assert "24 of 30 used, 6 little_tissue" in out
+    assert "Slice evidence: not calibrated for series or patients." in out
+    assert f"{volumes}/brain.nii.gz#frame=9" not in out
+    assert f"{volumes}/0.dcm" in out
+    _, out, _ = run(capsys, *words, "--slices")
+    for number in range(30):
+        assert f"{volumes}/brain.nii.gz#frame={number} " in out
+
+
+def test_volumes_are_cut_along_the_plane_that_is_asked_for(
+    capsys: pytest.CaptureFixture[str], volumes: Path, tiny_classifier: Path
+) -> None:
+    words = ("--json", volumes / "brain.nii.gz", "--classifier-uri", tiny_classifier)
+    _, out, _ = run(capsys, *words, "--plane", "coronal")
+    rows = json.loads(out)["predictions"]
+    assert len(rows) == 40
+    assert {row["plane"] for row in rows} == {"coronal"}
+
+
+def test_a_key_that_is_too_short_is_refused(
+    capsys: pytest.CaptureFixture[str], volumes: Path, tiny_classifier: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_bytes(b"short")
+    words = (volumes / "0.dcm", "--classifier-uri", tiny_classifier)
+    status, out, err = run(capsys, *words, "--id-key-file", tmp_path / "key")
+    assert (status, out) == (2, "")
+    assert "at least 16 bytes" in err
 
 
 def test_a_file_that_was_not_read_to_its_end_has_no_hash(

@@ -16,12 +16,13 @@ import pyarrow as pa
 import pytest
 
 from brainray import cli
+from brainray.data.slice_columns import describe_slice
 from brainray.errors import RejectedImage
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import OpenedSlice, name_slice, open_slices
 from brainray.inference import bulk as bulk_module
 from brainray.inference.files import run_files
-from brainray.inference.schema import SCAN_SCHEMA, build_rows, describe_slice
+from brainray.inference.schema import SCAN_SCHEMA, build_rows
 from brainray.inference.series import summarise_series
 from tests.conftest import CLASSES, REPOSITORY
 from tests.dicom_files import make_mr

@@ -24,6 +24,7 @@ from brainray.data.scan import scan_samples
 from brainray.errors import ConfigError
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.slices import ReadOptions
 from brainray.training.loader import (
     TRAIN_DATASET,
     Batch,
@@ -46,7 +47,7 @@ NUM_IMAGES, NUM_VAL, BATCH_SIZE = 96, 13, 7
 def scan(folder: Path, **changes: Any) -> LoaderSetup:  # noqa: ANN401 - any field of it
     """Open the phantoms; the numbers of the training images are neither sorted nor dense."""
     samples = find_samples(str(folder), CLASSES, splits=("train",)).samples
-    store = scan_samples(samples, limits=DecodeLimits(), keep=[PREPROCESSING]).store
+    store = scan_samples(samples, reading=ReadOptions(), keep=[PREPROCESSING]).store
     numbers = np.random.default_rng(5).permutation(samples.num_rows)
     values: dict[str, Any] = {
         "kind": "resident",
@@ -55,7 +56,6 @@ def scan(folder: Path, **changes: Any) -> LoaderSetup:  # noqa: ANN401 - any fie
         "labels": samples["label"].to_numpy().astype(np.int64),
         "store": store,
         "preprocessing": PREPROCESSING,
-        "limits": DecodeLimits(),
         "global_batch_size": BATCH_SIZE,
         "seed": 11,
         "num_tasks": 2,
@@ -125,7 +125,8 @@ def test_each_image_comes_once_where_it_must(setup: LoaderSetup, world_size: int
 
 
 def check_batch(setup: LoaderSetup, batch: Batch) -> None:
-    contents = setup.store.read(batch.image_ids.tolist())
+    uris = ray.get(setup.store.samples)["uri"].take(batch.image_ids).to_pylist()
+    contents = [Path(uri).read_bytes() for uri in uris]
     expected = [load_image(content, PREPROCESSING, DecodeLimits()) for content in contents]
     assert batch.images.dtype == torch.uint8
     np.testing.assert_array_equal(batch.images.numpy(), expected)

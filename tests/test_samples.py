@@ -13,7 +13,7 @@ import pytest
 from brainray.data.labelled import find_samples
 from brainray.errors import ConfigError, RejectedImage
 from brainray.evaluation.prepared import PreparedData, group_samples, split_samples
-from brainray.images.decode import DecodeLimits
+from brainray.images.slices import ReadOptions
 from brainray.inference import samples
 from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.inference.predict import EnginePool, PredictStage
@@ -25,7 +25,6 @@ from tests.conftest import CLASSES
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 OPTIONS = EngineOptions(precision="fp32", num_threads=1)
-LIMITS = DecodeLimits()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def data(folder: Path, local_ray: None) -> PreparedData:  # noqa: ARG001 - start
 
 def prepare(folder: Path) -> PreparedData:
     found = find_samples(str(folder), CLASSES)
-    grouped = group_samples(found, CLASSES, keep=[], limits=LIMITS, min_correlation=0.96)
+    grouped = group_samples(found, CLASSES, keep=[], reading=ReadOptions(), min_correlation=0.96)
     return split_samples(grouped, CLASSES, np.full(len(grouped.kept), "test"))
 
 
@@ -86,12 +85,12 @@ def test_rows_come_in_the_order_asked_for(
     monkeypatch.setattr(samples, "PART_ROWS", 5)
     stage = build_stage(tiny_classifier, partial(open_in_worker, tiny_classifier))
     indices = np.random.default_rng(0).permutation(32)[:23]
-    rows, runtime = predict_samples(stage, data.store, data.scans, indices, LIMITS)
+    rows, runtime = predict_samples(stage, data.store, data.scans, indices)
     uris = data.scans["scan_uri"].take(pa.array(indices))
     assert rows["scan_uri"].to_pylist() == uris.to_pylist()
     engine = open_in_worker(tiny_classifier)
     assert runtime == engine.describe()
-    images = data.store.load_images(indices.tolist(), stage.preprocessing, LIMITS)
+    images = data.store.load_images(indices.tolist(), stage.preprocessing)
     expected = engine.predict(images, ["logits"]).logits
     np.testing.assert_allclose(stack_lists(rows["logits"]), expected, atol=1e-6)
 
@@ -103,7 +102,7 @@ def test_what_a_lost_process_leaves_is_begun_again(
     monkeypatch.setattr(samples, "PART_ROWS", 8)
     engine = partial(open_and_die, tiny_classifier, tmp_path / "died", 2)
     stage = build_stage(tiny_classifier, engine)
-    rows, _ = predict_samples(stage, data.store, data.scans, np.arange(32), LIMITS)
+    rows, _ = predict_samples(stage, data.store, data.scans, np.arange(32))
     assert (tmp_path / "died").read_text() == "2"
     assert rows["scan_uri"].to_pylist() == data.scans["scan_uri"].to_pylist()
 
@@ -113,7 +112,7 @@ def test_what_an_engine_refuses_is_one_line_in_the_driver(
 ) -> None:
     stage = build_stage(tiny_classifier, refuse)
     with pytest.raises(ConfigError) as caught:
-        predict_samples(stage, data.store, data.scans, np.arange(4), LIMITS)
+        predict_samples(stage, data.store, data.scans, np.arange(4))
     assert str(caught.value) == "This processor has no bf16 instructions."
 
 
@@ -127,7 +126,7 @@ def test_a_file_that_has_vanished_is_said(
     gone.unlink()
     stage = build_stage(tiny_classifier, partial(open_in_worker, tiny_classifier))
     with pytest.raises(RejectedImage) as caught:
-        predict_samples(stage, data.store, data.scans, np.arange(8), LIMITS)
+        predict_samples(stage, data.store, data.scans, np.arange(8))
     gone.symlink_to(target)
     assert caught.value.reason == "missing"
     assert "\n" not in str(caught.value)

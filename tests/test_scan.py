@@ -1,17 +1,20 @@
 """Opening every scan of a data set once: what is kept of it, and what is rejected."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
 
 from brainray.data import scan as scan_module
 from brainray.data.labelled import find_samples
 from brainray.data.scan import ScanResult, scan_samples
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.slices import ReadOptions
 from tests.conftest import CLASSES
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -19,16 +22,28 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 def scan(folder: Path) -> ScanResult:
     samples = find_samples(str(folder), CLASSES, splits=("train",)).samples
-    return scan_samples(samples, limits=DecodeLimits())
+    return scan_samples(samples, reading=ReadOptions())
 
 
-def test_scan_knows_every_file_and_gives_its_bytes(phantom_folder: Path) -> None:
+SIZE = Preprocessing(size_px=48)
+
+
+def load_files(files: Sequence[Path], preprocessing: Preprocessing = SIZE) -> list[NDArray]:
+    return [load_image(file.read_bytes(), preprocessing, DecodeLimits()) for file in files]
+
+
+def list_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_scan_knows_every_file_and_opens_it_again(phantom_folder: Path) -> None:
     found = scan(phantom_folder)
-    files = sorted(p for p in (phantom_folder / "Training").rglob("*") if p.is_file())
+    files = list_files(phantom_folder / "Training")
     assert found.table["index"].to_pylist() == list(range(len(files)))
     assert found.table["reason"].null_count == len(files)
     assert found.store.in_object_store
-    assert found.store.read([5, 0, 5]) == [files[i].read_bytes() for i in (5, 0, 5)]
+    chosen = [files[i] for i in (5, 0, 5)]
+    np.testing.assert_array_equal(found.store.load_images([5, 0, 5], SIZE), load_files(chosen))
 
 
 def test_kept_pixels_are_those_that_decoding_again_gives(phantom_folder: Path) -> None:
@@ -39,13 +54,13 @@ def test_kept_pixels_are_those_that_decoding_again_gives(phantom_folder: Path) -
         Preprocessing(size_px=32, fit="pad", crop="head"),
         Preprocessing(size_px=32, fit="pad", intensity="percentile"),
     ]
-    limits = DecodeLimits()
-    kept = scan_samples(samples, limits=limits, keep=sizes).store
-    plain = scan_samples(samples, limits=limits).store
+    kept = scan_samples(samples, reading=ReadOptions(), keep=sizes).store
+    plain = scan_samples(samples, reading=ReadOptions()).store
+    uris = [samples["uri"][index].as_py() for index in (7, 0, 7)]
     for preprocessing in sizes:
-        again = [load_image(c, preprocessing, limits) for c in plain.read([7, 0, 7])]
-        np.testing.assert_array_equal(kept.load_images([7, 0, 7], preprocessing, limits), again)
-        np.testing.assert_array_equal(plain.load_images([7, 0, 7], preprocessing, limits), again)
+        again = load_files(list(map(Path, uris)), preprocessing)
+        np.testing.assert_array_equal(kept.load_images([7, 0, 7], preprocessing), again)
+        np.testing.assert_array_equal(plain.load_images([7, 0, 7], preprocessing), again)
 
 
 def test_kept_pixels_are_not_decoded_again(
@@ -53,11 +68,11 @@ def test_kept_pixels_are_not_decoded_again(
 ) -> None:
     samples = find_samples(str(phantom_folder), CLASSES).samples
     size = Preprocessing(size_px=48)
-    kept = scan_samples(samples, limits=DecodeLimits(), keep=[size]).store
-    monkeypatch.setattr("brainray.data.scan.load_image", None)
-    assert kept.load_images([3, 1], size, DecodeLimits()).shape == (2, 48, 48)
+    kept = scan_samples(samples, reading=ReadOptions(), keep=[size]).store
+    monkeypatch.setattr("brainray.data.scan.open_slice", None)
+    assert kept.load_images([3, 1], size).shape == (2, 48, 48)
     with pytest.raises(TypeError):
-        kept.load_images([3], Preprocessing(size_px=64), DecodeLimits())
+        kept.load_images([3], Preprocessing(size_px=64))
 
 
 def test_scan_names_the_reason_of_every_scan_it_rejects(
@@ -78,7 +93,7 @@ def test_scan_names_the_reason_of_every_scan_it_rejects(
     reasons = dict(
         zip(
             found_with_gone.samples["path"].to_pylist(),
-            scan_samples(found_with_gone.samples, limits=DecodeLimits())
+            scan_samples(found_with_gone.samples, reading=ReadOptions())
             .table["reason"]
             .to_pylist(),
             strict=True,
@@ -96,7 +111,7 @@ def test_scan_names_the_reason_of_every_scan_it_rejects(
 def test_parquet_rows_are_the_files_they_were_made_of(
     phantom_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = sorted(p for p in (phantom_folder / "Training").rglob("*") if p.is_file())
+    files = list_files(phantom_folder / "Training")
     table = pa.table(
         {
             "image_bytes": [file.read_bytes() for file in files],
@@ -109,7 +124,8 @@ def test_parquet_rows_are_the_files_they_were_made_of(
         monkeypatch.setattr(scan_module, "OBJECT_STORE_SHARE", share)
         found = scan(tmp_path)
         assert found.store.in_object_store == (share > 0)
-        assert found.store.read([0, 41, 7]) == [files[i].read_bytes() for i in (0, 41, 7)]
+        chosen = load_files([files[i] for i in (0, 41, 7)])
+        np.testing.assert_array_equal(found.store.load_images([0, 41, 7], SIZE), chosen)
 
 
 def test_only_the_blocks_of_the_scans_asked_for_are_fetched(
@@ -118,9 +134,9 @@ def test_only_the_blocks_of_the_scans_asked_for_are_fetched(
     monkeypatch.setattr(scan_module, "SCAN_ROWS_PER_TASK", 10)
     samples = find_samples(str(phantom_folder), CLASSES, splits=("train",)).samples
     size = Preprocessing(size_px=32)
-    store = scan_samples(samples, limits=DecodeLimits(), keep=[size]).store
+    store = scan_samples(samples, reading=ReadOptions(), keep=[size]).store
     pixels = store.open_pixels(size, [3, 12])
-    expected = [load_image(c, size, DecodeLimits()) for c in store.read([12, 3])]
+    expected = load_files([Path(samples["uri"][index].as_py()) for index in (12, 3)], size)
     np.testing.assert_array_equal(pixels.take(np.array([12, 3])), expected)
     with pytest.raises(KeyError):
         pixels.take(np.array([50]))

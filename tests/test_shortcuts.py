@@ -10,8 +10,9 @@ from PIL import Image
 
 from brainray.data import shortcuts
 from brainray.data.shortcuts import ALL_TOGETHER, build_traits, judge_shortcuts
-from brainray.images.decode import DecodeLimits, decode_image
+from brainray.images.decode import DecodeLimits
 from brainray.images.metadata import ImageTraits, hash_pixels, measure_traits
+from brainray.images.slices import open_file
 
 
 def judge(
@@ -78,7 +79,8 @@ def encode(pixels: NDArray[np.uint8], kind: str, mode: str) -> bytes:
 
 
 def measure(content: bytes) -> ImageTraits:
-    return measure_traits(content, decode_image(content), DecodeLimits())
+    file = open_file(content)
+    return measure_traits(content, file, file.render(0)[0], DecodeLimits())
 
 
 def test_traits_of_an_image() -> None:

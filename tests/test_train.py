@@ -286,7 +286,7 @@ def test_calibration_is_fitted_to_what_the_engine_that_ships_predicts(
     fitted_with = {"engine": engine.backend, "precision": engine.precision}
     assert trust.facts.items() >= fitted_with.items()
     val = data.select("val")
-    images = data.store.load_images(val.tolist(), PREPROCESSING, TINY.limits)
+    images = data.store.load_images(val.tolist(), PREPROCESSING)
     outputs = engine.predict(images, ["logits", "features"])
     assert outputs.logits is not None
     assert outputs.features is not None

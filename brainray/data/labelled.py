@@ -1,7 +1,8 @@
 """Find the scans of a data set: class folders, Parquet tables, manifests become one sample table.
 
 Nothing here opens an image. A sample table (:data:`SAMPLE_SCHEMA`) has a row for every
-scan: where its bytes are, what it is called, its label and the split it was given.
+scan: where its bytes are, what it is called, its label and the split it was given. A DICOM or NIfTI
+file has one row too, until :func:`brainray.data.expand.expand_files` has counted its slices.
 """
 
 import re
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 
 from brainray import storage
 from brainray.errors import DataError
+from brainray.images.slices import name_slice
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -21,6 +23,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("uri", pa.string()),  # file that holds the bytes
         ("row_group", pa.int32()),  # of a Parquet file; -1 for an image file
         ("row", pa.int64()),  # within the row group; -1 for an image file
+        ("frame", pa.int32()),  # slice within the file, from 0; -1 where it has one, or not yet
         ("label", pa.int32()),  # index into the class order
         ("split", pa.string()),  # train, val, test, or "" where one root is to be split
         ("group", pa.string()),  # given by the user; null where it is not
@@ -29,6 +32,11 @@ SAMPLE_SCHEMA = pa.schema(
 )
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+"""Of pictures, which hold one slice."""
+SLICES_SUFFIXES = (".dcm", ".dicom", ".ima", ".nii", ".nii.gz")
+"""Of DICOM and NIfTI files, which may hold several."""
+_SUFFIX = re.compile(r"\.[a-z][a-z0-9]*$")
+"""Scanners name files by UIDs: what follows their last dot is no suffix."""
 
 SPLIT_NAMES = {
     "train": "train",
@@ -41,7 +49,7 @@ SPLIT_NAMES = {
 }
 """Folder (or Parquet file) names, in lower case, and the split they mean."""
 
-_PLACE_COLUMNS = ("uri", "row_group", "row", "size_bytes")
+_PLACE_COLUMNS = ("uri", "row_group", "row", "frame", "size_bytes")
 """Columns of a manifest of places; all but ``uri`` may be left out."""
 
 _SIZES_LOOKED_AT = 64
@@ -82,8 +90,8 @@ def find_samples(
         A folder of class folders, of split folders holding class folders, or of Parquet
         files; or one Parquet file. Local, s3:// or gs://. A Parquet file holds the scans
         (``image_bytes``), or is a manifest of places that says where they are: ``uri``, with
-        ``row_group`` and ``row`` for a scan within a Parquet file, or else ``path``; relative
-        places are below the manifest's folder.
+        ``row_group`` and ``row`` for a scan within a Parquet file and ``frame`` for a slice of a
+        file with several, or else ``path``; relative places are below the manifest's folder.
     classes : sequence of str
         Class names in class order; a class folder must be one of them.
     splits : sequence of str, optional
@@ -106,7 +114,7 @@ def find_samples(
         files = storage.list_files(data_uri)
     visible = [file for file in files if not is_hidden(file.relative_path)]
     tables = [file for file in visible if file.relative_path.endswith(".parquet")]
-    images = [file for file in visible if file.relative_path.lower().endswith(IMAGE_SUFFIXES)]
+    images = [file for file in visible if _may_be_image(file.relative_path, classes)]
     if images and tables:
         raise DataError(
             f"Expected images or Parquet files in '{data_uri}', found {len(images)} images and "
@@ -136,6 +144,19 @@ def is_hidden(relative_path: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
+def _may_be_image(relative_path: str, classes: Sequence[str]) -> bool:
+    """Tell by its name whether a file may be an image.
+
+    A file without a suffix may be a DICOM file if it lies in a class folder: scanners write such.
+    """
+    *folders, name = relative_path.split("/")
+    name = name.lower()
+    if name.endswith(IMAGE_SUFFIXES + SLICES_SUFFIXES):
+        return True
+    is_in_class = not set(folders[:2]).isdisjoint(classes)
+    return is_in_class and name != "dicomdir" and not _SUFFIX.search(name)
+
+
 def _keep_splits(samples: pa.Table, splits: Sequence[str], data_uri: str) -> pa.Table:
     present = set(samples["split"].to_pylist())
     if present == {""}:
@@ -162,7 +183,7 @@ def _read_folder_samples(
             f"'{data_uri}'. Expected only {SPLITS_IN_WORDS}. Move it elsewhere."
         )
     order = {name: index for index, name in enumerate(classes)}
-    rows: list[tuple[str, str, int, int, int, str, None, int]] = []
+    rows: list[tuple[str, str, int, int, int, int, str, None, int]] = []
     for image in images:
         parts = image.relative_path.split("/")
         split = SPLIT_NAMES[parts[0].lower()] if has_splits and len(parts) > 1 else ""
@@ -175,7 +196,8 @@ def _read_folder_samples(
         label = order.get(class_parts[0])
         if label is None:
             raise _unknown_class(class_parts[0], image.uri, classes)
-        rows.append((image.relative_path, image.uri, -1, -1, label, split, None, image.size_bytes))
+        size = image.size_bytes
+        rows.append((image.relative_path, image.uri, -1, -1, -1, label, split, None, size))
     columns = list(zip(*rows, strict=True))
     return pa.table(
         [pa.array(c, f.type) for c, f in zip(columns, SAMPLE_SCHEMA, strict=True)],
@@ -290,6 +312,7 @@ def _describe_row_group(
         "uri": pa.array([file.uri] * count),
         "row_group": pa.array([index] * count, pa.int32()),
         "row": pa.array(range(count), pa.int64()),
+        "frame": pa.array([-1] * count, pa.int32()),
         "size_bytes": pa.array([size // max(count, 1)] * count, pa.int64()),
     }
     return _complete_samples(table, places, file, classes)
@@ -306,12 +329,18 @@ def _describe_places(table: pa.Table, file: storage.FoundFile, classes: Sequence
         )
     folder = file.uri.rpartition("/")[0]
     uris = [_place_beside(folder, place) for place in given]
-    in_file = pa.array([-1] * count, pa.int64())
+    numbers = {
+        name: (
+            table[name].cast(kind).fill_null(-1) if name in names else pa.array([-1] * count, kind)
+        )
+        for name, kind in (("row_group", pa.int32()), ("row", pa.int64()), ("frame", pa.int32()))
+    }
+    frames = [None if frame < 0 else frame for frame in numbers["frame"].to_pylist()]
+    paths = list(map(name_slice, given, frames))
     places = {
-        "path": table["path"].cast(pa.string()) if "path" in names else pa.array(given),
+        "path": table["path"].cast(pa.string()) if "path" in names else pa.array(paths),
         "uri": pa.array(uris, pa.string()),
-        "row_group": (table["row_group"] if "row_group" in names else in_file).cast(pa.int32()),
-        "row": (table["row"] if "row" in names else in_file).cast(pa.int64()),
+        **numbers,
         "size_bytes": (
             table["size_bytes"].cast(pa.int64())
             if "size_bytes" in names

@@ -1,5 +1,6 @@
-"""Read one scan's encoded bytes, from a file or a row of a Parquet table."""
+"""Read one scan's encoded bytes, from a file or a row of a Parquet table, and open its slices."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import pyarrow as pa
@@ -7,7 +8,7 @@ import pyarrow.parquet as pq
 
 from brainray import storage
 from brainray.errors import RejectedImage, StorageError
-from brainray.images.slices import ReadOptions, ScanFile, open_file, split_name
+from brainray.images.slices import ReadOptions, ScanFile, find_slice, open_file, split_name
 
 TABLE_SUFFIX = ".parquet"
 
@@ -110,3 +111,76 @@ def read_named_scan(scan_uri: str, *, max_bytes: int | None = None) -> bytes:
     except (OSError, StorageError) as error:
         raise RejectedImage("unreadable", str(error)) from error
     raise RejectedImage("missing", f"No row {number} in '{table}'.")
+
+
+# ---- samples -------------------------------------------------------------------------------------
+
+
+class SampleReader:
+    """Opens the files of samples, and keeps the last one.
+
+    The slices of one file come one after the other in a sample table: a volume is read and unpacked
+    once for all of them.
+    """
+
+    def __init__(self, reading: ReadOptions, *, key: bytes | None = None) -> None:
+        self._reading, self._key = reading, key
+        self._place: tuple[str, int, int] | None = None
+        self._content = b""
+        self._file: ScanFile | None = None
+
+    def read(self, uri: str, row_group: int, row: int) -> bytes:
+        """Read a file's bytes.
+
+        Raises
+        ------
+        RejectedImage
+            ``missing`` or ``unreadable``.
+        """
+        if (uri, row_group, row) != self._place:
+            content = read_scan(uri, row_group, row)
+            self._place, self._content, self._file = (uri, row_group, row), content, None
+        return self._content
+
+    def open(
+        self, uri: str, row_group: int, row: int, frame: int, *, content: bytes | None = None
+    ) -> tuple[ScanFile, int]:
+        """Open a sample; return its file, and the index of its slice.
+
+        Parameters
+        ----------
+        uri, row_group, row, frame
+            Columns of :data:`brainray.data.labelled.SAMPLE_SCHEMA`.
+        content : bytes, optional
+            The file's bytes, where they are at hand.
+
+        Raises
+        ------
+        RejectedImage
+            It cannot be read, or its header cannot, or it has no such slice.
+        """
+        if content is None:
+            content = self.read(uri, row_group, row)
+        elif (uri, row_group, row) != self._place:
+            self._place, self._content, self._file = (uri, row_group, row), content, None
+        if self._file is None:
+            self._file = open_file(content, self._reading, key=self._key)
+        return self._file, find_slice(self._file, None if frame < 0 else frame)
+
+
+def open_rows(rows: pa.Table, reading: ReadOptions) -> Iterator[tuple[ScanFile, int]]:
+    """Open samples where they lie, one after the other: their files, and indices of their slices.
+
+    Parameters
+    ----------
+    rows : Table
+        Columns ``uri``, ``row_group``, ``row`` and ``frame`` of a sample table.
+
+    Raises
+    ------
+    RejectedImage
+        As of :meth:`SampleReader.open`.
+    """
+    reader = SampleReader(reading)
+    for place in rows.select(["uri", "row_group", "row", "frame"]).to_pylist():
+        yield reader.open(**place)

@@ -1,12 +1,13 @@
 """Open every scan once: hash, thumbnail, and the reason when it cannot be used.
 
-The same pass leaves in Ray's object store what fits there: the encoded bytes, so that
-nothing goes back to the disk or the network for them, and the pixels at the sizes that are
-asked for, so that no epoch decodes again what the first look has decoded.
+The same pass leaves in Ray's object store what fits there: the encoded bytes of files with one
+slice, so that nothing goes back to the disk or the network for them, and the pixels at the sizes
+that are asked for, so that no epoch decodes again what the first look has decoded.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
+import secrets
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from typing import Any
 
@@ -17,15 +18,16 @@ import ray.data
 from numpy.typing import NDArray
 
 from brainray.data.near_duplicates import THUMBNAIL_PX, compute_thumbnail
-from brainray.data.read import name_scan, read_scan
+from brainray.data.read import SampleReader, name_scan
+from brainray.data.slice_columns import SLICE_FIELDS, describe_slice
 from brainray.errors import RejectedImage
-from brainray.images.decode import DecodeLimits, decode_samples
-from brainray.images.intensity import scale_to_8_bits
+from brainray.images.intensity import scale_to_8_bits, to_display, to_unsigned
 from brainray.images.metadata import ImageTraits, measure_traits
-from brainray.images.preprocess import Preprocessing, load_image, preprocess_image
+from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import ReadOptions, ScanFile, name_slice, open_slice
 
 SCAN_ROWS_PER_TASK = 256
-"""Scans opened by one task: about a tenth of a second of work for 224-px JPEGs."""
+"""Scans opened by one task, about: a tenth of a second of work for 224-px JPEGs."""
 
 OBJECT_STORE_SHARE = 0.4
 """Scans stay in the object store up to this share of the smallest node's store.
@@ -35,14 +37,17 @@ Ray Data asks for half of the store for blocks in flight; the rest is left to th
 
 
 FINDING_TYPES = {
-    "scan_uri": pa.string(),  # of a row in a Parquet file: FILE#row=N, as bulk jobs name it
+    "scan_uri": pa.string(),  # as bulk jobs name it: FILE, FILE#row=N or FILE#frame=N
     "content_sha256": pa.string(),  # null where no byte could be read
     "reason": pa.string(),  # why it is rejected; else null
     "width_px": pa.int32(),  # null where it is rejected
     "height_px": pa.int32(),
     "size_bytes": pa.int64(),  # of the encoded bytes; null where they could not be read
+    **{column.name: column.type for column in SLICE_FIELDS},
 }
-"""Columns of every scan, beside its thumbnail."""
+"""Columns of every scan, beside its thumbnail. ``grey_range`` is that of the first pixels that are
+kept, else null. The hashes of the identifiers have a key that is not kept: they tell which scans
+are of one patient, study or series, and are to be forgotten then."""
 
 TRAIT_TYPES = {
     "pixel_sha256": pa.string(),
@@ -67,7 +72,7 @@ class ScanResult:
     """Columns index and those of :data:`FINDING_TYPES`, in sample order; with those of
     :class:`brainray.images.metadata.ImageTraits` where they were asked for."""
     store: "ScanStore"
-    """Gives the encoded bytes of any scan again."""
+    """Opens any scan again."""
 
 
 class PixelViews:
@@ -95,11 +100,14 @@ class ScanStore:
     def __init__(
         self,
         samples: "ray.ObjectRef[pa.Table]",
+        reading: ReadOptions,
         blocks: "Sequence[ray.ObjectRef[pa.Table]]" = (),
         places: "ray.ObjectRef[NDArray[np.int64]] | None" = None,
         kept: Sequence[Preprocessing] = (),
     ) -> None:
         self._samples = samples
+        self.reading = reading
+        """How the files are read."""
         self._blocks = blocks
         self._places = places
         self._kept = frozenset(map(_name_pixels, kept))
@@ -118,19 +126,28 @@ class ScanStore:
         """Whether preprocessed pixels are held in Ray's object store."""
         return _name_pixels(preprocessing) in self._kept
 
-    def read(self, indices: Sequence[int]) -> list[bytes]:
-        """Return the encoded bytes of some scans, in the order asked for.
+    def open_slices(self, indices: Sequence[int]) -> Iterator[tuple[ScanFile, int]]:
+        """Open some scans, in the order asked for: their files, and indices of their slices.
+
+        Slices of one file that follow each other are read and opened together.
 
         Raises
         ------
         RejectedImage
-            A file has vanished or cannot be read.
+            A file has vanished or cannot be read, or its header cannot.
         """
-        if not self.in_object_store:
-            samples: pa.Table = ray.get(self._samples)
-            return read_samples(samples.take(pa.array(indices, pa.int64())))
-        tables, places = self._fetch(indices)
-        return [tables[block]["image_bytes"][row].as_py() for block, row in places[indices]]
+        samples: pa.Table = ray.get(self._samples)
+        rows = samples.select(["uri", "row_group", "row", "frame"]).take(
+            pa.array(indices, pa.int64())
+        )
+        tables, places = self._fetch(indices) if self.in_object_store else ({}, None)
+        reader = SampleReader(self.reading)
+        for index, row in zip(indices, rows.to_pylist(), strict=True):
+            content = None
+            if places is not None:
+                block, at = places[index].tolist()
+                content = tables[block]["image_bytes"][at].as_py()
+            yield reader.open(**row, content=content)
 
     def open_pixels(self, preprocessing: Preprocessing, indices: Sequence[int]) -> PixelViews:
         """Bring some scans' pixels to this node, where its processes share them without a copy.
@@ -143,7 +160,7 @@ class ScanStore:
         return PixelViews(views, places)
 
     def load_images(
-        self, indices: Sequence[int], preprocessing: Preprocessing, limits: DecodeLimits
+        self, indices: Sequence[int], preprocessing: Preprocessing
     ) -> NDArray[np.uint8]:
         """Return the pixels of some scans, decoded and resized, in the order asked for.
 
@@ -161,8 +178,10 @@ class ScanStore:
         if self.holds_pixels(preprocessing) and len(indices):
             wanted = np.asarray(indices, np.int64)
             return self.open_pixels(preprocessing, indices).take(wanted)
-        for image, content in zip(images, self.read(indices), strict=True):
-            image[:] = load_image(content, preprocessing, limits)
+        order = np.argsort(indices, kind="stable")  # slices of one file together
+        opened = self.open_slices([indices[place] for place in order])
+        for place, (file, index) in zip(order, opened, strict=True):
+            images[place] = open_slice(file, index, preprocessing).scan.image
         return images
 
     def _fetch(self, indices: Sequence[int]) -> tuple[dict[int, pa.Table], NDArray[np.int64]]:
@@ -204,29 +223,10 @@ def view_pixels(column: pa.ChunkedArray, side: int) -> NDArray[np.uint8]:
     return pixels[start : start + len(values) * side**2].reshape(-1, side, side)
 
 
-def read_samples(samples: pa.Table) -> list[bytes]:
-    """Read the encoded bytes of a sample table's rows from where they lie.
-
-    Raises
-    ------
-    RejectedImage
-        ``missing`` or ``unreadable``.
-    """
-    return [
-        read_scan(uri, row_group, row)
-        for uri, row_group, row in zip(
-            samples["uri"].to_pylist(),
-            samples["row_group"].to_pylist(),
-            samples["row"].to_pylist(),
-            strict=True,
-        )
-    ]
-
-
 def scan_samples(
     samples: pa.Table,
     *,
-    limits: DecodeLimits,
+    reading: ReadOptions,
     keep: Collection[Preprocessing] = (),
     with_traits: bool = False,
 ) -> ScanResult:
@@ -235,31 +235,30 @@ def scan_samples(
     Parameters
     ----------
     samples : pyarrow.Table
-        From :func:`brainray.data.labelled.find_samples`.
-    limits : DecodeLimits
-        What is too large to open.
+        From :func:`brainray.data.labelled.find_samples`, with a row for each slice: see
+        :func:`brainray.data.expand.expand_files`.
+    reading : ReadOptions
+        How the files are read.
     keep : collection of Preprocessing
         Pixels that will be asked for again; they are kept where they fit.
     with_traits : bool
         Whether to measure what an image is besides its picture.
     """
-    num_bytes = sum(samples["size_bytes"].to_pylist())
+    is_alone = samples["frame"].to_numpy() < 0
+    num_bytes = int(samples["size_bytes"].to_numpy()[is_alone].sum())
     num_pixels = samples.num_rows * sum(one.size_px**2 for one in keep)
     fits = bytes_fit_object_store(num_bytes)
     kept = tuple(keep) if bytes_fit_object_store(num_bytes + num_pixels) else ()
     indexed = samples.append_column("index", pa.array(range(samples.num_rows), pa.int64()))
-    parts = [
-        indexed.slice(start, SCAN_ROWS_PER_TASK)
-        for start in range(0, samples.num_rows, SCAN_ROWS_PER_TASK)
-    ]
     scanned = (
-        ray.data.from_arrow(parts)
+        ray.data.from_arrow(_cut_between_files(indexed))
         .map_batches(
             _scan_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
             batch_size=None,
             batch_format="pyarrow",
             fn_kwargs={
-                "limits": limits,
+                "reading": reading,
+                "key": secrets.token_bytes(32),
                 "keep_bytes": fits,
                 "keep": kept,
                 "with_traits": with_traits,
@@ -270,11 +269,23 @@ def scan_samples(
     names = FINDING_TYPES | TRAIT_TYPES if with_traits else FINDING_TYPES
     findings = scanned.select_columns(["index", "thumbnail", *names])
     table = pa.concat_tables(ray.get(findings.to_arrow_refs())).sort_by("index")
-    store = ScanStore(ray.put(samples))
+    store = ScanStore(ray.put(samples), reading)
     if fits:
         blocks = scanned.to_arrow_refs()
-        store = ScanStore(ray.put(samples), blocks, ray.put(_locate(blocks)), kept)
+        store = ScanStore(ray.put(samples), reading, blocks, ray.put(_locate(blocks)), kept)
     return ScanResult(table, store)
+
+
+def _cut_between_files(samples: pa.Table) -> list[pa.Table]:
+    """Cut a sample table into parts of about :data:`SCAN_ROWS_PER_TASK`, no file in two parts."""
+    uris = np.array(samples["uri"].to_pylist(), dtype=object)
+    starts = np.flatnonzero(
+        np.append(True, (uris[1:] != uris[:-1]) | (samples["frame"].to_numpy()[1:] < 0))
+    )
+    wanted = np.arange(0, samples.num_rows, SCAN_ROWS_PER_TASK)
+    cuts = np.unique(starts[np.searchsorted(starts, wanted, side="right") - 1]).tolist()
+    ends = [*cuts[1:], samples.num_rows]
+    return [samples.slice(start, end - start) for start, end in zip(cuts, ends, strict=True)]
 
 
 def bytes_fit_object_store(num_bytes: int) -> bool:
@@ -287,17 +298,15 @@ def bytes_fit_object_store(num_bytes: int) -> bool:
     return num_bytes <= OBJECT_STORE_SHARE * min(stores, default=0.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Look:
     """What one look at a scan brought."""
 
-    scan_uri: str
-    content_sha256: str | None = None
-    reason: str | None = None
-    width_px: int | None = None
-    height_px: int | None = None
-    size_bytes: int | None = None
-    content: bytes = b""
+    found: dict[str, Any]
+    """Values of :data:`FINDING_TYPES`."""
+    content: bytes | None = None
+    """To be kept; None for a rejected scan, and for a file of several slices, which would be kept
+    with each of them."""
     squares: tuple[bytes | None, ...] = ()
     """The thumbnail, then the pixels to keep."""
     traits: ImageTraits | None = None
@@ -306,15 +315,18 @@ class _Look:
 def _scan_batch(
     batch: pa.Table,
     *,
-    limits: DecodeLimits,
+    reading: ReadOptions,
+    key: bytes,
     keep_bytes: bool,
     keep: Sequence[Preprocessing],
     with_traits: bool,
 ) -> pa.Table:
-    looks = [_look_at(batch, row, limits, keep, with_traits) for row in range(batch.num_rows)]
+    scanner = _Scanner(reading, SampleReader(reading, key=key), tuple(keep), with_traits)
+    rows = batch.select(["uri", "row_group", "row", "frame"]).to_pylist()
+    looks = [scanner.look_at(**row) for row in rows]
     columns: dict[str, Any] = {"index": batch["index"]}
     for name, kind in FINDING_TYPES.items():
-        columns[name] = pa.array([getattr(look, name) for look in looks], kind)
+        columns[name] = pa.array([look.found[name] for look in looks], kind)
     if keep_bytes:
         columns["image_bytes"] = pa.array([look.content for look in looks], pa.binary())
     sides = [THUMBNAIL_PX, *(one.size_px for one in keep)]
@@ -328,33 +340,47 @@ def _scan_batch(
     return pa.table(columns)
 
 
-def _look_at(
-    batch: pa.Table,
-    row: int,
-    limits: DecodeLimits,
-    keep: Sequence[Preprocessing],
-    with_traits: bool,
-) -> _Look:
-    content, scan_uri = b"", str(batch["uri"][row])
-    try:
-        (content,) = read_samples(batch.slice(row, 1))
-        scan_uri = name_scan(scan_uri, batch["row_group"][row].as_py(), batch["row"][row].as_py())
-        samples = decode_samples(content, limits)
-    except RejectedImage as rejection:
-        if rejection.reason in ("missing", "unreadable"):
-            return _Look(scan_uri, reason=rejection.reason)
-        digest = sha256(content).hexdigest()
-        return _Look(scan_uri, digest, rejection.reason, size_bytes=len(content))
-    pixels = scale_to_8_bits(samples)
-    squares = (compute_thumbnail(pixels), *(preprocess_image(samples, one) for one in keep))
-    height, width = pixels.shape
-    return _Look(
-        scan_uri,
-        sha256(content).hexdigest(),
-        width_px=width,
-        height_px=height,
-        size_bytes=len(content),
-        content=content,
-        squares=tuple(square.tobytes() for square in squares),
-        traits=measure_traits(content, pixels, limits) if with_traits else None,
-    )
+@dataclass(slots=True)
+class _Scanner:
+    """Looks at one scan after the other."""
+
+    reading: ReadOptions
+    reader: SampleReader
+    keep: tuple[Preprocessing, ...]
+    with_traits: bool
+    _hashed: tuple[bytes, str] = field(default=(b"", ""), init=False)
+
+    def look_at(self, uri: str, row_group: int, row: int, frame: int) -> _Look:
+        """Read, open and decode a scan."""
+        number = None if frame < 0 else frame
+        look = _Look(dict.fromkeys(FINDING_TYPES) | {"scan_uri": uri, "frame": number})
+        try:
+            content = self.reader.read(uri, row_group, row)
+            look.found["scan_uri"] = name_slice(name_scan(uri, row_group, row), number)
+            look.found["content_sha256"] = self._hash(content)
+            look.found["size_bytes"] = len(content)
+            self._decode(look, content, *self.reader.open(uri, row_group, row, frame))
+        except RejectedImage as rejection:
+            look.found["reason"] = rejection.reason
+            return look
+        look.content = content if number is None else None
+        return look
+
+    def _decode(self, look: _Look, content: bytes, file: ScanFile, index: int) -> None:
+        look.found |= describe_slice(file.slices[index], None)
+        samples = to_unsigned(file.decode(index))
+        # The whole range of 8 or 16 bits for pictures; others have no range but their samples'.
+        pixels = scale_to_8_bits(samples) if file.format == "picture" else to_display(samples)
+        kept = [open_slice(file, index, one, samples) for one in self.keep]
+        look.found["height_px"], look.found["width_px"] = pixels.shape
+        look.found["grey_range"] = kept[0].grey_range if kept else None
+        squares = (compute_thumbnail(pixels), *(one.scan.image for one in kept))
+        look.squares = tuple(square.tobytes() for square in squares)
+        if self.with_traits:
+            look.traits = measure_traits(content, file, pixels, self.reading.limits)
+
+    def _hash(self, content: bytes) -> str:
+        """Return the SHA-256 of a file; once for all of its slices."""
+        if content is not self._hashed[0]:
+            self._hashed = (content, sha256(content).hexdigest())
+        return self._hashed[1]

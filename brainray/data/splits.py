@@ -57,8 +57,9 @@ def split_groups(
         present = len(np.unique(groups[labels == label]))
         if present < 2:
             raise DataError(
-                f"Class number {label} has {present} group of near-identical images; at least 2 "
-                f"are needed to hold {fraction:.0%} out. Add images, or lower the group threshold."
+                f"Class number {label} has {present} group of near-identical images or patients; "
+                f"at least 2 are needed to hold {fraction:.0%} out. Add images, or lower the group "
+                "threshold. Anonymised DICOM files may all name the same patient."
             )
     num_folds = min(num_folds, len(np.unique(groups)), int(counts.max()))
     folds = StratifiedGroupKFold(n_splits=num_folds, shuffle=True, random_state=seed)
@@ -153,8 +154,8 @@ def assign_folds(
         present = len(np.unique(groups[labels == label]))
         if present < num_folds:
             raise DataError(
-                f"Class number {label} has {present} groups of near-identical images; {num_folds} "
-                "folds need at least as many. Add images, or lower --folds."
+                f"Class number {label} has {present} groups of near-identical images or patients; "
+                f"{num_folds} folds need at least as many. Add images, or lower --folds."
             )
     splitter = StratifiedGroupKFold(n_splits=num_folds, shuffle=True, random_state=seed)
     for number, (_, chosen) in enumerate(splitter.split(labels, labels, groups)):

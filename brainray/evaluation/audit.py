@@ -4,15 +4,17 @@ import logging
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import tyro
 from numpy.typing import NDArray
 
 from brainray import storage
 from brainray.cluster import check_fits, connect_ray
 from brainray.data import findings
+from brainray.data.expand import expand_files
 from brainray.data.findings import Nearest, Pair
 from brainray.data.labelled import FoundSamples, find_samples
 from brainray.data.near_duplicates import (
@@ -20,18 +22,18 @@ from brainray.data.near_duplicates import (
     group_twins,
     is_exact,
     measure_recall,
-    merge_groups,
     standardise_thumbnails,
 )
-from brainray.data.scan import TRAIT_TYPES, read_samples, scan_samples
+from brainray.data.read import open_rows
+from brainray.data.scan import TRAIT_TYPES, scan_samples
 from brainray.data.shortcuts import build_traits, judge_shortcuts
 from brainray.data.splits import assign_folds, assign_splits, describe_balance
 from brainray.data.spread import spread_blocks
 from brainray.errors import ConfigError, RejectedImage
 from brainray.evaluation.judge import Say
-from brainray.evaluation.prepared import check_usable, stack_thumbnails
-from brainray.images.decode import DecodeLimits, decode_samples
+from brainray.evaluation.prepared import check_usable, join_groups, stack_thumbnails
 from brainray.images.heatmap import render_picture
+from brainray.images.slices import ReadOptions, show_slice
 from brainray.labels import BRAIN_TUMOUR_CLASSES, check_classes
 from brainray.provenance import describe_versions, read_code_revision
 from brainray.reports.audit import PicturedPair, render_audit
@@ -48,6 +50,8 @@ NUM_PAIRS_SHOWN = 12
 """Pairs of pictures in each gallery of the report."""
 
 NUM_SIZES_LISTED = 12
+PLACES = ("path", "uri", "row_group", "row", "frame", "size_bytes")
+"""Columns of a sample table that a manifest of places repeats."""
 
 Numbers = NDArray[np.int64]
 
@@ -58,7 +62,8 @@ class AuditJob:
 
     data_uri: str
     """Class folders, alone or below Training/ and Testing/ (or train/, val/, test/), Parquet
-    tables, or a manifest of places: whatever training reads. Local, s3:// or gs://."""
+    tables, or a manifest of places: whatever training reads. Local, s3:// or gs://. Pictures,
+    DICOM and NIfTI files."""
     output_uri: str
     """Where audit.json, audit.html and groups.parquet go."""
     classes: tuple[str, ...] = BRAIN_TUMOUR_CLASSES
@@ -79,8 +84,8 @@ class AuditJob:
     """Share of all images that a new split holds out for testing, by groups."""
     seed: int = 0
     """Seeds the new split, and the folds in which shortcuts are judged."""
-    limits: DecodeLimits = DecodeLimits()
-    """What is too large to open."""
+    reading: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions()
+    """How the files are read."""
 
     def __post_init__(self) -> None:
         check_classes(self.classes)
@@ -110,7 +115,7 @@ class AuditedData:
     near: Numbers
     """Group at the near-twin's correlation."""
     groups: Numbers
-    """Group at the job's correlation, joined with the groups that the data set gives."""
+    """Group at the job's correlation, joined with the data set's own groups and with patients."""
     nearest: dict[str, Nearest]
     """Of each held-out split."""
 
@@ -135,8 +140,9 @@ def audit(job: AuditJob, *, say: Say = logger.info, verbose: bool = False) -> di
     check_leak_can_be_measured(job, found)
     connect_ray(verbose=verbose)
     check_fits()
+    found = expand_files(found, job.reading)
     say(f"Opening {found.samples.num_rows:,} scans.")
-    scan = scan_samples(found.samples, limits=job.limits, with_traits=True).table
+    scan = scan_samples(found.samples, reading=job.reading, with_traits=True).table
     say("Comparing their thumbnails.")
     data = compare_images(found.samples, scan, job)
     document = describe_findings(job, found, scan, data)
@@ -205,7 +211,7 @@ def compare_images(samples: pa.Table, scan: pa.Table, job: AuditJob) -> AuditedD
         standardised=standardised,
         copies=findings.number_copies(scan["pixel_sha256"].take(kept).to_pylist()),
         near=near,
-        groups=merge_groups(twins, samples["group"].take(kept).to_pylist()),
+        groups=join_groups(twins, samples, scan, kept),
         nearest=findings.look_up_nearest(splits, standardised, spread_blocks),
     )
 
@@ -384,7 +390,7 @@ def write_split(
     rows = samples.take(pa.array(data.kept))
     manifest = pa.table(
         {
-            **{name: rows[name] for name in ("path", "uri", "row_group", "row", "size_bytes")},
+            **{name: rows[name] for name in PLACES},
             "label": pa.array(job.classes).take(rows["label"].combine_chunks()),
             "split": pa.array(splits.tolist()),
             "group": pa.array([str(group) for group in data.groups]),
@@ -451,10 +457,8 @@ def picture_pairs(
     for pair in pairs:
         rows = samples.take(pa.array(data.kept[[pair.left, pair.right]]))
         try:
-            left, right = (
-                render_picture(decode_samples(content, job.limits))
-                for content in read_samples(rows)
-            )
+            opened = open_rows(rows, job.reading)
+            left, right = (render_picture(show_slice(file, index)) for file, index in opened)
         except RejectedImage:
             continue
         labels = [job.classes[label] for label in rows["label"].to_pylist()]

@@ -33,7 +33,7 @@ from brainray.evaluation.prepared import (
     stack_thumbnails,
     write_nearest,
 )
-from brainray.images.decode import DecodeLimits
+from brainray.images.slices import ReadOptions
 from brainray.inference.engine import EngineOptions
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.shipped import find_default_classifier
@@ -58,8 +58,8 @@ class EvaluateJob:
     group_correlation: float = 0.96
     """Slices whose thumbnails correlate at least this much are of one group (0 to 1)."""
     engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions()
-    limits: DecodeLimits = DecodeLimits()
-    """What is too large to open."""
+    reading: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions()
+    """How the files are read."""
 
 
 def evaluate(job: EvaluateJob, *, say: Say = logger.info, verbose: bool = False) -> dict[str, Any]:
@@ -89,7 +89,6 @@ def evaluate(job: EvaluateJob, *, say: Say = logger.info, verbose: bool = False)
             output_uri=job.output_uri,
             classifier_uri=job.classifier_uri,
             splits=("test",),
-            limits=job.limits,
             engine=job.engine,
             title="brainray evaluation report",
             configuration=asdict(job),
@@ -131,7 +130,7 @@ def prepare_evaluation_data(
         found,
         classifier.classes,
         keep=[classifier.preprocessing],
-        limits=job.limits,
+        reading=job.reading,
         min_correlation=job.group_correlation,
     )
     splits = np.full(len(data.kept), "test")
@@ -154,7 +153,8 @@ def group_beside(
     """Group scans as if they lay in one data set with the training images.
 
     Two that resemble one training image are of one group, as they are where a training run judges
-    its own test split: both give the same intervals.
+    its own test split: both give the same intervals. Which patients are in both is not known: the
+    manifest of the training data names none.
 
     Parameters
     ----------
@@ -173,6 +173,5 @@ def group_beside(
         min_correlation=job.group_correlation,
         spread=spread_blocks,
     )
-    given: list[str | None] = data.found.samples["group"].take(pa.array(data.kept)).to_pylist()
-    names = [name and f"given {name}" for name in given]
+    names = [f"own {group}" for group in data.groups]
     return merge_groups(twins, names + [f"known {group}" for group in known_groups])[: len(names)]

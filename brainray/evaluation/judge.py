@@ -14,9 +14,7 @@ from brainray.errors import RejectedImage
 from brainray.evaluation.modelcard import write_model_card
 from brainray.evaluation.prepared import PreparedData
 from brainray.evaluation.rows import add_labels, find_mistakes
-from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
-from brainray.images.slices import ReadOptions, open_file
 from brainray.inference.engine import EngineOptions
 from brainray.inference.gallery import draw_scan
 from brainray.inference.predict import PredictStage, plan_pool
@@ -131,7 +129,6 @@ def add_class_maps(
     stage: PredictStage,
     data: PreparedData,
     indices: NDArray[np.int64],
-    limits: DecodeLimits,
 ) -> pa.Table:
     """Fill the column ``class_map`` of an evaluation table for the mistakes that reports show.
 
@@ -147,7 +144,7 @@ def add_class_maps(
         return rows
     explain = replace(stage, outputs=("class_maps",), pool=replace(stage.pool, num_engines=1))
     try:
-        explained, _ = predict_samples(explain, data.store, data.scans, indices[worst], limits)
+        explained, _ = predict_samples(explain, data.store, data.scans, indices[worst])
     except RejectedImage:  # vanished since it was predicted
         return rows
     class_maps: list[list[float] | None] = [None] * len(rows)
@@ -164,16 +161,14 @@ def collect_mistakes(
     split: str,
     classes: Sequence[str],
     preprocessing: Preprocessing,
-    limits: DecodeLimits,
 ) -> list[Mistake]:
     """Draw the most confident mistakes of an evaluation table, and their class maps."""
     numbers = {path: number for number, path in enumerate(data.manifest["path"].to_pylist())}
     mistakes = []
     for row in rows.take(find_mistakes(rows, classes, NUM_MISTAKES_SHOWN)).to_pylist():
         try:
-            (content,) = data.store.read([numbers[row["path"]]])
-            file = open_file(content, ReadOptions(limits=limits))
-            image_png, overlay_png = draw_scan(file, 0, row["class_map"], preprocessing)
+            ((file, index),) = data.store.open_slices([numbers[row["path"]]])
+            image_png, overlay_png = draw_scan(file, index, row["class_map"], preprocessing)
         except RejectedImage:  # vanished since it was predicted
             continue
         top = int(np.argmax(row["probs"]))
@@ -197,7 +192,6 @@ def judge_and_report(
     output_uri: str,
     classifier_uri: str,
     splits: Sequence[str],
-    limits: DecodeLimits,
     engine: EngineOptions,
     title: str,
     configuration: dict[str, Any],
@@ -229,7 +223,7 @@ def judge_and_report(
     say("Predicting " + " and ".join(f"{len(m):,} {s} images" for s, m in members.items()) + ".")
     stage = PredictStage.open(classifier_uri, plan_pool(engine), outputs=("logits",))
     rows, runtime = predict_samples(
-        stage, data.store, data.scans, np.concatenate(list(members.values())), limits
+        stage, data.store, data.scans, np.concatenate(list(members.values()))
     )
     metrics: dict[str, Any] = {
         "schema_version": METRICS_SCHEMA_VERSION,
@@ -245,8 +239,8 @@ def judge_and_report(
         table = add_labels(rows.slice(0, len(indices)), data, indices, trust)
         rows = rows.slice(len(indices))
         if split == list(members)[-1]:
-            table = add_class_maps(table, stage, data, indices, limits)
-            mistakes = collect_mistakes(data, table, split, classes, stage.preprocessing, limits)
+            table = add_class_maps(table, stage, data, indices)
+            mistakes = collect_mistakes(data, table, split, classes, stage.preprocessing)
         storage.write_table(storage.join(output_uri, "predictions", f"{split}.parquet"), table)
         labels, probs = data.labels[indices], stack_lists(table["probs"])
         metrics[split] = judge_split(data, indices, probs, classes)

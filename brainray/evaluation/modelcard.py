@@ -44,7 +44,7 @@ def summarise_data(data: PreparedData, classes: list[str]) -> dict[str, Any]:
     dict
         ``num_scans``; ``rejected``, counts by reason, and ``rejected_per_class``; ``num_groups``
         and ``num_shared_groups``, those that lie in more than one split;
-        ``num_grouped_by_user``, scans for which the data set names a group; and ``splits``: for
+        ``num_named``, scans whose group or patient the data set names; and ``splits``: for
         each that has images ``n``, ``num_groups``, ``per_class``, and ``given``, whether the
         data set says which images are in it.
     """
@@ -65,7 +65,7 @@ def summarise_data(data: PreparedData, classes: list[str]) -> dict[str, Any]:
         "rejected_per_class": count_classes("rejected"),
         "num_groups": len(counts),
         "num_shared_groups": int((counts > 1).sum()),
-        "num_grouped_by_user": samples.num_rows - samples["group"].null_count,
+        "num_named": data.num_named,
         "splits": {
             split: {
                 "n": len(members[split]),

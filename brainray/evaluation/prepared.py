@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from brainray.data.expand import expand_files
 from brainray.data.findings import REFERENCES
 from brainray.data.labelled import FoundSamples
 from brainray.data.near_duplicates import (
@@ -19,11 +21,13 @@ from brainray.data.scan import ScanResult, ScanStore, scan_samples
 from brainray.data.splits import MANIFEST_SCHEMA
 from brainray.data.spread import spread_blocks
 from brainray.errors import DataError
-from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import ReadOptions
 from brainray.inference.schema import SCAN_SCHEMA
 
 MANIFEST_FILE = "manifest.parquet"
+IDENTIFIERS = ("patient", "study", "series", "sop_instance")
+"""Columns of a scan whose hashes are forgotten once they have made groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class GroupedData:
     """Their thumbnails, shape (n, 576)."""
     groups: NDArray[np.int64]
     """Their groups, shape (n,)."""
+    num_named: int
+    """Scans for which the data set, or the scan's own file, names a group or a patient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +61,12 @@ class PreparedData:
     """train, val, test or rejected, shape (N,); in place of the first three, fold-0, fold-1 …
     where a data set is cross-validated."""
     store: ScanStore
-    """Gives the encoded bytes of any sample."""
+    """Opens any sample."""
     scans: pa.Table
-    """Rows of :data:`brainray.inference.schema.SCAN_SCHEMA`, in sample order."""
+    """Rows of :data:`brainray.inference.schema.SCAN_SCHEMA`, in sample order, without hashes of
+    identifiers."""
+    num_named: int
+    """Of :class:`GroupedData`."""
 
     def select(self, split: str) -> NDArray[np.int64]:
         """Return the sample numbers of a split, ascending."""
@@ -79,15 +88,19 @@ def group_samples(
     classes: Sequence[str],
     *,
     keep: Sequence[Preprocessing],
-    limits: DecodeLimits,
+    reading: ReadOptions,
     min_correlation: float,
 ) -> GroupedData:
-    """Open every scan of a data set once, and group those that look alike.
+    """Open every scan of a data set once, and group those of one patient, or that look alike.
+
+    Files with several slices are expanded first: a scan is one slice.
 
     Parameters
     ----------
     keep : sequence of Preprocessing
         What pixels to leave in the object store, if they fit.
+    reading : ReadOptions
+        How the files are read.
     min_correlation : float
         Of the thumbnails of two slices of one group, in (0, 1].
 
@@ -96,16 +109,55 @@ def group_samples(
     DataError
         Not one scan of a class can be opened.
     """
+    found = expand_files(found, reading)
     samples = found.samples
-    scan = scan_samples(samples, limits=limits, keep=keep)
+    scan = scan_samples(samples, reading=reading, keep=keep)
     labels = samples["label"].to_numpy().astype(np.int64)
     kept = check_usable(labels, scan.table, classes)
     standardised = standardise_thumbnails(stack_thumbnails(scan.table["thumbnail"].take(kept)))
-    groups = merge_groups(
-        group_twins(standardised, min_correlation=min_correlation, spread=spread_blocks),
-        samples["group"].take(kept).to_pylist(),
+    twins = group_twins(standardised, min_correlation=min_correlation, spread=spread_blocks)
+    groups = join_groups(twins, samples, scan.table, kept)
+    named = pc.coalesce(samples["group"], find_patients(samples, scan.table))
+    num_named = len(named) - named.null_count
+    return GroupedData(found, scan, labels, kept, standardised, groups, num_named)
+
+
+def join_groups(
+    twins: NDArray[np.int64], samples: pa.Table, scan: pa.Table, kept: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Join groups of near-identical slices with the data set's own groups, and with patients.
+
+    Parameters
+    ----------
+    twins : ndarray of int64, shape (n,)
+        Of the samples ``kept``.
+    samples, scan : Table
+        Sample table, and what opening its scans brought.
+    kept : ndarray of int64, shape (n,)
+        Numbers of the samples that could be opened.
+
+    Returns
+    -------
+    ndarray of int64, shape (n,)
+        Connected components: no patient, and no group that is given, is in two of them. Their
+        numbers do not depend on the key of the hashes.
+    """
+    for names in (samples["group"], find_patients(samples, scan)):
+        twins = merge_groups(twins, names.take(pa.array(kept)).to_pylist())
+    return twins
+
+
+def find_patients(samples: pa.Table, scan: pa.Table) -> pa.ChunkedArray:
+    """Return what stands for the patient of each scan; null for pictures, which name none.
+
+    The keyed hash of the patient's identifier; where the file has none, that of its study, else of
+    its series, which for a NIfTI volume is its content, else the file's URI if it has several
+    slices.
+    """
+    several = pc.if_else(
+        pc.greater_equal(samples["frame"], 0), samples["uri"], pa.scalar(None, pa.string())
     )
-    return GroupedData(found, scan, labels, kept, standardised, groups)
+    return pc.coalesce(scan["patient"], scan["study"], scan["series"], several)
 
 
 def split_samples(
@@ -132,11 +184,19 @@ def split_samples(
         manifest = look_up_nearest(
             manifest, data.standardised, data.kept, every_split, split, others
         )
-    table = data.scan.table
+    table = data.scan.table.drop_columns(list(IDENTIFIERS))
     for name in set(SCAN_SCHEMA.names).difference(table.column_names):
         table = table.append_column(name, pa.nulls(table.num_rows, SCAN_SCHEMA.field(name).type))
     scans = table.select(SCAN_SCHEMA.names).cast(SCAN_SCHEMA)
-    return PreparedData(data.found, manifest, data.labels, every_split, data.scan.store, scans)
+    return PreparedData(
+        found=data.found,
+        manifest=manifest,
+        labels=data.labels,
+        splits=every_split,
+        store=data.scan.store,
+        scans=scans,
+        num_named=data.num_named,
+    )
 
 
 def stack_thumbnails(column: pa.ChunkedArray) -> NDArray[np.uint8]:
@@ -163,7 +223,7 @@ def check_usable(
             raise DataError(
                 f"None of the {len(of_class)} images of class {classes[label]} can be opened "
                 f"(the first is {reasons[of_class[0]]}). "
-                "Expected JPEG, PNG, BMP, GIF, TIFF or WebP files."
+                "Expected JPEG, PNG, BMP, GIF, TIFF or WebP pictures, DICOM or NIfTI files."
             )
     return np.flatnonzero(usable)
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from brainray.images.decode import DecodeLimits
 from brainray.images.headers import read_header, recognise
+from brainray.images.slices import ScanFile
 
 BORDER_SHARE = 0.05
 """Width of the frame that counts as border, as a share of the shorter side."""
@@ -28,11 +29,12 @@ class ImageTraits:
     height_px: int
     """As shown, EXIF orientation applied."""
     mode: str
-    """Pillow's mode of the file (L, RGB, P, …), with the depth where it is not 8 bits."""
+    """Pillow's mode of the file (L, RGB, P, …), with the depth where it is not 8 bits; "grey" for
+    DICOM and NIfTI."""
     format: str
-    """JPEG, PNG, …"""
+    """JPEG, PNG, …, DICOM, NIfTI."""
     size_bytes: int
-    """Length of the encoded file."""
+    """Length of the encoded file; of one with several slices, this slice's share of it."""
     mean_grey: float
     """Mean of all pixels, 0 to 255."""
     border_grey: float
@@ -42,7 +44,7 @@ class ImageTraits:
 
 
 def measure_traits(
-    image_bytes: bytes, pixels: NDArray[np.uint8], limits: DecodeLimits
+    image_bytes: bytes, file: ScanFile, pixels: NDArray[np.uint8], limits: DecodeLimits
 ) -> ImageTraits:
     """Measure a scan that was decoded.
 
@@ -50,14 +52,14 @@ def measure_traits(
     ----------
     image_bytes : bytes
         The encoded file.
+    file : ScanFile
+        The same, opened.
     pixels : ndarray of uint8, shape (height, width)
-        What :func:`brainray.images.decode.decode_image` made of it.
+        Of one of its slices.
     limits : DecodeLimits
         Those it was decoded with.
     """
-    header = read_header(recognise(image_bytes), image_bytes, limits.max_pixels)
-    with Image.open(io.BytesIO(header.payload), formats=[header.format]) as image:
-        mode = image.mode if header.bits == 8 else f"{image.mode}, {header.bits} bit"
+    mode, name = _find_mode(image_bytes, file, limits)
     height, width = pixels.shape
     border = _cut_border(pixels)
     return ImageTraits(
@@ -65,12 +67,22 @@ def measure_traits(
         width_px=width,
         height_px=height,
         mode=mode,
-        format=header.format,
-        size_bytes=len(image_bytes),
+        format=name,
+        size_bytes=len(image_bytes) // len(file.slices),
         mean_grey=float(pixels.mean()),
         border_grey=float(border.mean()),
         border_dark_share=float((border <= DARK_GREY).mean()),
     )
+
+
+def _find_mode(image_bytes: bytes, file: ScanFile, limits: DecodeLimits) -> tuple[str, str]:
+    """Return the colour mode and the name of the format."""
+    if file.format != "picture":
+        return "grey", {"dicom": "DICOM", "nifti": "NIfTI"}[file.format]
+    header = read_header(recognise(image_bytes), image_bytes, limits.max_pixels)
+    with Image.open(io.BytesIO(header.payload), formats=[header.format]) as image:
+        mode = image.mode if header.bits == 8 else f"{image.mode}, {header.bits} bit"
+    return mode, header.format
 
 
 def hash_pixels(pixels: NDArray[np.uint8]) -> str:

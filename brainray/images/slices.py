@@ -143,22 +143,39 @@ def recognise_format(content: bytes) -> Format:
     return "picture"
 
 
-def open_slice(file: ScanFile, index: int, preprocessing: Preprocessing) -> "OpenedSlice":
+def open_slice(
+    file: ScanFile,
+    index: int,
+    preprocessing: Preprocessing,
+    decoded: NDArray[Any] | None = None,
+) -> "OpenedSlice":
     """Decode one slice of a file and make the network's input of it.
 
     Percentiles are taken from the samples after the modality transform, so that a slice gives the
-    same input alone, within its series, as DICOM, NIfTI or picture, whatever its window.
+    same input alone, within its series, as DICOM, NIfTI or picture, whatever its window. A picture
+    keeps its depth: where grey levels are taken as they are stored, they are those of its file.
+
+    Parameters
+    ----------
+    file : ScanFile
+        From :func:`open_file`.
+    index : int
+        Of the slice in ``file.slices``.
+    preprocessing : Preprocessing
+        Of the classifier.
+    decoded : ndarray, optional
+        What ``file.decode(index)`` gave, where it was called already.
 
     Raises
     ------
     RejectedImage
         It cannot be decoded, or is not to be classified.
     """
-    grey_range: GreyRange = "percentile"
-    if preprocessing.intensity == "percentile":
-        samples = file.decode(index)
-    else:
+    grey_range: GreyRange = "percentile" if preprocessing.intensity == "percentile" else "stored"
+    if grey_range == "stored" and file.format != "picture":
         samples, grey_range = file.render(index)
+    else:
+        samples = file.decode(index) if decoded is None else decoded
     return OpenedSlice(open_samples(samples, preprocessing), file.slices[index], grey_range)
 
 
@@ -176,6 +193,30 @@ def show_slice(file: ScanFile, index: int) -> NDArray[np.uint8]:
     if file.format == "picture":
         return to_display(file.decode(index))
     return file.render(index)[0]
+
+
+def find_slice(file: ScanFile, frame: int | None) -> int:
+    """Return the index of a slice in ``file.slices``, by its number within the file.
+
+    Parameters
+    ----------
+    file : ScanFile
+    frame : int or None
+        None for the only slice of a file with one.
+
+    Raises
+    ------
+    RejectedImage
+        ``multi_frame``: the file has several, and none is named. ``missing``: it has no such slice.
+    """
+    count = len(file.slices)
+    if frame is None and count > 1:
+        raise RejectedImage(
+            "multi_frame", f"The file has {count} slices, and none is named. Give its number."
+        )
+    if not 0 <= (index := frame or 0) < count:
+        raise RejectedImage("missing", f"No slice {index} in this file: it has {count}.")
+    return index
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from ray.exceptions import RayError, RayTaskError
 
 from brainray.cluster import TASK_CPUS, find_own_error
 from brainray.data.scan import ScanStore
-from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
 from brainray.inference.predict import PredictStage, pack_images
 
@@ -32,7 +31,6 @@ def predict_samples(
     store: ScanStore,
     scans: pa.Table,
     indices: NDArray[np.int64],
-    limits: DecodeLimits,
 ) -> tuple[pa.Table, Runtime]:
     """Predict some samples of a data set with a stream of its own.
 
@@ -46,8 +44,6 @@ def predict_samples(
         Rows of :data:`brainray.inference.schema.SCAN_SCHEMA` of all samples, in sample order.
     indices : ndarray of int64, shape (n,)
         Numbers of the samples to predict, each once, at least one; all of them can be opened.
-    limits : DecodeLimits
-        What is too large to open.
 
     Returns
     -------
@@ -69,7 +65,7 @@ def predict_samples(
     while not found[indices].all():
         before = len(blocks)
         try:
-            for block in _stream(stage, store, scans, indices[~found[indices]], limits):
+            for block in _stream(stage, store, scans, indices[~found[indices]]):
                 blocks.append(block)
                 found[block["index"].to_numpy()] = True
         except RayTaskError as error:
@@ -91,14 +87,13 @@ def _stream(
     store: ScanStore,
     scans: pa.Table,
     indices: NDArray[np.int64],
-    limits: DecodeLimits,
 ) -> Iterator[pa.Table]:
     chosen = scans.take(pa.array(indices)).append_column("index", pa.array(indices))
     starts = range(0, len(indices), PART_ROWS)
     parts = [chosen.slice(start, PART_ROWS) for start in starts]
     num_cpus = max(1, int(ray.cluster_resources()["CPU"]))
     load: Any = partial(
-        _load_part, store=store, preprocessing=stage.preprocessing, limits=limits
+        _load_part, store=store, preprocessing=stage.preprocessing
     )  # Ray's hint knows no partial
     opened = ray.data.from_arrow(parts).map_batches(
         load,
@@ -111,8 +106,6 @@ def _stream(
     yield from blocks
 
 
-def _load_part(
-    part: pa.Table, *, store: ScanStore, preprocessing: Preprocessing, limits: DecodeLimits
-) -> pa.Table:
-    images = store.load_images(part["index"].to_pylist(), preprocessing, limits)
+def _load_part(part: pa.Table, *, store: ScanStore, preprocessing: Preprocessing) -> pa.Table:
+    images = store.load_images(part["index"].to_pylist(), preprocessing)
     return part.append_column("image", pack_images(list(images), preprocessing.size_px))

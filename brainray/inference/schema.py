@@ -12,30 +12,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from brainray.data.slice_columns import SLICE_FIELDS
 from brainray.errors import ClassifierError
-from brainray.images.slices import GreyRange, SliceInfo
 from brainray.inference.engine import Prediction
 from brainray.model.explain import STRIDE_PX
 from brainray.model.reasons import find_status
 
 SCHEMA_VERSION = 4
-"""4 added the columns of :data:`SLICE_FIELDS`; 3 added ``engine``, ``precision``, ``logits`` and
-``features``, and bulk jobs write below ``predictions/classifier_id=<id>/``; 2 added ``class_map``.
-"""
-
-SLICE_FIELDS = (
-    pa.field("frame", pa.int32()),  # within the file, from 0; null where it has one slice
-    pa.field("patient", pa.string()),  # keyed hash of the identifier, as of the three below
-    pa.field("study", pa.string()),
-    pa.field("series", pa.string()),
-    pa.field("sop_instance", pa.string()),
-    pa.field("plane", pa.string()),  # axial, coronal or sagittal; null where it is not known
-    pa.field("position_mm", pa.float64()),  # along the slice's normal
-    pa.field("orientation", pa.list_(pa.float64())),  # cosines of a row, then of a column
-    pa.field("flags", pa.list_(pa.string())),  # what is unknown or unusual
-    pa.field("grey_range", pa.string()),  # brainray.images.slices.GreyRange; null if rejected
-)
-"""What a DICOM or NIfTI file says of a slice; all but ``grey_range`` are null for pictures."""
+"""4 added the columns of :data:`brainray.data.slice_columns.SLICE_FIELDS`; 3 added ``engine``,
+``precision``, ``logits`` and ``features``, and bulk jobs write below
+``predictions/classifier_id=<id>/``; 2 added ``class_map``."""
 
 SCAN_SCHEMA = pa.schema(
     [
@@ -80,22 +66,6 @@ def build_schema(classes: Sequence[str]) -> pa.Schema:
             pa.field("features", floats),  # pooled features of the last three stages
         ]
     )
-
-
-def describe_slice(info: SliceInfo, grey_range: GreyRange | None) -> dict[str, Any]:
-    """Return the values of :data:`SLICE_FIELDS` for a slice; None where it was not decoded."""
-    return {
-        "frame": info.frame,
-        "patient": info.patient,
-        "study": info.study,
-        "series": info.series,
-        "sop_instance": info.sop_instance,
-        "plane": info.plane,
-        "position_mm": info.position_mm,
-        "orientation": info.orientation,
-        "flags": info.flags or None,
-        "grey_range": grey_range,
-    }
 
 
 def describe_class_map(size_px: int) -> dict[str, int]:

@@ -23,13 +23,14 @@ from ray.data import Dataset, ExecutionResources
 from brainray import storage
 from brainray.cluster import TASK_CPUS
 from brainray.data.read import read_scan
+from brainray.data.slice_columns import describe_slice
 from brainray.errors import ClassificationError, RejectedImage
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions, name_slice, open_file, open_slice
 from brainray.inference.labels import Labels
 from brainray.inference.plan import PLAN_SCHEMA, name_part, read_shard
 from brainray.inference.predict import PredictStage, pack_images
-from brainray.inference.schema import SCAN_SCHEMA, describe_slice
+from brainray.inference.schema import SCAN_SCHEMA
 from brainray.inference.stats import RunStats, compute_statistics
 from brainray.inference.store import PredictionStore
 

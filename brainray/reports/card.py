@@ -243,7 +243,7 @@ def _list_limits(
 
 
 def _describe_patients(data: Mapping[str, Any]) -> str:
-    named, total = data["num_grouped_by_user"], data["num_scans"]
+    named, total = data["num_named"], data["num_scans"]
     stand_in = "groups of near-identical slices stand in for patients, and miss what looks unlike"
     if not named:
         return (
@@ -251,7 +251,7 @@ def _describe_patients(data: Mapping[str, Any]) -> str:
             f"{stand_in}."
         )
     return (
-        f"The data set names a group, a patient perhaps, for {named:,} of {total:,} scans; "
+        f"The data set names a group or a patient for {named:,} of {total:,} scans; "
         f"for the others, if any, {stand_in}. What the names mean was not checked."
     )
 

@@ -1,11 +1,13 @@
 """What a training run is made of: every number that shapes the classifier, with its unit."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from brainray.errors import ConfigError
-from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import ReadOptions
 from brainray.labels import BRAIN_TUMOUR_CLASSES, check_classes
 from brainray.model.network import BatchNormMode
 from brainray.model.trust import TrustOptions
@@ -33,8 +35,8 @@ class TrainConfig:
     """How the weights move."""
     trust: TrustOptions = TrustOptions()
     """How its answers are calibrated and withheld; sealed with the classifier."""
-    limits: DecodeLimits = DecodeLimits()
-    """What is too large to open."""
+    reading: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions()
+    """How the files are read."""
     val_fraction: float = 0.15
     """Share of the training images held out, by groups, where no val folder is given."""
     test_fraction: float = 0.15

@@ -268,9 +268,7 @@ def judge_folds(
         metrics=metrics,
         epochs=(),
         curves={POOLED: compute_curves(data.labels[indices], probs, classes)},
-        mistakes=collect_mistakes(
-            data, predictions, POOLED, classes, job.config.preprocessing, job.config.limits
-        ),
+        mistakes=collect_mistakes(data, predictions, POOLED, classes, job.config.preprocessing),
         configuration=describe_run(job)["config"],
         facts={
             "Recipe": job.recipe,

@@ -114,7 +114,7 @@ def _measure_statistics(
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     network = build_network(len(config.classes), weights=state)
     network = network.to(device).to(memory_format=torch.channels_last)
-    images = store.load_images(indices.tolist(), config.preprocessing, config.limits)
+    images = store.load_images(indices.tolist(), config.preprocessing)
     batches = (
         normalise_images(torch.from_numpy(part).to(device), config.preprocessing)
         for part in np.array_split(images, -(-len(images) // STATISTICS_BATCH_SIZE))
@@ -145,9 +145,7 @@ def fit_trust_on(job: TrainJob, data: PreparedData, say: Say) -> Trust | None:
     say(f"Calibrating on {len(val):,} val images, beside {len(chosen):,} of train.")
     pool = plan_pool(EngineOptions(use_gpu=job.scaling.use_gpu))
     stage = PredictStage.open(job.at(CLASSIFIER_FOLDER), pool, outputs=("logits", "features"))
-    rows, runtime = predict_samples(
-        stage, data.store, data.scans, np.concatenate([chosen, val]), job.config.limits
-    )
+    rows, runtime = predict_samples(stage, data.store, data.scans, np.concatenate([chosen, val]))
     logits, features = stack_lists(rows["logits"]), stack_lists(rows["features"])
     count = len(chosen)
     trust = fit_trust(

@@ -107,7 +107,6 @@ def plan_loader(job: TrainJob, data: PreparedData, cpus_per_worker: float) -> Lo
         labels=data.labels,
         store=data.store,
         preprocessing=job.config.preprocessing,
-        limits=job.config.limits,
         global_batch_size=job.config.global_batch_size,
         seed=job.config.seed,
         num_tasks=max(1, int(free_cpus)),

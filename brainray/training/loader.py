@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from ray.data import DataIterator, Dataset, RandomSeedConfig
 
 from brainray.cluster import TASK_CPUS
-from brainray.data.scan import ScanStore, read_samples
+from brainray.data.read import open_rows
+from brainray.data.scan import ScanStore
 from brainray.errors import ConfigError, TrainingError
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import ReadOptions, open_slice
 
 Indices = NDArray[np.int64]
 
@@ -89,7 +90,6 @@ class LoaderSetup:
     """Class of every sample of the data set, by sample number."""
     store: ScanStore
     preprocessing: Preprocessing
-    limits: DecodeLimits
     global_batch_size: int
     seed: int
     """Seeds the order of every epoch."""
@@ -296,15 +296,16 @@ def build_data_config() -> ray.train.DataConfig:
 def list_blocks(setup: LoaderSetup, image_ids: Indices) -> list[pa.Table]:
     """Cut some samples into blocks, each to be read and decoded by one task.
 
-    Image files come in the order asked for. Rows of a Parquet file are brought together by their
-    row group, which is read as a whole.
+    Image files come in the order asked for. What is read as a whole is brought together: the rows
+    of a row group of a Parquet file, and the slices of a file with several.
     """
     samples: pa.Table = ray.get(setup.store.samples)
-    rows = samples.select(["uri", "row_group", "row"]).take(image_ids)
+    rows = samples.select(["uri", "row_group", "row", "frame"]).take(image_ids)
     rows = rows.append_column("index", pa.array(image_ids))
     uris, row_groups = rows["uri"].to_numpy(), rows["row_group"].to_numpy()
     _, numbers = np.unique(uris.astype(str), return_inverse=True)
-    keys = np.where(row_groups < 0, -1, numbers * (row_groups.max(initial=0) + 1) + row_groups)
+    is_alone = (row_groups < 0) & (rows["frame"].to_numpy() < 0)
+    keys = np.where(is_alone, -1, numbers * (row_groups.max(initial=0) + 2) + row_groups + 1)
     parts = [np.flatnonzero(keys == key) for key in np.unique(keys)]
     return [
         rows.take(part[start : start + BLOCK_ROWS])
@@ -319,15 +320,15 @@ def _decode(blocks: Dataset, setup: LoaderSetup, num_parts: int = 1) -> Dataset:
         _decode_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"preprocessing": setup.preprocessing, "limits": setup.limits},
+        fn_kwargs={"preprocessing": setup.preprocessing, "reading": setup.store.reading},
         num_cpus=TASK_CPUS,
         compute=ray.data.TaskPoolStrategy(size=-(-setup.num_tasks // num_parts)),
     )
 
 
 def _decode_batch(
-    batch: pa.Table, *, preprocessing: Preprocessing, limits: DecodeLimits
+    batch: pa.Table, *, preprocessing: Preprocessing, reading: ReadOptions
 ) -> dict[str, NDArray[Any]]:
-    contents = read_samples(batch)
-    images = np.stack([load_image(content, preprocessing, limits) for content in contents])
-    return {"index": batch["index"].to_numpy(), "image": images}
+    opened = open_rows(batch, reading)
+    images = [open_slice(file, index, preprocessing).scan.image for file, index in opened]
+    return {"index": batch["index"].to_numpy(), "image": np.stack(images)}

@@ -27,7 +27,7 @@ def prepare_training_data(
     """
     data = group_training_data(found, config, loader)
     splits = assign_splits(
-        found.samples["split"].take(data.kept).to_pylist(),
+        data.found.samples["split"].take(data.kept).to_pylist(),
         data.labels[data.kept],
         data.groups,
         val_fraction=config.val_fraction,
@@ -43,6 +43,6 @@ def group_training_data(found: FoundSamples, config: TrainConfig, loader: Loader
         found,
         config.classes,
         keep=() if loader == "stream" else (config.preprocessing,),
-        limits=config.limits,
+        reading=config.reading,
         min_correlation=config.group_correlation,
     )

@@ -101,6 +101,8 @@ def describe_data(data: PreparedData, splits: Sequence[str]) -> str:
     counts = ", ".join(f"{len(data.select(split)):,} {split}" for split in splits)
     groups = len(set(data.manifest["group"].to_pylist()))
     line = f"Data: {counts} images in {groups:,} groups of near-identical slices"
+    if data.num_named:
+        line += f" and of patients ({data.num_named:,} images name a group or a patient)"
     rejected = data.count_rejected()
     if rejected:
         line += "; rejected " + ", ".join(f"{n} {reason}" for reason, n in rejected.items())
@@ -139,7 +141,6 @@ def judge(job: TrainJob, data: PreparedData, say: Say) -> dict[str, Any]:
         output_uri=job.output_uri,
         classifier_uri=job.at(CLASSIFIER_FOLDER),
         splits=("val", "test"),
-        limits=job.config.limits,
         engine=EngineOptions(use_gpu=job.scaling.use_gpu),
         title="brainray training report",
         configuration=make_plain(asdict(job.config)),
