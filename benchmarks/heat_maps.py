@@ -22,7 +22,6 @@ References
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tyro
@@ -122,9 +121,7 @@ def measure(options: Options) -> dict[str, dict[str, float]]:
         for name, (step, stride) in kinds.items()
     }
     if options.sheet_path is not None:
-        draw_sheet(
-            drawn, [[m[::step, ::step] for m in maps] for step, _ in kinds.values()], options
-        )
+        draw_sheet(drawn, [maps[:, ::step, ::step] for step, _ in kinds.values()], options)
     found: dict[str, dict[str, float]] = {}
     for name, every in levels.items():
         rows = [score(one, phantom) for one, phantom in zip(every, drawn, strict=True)]
@@ -143,7 +140,7 @@ def predict_maps(
     return found.class_maps[np.arange(len(drawn)), labels], accuracy
 
 
-def draw_sheet(drawn: list[Drawn], maps: list[list[NDArray[Any]]], options: Options) -> None:
+def draw_sheet(drawn: list[Drawn], maps: list[NDArray[np.float32]], options: Options) -> None:
     """Draw phantoms with their lesion outlined, and beside each its maps."""
     assert options.sheet_path is not None
     rows = []

@@ -236,8 +236,9 @@ class Evidence:
 def delete_each(
     engine: Engine, images: NDArray[np.uint8], classes: NDArray[np.int64]
 ) -> tuple[Evidence, Evidence, Evidence]:
-    """Return what speaks for a class: before, without the region where the map is strongest, and
-    without each of the others, shape (N, regions).
+    """Return what speaks for a class: before, without the strongest region, and without others.
+
+    The others are those around the network's own cells, shape (N, regions).
     """
     rows = np.arange(len(images))
 
