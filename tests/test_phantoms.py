@@ -189,6 +189,18 @@ def test_masses_are_where_they_should_be(label: str) -> None:
             assert at_centre > 0.1
 
 
+@pytest.mark.parametrize("label", ["glioma", "meningioma", "pituitary"])
+def test_the_marked_lesion_is_what_the_mass_changes(label: str) -> None:
+    for seed in range(4):
+        subject = phantoms.draw_subject(label, np.random.default_rng(seed))
+        lesion = phantoms.mark_lesion(subject, 0.0)
+        _, _, changed = _paint_with_and_without_mass(subject)
+        assert 20 < lesion.sum() < 0.3 * lesion.size
+        assert changed[lesion].mean() > 0.5 > 5 * changed[~lesion].mean()
+    healthy = phantoms.draw_subject("notumor", np.random.default_rng(0))
+    assert not phantoms.mark_lesion(healthy, 0.0).any()
+
+
 def test_glioma_has_a_rim_round_a_core_and_meningioma_is_even() -> None:
     for number in range(6):
         pictures = {}

@@ -94,7 +94,7 @@ def test_a_file_holds_its_rows_and_says_what_made_it(tmp_path: Path) -> None:
     assert about["classifier_id"] == "aaa"
     assert about["weights_sha256"] == "0" * 64
     assert about["preprocessing"] == {"size_px": 100}
-    assert about["class_map"] == {"height": 4, "width": 4, "stride_px": 32}
+    assert about["class_map"] == {"height": 13, "width": 13, "stride_px": 8}
     assert about["runtime"] == ENGINE
     assert about["statistics"] == STATISTICS
     assert about["versions"]["pyarrow"] == pa.__version__

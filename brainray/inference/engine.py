@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from brainray.errors import ConfigError, RejectedImage
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import open_slice
-from brainray.model.explain import STRIDE_PX, compute_class_maps
+from brainray.model.explain import compute_class_maps, count_cells
 from brainray.model.precision import (
     AskedPrecision,
     Precision,
@@ -45,7 +45,7 @@ NUM_CALIBRATION_IMAGES = 300
 NUM_COMPARED_IMAGES = 128
 """Calibration images on which int8 is compared with fp32."""
 MAP_BATCH_SIZE = 16
-"""Images whose last features, 0.4 MB each at 224 px, are held at once for class maps."""
+"""Images whose dense features, 6 MB each at 224 px, are held at once for class maps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +86,7 @@ class Prediction:
     class_maps: NDArray[np.float32] | None = None
     """Class activation maps of :func:`brainray.model.explain.compute_class_maps`, in logits before
     calibration, shape (N, K, h, w); a cell for every :data:`brainray.model.explain.STRIDE_PX`
-    pixels. Their mean is the logit, within 1e-4 in fp32. None if not asked for."""
+    pixels. None if not asked for."""
 
     def take(self, row: int) -> "Prediction":
         """Return the prediction of one of the images."""
@@ -146,19 +146,14 @@ class Engine(ABC):
         Returns
         -------
         Prediction
-            Probabilities are computed in float32 whatever the precision of the network. With
-            ``class_maps`` they are the same to the last bit in torch, within 1e-5 in OpenVINO's
-            fp32, and within 0.002 in its bf16 (3e-4 measured) and int8 (none measured), which may
-            round elsewhere when the last features are kept; the first such call compiles the
-            network again (OpenVINO).
+            Probabilities are computed in float32 whatever the precision of the network. Class maps
+            are computed by themselves, which takes several times as long; where the network
+            is int8, in fp32. The first call with them compiles the network again (OpenVINO).
         """
         side = self._preprocessing.size_px
         assert images.dtype == np.uint8, images.dtype
         assert images.shape[1:] == (side, side), images.shape
-        if "class_maps" in outputs:
-            found, class_maps = self._compute_with_maps(images)
-        else:
-            found, class_maps = self._compute(images), None
+        found = self._compute(images)
         probs = self._trust.calibrate(found.logits)
         distances = self._trust.compute_distances(found.features)
         return Prediction(
@@ -166,7 +161,7 @@ class Engine(ABC):
             self._trust.find_reasons(probs, distances),
             found.logits if "logits" in outputs else None,
             found.features if "features" in outputs else None,
-            class_maps,
+            self._compute_maps(images) if "class_maps" in outputs else None,
         )
 
     def _compute(self, images: NDArray[np.uint8]) -> Outputs:
@@ -174,16 +169,14 @@ class Engine(ABC):
             return self._allocate(0)
         return self._compute_outputs(images)
 
-    def _compute_with_maps(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
-        side = -(-self._preprocessing.size_px // STRIDE_PX)
-        found = self._allocate(len(images))
+    def _compute_maps(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        side = count_cells(self._preprocessing.size_px)
         maps = np.empty((len(images), self._num_classes, side, side), np.float32)
         for start in range(0, len(images), MAP_BATCH_SIZE):
             rows = slice(start, start + MAP_BATCH_SIZE)
-            outputs, cells = self._compute_features(images[rows])
-            found.logits[rows], found.features[rows] = outputs.logits, outputs.features
-            maps[rows] = compute_class_maps(cells, self._weight, self._bias)
-        return found, maps
+            features = self._compute_features(images[rows])
+            maps[rows] = compute_class_maps(features, self._weight, self._bias)
+        return maps
 
     def _allocate(self, count: int) -> Outputs:
         return Outputs(
@@ -196,8 +189,8 @@ class Engine(ABC):
         """Return logits and pooled features of at least one image."""
 
     @abstractmethod
-    def _compute_features(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
-        """Return the same, and the last features, (N, 2048, h, w), of a few images."""
+    def _compute_features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return dense features, (N, 2048, h, w), of a few images."""
 
 
 def open_engine(classifier: "Classifier", options: EngineOptions) -> Engine:

@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 
 from brainray.images.preprocess import normalise_greys
 from brainray.inference.engine import Engine, EngineOptions
-from brainray.inference.openvino_model import build_model, importing_lock, without_telemetry
+from brainray.inference.openvino_model import (
+    build_dense_model,
+    build_model,
+    importing_lock,
+    without_telemetry,
+)
 from brainray.model.precision import Precision
 from brainray.model.trust import Outputs
 
@@ -78,6 +83,7 @@ class OpenVinoEngine(Engine):
             if quantised
             else build_model(classifier.weights, classifier.preprocessing.size_px)
         )
+        self._weights, self._size_px = classifier.weights, classifier.preprocessing.size_px
         # Each is compiled when it is first asked for, which takes half a second.
         self._one: openvino.InferRequest | None = None
         self._many: openvino.AsyncInferQueue | None = None
@@ -150,18 +156,16 @@ class OpenVinoEngine(Engine):
             _queues.add(self._many)
         return self._many
 
-    def _compute_features(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
-        outputs = self._allocate(len(images))
+    def _compute_features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         features = []
         with self._turn:
-            if self._explaining is None:  # compiled once more, when it is first asked for
-                model = _keep_features(self._model)
+            if self._explaining is None:
+                model = build_dense_model(self._weights, self._size_px)
                 self._explaining = self._compile(model, num_streams=1).create_infer_request()
-            for index, image in enumerate(images):
+            for image in images:
                 self._explaining.infer([self._greys[image][None, None]])
-                _copy_outputs(self._explaining, outputs, index)
-                features.append(self._explaining.get_output_tensor(2).data.copy())
-        return outputs, np.concatenate(features)
+                features.append(self._explaining.get_output_tensor(0).data.copy())
+        return np.concatenate(features)
 
 
 class _Call:
@@ -194,14 +198,3 @@ def _keep_output(request: "openvino.InferRequest", place: tuple[_Call, int]) -> 
 def _copy_outputs(request: "openvino.InferRequest", outputs: Outputs, index: int) -> None:
     outputs.logits[index] = request.get_output_tensor(0).data[0]
     outputs.features[index] = request.get_output_tensor(1).data[0]
-
-
-def _keep_features(model: "openvino.Model") -> "openvino.Model":
-    """Return a copy whose third output are the features that the head averages."""
-    kept = model.clone()
-    node = kept.output(0).get_node()
-    while node.get_type_name() != "Relu":  # the last one is where the head begins
-        node = node.input_value(0).get_node()
-    assert len(node.output(0).get_shape()) == 4, node
-    kept.add_outputs(node.output(0))
-    return kept

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from brainray.inference.engine import Engine, EngineOptions
 from brainray.model.classifier import Classifier
 from brainray.model.network import pool_stages, split_head
 from brainray.model.precision import Precision
+from brainray.model.resnet50 import NUM_DENSE_STAGES
 from brainray.model.trust import Outputs
 
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
@@ -57,21 +59,24 @@ class TorchEngine(Engine):
     @torch.inference_mode()
     def _compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
-        batches = [self._run(batch)[1:] for batch in pixels.split(BATCH_SIZE[self._device.type])]
+        batches = [self._run(batch) for batch in pixels.split(BATCH_SIZE[self._device.type])]
         logits, features = (torch.cat(parts).cpu().numpy() for parts in zip(*batches, strict=True))
         return Outputs(logits, features)
 
     @torch.inference_mode()
-    def _compute_features(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
+    def _compute_features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         pixels = torch.from_numpy(np.require(images, requirements=["C", "W"]))
-        features, logits, pooled = self._run(pixels)
-        outputs = Outputs(logits.cpu().numpy(), pooled.cpu().numpy())
-        return outputs, features.float().contiguous().cpu().numpy()
+        features: torch.Tensor = self._dense_trunk(self._prepare(pixels))
+        return features.float().contiguous().cpu().numpy()
 
-    def _run(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the last features, the logits and the pooled features."""
-        features, pooled = pool_stages(self._trunk, self._prepare(pixels))
-        return features, self._layer(pooled[-1]), torch.cat(pooled, 1)
+    @cached_property
+    def _dense_trunk(self) -> nn.Sequential:
+        return make_dense(self._trunk)
+
+    def _run(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits and the pooled features."""
+        _, pooled = pool_stages(self._trunk, self._prepare(pixels))
+        return self._layer(pooled[-1]), torch.cat(pooled, 1)
 
     def _prepare(self, pixels: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda":
@@ -79,6 +84,20 @@ class TorchEngine(Engine):
         return normalise_images(pixels, self._preprocessing).to(
             dtype=self._dtype, memory_format=torch.channels_last
         )
+
+
+def make_dense(trunk: nn.Sequential) -> nn.Sequential:
+    """Return a copy without the strides of its last stages, see :mod:`brainray.model.explain`."""
+    dense, dilation = copy.deepcopy(trunk), 1
+    for stage in list(dense)[-NUM_DENSE_STAGES:]:
+        for number, block in enumerate(stage.children()):
+            stride = block.conv2.stride[0]
+            for conv in (block.conv2, *(block.downsample or ())[:1]):
+                conv.stride = (1, 1)
+            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+            if number == 0:
+                dilation *= stride  # what follows sees the cells that the stride would leave
+    return dense
 
 
 def fuse_batch_norm(network: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from brainray.errors import ConfigError
 from brainray.images.preprocess import normalise_greys
 from brainray.inference.engine import NUM_CALIBRATION_IMAGES
 from brainray.model.classifier import Classifier
-from brainray.model.resnet50 import BATCH_NORM_EPSILON, STAGES, Stage
+from brainray.model.resnet50 import BATCH_NORM_EPSILON, NUM_DENSE_STAGES, STAGES
 
 if TYPE_CHECKING:
     import openvino
@@ -61,42 +61,71 @@ def build_model(weights: Weights, size_px: int) -> "openvino.Model":
         Takes (1, 1, size_px, size_px), normalised. Gives logits, (1, K), and pooled features of the
         last three stages, (1, 3584).
     """
+    image, stages = _build_stages(weights, size_px, num_dense=0)
+    from openvino import Model
+    from openvino import opset13 as ops
+
+    means = [ops.reduce_mean(one, np.array([2, 3]), keep_dims=False) for one in stages[-3:]]
+    head = ops.matmul(means[-1], ops.constant(weights["fc.weight"]), False, True)
+    logits = ops.add(head, ops.constant(weights["fc.bias"][None]))
+    return Model([logits, ops.concat(means, axis=1)], [image], "resnet50")
+
+
+def build_dense_model(weights: Weights, size_px: int) -> "openvino.Model":
+    """Build the network that gives dense features, see :mod:`brainray.model.explain`.
+
+    Parameters are those of :func:`build_model`.
+
+    Returns
+    -------
+    openvino.Model
+        Takes (1, 1, size_px, size_px), normalised; gives (1, 2048, h, w).
+    """
+    image, stages = _build_stages(weights, size_px, num_dense=NUM_DENSE_STAGES)
+    from openvino import Model
+
+    return Model([stages[-1]], [image], "dense_resnet50")
+
+
+def _build_stages(
+    weights: Weights, size_px: int, *, num_dense: int
+) -> "tuple[openvino.Node, list[openvino.Output]]":
+    """Return the input, and what each stage gives; the last ``num_dense`` without their strides."""
     with importing_lock, without_telemetry():
-        import openvino
         from openvino import opset13 as ops
 
     image = ops.parameter([1, 1, size_px, size_px], np.float32, name="image")
     values = ops.relu(_normalise(_convolve(image, weights, "conv1", 2), weights, "bn1"))
     pooled = ops.max_pool(values, [2, 2], [1, 1], [1, 1], [1, 1], [3, 3])
     values = pooled.output(0)
-    means = []
-    for stage in STAGES:
+    stages, dilation = [], 1
+    for place, stage in enumerate(STAGES):
+        is_dense = place >= len(STAGES) - num_dense
         for number in range(stage.num_blocks):
-            values = _add_block(values, weights, stage, number)
-        means.append(ops.reduce_mean(values, np.array([2, 3]), keep_dims=False))
-    head = ops.matmul(means[-1], ops.constant(weights["fc.weight"]), False, True)
-    logits = ops.add(head, ops.constant(weights["fc.bias"][None]))
-    features = ops.concat(means[-3:], axis=1)
-    return openvino.Model([logits, features], [image], "resnet50")
+            stride = stage.stride if number == 0 and not is_dense else 1
+            values = _add_block(values, weights, f"{stage.name}.{number}", stride, dilation)
+            if number == 0 and is_dense:
+                dilation *= stage.stride  # what follows sees the cells that the stride would leave
+        stages.append(values)
+    return image, stages
 
 
 def _add_block(
-    values: "openvino.Output", weights: Weights, stage: Stage, number: int
+    values: "openvino.Output", weights: Weights, name: str, stride: int, dilation: int
 ) -> "openvino.Output":
     """Add a bottleneck block: three convolutions beside a shortcut."""
     from openvino import opset13 as ops
 
-    name = f"{stage.name}.{number}"
-    stride = stage.stride if number == 0 else 1
     shortcut = values
-    if number == 0:
+    if f"{name}.downsample.0.weight" in weights:
         shortcut = _normalise(
             _convolve(values, weights, f"{name}.downsample.0", stride),
             weights,
             f"{name}.downsample.1",
         )
     for place in (1, 2, 3):
-        values = _convolve(values, weights, f"{name}.conv{place}", stride if place == 2 else 1)
+        strides = stride if place == 2 else 1
+        values = _convolve(values, weights, f"{name}.conv{place}", strides, dilation)
         values = _normalise(values, weights, f"{name}.bn{place}")
         if place < 3:
             values = ops.relu(values)
@@ -104,13 +133,15 @@ def _add_block(
 
 
 def _convolve(
-    values: "openvino.Output", weights: Weights, name: str, stride: int
+    values: "openvino.Output", weights: Weights, name: str, stride: int, dilation: int = 1
 ) -> "openvino.Output":
     from openvino import opset13 as ops
 
     kernel = weights[f"{name}.weight"]
-    padding = [side // 2 for side in kernel.shape[2:]]
-    return ops.convolution(values, ops.constant(kernel), [stride, stride], padding, padding, [1, 1])
+    padding = [dilation * (side // 2) for side in kernel.shape[2:]]
+    return ops.convolution(
+        values, ops.constant(kernel), [stride] * 2, padding, padding, [dilation] * 2
+    )
 
 
 def _normalise(values: "openvino.Output", weights: Weights, name: str) -> "openvino.Output":

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from brainray.data.slice_columns import SLICE_FIELDS
 from brainray.errors import ClassifierError
 from brainray.inference.engine import Prediction
-from brainray.model.explain import STRIDE_PX
+from brainray.model.explain import STRIDE_PX, count_cells
 from brainray.model.reasons import find_status
 
 SCHEMA_VERSION = 4
@@ -70,7 +70,7 @@ def build_schema(classes: Sequence[str]) -> pa.Schema:
 
 def describe_class_map(size_px: int) -> dict[str, int]:
     """Return the shape of a class map, and the pixels of network input from cell to cell."""
-    side = -(-size_px // STRIDE_PX)
+    side = count_cells(size_px)
     return {"height": side, "width": side, "stride_px": STRIDE_PX}
 
 

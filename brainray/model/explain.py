@@ -2,18 +2,33 @@
 
 ResNet's head averages the last features over their cells and multiplies them by its weights. Both
 are linear, so they may be exchanged: weigh each cell first, then average. What is averaged is the
-map, and it is exact: the mean over its cells is the class's logit. It needs no gradient.
+map. It needs no gradient.
 
-A cell is :data:`STRIDE_PX` pixels apart from the next, and has seen beyond
-them: the map is coarse, and says where evidence was found, not what it was.
+The last features are coarse: a cell for every 32 pixels. So the last two stages are computed once
+more without their strides, and with holes in their later kernels, so that each cell sees the same
+pixels through the same weights as before [1]_. That gives a cell for every 8 pixels. Every fourth
+cell along each axis is the network's own, and the mean over these is the class's logit. A cell has
+seen far beyond its 8 pixels: the map says where evidence was found, not what it was.
+
+References
+----------
+.. [1] The algorithme à trous: Chen et al., DeepLab, IEEE TPAMI 40, 2018, section 3.1.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-STRIDE_PX = 32
-"""Pixels of the input from one cell of ResNet-50's last features to the next. Cell i is centred on
-pixel 32 i, for every layer that halves the size keeps its first pixel: cells begin at the edge."""
+from brainray.model.resnet50 import DENSITY
+
+STRIDE_PX = 32 // DENSITY
+"""Pixels of the input from one cell of the dense features to the next. Cell i is centred on pixel
+i times this, for every layer that halves the size keeps its first pixel: cells begin at the edge.
+"""
+
+
+def count_cells(size_px: int) -> int:
+    """Return how many cells a side of the dense features has for a side of the input."""
+    return -(-size_px // STRIDE_PX)
 
 
 def compute_class_maps(
@@ -24,7 +39,7 @@ def compute_class_maps(
     Parameters
     ----------
     features : ndarray of float32, shape (N, C, h, w)
-        What the head averages.
+        Dense features, of which the head averages every :data:`DENSITY`-th along each axis.
     weight : ndarray of float32, shape (K, C)
         Of the head.
     bias : ndarray of float32, shape (K,)
@@ -33,7 +48,7 @@ def compute_class_maps(
     Returns
     -------
     ndarray of float32, shape (N, K, h, w)
-        In logits: the mean over (h, w) is the logit.
+        In logits: the mean over ``[..., ::DENSITY, ::DENSITY]`` is the logit.
 
     References
     ----------

@@ -5,6 +5,7 @@ References
 .. [1] He et al., Deep Residual Learning, CVPR 2016; version 1.5 and names as torchvision has them.
 """
 
+import math
 from dataclasses import dataclass
 
 BATCH_NORM_EPSILON = 1e-5
@@ -29,6 +30,12 @@ STAGES = (
     Stage("layer3", 6, 256, 2),
     Stage("layer4", 3, 512, 2),
 )
+NUM_DENSE_STAGES = 2
+"""Last stages that class maps are computed without the stride of, see
+:mod:`brainray.model.explain`."""
+DENSITY = 4
+"""Cells of the dense features along each axis, for each cell of the network's own."""
+assert math.prod(stage.stride for stage in STAGES[-NUM_DENSE_STAGES:]) == DENSITY
 NUM_FEATURES = EXPANSION * STAGES[-1].width
 """Width of the pooled features below the head."""
 

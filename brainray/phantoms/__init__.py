@@ -15,7 +15,7 @@ Read in this order: ``anatomy`` (parts and curves), ``views`` (the cuts), ``subj
 
 from brainray.phantoms.anatomy import PLANES, Plane
 from brainray.phantoms.folder import Phantom, iterate_phantoms, write_phantom_folder
-from brainray.phantoms.painter import draw_phantom, render_slice
+from brainray.phantoms.painter import draw_phantom, mark_lesion, render_slice
 from brainray.phantoms.sheet import draw_contact_sheet
 from brainray.phantoms.subjects import SubjectParameters, draw_subject
 
@@ -28,6 +28,7 @@ __all__ = [
     "draw_phantom",
     "draw_subject",
     "iterate_phantoms",
+    "mark_lesion",
     "render_slice",
     "write_phantom_folder",
 ]

@@ -164,9 +164,7 @@ class Painter:
         mass, label = self.subject.mass, self.subject.label
         if mass is None:
             return picture
-        # Further from the mass's middle slice, its section is smaller.
-        radius = mass.radius * (1 - 0.07 * min(abs(self.offset), 4.0))
-        outline = smooth(mass.outline) * radius
+        outline = self._outline_mass(mass)
         if label == "glioma":
             return self._paint_glioma(picture, mass, outline)
         value = self.shade["meningioma" if label == "meningioma" else "adenoma"] * mass.brightness
@@ -179,6 +177,22 @@ class Painter:
         painted = body.over(picture, within=within)
         grain: Picture = 1 + 0.03 * body.flatten()[1] * (self.mottle + self.swell)
         return painted * grain
+
+    def _outline_mass(self, mass: Mass) -> Curve:
+        """Return the mass's outline around its centre; farther from its middle it is smaller."""
+        outline: Curve = (
+            smooth(mass.outline) * mass.radius * (1 - 0.07 * min(abs(self.offset), 4.0))
+        )
+        return outline
+
+    def mark_mass(self) -> Picture:
+        """Return how far each pixel lies within the mass, its oedema left out; shape (H, W)."""
+        mass = self.subject.mass
+        layer = Layer(self.frame)
+        if mass is not None:
+            layer.fill(np.array(mass.centre) + self._outline_mass(mass), 0.0)
+        marked = layer.flatten()[1]
+        return marked * self.cavity if self.subject.label != "pituitary" else marked
 
     def _paint_glioma(self, picture: Picture, mass: Mass, outline: Curve) -> Picture:
         """Paint oedema, an uneven bright rim, and a dark necrotic core."""
@@ -237,6 +251,11 @@ def render_slice(
     """
     picture = _scan(Painter(subject, offset).paint(), subject, rng)
     return np.rint(picture * 255).astype(np.uint8)
+
+
+def mark_lesion(subject: SubjectParameters, offset: float) -> NDArray[np.bool_]:
+    """Return which pixels of :func:`render_slice` show the mass, without oedema, shape (H, W)."""
+    return Painter(subject, offset).mark_mass() > 0.5
 
 
 def draw_phantom(
