@@ -91,10 +91,14 @@ def make_dense(trunk: nn.Sequential) -> nn.Sequential:
     dense, dilation = copy.deepcopy(trunk), 1
     for stage in list(dense)[-NUM_DENSE_STAGES:]:
         for number, block in enumerate(stage.children()):
-            stride = block.conv2.stride[0]
-            for conv in (block.conv2, *(block.downsample or ())[:1]):
-                conv.stride = (1, 1)
-            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+            parts = dict(block.named_modules())
+            conv = parts["conv2"]
+            assert isinstance(conv, nn.Conv2d)
+            stride = conv.stride[0]
+            conv.dilation = conv.padding = (dilation, dilation)
+            for strided in (conv, parts.get("downsample.0")):
+                if isinstance(strided, nn.Conv2d):
+                    strided.stride = (1, 1)
             if number == 0:
                 dilation *= stride  # what follows sees the cells that the stride would leave
     return dense
