@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import NUM_POOLED_FEATURES, Engine, EngineOptions
 from brainray.model.classifier import read_card
+from brainray.model.explain import count_cells
 from brainray.model.trust import Outputs, Trust
 
 DELAY_VARIABLE = "BRAINRAY_TEST_DELAY_S"
@@ -41,9 +42,9 @@ class FakeEngine(Engine):
         features = np.zeros((len(images), NUM_POOLED_FEATURES), np.float32)
         return Outputs(-abs(grey[:, None] - centres) / 16, features)
 
-    def _compute_features(self, images: NDArray[np.uint8]) -> tuple[Outputs, NDArray[np.float32]]:
-        cells = np.zeros((len(images), 2048, 1, 1), np.float32)
-        return self._compute_outputs(images), cells
+    def _compute_features(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        side = count_cells(self._preprocessing.size_px)
+        return np.zeros((len(images), 2048, side, side), np.float32)
 
 
 def prepare_fake_engine(classifier_uri: str, options: EngineOptions) -> Callable[[], Engine]:

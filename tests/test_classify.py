@@ -236,7 +236,7 @@ def test_explained_rows_have_the_map_of_their_class(
         maps = engine.predict(image[None], ["class_maps"]).class_maps
         assert maps is not None
         expected = maps[0, CLASSES.index(row["predicted_class"])]
-        np.testing.assert_allclose(np.reshape(row["class_map"], (2, 2)), expected, atol=1e-4)
+        np.testing.assert_allclose(np.reshape(row["class_map"], (8, 8)), expected, atol=1e-4)
         assert row["confidence"] == max(row[f"prob_{name}"] for name in CLASSES)
     mistakes = sum(
         row["predicted_class"] != Path(scan).parent.name
