@@ -194,23 +194,23 @@ def _choose_slices(
 
 
 def _group_by_direction(used: Sequence[_Row]) -> list[list[_Row]]:
+    """Put slices of one direction together; those without one are a group of their own."""
+    without = [row for row in used if row["orientation"] is None]
     groups: list[list[_Row]] = []
+    # Of the first slice of each group: an array, since a client may send thousands of directions.
+    firsts = np.empty((len(used), 2, 3))
     for row in used:
-        for group in groups:
-            if _has_direction(row, group[0]["orientation"]):
-                group.append(row)
-                break
+        if row["orientation"] is None:
+            continue
+        own = np.reshape(row["orientation"], (2, 3))
+        cosines = (firsts[: len(groups)] * own).sum(axis=2).min(axis=1)
+        same = np.flatnonzero(cosines >= SAME_DIRECTION)
+        if len(same):
+            groups[same[0]].append(row)
         else:
+            firsts[len(groups)] = own
             groups.append([row])
-    return groups
-
-
-def _has_direction(row: _Row, orientation: Sequence[float] | None) -> bool:
-    own = row["orientation"]
-    if own is None or orientation is None:
-        return own is orientation
-    cosines = np.dot(own[:3], orientation[:3]), np.dot(own[3:], orientation[3:])
-    return bool(min(cosines) >= SAME_DIRECTION)
+    return groups + ([without] if without else [])
 
 
 def _make_stacks(groups: Sequence[Sequence[_Row]]) -> tuple[list[_Stack], bool]:
