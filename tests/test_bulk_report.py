@@ -433,7 +433,7 @@ def test_gallery_shows_picture_runner_up_and_uri(plain: dict[str, Any]) -> None:
 
 def test_gallery_shows_the_map_beside_the_scan(judged: dict[str, Any]) -> None:
     scan, mistake = judged["uncertain"][0], judged["mistakes"][0]
-    assert "coarse" not in render_bulk_report(**judged)
+    assert "outline nothing" not in render_bulk_report(**judged)
     judged["uncertain"] = [scan, dataclasses.replace(scan, overlay_png=b"map")]
     judged["mistakes"] = [dataclasses.replace(mistake, overlay_png=b"other")]
     html = render_bulk_report(**judged)
