@@ -278,18 +278,18 @@ def measure_all(
     names = np.array(rows["series"].to_pylist(), dtype=object)
     starts = np.flatnonzero(np.append(True, names[1:] != names[:-1])).tolist()
     ends = [*starts[1:], rows.num_rows]
-    measured, truth, patients, can_answer, before = [], [], [], [], []
+    measured, classes_of, patients, can_answer, before = [], [], [], [], []
     for start, end in zip(starts, ends, strict=True):
         slices = rows.slice(start, end - start).to_pylist()
         first = slices[0]
         summary = summarise_series(slices, classes, rule)
         measured.append(_measure(slices, classes, rule))
-        truth.append(labels[first[by]])
+        classes_of.append(labels[first[by]])
         patients.append(first["patient"] or first["study"] or first["series"])
         can_answer.append(summary["reason"] not in ("localizer", "too_few_slices"))
         before.append(_find_class(summary["answer"], classes))
     return LabelledSeries(
-        labels=np.array(truth, np.int64),
+        labels=np.array(classes_of, np.int64),
         groups=np.unique(patients, return_inverse=True)[1].astype(np.int64),
         can_answer=np.array(can_answer),
         evidence=np.stack([evidence for evidence, _ in measured]),
