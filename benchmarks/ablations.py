@@ -121,7 +121,7 @@ def run(options: Options) -> dict[str, dict[int, dict[str, float]]]:
                 scaling=ScalingOptions(num_workers=options.num_workers),
                 recipe=options.recipe,
             )
-            metrics = train(job, say=lambda line: print(line, flush=True))
+            metrics = train(job, log=lambda line: print(line, flush=True))
             scores = {score: metrics["val"][score] for score in SCORES}
             found[name][seed] = scores | {"time_s": metrics["training"]["time_s"]}
             place = storage.join(options.output_uri, "ablations.json")

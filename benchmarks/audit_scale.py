@@ -1,4 +1,4 @@
-"""The audit's search for near-twins against the number of scans, and what it misses.
+"""The audit's search for near duplicates against the number of scans, and what it misses.
 
     python benchmarks/audit_scale.py --folder /tmp/phantoms
     python benchmarks/audit_scale.py --folder /tmp/phantoms --audit-uri /tmp/audited
@@ -32,7 +32,7 @@ from threadpoolctl import threadpool_limits
 
 from brainray.data.near_duplicates import (
     compute_thumbnail,
-    group_twins,
+    group_near_duplicates,
     measure_recall,
     standardise_thumbnails,
 )
@@ -41,7 +41,7 @@ from brainray.data.neighbours import (
     Block,
     Found,
     count_products,
-    do_here,
+    run_blocks_locally,
 )
 from brainray.evaluation.audit import AuditJob, audit
 from brainray.images.decode import DecodeLimits, decode_image
@@ -81,8 +81,8 @@ def draw_part(folder: Path, part: int) -> None:
         pixels = decode_image(phantom.image_bytes, DecodeLimits())
         contents = {phantom.name: phantom.image_bytes}
         for change in CHANGES:
-            dice = np.random.default_rng([part, number, CHANGES.index(change)])
-            contents[f"{Path(phantom.name).stem}-{change}.jpg"] = change_scan(pixels, change, dice)
+            rng = np.random.default_rng([part, number, CHANGES.index(change)])
+            contents[f"{Path(phantom.name).stem}-{change}.jpg"] = change_scan(pixels, change, rng)
         for name, content in contents.items():
             is_test = CHANGES[-1] in name and number // len(BRAIN_TUMOUR_CLASSES) % 2
             scan = folder / "scans" / ("Testing" if is_test else "Training") / phantom.label / name
@@ -98,17 +98,17 @@ def locate_thumbnails(folder: Path, part: int) -> Path:
     return folder / "thumbnails" / f"{part:04d}.npy"
 
 
-def change_scan(pixels: NDArray[np.uint8], change: str, dice: np.random.Generator) -> bytes:
+def change_scan(pixels: NDArray[np.uint8], change: str, rng: np.random.Generator) -> bytes:
     """Change a scan as one that was copied from folder to folder, and encode it."""
     if change == "shifted":
-        pixels = np.roll(pixels, dice.choice([-1, 1]), axis=dice.integers(2))
+        pixels = np.roll(pixels, rng.choice([-1, 1]), axis=rng.integers(2))
     if change == "brighter":
-        pixels = np.minimum(pixels * dice.uniform(1.03, 1.1), 255).astype(np.uint8)
+        pixels = np.minimum(pixels * rng.uniform(1.03, 1.1), 255).astype(np.uint8)
     image = Image.fromarray(pixels)
     if change == "smaller":
         image = image.resize((image.width * 3 // 4, image.height * 3 // 4))
     sink = io.BytesIO()
-    image.save(sink, "JPEG", quality=int(dice.integers(60, 90)))
+    image.save(sink, "JPEG", quality=int(rng.integers(60, 90)))
     return sink.getvalue()
 
 
@@ -129,15 +129,15 @@ def search(standardised: NDArray[np.float32], way: str) -> tuple[float, int, NDA
     ) -> Iterator[Found]:
         nonlocal products
         products += count_products(blocks)
-        return do_here(work, blocks, *shared)
+        return run_blocks_locally(work, blocks, *shared)
 
     with threadpool_limits(1):
         started = time.process_time()
-        groups = group_twins(
+        groups = group_near_duplicates(
             standardised,
             min_correlation=MIN_CORRELATION,
             exact_pairs=WAYS[way],
-            spread=count_and_do,
+            run_blocks=count_and_do,
         )
         return time.process_time() - started, products, groups
 
@@ -182,7 +182,7 @@ def compare(options: Options) -> None:
 def audit_folder(options: Options, audit_uri: str) -> None:
     """Audit all scans of the folder, and print what that took."""
     job = AuditJob(data_uri=str(Path(options.folder) / "scans"), output_uri=audit_uri)
-    document = audit(job, say=print)
+    document = audit(job, log=print)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     groups, (leak,) = document["groups"], document["leaks"].values()
     print(f"{document['num_scans']:,} scans  {document['audit_s']} s  driver's peak {peak:.1f} GiB")

@@ -145,7 +145,7 @@ def run_once(options: Options, count: int) -> None:
         started = time.perf_counter()
         received = Received()
         with repeat(received.measure, 1.0, "received"):
-            metrics = classify(job, say=print_line, on_progress=partial(print_progress, Clock()))
+            metrics = classify(job, log=print_line, on_progress=partial(print_progress, Clock()))
             received.measure()
         print_run(title, metrics, time.perf_counter() - started)
         if options.num_nodes:

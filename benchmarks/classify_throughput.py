@@ -64,7 +64,7 @@ class Options:
     scans_uri: str
     """Local folder of scans."""
     classifier_uri: str | None = None
-    """A sealed classifier; random weights at 224 px if not given, which are as fast."""
+    """A classifier; random weights at 224 px if not given, which are as fast."""
     num_images: int = 2048
     """Scans of a turn of the job; the folder's are linked again and again."""
     num_loop_images: int = 512

@@ -74,7 +74,7 @@ def run_brainray(options: Options) -> None:
         scaling=ScalingOptions(num_workers=options.num_workers),
         recipe=options.recipe,
     )
-    train(job, say=lambda line: print(line, flush=True))
+    train(job, log=lambda line: print(line, flush=True))
 
 
 def run_plainly(options: Options) -> None:

@@ -20,7 +20,7 @@ from brainray.console import (
     ConsoleReporter,
     describe_calibration,
     describe_comparison,
-    guard,
+    exit_on_error,
     report_audit,
     report_bulk,
     report_scores,
@@ -96,7 +96,7 @@ def parse_job(
     ]
     form = dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
     prog = f"brainray {command}"
-    parsed: Any = guard(
+    parsed: Any = exit_on_error(
         lambda: tyro.cli(form, args=arguments, prog=prog, description=description, **options)
     )
 
@@ -117,7 +117,7 @@ def run_train(arguments: list[str]) -> None:
     from brainray.training.run import TrainJob
     from brainray.training.train import train
 
-    options = guard(lambda: _parse_recipe(TrainOptions, arguments, "train"))
+    options = exit_on_error(lambda: _parse_recipe(TrainOptions, arguments, "train"))
     reporter = ConsoleReporter()
 
     def run() -> None:
@@ -131,10 +131,10 @@ def run_train(arguments: list[str]) -> None:
             mlflow_uri=options.mlflow_uri,
         )
         run_job = train if job.folds is None else cross_validate
-        metrics = run_job(job, say=reporter.log, tick=reporter.on_step, verbose=options.verbose)
+        metrics = run_job(job, log=reporter.log, on_step=reporter.on_step, verbose=options.verbose)
         report_scores(reporter, metrics, job.output_uri)
 
-    guard(run)
+    exit_on_error(run)
 
 
 def run_tune(arguments: list[str]) -> None:
@@ -143,7 +143,7 @@ def run_tune(arguments: list[str]) -> None:
     from brainray.training.run import TrainJob
     from brainray.training.tune import tune
 
-    options = guard(lambda: _parse_recipe(TuneCommand, arguments, "tune"))
+    options = exit_on_error(lambda: _parse_recipe(TuneCommand, arguments, "tune"))
     reporter = ConsoleReporter()
 
     def run() -> None:
@@ -154,10 +154,10 @@ def run_tune(arguments: list[str]) -> None:
             scaling=options.scaling,
             recipe=options.recipe,
         )
-        result = tune(job, options.search, say=reporter.log, verbose=options.verbose)
+        result = tune(job, options.search, log=reporter.log, verbose=options.verbose)
         report_tuning(reporter, result, job.output_uri)
 
-    guard(run)
+    exit_on_error(run)
 
 
 def _parse_recipe(kind: Any, arguments: list[str], command: str) -> Any:  # noqa: ANN401 - a form
@@ -197,10 +197,10 @@ def run_evaluate(arguments: list[str]) -> None:
     reporter = ConsoleReporter()
 
     def run() -> None:
-        metrics = evaluate(job, say=reporter.log, verbose=verbose)
+        metrics = evaluate(job, log=reporter.log, verbose=verbose)
         report_scores(reporter, metrics, job.output_uri)
 
-    guard(run)
+    exit_on_error(run)
 
 
 def run_classify(arguments: list[str]) -> None:
@@ -209,7 +209,7 @@ def run_classify(arguments: list[str]) -> None:
         run_files(arguments)
         return
     if not asks_for_bulk(arguments) and not {"-h", "--help"} & set(arguments):
-        guard(_refuse_no_scans)
+        exit_on_error(_refuse_no_scans)
     from brainray.inference.bulk import ClassifyJob, classify
 
     job, verbose = parse_job(
@@ -224,10 +224,10 @@ def run_classify(arguments: list[str]) -> None:
     reporter = ConsoleReporter()
 
     def run() -> None:
-        metrics = classify(job, say=reporter.log, on_progress=reporter.on_progress, verbose=verbose)
+        metrics = classify(job, log=reporter.log, on_progress=reporter.on_progress, verbose=verbose)
         report_bulk(reporter, metrics, job.output_uri)
 
-    guard(run)
+    exit_on_error(run)
 
 
 def _refuse_no_scans() -> None:
@@ -256,7 +256,7 @@ def run_serve(arguments: list[str]) -> None:
 
         serve_here(job, log=reporter.log, verbose=verbose)
 
-    guard(run, interrupted="interrupted before the service was ready.")
+    exit_on_error(run, interrupted="interrupted before the service was ready.")
 
 
 def run_audit(arguments: list[str]) -> None:
@@ -273,17 +273,17 @@ def run_audit(arguments: list[str]) -> None:
     reporter = ConsoleReporter()
 
     def run() -> dict[str, Any]:
-        document = audit(job, say=reporter.log, verbose=verbose)
+        document = audit(job, log=reporter.log, verbose=verbose)
         report_audit(reporter, document, job.output_uri)
         return document
 
-    excessive = list_excessive_leaks(guard(run))
+    excessive = list_excessive_leaks(exit_on_error(run))
     if excessive:
         shares = " and ".join(
             f"{share:.1%} of the {name} scans" for name, share in excessive.items()
         )
         print(
-            f"leak: {shares} have a near-twin in training, more than --max-leak {job.max_leak}. "
+            f"leak: {shares} have a near duplicate in training, more than --max-leak {job.max_leak}. "
             "Make a split that parts no group: --make-split grouped.",
             file=sys.stderr,
         )
@@ -302,7 +302,7 @@ def run_compare(arguments: list[str]) -> None:
         uris=("a_uri", "b_uri", "output_uri"),
         flag=("json", "Print compare.json instead of a table."),
     )
-    document = guard(lambda: compare(job))
+    document = exit_on_error(lambda: compare(job))
     if as_json:
         print(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False))
         return
@@ -324,9 +324,9 @@ def run_calibrate_series(arguments: list[str]) -> None:
     reporter = ConsoleReporter()
 
     def run() -> dict[str, Any]:
-        return calibrate_series(job, say=(lambda _: None) if as_json else reporter.log)
+        return calibrate_series(job, log=(lambda _: None) if as_json else reporter.log)
 
-    document = guard(run)
+    document = exit_on_error(run)
     if as_json:
         print(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False))
         return
@@ -343,8 +343,8 @@ def run_data(arguments: list[str]) -> None:
         asked = bool(arguments) and arguments[0] in ("-h", "--help")
         print("usage: brainray data fetch [options]", file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else EXIT_USER)
-    job = guard(lambda: tyro.cli(FetchJob, args=arguments[1:], prog="brainray data fetch"))
-    guard(lambda: fetch_kaggle_set(job, ConsoleReporter().log))
+    job = exit_on_error(lambda: tyro.cli(FetchJob, args=arguments[1:], prog="brainray data fetch"))
+    exit_on_error(lambda: fetch_kaggle_set(job, ConsoleReporter().log))
 
 
 def run_demonstration(arguments: list[str]) -> None:
@@ -352,14 +352,14 @@ def run_demonstration(arguments: list[str]) -> None:
     from brainray.recipes import build_recipe
     from brainray.training.demo import DemoJob, run_demo
 
-    job = guard(lambda: tyro.cli(DemoJob, args=arguments, prog="brainray demo"))
+    job = exit_on_error(lambda: tyro.cli(DemoJob, args=arguments, prog="brainray demo"))
     reporter = ConsoleReporter()
 
     def run() -> None:
         metrics, output_uri = run_demo(job, build_recipe("smoke"), reporter.log, reporter.on_step)
         report_scores(reporter, metrics, output_uri)
 
-    guard(run)
+    exit_on_error(run)
 
 
 def run_doctor(arguments: list[str]) -> None:

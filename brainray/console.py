@@ -77,7 +77,7 @@ def report_scores(reporter: ConsoleReporter, metrics: dict[str, Any], output_uri
         if split in metrics:
             reporter.log(describe_scores(split, metrics[split]))
     if "spread" in metrics:
-        reporter.log(describe_spread(metrics["spread"], len(metrics["folds"])))
+        reporter.log(describe_variation(metrics["spread"], len(metrics["folds"])))
     if "training" in metrics:
         reporter.log(f"classifier  {storage.join(output_uri, 'classifier')}")
     reporter.log(f"report      {storage.join(output_uri, 'report.html')}")
@@ -130,13 +130,17 @@ def describe_audit(document: dict[str, Any]) -> list[str]:
         The content of audit.json.
     """
     unreadable = document["num_scans"] - document["num_usable"]
-    groups, near, copies = document["groups"], document["near_twins"], document["copies"]
+    groups, near, copies = (
+        document["groups"],
+        document["near_duplicates"],
+        document["exact_duplicates"],
+    )
     lines = [f"scans       {document['num_scans']:,}, of which {unreadable:,} cannot be read"]
     for split, leak in document["leaks"].items():
         baseline = leak["baseline_1nn"][0]["accuracy"]
         lines.append(
-            f"{split:<11} {leak['share_near_twin']:.1%} of {leak['n']:,} have a near-twin in "
-            f"training ({leak['num_near_twin']:,}; {leak['num_exact_twin']:,} pixel for pixel); "
+            f"{split:<11} {leak['share_near_duplicate']:.1%} of {leak['n']:,} have a near duplicate in "
+            f"training ({leak['num_near_duplicate']:,}; {leak['num_exact_duplicate']:,} pixel for pixel); "
             f"the nearest thumbnail scores {baseline:.1%}"
         )
     lines.append(
@@ -145,7 +149,7 @@ def describe_audit(document: dict[str, Any]) -> list[str]:
         f"look-alikes, the largest {groups['largest']:,}"
     )
     lines.append(
-        f"conflicts   {copies['num_mixed']:,} sets of copies, {near['num_mixed']:,} of near-twins "
+        f"conflicts   {copies['num_mixed']:,} sets of copies, {near['num_mixed']:,} of near duplicates "
         f"and {groups['num_mixed']:,} groups mix classes"
     )
     if document["shortcuts"]:
@@ -297,15 +301,15 @@ def describe_scores(split: str, scores: dict[str, Any]) -> str:
     if scores["macro_auroc"] is not None:
         parts.append(f"AUROC {scores['macro_auroc']:.4f}")
     line = f"{split:<5} {scores['n']:>6,} images  " + "  ".join(parts)
-    if "no_twin" in scores:
-        no_twin, nearest = scores["no_twin"], scores["baseline_1nn"]
-        apart = _percent(no_twin) if no_twin["n"] else "none"
-        line += f"  | without near-twins ({no_twin['n']:,}) {apart}"
+    if "without_near_duplicates" in scores:
+        without_near_duplicates, nearest = scores["without_near_duplicates"], scores["baseline_1nn"]
+        apart = _percent(without_near_duplicates) if without_near_duplicates["n"] else "none"
+        line += f"  | without near duplicates ({without_near_duplicates['n']:,}) {apart}"
         line += f"  | nearest thumbnail {nearest['accuracy']:.1%}"
     return line
 
 
-def describe_spread(spread: dict[str, dict[str, float]], num_folds: int) -> str:
+def describe_variation(spread: dict[str, dict[str, float]], num_folds: int) -> str:
     """Say in one line how the folds of a cross-validation differ.
 
     Parameters
@@ -328,7 +332,7 @@ def _percent(scores: dict[str, Any]) -> str:
     return f"{scores['accuracy']:.1%}{around}"
 
 
-def guard(
+def exit_on_error(
     run: Callable[[], Answer],
     interrupted: str = "interrupted: the same command goes on where this one was.",
 ) -> Answer:

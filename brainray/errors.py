@@ -7,10 +7,10 @@
     │   ├── ConfigError           a recipe field, a flag, a run directory that does not match
     │   ├── DataError             folders, tables, labels
     │   ├── StorageError          a place that cannot be read or written
-    │   ├── WeightsError          pretrained weights that cannot be had or do not fit
+    │   ├── WeightsError          pretrained weights that is not available or do not fit
     │   ├── ClassifierError       a damaged or foreign classifier folder
     │   └── RejectedImage         one scan's bytes; carries a stable reason code
-    ├── TrainingError             what a user cannot mend; exit 1
+    ├── TrainingError             what a user cannot fix; exit 1
     ├── ClassificationError       likewise, of a bulk run
     ├── LockLostError             another run has taken the output over
     └── ServingError              likewise, of the service
@@ -24,7 +24,7 @@ class BrainrayError(Exception):
 
 
 class UserError(BrainrayError, ValueError):
-    """Something the user can mend: one line, exit status 2."""
+    """Something the user can fix: one line, exit status 2."""
 
 
 class ConfigError(UserError):
@@ -40,7 +40,7 @@ class StorageError(UserError):
 
 
 class WeightsError(UserError):
-    """Pretrained weights that cannot be had, or do not fit the network."""
+    """Pretrained weights that is not available, or do not fit the network."""
 
 
 class ClassifierError(UserError):
@@ -48,11 +48,11 @@ class ClassifierError(UserError):
 
 
 class TrainingError(BrainrayError):
-    """Training failed for a reason that the user cannot mend from the command line."""
+    """Training failed for a reason that the user cannot fix from the command line."""
 
 
 class ClassificationError(BrainrayError):
-    """A bulk run failed for a reason that the user cannot mend from the command line."""
+    """A bulk run failed for a reason that the user cannot fix from the command line."""
 
 
 class LockLostError(BrainrayError):
@@ -60,7 +60,7 @@ class LockLostError(BrainrayError):
 
 
 class ServingError(BrainrayError):
-    """The service failed for a reason that the user cannot mend from the command line."""
+    """The service failed for a reason that the user cannot fix from the command line."""
 
 
 class RejectedImage(UserError):  # noqa: N818 - a rejection is an answer, not a fault

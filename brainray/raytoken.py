@@ -10,7 +10,7 @@ TOKEN_PATH = (".ray", "auth_token")
 """Where Ray 2.60 keeps the token, below the home."""
 
 
-def keep_token_private() -> None:
+def use_token_file() -> None:
     """Make the token before Ray does, and take it from all other users of this machine.
 
     Ray 2.60 makes one when it is started without, readable by all under the usual umask. A token

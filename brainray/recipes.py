@@ -11,7 +11,7 @@ import tyro
 
 from brainray.errors import ConfigError
 from brainray.images.preprocess import Preprocessing
-from brainray.model.trust import TrustOptions
+from brainray.model.calibration import CalibrationOptions
 from brainray.training.config import ScalingOptions, TrainConfig, TuneOptions
 from brainray.training.optim import Optimisation
 
@@ -50,7 +50,7 @@ def cpu() -> TrainConfig:
         optimisation=Optimisation(
             learning_rate=1e-3, label_smoothing=0.1, ema_decay=0.995, warmup_epochs=2.0
         ),
-        trust=TrustOptions(max_risk=0.05),
+        calibration=CalibrationOptions(max_risk=0.05),
     )
 
 
@@ -81,7 +81,7 @@ def gpu() -> TrainConfig:
             ema_decay=0.99,
             warmup_epochs=5.0,
         ),
-        trust=TrustOptions(max_risk=0.05),
+        calibration=CalibrationOptions(max_risk=0.05),
     )
 
 

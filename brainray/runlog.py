@@ -2,13 +2,15 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from brainray import storage
 
 Record = dict[str, Any]
+Log = Callable[[str], None]
+"""Takes one line for the person who runs a job, without a line break."""
 
 
 def encode_records(records: Sequence[Record]) -> bytes:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import NUM_POOLED_FEATURES, Engine, EngineOptions
-from brainray.model.classifier import read_card
+from brainray.model.calibration import Calibration, Outputs
+from brainray.model.classifier import read_classifier_metadata
 from brainray.model.explain import count_cells
-from brainray.model.trust import Outputs, Trust
 
 DELAY_VARIABLE = "BRAINRAY_TEST_DELAY_S"
 """Seconds that each call of the engine takes."""
@@ -32,7 +32,7 @@ class FakeEngine(Engine):
     def __init__(self, classes: tuple[str, ...], preprocessing: Preprocessing) -> None:
         num_classes = len(classes)
         head = np.zeros((num_classes, 2048), np.float32), np.zeros(num_classes, np.float32)
-        super().__init__(classes, preprocessing, Trust.nothing(num_classes), *head)
+        super().__init__(classes, preprocessing, Calibration.identity(num_classes), *head)
         self._delay_s = float(os.environ.get(DELAY_VARIABLE, "0"))
 
     def _compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:
@@ -50,7 +50,7 @@ class FakeEngine(Engine):
 def prepare_fake_engine(classifier_uri: str, options: EngineOptions) -> Callable[[], Engine]:
     """Take the place of :func:`brainray.inference.engine.prepare_engine`."""
     del options
-    card = read_card(classifier_uri)
+    card = read_classifier_metadata(classifier_uri)
     return partial(FakeEngine, tuple(card["classes"]), Preprocessing(**card["preprocessing"]))
 
 

@@ -40,7 +40,7 @@ CARD: dict[str, Any] = {
             "n": 1311,
             "accuracy": 0.9634,
             "accuracy_ci95": [0.9521, 0.974],
-            "no_twin": {"n": 702, "accuracy": 0.9402},
+            "without_near_duplicates": {"n": 702, "accuracy": 0.9402},
         },
     },
     "model_card": {

@@ -5,9 +5,9 @@ import torch
 from numpy.typing import NDArray
 
 from brainray.images.normalise import normalise_images
+from brainray.model.calibration import Outputs
 from brainray.model.classifier import Classifier
 from brainray.model.network import pool_stages, split_head
-from brainray.model.trust import Outputs
 
 
 @torch.inference_mode()
@@ -21,4 +21,4 @@ def compute_eager(classifier: Classifier, images: NDArray[np.uint8]) -> Outputs:
 
 def predict_eager(classifier: Classifier, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return calibrated probabilities."""
-    return classifier.trust.calibrate(compute_eager(classifier, images).logits)
+    return classifier.calibration.calibrate(compute_eager(classifier, images).logits)

@@ -8,8 +8,8 @@ from brainray.errors import ClassifierError, RejectedImage
 from brainray.images.slices import SliceInfo
 from brainray.inference.engine import Prediction
 from brainray.inference.schema import SCAN_SCHEMA, build_rows, build_schema, stack_lists
+from brainray.model.calibration import LOW_CONFIDENCE, UNLIKE_TRAINING
 from brainray.model.reasons import REASONS
-from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING
 from brainray.serving.answers import ProcessedFile, build_answer, build_slice
 
 CLASSES = ("x", "y")

@@ -33,22 +33,22 @@ def planted(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def clean_leak(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """Return the near-twins across splits that the phantoms have by themselves."""
+    """Return the near duplicates across splits that the phantoms have by themselves."""
     job = AuditJob(data_uri=str(phantom_folder), output_uri=str(tmp_path_factory.mktemp("clean")))
     document = audit(job)
-    assert document["leaks"]["test"]["num_exact_twin"] == 0
-    assert document["copies"]["num_repeated"] == 0
+    assert document["leaks"]["test"]["num_exact_duplicate"] == 0
+    assert document["exact_duplicates"]["num_repeated"] == 0
     assert document["groups"]["num_mixed"] == 0
-    return int(document["leaks"]["test"]["num_near_twin"])
+    return int(document["leaks"]["test"]["num_near_duplicate"])
 
 
 def test_what_was_planted_is_found(planted: Path, clean_leak: int, tmp_path: Path) -> None:
     document = audit(AuditJob(data_uri=str(planted), output_uri=str(tmp_path)))
     leak = document["leaks"]["test"]
-    assert leak["num_exact_twin"] == 1
-    assert leak["num_near_twin"] == clean_leak + 1
-    assert document["copies"]["num_repeated"] == 2
-    assert document["copies"]["num_mixed"] == 1
+    assert leak["num_exact_duplicate"] == 1
+    assert leak["num_near_duplicate"] == clean_leak + 1
+    assert document["exact_duplicates"]["num_repeated"] == 2
+    assert document["exact_duplicates"]["num_mixed"] == 1
     assert document["groups"]["num_mixed"] == 1
     (unreadable,) = document["unreadable"]
     assert (unreadable["reason"], unreadable["by_split"]) == ("not_an_image", {"test": 1})
@@ -59,7 +59,7 @@ def test_what_was_planted_is_found(planted: Path, clean_leak: int, tmp_path: Pat
     copy = next(row for path, row in by_path.items() if path.endswith("copy.png"))
     assert copy["nearest_correlation"] == pytest.approx(1, abs=1e-4)
     assert copy["nearest_label"] == "glioma"
-    assert copy["exact_twin_set"] == by_path[copy["nearest_path"]]["exact_twin_set"]
+    assert copy["exact_duplicate_set"] == by_path[copy["nearest_path"]]["exact_duplicate_set"]
     assert copy["pixel_sha256"] == by_path[copy["nearest_path"]]["pixel_sha256"]
     assert copy["content_sha256"] != by_path[copy["nearest_path"]]["content_sha256"]
     page = (tmp_path / "audit.html").read_text()

@@ -136,11 +136,16 @@ def test_every_number_is_that_of_the_metrics(metrics: dict[str, Any]) -> None:
     for heading, split in (("Test split", "test"), ("Validation split", "val")):
         found = metrics[split]
         baseline = found["baseline_1nn"]
-        parts = [found, found["no_twin"], baseline, baseline["no_twin"]]
-        scores, classes, classes_no_twin, confusion = read_tables(text, heading)
+        parts = [
+            found,
+            found["without_near_duplicates"],
+            baseline,
+            baseline["without_near_duplicates"],
+        ]
+        scores, classes, classes_no_near_duplicate, confusion = read_tables(text, heading)
         assert scores[0][1:] == [
-            *("Classifier", "Classifier, no near-twin"),
-            *("Nearest thumbnail", "Nearest thumbnail, no near-twin"),
+            *("Classifier", "Classifier, no near duplicate"),
+            *("Nearest thumbnail", "Nearest thumbnail, no near duplicate"),
         ]
         rows = {row[0].split(" (")[0].split(",")[0]: row[1:] for row in scores[1:]}
         assert rows.pop("Images") == [str(part["n"]) for part in parts]
@@ -158,7 +163,10 @@ def test_every_number_is_that_of_the_metrics(metrics: dict[str, Any]) -> None:
         assert rows == {
             label: [write_estimate(part, name) for part in parts] for label, name in names.items()
         }
-        for table, part in ((classes, found), (classes_no_twin, found["no_twin"])):
+        for table, part in (
+            (classes, found),
+            (classes_no_near_duplicate, found["without_near_duplicates"]),
+        ):
             assert table[0] == ["Class", "Images", "Sensitivity", "Specificity", "Precision"]
             assert table[1:] == [
                 [name, str(one["n"])]
@@ -168,7 +176,10 @@ def test_every_number_is_that_of_the_metrics(metrics: dict[str, Any]) -> None:
         assert [row[1:] for row in confusion[1:]] == [
             list(map(str, row)) for row in found["confusion"]
         ]
-    assert "Images with a near-twin: 50.0\N{NO-BREAK SPACE}% (thumbnails correlate at 0.995" in text
+    assert (
+        "Images with a near duplicate: 50.0\N{NO-BREAK SPACE}% (thumbnails correlate at 0.995"
+        in text
+    )
 
 
 def test_it_says_how_data_and_classifier_came_about(metrics: dict[str, Any]) -> None:
@@ -214,7 +225,7 @@ def test_hostile_names_are_shown_as_they_are() -> None:
     y_prob = np.full((80, len(HOSTILE)), 1 / len(HOSTILE))
     evaluation = compute_evaluation(y_true, y_prob, HOSTILE, num_resamples=0)
     data = build_data(len(HOSTILE)) | {"name": HOSTILE[3]}
-    card = build_card(HOSTILE, trust={HOSTILE[0]: HOSTILE[4]})
+    card = build_card(HOSTILE, calibration={HOSTILE[0]: HOSTILE[4]})
     text = render(card, {"test": evaluation}, data)
     shown = [format_text(name) for name in HOSTILE]
     (counts,) = read_tables(text, "Data")
@@ -233,21 +244,25 @@ def test_hostile_names_are_shown_as_they_are() -> None:
     text.encode()
 
 
-@pytest.mark.parametrize(("all_beat", "no_twin_beats"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize(("all_beat", "no_near_duplicate_beats"), [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_that_a_vote_of_thumbnails_is_better_is_said_where_it_is(
-    metrics: dict[str, Any], all_beat: int, no_twin_beats: int
+    metrics: dict[str, Any], all_beat: int, no_near_duplicate_beats: int
 ) -> None:
     for split in ("test", "val"):
         found = metrics[split]
         found["baseline_1nn"]["accuracy"] = found["accuracy"]
-        found["baseline_1nn"]["no_twin"]["accuracy"] = found["no_twin"]["accuracy"]
+        found["baseline_1nn"]["without_near_duplicates"]["accuracy"] = found[
+            "without_near_duplicates"
+        ]["accuracy"]
     test = metrics["test"]
     test["baseline_1nn"]["accuracy"] += 0.001 * all_beat
-    test["baseline_1nn"]["no_twin"]["accuracy"] += 0.001 * no_twin_beats
+    test["baseline_1nn"]["without_near_duplicates"]["accuracy"] += 0.001 * no_near_duplicate_beats
     text = render(build_card(), metrics, build_data())
-    assert text.count(BEATEN) == all_beat + no_twin_beats
+    assert text.count(BEATEN) == all_beat + no_near_duplicate_beats
     assert ("On the test split, all images: the nearest" in text) == bool(all_beat)
-    assert ("On the test split, images without a near-twin: the" in text) == bool(no_twin_beats)
+    assert ("On the test split, images without a near duplicate: the" in text) == bool(
+        no_near_duplicate_beats
+    )
 
 
 def test_what_is_absent_is_called_so() -> None:
@@ -267,7 +282,7 @@ def test_what_is_absent_is_called_so() -> None:
         "**Hardware:** not known",
         "**Code revision:** not known",
         "**Versions:** not known",
-        "Images with a near-twin: not known.",
+        "Images with a near duplicate: not known.",
         "There is no test split",
         "Probabilities are not calibrated after training; the classifier never abstains",
         "- Its probabilities are not calibrated after training.",
@@ -282,13 +297,13 @@ def test_what_is_absent_is_called_so() -> None:
     assert scores[0] == ["", "Classifier"]
 
 
-def test_a_split_of_near_twins_alone_has_no_other_scores(metrics: dict[str, Any]) -> None:
-    metrics["test"]["no_twin"] = {"n": 0}
-    metrics["test"]["baseline_1nn"]["no_twin"] = {"n": 0}
+def test_a_split_of_near_duplicates_alone_has_no_other_scores(metrics: dict[str, Any]) -> None:
+    metrics["test"]["without_near_duplicates"] = {"n": 0}
+    metrics["test"]["baseline_1nn"]["without_near_duplicates"] = {"n": 0}
     text = render(build_card(), metrics, build_data())
     assert "Every image has one: there are no scores without." in text
     assert read_tables(text, "Test split")[0][0] == ["", "Classifier", "Nearest thumbnail"]
-    assert "100.0\N{NO-BREAK SPACE}% of the test images have a near-twin" in text
+    assert "100.0\N{NO-BREAK SPACE}% of the test images have a near duplicate" in text
 
 
 def test_limits_follow_from_the_data(metrics: dict[str, Any]) -> None:
@@ -303,14 +318,14 @@ def test_limits_follow_from_the_data(metrics: dict[str, Any]) -> None:
 
 
 def test_what_is_known_of_trust_is_shown_whatever_it_is(metrics: dict[str, Any]) -> None:
-    trust = {
+    calibration = {
         "scale": [1.0, 2.0],
         "min_confidence": 0.6,
         "max_distance": 80.5,
         "facts": {"method": "vector", "num_val_images": 816},
     }
-    model_card = build_model_card(build_card(trust=trust), metrics, build_data())
-    assert model_card["trust"] == {
+    model_card = build_model_card(build_card(calibration=calibration), metrics, build_data())
+    assert model_card["calibration"] == {
         "min_confidence": 0.6,
         "max_distance": 80.5,
         "facts.method": "vector",
@@ -334,7 +349,7 @@ def test_the_json_says_the_same(metrics: dict[str, Any]) -> None:
     assert render_model_card(read) == render_model_card(model_card)
     test = read["results"]["test"]
     assert test["all"]["accuracy"] == metrics["test"]["accuracy"]
-    assert test["near_twin_share"] == 0.5
+    assert test["near_duplicate_share"] == 0.5
     assert read["training"]["sealed_epoch"] == 4
     assert read["training"]["configuration"]["weights_uri"] == "start.pth"
 

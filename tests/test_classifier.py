@@ -1,6 +1,5 @@
-"""The sealed folder: what goes in comes out, and what was touched is refused."""
+"""The classifier bundle: what goes in comes out, and what was touched is refused."""
 
-import hashlib
 import json
 import os
 import re
@@ -19,19 +18,19 @@ from scipy.special import softmax
 
 from brainray.errors import ClassifierError
 from brainray.images.preprocess import Preprocessing
-from brainray.model.calibration import fit_likeness
+from brainray.model.calibration import Calibration
 from brainray.model.classifier import (
-    CARD_FILE,
+    METADATA_FILE,
+    OOD_FILE,
     SCHEMA_VERSION,
-    TRUST_FILE,
     WEIGHTS_FILE,
-    amend_card,
+    amend_classifier_metadata,
     load_classifier,
-    read_card,
+    read_classifier_metadata,
     save_classifier,
 )
+from brainray.model.fit_calibration import fit_ood_detector
 from brainray.model.network import STAGE_WIDTHS, StateDict, build_network
-from brainray.model.trust import Trust
 from tests.reference import compute_eager, predict_eager
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,11 +67,11 @@ def sealed(tmp_path_factory: pytest.TempPathFactory, network: torch.nn.Module) -
 
 @pytest.fixture
 def folder(sealed: Path, tmp_path: Path) -> Path:
-    """Copy the sealed classifier; the weights are the same file until they are replaced."""
+    """Copy the classifier; the weights are the same file until they are replaced."""
     copy = tmp_path / "classifier"
     copy.mkdir()
     os.link(sealed / WEIGHTS_FILE, copy / WEIGHTS_FILE)
-    (copy / CARD_FILE).write_bytes((sealed / CARD_FILE).read_bytes())
+    (copy / METADATA_FILE).write_bytes((sealed / METADATA_FILE).read_bytes())
     return copy
 
 
@@ -108,12 +107,12 @@ def test_what_was_sealed_is_what_is_opened(
 
 
 def test_the_folder_holds_two_files_and_no_pickle(sealed: Path) -> None:
-    assert sorted(path.name for path in sealed.iterdir()) == [CARD_FILE, WEIGHTS_FILE]
+    assert sorted(path.name for path in sealed.iterdir()) == [METADATA_FILE, WEIGHTS_FILE]
     content = (sealed / WEIGHTS_FILE).read_bytes()
     (header_bytes,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + header_bytes])  # what a safetensors file starts with
     assert header["conv1.weight"]["shape"] == [64, 1, 7, 7]
-    card = json.loads((sealed / CARD_FILE).read_text())
+    card = json.loads((sealed / METADATA_FILE).read_text())
     assert card["weights"]["size_bytes"] == len(content)
     assert card["classes"] == list(CLASSES)
 
@@ -132,8 +131,8 @@ def refuse(folder: Path, *said: str) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    refuse(tmp_path / "absent", "No classifier", CARD_FILE)
-    refuse(tmp_path, "No classifier", CARD_FILE)
+    refuse(tmp_path / "absent", "No classifier", METADATA_FILE)
+    refuse(tmp_path, "No classifier", METADATA_FILE)
 
 
 def test_missing_weights(folder: Path) -> None:
@@ -147,25 +146,25 @@ def test_flipped_byte_in_the_weights(folder: Path, place: int) -> None:
     content[place] ^= 1
     (folder / WEIGHTS_FILE).unlink()  # a link to everyone's
     (folder / WEIGHTS_FILE).write_bytes(content)
-    refuse(folder, "not the sealed ones", "SHA-256")
+    refuse(folder, "have changed", "SHA-256")
 
 
 def test_weights_cut_short(folder: Path) -> None:
     (folder / WEIGHTS_FILE).unlink()
     (folder / WEIGHTS_FILE).write_bytes(b"")
-    refuse(folder, "not the sealed ones")
+    refuse(folder, "have changed")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", None], ids=["empty", "binary", "cut"])
 def test_card_that_is_no_json(folder: Path, content: bytes | None) -> None:
-    card = folder / CARD_FILE
+    card = folder / METADATA_FILE
     card.write_bytes(card.read_bytes()[:-40] if content is None else content)
-    refuse(folder, "damaged", "JSON", CARD_FILE)
+    refuse(folder, "damaged", "JSON", METADATA_FILE)
 
 
 @pytest.mark.parametrize("card", [[], "text", None, {}])
 def test_card_of_something_else(folder: Path, card: object) -> None:
-    (folder / CARD_FILE).write_text(json.dumps(card))
+    (folder / METADATA_FILE).write_text(json.dumps(card))
     refuse(folder, f"schema {SCHEMA_VERSION}", "found None")
 
 
@@ -199,120 +198,100 @@ def edit(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ("classes", ["a", "b", "c", "d"], ["do not fit", "4 classes"]),
         ("classes", ["a", "b", "a"], ["damaged", "more than once: a"]),
         ("classes", [1, 2, 3], ["damaged"]),
-        ("weights.sha256", ..., ["not the sealed ones"]),
+        ("weights.sha256", ..., ["have changed"]),
         ("weights", ..., ["lacks weights"]),
         ("weights", "model.safetensors", ["lacks weights"]),
         ("architecture", "resnet50", ["lacks architecture"]),
         ("classes", None, ["lacks classes"]),
         ("preprocessing", [], ["lacks preprocessing"]),
         ("classifier_id", ..., ["lacks classifier_id"]),
-        ("trust", ..., ["lacks trust"]),
-        ("trust.min_confidence", 0.2, ["classes, preprocessing, trust", "changed after"]),
-        ("trust.scale", [2.0, 1.0, 1.0], ["changed after"]),
+        ("calibration", ..., ["lacks calibration"]),
+        (
+            "calibration.min_confidence",
+            0.2,
+            ["classes, preprocessing, calibration", "changed after"],
+        ),
+        ("calibration.scale", [2.0, 1.0, 1.0], ["changed after"]),
     ],
 )
 def test_card_that_was_changed(folder: Path, path: str, value: object, said: list[str]) -> None:
-    card = read_card(str(folder))
+    card = read_classifier_metadata(str(folder))
     edit(path, value)(card)
-    (folder / CARD_FILE).write_text(json.dumps(card))
+    (folder / METADATA_FILE).write_text(json.dumps(card))
     refuse(folder, *said)
 
 
-# --- trust --------------------------------------------------------------------------------
+# --- calibration --------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def wary(tmp_path: Path, network: torch.nn.Module) -> Path:
-    """Seal a classifier that scales its logits and knows what its images are like."""
-    folder = tmp_path / "wary"
+def calibrated(tmp_path: Path, network: torch.nn.Module) -> Path:
+    """Save a classifier with a calibration and an out-of-distribution detector."""
+    folder = tmp_path / "calibrated"
     save_classifier(
         str(folder),
         network.state_dict(),
         classes=CLASSES,
         preprocessing=PREPROCESSING,
         provenance=PROVENANCE,
-        trust=fit_some_trust(),
+        calibration=build_calibration(),
     )
     return folder
 
 
 @cache
-def fit_some_trust() -> Trust:
+def build_calibration() -> Calibration:
     features = np.random.default_rng(0).random((60, sum(STAGE_WIDTHS)), np.float32)
-    return Trust(
+    return Calibration(
         np.array([0.5, 1.0, 2.0], np.float32),
         np.array([0.1, 0.0, -0.1], np.float32),
         0.4,
-        fit_likeness(features, np.repeat([0, 1, 2], 20), 3, STAGE_WIDTHS),
+        fit_ood_detector(features, np.repeat([0, 1, 2], 20), 3, STAGE_WIDTHS),
         90.0,
         {"method": "vector"},
     )
 
 
-def test_trust_is_sealed_too(wary: Path, sealed: Path, images: NDArray[np.uint8]) -> None:
-    classifier, plain = load_classifier(str(wary)), load_classifier(str(sealed))
+def test_calibration_is_saved_too(
+    calibrated: Path, sealed: Path, images: NDArray[np.uint8]
+) -> None:
+    classifier, plain = load_classifier(str(calibrated)), load_classifier(str(sealed))
     assert classifier.classifier_id != plain.classifier_id
-    trust = classifier.trust
-    assert (trust.min_confidence, trust.max_distance, trust.facts["method"]) == (0.4, 90, "vector")
+    calibration = classifier.calibration
+    assert (calibration.min_confidence, calibration.max_distance, calibration.facts["method"]) == (
+        0.4,
+        90,
+        "vector",
+    )
     outputs = compute_eager(classifier, images)
     logits = outputs.logits * [0.5, 1.0, 2.0] + [0.1, 0.0, -0.1]
     np.testing.assert_allclose(predict_eager(classifier, images), softmax(logits, 1), atol=1e-6)
     np.testing.assert_allclose(predict_eager(plain, images), softmax(outputs.logits, 1), atol=1e-6)
-    expected = fit_some_trust().compute_distances(outputs.features)
-    np.testing.assert_allclose(trust.compute_distances(outputs.features), expected, rtol=1e-5)
-    assert (plain.trust.compute_distances(outputs.features) == 0).all()
+    expected = build_calibration().compute_distances(outputs.features)
+    np.testing.assert_allclose(calibration.compute_distances(outputs.features), expected, rtol=1e-5)
+    assert (plain.calibration.compute_distances(outputs.features) == 0).all()
 
 
-def test_damaged_likeness(wary: Path) -> None:
-    content = bytearray((wary / TRUST_FILE).read_bytes())
+def test_damaged_ood_detector(calibrated: Path) -> None:
+    content = bytearray((calibrated / OOD_FILE).read_bytes())
     content[-1] ^= 1
-    (wary / TRUST_FILE).write_bytes(content)
-    refuse(wary, TRUST_FILE, "not the sealed ones")
-    (wary / TRUST_FILE).unlink()
-    refuse(wary, f"No {TRUST_FILE}")
+    (calibrated / OOD_FILE).write_bytes(content)
+    refuse(calibrated, OOD_FILE, "have changed")
+    (calibrated / OOD_FILE).unlink()
+    refuse(calibrated, f"No {OOD_FILE}")
 
 
-def test_sealing_without_trust_leaves_none(wary: Path, network: torch.nn.Module) -> None:
+def test_saving_without_calibration_deletes_the_old_one(
+    calibrated: Path, network: torch.nn.Module
+) -> None:
     save_classifier(
-        str(wary),
+        str(calibrated),
         network.state_dict(),
         classes=CLASSES,
         preprocessing=PREPROCESSING,
         provenance={},
     )
-    assert sorted(path.name for path in wary.iterdir()) == [CARD_FILE, WEIGHTS_FILE]
-
-
-def test_a_folder_of_the_first_schema_is_opened(folder: Path, images: NDArray[np.uint8]) -> None:
-    card = read_card(str(folder))
-    del card["trust"]
-    meaning = {name: card[name] for name in ("classes", "preprocessing")}
-    canonical = json.dumps([card["weights"]["sha256"], meaning], sort_keys=True)
-    card |= {
-        "schema_version": 1,
-        "classifier_id": hashlib.sha256(canonical.encode()).hexdigest()[:12],
-    }
-    expected = predict_eager(load_classifier(str(folder)), images)
-    (folder / CARD_FILE).write_text(json.dumps(card))
-    classifier = load_classifier(str(folder))
-    np.testing.assert_array_equal(predict_eager(classifier, images), expected)
-    assert classifier.trust.find_reasons(expected, np.zeros(len(images), np.float32)) == [None] * 5
-    amend_card(str(folder), {"note": 1})
-    assert load_classifier(str(folder)).classifier_id == card["classifier_id"]
-
-
-def test_a_folder_that_knows_neither_crop_nor_intensity_is_opened(folder: Path) -> None:
-    card = read_card(str(folder))
-    for name in ("crop", "intensity"):
-        del card["preprocessing"][name]
-    meaning = {name: card[name] for name in ("classes", "preprocessing", "trust")}
-    canonical = json.dumps([card["weights"]["sha256"], meaning], sort_keys=True)
-    card["classifier_id"] = hashlib.sha256(canonical.encode()).hexdigest()[:12]
-    (folder / CARD_FILE).write_text(json.dumps(card))
-    classifier = load_classifier(str(folder))
-    assert classifier.preprocessing == PREPROCESSING
-    assert (PREPROCESSING.crop, PREPROCESSING.intensity) == ("none", "stored")
-    assert classifier.classifier_id == card["classifier_id"]
+    assert sorted(path.name for path in calibrated.iterdir()) == [METADATA_FILE, WEIGHTS_FILE]
 
 
 # --- identity -----------------------------------------------------------------------------
@@ -323,7 +302,7 @@ SMALL: StateDict = {
 }
 
 
-def seal(folder: Path, **changes: Any) -> str:  # noqa: ANN401 - any argument of save_classifier
+def export_classifier(folder: Path, **changes: Any) -> str:  # noqa: ANN401 - any argument of save_classifier
     given: dict[str, Any] = {
         "state": SMALL,
         "classes": CLASSES,
@@ -336,58 +315,63 @@ def seal(folder: Path, **changes: Any) -> str:  # noqa: ANN401 - any argument of
 
 def test_identity_is_that_of_weights_classes_and_preprocessing(tmp_path: Path) -> None:
     same = [
-        seal(tmp_path / "a"),
-        seal(tmp_path / "elsewhere"),
-        seal(tmp_path / "a", provenance={}),
-        seal(tmp_path / "a", provenance={"seed": 7, "time": "now"}),
-        seal(tmp_path / "a", classes=list(CLASSES)),
-        seal(tmp_path / "a", state=dict(reversed(SMALL.items()))),
-        seal(
+        export_classifier(tmp_path / "a"),
+        export_classifier(tmp_path / "elsewhere"),
+        export_classifier(tmp_path / "a", provenance={}),
+        export_classifier(tmp_path / "a", provenance={"seed": 7, "time": "now"}),
+        export_classifier(tmp_path / "a", classes=list(CLASSES)),
+        export_classifier(tmp_path / "a", state=dict(reversed(SMALL.items()))),
+        export_classifier(
             tmp_path / "a",
             state={**SMALL, "a": SMALL["a"].to(memory_format=torch.channels_last)},
         ),
-        seal(tmp_path / "a", state={**SMALL, "b": torch.nn.Parameter(SMALL["b"])}),
+        export_classifier(tmp_path / "a", state={**SMALL, "b": torch.nn.Parameter(SMALL["b"])}),
     ]
     assert len(set(same)) == 1
     assert re.fullmatch("[0-9a-f]{12}", same[0])
     others = [
-        seal(tmp_path / "a", state={**SMALL, "b": torch.tensor([1.0, -1.0000001])}),
-        seal(tmp_path / "a", state={**SMALL, "c": torch.zeros(1)}),
-        seal(tmp_path / "a", state={"a": SMALL["a"], "renamed": SMALL["b"]}),
-        seal(tmp_path / "a", classes=CLASSES[::-1]),
-        seal(tmp_path / "a", classes=("pituitary", "glioma", "notumor")),
-        seal(tmp_path / "a", preprocessing=replace(PREPROCESSING, size_px=33)),
-        seal(tmp_path / "a", preprocessing=replace(PREPROCESSING, fit="stretch")),
-        seal(tmp_path / "a", preprocessing=replace(PREPROCESSING, crop="head")),
-        seal(tmp_path / "a", preprocessing=replace(PREPROCESSING, intensity="percentile")),
-        seal(tmp_path / "a", preprocessing=replace(PREPROCESSING, mean=0.31)),
-        seal(tmp_path / "a", preprocessing=replace(PREPROCESSING, std=0.51)),
+        export_classifier(tmp_path / "a", state={**SMALL, "b": torch.tensor([1.0, -1.0000001])}),
+        export_classifier(tmp_path / "a", state={**SMALL, "c": torch.zeros(1)}),
+        export_classifier(tmp_path / "a", state={"a": SMALL["a"], "renamed": SMALL["b"]}),
+        export_classifier(tmp_path / "a", classes=CLASSES[::-1]),
+        export_classifier(tmp_path / "a", classes=("pituitary", "glioma", "notumor")),
+        export_classifier(tmp_path / "a", preprocessing=replace(PREPROCESSING, size_px=33)),
+        export_classifier(tmp_path / "a", preprocessing=replace(PREPROCESSING, fit="stretch")),
+        export_classifier(tmp_path / "a", preprocessing=replace(PREPROCESSING, crop="head")),
+        export_classifier(
+            tmp_path / "a", preprocessing=replace(PREPROCESSING, intensity="percentile")
+        ),
+        export_classifier(tmp_path / "a", preprocessing=replace(PREPROCESSING, mean=0.31)),
+        export_classifier(tmp_path / "a", preprocessing=replace(PREPROCESSING, std=0.51)),
     ]
     assert len({same[0], *others}) == 1 + len(others)
 
 
 def test_what_save_returns_is_what_the_card_says(tmp_path: Path) -> None:
-    first = seal(tmp_path)
-    assert read_card(str(tmp_path))["classifier_id"] == first
-    second = seal(tmp_path, classes=CLASSES[::-1])  # what the folder held is replaced
-    card = read_card(str(tmp_path))
+    first = export_classifier(tmp_path)
+    assert read_classifier_metadata(str(tmp_path))["classifier_id"] == first
+    second = export_classifier(tmp_path, classes=CLASSES[::-1])  # what the folder held is replaced
+    card = read_classifier_metadata(str(tmp_path))
     assert card["classifier_id"] == second != first
     assert card["classes"] == list(CLASSES[::-1])
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CARD_FILE, WEIGHTS_FILE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [METADATA_FILE, WEIGHTS_FILE]
 
 
 def test_amending_adds_and_keeps_the_rest(tmp_path: Path) -> None:
-    seal(tmp_path)
-    before, weights = read_card(str(tmp_path)), (tmp_path / WEIGHTS_FILE).read_bytes()
-    amend_card(str(tmp_path), {"evaluation": {"accuracy": 0.5}})
-    assert read_card(str(tmp_path)) == {**before, "evaluation": {"accuracy": 0.5}}
-    amend_card(str(tmp_path), {"evaluation": {"accuracy": 0.75}})
-    assert read_card(str(tmp_path)) == {**before, "evaluation": {"accuracy": 0.75}}
+    export_classifier(tmp_path)
+    before, weights = (
+        read_classifier_metadata(str(tmp_path)),
+        (tmp_path / WEIGHTS_FILE).read_bytes(),
+    )
+    amend_classifier_metadata(str(tmp_path), {"evaluation": {"accuracy": 0.5}})
+    assert read_classifier_metadata(str(tmp_path)) == {**before, "evaluation": {"accuracy": 0.5}}
+    amend_classifier_metadata(str(tmp_path), {"evaluation": {"accuracy": 0.75}})
+    assert read_classifier_metadata(str(tmp_path)) == {**before, "evaluation": {"accuracy": 0.75}}
     assert (tmp_path / WEIGHTS_FILE).read_bytes() == weights
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CARD_FILE, WEIGHTS_FILE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [METADATA_FILE, WEIGHTS_FILE]
 
 
 def test_amending_what_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ClassifierError, match="No classifier"):
-        amend_card(str(tmp_path), {"evaluation": 1})
+        amend_classifier_metadata(str(tmp_path), {"evaluation": 1})
     assert list(tmp_path.iterdir()) == []

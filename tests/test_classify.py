@@ -43,7 +43,7 @@ from brainray.inference.shards import OPENED_FILE
 from brainray.inference.stats import Progress
 from brainray.inference.store import PredictionStore, Wave
 from brainray.io.lock import OutputLock, hold_output
-from brainray.model.classifier import load_classifier, read_card, save_classifier
+from brainray.model.classifier import load_classifier, read_classifier_metadata, save_classifier
 from brainray.model.network import build_network
 from tests.conftest import CLASSES, REPOSITORY
 from tests.dicom_files import PYDICOM_FILES, RAMP, make_mr
@@ -162,7 +162,7 @@ def test_every_scan_has_its_row_and_the_rows_say_what_the_classifier_says(
 ) -> None:
     output = tmp_path / "out"
     said: list[str] = []
-    metrics = classify(make_job(inbox, tiny_classifier, output), say=said.append)
+    metrics = classify(make_job(inbox, tiny_classifier, output), log=said.append)
     rows = {row["scan_uri"]: row for row in read_rows(output)}
     assert {row["class_map"] for row in rows.values()} == {None}
     files = list_scan_files(inbox)
@@ -281,7 +281,7 @@ def test_int8_says_what_it_costs(inbox: Path, tiny_classifier: Path, tmp_path: P
     said: list[str] = []
     engine = EngineOptions(precision="int8", calibration_uri=str(inbox))
     job = make_job(inbox, tiny_classifier, tmp_path / "out", engine=engine)
-    metrics = classify(job, say=said.append)
+    metrics = classify(job, log=said.append)
     assert metrics["runtime"]["precision"] == "int8"
     assert any("int8 against fp32 on 20 of the calibration images" in line for line in said)
     assert {row["precision"] for row in read_rows(tmp_path / "out")} == {"int8"}
@@ -302,7 +302,7 @@ def test_whatever_lies_in_an_inbox_gets_its_row(
     output = tmp_path / "in" / "out"
     said: list[str] = []
     job = make_job(tmp_path / "in", tiny_classifier, output)
-    metrics = classify(job, say=said.append)
+    metrics = classify(job, log=said.append)
     assert "Skipped 2 hidden files." in said
     found = {row["scan_uri"].rpartition("/")[2]: row for row in read_rows(output)}
     assert {name: row["reason"] for name, row in found.items()} == expected
@@ -363,7 +363,7 @@ def test_another_classifier_stands_beside(
         preprocessing=Preprocessing(size_px=32),
         provenance={},
     )
-    old_id = read_card(str(tiny_classifier))["classifier_id"]
+    old_id = read_classifier_metadata(str(tiny_classifier))["classifier_id"]
     output = tmp_path / "out"
     count = len(list_scan_files(inbox))
     assert classify(make_job(inbox, tiny_classifier, output))["classifier_id"] == old_id
@@ -481,7 +481,7 @@ def test_slices_have_rows_and_their_series_and_studies_answers(
     progress: list[tuple[int, int | None]] = []
     job = make_job(inbox, tiny_classifier, output)
     metrics = classify(
-        job, say=said.append, on_progress=lambda now: progress.append((now.done, now.total))
+        job, log=said.append, on_progress=lambda now: progress.append((now.done, now.total))
     )
     rows = {row["scan_uri"]: row for row in read_rows(output)}
     assert len(rows) == metrics["run"]["num_new"] == 12 + 9 + 1 + 1
@@ -524,7 +524,7 @@ def test_no_output_of_a_redacted_run_holds_a_path(tiny_classifier: Path, tmp_pat
     job = make_job(
         inbox, tiny_classifier, output, redact_paths=True, labels=str(tmp_path / "Doe.csv")
     )
-    metrics = classify(job, say=said.append)
+    metrics = classify(job, log=said.append)
     assert metrics["evaluation"]["n"] == 1 + 7
     rows = read_rows(output)
     assert len(rows) == 23
@@ -710,7 +710,7 @@ def test_each_wave_is_in_the_lock_before_its_first_file(
         (3, 2),
         (5, 2),
     ]
-    store = PredictionStore.of(str(output), read_card(str(tiny_classifier)))
+    store = PredictionStore.of(str(output), read_classifier_metadata(str(tiny_classifier)))
     written: set[str] = set()
     for wave, there in opened_waves:
         assert there == written, "all of the waves before, and nothing of this one"
@@ -756,7 +756,7 @@ def test_an_interrupted_run_is_closed_and_gone_on_with(
     wave = Wave(**state["wave"])
     assert (wave.first_shard, wave.num_shards) == (1, 2)
     # What was under way may have ended since: one file is taken away to have something to close.
-    store = PredictionStore.of(str(output), read_card(str(tiny_classifier)))
+    store = PredictionStore.of(str(output), read_classifier_metadata(str(tiny_classifier)))
     late = store.name_file(wave.run, wave.part, 2)
     rows = pq.read_table(late, partitioning=None)
     Path(late).unlink()
@@ -765,7 +765,7 @@ def test_an_interrupted_run_is_closed_and_gone_on_with(
         lock.update(state)
 
     said: list[str] = []
-    metrics = classify(job, say=said.append)
+    metrics = classify(job, log=said.append)
     assert "The last run was cut short; 1 of its files are left empty." in said
     check_complete(inbox, output, first)
     assert metrics["run"]["num_new"] == 20 - len(first)
@@ -803,7 +803,7 @@ def test_a_stream_that_breaks_goes_on_with_what_is_left(
 
     break_stream(monkeypatch, lose)
     said: list[str] = []
-    metrics = classify(make_job(inbox, tiny_classifier, tmp_path / "out"), say=said.append)
+    metrics = classify(make_job(inbox, tiny_classifier, tmp_path / "out"), log=said.append)
     assert sum("going on with what is left" in line for line in said) == 2
     check_complete(inbox, tmp_path / "out")
     assert metrics["run"]["num_new"] == 20
@@ -822,7 +822,7 @@ def test_a_stream_that_keeps_breaking_ends_in_an_error(
 
     break_stream(monkeypatch, break_at_once)
     with pytest.raises(ClassificationError, match="3 times without a new prediction"):
-        classify(make_job(inbox, tiny_classifier, tmp_path / "out"), say=said.append)
+        classify(make_job(inbox, tiny_classifier, tmp_path / "out"), log=said.append)
     assert sum("going on with what is left" in line for line in said) == 2
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from brainray.errors import LockLostError
 from brainray.inference.store import PredictionStore, Wave
-from brainray.model.classifier import read_card
+from brainray.model.classifier import read_classifier_metadata
 from tests.conftest import REPOSITORY
 from tests.fakes import DELAY_VARIABLE
 from tests.processes import finish, wait_for
@@ -108,7 +108,7 @@ def test_a_killed_run_is_gone_on_with_and_its_late_writes_are_refused(
     process.communicate()
     state = json.loads((tmp_path / ".state.json").read_text())
     wave = Wave(**state["wave"])
-    store = PredictionStore.of(str(tmp_path), read_card(str(tiny_classifier)))
+    store = PredictionStore.of(str(tmp_path), read_classifier_metadata(str(tiny_classifier)))
     _wait_for_workers(tmp_path)
     written = {Path(uri).name for uri in store.list_files()}
     uris = {store.name_file(wave.run, wave.part, shard) for shard in wave.list_shards()}

@@ -149,7 +149,7 @@ def test_scores_are_printed_beside_what_they_must_be_read_beside() -> None:
             "accuracy_ci95": [0.91, 0.98],
             "macro_f1": 0.94,
             "macro_auroc": 0.99,
-            "no_twin": {"n": 120, "accuracy": 0.9, "accuracy_ci95": [0.85, 0.94]},
+            "without_near_duplicates": {"n": 120, "accuracy": 0.9, "accuracy_ci95": [0.85, 0.94]},
             "baseline_1nn": {"accuracy": 0.97},
         },
     )

@@ -18,7 +18,7 @@ import pytest
 
 from brainray import cluster as cluster_room
 from brainray.cluster import Need, check_fits, count_fitting, find_lacking, share_cpus
-from brainray.cluster import tell_waiting as tell
+from brainray.cluster import report_waiting as tell
 from brainray.errors import ConfigError
 from brainray.phantoms import write_phantom_folder
 from tests.conftest import REPOSITORY

@@ -15,20 +15,20 @@ from brainray.storage import read_json
 from tests.conftest import CLASSES
 
 
-def draw_probs(truth: NDArray[np.int64], skill: float, seed: int) -> NDArray[np.float64]:
-    logits = np.random.default_rng(seed).normal(size=(len(truth), 4))
-    logits[np.arange(len(truth)), truth] += skill
+def draw_probs(y_true: NDArray[np.int64], skill: float, seed: int) -> NDArray[np.float64]:
+    logits = np.random.default_rng(seed).normal(size=(len(y_true), 4))
+    logits[np.arange(len(y_true)), y_true] += skill
     powers = np.exp(logits)
     return powers / powers.sum(1, keepdims=True)
 
 
 def write_predictions(place: Path, skill: float, **changes: Any) -> Path:  # noqa: ANN401
-    truth = np.tile(np.arange(4), 12)
-    probs = draw_probs(truth, skill, seed=int(skill * 10))
+    y_true = np.tile(np.arange(4), 12)
+    probs = draw_probs(y_true, skill, seed=int(skill * 10))
     columns: dict[str, Any] = {
         "path": [f"scan-{number}.jpg" for number in range(48)],
         "content_sha256": [f"{number:064x}" for number in range(48)],
-        "true_class": [CLASSES[label] for label in truth],
+        "true_class": [CLASSES[label] for label in y_true],
         **{f"prob_{name}": probs[:, k] for k, name in enumerate(CLASSES)},
         "engine": ["openvino"] * 48,
         "probs": pa.array(list(probs), pa.list_(pa.float32())),

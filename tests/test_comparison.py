@@ -25,14 +25,14 @@ Probs = NDArray[np.float64]
 def draw(count: int, *sharpness: float, seed: int = 0) -> tuple[NDArray[np.int64], list[Probs]]:
     """Draw labels, and the probabilities of classifiers that see much of the same noise."""
     rng = np.random.default_rng(seed)
-    truth = rng.integers(0, 3, count)
+    y_true = rng.integers(0, 3, count)
     shared = rng.normal(size=(count, 3))
     probs = []
     for sharp in sharpness:
-        logits = sharp * np.eye(3)[truth] + shared + 0.5 * rng.normal(size=(count, 3))
+        logits = sharp * np.eye(3)[y_true] + shared + 0.5 * rng.normal(size=(count, 3))
         weights = np.exp(logits)
         probs.append(weights / weights.sum(1, keepdims=True))
-    return truth, probs
+    return y_true, probs
 
 
 # ----------------------------------------------------------------------------------------- McNemar
@@ -145,22 +145,26 @@ def test_holm_is_the_textbook_one() -> None:
 
 
 def test_scores_are_those_of_scikit_learn() -> None:
-    truth, (a, b) = draw(300, 1.0, 2.0)
-    found = compare_predictions(truth, a, b, CLASSES, num_resamples=100)
+    y_true, (a, b) = draw(300, 1.0, 2.0)
+    found = compare_predictions(y_true, a, b, CLASSES, num_resamples=100)
     for side, prob in (("a", a), ("b", b)):
         scores = {name: found["scores"][name][side] for name in COMPARED}
-        assert scores["accuracy"] == pytest.approx((prob.argmax(1) == truth).mean())
-        assert scores["macro_f1"] == pytest.approx(f1_score(truth, prob.argmax(1), average="macro"))
-        assert scores["macro_auroc"] == pytest.approx(roc_auc_score(truth, prob, multi_class="ovr"))
-        assert scores["log_loss"] == pytest.approx(log_loss(truth, prob))
+        assert scores["accuracy"] == pytest.approx((prob.argmax(1) == y_true).mean())
+        assert scores["macro_f1"] == pytest.approx(
+            f1_score(y_true, prob.argmax(1), average="macro")
+        )
+        assert scores["macro_auroc"] == pytest.approx(
+            roc_auc_score(y_true, prob, multi_class="ovr")
+        )
+        assert scores["log_loss"] == pytest.approx(log_loss(y_true, prob))
     accuracy = found["scores"]["accuracy"]
     assert accuracy["difference"] == pytest.approx(accuracy["b"] - accuracy["a"])
 
 
 def test_a_sharper_classifier_is_better_and_the_other_way_round_worse() -> None:
-    truth, (a, b) = draw(600, 1.0, 2.5)
-    forwards = compare_predictions(truth, a, b, CLASSES, num_resamples=1000)
-    backwards = compare_predictions(truth, b, a, CLASSES, num_resamples=1000)
+    y_true, (a, b) = draw(600, 1.0, 2.5)
+    forwards = compare_predictions(y_true, a, b, CLASSES, num_resamples=1000)
+    backwards = compare_predictions(y_true, b, a, CLASSES, num_resamples=1000)
     assert {row["verdict"] for row in forwards["scores"].values()} == {"better"}
     assert {row["verdict"] for row in backwards["scores"].values()} == {"worse"}
     assert {row["verdict"] for row in forwards["auroc"].values()} == {"better"}
@@ -172,21 +176,21 @@ def test_a_sharper_classifier_is_better_and_the_other_way_round_worse() -> None:
 
 
 def test_equals_cannot_be_told_apart() -> None:
-    truth, (a, b) = draw(300, 1.5, 1.5)
-    found = compare_predictions(truth, a, b, CLASSES, num_resamples=500)
+    y_true, (a, b) = draw(300, 1.5, 1.5)
+    found = compare_predictions(y_true, a, b, CLASSES, num_resamples=500)
     assert {row["verdict"] for row in found["scores"].values()} == {"cannot tell"}
-    same = compare_predictions(truth, a, a, CLASSES, num_resamples=100)
+    same = compare_predictions(y_true, a, a, CLASSES, num_resamples=100)
     for row in same["scores"].values():
         assert (row["difference"], row["p_value"], row["verdict"]) == (0, 1, "cannot tell")
 
 
 def test_pairing_and_groups_decide_how_sure_one_is() -> None:
-    truth, (a, b) = draw(400, 1.5, 1.9)
+    y_true, (a, b) = draw(400, 1.5, 1.9)
     groups = np.repeat(np.arange(40), 10)
-    copied = [np.repeat(part[:40], 10, axis=0) for part in (truth, a, b)]
+    copied = [np.repeat(part[:40], 10, axis=0) for part in (y_true, a, b)]
     alone = compare_predictions(*copied, CLASSES, num_resamples=500)
     grouped = compare_predictions(*copied, CLASSES, groups=groups, num_resamples=500)
-    few = compare_predictions(truth[:40], a[:40], b[:40], CLASSES, num_resamples=500)
+    few = compare_predictions(y_true[:40], a[:40], b[:40], CLASSES, num_resamples=500)
 
     def width(found: dict[str, dict[str, dict[str, list[float]]]]) -> float:
         low, high = found["scores"]["log_loss"]["difference_ci95"]
@@ -194,7 +198,7 @@ def test_pairing_and_groups_decide_how_sure_one_is() -> None:
 
     assert width(grouped) > 2 * width(alone)  # ten copies are not ten images
     assert width(grouped) == pytest.approx(width(few), rel=0.15)
-    spread = [compare_predictions(truth, p, q, CLASSES, num_resamples=500) for p, q in
+    spread = [compare_predictions(y_true, p, q, CLASSES, num_resamples=500) for p, q in
               ((a, b), (a, np.roll(b, 1, axis=0)))]  # fmt: skip
     assert width(spread[0]) < width(spread[1])
 
@@ -202,15 +206,15 @@ def test_pairing_and_groups_decide_how_sure_one_is() -> None:
 def test_the_bootstrap_keeps_its_level() -> None:
     decided = 0
     for seed in range(60):
-        truth, (a, b) = draw(150, 1.5, 1.5, seed=seed)
-        found = compare_predictions(truth, a, b, CLASSES, num_resamples=200, seed=seed)
+        y_true, (a, b) = draw(150, 1.5, 1.5, seed=seed)
+        found = compare_predictions(y_true, a, b, CLASSES, num_resamples=200, seed=seed)
         decided += any(row["verdict"] != "cannot tell" for row in found["scores"].values())
     assert decided <= 8  # 5 % of 60 is 3; 9 or more would happen once in 250 times
 
 
 def test_a_primary_score_decides_alone() -> None:
-    truth, (a, b) = draw(600, 1.0, 2.5)
-    found = compare_predictions(truth, a, b, CLASSES, primary="macro_f1", num_resamples=500)
+    y_true, (a, b) = draw(600, 1.0, 2.5)
+    found = compare_predictions(y_true, a, b, CLASSES, primary="macro_f1", num_resamples=500)
     verdicts = {name: row["verdict"] for name, row in found["scores"].items()}
     assert verdicts.pop("macro_f1") == "better"
     assert set(verdicts.values()) == {None}
@@ -219,16 +223,16 @@ def test_a_primary_score_decides_alone() -> None:
 
 
 def test_a_class_without_images_is_left_out_of_what_it_cannot_tell() -> None:
-    truth, (a, b) = draw(200, 1.0, 1.2)
-    truth[truth == 2] = 0
-    found = compare_predictions(truth, a, b, CLASSES, num_resamples=200)
+    y_true, (a, b) = draw(200, 1.0, 1.2)
+    y_true[y_true == 2] = 0
+    found = compare_predictions(y_true, a, b, CLASSES, num_resamples=200)
     assert found["auroc"]["c"] is None
     assert found["scores"]["macro_auroc"]["a"] is not None
 
 
 def test_one_group_is_not_enough_to_tell() -> None:
-    truth, (a, b) = draw(60, 0.5, 4.0)
-    found = compare_predictions(truth, a, b, CLASSES, groups=np.zeros(60, np.int64))
+    y_true, (a, b) = draw(60, 0.5, 4.0)
+    found = compare_predictions(y_true, a, b, CLASSES, groups=np.zeros(60, np.int64))
     for row in found["scores"].values():
         assert (row["difference_ci95"], row["p_value"]) == (None, None)
         assert row["verdict"] == "cannot tell"
@@ -243,12 +247,12 @@ def test_one_group_is_not_enough_to_tell() -> None:
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, object], said: str) -> None:
-    truth, (a, b) = draw(20, 1.0, 1.0)
+    y_true, (a, b) = draw(20, 1.0, 1.0)
     with pytest.raises(ConfigError, match=said):
-        compare_predictions(truth, a, b, CLASSES, **options)  # type: ignore[arg-type]
+        compare_predictions(y_true, a, b, CLASSES, **options)  # type: ignore[arg-type]
 
 
 def test_other_shapes_are_refused() -> None:
-    truth, (a, b) = draw(20, 1.0, 1.0)
+    y_true, (a, b) = draw(20, 1.0, 1.0)
     with pytest.raises(DataError, match="shape"):
-        compare_predictions(truth, a, b[:19], CLASSES)
+        compare_predictions(y_true, a, b[:19], CLASSES)

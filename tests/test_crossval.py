@@ -174,7 +174,7 @@ def test_the_spread_is_over_folds_with_k_minus_1() -> None:
 
 def test_the_spread_is_said_as_such() -> None:
     row = {"mean": 0.65, "sd": 0.132, "min": 0.5, "max": 0.75}
-    line = console.describe_spread({"accuracy": row, "macro_f1": row, "macro_auroc": row}, 3)
+    line = console.describe_variation({"accuracy": row, "macro_f1": row, "macro_auroc": row}, 3)
     assert line.startswith("spread over the 3 folds, no interval: accuracy 0.500 to 0.750 (mean")
     assert "SD 0.132" in line
 
@@ -196,11 +196,11 @@ def halved(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cross_validate(job, say=stop)
+        cross_validate(job, log=stop)
     assert not Path(job.at("metrics.json")).exists()
     before = Path(job.at("fold-0", "classifier", "model.safetensors")).stat()
     lines: list[str] = []
-    metrics = cross_validate(job, say=lines.append)
+    metrics = cross_validate(job, log=lines.append)
     after = Path(job.at("fold-0", "classifier", "model.safetensors")).stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     return job, metrics, lines
@@ -263,7 +263,7 @@ def test_the_pooled_scores_are_those_of_the_pooled_answers(halved: Outcome) -> N
         assert scores[name] == pytest.approx(expected[name]), name
     assert scores["confusion"] == expected["confusion"]
     assert scores["baseline_1nn"]["n"] == scores["n"] == 4 * 24
-    assert scores["no_twin"]["n"] <= scores["n"]
+    assert scores["without_near_duplicates"]["n"] <= scores["n"]
     assert [fold["fold"] for fold in metrics["folds"]] == [0, 1]
     assert sum(fold["n"] for fold in metrics["folds"]) == scores["n"]
     right = sum(fold["n"] * fold["accuracy"] for fold in metrics["folds"])
@@ -292,7 +292,7 @@ def test_the_nearest_image_is_looked_up_outside_the_fold(halved: Outcome) -> Non
 def test_a_finished_cross_validation_says_so_at_once(halved: Outcome) -> None:
     job, metrics, _ = halved
     lines: list[str] = []
-    assert cross_validate(job, say=lines.append) == metrics
+    assert cross_validate(job, log=lines.append) == metrics
     assert [line.partition(":")[0] for line in lines] == ["Already finished"]
 
 

@@ -613,33 +613,31 @@ def check_answer(data: bytes) -> str:
     return "decoded"
 
 
-def mutate(dice: random.Random, files: Sequence[bytes] = tuple(SAMPLES.values())) -> bytes:
+def mutate(rng: random.Random, files: Sequence[bytes] = tuple(SAMPLES.values())) -> bytes:
     """Damage a valid file in one to four places; mend PNG checksums half the time."""
-    data = bytearray(dice.choice(files))
-    for _ in range(dice.randint(1, 4)):
-        at = (
-            dice.randrange(len(data)) if dice.random() < 0.5 else dice.randrange(min(len(data), 96))
-        )
-        act = dice.randrange(6)
+    data = bytearray(rng.choice(files))
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(len(data), 96))
+        act = rng.randrange(6)
         if act == 0:
-            data[at] ^= 1 << dice.randrange(8)
+            data[at] ^= 1 << rng.randrange(8)
         elif act == 1:
-            data[at] = dice.choice((0, 1, 127, 128, 254, 255))
+            data[at] = rng.choice((0, 1, 127, 128, 254, 255))
         elif act == 2:
-            data[at : at + 4] = dice.choice(
+            data[at : at + 4] = rng.choice(
                 (b"\xff" * 4, b"\0\0\0\0", b"\0\0\0\1", b"\x7f\xff\xff\xff")
             )
         elif act == 3 and len(data) > 40:
-            del data[at : at + dice.randint(1, 40)]
+            del data[at : at + rng.randint(1, 40)]
         elif act == 4:
-            other = dice.choice(files)
-            start = dice.randrange(len(other))
-            data[at:at] = other[start : start + dice.randint(1, 60)]
-        elif len(data) > 40 and dice.random() < 0.3:
+            other = rng.choice(files)
+            start = rng.randrange(len(other))
+            data[at:at] = other[start : start + rng.randint(1, 60)]
+        elif len(data) > 40 and rng.random() < 0.3:
             del data[max(20, at) :]
         if not data:
             data = bytearray(b"\0")
-    return mend_png(bytes(data)) if dice.random() < 0.5 else bytes(data)
+    return mend_png(bytes(data)) if rng.random() < 0.5 else bytes(data)
 
 
 def mend_png(data: bytes) -> bytes:

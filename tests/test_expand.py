@@ -19,7 +19,7 @@ from brainray.data.read import SampleReader, open_rows
 from brainray.errors import RejectedImage
 from brainray.evaluation.prepared import find_patients, join_groups
 from brainray.images.decode import DecodeLimits
-from brainray.images.metadata import measure_traits
+from brainray.images.metadata import measure_properties
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions, find_slice, open_file, open_slice, show_slice
 from tests.dicom_files import make_enhanced, make_item, make_mr
@@ -224,7 +224,7 @@ def test_pictures_have_no_patient() -> None:
 def test_traits_of_dicom_and_nifti(content: bytes, name: str, share: int) -> None:
     file = open_file(content)
     pixels = show_slice(file, share // 2)
-    traits = measure_traits(content, file, pixels, DecodeLimits())
-    assert (traits.format, traits.mode) == (name, "grey")
-    assert traits.size_bytes == len(content) // share
-    assert (traits.height_px, traits.width_px) == pixels.shape
+    properties = measure_properties(content, file, pixels, DecodeLimits())
+    assert (properties.format, properties.mode) == (name, "grey")
+    assert properties.size_bytes == len(content) // share
+    assert (properties.height_px, properties.width_px) == pixels.shape

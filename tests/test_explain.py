@@ -19,13 +19,13 @@ from brainray.images.heatmap import render_map
 from brainray.images.normalise import normalise_images
 from brainray.images.preprocess import Preprocessing, load_image, open_samples
 from brainray.inference.engine import Engine, EngineOptions, open_engine
+from brainray.model.calibration import Calibration
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.explain import STRIDE_PX
 from brainray.model.network import build_network, compute_features
 from brainray.model.precision import has_native_bf16
 from brainray.model.resnet50 import DENSITY
 from brainray.model.shipped import find_default_classifier
-from brainray.model.trust import Trust
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,9 +39,9 @@ needs_bf16 = pytest.mark.skipif(
 
 def wrap(network: torch.nn.Module, preprocessing: Preprocessing = PREPROCESSING) -> Classifier:
     network = network.eval().to(memory_format=torch.channels_last)
-    trust = Trust.nothing(len(CLASSES))
+    calibration = Calibration.identity(len(CLASSES))
     weights = {name: values.numpy() for name, values in network.state_dict().items()}
-    return Classifier(weights, CLASSES, preprocessing, trust, {"classifier_id": "0"})
+    return Classifier(weights, CLASSES, preprocessing, calibration, {"classifier_id": "0"})
 
 
 def open_one(classifier: Classifier, backend: str, precision: str = "fp32") -> Engine:
@@ -83,9 +83,9 @@ def classifier(images: NDArray[np.uint8]) -> Classifier:
         features = compute_features(network.eval(), inputs)
         mean = features.mean(0)
         centred = features - mean
-        truth = torch.eye(len(CLASSES)).repeat_interleave(8, 0) * 4 - 1
+        y_true = torch.eye(len(CLASSES)).repeat_interleave(8, 0) * 4 - 1
         ridge = centred @ centred.T + 0.1 * torch.eye(len(images))
-        weight = (centred.T @ torch.linalg.solve(ridge, truth)).T
+        weight = (centred.T @ torch.linalg.solve(ridge, y_true)).T
         network.get_parameter("fc.weight").copy_(weight)
         network.get_parameter("fc.bias").copy_(-weight @ mean)
     return wrap(network)

@@ -25,7 +25,7 @@ from brainray.inference.bulk import ClassifyJob
 from brainray.inference.engine import EngineOptions
 from brainray.inference.files import find_files, run_files
 from brainray.inference.schema import build_schema
-from brainray.model.classifier import load_classifier, read_card
+from brainray.model.classifier import load_classifier, read_classifier_metadata
 from brainray.model.reasons import NOTICE
 from brainray.model.shipped import DEFAULT_VARIABLE, SHIPPED_FOLDER, find_default_classifier
 from brainray.serving.predictor import ModelOptions
@@ -246,7 +246,7 @@ def test_the_default_classifier_is_the_one_of_the_environment_else_the_projects(
     monkeypatch.setenv(DEFAULT_VARIABLE, str(tiny_classifier))
     status, out, _ = run(capsys, scans / "scan.jpg")
     assert status == 0
-    assert read_card(str(tiny_classifier))["classifier_id"] in out
+    assert read_classifier_metadata(str(tiny_classifier))["classifier_id"] in out
     monkeypatch.setenv(DEFAULT_VARIABLE, str(tmp_path))
     status, out, err = run(capsys, scans / "scan.jpg")
     assert (status, out) == (2, "")

@@ -18,7 +18,7 @@ def on_circle(*degrees: float) -> NDArray[np.float32]:
 
 
 def test_copies_are_numbered_in_order_of_appearance() -> None:
-    numbers = findings.number_copies(["z", "b", "a", "z", "c", "b", "z"])
+    numbers = findings.number_exact_duplicates(["z", "b", "a", "z", "c", "b", "z"])
     assert numbers.tolist() == [0, 1, -1, 0, -1, 1, 0]
 
 
@@ -82,21 +82,25 @@ def test_a_leak_counts_copies_twins_and_groups() -> None:
     copies = ints(7, -1, -1, -1, -1, 7, 8, 8)  # 6 and 7 are copies of one another only
     groups = ints(0, 1, 2, 3, 4, 0, 2, 5)
     leak = findings.measure_leak(found, np.isin(splits, ("train", "val")), copies, groups, labels)
-    assert (leak["num_exact_twin"], leak["num_near_twin"], leak["num_same_group"]) == (1, 3, 2)
-    assert leak["share_near_twin"] == 1.0
-    assert leak["share_exact_twin"] == pytest.approx(1 / 3)
+    assert (leak["num_exact_duplicate"], leak["num_near_duplicate"], leak["num_same_group"]) == (
+        1,
+        3,
+        2,
+    )
+    assert leak["share_near_duplicate"] == 1.0
+    assert leak["share_exact_duplicate"] == pytest.approx(1 / 3)
     assert leak["baseline_1nn"][0]["accuracy"] == pytest.approx(2 / 3)  # 6 resembles a 0
 
 
-def test_a_copy_counts_as_a_near_twin_whatever_its_thumbnail_says() -> None:
+def test_a_copy_counts_as_a_near_duplicate_whatever_its_thumbnail_says() -> None:
     blank = Nearest(rows=ints(1), nearest=ints(0), correlation=np.zeros(1, np.float32))
     leak = findings.measure_leak(blank, np.array([True, False]), ints(0, 0), ints(0, 1), ints(0, 0))
-    assert (leak["num_exact_twin"], leak["num_near_twin"]) == (1, 1)
+    assert (leak["num_exact_duplicate"], leak["num_near_duplicate"]) == (1, 1)
 
 
 def test_the_baseline_is_cut_by_correlation() -> None:
     correlation = np.array([0.999, 0.995, 0.99, 0.97, 0.95, 0.5], np.float32)
-    rows = findings.judge_baseline(
+    rows = findings.evaluate_baseline(
         ints(0, 1, 0, 1, 0, 1), ints(0, 1, 0, 1, 1, 0), correlation, np.arange(6)
     )
     assert [(row["low"], row["high"], row["n"]) for row in rows] == [
@@ -111,7 +115,7 @@ def test_the_baseline_is_cut_by_correlation() -> None:
 
 
 def test_a_step_without_images_has_no_accuracy() -> None:
-    rows = findings.judge_baseline(ints(0, 1), ints(0, 1), np.ones(2, np.float32), np.arange(2))
+    rows = findings.evaluate_baseline(ints(0, 1), ints(0, 1), np.ones(2, np.float32), np.arange(2))
     assert [row["accuracy"] for row in rows[2:]] == [None] * 4
 
 
@@ -120,16 +124,16 @@ def test_pairs_across_splits() -> None:
     found = findings.look_up_nearest(splits, standardised)["test"]
     copies = ints(7, -1, -1, -1, -1, 7, 8, 8)
     known = np.isin(splits, ("train", "val"))
-    assert findings.list_crossing_copies(copies, found, known, 9) == [
+    assert findings.list_crossing_exact_duplicates(copies, found, known, 9) == [
         Pair(left=5, right=0, correlation=1.0)
     ]
-    near = findings.list_crossing_near_twins(copies, found, 9)
+    near = findings.list_crossing_near_duplicates(copies, found, 9)
     assert sorted((pair.left, pair.right) for pair in near) == [(6, 2), (7, 4)]
     assert near == sorted(near, key=lambda pair: pair.correlation)
 
 
 def test_galleries_are_thinned_evenly() -> None:
     copies = np.repeat(np.arange(20), 2)
-    pairs = findings.list_copies(copies, 4)
+    pairs = findings.list_exact_duplicates(copies, 4)
     assert [(pair.left, pair.right) for pair in pairs] == [(0, 1), (12, 13), (26, 27), (38, 39)]
-    assert len(findings.list_copies(copies, 50)) == 20
+    assert len(findings.list_exact_duplicates(copies, 50)) == 20

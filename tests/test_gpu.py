@@ -18,7 +18,7 @@ from brainray.inference.engine import EngineOptions, open_engine
 from brainray.inference.predict import EnginePool, PredictStage
 from brainray.inference.shards import WaveTask, build_stream
 from brainray.inference.store import PredictionStore
-from brainray.model.classifier import load_classifier, read_card
+from brainray.model.classifier import load_classifier, read_classifier_metadata
 from brainray.phantoms import write_phantom_folder
 from brainray.training.config import ScalingOptions, TrainConfig
 from brainray.training.optim import Optimisation
@@ -43,7 +43,7 @@ def test_only_what_predicts_in_a_bulk_job_is_given_gpus(
         return map_batches(stream, work, **options)
 
     monkeypatch.setattr(Dataset, "map_batches", record)
-    card = read_card(str(tiny_classifier))
+    card = read_classifier_metadata(str(tiny_classifier))
     pool = EnginePool(options=EngineOptions(use_gpu=bool(gpus)), num_engines=1, cpus=0.5, gpus=gpus)
     stage = PredictStage.of(card, prepare_fake_engine(str(tiny_classifier), pool.options), pool)
     task = WaveTask(

@@ -40,13 +40,13 @@ class Front:
 
     client: httpx.Client
     port: int
-    trust: ssl.SSLContext
+    context: ssl.SSLContext
 
     def connect(self, source: str = "127.0.0.1") -> ssl.SSLSocket:
         plain = socket.create_connection(
             ("127.0.0.1", self.port), timeout=10, source_address=(source, 0)
         )
-        return self.trust.wrap_socket(plain, server_hostname="localhost")
+        return self.context.wrap_socket(plain, server_hostname="localhost")
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def run_haproxy(folder: Path, service: str) -> Iterator[Front]:
     """Run HAProxy before a service, with short times for headers and bodies."""
     certificate, key = make_certificate(folder)
     (folder / "tls.pem").write_bytes(certificate.read_bytes() + key.read_bytes())
-    trust = ssl.create_default_context(cafile=str(certificate))
+    context = ssl.create_default_context(cafile=str(certificate))
     port = find_port()
     variables = {
         "LISTEN": f"127.0.0.1:{port}",
@@ -69,9 +69,9 @@ def run_haproxy(folder: Path, service: str) -> Iterator[Front]:
     )
     url = f"https://localhost:{port}"
     try:
-        with httpx.Client(base_url=url, verify=trust, headers=AUTHORIZED) as client:
+        with httpx.Client(base_url=url, verify=context, headers=AUTHORIZED) as client:
             wait_until_ready(client)
-            yield Front(client, port, trust)
+            yield Front(client, port, context)
     finally:
         process.terminate()
         process.wait(10)

@@ -1,4 +1,4 @@
-"""Finding scans: the layouts that are read, what is passed over, and what is refused, in words."""
+"""Finding scans: the layouts that are read, what is skipped, and what is refused, in words."""
 
 import io
 import re
@@ -76,7 +76,7 @@ def test_kaggle_layout(tmp_path: Path) -> None:
         assert f"/{CLASSES[row['label']]}/" in row["path"]
         assert row["size_bytes"] == Path(row["uri"]).stat().st_size
         assert (row["row_group"], row["row"], row["group"]) == (-1, -1, None)
-    assert found.describe_passed_over() == ""
+    assert found.describe_skipped() == ""
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_hidden_files_and_other_files_are_counted(tmp_path: Path) -> None:
     assert found.samples.num_rows == 2 * 4 * 3
     assert found.num_hidden == 4
     assert sorted(found.other_files) == ["README.md", "Training/glioma/Thumbs.db"]
-    words = found.describe_passed_over()
+    words = found.describe_skipped()
     assert words == "4 hidden and 2 not named as images (such as 'README.md')"
 
 

@@ -108,22 +108,22 @@ _EXTREMES = (
 )
 
 
-def damage(dice: random.Random, sources: Sequence[bytes] = SOURCES) -> bytes:
+def damage(rng: random.Random, sources: Sequence[bytes] = SOURCES) -> bytes:
     """Damage a file anywhere, or the headers of elements, or a gzip stream or what is in it."""
-    kind = dice.randrange(3)
+    kind = rng.randrange(3)
     if kind == 0:
-        content = mutate(dice, sources)
+        content = mutate(rng, sources)
     else:
-        damaged = bytearray(dice.choice(sources))
+        damaged = bytearray(rng.choice(sources))
         places = [match.start() for match in _ELEMENT.finditer(damaged[:3000])] or [40]
-        for _ in range(dice.randint(1, 4)):
-            at = dice.choice(places) + dice.randrange(4, 14)
-            extreme = dice.choice(_EXTREMES)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.choice(places) + rng.randrange(4, 14)
+            extreme = rng.choice(_EXTREMES)
             damaged[at : at + len(extreme)] = extreme
         content = bytes(damaged)
-    if kind == 2 and dice.random() < 0.4:
+    if kind == 2 and rng.random() < 0.4:
         packed = gzip.compress(content, 1)
-        content = mutate(dice, [packed]) if dice.random() < 0.3 else packed
+        content = mutate(rng, [packed]) if rng.random() < 0.3 else packed
     return content
 
 

@@ -17,16 +17,16 @@ from scipy.sparse.csgraph import connected_components
 
 from brainray.data import neighbours, spread
 from brainray.data.near_duplicates import (
-    NEAR_TWIN_CORRELATION,
+    NEAR_DUPLICATE_CORRELATION,
     compute_thumbnail,
     find_nearest,
-    group_twins,
+    group_near_duplicates,
     measure_recall,
     merge_groups,
     standardise_thumbnails,
 )
 from brainray.data.neighbours import Block, build_sketches, count_products, list_tiles
-from brainray.data.spread import spread_blocks
+from brainray.data.run_blocks import run_blocks_on_ray
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.phantoms import iterate_phantoms
 
@@ -88,7 +88,7 @@ def test_a_single_grey_correlates_with_nothing() -> None:
     standardised = standardise_thumbnails(thumbnails)
     assert not standardised[:3].any()
     assert np.isfinite(standardised).all()
-    assert group_twins(standardised, min_correlation=0.1).tolist() == [0, 1, 2, 3]
+    assert group_near_duplicates(standardised, min_correlation=0.1).tolist() == [0, 1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------ groups
@@ -97,14 +97,19 @@ def test_a_single_grey_correlates_with_nothing() -> None:
 def test_single_linkage_chains() -> None:
     # cos 10° = 0.985, cos 20° = 0.940: the ends of the chain are linked only through its middle
     standardised = on_circle(0, 90, 20, 10, 95)
-    assert group_twins(standardised, min_correlation=0.98).tolist() == [0, 1, 0, 0, 1]
-    assert group_twins(standardised[[0, 1, 2, 4]], min_correlation=0.98).tolist() == [0, 1, 2, 1]
+    assert group_near_duplicates(standardised, min_correlation=0.98).tolist() == [0, 1, 0, 0, 1]
+    assert group_near_duplicates(standardised[[0, 1, 2, 4]], min_correlation=0.98).tolist() == [
+        0,
+        1,
+        2,
+        1,
+    ]
 
 
 def test_the_threshold_itself_counts() -> None:
     standardised = np.array([[1, 0], [0.5, 0.5]], np.float32)  # a dot product of exactly 0.5
-    assert group_twins(standardised, min_correlation=0.5).tolist() == [0, 0]
-    assert group_twins(standardised, min_correlation=0.5001).tolist() == [0, 1]
+    assert group_near_duplicates(standardised, min_correlation=0.5).tolist() == [0, 0]
+    assert group_near_duplicates(standardised, min_correlation=0.5001).tolist() == [0, 1]
 
 
 @given(
@@ -123,7 +128,9 @@ def test_groups_match_brute_force_at_any_block_border(
         patch.setattr(neighbours, "_BLOCK_ROWS", block_rows)
         patch.setattr(neighbours, "_BLOCK_COLUMNS", 6 - block_rows)
         patch.setattr(neighbours, "_BATCH_PAIRS", block_rows)
-        groups = group_twins(on_circle(*degrees), min_correlation=float(np.cos(np.deg2rad(10.5))))
+        groups = group_near_duplicates(
+            on_circle(*degrees), min_correlation=float(np.cos(np.deg2rad(10.5)))
+        )
     assert groups.dtype == np.int64
     assert groups.tolist() == expected  # numbered from 0, in order of first appearance
 
@@ -133,7 +140,7 @@ def test_permutation_keeps_the_partition(monkeypatch: pytest.MonkeyPatch) -> Non
     thumbnails = draw_thumbnails(60)
     thumbnails[30:] = thumbnails[:30] ^ 1  # each has one twin, half a set away
     order = np.random.default_rng(1).permutation(60)
-    groups = group_twins(standardise_thumbnails(thumbnails[order]), min_correlation=0.99)
+    groups = group_near_duplicates(standardise_thumbnails(thumbnails[order]), min_correlation=0.99)
     assert len(set(groups)) == 30
     assert (groups[np.argsort(order)][:30] == groups[np.argsort(order)][30:]).all()
 
@@ -174,14 +181,14 @@ def test_groups_match_comparing_every_pair(min_correlation: float) -> None:
     links = standardised @ standardised.T >= min_correlation
     _, expected = connected_components(coo_array(links), directed=False)
     assert len(set(expected)) < 3000
-    groups = group_twins(standardised, min_correlation=min_correlation)
+    groups = group_near_duplicates(standardised, min_correlation=min_correlation)
     assert groups.tolist() == expected.tolist()
 
 
 def test_cells_find_what_comparing_every_pair_finds() -> None:
     standardised = draw_look_alikes(6000, seed=1)
-    exact = group_twins(standardised, min_correlation=0.96)
-    by_cells = group_twins(standardised, min_correlation=0.96, exact_pairs=0)
+    exact = group_near_duplicates(standardised, min_correlation=0.96)
+    by_cells = group_near_duplicates(standardised, min_correlation=0.96, exact_pairs=0)
     recall = measure_recall(standardised, by_cells, min_correlation=0.96, num_samples=6000)
     assert recall["num_pairs"] == int((standardised @ standardised.T >= 0.96).sum()) - 6000
     assert recall["num_grouped"] >= 0.999 * recall["num_pairs"]
@@ -216,11 +223,11 @@ def test_much_work_is_done_in_several_tasks_and_a_little_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     blocks, rows = list_tiles(20_000, 30_000), np.zeros((7, 3), np.float32)
-    assert list(spread_blocks(count_in_process, blocks, rows)) == [
+    assert list(run_blocks_on_ray(count_in_process, blocks, rows)) == [
         (os.getpid(), 20_000 * 30_000, 7)
     ]
     monkeypatch.setattr(spread, "LEAST_PRODUCTS", 20_000 * 30_000)
-    found = list(spread_blocks(count_in_process, blocks, rows))
+    found = list(run_blocks_on_ray(count_in_process, blocks, rows))
     assert len(found) >= 2
     assert os.getpid() not in {process for process, _, _ in found}
     assert sum(products for _, products, _ in found) == 20_000 * 30_000
@@ -233,14 +240,17 @@ def test_tasks_find_what_one_process_finds(
     monkeypatch: pytest.MonkeyPatch, exact_pairs: int
 ) -> None:
     standardised = draw_look_alikes(3000)
-    here = group_twins(standardised, min_correlation=0.96, exact_pairs=exact_pairs)
+    here = group_near_duplicates(standardised, min_correlation=0.96, exact_pairs=exact_pairs)
     near_here = find_nearest(standardised[:900], standardised[900:], exact_pairs=exact_pairs)
     monkeypatch.setattr(spread, "LEAST_PRODUCTS", 0)
-    there = group_twins(
-        standardised, min_correlation=0.96, exact_pairs=exact_pairs, spread=spread_blocks
+    there = group_near_duplicates(
+        standardised, min_correlation=0.96, exact_pairs=exact_pairs, run_blocks=run_blocks_on_ray
     )
     near_there = find_nearest(
-        standardised[:900], standardised[900:], exact_pairs=exact_pairs, spread=spread_blocks
+        standardised[:900],
+        standardised[900:],
+        exact_pairs=exact_pairs,
+        run_blocks=run_blocks_on_ray,
     )
     assert 1000 < len(set(here)) < 3000
     assert here.tolist() == there.tolist()
@@ -266,7 +276,7 @@ def test_many_copies_of_one_image_are_one_group_and_blank_ones_are_not() -> None
     thumbnails = draw_thumbnails(40)
     thumbnails[5:25] = thumbnails[4]
     thumbnails[30:35] = 9
-    groups = group_twins(standardise_thumbnails(thumbnails), min_correlation=1.0)
+    groups = group_near_duplicates(standardise_thumbnails(thumbnails), min_correlation=1.0)
     assert len(set(groups[4:25])) == 1
     assert len(set(groups)) == 40 - 20
 
@@ -300,7 +310,9 @@ def test_slices_of_a_phantom_subject_are_one_group() -> None:
         compute_thumbnail(np.asarray(Image.open(io.BytesIO(p.image_bytes)).convert("L")))
         for p in phantoms
     ]
-    groups = group_twins(standardise_thumbnails(np.stack(thumbnails)), min_correlation=0.96)
+    groups = group_near_duplicates(
+        standardise_thumbnails(np.stack(thumbnails)), min_correlation=0.96
+    )
     of_subject: dict[str, set[int]] = {}
     for phantom, group in zip(phantoms, groups, strict=True):
         of_subject.setdefault(phantom.subject, set()).add(int(group))
@@ -332,7 +344,7 @@ def test_real_groups_are_small_and_of_one_class(
     parts = {name: read_real(f"Testing/{name}") for name in BRAIN_TUMOUR_CLASSES}
     assert {name: len(part) for name, part in parts.items()} == NUM_TESTING
     labels = np.repeat(np.arange(4), list(NUM_TESTING.values()))
-    groups = group_twins(np.concatenate(list(parts.values())), min_correlation=0.96)
+    groups = group_near_duplicates(np.concatenate(list(parts.values())), min_correlation=0.96)
     sizes = np.bincount(groups)
     # Over all 7,019 images: 3,752 groups, the largest 57, 10 of them with mixed labels.
     assert 0.53 < len(sizes) / len(labels) < 0.95
@@ -340,12 +352,12 @@ def test_real_groups_are_small_and_of_one_class(
     assert sum(len(set(labels[groups == group])) > 1 for group in range(len(sizes))) <= 10
 
 
-def test_real_near_twins_between_testing_and_training(
+def test_real_near_duplicates_between_testing_and_training(
     read_real: Callable[[str], NDArray[np.float32]],
 ) -> None:
     # 365 of the official notumor test images, of which Testing/notumor's 201 are half, have a
-    # near-twin in Training.
+    # near duplicate in Training.
     _, correlation = find_nearest(read_real("Testing/notumor"), read_real("Training/notumor"))
-    share = float((correlation >= NEAR_TWIN_CORRELATION).mean())
+    share = float((correlation >= NEAR_DUPLICATE_CORRELATION).mean())
     assert share == pytest.approx(365 / (2 * 201), abs=0.05)
     assert (correlation > 0.99999).sum() > 10  # pixel-identical copies

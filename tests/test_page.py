@@ -26,8 +26,8 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from brainray.errors import RejectedImage
 from brainray.images.decode import decode_image
+from brainray.model.calibration import LOW_CONFIDENCE, UNLIKE_TRAINING
 from brainray.model.reasons import REASONS, find_status
-from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING
 from brainray.phantoms import draw_phantom
 from brainray.serving.middleware import FAULT
 from brainray.serving.openapi import WEB
@@ -151,8 +151,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     binary = next(filter(None, map(shutil.which, BROWSERS)), None)
     driver_path = shutil.which("chromedriver")
     if binary is None or driver_path is None:
-        say = pytest.fail if os.environ.get("BRAINRAY_REQUIRE_BROWSER") else pytest.skip
-        say("no Chromium, or no chromedriver, on the PATH")
+        log = pytest.fail if os.environ.get("BRAINRAY_REQUIRE_BROWSER") else pytest.skip
+        log("no Chromium, or no chromedriver, on the PATH")
     downloads = tmp_path_factory.mktemp("downloads")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
@@ -180,9 +180,9 @@ def page(browser: Page) -> Iterator[Page]:
 def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Draw a folder of scans, and beside them what is none."""
     folder = tmp_path_factory.mktemp("scans")
-    dice = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     for name in SCANS:
-        Image.fromarray(draw_phantom("glioma", dice)).save(folder / name)
+        Image.fromarray(draw_phantom("glioma", rng)).save(folder / name)
     whole = (folder / "glioma.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 3])
     (folder / "words.png").write_text("not an image")
@@ -756,7 +756,7 @@ def test_the_card_says_how_well_it_was_measured(page: Page, service: FixedServic
     assert "96.3 %" in words  # of the test images, not of the validation images
     assert "95.2 – 97.4 %" in words
     assert "1,311 test images" in words
-    assert "94.0 % on those that have no near-twin" in words
+    assert "94.0 % on those that have no near duplicate" in words
     assert CLASSIFIER_ID in words
     assert all(name in words for name in CLASSES)
     assert "not a medical device" in page.all(".notice")[0].text

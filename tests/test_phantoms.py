@@ -103,7 +103,7 @@ def test_encodings_and_sizes_vary(crowd: list[Phantom]) -> None:
     assert any(width < height for width, height in sizes)
 
 
-def test_slices_of_a_subject_are_near_twins_and_others_are_not(crowd: list[Phantom]) -> None:
+def test_slices_of_a_subject_are_near_duplicates_and_others_are_not(crowd: list[Phantom]) -> None:
     thumbs = np.stack([_thumbnail(p).ravel() for p in crowd])
     alike = np.corrcoef(thumbs)
     subjects = np.array([p.subject for p in crowd])

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brainray.data.read import read_scan
-from brainray.data.scans import LISTING_SCHEMA, find_places
+from brainray.data.scans import LISTING_SCHEMA, find_sources
 from brainray.errors import DataError
 from brainray.inference import plan as plan_module
 from brainray.inference.plan import (
@@ -271,7 +271,7 @@ def inbox(tmp_path: Path) -> Path:
 
 def make_options(inbox: Path, output: Path, run: str = "run") -> PlanOptions:
     return PlanOptions(
-        places=tuple(find_places([str(inbox), str(inbox.parent / "list.txt")])),
+        places=tuple(find_sources([str(inbox), str(inbox.parent / "list.txt")])),
         store=open_store(output),
         run=run,
         max_shard_rows=8,
@@ -344,7 +344,7 @@ def test_a_plan_has_every_scan_once_and_none_that_has_a_row(
 def test_a_plan_of_nothing_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     options = PlanOptions(
-        places=tuple(find_places([str(tmp_path / "empty")])),
+        places=tuple(find_sources([str(tmp_path / "empty")])),
         store=open_store(tmp_path / "out"),
         run="run",
         max_shard_rows=8,
@@ -359,7 +359,7 @@ def test_a_plan_of_nothing_writes_nothing(tmp_path: Path) -> None:
 def test_a_named_table_without_images_ends_the_plan(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
     options = replace(
-        make_options_of(tmp_path), places=tuple(find_places([str(tmp_path / "other.parquet")]))
+        make_options_of(tmp_path), places=tuple(find_sources([str(tmp_path / "other.parquet")]))
     )
     with pytest.raises(DataError, match="image_bytes"):
         make_plan(options)

@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from brainray.cluster import connect_ray
-from brainray.raytoken import keep_token_private
+from brainray.raytoken import use_token_file
 from brainray.serving.local import start_ray
 from brainray.serving.options import ServeJob, ServiceConfig
 from brainray.serving.predictor import ModelOptions
@@ -29,12 +29,12 @@ def mode_of(path: Path) -> int:
 
 
 def test_a_token_is_made_for_this_user_only(token: Path) -> None:
-    keep_token_private()
+    use_token_file()
     made = token.read_text()
     assert len(bytes.fromhex(made)) == 32
     assert mode_of(token) == 0o600
     assert mode_of(token.parent) == 0o700
-    keep_token_private()
+    use_token_file()
     assert token.read_text() == made
     assert [path.name for path in token.parent.iterdir()] == ["auth_token"]
 
@@ -43,7 +43,7 @@ def test_a_token_that_others_may_read_is_taken_from_them(token: Path) -> None:
     token.parent.mkdir()
     token.write_text("a" * 64)
     token.chmod(0o644)
-    keep_token_private()
+    use_token_file()
     assert mode_of(token) == 0o600
     assert token.read_text() == "a" * 64
 
@@ -52,7 +52,7 @@ def test_a_token_of_the_environment_is_left_alone(
     token: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
-    keep_token_private()
+    use_token_file()
     assert not token.exists()
 
 

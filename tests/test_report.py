@@ -81,13 +81,17 @@ def build_split(n: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     evaluation = compute_evaluation(y_true, y_prob, CLASSES, groups=groups, num_resamples=50)
     half = slice(0, n // 2)
     nearest = np.where(np.arange(n) % 5 == 0, (y_true + 1) % 4, y_true)
-    evaluation["no_twin"] = compute_evaluation(
+    evaluation["without_near_duplicates"] = compute_evaluation(
         y_true[half], y_prob[half], CLASSES, num_resamples=50
     )
     evaluation["baseline_1nn"] = compute_accuracy(y_true, nearest, num_resamples=50)
-    evaluation["baseline_1nn"]["no_twin"] = {"n": n // 2, "accuracy": 0.6543, "accuracy_ci95": None}
+    evaluation["baseline_1nn"]["without_near_duplicates"] = {
+        "n": n // 2,
+        "accuracy": 0.6543,
+        "accuracy_ci95": None,
+    }
     evaluation["rejected"] = {"too_small": 3} if seed else {}
-    evaluation["twin_correlation"] = 0.995
+    evaluation["near_duplicate_correlation"] = 0.995
     return evaluation, compute_curves(y_true, y_prob, CLASSES)
 
 
@@ -188,7 +192,7 @@ def test_headline_sets_three_accuracies_side_by_side(inputs: dict[str, Any]) -> 
     test = inputs["metrics"]["test"]
     text = Page(render_report(**inputs)).text
     headline = text[text.index("stand side by side") : text.index("Training is measured")]
-    for found in (test, test["no_twin"], test["baseline_1nn"]):
+    for found in (test, test["without_near_duplicates"], test["baseline_1nn"]):
         low, high = found["accuracy_ci95"]
         assert f"{100 * found['accuracy']:.1f}{NBSP}%" in headline
         assert f"95 % interval {100 * low:.1f}{DASH}{100 * high:.1f}{NBSP}%" in headline
@@ -353,7 +357,7 @@ def test_undefined_values_are_dashes(inputs: dict[str, Any]) -> None:
     for name in ("accuracy", "mcc", "ece"):
         test[name] = test[f"{name}_ci95"] = None
     test["per_class"]["glioma"]["auroc"] = test["per_class"]["glioma"]["auroc_ci95"] = None
-    test["no_twin"] = {"n": 0}
+    test["without_near_duplicates"] = {"n": 0}
     inputs["curves"]["test"]["per_class"]["glioma"]["roc"] = {"fpr": [], "tpr": []}
     html = render_report(**inputs)
     page = Page(html)
@@ -361,15 +365,15 @@ def test_undefined_values_are_dashes(inputs: dict[str, Any]) -> None:
     assert f"Matthews correlation {DASH} " in page.text
     assert f"Test: ECE {DASH}" in page.text
     assert "None" not in page.text
-    assert "0 scans without a near-twin in training" in page.text
+    assert "0 scans without a near duplicate in training" in page.text
 
 
 def test_trust_stands_beside_its_curve(inputs: dict[str, Any]) -> None:
-    assert 'id="trust"' not in render_report(**inputs)  # nothing was fitted, nothing is said
+    assert 'id="confidence"' not in render_report(**inputs)  # nothing was fitted, nothing is said
     y_true, y_prob = build_predictions(200, 1)
     selective = compute_risk_coverage(y_true, y_prob, CLASSES, min_confidence=0.9)
     scores = {"log_loss": 0.5, "brier": 0.25, "ece": 0.125}
-    trust = {
+    calibration = {
         "calibration": {
             "method": "temperature",
             "before": scores,
@@ -380,9 +384,12 @@ def test_trust_stands_beside_its_curve(inputs: dict[str, Any]) -> None:
     }
     html = render_report(
         **inputs
-        | {"metrics": inputs["metrics"] | {"test": {**inputs["metrics"]["test"], "trust": trust}}}
+        | {
+            "metrics": inputs["metrics"]
+            | {"test": {**inputs["metrics"]["test"], "confidence": calibration}}
+        }
     )
-    section = html[html.index('<section id="trust"') :].split("</section>")[0] + "</section>"
+    section = html[html.index('<section id="confidence"') :].split("</section>")[0] + "</section>"
     page = Page(section)
     for shown in ("temperature", "0.125 → 0.062", "0.500 → 0.250", "31", "low_confidence"):
         assert shown in page.text, shown

@@ -15,7 +15,7 @@ from brainray.evaluation.robustness import (
 from brainray.evaluation.shifts import SHIFTS
 from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import Prediction
-from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING
+from brainray.model.calibration import LOW_CONFIDENCE, UNLIKE_TRAINING
 
 CLASSES = ("dark", "bright")
 PREPROCESSING = Preprocessing(size_px=32)

@@ -19,7 +19,7 @@ from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.inference.predict import EnginePool, PredictStage
 from brainray.inference.samples import predict_samples
 from brainray.inference.schema import stack_lists
-from brainray.model.classifier import load_classifier, read_card
+from brainray.model.classifier import load_classifier, read_classifier_metadata
 from tests.conftest import CLASSES
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -51,7 +51,7 @@ def prepare(folder: Path) -> PreparedData:
 
 def build_stage(classifier: Path, engine: Callable[[], Engine]) -> PredictStage:
     pool = EnginePool(options=OPTIONS, num_engines=1, cpus=0.5)
-    return PredictStage.of(read_card(str(classifier)), engine, pool, ["logits"])
+    return PredictStage.of(read_classifier_metadata(str(classifier)), engine, pool, ["logits"])
 
 
 def open_in_worker(classifier: Path) -> Engine:

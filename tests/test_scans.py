@@ -17,9 +17,9 @@ from brainray.data.read import read_named_scan
 from brainray.data.scans import (
     LISTING_SCHEMA,
     Listing,
-    find_places,
-    list_place,
+    find_sources,
     list_scans,
+    list_source,
 )
 from brainray.errors import DataError, RejectedImage
 
@@ -56,10 +56,10 @@ def list_reasons(*scans_uris: object) -> dict[str, str | None]:
 
 def list_pieces(*scans_uris: object, max_seconds: float = 0.0) -> list[Listing]:
     """List as the tasks of a job do, each of which passes on what it does not reach."""
-    waiting = find_places([str(uri) for uri in scans_uris])
+    waiting = find_sources([str(uri) for uri in scans_uris])
     pieces = []
     while waiting:
-        pieces.append(list_place(waiting.pop(), max_seconds=max_seconds))
+        pieces.append(list_source(waiting.pop(), max_seconds=max_seconds))
         waiting += pieces[-1].rest
     return pieces
 
@@ -262,11 +262,11 @@ def test_a_uri_with_nothing_there_is_an_error(tmp_path: Path, name: str) -> None
 
 def test_what_vanishes_before_it_is_listed_is_missing(tmp_path: Path) -> None:
     fill(tmp_path, ["a.jpg", "folder/b.jpg"])
-    places = find_places([str(tmp_path / "a.jpg"), str(tmp_path / "folder")])
+    places = find_sources([str(tmp_path / "a.jpg"), str(tmp_path / "folder")])
     (tmp_path / "a.jpg").unlink()
     (tmp_path / "folder" / "b.jpg").unlink()
     (tmp_path / "folder").rmdir()
-    assert [list_place(place).scans["reason"].to_pylist() for place in places] == [
+    assert [list_source(place).scans["reason"].to_pylist() for place in places] == [
         ["missing"],
         ["missing"],
     ]
@@ -404,8 +404,8 @@ def test_the_pieces_of_a_listing_give_every_scan_once(
 def test_a_task_that_has_listed_for_long_passes_the_other_folders_on(tmp_path: Path) -> None:
     """Also where what it has listed so far is hidden, or tables."""
     fill(tmp_path, [f"{number}/{name}" for number in range(5) for name in (".h", "t.parquet")])
-    (place,) = find_places([str(tmp_path)])
-    listing = list_place(place, max_seconds=0.0)
+    (place,) = find_sources([str(tmp_path)])
+    listing = list_source(place, max_seconds=0.0)
     assert [Path(rest.uri).name for rest in listing.rest] == ["4", "3", "2", "1", "0"]
 
 

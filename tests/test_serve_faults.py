@@ -260,9 +260,9 @@ def test_tls_and_a_token(tiny_classifier: Path, tmp_path: Path, scan: bytes) -> 
         *("--tls-cert", certificate, "--tls-key", key),
     )
     service = Service(process, port, tmp_path / "log")
-    trust = ssl.create_default_context(cafile=str(certificate))
+    calibration = ssl.create_default_context(cafile=str(certificate))
     try:
-        with httpx.Client(base_url=f"https://localhost:{port}", verify=trust) as client:
+        with httpx.Client(base_url=f"https://localhost:{port}", verify=calibration) as client:
 
             def is_up() -> bool:
                 with suppress(httpx.HTTPError):

@@ -14,11 +14,11 @@ from brainray.images.preprocess import load_image
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import (
-    CARD_FILE,
-    TRUST_FILE,
+    METADATA_FILE,
+    OOD_FILE,
     WEIGHTS_FILE,
     load_classifier,
-    read_card,
+    read_classifier_metadata,
 )
 from brainray.model.shipped import SHIPPED_FOLDER
 from tests.conftest import REPOSITORY
@@ -28,12 +28,12 @@ MAX_BYTES = 50e6
 
 @pytest.fixture(scope="module")
 def card() -> dict[str, Any]:
-    return read_card(str(SHIPPED_FOLDER))
+    return read_classifier_metadata(str(SHIPPED_FOLDER))
 
 
 def test_it_is_whole_and_small() -> None:
     files = sorted(path.name for path in SHIPPED_FOLDER.iterdir())
-    assert files == sorted([CARD_FILE, TRUST_FILE, WEIGHTS_FILE, MODEL_CARD_FILE])
+    assert files == sorted([METADATA_FILE, OOD_FILE, WEIGHTS_FILE, MODEL_CARD_FILE])
     assert sum(path.stat().st_size for path in SHIPPED_FOLDER.iterdir()) < MAX_BYTES
     assert load_classifier(str(SHIPPED_FOLDER)).classes == BRAIN_TUMOUR_CLASSES
     header = safetensors.safe_open(SHIPPED_FOLDER / WEIGHTS_FILE, "pt")
@@ -42,7 +42,7 @@ def test_it_is_whole_and_small() -> None:
 
 
 def test_it_names_no_place_of_the_machine_that_trained_it() -> None:
-    for name in (CARD_FILE, MODEL_CARD_FILE):
+    for name in (METADATA_FILE, MODEL_CARD_FILE):
         text = (SHIPPED_FOLDER / name).read_text()
         assert not re.findall(r"(?<![\w.])/(?:home|root|tmp|work|mnt|Users)/\S*", text), name
 
@@ -52,7 +52,12 @@ def test_readme_and_results_say_what_its_card_says(card: dict[str, Any]) -> None
     thumbnails = test["baseline_1nn"]
     for document in ("README.md", "docs/results.md"):
         text = (REPOSITORY / document).read_text().replace("**", "")
-        for found in (test, test["no_twin"], thumbnails, thumbnails["no_twin"]):
+        for found in (
+            test,
+            test["without_near_duplicates"],
+            thumbnails,
+            thumbnails["without_near_duplicates"],
+        ):
             low, high = found["accuracy_ci95"]
             assert f"{found['accuracy']:.3f} [{low:.3f}, {high:.3f}]" in text, document
     low, high = val["accuracy_ci95"]
@@ -67,8 +72,8 @@ def test_it_is_as_good_on_testing_as_its_card_says(card: dict[str, Any], real_da
         [load_image(path.read_bytes(), classifier.preprocessing, DecodeLimits()) for path in paths]
     )
     probs = open_engine(classifier, EngineOptions()).predict(images).probs
-    truth = [classifier.classes.index(path.parent.name) for path in paths]
+    y_true = [classifier.classes.index(path.parent.name) for path in paths]
     said = card["metrics"]["test"]
     assert len(paths) == said["n"]
-    accuracy = float((probs.argmax(1) == truth).mean())
+    accuracy = float((probs.argmax(1) == y_true).mean())
     assert accuracy == pytest.approx(said["accuracy"], abs=0.005), "rounding apart"

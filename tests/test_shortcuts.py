@@ -9,28 +9,28 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from brainray.data import shortcuts
-from brainray.data.shortcuts import ALL_TOGETHER, build_traits, judge_shortcuts
+from brainray.data.shortcuts import ALL_TOGETHER, build_properties, evaluate_shortcuts
 from brainray.images.decode import DecodeLimits
-from brainray.images.metadata import ImageTraits, hash_pixels, measure_traits
+from brainray.images.metadata import ImageProperties, hash_pixels, measure_properties
 from brainray.images.slices import open_file
 
 
-def judge(
-    traits: dict[str, NDArray[np.float64]], labels: NDArray[np.int64], groups: NDArray[np.int64]
+def evaluate_classifier(
+    properties: dict[str, NDArray[np.float64]], labels: NDArray[np.int64], groups: NDArray[np.int64]
 ) -> dict[str, dict[str, object]]:
-    return {row["trait"]: row for row in judge_shortcuts(traits, labels, groups)}
+    return {row["trait"]: row for row in evaluate_shortcuts(properties, labels, groups)}
 
 
 def test_a_planted_shortcut_is_found_and_noise_is_not() -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(1200) % 4
     wide = np.where(rng.random(1200) < 0.9, labels == 2, rng.random(1200) < 0.25)
-    traits = {
+    properties = {
         "size": np.column_stack([np.where(wide, 512, 630.0), np.full(1200, 512.0)]),
         "noise": rng.normal(size=(1200, 1)),
         "constant": np.ones((1200, 1)),
     }
-    rows = judge(traits, labels, np.arange(1200))
+    rows = evaluate_classifier(properties, labels, np.arange(1200))
     assert list(rows) == ["size", "noise", "constant", ALL_TOGETHER]
     assert rows["size"]["balanced_accuracy"] == pytest.approx(0.47, abs=0.04)  # (1 + 0.9) / 4
     assert rows["size"]["is_above_chance"]
@@ -47,24 +47,24 @@ def test_what_only_names_the_group_is_no_shortcut() -> None:
     groups = np.repeat(np.arange(60), 10)
     labels = rng.permutation(np.arange(60) % 4)[groups]
     patient = rng.normal(size=60)[groups][:, None]
-    rows = judge({"patient": patient}, labels, groups)
+    rows = evaluate_classifier({"patient": patient}, labels, groups)
     assert not rows["patient"]["is_above_chance"]
-    alone = judge({"patient": patient}, labels, np.arange(600))
+    alone = evaluate_classifier({"patient": patient}, labels, np.arange(600))
     assert alone["patient"]["is_above_chance"]  # what parting groups would have claimed
 
 
 def test_too_few_groups_say_nothing() -> None:
     labels = np.array([0, 0, 1, 1])
-    traits = {"a": np.ones((4, 1))}
-    assert judge_shortcuts(traits, labels, np.array([0, 0, 1, 2])) == []
-    assert judge_shortcuts(traits, np.zeros(4, np.int64), np.arange(4)) == []
+    properties = {"a": np.ones((4, 1))}
+    assert evaluate_shortcuts(properties, labels, np.array([0, 0, 1, 2])) == []
+    assert evaluate_shortcuts(properties, np.zeros(4, np.int64), np.arange(4)) == []
 
 
 def test_large_data_sets_are_drawn_from_by_whole_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shortcuts, "MAX_IMAGES", 100)
     groups = np.repeat(np.arange(50), 8)
     labels = groups % 2
-    (row, _) = judge_shortcuts({"a": labels[:, None].astype(np.float64)}, labels, groups)
+    (row, _) = evaluate_shortcuts({"a": labels[:, None].astype(np.float64)}, labels, groups)
     assert row["n"] == 96
     assert row["balanced_accuracy"] == 1.0
 
@@ -78,22 +78,22 @@ def encode(pixels: NDArray[np.uint8], kind: str, mode: str) -> bytes:
     return sink.getvalue()
 
 
-def measure(content: bytes) -> ImageTraits:
+def measure(content: bytes) -> ImageProperties:
     file = open_file(content)
-    return measure_traits(content, file, file.render(0)[0], DecodeLimits())
+    return measure_properties(content, file, file.render(0)[0], DecodeLimits())
 
 
 def test_traits_of_an_image() -> None:
     pixels = np.zeros((40, 80), np.uint8)
     pixels[2:-2, 2:-2] = 200
     pixels[:2, :] = 50
-    traits = measure(encode(pixels, "PNG", "RGB"))
-    assert (traits.width_px, traits.height_px) == (80, 40)
-    assert (traits.mode, traits.format) == ("RGB", "PNG")
-    assert traits.mean_grey == pytest.approx(pixels.mean())
+    properties = measure(encode(pixels, "PNG", "RGB"))
+    assert (properties.width_px, properties.height_px) == (80, 40)
+    assert (properties.mode, properties.format) == ("RGB", "PNG")
+    assert properties.mean_grey == pytest.approx(pixels.mean())
     num_border = 40 * 80 - 36 * 76
-    assert traits.border_grey == pytest.approx(50 * 160 / num_border)
-    assert traits.border_dark_share == pytest.approx(1 - 160 / num_border)
+    assert properties.border_grey == pytest.approx(50 * 160 / num_border)
+    assert properties.border_dark_share == pytest.approx(1 - 160 / num_border)
 
 
 def test_the_same_pixels_have_one_hash_whatever_the_file() -> None:
@@ -109,8 +109,8 @@ def test_the_same_pixels_have_one_hash_whatever_the_file() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 50), (3, 3)])
 def test_the_border_of_a_tiny_image_is_all_there_is_of_it(shape: tuple[int, int]) -> None:
-    traits = measure(encode(np.full(shape, 90, np.uint8), "PNG", "L"))
-    assert (traits.border_grey, traits.border_dark_share) == (90, 0)
+    properties = measure(encode(np.full(shape, 90, np.uint8), "PNG", "L"))
+    assert (properties.border_grey, properties.border_dark_share) == (90, 0)
 
 
 def test_sixteen_bits_are_a_mode_of_their_own() -> None:
@@ -127,9 +127,9 @@ def test_scan_columns_become_traits() -> None:
             "border_grey": [0.0, 1.0], "border_dark_share": [1.0, 0.5],
         }
     )  # fmt: skip
-    traits = build_traits(scan)
-    assert traits["aspect ratio"].tolist() == [[1], [2]]
-    assert traits["colour mode"].tolist() == [[1, 0], [0, 1]]
-    assert traits["file type"].tolist() == [[1], [1]]
-    assert traits["bytes per pixel"].tolist() == [[0.5], [0.5]]
-    assert traits["border brightness"].shape == (2, 2)
+    properties = build_properties(scan)
+    assert properties["aspect ratio"].tolist() == [[1], [2]]
+    assert properties["colour mode"].tolist() == [[1, 0], [0, 1]]
+    assert properties["file type"].tolist() == [[1], [1]]
+    assert properties["bytes per pixel"].tolist() == [[0.5], [0.5]]
+    assert properties["border brightness"].shape == (2, 2)

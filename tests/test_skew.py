@@ -22,11 +22,11 @@ from brainray.images.preprocess import load_image, preprocess_image
 from brainray.inference.bulk import ClassifyJob, classify
 from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.inference.files import run_files
-from brainray.model.calibration import fit_likeness
+from brainray.model.calibration import LOW_CONFIDENCE, UNLIKE_TRAINING, Calibration, Outputs
 from brainray.model.classifier import load_classifier, save_classifier
+from brainray.model.fit_calibration import fit_ood_detector
 from brainray.model.network import STAGE_WIDTHS
 from brainray.model.precision import choose_precision, has_native_bf16
-from brainray.model.trust import LOW_CONFIDENCE, UNLIKE_TRAINING, Outputs, Trust
 from tests.conftest import CLASSES
 from tests.service import build_test_app, open_client, open_predictor
 
@@ -94,12 +94,15 @@ def wary_classifier(
     )
     foreign = compute_outputs(engine, [preprocess_image(NOISE, opened.preprocessing)]).features
     scale, shift = np.array([0.7, 0.9, 1.1, 1.3]), np.array([0.02, -0.03, 0.0, 0.01])
-    trust = Trust(scale.astype(np.float32), shift.astype(np.float32))
-    confidence = np.sort(trust.calibrate(test.logits).max(1))
+    calibration = Calibration(scale.astype(np.float32), shift.astype(np.float32))
+    confidence = np.sort(calibration.calibrate(test.logits).max(1))
     middle = len(confidence) // 2 + int(np.diff(confidence[len(confidence) // 2 :][:6]).argmax())
     one_class = np.zeros(len(train.features), np.int64)
-    likeness = fit_likeness(train.features, one_class, 1, STAGE_WIDTHS)
-    far, near = likeness.compute_distances(foreign), likeness.compute_distances(test.features)
+    ood_detector = fit_ood_detector(train.features, one_class, 1, STAGE_WIDTHS)
+    far, near = (
+        ood_detector.compute_distances(foreign),
+        ood_detector.compute_distances(test.features),
+    )
     assert far[0] > 1.2 * near.max(), "noise is farther from phantoms than phantoms are"
     folder = tmp_path_factory.mktemp("wary") / "classifier"
     save_classifier(
@@ -108,11 +111,11 @@ def wary_classifier(
         classes=CLASSES,
         preprocessing=opened.preprocessing,
         provenance={},
-        trust=Trust(
-            trust.scale,
-            trust.shift,
+        calibration=Calibration(
+            calibration.scale,
+            calibration.shift,
             float(confidence[middle] + confidence[middle + 1]) / 2,
-            likeness,
+            ood_detector,
             float(near.max() + far[0]) / 2,
         ),
     )

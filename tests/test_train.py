@@ -21,7 +21,7 @@ from PIL import Image
 
 from brainray import runlog, storage
 from brainray.data.labelled import find_samples
-from brainray.data.near_duplicates import NEAR_TWIN_CORRELATION
+from brainray.data.near_duplicates import NEAR_DUPLICATE_CORRELATION
 from brainray.data.splits import hash_manifest
 from brainray.errors import ConfigError, TrainingError
 from brainray.evaluation.evaluate import EvaluateJob, evaluate
@@ -31,15 +31,15 @@ from brainray.images.normalise import normalise_images
 from brainray.images.preprocess import Preprocessing, load_image, open_scan
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.inference.schema import build_schema
-from brainray.model.calibration import choose_max_distance, fit_calibration
 from brainray.model.classifier import load_classifier
 from brainray.model.explain import STRIDE_PX
+from brainray.model.fit_calibration import choose_max_distance, fit_logit_scaling
 from brainray.provenance import describe_cpu
 from brainray.training import distributed, finalize, loop
 from brainray.training.augment import NO_AUGMENTATION
 from brainray.training.checkpoint import load_network_weights
 from brainray.training.config import ScalingOptions, TrainConfig
-from brainray.training.finalize import fit_trust_on
+from brainray.training.finalize import calibrate_classifier
 from brainray.training.optim import Optimisation
 from brainray.training.prepare import prepare_training_data
 from brainray.training.run import TrainJob
@@ -87,7 +87,7 @@ def finished(
     """Train once, with two workers, for the tests that look at what came out."""
     lines: list[str] = []
     job = build_job(phantom_folder, tmp_path_factory.mktemp("run") / "out", num_workers=2)
-    return job, train(job, say=lines.append), lines
+    return job, train(job, log=lines.append), lines
 
 
 def test_a_run_writes_everything_it_promises(
@@ -130,7 +130,9 @@ def test_metrics_hold_the_promised_names(
             expected = {"sensitivity", "specificity", "precision", "f1", "auroc"}
             assert expected <= scores["per_class"][name].keys()
         correlations = [row["nearest_correlation"] for row in rows]
-        assert scores["no_twin"]["n"] == sum(c < NEAR_TWIN_CORRELATION for c in correlations)
+        assert scores["without_near_duplicates"]["n"] == sum(
+            c < NEAR_DUPLICATE_CORRELATION for c in correlations
+        )
         right = sum(row["label"] == row["nearest_label"] for row in rows)
         assert scores["baseline_1nn"]["accuracy"] == pytest.approx(right / len(rows))
     assert metrics["test"]["n"] == 32
@@ -279,22 +281,24 @@ def test_calibration_is_fitted_to_what_the_engine_that_ships_predicts(
     for module in ("training.finalize", "model.calibration"):
         monkeypatch.setattr(f"brainray.{module}.MIN_IMAGES", 10)
     data = prepare_training_data(find_samples(job.data_uri, TINY.classes), TINY)
-    trust = fit_trust_on(job, data, say=lambda _: None)
-    assert trust is not None
+    calibration = calibrate_classifier(job, data, log=lambda _: None)
+    assert calibration is not None
     classifier = load_classifier(job.at("classifier"))
     engine = open_engine(classifier, EngineOptions())
     fitted_with = {"engine": engine.backend, "precision": engine.precision}
-    assert trust.facts.items() >= fitted_with.items()
+    assert calibration.facts.items() >= fitted_with.items()
     val = data.select("val")
     images = data.store.load_images(val.tolist(), PREPROCESSING)
     outputs = engine.predict(images, ["logits", "features"])
     assert outputs.logits is not None
     assert outputs.features is not None
-    scale, shift = fit_calibration(outputs.logits, data.labels[val], trust.facts["method"])
-    np.testing.assert_allclose(trust.scale, scale, rtol=1e-4)
-    np.testing.assert_allclose(trust.shift, shift, atol=1e-4)
-    limit = choose_max_distance(trust.compute_distances(outputs.features), TINY.trust.pass_rate)
-    assert trust.max_distance == pytest.approx(limit, rel=1e-4)
+    scale, shift = fit_logit_scaling(outputs.logits, data.labels[val], calibration.facts["method"])
+    np.testing.assert_allclose(calibration.scale, scale, rtol=1e-4)
+    np.testing.assert_allclose(calibration.shift, shift, atol=1e-4)
+    limit = choose_max_distance(
+        calibration.compute_distances(outputs.features), TINY.calibration.pass_rate
+    )
+    assert calibration.max_distance == pytest.approx(limit, rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -348,7 +352,7 @@ def test_a_finished_run_says_so_at_once_and_changes_nothing(
     job, metrics, _ = finished
     before = Path(job.at("metrics.jsonl")).stat().st_mtime_ns
     lines: list[str] = []
-    assert train(job, say=lines.append) == metrics
+    assert train(job, log=lines.append) == metrics
     assert len(lines) == 1
     assert "Already finished" in lines[0]
     assert Path(job.at("metrics.jsonl")).stat().st_mtime_ns == before
@@ -403,11 +407,17 @@ def test_evaluating_alone_gives_the_same_scores(
     )
     for name in ("accuracy", "macro_auroc", "log_loss"):
         assert found["test"][name] == pytest.approx(metrics["test"][name], abs=1e-6)
-    for part in (found["test"], found["test"]["no_twin"]):
+    for part in (found["test"], found["test"]["without_near_duplicates"]):
         assert part["accuracy_ci95"] is not None
     assert found["test"]["accuracy_ci95"] == metrics["test"]["accuracy_ci95"]
-    assert found["test"]["no_twin"]["accuracy_ci95"] == metrics["test"]["no_twin"]["accuracy_ci95"]
-    assert found["test"]["no_twin"]["n"] == metrics["test"]["no_twin"]["n"]
+    assert (
+        found["test"]["without_near_duplicates"]["accuracy_ci95"]
+        == metrics["test"]["without_near_duplicates"]["accuracy_ci95"]
+    )
+    assert (
+        found["test"]["without_near_duplicates"]["n"]
+        == metrics["test"]["without_near_duplicates"]["n"]
+    )
     assert found["test"]["baseline_1nn"]["accuracy"] == pytest.approx(
         metrics["test"]["baseline_1nn"]["accuracy"]
     )
@@ -427,7 +437,7 @@ def test_evaluating_without_the_manifest_leaves_the_baseline_out_and_says_so(
         EvaluateJob(
             data_uri=job.data_uri, classifier_uri=str(moved), output_uri=str(tmp_path / "judged")
         ),
-        say=lines.append,
+        log=lines.append,
     )
     assert "baseline_1nn" not in found["test"]
     assert any("baseline" in line for line in lines)
@@ -509,7 +519,7 @@ def warm(
     )
     job = build_job(data, data.parent / "out", config)
     lines: list[str] = []
-    return job, train(job, say=lines.append), lines
+    return job, train(job, log=lines.append), lines
 
 
 def test_training_goes_on_without_the_scans_it_must_reject(

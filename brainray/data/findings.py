@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from brainray.data.near_duplicates import NEAR_TWIN_CORRELATION, find_nearest
-from brainray.data.neighbours import Spread, do_here
+from brainray.data.near_duplicates import NEAR_DUPLICATE_CORRELATION, find_nearest
+from brainray.data.neighbours import RunBlocks, run_blocks_locally
 from brainray.metrics import compute_accuracy
 
 Indices = NDArray[np.int64]
 
-CORRELATION_STEPS = (NEAR_TWIN_CORRELATION, 0.98, 0.96, 0.9)
+CORRELATION_STEPS = (NEAR_DUPLICATE_CORRELATION, 0.98, 0.96, 0.9)
 """Where the nearest-neighbour baseline is cut, from look-alikes to strangers."""
 
 SIZE_STEPS = (1, 2, 3, 6, 11, 21)
@@ -53,7 +53,7 @@ class Nearest:
     """Shape (n,)."""
 
 
-def number_copies(pixel_hashes: Sequence[str]) -> Indices:
+def number_exact_duplicates(pixel_hashes: Sequence[str]) -> Indices:
     """Give each set of images with identical pixels a number from 0; −1 to those without a copy."""
     _, first, kind, counts = np.unique(
         np.array(pixel_hashes), return_index=True, return_inverse=True, return_counts=True
@@ -134,7 +134,9 @@ def _pair(left: int, right: int, correlation: np.float32 | float) -> Pair:
 
 
 def look_up_nearest(
-    splits: NDArray[np.str_], standardised: NDArray[np.float32], spread: Spread = do_here
+    splits: NDArray[np.str_],
+    standardised: NDArray[np.float32],
+    run_blocks: RunBlocks = run_blocks_locally,
 ) -> dict[str, Nearest]:
     """Find every held-out image's most similar one among those it must not resemble."""
     found = {}
@@ -143,7 +145,7 @@ def look_up_nearest(
         pool = np.flatnonzero(np.isin(splits, references))
         if len(rows) and len(pool):
             nearest, correlation = find_nearest(
-                standardised[rows], standardised[pool], spread=spread
+                standardised[rows], standardised[pool], run_blocks=run_blocks
             )
             found[split] = Nearest(rows=rows, nearest=pool[nearest], correlation=correlation)
     return found
@@ -152,7 +154,7 @@ def look_up_nearest(
 def measure_leak(
     found: Nearest,
     references: NDArray[np.bool_],
-    copies: Indices,
+    exact_duplicates: Indices,
     groups: Indices,
     labels: Indices,
 ) -> dict[str, Any]:
@@ -164,30 +166,30 @@ def measure_leak(
         Of the held-out split.
     references : ndarray of bool, shape (n,)
         Images that the split must not resemble.
-    copies, groups, labels : ndarray of int64, shape (n,)
-        From :func:`number_copies`, :func:`brainray.data.near_duplicates.group_twins`, and the
+    exact_duplicates, groups, labels : ndarray of int64, shape (n,)
+        From :func:`number_exact_duplicates`, :func:`brainray.data.near_duplicates.group_near_duplicates`, and the
         truth.
 
     Returns
     -------
     dict
-        ``n``; ``num_`` and ``share_`` of ``exact_twin`` (identical pixels), ``near_twin``
+        ``n``; ``num_`` and ``share_`` of ``exact_duplicates`` (identical pixels), ``near_duplicate``
         (correlation of 0.995 or more; an exact twin is one too) and ``same_group``; and
-        ``baseline_1nn``, see :func:`judge_baseline`.
+        ``baseline_1nn``, see :func:`evaluate_baseline`.
     """
     rows = found.rows
-    exact = find_known(copies, rows, references)
+    exact = find_known(exact_duplicates, rows, references)
     counts = {
-        "exact_twin": int(exact.sum()),
-        "near_twin": int((exact | (found.correlation >= NEAR_TWIN_CORRELATION)).sum()),
+        "exact_duplicates": int(exact.sum()),
+        "near_duplicate": int((exact | (found.correlation >= NEAR_DUPLICATE_CORRELATION)).sum()),
         "same_group": int(find_known(groups, rows, references).sum()),
     }
     return {
         "n": len(rows),
         **{f"num_{name}": count for name, count in counts.items()},
         **{f"share_{name}": count / len(rows) for name, count in counts.items()},
-        "twin_correlation": NEAR_TWIN_CORRELATION,
-        "baseline_1nn": judge_baseline(
+        "near_duplicate_correlation": NEAR_DUPLICATE_CORRELATION,
+        "baseline_1nn": evaluate_baseline(
             labels[rows], labels[found.nearest], found.correlation, groups[rows]
         ),
     }
@@ -198,7 +200,7 @@ def find_known(names: Indices, rows: Indices, references: NDArray[np.bool_]) -> 
     return (names[rows] >= 0) & np.isin(names[rows], names[references])
 
 
-def judge_baseline(
+def evaluate_baseline(
     labels: Indices, answers: Indices, correlation: NDArray[np.float32], groups: Indices
 ) -> list[dict[str, Any]]:
     """Judge the vote of the nearest image: over all, and by how near that one is.
@@ -233,26 +235,28 @@ def judge_baseline(
     return rows
 
 
-def list_crossing_copies(
-    copies: Indices, found: Nearest, references: NDArray[np.bool_], limit: int
+def list_crossing_exact_duplicates(
+    exact_duplicates: Indices, found: Nearest, references: NDArray[np.bool_], limit: int
 ) -> list[Pair]:
     """List held-out images with a copy among the references, each set of copies once."""
     first: dict[int, int] = {}
-    for row in np.flatnonzero(references & (copies >= 0)):
-        first.setdefault(int(copies[row]), int(row))
+    for row in np.flatnonzero(references & (exact_duplicates >= 0)):
+        first.setdefault(int(exact_duplicates[row]), int(row))
     pairs, seen = [], set()
-    for row in found.rows[find_known(copies, found.rows, references)]:
-        name = int(copies[row])
+    for row in found.rows[find_known(exact_duplicates, found.rows, references)]:
+        name = int(exact_duplicates[row])
         if name not in seen:
             seen.add(name)
             pairs.append(_pair(int(row), first[name], 1.0))
     return _spread(pairs, limit)
 
 
-def list_crossing_near_twins(copies: Indices, found: Nearest, limit: int) -> list[Pair]:
-    """List held-out images with a near-twin that is no copy, from the least alike upwards."""
-    left, right = copies[found.rows], copies[found.nearest]
-    chosen = (found.correlation >= NEAR_TWIN_CORRELATION) & ((left < 0) | (left != right))
+def list_crossing_near_duplicates(
+    exact_duplicates: Indices, found: Nearest, limit: int
+) -> list[Pair]:
+    """List held-out images with a near duplicate that is no copy, from the least alike upwards."""
+    left, right = exact_duplicates[found.rows], exact_duplicates[found.nearest]
+    chosen = (found.correlation >= NEAR_DUPLICATE_CORRELATION) & ((left < 0) | (left != right))
     order = np.flatnonzero(chosen)[np.argsort(found.correlation[chosen], kind="stable")]
     pairs = [
         _pair(int(found.rows[at]), int(found.nearest[at]), found.correlation[at]) for at in order
@@ -260,11 +264,11 @@ def list_crossing_near_twins(copies: Indices, found: Nearest, limit: int) -> lis
     return _spread(pairs, limit)
 
 
-def list_copies(copies: Indices, limit: int) -> list[Pair]:
+def list_exact_duplicates(exact_duplicates: Indices, limit: int) -> list[Pair]:
     """List two images of each set of copies."""
-    rows = np.flatnonzero(copies >= 0)
-    order = rows[np.argsort(copies[rows], kind="stable")]
-    starts = np.flatnonzero(np.diff(copies[order], prepend=-1))
+    rows = np.flatnonzero(exact_duplicates >= 0)
+    order = rows[np.argsort(exact_duplicates[rows], kind="stable")]
+    starts = np.flatnonzero(np.diff(exact_duplicates[order], prepend=-1))
     pairs = [_pair(int(order[at]), int(order[at + 1]), 1.0) for at in starts]
     return _spread(pairs, limit)
 

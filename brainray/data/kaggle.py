@@ -9,18 +9,17 @@ list stands for the whole set: given with ``--sha256``, it must be the same.
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from brainray.errors import DataError, StorageError
+from brainray.runlog import Log
 
 SUMS_FILE = "SHA256SUMS"
 MAX_NAMED = 3
 """Files that an error names; the rest are counted."""
-
-Say = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,14 +65,14 @@ class FetchJob:
     """SHA-256 that the list of all files must have, as an earlier fetch has printed it."""
 
 
-def fetch_kaggle_set(job: FetchJob, say: Say, kaggle_set: KaggleSet = BRAIN_TUMOUR_MRI) -> str:
+def fetch_kaggle_set(job: FetchJob, log: Log, kaggle_set: KaggleSet = BRAIN_TUMOUR_MRI) -> str:
     """Fetch a data set into a folder that holds all of it or does not exist; or check the folder.
 
     Parameters
     ----------
     job : FetchJob
         Where to, and what is expected.
-    say : callable
+    log : callable
         Takes a line for a person.
     kaggle_set : KaggleSet
         What to fetch.
@@ -91,7 +90,7 @@ def fetch_kaggle_set(job: FetchJob, say: Say, kaggle_set: KaggleSet = BRAIN_TUMO
         The files are not those of the set, or not those that were fetched.
     """
     folder = Path(job.data_path).expanduser().absolute()
-    say(f"{kaggle_set.handle}, version {kaggle_set.version}. Licence: {kaggle_set.licence}.")
+    log(f"{kaggle_set.handle}, version {kaggle_set.version}. Licence: {kaggle_set.licence}.")
     if folder.exists():
         sums = check_folder(folder, kaggle_set)
     else:
@@ -107,8 +106,8 @@ def fetch_kaggle_set(job: FetchJob, say: Say, kaggle_set: KaggleSet = BRAIN_TUMO
             f"The files in '{folder}' are not the expected ones: the SHA-256 of {SUMS_FILE} is "
             f"{digest}, not {job.sha256}. Compare the list with the one of whoever gave it."
         )
-    say(f"{sum(kaggle_set.counts.values()):,} images in {folder}, each as in {SUMS_FILE}.")
-    say(f"SHA-256 of the list: {digest}")
+    log(f"{sum(kaggle_set.counts.values()):,} images in {folder}, each as in {SUMS_FILE}.")
+    log(f"SHA-256 of the list: {digest}")
     return digest
 
 

@@ -59,17 +59,17 @@ SPLITS_IN_WORDS = "Training/, Testing/, or train/, val/, test/"
 
 @dataclass(frozen=True, slots=True)
 class FoundSamples:
-    """A data set's samples, and what was passed over on the way."""
+    """A data set's samples, and what was skipped on the way."""
 
     samples: pa.Table
     """Rows of :data:`SAMPLE_SCHEMA`."""
     num_hidden: int = 0
-    """Files passed over because a part of their path starts with a dot (or is __MACOSX)."""
+    """Files skipped because a part of their path starts with a dot (or is __MACOSX)."""
     other_files: tuple[str, ...] = field(default=())
-    """Files passed over because their name is not an image's."""
+    """Files skipped because their name is not an image's."""
 
-    def describe_passed_over(self) -> str:
-        """Say in words what was passed over; empty when nothing was."""
+    def describe_skipped(self) -> str:
+        """Say in words what was skipped; empty when nothing was."""
         parts = []
         if self.num_hidden:
             parts.append(f"{self.num_hidden} hidden")
@@ -89,9 +89,9 @@ def find_samples(
     data_uri : str
         A folder of class folders, of split folders holding class folders, or of Parquet
         files; or one Parquet file. Local, s3:// or gs://. A Parquet file holds the scans
-        (``image_bytes``), or is a manifest of places that says where they are: ``uri``, with
+        (``image_bytes``), or is a manifest of columns that says where they are: ``uri``, with
         ``row_group`` and ``row`` for a scan within a Parquet file and ``frame`` for a slice of a
-        file with several, or else ``path``; relative places are below the manifest's folder.
+        file with several, or else ``path``; relative columns are below the manifest's folder.
     classes : sequence of str
         Class names in class order; a class folder must be one of them.
     splits : sequence of str, optional
@@ -307,7 +307,7 @@ def _describe_row_group(
         if "path" in wanted
         else pa.array([f"{file.relative_path}#{index}-{row}" for row in range(count)])
     )
-    places = {
+    columns = {
         "path": paths,
         "uri": pa.array([file.uri] * count),
         "row_group": pa.array([index] * count, pa.int32()),
@@ -315,7 +315,7 @@ def _describe_row_group(
         "frame": pa.array([-1] * count, pa.int32()),
         "size_bytes": pa.array([size // max(count, 1)] * count, pa.int64()),
     }
-    return _complete_samples(table, places, file, classes)
+    return _complete_samples(table, columns, file, classes)
 
 
 def _describe_places(table: pa.Table, file: storage.FoundFile, classes: Sequence[str]) -> pa.Table:
@@ -337,7 +337,7 @@ def _describe_places(table: pa.Table, file: storage.FoundFile, classes: Sequence
     }
     frames = [None if frame < 0 else frame for frame in numbers["frame"].to_pylist()]
     paths = list(map(name_slice, given, frames))
-    places = {
+    columns = {
         "path": table["path"].cast(pa.string()) if "path" in names else pa.array(paths),
         "uri": pa.array(uris, pa.string()),
         **numbers,
@@ -347,7 +347,7 @@ def _describe_places(table: pa.Table, file: storage.FoundFile, classes: Sequence
             else pa.array([_estimate_size(uris)] * count, pa.int64())
         ),
     }
-    return _complete_samples(table, places, file, classes)
+    return _complete_samples(table, columns, file, classes)
 
 
 def _place_beside(folder: str, place: str) -> str:
@@ -367,13 +367,13 @@ def _estimate_size(uris: Sequence[str]) -> int:
 
 def _complete_samples(
     table: pa.Table,
-    places: dict[str, pa.Array],
+    columns: dict[str, pa.Array],
     file: storage.FoundFile,
     classes: Sequence[str],
 ) -> pa.Table:
     """Add label, split and group, the table's own or its file's, to where the scans are."""
     count, names = table.num_rows, table.column_names
-    columns = places | {
+    columns = columns | {
         "label": _read_labels(table["label"], file.uri, classes),
         "split": (
             _read_splits(table["split"], file.uri)

@@ -14,22 +14,22 @@ from PIL import Image
 from brainray.data.neighbours import (
     EXACT_PAIRS,
     Block,
-    Spread,
+    RunBlocks,
     build_sketches,
-    do_here,
     find_nearest_rows,
     iterate_candidates,
     keep_nearer,
     list_cells,
     list_tiles,
     multiply_rows,
+    run_blocks_locally,
 )
 
 THUMBNAIL_PX = 24
 """Side of a thumbnail, in pixels: coarse enough to forgive a JPEG's noise."""
 
-NEAR_TWIN_CORRELATION = 0.995
-"""From here on a test image counts as having a near-twin in training.
+NEAR_DUPLICATE_CORRELATION = 0.995
+"""From here on a test image counts as having a near duplicate in training.
 
 On the 1,311 official test images of the Kaggle brain-tumour set 37 % have one.
 """
@@ -73,12 +73,12 @@ def standardise_thumbnails(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]
     return standardised
 
 
-def group_twins(
+def group_near_duplicates(
     standardised: NDArray[np.float32],
     *,
     min_correlation: float,
     exact_pairs: int = EXACT_PAIRS,
-    spread: Spread = do_here,
+    run_blocks: RunBlocks = run_blocks_locally,
 ) -> NDArray[np.int64]:
     """Group near-identical slices by single linkage.
 
@@ -91,7 +91,7 @@ def group_twins(
     exact_pairs : int
         Pairs of slices up to which none is missed; beyond it a few may be, see
         :func:`measure_recall`.
-    spread : Spread
+    run_blocks : Spread
         Where the work is done.
 
     Returns
@@ -99,7 +99,7 @@ def group_twins(
     ndarray of int64, shape (N,)
         Group numbers from 0, in order of first appearance.
     """
-    first, copy_of = _find_copies(standardised)
+    first, copy_of = _find_exact_duplicates(standardised)
     vectors = standardised[first]
     sketches = build_sketches(vectors)
     if is_exact(len(vectors), exact_pairs):
@@ -107,7 +107,7 @@ def group_twins(
     else:
         blocks = list_cells(sketches, sketches)
     groups = np.arange(len(vectors))
-    for linked in spread(_group_blocks, blocks, vectors, sketches, min_correlation):
+    for linked in run_blocks(_group_blocks, blocks, vectors, sketches, min_correlation):
         groups = _join(groups, np.arange(len(vectors)), linked)
     return _number_by_appearance(groups[copy_of])
 
@@ -134,7 +134,9 @@ def is_exact(num_images: int, exact_pairs: int = EXACT_PAIRS) -> bool:
     return num_images * (num_images - 1) // 2 <= exact_pairs
 
 
-def _find_copies(standardised: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _find_exact_duplicates(
+    standardised: NDArray[np.float32],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the first row of each kind, (n,), and the kind of each row, (N,).
 
     A thousand copies of one image would otherwise be half a million pairs. Rows of zeros
@@ -183,7 +185,7 @@ def measure_recall(
     ----------
     standardised : ndarray of float32, shape (N, 576)
     groups : ndarray of int64, shape (N,)
-        From :func:`group_twins`.
+        From :func:`group_near_duplicates`.
     num_samples : int
         Slices that are compared with all.
 
@@ -211,7 +213,7 @@ def find_nearest(
     reference: NDArray[np.float32],
     *,
     exact_pairs: int = EXACT_PAIRS,
-    spread: Spread = do_here,
+    run_blocks: RunBlocks = run_blocks_locally,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Find each slice's most similar slice of a reference set.
 
@@ -222,7 +224,7 @@ def find_nearest(
     exact_pairs : int
         Pairs, N times M, up to which it is surely the most similar one; beyond, a slice may
         get the second best. The correlation is that of the slice named in any case.
-    spread : Spread
+    run_blocks : Spread
         Where the work is done.
 
     Returns
@@ -239,18 +241,20 @@ def find_nearest(
         sketches = build_sketches(np.concatenate([standardised, reference]))
         blocks = list_cells(sketches[:count], sketches[count:])
     nearest, correlation = np.zeros(count, np.int64), np.full(count, -np.inf, np.float32)
-    for others, reached in spread(find_nearest_rows, blocks, standardised, reference):
+    for others, reached in run_blocks(find_nearest_rows, blocks, standardised, reference):
         keep_nearer(nearest, correlation, np.arange(count), others, reached)
     return nearest, correlation
 
 
-def merge_groups(twins: NDArray[np.int64], given: Sequence[str | None]) -> NDArray[np.int64]:
+def merge_groups(
+    near_duplicates: NDArray[np.int64], given: Sequence[str | None]
+) -> NDArray[np.int64]:
     """Join groups of near-identical slices that the user says belong together (a patient, say).
 
     Parameters
     ----------
-    twins : ndarray of int64, shape (N,)
-        From :func:`group_twins`.
+    near_duplicates : ndarray of int64, shape (N,)
+        From :func:`group_near_duplicates`.
     given : sequence of str or None, length N
         The user's own group of each image, or None.
 
@@ -259,16 +263,18 @@ def merge_groups(twins: NDArray[np.int64], given: Sequence[str | None]) -> NDArr
     ndarray of int64, shape (N,)
         Group numbers from 0.
     """
-    if not len(twins):
-        return twins
+    if not len(near_duplicates):
+        return near_duplicates
     names = {
-        name: int(twins.max()) + 1 + i
+        name: int(near_duplicates.max()) + 1 + i
         for i, name in enumerate(sorted({name for name in given if name}))
     }
-    links = [(int(twin), names[name]) for twin, name in zip(twins, given, strict=True) if name]
-    size = int(twins.max()) + 1 + len(names)
+    links = [
+        (int(twin), names[name]) for twin, name in zip(near_duplicates, given, strict=True) if name
+    ]
+    size = int(near_duplicates.max()) + 1 + len(names)
     row, column = zip(*links, strict=True) if links else ((), ())
-    return find_components(row, column, size)[twins]
+    return find_components(row, column, size)[near_duplicates]
 
 
 def find_components(rows: ArrayLike, columns: ArrayLike, size: int) -> NDArray[np.int64]:

@@ -35,7 +35,7 @@ Block = tuple[Rows, Rows]
 Found = TypeVar("Found")
 
 
-class Spread(Protocol):
+class RunBlocks(Protocol):
     """Does work on blocks, in one place or in several, and yields what each has found."""
 
     def __call__(
@@ -136,8 +136,10 @@ def _count(rows: Rows) -> int:
     return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
-def do_here(work: Callable[..., Found], blocks: Sequence[Block], *shared: Any) -> Iterator[Found]:  # noqa: ANN401
-    """Do all of the work in this process: the least of what a :data:`Spread` can do."""
+def run_blocks_locally(
+    work: Callable[..., Found], blocks: Sequence[Block], *shared: Any
+) -> Iterator[Found]:
+    """Do all of the work in this process: the least of what a :data:`RunBlocks` can do."""
     yield work(blocks, *shared)
 
 

@@ -22,7 +22,7 @@ from brainray.data.read import SampleReader, name_scan
 from brainray.data.slice_columns import SLICE_FIELDS, describe_slice
 from brainray.errors import RejectedImage
 from brainray.images.intensity import scale_to_8_bits, to_display, to_unsigned
-from brainray.images.metadata import ImageTraits, measure_traits
+from brainray.images.metadata import ImageProperties, measure_properties
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions, ScanFile, name_slice, open_slice
 
@@ -61,7 +61,7 @@ TRAIT_TYPES = {
     "border_dark_share": pa.float32(),
 }
 """Columns of a scan with traits."""
-assert set(TRAIT_TYPES) == {field.name for field in fields(ImageTraits)}
+assert set(TRAIT_TYPES) == {field.name for field in fields(ImageProperties)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class ScanResult:
 
     table: pa.Table
     """Columns index and those of :data:`FINDING_TYPES`, in sample order; with those of
-    :class:`brainray.images.metadata.ImageTraits` where they were asked for."""
+    :class:`brainray.images.metadata.ImageProperties` where they were asked for."""
     store: "ScanStore"
     """Opens any scan again."""
 
@@ -78,15 +78,15 @@ class ScanResult:
 class PixelViews:
     """Preprocessed pixels of scans, by index, where they lie in the object store of the node."""
 
-    def __init__(self, views: dict[int, NDArray[np.uint8]], places: NDArray[np.int64]) -> None:
+    def __init__(self, views: dict[int, NDArray[np.uint8]], positions: NDArray[np.int64]) -> None:
         self._views = views
-        self._places = places
+        self._positions = positions
 
     def take(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return a copy of some scans' pixels, shape (n, size_px, size_px)."""
         side = next(iter(self._views.values())).shape[-1] if self._views else 0
         images = np.empty((len(indices), side, side), np.uint8)
-        for image, (block, row) in zip(images, self._places[indices].tolist(), strict=True):
+        for image, (block, row) in zip(images, self._positions[indices].tolist(), strict=True):
             image[:] = self._views[block][row]
         return images
 
@@ -102,14 +102,14 @@ class ScanStore:
         samples: "ray.ObjectRef[pa.Table]",
         reading: ReadOptions,
         blocks: "Sequence[ray.ObjectRef[pa.Table]]" = (),
-        places: "ray.ObjectRef[NDArray[np.int64]] | None" = None,
+        positions: "ray.ObjectRef[NDArray[np.int64]] | None" = None,
         kept: Sequence[Preprocessing] = (),
     ) -> None:
         self._samples = samples
         self.reading = reading
         """How the files are read."""
         self._blocks = blocks
-        self._places = places
+        self._positions = positions
         self._kept = frozenset(map(_name_pixels, kept))
 
     @property
@@ -120,7 +120,7 @@ class ScanStore:
     @property
     def in_object_store(self) -> bool:
         """Whether the bytes are held in Ray's object store."""
-        return self._places is not None
+        return self._positions is not None
 
     def holds_pixels(self, preprocessing: Preprocessing) -> bool:
         """Whether preprocessed pixels are held in Ray's object store."""
@@ -140,12 +140,12 @@ class ScanStore:
         rows = samples.select(["uri", "row_group", "row", "frame"]).take(
             pa.array(indices, pa.int64())
         )
-        tables, places = self._fetch(indices) if self.in_object_store else ({}, None)
+        tables, positions = self._fetch(indices) if self.in_object_store else ({}, None)
         reader = SampleReader(self.reading)
         for index, row in zip(indices, rows.to_pylist(), strict=True):
             content = None
-            if places is not None:
-                block, at = places[index].tolist()
+            if positions is not None:
+                block, at = positions[index].tolist()
                 content = tables[block]["image_bytes"][at].as_py()
             yield reader.open(**row, content=content)
 
@@ -155,9 +155,9 @@ class ScanStore:
         Those of the preprocessing must be held: :meth:`holds_pixels`.
         """
         column, side = _name_pixels(preprocessing), preprocessing.size_px
-        tables, places = self._fetch(indices)
+        tables, positions = self._fetch(indices)
         views = {block: view_pixels(table[column], side) for block, table in tables.items()}
-        return PixelViews(views, places)
+        return PixelViews(views, positions)
 
     def load_images(
         self, indices: Sequence[int], preprocessing: Preprocessing
@@ -179,18 +179,18 @@ class ScanStore:
             wanted = np.asarray(indices, np.int64)
             return self.open_pixels(preprocessing, indices).take(wanted)
         order = np.argsort(indices, kind="stable")  # slices of one file together
-        opened = self.open_slices([indices[place] for place in order])
-        for place, (file, index) in zip(order, opened, strict=True):
-            images[place] = open_slice(file, index, preprocessing).scan.image
+        opened = self.open_slices([indices[position] for position in order])
+        for position, (file, index) in zip(order, opened, strict=True):
+            images[position] = open_slice(file, index, preprocessing).scan.image
         return images
 
     def _fetch(self, indices: Sequence[int]) -> tuple[dict[int, pa.Table], NDArray[np.int64]]:
         """Return the blocks of some scans by their numbers, and each scan's block and row."""
-        assert self._places is not None
-        places: NDArray[np.int64] = ray.get(self._places)
-        needed = np.unique(places[indices, 0]).tolist()
+        assert self._positions is not None
+        positions: NDArray[np.int64] = ray.get(self._positions)
+        needed = np.unique(positions[indices, 0]).tolist()
         tables = ray.get([self._blocks[block] for block in needed])
-        return dict(zip(needed, tables, strict=True)), places
+        return dict(zip(needed, tables, strict=True)), positions
 
 
 def _list_indices(table: pa.Table) -> NDArray[np.int64]:
@@ -203,10 +203,10 @@ def _locate(blocks: "Sequence[ray.ObjectRef[pa.Table]]") -> NDArray[np.int64]:
     """Return each scan's block and row, shape (scans, 2)."""
     task = ray.remote(_list_indices)
     indices = ray.get([task.remote(block) for block in blocks])
-    places = np.full((sum(map(len, indices)), 2), -1, np.int64)
+    positions = np.full((sum(map(len, indices)), 2), -1, np.int64)
     for block, index in enumerate(indices):
-        places[index] = np.stack([np.full(len(index), block), np.arange(len(index))], 1)
-    return places
+        positions[index] = np.stack([np.full(len(index), block), np.arange(len(index))], 1)
+    return positions
 
 
 def _name_pixels(preprocessing: Preprocessing) -> str:
@@ -309,7 +309,7 @@ class _Look:
     with each of them."""
     squares: tuple[bytes | None, ...] = ()
     """The thumbnail, then the pixels to keep."""
-    traits: ImageTraits | None = None
+    properties: ImageProperties | None = None
 
 
 def _scan_batch(
@@ -331,11 +331,11 @@ def _scan_batch(
         columns["image_bytes"] = pa.array([look.content for look in looks], pa.binary())
     sides = [THUMBNAIL_PX, *(one.size_px for one in keep)]
     names = ["thumbnail", *map(_name_pixels, keep)]
-    for place, (name, side) in enumerate(zip(names, sides, strict=True)):
-        values = [look.squares[place] if look.squares else None for look in looks]
+    for position, (name, side) in enumerate(zip(names, sides, strict=True)):
+        values = [look.squares[position] if look.squares else None for look in looks]
         columns[name] = pa.array(values, pa.binary(side**2))
     for name, kind in TRAIT_TYPES.items() if with_traits else ():
-        values = [getattr(look.traits, name) if look.traits else None for look in looks]
+        values = [getattr(look.properties, name) if look.properties else None for look in looks]
         columns[name] = pa.array(values, kind)
     return pa.table(columns)
 
@@ -377,7 +377,7 @@ class _Scanner:
         squares = (compute_thumbnail(pixels), *(one.scan.image for one in kept))
         look.squares = tuple(square.tobytes() for square in squares)
         if self.with_traits:
-            look.traits = measure_traits(content, file, pixels, self.reading.limits)
+            look.properties = measure_properties(content, file, pixels, self.reading.limits)
 
     def _hash(self, content: bytes) -> str:
         """Return the SHA-256 of a file; once for all of its slices."""

@@ -1,7 +1,7 @@
 """List the scans to classify: folders, globs, files, Parquet tables and lists of URIs.
 
 Nothing here opens an image. Every visible file is a scan until its bytes say otherwise, whatever
-its name, so that everything in an inbox gets a row. Listing is cut into :class:`Place` objects:
+its name, so that everything in an inbox gets a row. Listing is cut into :class:`ScanSource` objects:
 each is the work of one task, which lists for a bounded time and returns the places that are left.
 """
 
@@ -49,7 +49,7 @@ LISTING_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ScanSource:
     """Something to list: one `--scans-uri`, or a part of it."""
 
     kind: Literal["folder", "file", "table", "list", "index"]
@@ -73,7 +73,7 @@ class Listing:
 
     scans: pa.Table
     """Rows of :data:`LISTING_SCHEMA`."""
-    rest: tuple[Place, ...] = ()
+    rest: tuple[ScanSource, ...] = ()
     """What it did not reach."""
     num_hidden: int = 0
     """Hidden files and folders skipped."""
@@ -81,7 +81,7 @@ class Listing:
     """Files named DICOMDIR skipped, which lay beside what they reference."""
 
 
-def find_places(scans_uris: Sequence[str]) -> list[Place]:
+def find_sources(scans_uris: Sequence[str]) -> list[ScanSource]:
     """Find out what each of some `--scans-uri` is.
 
     Parameters
@@ -98,19 +98,19 @@ def find_places(scans_uris: Sequence[str]) -> list[Place]:
     StorageError
         One cannot be looked at.
     """
-    return [_find_place(uri) for uri in scans_uris]
+    return [_find_source(uri) for uri in scans_uris]
 
 
-def _find_place(scans_uri: str) -> Place:
+def _find_source(scans_uri: str) -> ScanSource:
     uri = storage.make_absolute(scans_uri)
     if storage.is_folder(uri):
-        return Place("folder", uri, uri)
+        return ScanSource("folder", uri, uri)
     if storage.find_file(uri) is not None:
         if uri.endswith(TABLE_SUFFIX):
-            return Place("table", uri)
+            return ScanSource("table", uri)
         if _is_index(uri):
-            return Place("index", uri)
-        return Place("list" if uri.lower().endswith(LIST_SUFFIXES) else "file", uri)
+            return ScanSource("index", uri)
+        return ScanSource("list" if uri.lower().endswith(LIST_SUFFIXES) else "file", uri)
     wild = _WILD.search(uri)
     if wild is None or not _WILD.search(scans_uri):
         raise DataError(
@@ -120,7 +120,7 @@ def _find_place(scans_uri: str) -> Place:
     root = uri[: wild.start()].rpartition("/")[0] or "/"
     if not storage.is_folder(root):
         raise DataError(f"No scans at '{uri}': there is no folder '{root}'. Check the path.")
-    return Place("folder", root, root, uri[len(root) :].lstrip("/"))
+    return ScanSource("folder", root, root, uri[len(root) :].lstrip("/"))
 
 
 def _is_index(uri: str) -> bool:
@@ -179,14 +179,14 @@ class _Rows:
         return pa.concat_tables([*self._tables, pa.table(self._columns, schema=LISTING_SCHEMA)])
 
 
-def list_place(
-    place: Place, *, leave_out: Sequence[str] = (), max_seconds: float = float("inf")
+def list_source(
+    source: ScanSource, *, leave_out: Sequence[str] = (), max_seconds: float = float("inf")
 ) -> Listing:
     """List a place, or as much of it as the time and :data:`MAX_ROWS_PER_TASK` allow.
 
     Parameters
     ----------
-    place : Place
+    source : Place
         What to list.
     leave_out : sequence of str
         Folders whose files are no scans: the job's own output.
@@ -199,38 +199,38 @@ def list_place(
         A table that was named lacks ``image_bytes``, or cannot be read; a list is not UTF-8; a
         DICOMDIR is damaged.
     """
-    if place.kind == "folder":
-        return _list_folder(place, leave_out, time.monotonic() + max_seconds)
+    if source.kind == "folder":
+        return _list_folder(source, leave_out, time.monotonic() + max_seconds)
     rows = _Rows()
-    if place.kind == "list":
-        for uri in _read_list(place.uri):
+    if source.kind == "list":
+        for uri in _read_list(source.uri):
             rows.add(uri)
         return Listing(rows.build())
-    if place.kind == "index":
-        for uri in _read_index(place.uri):
+    if source.kind == "index":
+        for uri in _read_index(source.uri):
             _add_referenced(rows, uri)
         return Listing(rows.build())
-    file = storage.find_file(place.uri)
+    file = storage.find_file(source.uri)
     if file is None:  # it vanished
-        rows.add(place.uri, reason="missing")
-    elif place.kind == "file":
+        rows.add(source.uri, reason="missing")
+    elif source.kind == "file":
         rows.add_found(file)
     else:
-        return _list_table(place, file, rows)
+        return _list_table(source, file, rows)
     return Listing(rows.build())
 
 
-def _list_folder(place: Place, leave_out: Sequence[str], deadline: float) -> Listing:
+def _list_folder(source: ScanSource, leave_out: Sequence[str], deadline: float) -> Listing:
     omitted = tuple(storage.make_absolute(uri) + "/" for uri in leave_out)
     rows, num_hidden, num_indices = _Rows(), 0, 0
-    waiting, tables = [place.uri], []
+    waiting, tables = [source.uri], []
     while waiting:
         folder = waiting.pop()
         try:
-            files, folders = storage.list_folder(folder, place.root)
+            files, folders = storage.list_folder(folder, source.root)
         except OSError as error:
             files, folders = [], []
-            if is_hidden(_name_below(folder, place.root)):
+            if is_hidden(_name_below(folder, source.root)):
                 num_hidden += 1
             else:
                 reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
@@ -244,17 +244,17 @@ def _list_folder(place: Place, leave_out: Sequence[str], deadline: float) -> Lis
                 continue
             if is_hidden(file.relative_path):
                 num_hidden += 1
-            elif place.pattern and not _matches(file, place.root, place.pattern):
+            elif source.pattern and not _matches(file, source.root, source.pattern):
                 continue
             elif _is_index(file.uri):
                 num_indices += 1
             elif file.uri.endswith(TABLE_SUFFIX):
-                tables.append(Place("table", file.uri, is_given=False))
+                tables.append(ScanSource("table", file.uri, is_given=False))
             else:
                 rows.add_found(file)
         if rows.count >= MAX_ROWS_PER_TASK or time.monotonic() >= deadline:
             break
-    rest = [replace(place, uri=folder) for folder in waiting]
+    rest = [replace(source, uri=folder) for folder in waiting]
     return Listing(rows.build(), (*rest, *tables), num_hidden, num_indices)
 
 
@@ -268,19 +268,19 @@ def _name_below(uri: str, root: str) -> str:
     return uri.removeprefix(root).lstrip("/")
 
 
-def _list_table(place: Place, file: storage.FoundFile, rows: _Rows) -> Listing:
+def _list_table(source: ScanSource, file: storage.FoundFile, rows: _Rows) -> Listing:
     """List a table's rows; what lay in a folder and is no table of scans is one rejected scan."""
     try:
         metadata = _read_table_metadata(file.uri)
     except DataError:
-        if place.is_given:
+        if source.is_given:
             raise
         rows.add(file.uri, reason="unsupported")
         return Listing(rows.build())
-    offset = place.row_offset
-    for number in range(place.first_row_group, metadata.num_row_groups):
+    offset = source.row_offset
+    for number in range(source.first_row_group, metadata.num_row_groups):
         if rows.count >= MAX_ROWS_PER_TASK:
-            rest = replace(place, first_row_group=number, row_offset=offset)
+            rest = replace(source, first_row_group=number, row_offset=offset)
             return Listing(rows.build(), (rest,))
         num_rows = metadata.row_group(number).num_rows
         rows.add_row_group(file, number, num_rows, offset)
@@ -368,17 +368,17 @@ def list_scans(scans_uris: Sequence[str], *, leave_out: Sequence[str] = ()) -> p
     Parameters
     ----------
     scans_uris, leave_out
-        As for :func:`find_places` and :func:`list_place`.
+        As for :func:`find_sources` and :func:`list_source`.
 
     Returns
     -------
     Table
         Rows of :data:`LISTING_SCHEMA`; a scan that is named twice has two.
     """
-    waiting = find_places(scans_uris)[::-1]
+    waiting = find_sources(scans_uris)[::-1]
     tables = [LISTING_SCHEMA.empty_table()]
     while waiting:
-        listing = list_place(waiting.pop(), leave_out=leave_out)
+        listing = list_source(waiting.pop(), leave_out=leave_out)
         tables.append(listing.scans)
         waiting += listing.rest[::-1]
     return pa.concat_tables(tables)

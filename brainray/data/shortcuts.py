@@ -33,7 +33,7 @@ NUM_RESAMPLES = 1000
 ALL_TOGETHER = "all together"
 
 
-def build_traits(scan: pa.Table) -> dict[str, FloatArray]:
+def build_properties(scan: pa.Table) -> dict[str, FloatArray]:
     """Turn a scan's columns into the numbers that each trait consists of.
 
     Parameters
@@ -71,8 +71,8 @@ def _encode(names: Sequence[str]) -> FloatArray:
     return np.asarray(np.eye(len(kinds))[index], dtype=np.float64)
 
 
-def judge_shortcuts(
-    traits: dict[str, FloatArray],
+def evaluate_shortcuts(
+    properties: dict[str, FloatArray],
     labels: NDArray[np.int64],
     groups: NDArray[np.int64],
     *,
@@ -82,8 +82,8 @@ def judge_shortcuts(
 
     Parameters
     ----------
-    traits : dict of str to ndarray, shape (N, d)
-        From :func:`build_traits`.
+    properties : dict of str to ndarray, shape (N, d)
+        From :func:`build_properties`.
     labels, groups : ndarray of int64, shape (N,)
         Images of one group are never on both sides of a fold.
 
@@ -109,10 +109,10 @@ def judge_shortcuts(
         return []
     folds = StratifiedGroupKFold(n_splits=num_folds, shuffle=True, random_state=seed)
     parts = list(folds.split(labels, labels, groups))
-    columns = {name: values[kept] for name, values in traits.items()}
+    columns = {name: values[kept] for name, values in properties.items()}
     columns[ALL_TOGETHER] = np.hstack(list(columns.values()))
     return [
-        _judge_trait(name, values, labels, groups, parts, 1 / len(per_class), seed)
+        _evaluate_trait(name, values, labels, groups, parts, 1 / len(per_class), seed)
         for name, values in columns.items()
     ]
 
@@ -127,7 +127,7 @@ def _draw_groups(groups: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     return np.flatnonzero(np.isin(groups, drawn))
 
 
-def _judge_trait(
+def _evaluate_trait(
     name: str,
     values: FloatArray,
     labels: NDArray[np.int64],

@@ -18,25 +18,25 @@ from brainray.data.expand import expand_files
 from brainray.data.findings import Nearest, Pair
 from brainray.data.labelled import FoundSamples, find_samples
 from brainray.data.near_duplicates import (
-    NEAR_TWIN_CORRELATION,
-    group_twins,
+    NEAR_DUPLICATE_CORRELATION,
+    group_near_duplicates,
     is_exact,
     measure_recall,
     standardise_thumbnails,
 )
 from brainray.data.read import open_rows
+from brainray.data.run_blocks import run_blocks_on_ray
 from brainray.data.scan import TRAIT_TYPES, scan_samples
-from brainray.data.shortcuts import build_traits, judge_shortcuts
+from brainray.data.shortcuts import build_properties, evaluate_shortcuts
 from brainray.data.splits import assign_folds, assign_splits, describe_balance
-from brainray.data.spread import spread_blocks
 from brainray.errors import ConfigError, RejectedImage
-from brainray.evaluation.judge import Say
 from brainray.evaluation.prepared import check_usable, join_groups, stack_thumbnails
 from brainray.images.heatmap import render_picture
 from brainray.images.slices import ReadOptions, show_slice
 from brainray.labels import BRAIN_TUMOUR_CLASSES, check_classes
 from brainray.provenance import describe_versions, read_code_revision
 from brainray.reports.audit import PicturedPair, render_audit
+from brainray.runlog import Log
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class AuditJob:
     """Slices whose thumbnails correlate at least this much are of one group (0 to 1)."""
     max_leak: str | None = None
     """Exit with status 3, after everything is written, when more of a held-out split than this
-    has a near-twin in training: a share, such as 5%. Nothing is checked unless it is given."""
+    has a near duplicate in training: a share, such as 5%. Nothing is checked unless it is given."""
     make_split: Literal["no", "grouped"] = "no"
     """`grouped` writes split.parquet, which training reads: a new train, val and test split
     and folds, stratified, that never part a group. Splits that the data have are ignored."""
@@ -110,17 +110,17 @@ class AuditedData:
     """train, val, test, or empty where the data set has no splits."""
     standardised: NDArray[np.float32]
     """Thumbnails, shape (n, 576)."""
-    copies: Numbers
+    exact_duplicates: Numbers
     """Number of each one's set of pixel-identical images; −1 for none."""
     near: Numbers
-    """Group at the near-twin's correlation."""
+    """Group at the near duplicate's correlation."""
     groups: Numbers
     """Group at the job's correlation, joined with the data set's own groups and with patients."""
     nearest: dict[str, Nearest]
     """Of each held-out split."""
 
 
-def audit(job: AuditJob, *, say: Say = logger.info, verbose: bool = False) -> dict[str, Any]:
+def audit(job: AuditJob, *, log: Log = logger.info, verbose: bool = False) -> dict[str, Any]:
     """Audit a data set, and write what was found for a person and for programs.
 
     Returns
@@ -141,13 +141,13 @@ def audit(job: AuditJob, *, say: Say = logger.info, verbose: bool = False) -> di
     connect_ray(verbose=verbose)
     check_fits()
     found = expand_files(found, job.reading)
-    say(f"Opening {found.samples.num_rows:,} scans.")
+    log(f"Opening {found.samples.num_rows:,} scans.")
     scan = scan_samples(found.samples, reading=job.reading, with_traits=True).table
-    say("Comparing their thumbnails.")
+    log("Comparing their thumbnails.")
     data = compare_images(found.samples, scan, job)
     document = describe_findings(job, found, scan, data)
-    document["shortcuts"] = judge_shortcuts(
-        build_traits(scan.take(data.kept)), data.labels, data.groups, seed=job.seed
+    document["shortcuts"] = evaluate_shortcuts(
+        build_properties(scan.take(data.kept)), data.labels, data.groups, seed=job.seed
     )
     if job.make_split == "grouped":
         document["split"] = write_split(job, found.samples, scan, data)
@@ -164,7 +164,7 @@ def audit(job: AuditJob, *, say: Say = logger.info, verbose: bool = False) -> di
 
 
 def parse_max_leak(text: str | None) -> float | None:
-    """Return the share of a held-out split that may have a near-twin in training.
+    """Return the share of a held-out split that may have a near duplicate in training.
 
     Raises
     ------
@@ -195,24 +195,26 @@ def check_leak_can_be_measured(job: AuditJob, found: FoundSamples) -> None:
 
 
 def compare_images(samples: pa.Table, scan: pa.Table, job: AuditJob) -> AuditedData:
-    """Find the copies, near-twins, groups and nearest training images of the usable scans."""
+    """Find the copies, near duplicates, groups and nearest training images of the usable scans."""
     every_label = samples["label"].to_numpy().astype(np.int64)
     kept = check_usable(every_label, scan, job.classes)
     splits = np.array(samples["split"].take(kept).to_pylist(), dtype="<U5")
     standardised = standardise_thumbnails(stack_thumbnails(scan["thumbnail"].take(kept)))
-    twins, near = (
-        group_twins(standardised, min_correlation=least, spread=spread_blocks)
-        for least in (job.group_correlation, NEAR_TWIN_CORRELATION)
+    near_duplicates, near = (
+        group_near_duplicates(standardised, min_correlation=least, run_blocks=run_blocks_on_ray)
+        for least in (job.group_correlation, NEAR_DUPLICATE_CORRELATION)
     )
     return AuditedData(
         kept=kept,
         labels=every_label[kept],
         splits=splits,
         standardised=standardised,
-        copies=findings.number_copies(scan["pixel_sha256"].take(kept).to_pylist()),
+        exact_duplicates=findings.number_exact_duplicates(
+            scan["pixel_sha256"].take(kept).to_pylist()
+        ),
         near=near,
-        groups=join_groups(twins, samples, scan, kept),
-        nearest=findings.look_up_nearest(splits, standardised, spread_blocks),
+        groups=join_groups(near_duplicates, samples, scan, kept),
+        nearest=findings.look_up_nearest(splits, standardised, run_blocks_on_ray),
     )
 
 
@@ -227,12 +229,12 @@ def describe_findings(
         "classes": list(job.classes),
         "num_scans": found.samples.num_rows,
         "num_usable": len(data.kept),
-        "passed_over": found.describe_passed_over(),
+        "passed_over": found.describe_skipped(),
         "unreadable": count_unreadable(scan["reason"].to_pylist(), given_splits),
         "class_balance": count_classes(data, job.classes),
-        "copies": findings.describe_groups(data.copies, data.labels),
-        "near_twins": {
-            "min_correlation": NEAR_TWIN_CORRELATION,
+        "exact_duplicates": findings.describe_groups(data.exact_duplicates, data.labels),
+        "near_duplicates": {
+            "min_correlation": NEAR_DUPLICATE_CORRELATION,
             **findings.describe_groups(data.near, data.labels),
         },
         "groups": {
@@ -245,7 +247,7 @@ def describe_findings(
             split: findings.measure_leak(
                 nearest,
                 np.isin(data.splits, findings.REFERENCES[split]),
-                data.copies,
+                data.exact_duplicates,
                 data.groups,
                 data.labels,
             )
@@ -257,12 +259,12 @@ def describe_findings(
 
 
 def list_excessive_leaks(document: dict[str, Any]) -> dict[str, float]:
-    """Return the near-twin share of each held-out split that exceeds what was allowed."""
+    """Return the near duplicate share of each held-out split that exceeds what was allowed."""
     allowed = document["max_leak"]
     return {
-        split: leak["share_near_twin"]
+        split: leak["share_near_duplicate"]
         for split, leak in document["leaks"].items()
-        if allowed is not None and leak["share_near_twin"] > allowed
+        if allowed is not None and leak["share_near_duplicate"] > allowed
     }
 
 
@@ -348,8 +350,8 @@ def build_groups_table(
         "split": samples["split"],
         "reason": scan["reason"],
         "group": _spread_over(count, data.kept, data.groups),
-        "near_twin_group": _spread_over(count, data.kept, data.near),
-        "exact_twin_set": _spread_over(count, data.kept, data.copies),
+        "near_duplicate_group": _spread_over(count, data.kept, data.near),
+        "exact_duplicate_set": _spread_over(count, data.kept, data.exact_duplicates),
         "nearest_correlation": pa.array(correlation, pa.float32(), mask=alone),
         "nearest_path": other["path"],
         "nearest_label": labels.take(other["label"].combine_chunks()),
@@ -436,14 +438,18 @@ def choose_pairs(data: AuditedData) -> dict[str, list[Pair]]:
     chosen: dict[str, list[Pair]] = {}
     held_out = next((split for split in findings.REFERENCES if split in data.nearest), None)
     if held_out is None:
-        chosen["copies"] = findings.list_copies(data.copies, NUM_PAIRS_SHOWN)
+        chosen["exact_duplicates"] = findings.list_exact_duplicates(
+            data.exact_duplicates, NUM_PAIRS_SHOWN
+        )
     else:
         nearest = data.nearest[held_out]
         references = np.isin(data.splits, findings.REFERENCES[held_out])
-        chosen["exact"] = findings.list_crossing_copies(
-            data.copies, nearest, references, NUM_PAIRS_SHOWN
+        chosen["exact"] = findings.list_crossing_exact_duplicates(
+            data.exact_duplicates, nearest, references, NUM_PAIRS_SHOWN
         )
-        chosen["near"] = findings.list_crossing_near_twins(data.copies, nearest, NUM_PAIRS_SHOWN)
+        chosen["near"] = findings.list_crossing_near_duplicates(
+            data.exact_duplicates, nearest, NUM_PAIRS_SHOWN
+        )
     conflicts = findings.find_conflicts(data.groups, data.labels, data.standardised)
     chosen["conflicts"] = conflicts[:NUM_PAIRS_SHOWN]
     return chosen
@@ -470,8 +476,8 @@ def picture_pairs(
                 splits=(splits[0], splits[1]),
                 images_png=(left, right),
                 correlation=pair.correlation,
-                is_copy=bool(data.copies[pair.left] >= 0)
-                and bool(data.copies[pair.left] == data.copies[pair.right]),
+                is_copy=bool(data.exact_duplicates[pair.left] >= 0)
+                and bool(data.exact_duplicates[pair.left] == data.exact_duplicates[pair.right]),
             )
         )
     return pictured

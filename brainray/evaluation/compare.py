@@ -99,7 +99,7 @@ def compare(job: CompareJob) -> dict[str, Any]:
     a, b = (read_predictions(uri, job.split) for uri in (job.a_uri, job.b_uri))
     check_classes_agree(a, b)
     name, rows_a, rows_b = match_images(a, b, common=job.common)
-    truth = check_labels_agree(a, b, rows_a, rows_b)
+    y_true = check_labels_agree(a, b, rows_a, rows_b)
     groups = join_groups(a, b, rows_a, rows_b)
     order = {label: index for index, label in enumerate(a.classes)}
     document: dict[str, Any] = {
@@ -114,7 +114,7 @@ def compare(job: CompareJob) -> dict[str, Any]:
         },
         "classes": list(a.classes),
         **compare_predictions(
-            np.array([order[label] for label in truth], np.int64),
+            np.array([order[label] for label in y_true], np.int64),
             a.get_probs(a.classes)[rows_a],
             b.get_probs(a.classes)[rows_b],
             a.classes,
@@ -253,17 +253,17 @@ def check_labels_agree(
     a: Predictions, b: Predictions, rows_a: NDArray[np.int64], rows_b: NDArray[np.int64]
 ) -> list[str]:
     """Return the true classes, or refuse tables that do not agree on them."""
-    truth, other = (one.table["true_class"].to_pylist() for one in (a, b))
+    y_true, other = (one.table["true_class"].to_pylist() for one in (a, b))
     pairs = list(zip(rows_a, rows_b, strict=True))
-    differing = [(at, bt) for at, bt in pairs if truth[at] != other[bt]]
+    differing = [(at, bt) for at, bt in pairs if y_true[at] != other[bt]]
     if differing:
         at, bt = differing[0]
         image = (a.get("path") or a.get("content_sha256") or [at])[at]
         raise DataError(
             f"Expected the same true classes; {len(differing)} of {len(pairs)} images differ: "
-            f"{image} is {truth[at]} in '{a.uri}', {other[bt]} in '{b.uri}'."
+            f"{image} is {y_true[at]} in '{a.uri}', {other[bt]} in '{b.uri}'."
         )
-    return [truth[at] for at in rows_a]
+    return [y_true[at] for at in rows_a]
 
 
 def join_groups(

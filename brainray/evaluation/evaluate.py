@@ -1,4 +1,4 @@
-"""Judge a sealed classifier on a labelled data set, without training anything."""
+"""Judge a classifier on a labelled data set, without training anything."""
 
 import logging
 from collections.abc import Sequence
@@ -12,18 +12,17 @@ import tyro
 from numpy.typing import NDArray
 
 from brainray import storage
-from brainray.cluster import check_fits, connect_ray, describe_gpu_need, tell_waiting
+from brainray.cluster import check_fits, connect_ray, describe_gpu_need, report_waiting
 from brainray.data.labelled import FoundSamples, find_samples
 from brainray.data.near_duplicates import (
     find_nearest,
-    group_twins,
+    group_near_duplicates,
     merge_groups,
     standardise_thumbnails,
 )
+from brainray.data.run_blocks import run_blocks_on_ray
 from brainray.data.splits import hash_manifest
-from brainray.data.spread import spread_blocks
 from brainray.errors import DataError
-from brainray.evaluation.judge import Say, judge_and_report
 from brainray.evaluation.prepared import (
     MANIFEST_FILE,
     GroupedData,
@@ -33,10 +32,12 @@ from brainray.evaluation.prepared import (
     stack_thumbnails,
     write_nearest,
 )
+from brainray.evaluation.scoring import evaluate_and_report
 from brainray.images.slices import ReadOptions
 from brainray.inference.engine import EngineOptions
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.shipped import find_default_classifier
+from brainray.runlog import Log
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +49,12 @@ class EvaluateJob:
     data_uri: str
     """Labelled scans; where there are splits, the test split is judged."""
     classifier_uri: str = field(default_factory=find_default_classifier)
-    """A sealed classifier folder; `$BRAINRAY_CLASSIFIER`, else the one that comes with the
+    """A classifier bundle; `$BRAINRAY_CLASSIFIER`, else the one that comes with the
     project, if not given."""
     output_uri: str
     """Where metrics, predictions and report go."""
     manifest_uri: str | None = None
-    """Manifest of the training data, for near-twins and the baseline; looked for beside the
+    """Manifest of the training data, for near duplicates and the baseline; looked for beside the
     classifier when not given."""
     group_correlation: float = 0.96
     """Slices whose thumbnails correlate at least this much are of one group (0 to 1)."""
@@ -62,7 +63,7 @@ class EvaluateJob:
     """How the files are read."""
 
 
-def evaluate(job: EvaluateJob, *, say: Say = logger.info, verbose: bool = False) -> dict[str, Any]:
+def evaluate(job: EvaluateJob, *, log: Log = logger.info, verbose: bool = False) -> dict[str, Any]:
     """Predict every test scan, and write metrics, predictions and report.
 
     Returns
@@ -78,13 +79,13 @@ def evaluate(job: EvaluateJob, *, say: Say = logger.info, verbose: bool = False)
     storage.check_writable(job.output_uri)
     classifier = load_classifier(job.classifier_uri)
     found = find_samples(job.data_uri, classifier.classes, splits=("test",))
-    training = find_training_manifest(job, classifier.card, say)
+    training = find_training_manifest(job, classifier.metadata, log)
     connect_ray(verbose=verbose)
     needs = [describe_gpu_need()] if job.engine.use_gpu else []
     check_fits(*needs)
     data = prepare_evaluation_data(found, classifier, training, job)
-    with tell_waiting(needs, say):
-        return judge_and_report(
+    with report_waiting(needs, log):
+        return evaluate_and_report(
             data,
             output_uri=job.output_uri,
             classifier_uri=job.classifier_uri,
@@ -93,11 +94,11 @@ def evaluate(job: EvaluateJob, *, say: Say = logger.info, verbose: bool = False)
             title="brainray evaluation report",
             configuration=asdict(job),
             facts={"Data": job.data_uri},
-            say=say,
+            log=log,
         )
 
 
-def find_training_manifest(job: EvaluateJob, card: dict[str, Any], say: Say) -> pa.Table | None:
+def find_training_manifest(job: EvaluateJob, metadata: dict[str, Any], log: Log) -> pa.Table | None:
     """Return the manifest of the data that a classifier was trained on, if it can be had.
 
     Raises
@@ -112,12 +113,12 @@ def find_training_manifest(job: EvaluateJob, card: dict[str, Any], say: Say) -> 
     except FileNotFoundError:
         if job.manifest_uri:
             raise DataError(f"No manifest at '{uri}'. Check --manifest-uri.") from None
-        say(f"No training manifest at {uri}: near-twins and the baseline are left out.")
+        log(f"No training manifest at {uri}: near duplicates and the baseline are left out.")
         return None
-    if hash_manifest(manifest) != card.get("data_manifest_sha256"):
+    if hash_manifest(manifest) != metadata.get("data_manifest_sha256"):
         if job.manifest_uri:
             raise DataError(f"'{uri}' is not the manifest this classifier was trained with.")
-        say(f"{uri} is another run's: near-twins and the baseline are left out.")
+        log(f"{uri} is another run's: near duplicates and the baseline are left out.")
         return None
     return manifest
 
@@ -140,7 +141,7 @@ def prepare_evaluation_data(
     known = standardise_thumbnails(stack_thumbnails(reference["thumbnail"]))
     data = replace(data, groups=group_beside(data, known, reference["group"].to_pylist(), job))
     prepared = split_samples(data, classifier.classes, splits)
-    nearest, correlation = find_nearest(data.standardised, known, spread=spread_blocks)
+    nearest, correlation = find_nearest(data.standardised, known, run_blocks=run_blocks_on_ray)
     labels = reference["label"].take(pa.array(nearest)).to_pylist()
     return replace(
         prepared, manifest=write_nearest(prepared.manifest, data.kept, correlation, labels)
@@ -168,10 +169,12 @@ def group_beside(
     ndarray of int64, shape (n,)
         Of the scans that could be opened.
     """
-    twins = group_twins(
+    near_duplicates = group_near_duplicates(
         np.concatenate([data.standardised, known]),
         min_correlation=job.group_correlation,
-        spread=spread_blocks,
+        run_blocks=run_blocks_on_ray,
     )
     names = [f"own {group}" for group in data.groups]
-    return merge_groups(twins, names + [f"known {group}" for group in known_groups])[: len(names)]
+    return merge_groups(near_duplicates, names + [f"known {group}" for group in known_groups])[
+        : len(names)
+    ]

@@ -6,8 +6,8 @@ import numpy as np
 
 from brainray import storage
 from brainray.evaluation.prepared import PreparedData
-from brainray.model.classifier import amend_card, read_card
-from brainray.reports.card import build_model_card, render_model_card
+from brainray.model.classifier import amend_classifier_metadata, read_classifier_metadata
+from brainray.reports.metadata import build_model_card, render_model_card
 
 MODEL_CARD_FILE = "MODEL_CARD.md"
 
@@ -20,7 +20,7 @@ def write_model_card(
     Parameters
     ----------
     classifier_uri : str
-        The sealed folder; its weights and their meaning stay as they are.
+        The classifier bundle; its weights and their meaning stay as they are.
     data : PreparedData
         What it was trained and judged on.
     metrics : dict
@@ -28,12 +28,12 @@ def write_model_card(
     data_uri : str
         Where the data are; only the last name is written down.
     """
-    card = read_card(classifier_uri)
-    counted = {"name": storage.get_name(data_uri), **summarise_data(data, card["classes"])}
-    model_card = build_model_card(card, metrics, counted)
+    metadata = read_classifier_metadata(classifier_uri)
+    counted = {"name": storage.get_name(data_uri), **summarise_data(data, metadata["classes"])}
+    model_card = build_model_card(metadata, metrics, counted)
     text = render_model_card(model_card)
     storage.write_bytes(storage.join(classifier_uri, MODEL_CARD_FILE), text.encode())
-    amend_card(classifier_uri, {"model_card": model_card})
+    amend_classifier_metadata(classifier_uri, {"model_card": model_card})
 
 
 def summarise_data(data: PreparedData, classes: list[str]) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from brainray.data.findings import REFERENCES
 from brainray.data.labelled import FoundSamples
 from brainray.data.near_duplicates import (
     find_nearest,
-    group_twins,
+    group_near_duplicates,
     merge_groups,
     standardise_thumbnails,
 )
+from brainray.data.run_blocks import run_blocks_on_ray
 from brainray.data.scan import ScanResult, ScanStore, scan_samples
 from brainray.data.splits import MANIFEST_SCHEMA
-from brainray.data.spread import spread_blocks
 from brainray.errors import DataError
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions
@@ -115,21 +115,23 @@ def group_samples(
     labels = samples["label"].to_numpy().astype(np.int64)
     kept = check_usable(labels, scan.table, classes)
     standardised = standardise_thumbnails(stack_thumbnails(scan.table["thumbnail"].take(kept)))
-    twins = group_twins(standardised, min_correlation=min_correlation, spread=spread_blocks)
-    groups = join_groups(twins, samples, scan.table, kept)
+    near_duplicates = group_near_duplicates(
+        standardised, min_correlation=min_correlation, run_blocks=run_blocks_on_ray
+    )
+    groups = join_groups(near_duplicates, samples, scan.table, kept)
     named = pc.coalesce(samples["group"], find_patients(samples, scan.table))
     num_named = len(named) - named.null_count
     return GroupedData(found, scan, labels, kept, standardised, groups, num_named)
 
 
 def join_groups(
-    twins: NDArray[np.int64], samples: pa.Table, scan: pa.Table, kept: NDArray[np.int64]
+    near_duplicates: NDArray[np.int64], samples: pa.Table, scan: pa.Table, kept: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Join groups of near-identical slices with the data set's own groups, and with patients.
 
     Parameters
     ----------
-    twins : ndarray of int64, shape (n,)
+    near_duplicates : ndarray of int64, shape (n,)
         Of the samples ``kept``.
     samples, scan : Table
         Sample table, and what opening its scans brought.
@@ -143,8 +145,8 @@ def join_groups(
         numbers do not depend on the key of the hashes.
     """
     for names in (samples["group"], find_patients(samples, scan)):
-        twins = merge_groups(twins, names.take(pa.array(kept)).to_pylist())
-    return twins
+        near_duplicates = merge_groups(near_duplicates, names.take(pa.array(kept)).to_pylist())
+    return near_duplicates
 
 
 def find_patients(samples: pa.Table, scan: pa.Table) -> pa.ChunkedArray:
@@ -280,7 +282,7 @@ def look_up_nearest(
     if not len(queries) or not len(pool):
         return manifest
     nearest, correlation = find_nearest(
-        standardised[queries], standardised[pool], spread=spread_blocks
+        standardised[queries], standardised[pool], run_blocks=run_blocks_on_ray
     )
     labels = manifest["label"].take(pa.array(kept[pool[nearest]])).to_pylist()
     return write_nearest(manifest, kept[queries], correlation, labels)

@@ -18,11 +18,11 @@ from brainray import storage
 from brainray.errors import DataError
 from brainray.evaluation.prepared import PreparedData
 from brainray.inference.schema import stack_lists
-from brainray.model.trust import Trust
+from brainray.model.calibration import Calibration
 
 
 def add_labels(
-    rows: pa.Table, data: PreparedData, indices: NDArray[np.int64], trust: Trust
+    rows: pa.Table, data: PreparedData, indices: NDArray[np.int64], calibration: Calibration
 ) -> pa.Table:
     """Put the labels beside predictions.
 
@@ -30,7 +30,7 @@ def add_labels(
     ----------
     rows : Table
         Rows of the prediction table with ``logits``, of the samples ``indices``, in their order.
-    trust : Trust
+    calibration : Calibration
         Of the classifier that predicted.
 
     Returns
@@ -41,7 +41,7 @@ def add_labels(
         scores count every image.
     """
     manifest = data.manifest.take(pa.array(indices))
-    probs = trust.calibrate(stack_lists(rows["logits"]))
+    probs = calibration.calibrate(stack_lists(rows["logits"]))
     labels = {
         "path": manifest["path"],
         "true_class": manifest["label"],

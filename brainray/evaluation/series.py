@@ -10,7 +10,7 @@ import csv
 import io
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -26,6 +26,7 @@ from brainray import storage
 from brainray.errors import ConfigError, DataError
 from brainray.inference.series import INDETERMINATE, SeriesRule, decide_series, summarise_series
 from brainray.inference.store import PREDICTIONS_FOLDER, PredictionStore
+from brainray.runlog import Log
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ _COLUMNS = (
     *("sop_instance", "plane", "position_mm", "orientation", "flags"),
 )
 
-Say = Callable[[str], None]
 Answers = NDArray[np.int64]
 """Class of each series, as an index into the class order; -1 where it is indeterminate."""
 
@@ -93,7 +93,7 @@ class LabelledSeries:
     """By the given rule."""
 
 
-def calibrate_series(job: CalibrateSeriesJob, *, say: Say = logger.info) -> dict[str, Any]:
+def calibrate_series(job: CalibrateSeriesJob, *, log: Log = logger.info) -> dict[str, Any]:
     """Fit a rule, and write it with its scores before and after.
 
     Returns
@@ -118,7 +118,7 @@ def calibrate_series(job: CalibrateSeriesJob, *, say: Say = logger.info) -> dict
             f"None of the {len(labels)} labels in '{job.labels}' names a {by} of the predictions. "
             "Expected the hashes of this output: another key makes others."
         )
-    say(f"Putting together {sum(chosen):,} slices.")
+    log(f"Putting together {sum(chosen):,} slices.")
     labelled = measure_all(rows.filter(pa.array(chosen)), by, labels, classes, job.rule)
     check_enough(labelled, classes, job)
     rules = list_rules(job.rule)

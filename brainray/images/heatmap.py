@@ -159,8 +159,8 @@ def _interpolate(
     start, extent : int
         Where that lies in the network's square.
     """
-    places = start + shares * extent - 0.5
-    cells = (places / stride_px).clip(0, num_cells - 1)
+    positions = start + shares * extent - 0.5
+    cells = (positions / stride_px).clip(0, num_cells - 1)
     first = np.floor(cells).astype(np.int64)
     t = cells - first
     weights = (
@@ -180,9 +180,9 @@ def _interpolate(
 def _build_colours() -> NDArray[np.uint8]:
     """Return a colour for every level of evidence, shape (256, 3)."""
     stops = np.array([list(bytes.fromhex(stop)) for stop in _INFERNO])
-    places = np.linspace(0, 1, len(stops))
+    positions = np.linspace(0, 1, len(stops))
     levels = np.linspace(0, 1, 256)
-    channels = [np.interp(levels, places, stops[:, channel]) for channel in range(3)]
+    channels = [np.interp(levels, positions, stops[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=1).round().astype(np.uint8)
 
 

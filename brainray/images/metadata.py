@@ -20,7 +20,7 @@ DARK_GREY = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImageTraits:
+class ImageProperties:
     """What could give an image's source away, whatever it shows."""
 
     pixel_sha256: str
@@ -43,9 +43,9 @@ class ImageTraits:
     """Share of the border's pixels that are black, in [0, 1]."""
 
 
-def measure_traits(
+def measure_properties(
     image_bytes: bytes, file: ScanFile, pixels: NDArray[np.uint8], limits: DecodeLimits
-) -> ImageTraits:
+) -> ImageProperties:
     """Measure a scan that was decoded.
 
     Parameters
@@ -62,7 +62,7 @@ def measure_traits(
     mode, name = _find_mode(image_bytes, file, limits)
     height, width = pixels.shape
     border = _cut_border(pixels)
-    return ImageTraits(
+    return ImageProperties(
         pixel_sha256=hash_pixels(pixels),
         width_px=width,
         height_px=height,

@@ -32,9 +32,9 @@ from brainray.cluster import (
     connect_ray,
     describe_gpu_need,
     raise_own_errors,
-    tell_waiting,
+    report_waiting,
 )
-from brainray.data.scans import Place, find_places
+from brainray.data.scans import ScanSource, find_sources
 from brainray.errors import (
     BrainrayError,
     ClassificationError,
@@ -66,9 +66,10 @@ from brainray.inference.stats import (
 from brainray.inference.store import PredictionStore, Wave
 from brainray.io.identifiers import Identifiers, hide_paths, open_identifiers
 from brainray.io.lock import OutputLock, hold_output
-from brainray.model.classifier import read_card
+from brainray.model.calibration import LOW_CONFIDENCE
+from brainray.model.classifier import read_classifier_metadata
 from brainray.model.shipped import find_default_classifier
-from brainray.model.trust import LOW_CONFIDENCE
+from brainray.runlog import Log
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,6 @@ FIRST_SHARDS_PER_ENGINE = 16
 """Shards of the first wave for each engine. It is opened before the plan is made; every shard that
 the plan has not costs a task."""
 
-Say = Callable[[str], None]
 Result = TypeVar("Result")
 
 
@@ -134,7 +134,7 @@ class ClassifyJob:
 def classify(
     job: ClassifyJob,
     *,
-    say: Say = logger.info,
+    log: Log = logger.info,
     on_progress: Callable[[Progress], None] = lambda _: None,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def classify(
     ----------
     job : ClassifyJob
         What to classify.
-    say, on_progress : callable
+    log, on_progress : callable
         Take a line for a person, and how far the run is.
     verbose : bool
         Whether Ray's own lines are shown.
@@ -165,18 +165,18 @@ def classify(
         Another run took the output over.
     """
     if job.redact_paths:
-        return _classify_unseen(job, say, on_progress, verbose)
-    return _classify(job, say, on_progress, verbose)
+        return _classify_unseen(job, log, on_progress, verbose)
+    return _classify(job, log, on_progress, verbose)
 
 
 def _classify_unseen(
-    job: ClassifyJob, say: Say, on_progress: Callable[[Progress], None], verbose: bool
+    job: ClassifyJob, log: Log, on_progress: Callable[[Progress], None], verbose: bool
 ) -> dict[str, Any]:
     """Classify, and say and raise nothing that holds a path of a scan."""
     paths = [path for path in (*job.scans_uri, job.labels, job.id_key_file) if path]
     hidden: Exception
     try:
-        return _classify(job, lambda line: say(hide_paths(line, paths)), on_progress, verbose)
+        return _classify(job, lambda line: log(hide_paths(line, paths)), on_progress, verbose)
     except BrainrayError as error:
         kind = ClassificationError if isinstance(error, RejectedImage) else type(error)
         hidden = kind(hide_paths(str(error), paths))
@@ -189,29 +189,29 @@ def _classify_unseen(
 
 
 def _classify(
-    job: ClassifyJob, say: Say, on_progress: Callable[[Progress], None], verbose: bool
+    job: ClassifyJob, log: Log, on_progress: Callable[[Progress], None], verbose: bool
 ) -> dict[str, Any]:
     max_rejected = parse_max_rejected(job.max_rejected)
-    card = read_card(job.classifier_uri)
-    labels = read_labels(job.labels, tuple(card["classes"]))
-    places = find_places(job.scans_uri)
+    metadata = read_classifier_metadata(job.classifier_uri)
+    labels = read_labels(job.labels, tuple(metadata["classes"]))
+    sources = find_sources(job.scans_uri)
     with hold_output(job.output_uri) as lock, raise_own_errors():
-        store = PredictionStore.of(job.output_uri, card)
+        store = PredictionStore.of(job.output_uri, metadata)
         identifiers = open_identifiers(
             job.output_uri, job.id_key_file, redact_paths=job.redact_paths
         )
-        run = _Run(job, card, store, identifiers, lock, say, on_progress)
+        run = _Run(job, metadata, store, identifiers, lock, log, on_progress)
         run.close_previous()
         # Importing torch and exporting the network takes about as long as starting Ray.
         engine = start_thread(prepare_engine, job.classifier_uri, job.engine)
         connect_ray(verbose=verbose)
         needs = describe_needs(job)
         check_fits(*needs)
-        with watch_memory() as peak, tell_waiting(needs, say):
+        with watch_memory() as peak, report_waiting(needs, log):
             labels = labels and labels.rename(identifiers.name)
-            run.classify(places, engine.result(), labels)
-        metrics = build_metrics(card, run.progress, run.pool, run.num_decoders, peak.bytes)
-        write_report(job, card, store, identifiers, run.id, run.progress.new, labels, metrics)
+            run.classify(sources, engine.result(), labels)
+        metrics = build_metrics(metadata, run.progress, run.pool, run.num_decoders, peak.bytes)
+        write_report(job, metadata, store, identifiers, run.id, run.progress.new, labels, metrics)
     _check_rejected(run.progress.new, max_rejected, job.max_rejected)
     return metrics
 
@@ -288,16 +288,16 @@ class _Run:
     def __init__(
         self,
         job: ClassifyJob,
-        card: dict[str, Any],
+        metadata: dict[str, Any],
         store: PredictionStore,
         identifiers: Identifiers,
         lock: OutputLock,
-        say: Say,
+        log: Log,
         on_progress: Callable[[Progress], None],
     ) -> None:
-        self._job, self._card, self._store, self._lock = job, card, store, lock
+        self._job, self._metadata, self._store, self._lock = job, metadata, store, lock
         self._identifiers = identifiers
-        self._say, self._on_progress = say, on_progress
+        self._log, self._on_progress = log, on_progress
         self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:6]}"
         self._is_over = False
         self.progress = Progress()
@@ -310,12 +310,12 @@ class _Run:
         """Close what a run left that was cut short."""
         num_missing = self._store.close(self._lock.state)
         if num_missing:
-            self._say(f"The last run was cut short; {num_missing:,} of its files are left empty.")
+            self._log(f"The last run was cut short; {num_missing:,} of its files are left empty.")
         self._lock.update({})
         storage.delete_folder(self._store.plan_uri)
 
     def classify(
-        self, places: list[Place], engine: Callable[[], Engine], labels: Labels | None
+        self, sources: list[ScanSource], engine: Callable[[], Engine], labels: Labels | None
     ) -> None:
         """Plan and predict."""
         job = self._job
@@ -324,13 +324,13 @@ class _Run:
         )
         free = ray.cluster_resources().get("CPU", 1.0) - pool.num_engines * pool.cpus
         self.num_decoders = job.num_decoders or max(1, round(free))
-        preprocessing = Preprocessing(**self._card["preprocessing"])
+        preprocessing = Preprocessing(**self._metadata["preprocessing"])
         self._wave_size = SHARDS_PER_ENGINE * pool.num_engines
         storage.write_json(self._opened_uri, None)
         planned = start_thread(
             self._plan,
             PlanOptions(
-                places=tuple(places),
+                sources=tuple(sources),
                 store=self._store,
                 run=self.id,
                 max_shard_rows=choose_shard_rows(pool, preprocessing.size_px, job.part_s),
@@ -339,7 +339,7 @@ class _Run:
             ),
         )
         self._stage = PredictStage.of(
-            self._card, engine, pool, ["class_maps"] if job.explain else []
+            self._metadata, engine, pool, ["class_maps"] if job.explain else []
         )
         self._task = WaveTask(
             store=self._store,
@@ -371,9 +371,9 @@ class _Run:
                 self._open(wave)
                 _check_complete(self._predict(wave))
         if plan.num_hidden:
-            self._say(f"Skipped {plan.num_hidden:,} hidden files.")
+            self._log(f"Skipped {plan.num_hidden:,} hidden files.")
         if plan.num_indices:
-            self._say(
+            self._log(
                 f"Skipped {plan.num_indices:,} DICOMDIR: the files beside them are scans by "
                 "themselves."
             )
@@ -442,7 +442,7 @@ class _Run:
                         f"The stream broke {failures} times without a new prediction: "
                         f"{_first_line(error)} What was predicted is written."
                     ) from error
-                self._say(f"A process was lost ({_first_line(error)}); going on with what is left.")
+                self._log(f"A process was lost ({_first_line(error)}); going on with what is left.")
 
     def _stream(self, part: int, shards: list[int], is_first: bool) -> "Iterator[DoneShard]":
         if not shards:
@@ -457,9 +457,9 @@ class _Run:
 
     def _take(self, shard: "DoneShard") -> None:
         if self.progress.runtime is None and shard.runtime is not None:
-            self._say(f"Predicting with {shard.runtime['description']}.")
+            self._log(f"Predicting with {shard.runtime['description']}.")
             if "int8_cost" in shard.runtime:
-                self._say(shard.runtime["int8_cost"])
+                self._log(shard.runtime["int8_cost"])
         self.progress.add(
             shard.stats, shard.num_files, shard.num_known, shard.stages_s, shard.runtime
         )

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from brainray.errors import ConfigError, RejectedImage
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import open_slice
+from brainray.model.calibration import Calibration, Outputs
 from brainray.model.explain import compute_class_maps, count_cells
 from brainray.model.precision import (
     AskedPrecision,
@@ -28,7 +29,6 @@ from brainray.model.precision import (
     choose_precision,
     has_native_bf16,
 )
-from brainray.model.trust import Outputs, Trust
 
 if TYPE_CHECKING:
     from brainray.inference.openvino_model import QuantisedModel
@@ -77,7 +77,7 @@ class Prediction:
     probs: NDArray[np.float32]
     """Calibrated class probabilities, shape (N, K); rows sum to 1, columns in class order."""
     reasons: list[str | None]
-    """Why an image gets no class: a key of :data:`brainray.model.trust.TRUST_REASONS`; None where
+    """Why an image gets no class: a key of :data:`brainray.model.calibration.NO_CLASS_REASONS`; None where
     it gets one."""
     logits: NDArray[np.float32] | None = None
     """Before calibration, shape (N, K). None if not asked for."""
@@ -110,13 +110,13 @@ class Engine(ABC):
         self,
         classes: Sequence[str],
         preprocessing: Preprocessing,
-        trust: Trust,
+        calibration: Calibration,
         head_weight: NDArray[np.float32],
         head_bias: NDArray[np.float32],
     ) -> None:
         self._num_classes = len(classes)
         self._preprocessing = preprocessing
-        self._trust = trust
+        self._calibration = calibration
         self._weight, self._bias = head_weight, head_bias
 
     def describe(self) -> dict[str, str]:
@@ -154,11 +154,11 @@ class Engine(ABC):
         assert images.dtype == np.uint8, images.dtype
         assert images.shape[1:] == (side, side), images.shape
         found = self._compute(images)
-        probs = self._trust.calibrate(found.logits)
-        distances = self._trust.compute_distances(found.features)
+        probs = self._calibration.calibrate(found.logits)
+        distances = self._calibration.compute_distances(found.features)
         return Prediction(
             probs,
-            self._trust.find_reasons(probs, distances),
+            self._calibration.find_reasons(probs, distances),
             found.logits if "logits" in outputs else None,
             found.features if "features" in outputs else None,
             self._compute_maps(images) if "class_maps" in outputs else None,
@@ -369,8 +369,8 @@ def _load_slices(
 
 def _spread(values: Sequence[Value], most: int) -> list[Value]:
     """Return at most so many of some values, evenly spread over all of them."""
-    places = np.linspace(0, len(values) - 1, min(len(values), most)).round()
-    return [values[place] for place in places.astype(np.int64)]
+    positions = np.linspace(0, len(values) - 1, min(len(values), most)).round()
+    return [values[position] for position in positions.astype(np.int64)]
 
 
 def measure_disagreement(

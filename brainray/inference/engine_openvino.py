@@ -22,8 +22,8 @@ from brainray.inference.openvino_model import (
     importing_lock,
     without_telemetry,
 )
+from brainray.model.calibration import Outputs
 from brainray.model.precision import Precision
-from brainray.model.trust import Outputs
 
 if TYPE_CHECKING:
     import openvino
@@ -67,7 +67,7 @@ class OpenVinoEngine(Engine):
         super().__init__(
             classifier.classes,
             classifier.preprocessing,
-            classifier.trust,
+            classifier.calibration,
             classifier.weights["fc.weight"],
             classifier.weights["fc.bias"],
         )

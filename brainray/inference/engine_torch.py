@@ -12,11 +12,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from brainray.images.normalise import normalise_images
 from brainray.inference.engine import Engine, EngineOptions
+from brainray.model.calibration import Outputs
 from brainray.model.classifier import Classifier
 from brainray.model.network import pool_stages, split_head
 from brainray.model.precision import Precision
 from brainray.model.resnet50 import NUM_DENSE_STAGES
-from brainray.model.trust import Outputs
 
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
 """Images computed at once; bounds the memory of a call of any size."""
@@ -33,7 +33,7 @@ class TorchEngine(Engine):
         super().__init__(
             classifier.classes,
             classifier.preprocessing,
-            classifier.trust,
+            classifier.calibration,
             classifier.weights["fc.weight"],
             classifier.weights["fc.bias"],
         )

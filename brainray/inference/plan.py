@@ -26,7 +26,7 @@ from brainray import storage
 from brainray.cluster import TASK_CPUS
 from brainray.data.labelled import IMAGE_SUFFIXES
 from brainray.data.read import TABLE_SUFFIX
-from brainray.data.scans import LISTING_SCHEMA, Listing, Place, list_place
+from brainray.data.scans import LISTING_SCHEMA, Listing, ScanSource, list_source
 from brainray.errors import BrainrayError
 from brainray.inference.stats import hash_names
 from brainray.inference.store import KNOWN_SCHEMA, PredictionStore
@@ -60,7 +60,7 @@ _ROWS_SCHEMA = pa.unify_schemas([LISTING_SCHEMA, KNOWN_SCHEMA])
 class PlanOptions:
     """What a plan is made of."""
 
-    places: tuple[Place, ...]
+    sources: tuple[ScanSource, ...]
     store: PredictionStore
     run: str
     max_shard_rows: int
@@ -138,10 +138,10 @@ def list_all(options: PlanOptions) -> tuple[list[Any], Found]:
     Found
         How many they are.
     """
-    task: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(_list_place)
+    task: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(_list_source)
     num_at_once = max(2, int(ray.cluster_resources().get("CPU", 1)))
     shared = ray.put((options.store.output_uri, options.identifiers))
-    waiting = list(options.places)[::-1]
+    waiting = list(options.sources)[::-1]
     running: dict[Any, Any] = {}
     tables, found = [], Found()
     while waiting or running:
@@ -158,11 +158,11 @@ def list_all(options: PlanOptions) -> tuple[list[Any], Found]:
     return tables, found
 
 
-def _list_place(
-    place: Place, shared: tuple[str, Identifiers]
+def _list_source(
+    source: ScanSource, shared: tuple[str, Identifiers]
 ) -> tuple[pa.Table, tuple[Listing, int]]:
     output_uri, identifiers = shared
-    found = list_place(place, leave_out=[output_uri], max_seconds=MAX_LISTING_S)
+    found = list_source(source, leave_out=[output_uri], max_seconds=MAX_LISTING_S)
     about = replace(found, scans=LISTING_SCHEMA.empty_table())
     return _complete(name_scans(found.scans, identifiers)), (about, found.scans.num_rows)
 
@@ -289,8 +289,8 @@ def choose_new(table: pa.Table) -> pa.Table:
     listed, known = table.filter(is_listed), table.filter(pc.invert(is_listed))
     # Of a scan that is named twice, the row that knows the file's time: a list does not.
     count = listed.num_rows
-    places = np.arange(count) + count * listed["modified_ns"].is_null().to_numpy()
-    once = pa.table([listed["scan_uri"], places], ["scan_uri", "place"]).group_by("scan_uri")
+    sources = np.arange(count) + count * listed["modified_ns"].is_null().to_numpy()
+    once = pa.table([listed["scan_uri"], sources], ["scan_uri", "place"]).group_by("scan_uri")
     first = once.aggregate([("place", "min")])["place_min"].to_numpy()
     listed = listed.take(pa.array(first % max(1, count)))
     listed = listed.select(LISTING_SCHEMA.names)

@@ -24,7 +24,7 @@ from brainray.errors import BrainrayError
 from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import Engine, EngineOptions, Output, prepare_engine
 from brainray.inference.schema import SCAN_SCHEMA, build_rows
-from brainray.model.classifier import read_card
+from brainray.model.classifier import read_classifier_metadata
 
 CPUS_PER_ENGINE = 4
 """Threads of one engine on a CPU, where the machine has so many."""
@@ -70,21 +70,21 @@ class PredictStage:
             The classifier cannot be read, or not with these options.
         """
         engine = prepare_engine(classifier_uri, pool.options)
-        return cls.of(read_card(classifier_uri), engine, pool, outputs)
+        return cls.of(read_classifier_metadata(classifier_uri), engine, pool, outputs)
 
     @classmethod
     def of(
         cls,
-        card: dict[str, Any],
+        metadata: dict[str, Any],
         engine: Callable[[], Engine],
         pool: EnginePool,
         outputs: Sequence[Output] = (),
     ) -> "PredictStage":
         """Share an engine that is prepared already."""
         return cls(
-            classifier_id=str(card["classifier_id"]),
-            classes=tuple(card["classes"]),
-            preprocessing=Preprocessing(**card["preprocessing"]),
+            classifier_id=str(metadata["classifier_id"]),
+            classes=tuple(metadata["classes"]),
+            preprocessing=Preprocessing(**metadata["preprocessing"]),
             engine=ray.put(engine),
             pool=pool,
             outputs=tuple(outputs),

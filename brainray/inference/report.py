@@ -47,7 +47,7 @@ METRICS_SCHEMA_VERSION = 2
 
 
 def build_metrics(
-    card: dict[str, Any],
+    metadata: dict[str, Any],
     progress: Progress,
     pool: EnginePool,
     num_decoders: int,
@@ -61,8 +61,8 @@ def build_metrics(
     idle = {"backend": "none", "precision": "none", "description": IDLE}
     return {
         "schema_version": METRICS_SCHEMA_VERSION,
-        "classifier_id": card["classifier_id"],
-        "classes": card["classes"],
+        "classifier_id": metadata["classifier_id"],
+        "classes": metadata["classes"],
         "runtime": {**(progress.runtime or idle), "num_predictors": pool.num_engines},
         "run": {
             "started_at": progress.started_at.isoformat(),
@@ -86,7 +86,7 @@ def build_metrics(
 
 def write_report(
     job: "ClassifyJob",
-    card: dict[str, Any],
+    metadata: dict[str, Any],
     store: PredictionStore,
     identifiers: Identifiers,
     run: str,
@@ -112,7 +112,7 @@ def write_report(
     if stats.labelled is not None and len(stats.labelled.y_true):
         metrics["evaluation"], curves = _evaluate(stats.labelled, store.classes)
     metrics |= write_series(store, job.rule, stats.num_in_series)
-    preprocessing = Preprocessing(**card["preprocessing"])
+    preprocessing = Preprocessing(**metadata["preprocessing"])
     page = render_bulk_report(
         title="brainray classification report",
         metrics=metrics,
@@ -121,7 +121,7 @@ def write_report(
         curves=curves,
         mistakes=list(_draw_mistakes(stats, store.classes, preprocessing, job.reading)),
         facts={
-            "Classifier": card["classifier_id"],
+            "Classifier": metadata["classifier_id"],
             "Scans": ", ".join(map(identifiers.name, job.scans_uri)),
             "Versions": describe_versions(),
             "Revision": read_code_revision(),

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from brainray.inference.labels import Labels
 from brainray.inference.schema import stack_probs
 from brainray.io.repeat import repeat
-from brainray.model.trust import LOW_CONFIDENCE
+from brainray.model.calibration import LOW_CONFIDENCE
 
 NUM_SCANS_SHOWN = 24
 """Scans of a gallery."""

@@ -78,14 +78,14 @@ class PredictionStore:
     """What the files' metadata say of their classifier."""
 
     @classmethod
-    def of(cls, output_uri: str, card: dict[str, Any]) -> "PredictionStore":
+    def of(cls, output_uri: str, metadata: dict[str, Any]) -> "PredictionStore":
         """Open the predictions of a classifier.
 
         Parameters
         ----------
         output_uri : str
-        card : dict
-            From :func:`brainray.model.classifier.read_card`.
+        metadata : dict
+            From :func:`brainray.model.classifier.read_classifier_metadata`.
 
         Raises
         ------
@@ -94,14 +94,14 @@ class PredictionStore:
         """
         store = cls(
             output_uri=output_uri,
-            classifier_id=str(card["classifier_id"]),
-            classes=tuple(card["classes"]),
+            classifier_id=str(metadata["classifier_id"]),
+            classes=tuple(metadata["classes"]),
             about={
                 "schema_version": SCHEMA_VERSION,
-                "classifier_id": card["classifier_id"],
-                "weights_sha256": card["weights"]["sha256"],
-                "preprocessing": card["preprocessing"],
-                "class_map": describe_class_map(card["preprocessing"]["size_px"]),
+                "classifier_id": metadata["classifier_id"],
+                "weights_sha256": metadata["weights"]["sha256"],
+                "preprocessing": metadata["preprocessing"],
+                "class_map": describe_class_map(metadata["preprocessing"]["size_px"]),
                 "versions": collect_versions(),
                 "code_revision": read_code_revision(),
             },

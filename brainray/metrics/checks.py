@@ -18,23 +18,23 @@ def check_predictions(
 ) -> tuple[IntArray, FloatArray, tuple[str, ...]]:
     """Return labels, shape (N,), probabilities, shape (N, K), and the K names; or raise."""
     names = check_classes(classes)
-    truth = check_indices("y_true", y_true)
-    if truth.max() >= len(names):
+    y_true = check_indices("y_true", y_true)
+    if y_true.max() >= len(names):
         raise DataError(
             f"Expected y_true in [0, {len(names)}) for the classes {', '.join(names)}, "
-            f"got {truth.max()} at row {truth.argmax()}. Check the class order."
+            f"got {y_true.max()} at row {y_true.argmax()}. Check the class order."
         )
     prob = np.asarray(y_prob)
     if prob.dtype.kind not in "fiu":
         raise DataError(f"Expected y_prob to be numbers, got {prob.dtype}.")
     prob = prob.astype(np.float64)
-    if prob.shape != (truth.size, len(names)):
+    if prob.shape != (y_true.size, len(names)):
         raise DataError(
-            f"Expected y_prob of shape {(truth.size, len(names))}, one row per image of y_true "
+            f"Expected y_prob of shape {(y_true.size, len(names))}, one row per image of y_true "
             f"and one column per class, got {prob.shape}."
         )
     _check_distributions(prob)
-    return truth, prob, names
+    return y_true, prob, names
 
 
 def _check_distributions(prob: FloatArray) -> None:

@@ -95,23 +95,23 @@ def compare_predictions(
         raise ConfigError(f"Expected at least 100 resamples, got {num_resamples}.")
     if not 0 < alpha < 1:
         raise ConfigError(f"Expected alpha in (0, 1), got {alpha}.")
-    truth, given_a, names = check_predictions(y_true, prob_a, classes)
+    y_true, given_a, names = check_predictions(y_true, prob_a, classes)
     _, given_b, _ = check_predictions(y_true, prob_b, classes)
-    group_of, num_groups = number_groups(groups, truth.size)
+    group_of, num_groups = number_groups(groups, y_true.size)
     drawn = [
-        resample(build_scorer(truth, prob), group_of, num_groups, num_resamples, seed)
+        resample(build_scorer(y_true, prob), group_of, num_groups, num_resamples, seed)
         for prob in (given_a, given_b)
     ]
     return {
-        "n": int(truth.size),
+        "n": int(y_true.size),
         "num_groups": num_groups,
         "num_resamples": num_resamples,
         "alpha": alpha,
         "correction": "holm" if primary is None else "primary",
         "primary": primary,
         "scores": _compare_scores(drawn[0], drawn[1], primary, alpha),
-        "mcnemar": compute_mcnemar(given_a.argmax(1) == truth, given_b.argmax(1) == truth),
-        "auroc": _compare_auroc(truth, given_a, given_b, names, alpha),
+        "mcnemar": compute_mcnemar(given_a.argmax(1) == y_true, given_b.argmax(1) == y_true),
+        "auroc": _compare_auroc(y_true, given_a, given_b, names, alpha),
     }
 
 
@@ -122,7 +122,9 @@ def _compare_scores(a: Report, b: Report, primary: str | None, alpha: float) -> 
     for name, p_adjusted in zip(tested, adjusted, strict=True):
         sign = -1 if name in LOWER_IS_BETTER else 1
         scores[name]["p_adjusted"] = p_adjusted
-        scores[name]["verdict"] = _judge(scores[name]["difference"], p_adjusted, alpha, sign)
+        scores[name]["verdict"] = _choose_verdict(
+            scores[name]["difference"], p_adjusted, alpha, sign
+        )
     return scores
 
 
@@ -150,7 +152,7 @@ def _compute_bootstrap_p(drawn: FloatArray) -> float:
     return min(1.0, 2 * (min(below, above) + 1) / (drawn.size + 1))
 
 
-def _judge(difference: float | None, p: float | None, alpha: float, sign: int = 1) -> str:
+def _choose_verdict(difference: float | None, p: float | None, alpha: float, sign: int = 1) -> str:
     if difference is None or p is None or p > alpha or difference == 0:
         return UNDECIDED
     return BETTER if sign * difference > 0 else WORSE
@@ -205,17 +207,17 @@ def compute_mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> d
 
 
 def _compare_auroc(
-    truth: IntArray, a: FloatArray, b: FloatArray, names: Sequence[str], alpha: float
+    y_true: IntArray, a: FloatArray, b: FloatArray, names: Sequence[str], alpha: float
 ) -> dict[str, Any]:
     found = {
-        name: compute_delong_test(truth == k, np.stack([a[:, k], b[:, k]]))
+        name: compute_delong_test(y_true == k, np.stack([a[:, k], b[:, k]]))
         for k, name in enumerate(names)
     }
     adjusted = adjust_holm([one["p_value"] if one else None for one in found.values()])
     for one, p_adjusted in zip(found.values(), adjusted, strict=True):
         if one is not None:
             one["p_adjusted"] = p_adjusted
-            one["verdict"] = _judge(one["difference"], p_adjusted, alpha)
+            one["verdict"] = _choose_verdict(one["difference"], p_adjusted, alpha)
     return found
 
 

@@ -45,10 +45,10 @@ def compute_curves(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str])
     .. [1] Fawcett, "An introduction to ROC analysis", Pattern Recognition Letters 27 (2006).
     .. [2] Guo et al., "On calibration of modern neural networks", ICML (2017), section 2.
     """
-    truth, prob, names = check_predictions(y_true, y_prob, classes)
+    y_true, prob, names = check_predictions(y_true, y_prob, classes)
     return {
-        "per_class": {name: _trace_class(truth == k, prob[:, k]) for k, name in enumerate(names)},
-        "reliability": _build_reliability(truth, prob),
+        "per_class": {name: _trace_class(y_true == k, prob[:, k]) for k, name in enumerate(names)},
+        "reliability": _build_reliability(y_true, prob),
     }
 
 
@@ -58,16 +58,16 @@ def _trace_class(is_positive: NDArray[np.bool_], scores: FloatArray) -> dict[str
     fpr, tpr, recall, precision = none, none, none, none
     if is_positive.any():
         precision, recall, _ = precision_recall_curve(is_positive, scores, drop_intermediate=True)
-        recall, precision = thin_curve(recall[::-1], precision[::-1])
+        recall, precision = downsample_curve(recall[::-1], precision[::-1])
         if not is_positive.all():
-            fpr, tpr = thin_curve(*roc_curve(is_positive, scores)[:2])
+            fpr, tpr = downsample_curve(*roc_curve(is_positive, scores)[:2])
     return {
         "roc": {"fpr": fpr.tolist(), "tpr": tpr.tolist()},
         "pr": {"recall": recall.tolist(), "precision": precision.tolist()},
     }
 
 
-def thin_curve(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
+def downsample_curve(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Keep at most 200 points, evenly spaced along the curve, both ends among them.
 
     Along the curve, not by rank: a steep rise has few points in x and needs them all.
@@ -80,7 +80,7 @@ def thin_curve(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
     return x[kept], y[kept]
 
 
-def _build_reliability(truth: IntArray, prob: FloatArray) -> dict[str, Any]:
+def _build_reliability(y_true: IntArray, prob: FloatArray) -> dict[str, Any]:
     """Return count, mean confidence and accuracy of each bin.
 
     Not :func:`sklearn.calibration.calibration_curve`, which leaves empty bins out and gives
@@ -88,7 +88,7 @@ def _build_reliability(truth: IntArray, prob: FloatArray) -> dict[str, Any]:
     """
     confidence = prob.max(axis=1)
     bins = find_bins(confidence)
-    correct = truth == prob.argmax(axis=1)
+    correct = y_true == prob.argmax(axis=1)
     count = np.bincount(bins, minlength=NUM_RELIABILITY_BINS)
 
     def average(values: FloatArray) -> list[float | None]:

@@ -99,17 +99,17 @@ def compute_evaluation(
     .. [4] Gorodkin, "Comparing two K-category assignments by a K-category correlation
        coefficient", Computational Biology and Chemistry 28 (2004).
     """
-    truth, prob, names = check_predictions(y_true, y_prob, classes)
-    group_of, num_groups = number_groups(groups, truth.size)
-    measure = build_scorer(truth, prob)
+    y_true, prob, names = check_predictions(y_true, y_prob, classes)
+    group_of, num_groups = number_groups(groups, y_true.size)
+    measure = build_scorer(y_true, prob)
     report = resample(measure, group_of, num_groups, num_resamples, seed)
 
     predicted = prob.argmax(axis=1)
     num_classes = len(names)
-    cells = np.bincount(truth * num_classes + predicted, minlength=num_classes**2)
+    cells = np.bincount(y_true * num_classes + predicted, minlength=num_classes**2)
     confusion = cells.reshape(num_classes, num_classes)
     return {
-        "n": int(truth.size),
+        "n": int(y_true.size),
         "num_groups": num_groups,
         **report.report_overall(["accuracy", *MACRO_OF, *_OVERALL_NAMES]),
         "confusion": confusion.tolist(),
@@ -153,20 +153,20 @@ def compute_accuracy(
     ConfigError
         ``num_resamples`` < 0.
     """
-    truth = check_indices("y_true", y_true)
-    predicted = check_indices("y_pred", y_pred, size=truth.size)
-    seen, ranks = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
-    truth, predicted = np.split(ranks.astype(np.int64), 2)
-    group_of, num_groups = number_groups(groups, truth.size)
+    y_true = check_indices("y_true", y_true)
+    predicted = check_indices("y_pred", y_pred, size=y_true.size)
+    seen, ranks = np.unique(np.concatenate([y_true, predicted]), return_inverse=True)
+    y_true, predicted = np.split(ranks.astype(np.int64), 2)
+    group_of, num_groups = number_groups(groups, y_true.size)
 
-    counts = count_columns(truth, predicted, seen.size)
+    counts = count_columns(y_true, predicted, seen.size)
 
     def measure(weights: FloatArray) -> Values:
         return compute_count_scores(weights @ counts)
 
     report = resample(measure, group_of, num_groups, num_resamples, seed)
     names = ["accuracy", "balanced_accuracy", "macro_f1"]
-    return {"n": int(truth.size), "num_groups": num_groups, **report.report_overall(names)}
+    return {"n": int(y_true.size), "num_groups": num_groups, **report.report_overall(names)}
 
 
 def summarise(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str]) -> dict[str, float]:
@@ -188,8 +188,8 @@ def summarise(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str]) -> d
     DataError, ConfigError
         As in :func:`compute_evaluation`.
     """
-    truth, prob, _ = check_predictions(y_true, y_prob, classes)
-    point = build_scorer(truth, prob)(np.ones((1, truth.size)))
+    y_true, prob, _ = check_predictions(y_true, y_prob, classes)
+    point = build_scorer(y_true, prob)(np.ones((1, y_true.size)))
     report = Report(point=point, resamples=None)
     names = ("log_loss", "accuracy", "balanced_accuracy", "macro_f1", "macro_auroc")
     loss, *scores = (float(report.get_overall(point, name)[0]) for name in names)

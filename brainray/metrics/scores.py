@@ -31,18 +31,18 @@ Scorer: TypeAlias = Callable[[FloatArray], Values]
 """Weights of shape (R, N), not negative, to scores."""
 
 
-def build_scorer(truth: IntArray, prob: FloatArray) -> Scorer:
+def build_scorer(y_true: IntArray, prob: FloatArray) -> Scorer:
     """Prepare what does not depend on the weights; return a function of them."""
     num_classes = prob.shape[1]
     predicted = prob.argmax(axis=1)
     columns = [
-        count_columns(truth, predicted, num_classes),
-        _compute_image_losses(truth, prob),
-        _spread_over_bins(prob.max(axis=1), (truth == predicted) - prob.max(axis=1)),
+        count_columns(y_true, predicted, num_classes),
+        _compute_image_losses(y_true, prob),
+        _spread_over_bins(prob.max(axis=1), (y_true == predicted) - prob.max(axis=1)),
     ]
     ends = np.cumsum([block.shape[1] for block in columns])[:-1]
     stacked = np.hstack(columns)
-    rankings = [_rank(truth == k, prob[:, k]) for k in range(num_classes)]
+    rankings = [_rank(y_true == k, prob[:, k]) for k in range(num_classes)]
 
     def score(weights: FloatArray) -> Values:
         counts, losses, gaps = np.split(weights @ stacked, ends, axis=1)
@@ -64,10 +64,10 @@ def build_scorer(truth: IntArray, prob: FloatArray) -> Scorer:
     return score
 
 
-def count_columns(truth: IntArray, predicted: IntArray, num_classes: int) -> FloatArray:
+def count_columns(y_true: IntArray, predicted: IntArray, num_classes: int) -> FloatArray:
     """Return indicator columns, shape (N, 3 K): hit, true class, predicted class."""
     eye = np.eye(num_classes)
-    is_true, is_predicted = eye[truth], eye[predicted]
+    is_true, is_predicted = eye[y_true], eye[predicted]
     return np.hstack([is_true * is_predicted, is_true, is_predicted])
 
 
@@ -101,10 +101,10 @@ def compute_count_scores(counts: FloatArray) -> Values:
     )
 
 
-def _compute_image_losses(truth: IntArray, prob: FloatArray) -> FloatArray:
+def _compute_image_losses(y_true: IntArray, prob: FloatArray) -> FloatArray:
     """Return each image's log loss and Brier score, shape (N, 2)."""
-    own = np.clip(prob[np.arange(truth.size), truth], LOG_LOSS_FLOOR, 1 - LOG_LOSS_FLOOR)
-    brier = ((prob - np.eye(prob.shape[1])[truth]) ** 2).sum(axis=1)
+    own = np.clip(prob[np.arange(y_true.size), y_true], LOG_LOSS_FLOOR, 1 - LOG_LOSS_FLOOR)
+    brier = ((prob - np.eye(prob.shape[1])[y_true]) ** 2).sum(axis=1)
     return np.column_stack([-np.log(own), brier])
 
 

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
 from brainray.metrics.checks import check_predictions
-from brainray.metrics.curves import thin_curve
+from brainray.metrics.curves import downsample_curve
 
 
 def compute_risk_coverage(
@@ -47,23 +47,23 @@ def compute_risk_coverage(
     .. [1] Geifman, Uziel and El-Yaniv, Bias-reduced uncertainty estimation for deep neural
        classifiers, ICLR 2019.
     """
-    truth, prob, _ = check_predictions(y_true, y_prob, classes)
+    y_true, prob, _ = check_predictions(y_true, y_prob, classes)
     confidence = prob.max(axis=1)
-    is_wrong = prob.argmax(axis=1) != truth
+    is_wrong = prob.argmax(axis=1) != y_true
     order = np.argsort(-confidence, kind="stable")
-    falling, count = confidence[order], np.arange(1, truth.size + 1)
-    last = np.append(np.flatnonzero(falling[:-1] > falling[1:]), truth.size - 1)
+    falling, count = confidence[order], np.arange(1, y_true.size + 1)
+    last = np.append(np.flatnonzero(falling[:-1] > falling[1:]), y_true.size - 1)
     wrong = np.cumsum(is_wrong[order])[last]
-    risk, coverage = wrong / count[last], count[last] / truth.size
+    risk, coverage = wrong / count[last], count[last] / y_true.size
     widths = np.diff(coverage, prepend=0.0)
 
     is_answered = confidence >= min_confidence
     answered, errors = int(is_answered.sum()), int(is_wrong[is_answered].sum())
-    best = np.maximum(count - (truth.size - is_wrong.sum()), 0) / count
-    thin_coverage, thin_risk = thin_curve(coverage, risk)
+    best = np.maximum(count - (y_true.size - is_wrong.sum()), 0) / count
+    thin_coverage, thin_risk = downsample_curve(coverage, risk)
     return {
         "min_confidence": min_confidence,
-        "coverage": answered / truth.size,
+        "coverage": answered / y_true.size,
         "num_answered": answered,
         "risk": errors / answered if answered else None,
         "risk_ci95": _interval(errors, answered),

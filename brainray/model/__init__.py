@@ -1,1 +1,1 @@
-"""The network and the sealed classifier folder."""
+"""The network and the classifier bundle."""

@@ -1,16 +1,15 @@
-"""The sealed classifier folder: weights and everything that is needed to be right with them.
+"""The classifier bundle: a folder with the weights and everything needed to use them correctly.
 
 ::
 
     classifier/
-      model.safetensors    the weights; training seals those that are multiplied in bf16
-      trust.safetensors    where the features of the training images lie; absent if not fitted
-      classifier.json      class order, preprocessing, calibration and thresholds, where they came
-                           from, the hashes of the others
-      MODEL_CARD.md        what training knew of it, for people; absent in older folders
+      model.safetensors    weights; those that are multiplied are stored in bf16
+      ood.safetensors      arrays of the out-of-distribution detector; absent if it was not fitted
+      classifier.json      metadata: classes, preprocessing, calibration, provenance, file hashes
+      MODEL_CARD.md        description for people; absent if the bundle was saved without one
 
-Nothing in it is pickled. Who opens the folder needs no flag. Opening it does without torch, which
-takes seconds to import: OpenVINO computes with the weights as they are.
+Nothing in it is pickled. Whoever opens the folder needs no flag. Opening it does not import torch,
+which takes seconds: OpenVINO uses the weights as they are.
 """
 
 import hashlib
@@ -28,8 +27,8 @@ from brainray import storage
 from brainray.errors import BrainrayError, ClassifierError
 from brainray.images.preprocess import Preprocessing
 from brainray.labels import check_classes
+from brainray.model.calibration import Calibration
 from brainray.model.resnet50 import list_shapes
-from brainray.model.trust import Trust
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,44 +37,39 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "resnet50"
 
-SCHEMA_VERSION = 3
-READABLE_VERSIONS = (1, 2, 3)
-"""Version 1 knew no `trust`: its softmax stands, and it always gives a class. Version 2 knew where
-the last stage's features lie, and no other's."""
-ADDED_PREPROCESSING = {"crop", "intensity"}
-"""Fields that a folder of any version may lack; their defaults are what was done before."""
+SCHEMA_VERSION = 4
 WEIGHTS_FILE = "model.safetensors"
-TRUST_FILE = "trust.safetensors"
-CARD_FILE = "classifier.json"
+OOD_FILE = "ood.safetensors"
+METADATA_FILE = "classifier.json"
 
-SEALED_PARTS = (
+FIXED_PARTS = (
     "schema_version",
     "classifier_id",
     "architecture",
     "classes",
     "preprocessing",
     "weights",
-    "trust",
+    "calibration",
 )
-"""Parts of classifier.json that say what the weights mean; never amended."""
+"""Parts of classifier.json that define how the weights are used; they never change."""
 
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """An opened classifier: weights and the meaning of their numbers. Can be pickled."""
+    """An opened classifier bundle. It can be pickled."""
 
     weights: dict[str, NDArray[np.float32]]
     """By torchvision's names, in fp32: see :func:`brainray.model.resnet50.list_shapes`."""
     classes: tuple[str, ...]
     preprocessing: Preprocessing
-    trust: Trust
-    card: dict[str, Any]
+    calibration: Calibration
+    metadata: dict[str, Any]
     """The content of classifier.json."""
 
     @property
     def classifier_id(self) -> str:
-        """First 12 hexadecimal digits of the hash over all that shapes an answer."""
-        return str(self.card["classifier_id"])
+        """First 12 hexadecimal digits of a hash over all that determines a prediction."""
+        return str(self.metadata["classifier_id"])
 
     def build_network(self) -> "nn.Module":
         """Build the network in torch, on the CPU, in evaluation mode, channels-last."""
@@ -95,24 +89,24 @@ def save_classifier(
     classes: Sequence[str],
     preprocessing: Preprocessing,
     provenance: dict[str, Any],
-    trust: Trust | None = None,
+    calibration: Calibration | None = None,
 ) -> str:
-    """Seal a classifier folder.
+    """Save a classifier bundle.
 
     Parameters
     ----------
     classifier_uri : str
-        The folder; what it held before is replaced.
+        The folder; its previous content is replaced.
     state : dict of Tensor
         Weights of :func:`brainray.model.network.build_network`.
     classes : sequence of str
         In the order of the network's outputs.
     preprocessing : Preprocessing
-        What turns pixels into the network's input.
+        How pixels become the network's input.
     provenance : dict
         JSON-ready: training configuration, data manifest hash, metrics, versions, revision.
-    trust : Trust, optional
-        How its answers are calibrated and withheld; not at all, if not given.
+    calibration : Trust, optional
+        Plain softmax that always gives a class, if not given.
 
     Returns
     -------
@@ -124,18 +118,19 @@ def save_classifier(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     content = safetensors.torch.save(tensors)
     weights_sha256 = hashlib.sha256(content).hexdigest()
-    trust = trust or Trust.nothing(len(classes))
-    sealed_trust = trust.describe()
-    arrays = safetensors.numpy.save(trust.list_tensors()) if trust.likeness else None
+    calibration = calibration or Calibration.identity(len(classes))
+    described = calibration.to_json()
+    detector = calibration.ood_detector
+    arrays = safetensors.numpy.save(detector.to_arrays()) if detector else None
     if arrays is not None:
-        sealed_trust["sha256"] = hashlib.sha256(arrays).hexdigest()
+        described["sha256"] = hashlib.sha256(arrays).hexdigest()
     meaning = {
         "classes": list(classes),
         "preprocessing": asdict(preprocessing),
-        "trust": sealed_trust,
+        "calibration": described,
     }
     classifier_id = _identify(weights_sha256, meaning)
-    card = {
+    metadata = {
         **provenance,
         "schema_version": SCHEMA_VERSION,
         "classifier_id": classifier_id,
@@ -144,12 +139,12 @@ def save_classifier(
         "weights": {"file": WEIGHTS_FILE, "sha256": weights_sha256, "size_bytes": len(content)},
     }
     storage.write_bytes(storage.join(classifier_uri, WEIGHTS_FILE), content)
-    trust_uri = storage.join(classifier_uri, TRUST_FILE)
+    ood_uri = storage.join(classifier_uri, OOD_FILE)
     if arrays is not None:
-        storage.write_bytes(trust_uri, arrays)
-    elif storage.exists(trust_uri):
-        storage.delete_file(trust_uri)
-    storage.write_json(storage.join(classifier_uri, CARD_FILE), card)
+        storage.write_bytes(ood_uri, arrays)
+    elif storage.exists(ood_uri):
+        storage.delete_file(ood_uri)
+    storage.write_json(storage.join(classifier_uri, METADATA_FILE), metadata)
     return classifier_id
 
 
@@ -159,14 +154,14 @@ def _identify(weights_sha256: str, meaning: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def amend_card(classifier_uri: str, additions: dict[str, Any]) -> None:
-    """Add to what a sealed classifier says of itself; weights and meaning stay as they are."""
-    card = read_card(classifier_uri)
-    sealed = {name: card[name] for name in SEALED_PARTS if name in card}
-    storage.write_json(storage.join(classifier_uri, CARD_FILE), card | additions | sealed)
+def amend_classifier_metadata(classifier_uri: str, additions: dict[str, Any]) -> None:
+    """Add entries to the metadata; the parts in :data:`FIXED_PARTS` stay as they are."""
+    metadata = read_classifier_metadata(classifier_uri)
+    fixed = {name: metadata[name] for name in FIXED_PARTS}
+    storage.write_json(storage.join(classifier_uri, METADATA_FILE), metadata | additions | fixed)
 
 
-def read_card(classifier_uri: str) -> dict[str, Any]:
+def read_classifier_metadata(classifier_uri: str) -> dict[str, Any]:
     """Read and check classifier.json.
 
     Raises
@@ -174,23 +169,23 @@ def read_card(classifier_uri: str) -> dict[str, Any]:
     ClassifierError
         It is missing, is of another schema, or lacks a part.
     """
-    uri = storage.join(classifier_uri, CARD_FILE)
+    uri = storage.join(classifier_uri, METADATA_FILE)
     try:
-        card = storage.read_json(uri)
+        metadata = storage.read_json(uri)
     except FileNotFoundError as error:
         raise ClassifierError(
-            f"No classifier at '{classifier_uri}': expected {CARD_FILE} in it. "
+            f"No classifier at '{classifier_uri}': expected {METADATA_FILE} in it. "
             "Give the folder that training wrote as <output>/classifier."
         ) from error
     except BrainrayError as error:
         raise ClassifierError(
             f"The classifier at '{classifier_uri}' is damaged: {error}"
         ) from error
-    found = card.get("schema_version") if isinstance(card, dict) else None
-    if found not in READABLE_VERSIONS:
+    found = metadata.get("schema_version") if isinstance(metadata, dict) else None
+    if found != SCHEMA_VERSION:
         raise ClassifierError(
             f"Expected classifier schema {SCHEMA_VERSION} in '{uri}', found {found}. "
-            "Use the brainray version that wrote it, or train again."
+            "Use the brainray version that wrote it, or train again with this one."
         )
     needed = {
         "classifier_id": str,
@@ -198,15 +193,16 @@ def read_card(classifier_uri: str) -> dict[str, Any]:
         "classes": list,
         "preprocessing": dict,
         "weights": dict,
-    } | ({"trust": dict} if found > 1 else {})
-    missing = [name for name, kind in needed.items() if not isinstance(card.get(name), kind)]
+        "calibration": dict,
+    }
+    missing = [name for name, kind in needed.items() if not isinstance(metadata.get(name), kind)]
     if missing:
         raise ClassifierError(f"'{uri}' lacks {', '.join(missing)}. Restore the folder.")
-    return dict(card)
+    return dict(metadata)
 
 
 def load_classifier(classifier_uri: str) -> Classifier:
-    """Open a sealed classifier folder.
+    """Open a classifier bundle.
 
     Parameters
     ----------
@@ -216,72 +212,69 @@ def load_classifier(classifier_uri: str) -> Classifier:
     Raises
     ------
     ClassifierError
-        The folder is missing, foreign, damaged, or of another schema version.
+        The bundle is missing, damaged, or of another schema version.
     """
-    card = read_card(classifier_uri)
-    classes, preprocessing = _read_meaning(card, classifier_uri)
-    weights = _read_sealed_weights(card, classifier_uri)
+    metadata = read_classifier_metadata(classifier_uri)
+    classes, preprocessing = _read_meaning(metadata, classifier_uri)
+    weights = _read_weights(metadata, classifier_uri)
     if {name: values.shape for name, values in weights.items()} != list_shapes(len(classes)):
         raise ClassifierError(
             f"The weights in '{classifier_uri}' do not fit a {ARCHITECTURE} with "
             f"{len(classes)} classes. Restore the folder."
         )
-    parts = ("classes", "preprocessing", "trust")
-    meaning: dict[str, Any] = {name: card[name] for name in parts if name in card}
-    if card["classifier_id"] != _identify(card["weights"]["sha256"], meaning):
+    meaning = {name: metadata[name] for name in ("classes", "preprocessing", "calibration")}
+    if metadata["classifier_id"] != _identify(metadata["weights"]["sha256"], meaning):
         raise ClassifierError(
-            f"The {', '.join(meaning)} in '{classifier_uri}' were changed after they were sealed: "
-            f"they do not give the id {card['classifier_id']}. Restore the folder."
+            f"The {', '.join(meaning)} in '{classifier_uri}' were changed after the bundle was saved: "
+            f"they do not give the id {metadata['classifier_id']}. Restore the folder."
         )
-    trust = read_trust(card, classifier_uri)
-    return Classifier(weights, classes, preprocessing, trust, card)
+    calibration = read_calibration(metadata, classifier_uri)
+    return Classifier(weights, classes, preprocessing, calibration, metadata)
 
 
-def read_trust(card: dict[str, Any], where: str) -> Trust:
-    """Read how a classifier's answers are calibrated and withheld.
+def read_calibration(metadata: dict[str, Any], where: str) -> Calibration:
+    """Read the calibration of a classifier bundle.
 
     Parameters
     ----------
-    card : dict
-        From :func:`read_card`.
+    metadata : dict
+        From :func:`read_classifier_metadata`.
     where : str
-        The classifier's folder.
+        The bundle's folder.
 
     Raises
     ------
     ClassifierError
         It is damaged.
     """
-    described = card.get("trust")
-    if described is None:
-        return Trust.nothing(len(card["classes"]))
-    tensors: dict[str, NDArray[np.float32]] = {}
+    described = metadata["calibration"]
+    arrays: dict[str, NDArray[np.float32]] = {}
     if "sha256" in described:
-        content = _read_sealed(storage.join(where, TRUST_FILE), described["sha256"])
-        tensors = safetensors.numpy.load(content)
-    return Trust.restore(described, tensors)
+        content = _read_hashed(storage.join(where, OOD_FILE), described["sha256"])
+        arrays = safetensors.numpy.load(content)
+    return Calibration.from_json(described, arrays)
 
 
-def _read_meaning(card: dict[str, Any], where: str) -> tuple[tuple[str, ...], Preprocessing]:
-    name = card["architecture"].get("name")
+def _read_meaning(metadata: dict[str, Any], where: str) -> tuple[tuple[str, ...], Preprocessing]:
+    name = metadata["architecture"].get("name")
     if name != ARCHITECTURE:
         raise ClassifierError(f"Expected a {ARCHITECTURE} in '{where}', found '{name}'.")
     known = {field.name for field in fields(Preprocessing)}
-    given = set(card["preprocessing"])
-    if not known - ADDED_PREPROCESSING <= given <= known:
+    given = set(metadata["preprocessing"])
+    if given != known:
         raise ClassifierError(
             f"Expected the preprocessing in '{where}' to give {', '.join(sorted(known))}; "
             f"found {', '.join(sorted(given))}."
         )
     try:
-        return check_classes(card["classes"]), Preprocessing(**card["preprocessing"])
+        return check_classes(metadata["classes"]), Preprocessing(**metadata["preprocessing"])
     except (BrainrayError, TypeError, AttributeError) as error:
         raise ClassifierError(f"The classifier at '{where}' is damaged: {error}") from error
 
 
-def _read_sealed_weights(card: dict[str, Any], where: str) -> dict[str, NDArray[np.float32]]:
+def _read_weights(metadata: dict[str, Any], where: str) -> dict[str, NDArray[np.float32]]:
     uri = storage.join(where, WEIGHTS_FILE)
-    content = _read_sealed(uri, str(card["weights"].get("sha256")))
+    content = _read_hashed(uri, str(metadata["weights"].get("sha256")))
     try:
         tensors = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
@@ -300,7 +293,7 @@ def _widen(tensor: dict[str, Any]) -> NDArray[np.float32]:
     return values.reshape(tensor["shape"])
 
 
-def _read_sealed(uri: str, sha256: str) -> bytes:
+def _read_hashed(uri: str, sha256: str) -> bytes:
     where, _, name = uri.rpartition("/")
     try:
         content = storage.read_bytes(uri)
@@ -309,7 +302,7 @@ def _read_sealed(uri: str, sha256: str) -> bytes:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ClassifierError(
-            f"The bytes of {name} in '{where}' are not the sealed ones: expected SHA-256 "
+            f"The bytes of {name} in '{where}' have changed: expected SHA-256 "
             f"{sha256[:12]}…, found {found[:12]}…. Restore the folder."
         )
     return content

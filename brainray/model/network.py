@@ -118,7 +118,7 @@ def fetch_weights(
     Raises
     ------
     WeightsError
-        They cannot be had or read; the message names the remedies.
+        They is not available or read; the message names the remedies.
     """
     if weights_uri is not None:
         return _read_weights(weights_uri)
@@ -136,7 +136,7 @@ def _read_weights(uri: str) -> StateDict:
         loaded = _load_pickle_safely(content)
     except Exception as error:  # torch raises several kinds for a file that is not its own
         raise WeightsError(
-            f"'{uri}' is not a state dict that loads without running code ({_say(error)}). "
+            f"'{uri}' is not a state dict that loads without running code ({_log(error)}). "
             "Expected .safetensors, or .pth saved from model.state_dict()."
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
@@ -153,7 +153,7 @@ def _load_pickle_safely(content: bytes) -> Any:  # noqa: ANN401 - a file may hol
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _say(error: Exception) -> str:
+def _log(error: Exception) -> str:
     """Say an error in one line, without torch's advice to load the pickle unsafely."""
     lines = str(error).splitlines()
     if isinstance(error, pickle.UnpicklingError) or not lines:
@@ -185,7 +185,7 @@ def _download_imagenet() -> StateDict:
             )
     except Exception as error:  # the network, the disk and a damaged file raise several kinds
         raise WeightsError(
-            f"ImageNet weights cannot be had ({_say(error)}). Put the file at "
+            f"ImageNet weights is not available ({_log(error)}). Put the file at "
             f"'{imagenet_weights_path()}', or pass --weights-uri FILE (.safetensors or .pth), "
             "or --weights none to start from random weights."
         ) from error

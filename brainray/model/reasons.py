@@ -3,7 +3,7 @@
 from typing import Literal
 
 from brainray.images.decode import REJECTION_REASONS
-from brainray.model.trust import TRUST_REASONS, UNLIKE_TRAINING
+from brainray.model.calibration import NO_CLASS_REASONS, UNLIKE_TRAINING
 
 NOTICE = "Research use only; not a medical device."
 INTENDED_USE = (
@@ -17,7 +17,7 @@ NOT_INTENDED_FOR = (
 
 Status = Literal["classified", "abstained", "rejected"]
 
-REASONS: dict[str, str] = REJECTION_REASONS | TRUST_REASONS
+REASONS: dict[str, str] = REJECTION_REASONS | NO_CLASS_REASONS
 """Why a scan may get no class: stable code to one sentence."""
 
 

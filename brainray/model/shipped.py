@@ -9,7 +9,7 @@ SHIPPED_FOLDER = Path(__file__).parents[2] / "models" / "brain-mri-resnet50"
 
 
 def find_default_classifier() -> str:
-    """Return the sealed folder that ``$BRAINRAY_CLASSIFIER`` names, else the project's own.
+    """Return the classifier bundle that ``$BRAINRAY_CLASSIFIER`` names, else the project's own.
 
     Whether one is there is found out by who opens it.
     """

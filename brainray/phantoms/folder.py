@@ -25,7 +25,7 @@ class Phantom:
     label: str
     """Class name."""
     subject: str
-    """Subject identifier; slices of one subject are near twins."""
+    """Subject identifier; slices of one subject are near duplicates."""
     image_bytes: bytes
     """Encoded JPEG or PNG, grey or RGB."""
 
@@ -92,7 +92,7 @@ def iterate_phantoms(
     classes : sequence of str
         Class names among ``BRAIN_TUMOUR_CLASSES``.
     slices_per_subject : int
-        Near-twin slices of each subject; the last subject may have fewer.
+        Near duplicate slices of each subject; the last subject may have fewer.
 
     Yields
     ------

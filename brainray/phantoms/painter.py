@@ -268,7 +268,7 @@ def draw_phantom(
     label : str
         Class name, one of ``BRAIN_TUMOUR_CLASSES``.
     rng : Generator
-        Source of the dice.
+        Source of the rng.
     plane : {"axial", "coronal", "sagittal"}, optional
         Drawn evenly where not given.
 

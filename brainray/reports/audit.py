@@ -16,10 +16,10 @@ _GALLERIES = {
         "Left a held-out scan, right a training scan with exactly the same pixels.",
     ),
     "near": (
-        "Near-twins across splits",
+        "Near duplicates across splits",
         "Left a held-out scan, right the training scan most like it. From the least alike upwards.",
     ),
-    "copies": (
+    "exact_duplicates": (
         "The same picture twice",
         "Two scans of the data set with exactly the same pixels.",
     ),
@@ -113,7 +113,9 @@ def render_audit(
         "unit": plots.build_axis(0, 1),
         "settings": list_settings({"All settings": configuration}),
     }
-    has_conflicts = any(document[name]["num_mixed"] for name in ("copies", "near_twins", "groups"))
+    has_conflicts = any(
+        document[name]["num_mixed"] for name in ("exact_duplicates", "near_duplicates", "groups")
+    )
     page["has_conflicts"] = has_conflicts
     headings = {
         "short": (True, "In short"),
@@ -141,7 +143,7 @@ def _list_baseline(leak: Mapping[str, Any]) -> list[Estimate]:
         share = format_share(row["n"] / leak["n"])
         rows.append(
             Estimate(
-                label=_say_bounds(row["low"], row["high"]),
+                label=_describe_bounds(row["low"], row["high"]),
                 note=f"{row['n']:,} scans" + ("" if row["n"] == leak["n"] else f", {share}"),
                 value=row["accuracy"],
                 interval=_interval(row["accuracy_ci95"]),
@@ -151,11 +153,11 @@ def _list_baseline(leak: Mapping[str, Any]) -> list[Estimate]:
     return rows
 
 
-def _say_bounds(low: float | None, high: float | None) -> str:
+def _describe_bounds(low: float | None, high: float | None) -> str:
     if low is None and high is None:
         return "All held-out scans"
     if high is None:
-        return f"{low} or more: a near-twin"
+        return f"{low} or more: a near duplicate"
     return f"Below {high}" if low is None else f"{low} to {high}"
 
 

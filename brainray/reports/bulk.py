@@ -8,7 +8,12 @@ from markupsafe import Markup
 
 from brainray.model.reasons import REASONS
 from brainray.reports import plots
-from brainray.reports.evaluation import Mistake, build_judged, describe_judged, head_judged
+from brainray.reports.evaluation import (
+    Mistake,
+    build_evaluated_split,
+    describe_evaluation,
+    list_contents,
+)
 from brainray.reports.page import format_moment, list_settings, render_page, select_sections
 
 _STATUSES = {
@@ -131,7 +136,11 @@ def render_bulk_report(
     classes, run = metrics["classes"], metrics["run"]
     evaluation = metrics.get("evaluation") or {}
     judged = (
-        [build_judged("scans of known class", "the scans of known class", evaluation, curves)]
+        [
+            build_evaluated_split(
+                "scans of known class", "the scans of known class", evaluation, curves
+            )
+        ]
         if evaluation.get("n")
         else []
     )
@@ -148,7 +157,7 @@ def render_bulk_report(
         "series": _list_series_answers(metrics),
         **_count_answers(metrics),
         **_describe_confidence(metrics["confidence_histogram"]),
-        **describe_judged(
+        **describe_evaluation(
             judged,
             classes=classes,
             columns={part.name.capitalize(): part.evaluation for part in judged},
@@ -165,7 +174,7 @@ def render_bulk_report(
         "throughput": (True, "Throughput"),
         "uncertain": (uncertain, "Least certain scans"),
         "accuracy": (judged, "Accuracy where the class is known"),
-        **head_judged(judged),
+        **list_contents(judged),
         "configuration": (page["settings"], "Settings"),
         "reading": (True, "How to read this"),
     }

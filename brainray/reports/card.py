@@ -27,8 +27,8 @@ INTENDED_USERS = (
 )
 
 _SPLITS = {"test": "test", "val": "validation"}  # the most telling first
-_PARTS = {"all": "all images", "no_twin": "images without a near-twin"}
-_BASELINES = {"all": "baseline_1nn", "no_twin": "baseline_1nn_no_twin"}
+_PARTS = {"all": "all images", "without_near_duplicates": "images without a near duplicate"}
+_BASELINES = {"all": "baseline_1nn", "without_near_duplicates": "baseline_1nn_no_near_duplicate"}
 _SCORES = {
     "accuracy": "Accuracy",
     "balanced_accuracy": "Balanced accuracy",
@@ -49,14 +49,14 @@ _MARKS = re.compile(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def build_model_card(
-    card: Mapping[str, Any], metrics: Mapping[str, Any], data: Mapping[str, Any]
+    metadata: Mapping[str, Any], metrics: Mapping[str, Any], data: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Bring together what a training run knows of its classifier.
 
     Parameters
     ----------
-    card : mapping
-        Content of ``classifier.json``. Of ``trust``, if it is there, the scalars are taken.
+    metadata : mapping
+        Content of ``classifier.json``. Of ``calibration``, if it is there, the scalars are taken.
     metrics : mapping
         Content of ``metrics.json``.
     data : mapping
@@ -69,9 +69,9 @@ def build_model_card(
     """
     judged = [split for split in _SPLITS if metrics.get(split)]
     results = {split: _select_results(metrics[split]) for split in judged}
-    training = _describe_training(card.get("training") or {}, metrics.get("training") or {})
+    training = _describe_training(metadata.get("training") or {}, metrics.get("training") or {})
     config = training["configuration"]
-    trust = _select_scalars(card.get("trust") or {})
+    calibration = _select_scalars(metadata.get("calibration") or {})
     return {
         "notice": NOTICE,
         "use": {
@@ -80,15 +80,15 @@ def build_model_card(
             "not_intended_for": NOT_INTENDED_FOR,
         },
         "classifier": {
-            "classifier_id": card["classifier_id"],
-            "classes": list(card["classes"]),
-            "architecture": dict(card["architecture"]),
-            "weights_size_bytes": card["weights"].get("size_bytes"),
-            "preprocessing": dict(card["preprocessing"]),
+            "classifier_id": metadata["classifier_id"],
+            "classes": list(metadata["classes"]),
+            "architecture": dict(metadata["architecture"]),
+            "weights_size_bytes": metadata["weights"].get("size_bytes"),
+            "preprocessing": dict(metadata["preprocessing"]),
         },
         "data": {
             **data,
-            "manifest_sha256": card.get("data_manifest_sha256"),
+            "manifest_sha256": metadata.get("data_manifest_sha256"),
             "group_correlation": config.get("group_correlation"),
             "fractions": {split: config.get(f"{split}_fraction") for split in _SPLITS},
             "seed": config.get("seed"),
@@ -96,11 +96,11 @@ def build_model_card(
         "training": training,
         "results": results,
         "engine": (metrics.get("runtime") or {}).get("description"),
-        "trust": trust,
-        "limits": _list_limits(data, results, trust, len(card["classes"])),
+        "calibration": calibration,
+        "limits": _list_limits(data, results, calibration, len(metadata["classes"])),
         "software": {
-            "versions": dict(card.get("versions") or {}),
-            "code_revision": card.get("code_revision"),
+            "versions": dict(metadata.get("versions") or {}),
+            "code_revision": metadata.get("code_revision"),
         },
         "guidelines": [CLAIM.describe(), TRIPOD_AI.describe()],
     }
@@ -142,15 +142,22 @@ def format_estimate(found: Mapping[str, Any], name: str) -> str:
 
 def _select_results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Select what the card shows of a split's metrics."""
-    no_twin, baseline = evaluation.get("no_twin"), evaluation.get("baseline_1nn")
+    without_near_duplicates, baseline = (
+        evaluation.get("without_near_duplicates"),
+        evaluation.get("baseline_1nn"),
+    )
     return {
         "n": evaluation["n"],
-        "twin_correlation": evaluation.get("twin_correlation"),
-        "near_twin_share": None if no_twin is None else 1 - no_twin["n"] / evaluation["n"],
+        "near_duplicate_correlation": evaluation.get("near_duplicate_correlation"),
+        "near_duplicate_share": None
+        if without_near_duplicates is None
+        else 1 - without_near_duplicates["n"] / evaluation["n"],
         "all": _select_scores(evaluation),
-        "no_twin": _select_scores(no_twin),
+        "without_near_duplicates": _select_scores(without_near_duplicates),
         "baseline_1nn": _select_scores(baseline),
-        "baseline_1nn_no_twin": _select_scores((baseline or {}).get("no_twin")),
+        "baseline_1nn_no_near_duplicate": _select_scores(
+            (baseline or {}).get("without_near_duplicates")
+        ),
         "confusion": evaluation.get("confusion"),
     }
 
@@ -176,10 +183,12 @@ def _keep(
     return {name: found[name] for name in names if name in found}
 
 
-def _select_scalars(trust: Mapping[str, Any]) -> dict[str, Any]:
+def _select_scalars(calibration: Mapping[str, Any]) -> dict[str, Any]:
     """Select the scalars, under dotted names."""
     scalar = (str, int, float, bool, type(None))
-    return {name: value for name, value in flatten(trust).items() if isinstance(value, scalar)}
+    return {
+        name: value for name, value in flatten(calibration).items() if isinstance(value, scalar)
+    }
 
 
 def _describe_training(sealed: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,7 +214,7 @@ def _describe_training(sealed: Mapping[str, Any], summary: Mapping[str, Any]) ->
 def _list_limits(
     data: Mapping[str, Any],
     results: Mapping[str, Mapping[str, Any]],
-    trust: Mapping[str, Any],
+    calibration: Mapping[str, Any],
     num_classes: int,
 ) -> list[str]:
     """List the limits that hold for this run, in sentences."""
@@ -230,11 +239,11 @@ def _list_limits(
         "Age, sex, scanner and sequence are not known: no subgroup was looked at.",
         "It is one training run: how much another seed would change is not known.",
     ]
-    if trust.get("facts.method", "none") == "none":
+    if calibration.get("facts.method", "none") == "none":
         limits.append("Its probabilities are not calibrated after training.")
-    if not trust.get("min_confidence"):
+    if not calibration.get("min_confidence"):
         limits.append("It never abstains: the most probable class is given, however improbable.")
-    if trust.get("max_distance") is None:
+    if calibration.get("max_distance") is None:
         limits.append("It does not know what is no brain MRI: every picture gets an answer.")
     if data["rejected"]:
         count = sum(data["rejected"].values())
@@ -259,10 +268,10 @@ def _describe_patients(data: Mapping[str, Any]) -> str:
 def _list_leaks(name: str, result: Mapping[str, Any]) -> list[str]:
     """Say what of a split may be memory, and where a vote that learns nothing does better."""
     lines = []
-    share = result["near_twin_share"]
+    share = result["near_duplicate_share"]
     if share:
         lines.append(
-            f"{format_share(share)} of the {name} images have a near-twin among those they are "
+            f"{format_share(share)} of the {name} images have a near duplicate among those they are "
             "held out from: scores on all images measure memory in part."
         )
     for part, words in _PARTS.items():

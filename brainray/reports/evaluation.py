@@ -54,7 +54,7 @@ class Mistake:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judged:
+class EvaluatedSplit:
     """Scans whose class is known, judged together."""
 
     name: str
@@ -67,24 +67,24 @@ class Judged:
     """The figures ``roc``, ``pr`` and ``reliability``; empty if there are no curves."""
 
 
-def build_judged(
+def build_evaluated_split(
     name: str, place: str, evaluation: Mapping[str, Any], curves: Mapping[str, Any] | None
-) -> Judged:
+) -> EvaluatedSplit:
     """Bring an evaluation together with the drawings of its curves.
 
     Parameters
     ----------
     name, place, evaluation
-        As in :class:`Judged`.
+        As in :class:`EvaluatedSplit`.
     curves : mapping or None
         What :func:`brainray.metrics.compute_curves` returned, where known.
     """
     figures = _draw_curves(curves, place) if curves else {}
-    return Judged(name=name, place=place, evaluation=evaluation, figures=figures)
+    return EvaluatedSplit(name=name, place=place, evaluation=evaluation, figures=figures)
 
 
-def describe_judged(
-    judged: Sequence[Judged],
+def describe_evaluation(
+    judged: Sequence[EvaluatedSplit],
     *,
     classes: Sequence[str],
     columns: Mapping[str, Mapping[str, Any]],
@@ -95,7 +95,7 @@ def describe_judged(
 
     Parameters
     ----------
-    judged : sequence of Judged
+    judged : sequence of EvaluatedSplit
         The most telling first; may be empty.
     classes : sequence of str
         Class names, in class order.
@@ -118,7 +118,7 @@ def describe_judged(
     }
 
 
-def head_judged(judged: Sequence[Judged]) -> dict[str, tuple[object, str]]:
+def list_contents(judged: Sequence[EvaluatedSplit]) -> dict[str, tuple[object, str]]:
     """Give content and heading of the sections of ``evaluation.html.j2``, by anchor."""
     figures = any(part.figures for part in judged)
     return {

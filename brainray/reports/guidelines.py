@@ -65,7 +65,7 @@ CLAIM = Guideline(
         Item("27", "Ensembling", "None: one network."),
         Item("28", "Measures of performance", "See Results."),
         Item("29", "Uncertainty", "See Results: bootstrap over groups."),
-        Item("30", "Robustness", "In part: see Results, of images without a near-twin."),
+        Item("30", "Robustness", "In part: see Results, of images without a near duplicate."),
         Item("31", "Explainability", "In part: class activation maps exist; none was judged here."),
         Item("32", "Evaluation on internal data", "See Results."),
         Item("33", "Testing on external data", "In part: this run judged no other data set."),

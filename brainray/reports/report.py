@@ -7,9 +7,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from brainray.model.trust import TRUST_REASONS
+from brainray.model.calibration import NO_CLASS_REASONS
 from brainray.reports import plots
-from brainray.reports.evaluation import Mistake, build_judged, describe_judged, head_judged
+from brainray.reports.evaluation import (
+    Mistake,
+    build_evaluated_split,
+    describe_evaluation,
+    list_contents,
+)
 from brainray.reports.page import list_settings, render_page, select_sections
 
 __all__ = ["Estimate", "Mistake", "render_report"]
@@ -55,8 +60,8 @@ def render_report(
         Heading of the page.
     metrics : dict
         Content of ``metrics.json``: ``classes``, and per split (``test``, ``val``, ``cv``; each
-        may be absent) what :func:`brainray.metrics.compute_evaluation` returned, with ``no_twin``,
-        ``baseline_1nn``, ``trust`` and ``rejected`` where known. ``training`` is shown as a table,
+        may be absent) what :func:`brainray.metrics.compute_evaluation` returned, with ``without_near_duplicates``,
+        ``baseline_1nn``, ``calibration`` and ``rejected`` where known. ``training`` is shown as a table,
         and so are ``folds`` with their ``spread``.
     epochs : sequence of dict
         Records of ``metrics.jsonl``; empty for an evaluation. Of an epoch recorded twice, as
@@ -77,7 +82,7 @@ def render_report(
     """
     splits = {key: name for key, (name, _) in _SPLITS.items() if metrics.get(key)}
     judged = [
-        build_judged(name, _SPLITS[split][1], metrics[split], curves.get(split))
+        build_evaluated_split(name, _SPLITS[split][1], metrics[split], curves.get(split))
         for split, name in splits.items()
     ]
     tables = {
@@ -94,7 +99,7 @@ def render_report(
         "spread_names": _SPREAD,
         "settings": list_settings(tables),
         **_describe_splits(metrics, splits),
-        **describe_judged(
+        **describe_evaluation(
             judged,
             classes=metrics["classes"],
             columns=_build_columns(metrics, splits),
@@ -106,8 +111,8 @@ def render_report(
         "headline": (judged, f"Accuracy on {judged[0].place}" if judged else ""),
         "folds": (page["folds"], "The folds"),
         "learning": (page["history"], "Learning curves"),
-        **head_judged(judged),
-        "trust": (page["trusted"], "Calibration and abstention"),
+        **list_contents(judged),
+        "confidence": (page["confidence"], "Calibration and abstention"),
         "rejected": (page["rejected"], "Rejected scans"),
         "configuration": (page["settings"], "Configuration"),
         "reading": (True, "How to read this"),
@@ -123,37 +128,47 @@ def _describe_splits(metrics: Mapping[str, Any], splits: Mapping[str, str]) -> d
     return {
         "estimates": estimates,
         "forest": _build_forest_axis(estimates),
-        "twin_correlation": metrics[main].get("twin_correlation") if main else None,
+        "near_duplicate_correlation": metrics[main].get("near_duplicate_correlation")
+        if main
+        else None,
         "rejected": _count_rejected(metrics, splits),
-        **_describe_trust({name: metrics[split].get("trust") for split, name in splits.items()}),
+        **_describe_calibration(
+            {name: metrics[split].get("confidence") for split, name in splits.items()}
+        ),
     }
 
 
-def _describe_trust(found: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
+def _describe_calibration(found: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
     """Gather what the page says of calibration and abstention, by the split's name."""
-    trusted = {name: trust for name, trust in found.items() if trust}
+    fitted = {name: confidence for name, confidence in found.items() if confidence}
     figures = {}
-    for name, trust in trusted.items():
-        selective = trust["selective"]
+    for name, confidence in fitted.items():
+        selective = confidence["selective"]
         curve = selective["curve"]
         figures[name] = plots.draw_risk_coverage(
             list(zip(curve["coverage"], curve["risk"], strict=True)),
             title=f"Risk over coverage, {name}",
             marked=(selective["coverage"], selective["risk"] or 0.0),
         )
-    return {"trusted": trusted, "risk_coverage": figures, "reason_words": TRUST_REASONS}
+    return {"confidence": fitted, "risk_coverage": figures, "reason_words": NO_CLASS_REASONS}
 
 
 def _build_estimates(evaluation: Mapping[str, Any], place: str) -> list[Estimate]:
     """Build the accuracies that stand side by side: all scans, no twins, and the baseline's."""
     baseline = evaluation.get("baseline_1nn")
     where = f"scans of {place}"
-    alone = "scans without a near-twin in training"
+    alone = "scans without a near duplicate in training"
     return [
         _build_estimate("Classifier, all scans", where, evaluation),
-        _build_estimate("Classifier, no near-twin", alone, evaluation.get("no_twin")),
+        _build_estimate(
+            "Classifier, no near duplicate", alone, evaluation.get("without_near_duplicates")
+        ),
         _build_estimate("Nearest neighbour, all scans", where, baseline),
-        _build_estimate("Nearest neighbour, no near-twin", alone, (baseline or {}).get("no_twin")),
+        _build_estimate(
+            "Nearest neighbour, no near duplicate",
+            alone,
+            (baseline or {}).get("without_near_duplicates"),
+        ),
     ]
 
 
@@ -185,8 +200,10 @@ def _build_columns(
     for split, name in splits.items():
         evaluation = metrics[split]
         columns[name.capitalize()] = evaluation
-        if (evaluation.get("no_twin") or {}).get("n"):
-            columns[f"{name.capitalize()}, no near-twin"] = evaluation["no_twin"]
+        if (evaluation.get("without_near_duplicates") or {}).get("n"):
+            columns[f"{name.capitalize()}, no near duplicate"] = evaluation[
+                "without_near_duplicates"
+            ]
         if evaluation.get("baseline_1nn"):
             columns[f"{name.capitalize()}, nearest neighbour"] = evaluation["baseline_1nn"]
     return columns

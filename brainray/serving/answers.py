@@ -118,7 +118,7 @@ def build_slice(
     probs : ndarray of float32, shape (K,)
         In class order.
     reason : str, optional
-        Why no class is given: a key of :data:`brainray.model.trust.TRUST_REASONS`.
+        Why no class is given: a key of :data:`brainray.model.calibration.NO_CLASS_REASONS`.
     """
     status, top = find_status(reason), int(probs.argmax())
     shown = [shorten(prob) for prob in probs]

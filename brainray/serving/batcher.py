@@ -53,7 +53,7 @@ class Batcher:
         """Images that wait."""
         return len(self._queue)
 
-    def check_room(self, count: int) -> None:
+    def check_disk_space(self, count: int) -> None:
         """Check that so many more images may wait.
 
         Raises
@@ -76,7 +76,7 @@ class Batcher:
         Problem
             ``too_busy``: as many images wait as may.
         """
-        self.check_room(1)
+        self.check_disk_space(1)
         pending = _PendingImage(image, asyncio.get_running_loop().create_future())
         self._queue.append(pending)
         if self._consumer is None:

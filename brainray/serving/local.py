@@ -13,7 +13,6 @@ import signal
 import socket
 import ssl
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 
 import ray
@@ -23,13 +22,12 @@ from ray.serve.schema import ApplicationStatus
 from brainray.errors import ConfigError, ServingError
 from brainray.io.identifiers import read_key
 from brainray.model.classifier import Classifier, load_classifier
-from brainray.raytoken import keep_token_private
+from brainray.raytoken import use_token_file
+from brainray.runlog import Log
 from brainray.serving.access_log import AccessLog
 from brainray.serving.app import QUIET, build_application
 from brainray.serving.auth import TOKEN_VARIABLE, read_token
 from brainray.serving.options import ServeJob, ServiceConfig
-
-Log = Callable[[str], None]
 
 APPLICATION = "brainray"
 STATUS_PERIOD_S = 10.0
@@ -185,7 +183,7 @@ def start_ray(job: ServeJob, *, verbose: bool) -> None:
     level = logging.INFO if verbose else logging.ERROR
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(level)
-    keep_token_private()
+    use_token_file()
     ray.init(
         address="local",
         num_cpus=max(2, len(os.sched_getaffinity(0))),

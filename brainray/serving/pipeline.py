@@ -184,9 +184,9 @@ class Pipeline:
         max_batch_size: int = MAX_BATCH_SIZE,
     ) -> None:
         self.limits = limits
-        self.card, self.runtime = predictor.card, predictor.runtime
-        self.classes: tuple[str, ...] = tuple(self.card["classes"])
-        self.classifier_id: str = self.card["classifier_id"]
+        self.metadata, self.runtime = predictor.metadata, predictor.runtime
+        self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
+        self.classifier_id: str = self.metadata["classifier_id"]
         bounds = {"max_batch_size": max_batch_size, "max_queued": limits.queued}
         self.predictions = Batcher(predictor.predict, **bounds)
         self.explanations = Batcher(predictor.explain, **bounds)
@@ -310,7 +310,7 @@ class Pipeline:
         if count > self.limits.files:
             raise too_many_files(self.limits.files)
         if batcher is not None:
-            batcher.check_room(min(count, self._max_under_way))
+            batcher.check_disk_space(min(count, self._max_under_way))
 
     def _limit_time(self) -> AbstractAsyncContextManager[None]:
         return limit_time(self.limits.request_s, "timeout", "There was no answer")

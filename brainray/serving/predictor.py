@@ -36,7 +36,7 @@ class ModelOptions:
 class Predictor:
     """A classifier bundle, ready to predict; several threads may call it at once.
 
-    ``card`` is the bundle's metadata, ``preprocessing`` makes its input of a scan, and ``runtime``
+    ``metadata`` is the bundle's metadata, ``preprocessing`` makes its input of a scan, and ``runtime``
     names backend and precision.
 
     Raises
@@ -49,7 +49,7 @@ class Predictor:
 
     def __init__(self, options: ModelOptions) -> None:
         classifier = load_classifier(options.classifier_uri)
-        self.card = classifier.card
+        self.metadata = classifier.metadata
         self.preprocessing = classifier.preprocessing
         self._test = SelfTest(classifier)  # in eager fp32, whatever is tested
         self._engine = open_engine(classifier, options.engine)

@@ -187,7 +187,7 @@ async def classify(request: Request, pipeline: ThePipeline, metrics: TheMetrics)
         curl -F files=@a.jpg -F files=@b.dcm http://127.0.0.1:8000/v1/classify
         curl --data-binary @a.jpg -H "Content-Type: image/jpeg" http://127.0.0.1:8000/v1/classify
     """
-    pipeline.predictions.check_room(1)
+    pipeline.predictions.check_disk_space(1)
     uploads, is_raw = await read_uploads(request, pipeline.limits)
     answers = await pipeline.classify(uploads)
     metrics.count_answers(answers)
@@ -231,7 +231,7 @@ async def explain(
     With `Accept: image/png` and one raw body the answer is the picture itself. A file with several
     slices needs `frame`.
     """
-    pipeline.explanations.check_room(1)
+    pipeline.explanations.check_disk_space(1)
     uploads, is_raw = await read_uploads(request, pipeline.limits)
     wants_picture = check_picture(request, is_raw=is_raw)
     answers = await pipeline.explain(uploads, render, frame)
@@ -310,16 +310,16 @@ def describe_request(request: Request, pipeline: Pipeline) -> dict[str, Any]:
 @router.get("/v1/model", tags=ANSWERS)
 async def describe_model(pipeline: ThePipeline) -> ModelBody:
     """Describe the classifier, its scores, its intended use, and the limits of requests."""
-    card = pipeline.card
+    metadata = pipeline.metadata
     return ModelBody(
-        classifier_id=card["classifier_id"],
-        classes=card["classes"],
-        preprocessing=card["preprocessing"],
-        metrics=card.get("metrics") or card.get("evaluation"),
+        classifier_id=metadata["classifier_id"],
+        classes=metadata["classes"],
+        preprocessing=metadata["preprocessing"],
+        metrics=metadata.get("metrics") or metadata.get("evaluation"),
         runtime=pipeline.runtime,
         intended_use=INTENDED_USE,
         not_intended_for=NOT_INTENDED_FOR,
-        model_card=card.get("model_card"),
+        model_card=metadata.get("model_card"),
         limits=asdict(pipeline.limits),
         rejection_reasons=REASONS,
         notice=NOTICE,
@@ -351,7 +351,7 @@ async def infer(request: Request, pipeline: ThePipeline, metrics: TheMetrics) ->
     With the header `Inference-Header-Content-Length` the images may follow the JSON as they
     are (the protocol's binary data extension), and outputs may be asked for in that way.
     """
-    pipeline.predictions.check_room(1)
+    pipeline.predictions.check_disk_space(1)
     body = await read_body(request, pipeline.limits)
     header_length = request.headers.get(open_inference.LENGTH_HEADER)
     asked = open_inference.read_inference(body, header_length, most=pipeline.limits.files)

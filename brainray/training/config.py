@@ -9,8 +9,8 @@ from brainray.errors import ConfigError
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions
 from brainray.labels import BRAIN_TUMOUR_CLASSES, check_classes
+from brainray.model.calibration import CalibrationOptions
 from brainray.model.network import BatchNormMode
-from brainray.model.trust import TrustOptions
 from brainray.training.augment import Augmentation
 from brainray.training.optim import Optimisation
 
@@ -33,7 +33,7 @@ class TrainConfig:
     """Training only."""
     optimisation: Optimisation = Optimisation()
     """How the weights move."""
-    trust: TrustOptions = TrustOptions()
+    calibration: CalibrationOptions = CalibrationOptions()
     """How its answers are calibrated and withheld; sealed with the classifier."""
     reading: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions()
     """How the files are read."""

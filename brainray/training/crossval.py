@@ -14,29 +14,29 @@ from brainray import runlog, storage
 from brainray.cluster import check_fits, connect_ray
 from brainray.data.labelled import FoundSamples, find_samples
 from brainray.data.splits import assign_folds, assign_splits
-from brainray.evaluation.judge import (
-    METRICS_FILE,
-    METRICS_SCHEMA_VERSION,
-    Say,
-    collect_mistakes,
-    judge_split,
-)
 from brainray.evaluation.prepared import (
     GroupedData,
     PreparedData,
     split_samples,
 )
 from brainray.evaluation.rows import read_evaluation_rows
+from brainray.evaluation.scoring import (
+    METRICS_FILE,
+    METRICS_SCHEMA_VERSION,
+    collect_mistakes,
+    evaluate_split,
+)
 from brainray.inference.schema import stack_lists
 from brainray.metrics import compute_curves
 from brainray.model.network import fetch_weights
 from brainray.provenance import describe_versions, read_code_revision
 from brainray.reports.report import render_report
+from brainray.runlog import Log
 from brainray.training.config import TrainConfig
 from brainray.training.fit import describe_training_needs
 from brainray.training.prepare import group_training_data
 from brainray.training.run import (
-    Tick,
+    OnStep,
     TrainJob,
     check_run,
     describe_run,
@@ -58,8 +58,8 @@ SPREAD_SCORES = ("accuracy", "macro_f1", "macro_auroc")
 def cross_validate(
     job: TrainJob,
     *,
-    say: Say = logger.info,
-    tick: Tick = lambda _: None,
+    log: Log = logger.info,
+    on_step: OnStep = lambda _: None,
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Train once for each fold, and judge what the folds' classifiers say of what they never saw.
@@ -73,23 +73,23 @@ def cross_validate(
     ----------
     job : TrainJob
         What to train, with ``folds``.
-    say, tick, verbose
+    log, on_step, verbose
         As of :func:`brainray.training.train.train`.
 
     Returns
     -------
     dict
-        The content of metrics.json: see :func:`judge_folds`.
+        The content of metrics.json: see :func:`evaluate_folds`.
 
     Raises
     ------
     UserError
-        Something the user can mend; nothing is lost.
+        Something the user can fix; nothing is lost.
     TrainingError
         The workers failed more often than ``max_failures``.
     """
     assert job.folds is not None, "train() is for this"
-    finished = find_finished(job, say)
+    finished = find_finished(job, log)
     if finished is not None:
         return finished
     found = find_training_samples(job)
@@ -103,15 +103,15 @@ def cross_validate(
         split_fold(folds, number, labels, data.groups, job.config) for number in range(job.folds)
     ]
     pooled = pool_data(data, folds, job.config.classes)
-    describe_plan(job, pooled, name_folds(job.folds), say)
+    describe_plan(job, pooled, name_folds(job.folds), log)
     keep_manifest(job, pooled)
     shared_weights = ray.put(weights)
     runs = list_runs(job)
     results = [
-        train_fold(run, data, split, shared_weights, say, tick)
+        train_fold(run, data, split, shared_weights, log, on_step)
         for run, split in zip(runs, splits, strict=True)
     ]
-    return judge_folds(job, pooled, results, say)
+    return evaluate_folds(job, pooled, results, log)
 
 
 def find_training_samples(job: TrainJob) -> FoundSamples:
@@ -187,8 +187,8 @@ def train_fold(
     data: GroupedData,
     splits: NDArray[np.str_],
     weights: "ray.ObjectRef[Any]",
-    say: Say,
-    tick: Tick,
+    log: Log,
+    on_step: OnStep,
 ) -> dict[str, Any]:
     """Train without a fold, and judge on it; not again what is finished.
 
@@ -201,20 +201,20 @@ def train_fold(
     title = f"Fold {run.fold + 1} of {run.folds}"
     going_on = check_run(run)
     if storage.exists(run.at(METRICS_FILE)):
-        say(f"{title} is finished.")
+        log(f"{title} is finished.")
         return dict(storage.read_json(run.at(METRICS_FILE)))
     prepared = split_samples(data, run.config.classes, splits)
     test, val, train = (len(prepared.select(split)) for split in ("test", "val", "train"))
-    say(
+    log(
         f"{title}{' goes on' if going_on else ''}: {test:,} images held out; of the others "
         f"{train:,} to train on, {val:,} to choose the epoch."
     )
     keep_manifest(run, prepared)
-    return train_prepared(run, prepared, weights, say, tick)
+    return train_prepared(run, prepared, weights, log, on_step)
 
 
-def judge_folds(
-    job: TrainJob, data: PreparedData, results: Sequence[dict[str, Any]], say: Say
+def evaluate_folds(
+    job: TrainJob, data: PreparedData, results: Sequence[dict[str, Any]], log: Log
 ) -> dict[str, Any]:
     """Judge the folds' answers put together, and write predictions, report and metrics.
 
@@ -230,11 +230,11 @@ def judge_folds(
     dict
         The content of metrics.json: ``folds``, a list of what :func:`describe_fold` gives;
         ``spread``, from :func:`compute_spread`; and ``cv``, what
-        :func:`brainray.evaluation.judge.judge_split` says of the answers put together.
+        :func:`brainray.evaluation.scoring.evaluate_split` says of the answers put together.
 
     Notes
     -----
-    The intervals of ``cv`` are over groups, for the answers that were given: they say how far
+    The intervals of ``cv`` are over groups, for the answers that were given: they log how far
     other scans might lead, not how far other folds or another seed might. The ranks behind the
     AUROC of ``cv`` are of probabilities from different classifiers, so that it falls below the
     folds' mean where those are calibrated differently [1]_.
@@ -246,7 +246,7 @@ def judge_folds(
     """
     classes, runs = job.config.classes, list_runs(job)
     predictions = pool_predictions(runs)
-    say(f"Judging the folds together: {predictions.num_rows:,} images, each by who never saw it.")
+    log(f"Judging the folds together: {predictions.num_rows:,} images, each by who never saw it.")
     numbers = {path: number for number, path in enumerate(data.manifest["path"].to_pylist())}
     indices = np.array([numbers[path] for path in predictions["path"].to_pylist()], np.int64)
     usable = np.flatnonzero(data.splits != "rejected")
@@ -260,7 +260,7 @@ def judge_folds(
         "runtime": results[0]["runtime"],
         "folds": folds,
         "spread": compute_spread(folds),
-        POOLED: judge_split(data, indices, probs, classes) | {"rejected": data.count_rejected()},
+        POOLED: evaluate_split(data, indices, probs, classes) | {"rejected": data.count_rejected()},
     }
     time_s = sum(result["training"]["time_s"] for result in results)
     report = render_report(

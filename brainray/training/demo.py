@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from brainray import storage
-from brainray.evaluation.judge import Say
 from brainray.phantoms import write_phantom_folder
+from brainray.runlog import Log
 from brainray.training.config import ScalingOptions, TrainConfig
-from brainray.training.run import Tick, TrainJob
+from brainray.training.run import OnStep, TrainJob
 from brainray.training.train import train
 
 
@@ -28,7 +28,9 @@ class DemoJob:
     """Seeds the phantoms."""
 
 
-def run_demo(job: DemoJob, config: TrainConfig, say: Say, tick: Tick) -> tuple[dict[str, Any], str]:
+def run_demo(
+    job: DemoJob, config: TrainConfig, log: Log, on_step: OnStep
+) -> tuple[dict[str, Any], str]:
     """Run the demonstration.
 
     Returns
@@ -41,7 +43,7 @@ def run_demo(job: DemoJob, config: TrainConfig, say: Say, tick: Tick) -> tuple[d
     root = Path(storage.make_absolute(job.output_path))
     scans = root / f"phantoms-{job.num_train_per_class}-{job.num_test_per_class}-{job.seed}"
     if not scans.exists():
-        say(f"Drawing {4 * (job.num_train_per_class + job.num_test_per_class)} phantoms.")
+        log(f"Drawing {4 * (job.num_train_per_class + job.num_test_per_class)} phantoms.")
         partial = root / ".phantoms.partial"
         write_phantom_folder(
             partial,
@@ -57,4 +59,4 @@ def run_demo(job: DemoJob, config: TrainConfig, say: Say, tick: Tick) -> tuple[d
         scaling=ScalingOptions(num_workers=job.num_workers),
         recipe="smoke",
     )
-    return train(training, say=say, tick=tick), training.output_uri
+    return train(training, log=log, on_step=on_step), training.output_uri

@@ -1,4 +1,4 @@
-"""From the best epoch's checkpoint to a sealed classifier that knows what its answers are worth."""
+"""From the best epoch's checkpoint to a classifier that knows what its answers are worth."""
 
 import os
 from dataclasses import asdict, replace
@@ -16,15 +16,15 @@ from brainray import runlog
 from brainray.data.scan import ScanStore
 from brainray.data.splits import hash_manifest
 from brainray.errors import TrainingError
-from brainray.evaluation.judge import Say
 from brainray.evaluation.prepared import PreparedData
 from brainray.images.normalise import normalise_images
 from brainray.inference.engine import EngineOptions
 from brainray.inference.predict import PredictStage, plan_pool
 from brainray.inference.samples import predict_samples
 from brainray.inference.schema import stack_lists
-from brainray.model.calibration import MIN_IMAGES, fit_trust
+from brainray.model.calibration import Calibration, Outputs
 from brainray.model.classifier import save_classifier
+from brainray.model.fit_calibration import MIN_IMAGES, fit_calibration
 from brainray.model.network import (
     STAGE_WIDTHS,
     StateDict,
@@ -32,13 +32,13 @@ from brainray.model.network import (
     round_weights,
 )
 from brainray.model.precision import Precision
-from brainray.model.trust import Outputs, Trust
 from brainray.provenance import collect_versions, read_code_revision
+from brainray.runlog import Log
 from brainray.training.checkpoint import load_network_weights
 from brainray.training.config import TrainConfig
 from brainray.training.run import CLASSIFIER_FOLDER, RECORDS_FILE, TrainJob, make_plain
 
-MAX_LIKENESS_IMAGES = 4000
+MAX_OOD_IMAGES = 4000
 """Training images whose features say where such images lie; more would only take time."""
 
 MAX_STATISTICS_IMAGES = 2048
@@ -47,7 +47,7 @@ STATISTICS_BATCH_SIZE = 128
 """Of as many images is each of the variances that are averaged."""
 
 
-def seal(job: TrainJob, data: PreparedData, result: Result, say: Say) -> None:
+def export_classifier(job: TrainJob, data: PreparedData, result: Result, log: Log) -> None:
     """Seal the weights of the best epoch, then with them what their answers are worth."""
     best = result.get_best_checkpoint(job.config.monitor, "max")
     if best is None:
@@ -56,7 +56,7 @@ def seal(job: TrainJob, data: PreparedData, result: Result, say: Say) -> None:
         state = round_weights(load_network_weights(Path(folder)))
     precision: Precision = runlog.read_records(job.at(RECORDS_FILE))[-1]["precision"]
     if job.config.batch_norm != "frozen":
-        state = settle_statistics(job, data, state, precision, say)
+        state = settle_statistics(job, data, state, precision, log)
     save = partial(
         save_classifier,
         job.at(CLASSIFIER_FOLDER),
@@ -76,13 +76,13 @@ def seal(job: TrainJob, data: PreparedData, result: Result, say: Say) -> None:
         },
     )
     save()
-    trust = fit_trust_on(job, data, say)
-    if trust is not None:
-        save(trust=trust)
+    calibration = calibrate_classifier(job, data, log)
+    if calibration is not None:
+        save(calibration=calibration)
 
 
 def settle_statistics(
-    job: TrainJob, data: PreparedData, state: StateDict, precision: Precision, say: Say
+    job: TrainJob, data: PreparedData, state: StateDict, precision: Precision, log: Log
 ) -> StateDict:
     """Give the network the statistics of training images as they are, in the training's precision.
 
@@ -90,9 +90,9 @@ def settle_statistics(
     validation images (`cpu` recipe, seed 0) they cost 2.8 points of accuracy.
     """
     train = data.select("train")
-    dice = np.random.default_rng(job.config.seed)
-    chosen = dice.permutation(train)[:MAX_STATISTICS_IMAGES]
-    say(f"Measuring the normalisation's statistics on {len(chosen):,} images as they are.")
+    rng = np.random.default_rng(job.config.seed)
+    chosen = rng.permutation(train)[:MAX_STATISTICS_IMAGES]
+    log(f"Measuring the normalisation's statistics on {len(chosen):,} images as they are.")
     use_gpu = job.scaling.use_gpu
     task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_measure_statistics)
     settled: StateDict = ray.get(
@@ -124,7 +124,7 @@ def _measure_statistics(
     return {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
-def fit_trust_on(job: TrainJob, data: PreparedData, say: Say) -> Trust | None:
+def calibrate_classifier(job: TrainJob, data: PreparedData, log: Log) -> Calibration | None:
     """Fit calibration and abstention to predictions of the engine that ships.
 
     Returns
@@ -135,27 +135,27 @@ def fit_trust_on(job: TrainJob, data: PreparedData, say: Say) -> Trust | None:
     """
     train, val = data.select("train"), data.select("val")
     if min(len(train), len(val)) < MIN_IMAGES:
-        say(
+        log(
             f"Fewer than {MIN_IMAGES} training or validation images: no calibration, no threshold, "
             "no rejection of foreign images."
         )
         return None
-    dice = np.random.default_rng(job.config.seed)
-    chosen = np.sort(dice.choice(train, min(len(train), MAX_LIKENESS_IMAGES), replace=False))
-    say(f"Calibrating on {len(val):,} val images, beside {len(chosen):,} of train.")
+    rng = np.random.default_rng(job.config.seed)
+    chosen = np.sort(rng.choice(train, min(len(train), MAX_OOD_IMAGES), replace=False))
+    log(f"Calibrating on {len(val):,} val images, beside {len(chosen):,} of train.")
     pool = plan_pool(EngineOptions(use_gpu=job.scaling.use_gpu))
     stage = PredictStage.open(job.at(CLASSIFIER_FOLDER), pool, outputs=("logits", "features"))
     rows, runtime = predict_samples(stage, data.store, data.scans, np.concatenate([chosen, val]))
     logits, features = stack_lists(rows["logits"]), stack_lists(rows["features"])
     count = len(chosen)
-    trust = fit_trust(
+    calibration = fit_calibration(
         Outputs(logits[:count], features[:count]),
         data.labels[chosen],
         Outputs(logits[count:], features[count:]),
         data.labels[val],
         data.manifest["group"].take(val).to_numpy(),
-        job.config.trust,
+        job.config.calibration,
         widths=STAGE_WIDTHS,
     )
     fitted_with = {"engine": runtime["backend"], "precision": runtime["precision"]}
-    return replace(trust, facts=trust.facts | fitted_with)
+    return replace(calibration, facts=calibration.facts | fitted_with)

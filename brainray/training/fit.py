@@ -21,10 +21,10 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from brainray import runlog, storage
-from brainray.cluster import Bundle, Need, list_nodes, share_cpus, tell_waiting
+from brainray.cluster import Bundle, Need, list_nodes, report_waiting, share_cpus
 from brainray.errors import TrainingError
-from brainray.evaluation.judge import Say
 from brainray.evaluation.prepared import PreparedData
+from brainray.runlog import Log
 from brainray.training.config import ScalingOptions
 from brainray.training.loader import (
     TRAIN_DATASET,
@@ -35,7 +35,7 @@ from brainray.training.loader import (
 )
 from brainray.training.loop import WorkerSetup
 from brainray.training.mlflow_log import open_log
-from brainray.training.run import CHECKPOINTS_FOLDER, RECORDS_FILE, Tick, TrainJob
+from brainray.training.run import CHECKPOINTS_FOLDER, RECORDS_FILE, OnStep, TrainJob
 from brainray.training.worker import train_worker
 
 
@@ -56,8 +56,8 @@ def fit(
     job: TrainJob,
     data: PreparedData,
     weights: "ray.ObjectRef[Any]",
-    say: Say,
-    tick: Tick,
+    log: Log,
+    on_step: OnStep,
     callbacks: Sequence[UserCallback] = (),
 ) -> Result:
     """Run the training loop on Ray Train's workers.
@@ -73,8 +73,8 @@ def fit(
     """
     need = describe_training_needs(job.scaling)
     loader = plan_loader(job, data, need.bundle["CPU"])
-    say(describe_loader(loader))
-    with relay_messages(job, say, tick) as messages, tell_waiting([need], say):
+    log(describe_loader(loader))
+    with relay_progress(job, log, on_step) as messages, report_waiting([need], log):
         setup = WorkerSetup(
             config=job.config,
             loader=loader,
@@ -165,7 +165,7 @@ def _find_cause(error: BaseException) -> str:
 
 
 @contextmanager
-def relay_messages(job: TrainJob, say: Say, tick: Tick) -> Iterator[Queue]:
+def relay_progress(job: TrainJob, log: Log, on_step: OnStep) -> Iterator[Queue]:
     """Show what rank 0 says while the driver waits for it, and log its records to MLflow."""
     log_record = open_log(job)
     messages = Queue(actor_options={"num_cpus": 0})
@@ -180,12 +180,12 @@ def relay_messages(job: TrainJob, say: Say, tick: Tick) -> Iterator[Queue]:
             except ray.exceptions.RayError:
                 return
             if "record" in message:
-                say(runlog.format_epoch(message["record"]))
+                log(runlog.format_epoch(message["record"]))
                 log_record(message["record"])
             elif "line" in message:
-                say(message["line"])
+                log(message["line"])
             else:
-                tick(message)
+                on_step(message)
 
     thread = threading.Thread(target=relay, name="relay", daemon=True)
     thread.start()

@@ -7,9 +7,10 @@ from typing import Any
 from brainray import storage
 from brainray.data.splits import hash_manifest
 from brainray.errors import ConfigError
-from brainray.evaluation.judge import METRICS_FILE, Say
 from brainray.evaluation.prepared import MANIFEST_FILE, PreparedData
+from brainray.evaluation.scoring import METRICS_FILE
 from brainray.provenance import collect_versions
+from brainray.runlog import Log
 from brainray.training.config import ScalingOptions, TrainConfig, find_differences
 
 RUN_FILE = "run.json"
@@ -17,7 +18,7 @@ RECORDS_FILE = "metrics.jsonl"
 CLASSIFIER_FOLDER = "classifier"
 CHECKPOINTS_FOLDER = "checkpoints"
 
-Tick = Callable[[dict[str, Any]], None]
+OnStep = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +46,7 @@ class TrainJob:
         return storage.join(self.output_uri, *parts)
 
 
-def find_finished(job: TrainJob, say: Say) -> dict[str, Any] | None:
+def find_finished(job: TrainJob, log: Log) -> dict[str, Any] | None:
     """Return the metrics of this very run if it is finished; say where it stands.
 
     Raises
@@ -55,10 +56,10 @@ def find_finished(job: TrainJob, say: Say) -> dict[str, Any] | None:
     """
     going_on = check_run(job)
     if storage.exists(job.at(METRICS_FILE)):
-        say(f"Already finished: {job.output_uri}. Give another --output-uri to train anew.")
+        log(f"Already finished: {job.output_uri}. Give another --output-uri to train anew.")
         return dict(storage.read_json(job.at(METRICS_FILE)))
     if going_on:
-        say(f"Going on with the run in {job.output_uri}.")
+        log(f"Going on with the run in {job.output_uri}.")
     return None
 
 

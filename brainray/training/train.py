@@ -1,4 +1,4 @@
-"""The main job: from a folder of scans to a sealed classifier with its metrics and report."""
+"""The main job: from a folder of scans to a classifier with its metrics and report."""
 
 import logging
 from collections.abc import Sequence
@@ -10,17 +10,18 @@ import ray
 from brainray import runlog
 from brainray.cluster import check_fits, connect_ray
 from brainray.data.labelled import find_samples
-from brainray.evaluation.judge import Say, judge_and_report
 from brainray.evaluation.prepared import PreparedData
+from brainray.evaluation.scoring import evaluate_and_report
 from brainray.inference.engine import EngineOptions
 from brainray.model.network import fetch_weights
-from brainray.training.finalize import seal
+from brainray.runlog import Log
+from brainray.training.finalize import export_classifier
 from brainray.training.fit import describe_training_needs, fit
 from brainray.training.prepare import prepare_training_data
 from brainray.training.run import (
     CLASSIFIER_FOLDER,
     RECORDS_FILE,
-    Tick,
+    OnStep,
     TrainJob,
     find_finished,
     keep_manifest,
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 def train(
     job: TrainJob,
     *,
-    say: Say = logger.info,
-    tick: Tick = lambda _: None,
+    log: Log = logger.info,
+    on_step: OnStep = lambda _: None,
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Train, seal, judge and report; go on where an earlier call of the same job stopped.
@@ -43,9 +44,9 @@ def train(
     ----------
     job : TrainJob
         What to train.
-    say : callable
+    log : callable
         Takes a line for a person.
-    tick : callable
+    on_step : callable
         Takes progress within an epoch: ``epoch``, ``step``, ``num_steps``.
     verbose : bool
         Whether Ray's own lines are shown.
@@ -58,12 +59,12 @@ def train(
     Raises
     ------
     UserError
-        Something the user can mend; nothing is lost.
+        Something the user can fix; nothing is lost.
     TrainingError
         The workers failed more often than ``max_failures``.
     """
     assert job.folds is None, "cross_validate() is for this"
-    finished = find_finished(job, say)
+    finished = find_finished(job, log)
     if finished is not None:
         return finished
     found = find_samples(job.data_uri, job.config.classes)
@@ -71,29 +72,29 @@ def train(
     connect_ray(verbose=verbose)
     check_fits(describe_training_needs(job.scaling))
     data = prepare_training_data(found, job.config, job.scaling.loader)
-    describe_plan(job, data, ("train", "val", "test"), say)
+    describe_plan(job, data, ("train", "val", "test"), log)
     keep_manifest(job, data)
-    return train_prepared(job, data, ray.put(weights), say, tick)
+    return train_prepared(job, data, ray.put(weights), log, on_step)
 
 
 def train_prepared(
     job: TrainJob,
     data: PreparedData,
     weights: "ray.ObjectRef[Any]",
-    say: Say,
-    tick: Tick,
+    log: Log,
+    on_step: OnStep,
 ) -> dict[str, Any]:
     """Train, seal, judge and report, on data that are split and on weights that are fetched."""
-    result = fit(job, data, weights, say, tick)
-    seal(job, data, result, say)
-    return judge(job, data, say)
+    result = fit(job, data, weights, log, on_step)
+    export_classifier(job, data, result, log)
+    return evaluate_classifier(job, data, log)
 
 
-def describe_plan(job: TrainJob, data: PreparedData, splits: Sequence[str], say: Say) -> None:
+def describe_plan(job: TrainJob, data: PreparedData, splits: Sequence[str], log: Log) -> None:
     """Say what the data set holds, and what of the recipe is left out."""
-    say(describe_data(data, splits))
+    log(describe_data(data, splits))
     if job.config.head_epochs and not job.config.starts_with_head:
-        say("No weights to start from: the head-only epochs are left out.")
+        log("No weights to start from: the head-only epochs are left out.")
 
 
 def describe_data(data: PreparedData, splits: Sequence[str]) -> str:
@@ -106,9 +107,9 @@ def describe_data(data: PreparedData, splits: Sequence[str]) -> str:
     rejected = data.count_rejected()
     if rejected:
         line += "; rejected " + ", ".join(f"{n} {reason}" for reason, n in rejected.items())
-    passed_over = data.found.describe_passed_over()
+    passed_over = data.found.describe_skipped()
     if passed_over:
-        line += f"; passed over {passed_over}"
+        line += f"; skipped {passed_over}"
     held = "held in the object store" if data.store.in_object_store else "streamed from storage"
     return f"{line}; bytes {held}."
 
@@ -131,12 +132,12 @@ def summarise_training(job: TrainJob, records: list[runlog.Record]) -> dict[str,
     }
 
 
-def judge(job: TrainJob, data: PreparedData, say: Say) -> dict[str, Any]:
-    """Judge the sealed classifier on validation and test, and write the report."""
+def evaluate_classifier(job: TrainJob, data: PreparedData, log: Log) -> dict[str, Any]:
+    """Judge the classifier on validation and test, and write the report."""
     records = runlog.read_records(job.at(RECORDS_FILE))
     training = summarise_training(job, records)
     device = "GPU" if job.scaling.use_gpu else "CPU"
-    return judge_and_report(
+    return evaluate_and_report(
         data,
         output_uri=job.output_uri,
         classifier_uri=job.at(CLASSIFIER_FOLDER),
@@ -151,7 +152,7 @@ def judge(job: TrainJob, data: PreparedData, say: Say) -> dict[str, Any]:
             "Training time": runlog.format_duration(training["time_s"]),
             "Sealed epoch": f"{training['best_epoch'] + 1} of {training['num_epochs']}",
         },
-        say=say,
+        log=log,
         training=training,
         records=records,
     )

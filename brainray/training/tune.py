@@ -25,10 +25,10 @@ from brainray import storage
 from brainray.cluster import TASK_CPUS, check_fits, connect_ray
 from brainray.data.splits import assign_folds
 from brainray.errors import TrainingError
-from brainray.evaluation.judge import Say
 from brainray.evaluation.prepared import GroupedData, split_samples
 from brainray.model.network import StateDict, fetch_weights
 from brainray.reports.tune import render_tuning
+from brainray.runlog import Log
 from brainray.training.augment import LIMITS, Augmentation
 from brainray.training.config import RANGES, SearchSpace, TrainConfig, TuneOptions
 from brainray.training.crossval import find_training_samples
@@ -52,7 +52,7 @@ Parameters = dict[str, Any]
 
 
 def tune(
-    job: TrainJob, options: TuneOptions, *, say: Say = logger.info, verbose: bool = False
+    job: TrainJob, options: TuneOptions, *, log: Log = logger.info, verbose: bool = False
 ) -> dict[str, Any]:
     """Search, and write a table and a report; an earlier call of the same search is resumed.
 
@@ -63,7 +63,7 @@ def tune(
         far as it lies in the ranges.
     options : TuneOptions
         What is drawn, and how often.
-    say : callable
+    log : callable
         Takes a line for a person.
     verbose : bool
         Whether Ray's own lines are shown.
@@ -85,7 +85,7 @@ def tune(
     """
     plain = make_plain(asdict(options))
     if check_run(job, search=plain):
-        say(f"Going on with the search in {job.output_uri}.")
+        log(f"Going on with the search in {job.output_uri}.")
     storage.write_json(job.at(RUN_FILE), describe_run(job) | {"search": plain})
     found = find_training_samples(replace(job, folds=options.num_folds))
     weights = fetch_weights(job.config.weights, job.config.weights_uri)
@@ -95,7 +95,7 @@ def tune(
     folds = assign_folds(
         data.labels[data.kept], data.groups, options.num_folds, seed=job.config.seed
     )
-    say(
+    log(
         f"Data: {len(data.kept):,} images in {len(set(data.groups.tolist())):,} groups, "
         f"{options.num_folds} folds. {options.num_configurations} configurations."
     )
@@ -259,8 +259,8 @@ def run_trial(
         run,
         prepared,
         ray.put(weights),
-        say=logger.info,
-        tick=_ignore,
+        log=logger.info,
+        on_step=_ignore,
         callbacks=[TuneReportCallback()],
     )
 

@@ -90,8 +90,8 @@ function renderAccuracy(scores) {
   } else {
     box.append(element("p", "", `On ${images}; no interval.`));
   }
-  if (isNumber(scores.no_twin?.accuracy)) {
-    box.append(element("p", "", `${percent(scores.no_twin.accuracy)} on those that have no near-twin in the training images.`));
+  if (isNumber(scores.without_near_duplicates?.accuracy)) {
+    box.append(element("p", "", `${percent(scores.without_near_duplicates.accuracy)} on those that have no near duplicate in the training images.`));
   }
   return box;
 }

@@ -14,21 +14,20 @@ from sklearn.linear_model import LogisticRegression
 
 from brainray.errors import ClassifierError, ConfigError
 from brainray.model.calibration import (
-    choose_calibration,
-    choose_max_distance,
-    choose_min_confidence,
-    fit_calibration,
-    fit_likeness,
-    fit_trust,
-)
-from brainray.model.trust import (
     ABSTAIN_ALWAYS,
     LOW_CONFIDENCE,
     UNLIKE_TRAINING,
+    Calibration,
+    CalibrationOptions,
     Outputs,
-    Trust,
-    TrustOptions,
-    compute_energy,
+)
+from brainray.model.fit_calibration import (
+    choose_calibration_method,
+    choose_max_distance,
+    choose_min_confidence,
+    fit_calibration,
+    fit_logit_scaling,
+    fit_ood_detector,
 )
 
 NUM_CLASSES = 4
@@ -38,10 +37,10 @@ def draw(
     count: int, scale: NDArray[np.float64], shift: NDArray[np.float64], seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Draw logits, and labels from the probabilities that scaling and shifting them gives."""
-    dice = np.random.default_rng(seed)
-    logits = dice.normal(0, 4, (count, NUM_CLASSES))
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 4, (count, NUM_CLASSES))
     probs = softmax(logits * scale + shift, axis=1)
-    labels = (probs.cumsum(1) > dice.random((count, 1))).argmax(1)
+    labels = (probs.cumsum(1) > rng.random((count, 1))).argmax(1)
     return logits.astype(np.float32), labels
 
 
@@ -50,7 +49,7 @@ def draw(
 
 def test_temperature_is_recovered_and_is_scikit_learns() -> None:
     logits, labels = draw(8000, np.full(4, 0.4), np.zeros(4), 0)
-    scale, shift = fit_calibration(logits, labels, "temperature")
+    scale, shift = fit_logit_scaling(logits, labels, "temperature")
     np.testing.assert_allclose(scale, 0.4, atol=0.02)
     np.testing.assert_array_equal(shift, 0)
 
@@ -64,14 +63,14 @@ def test_temperature_is_recovered_and_is_scikit_learns() -> None:
     known = CalibratedClassifierCV(FrozenEstimator(given), method="temperature")
     known.fit(logits, labels)
     np.testing.assert_allclose(
-        Trust(scale, shift).calibrate(logits), known.predict_proba(logits), atol=2e-3
+        Calibration(scale, shift).calibrate(logits), known.predict_proba(logits), atol=2e-3
     )
 
 
 def test_vector_scaling_is_recovered() -> None:
     scale, shift = np.array([0.3, 0.5, 0.8, 0.6]), np.array([0.5, -1.0, 0.7, -0.2])
     logits, labels = draw(20000, scale, shift, 1)
-    found = fit_calibration(logits, labels, "vector")
+    found = fit_logit_scaling(logits, labels, "vector")
     np.testing.assert_allclose(found[0], scale, atol=0.04)
     np.testing.assert_allclose(found[1], shift, atol=0.08)
 
@@ -87,19 +86,20 @@ def test_what_wins_on_held_out_groups_is_chosen(
     scale: NDArray[np.float64], shift: NDArray[np.float64], expected: str
 ) -> None:
     logits, labels = draw(3000, scale, shift, 2)
-    method, losses = choose_calibration(logits, labels, np.arange(3000) // 3)
+    method, losses = choose_calibration_method(logits, labels, np.arange(3000) // 3)
     assert method == expected
     assert losses[method] == min(losses.values()) < losses["none"]
 
 
 def test_a_group_is_never_fitted_and_judged_at_once() -> None:
     """Were twins on both sides, a scale and a shift for each class would win on pure noise."""
-    dice = np.random.default_rng(0)
-    logits = np.repeat(dice.normal(0, 0.3, (12, 4)), 30, axis=0).astype(np.float32)
-    labels = np.repeat(dice.integers(0, 4, 12), 30)
+    rng = np.random.default_rng(0)
+    logits = np.repeat(rng.normal(0, 0.3, (12, 4)), 30, axis=0).astype(np.float32)
+    labels = np.repeat(rng.integers(0, 4, 12), 30)
     groups = np.repeat(np.arange(12), 30)
     by_group, by_image = (
-        choose_calibration(logits, labels, given)[1]["vector"] for given in (groups, np.arange(360))
+        choose_calibration_method(logits, labels, given)[1]["vector"]
+        for given in (groups, np.arange(360))
     )
     assert by_image < 0.8 * by_group
 
@@ -131,19 +131,19 @@ def test_equal_confidences_are_answered_all_or_none() -> None:
 
 
 def test_distances_are_mahalanobis_and_follow_chi_squared() -> None:
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     spread = np.concatenate([[9.0, 4.0, 2.0], np.full(17, 0.5)])
-    means = dice.normal(200, 20, (3, 20))  # of the roots
-    turn = np.linalg.qr(dice.normal(size=(20, 20)))[0]
+    means = rng.normal(200, 20, (3, 20))  # of the roots
+    turn = np.linalg.qr(rng.normal(size=(20, 20)))[0]
 
     def sample(count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        labels = dice.integers(0, 3, count)
-        noise = dice.normal(size=(count, 20)) * spread @ turn
+        labels = rng.integers(0, 3, count)
+        noise = rng.normal(size=(count, 20)) * spread @ turn
         return ((means[labels] + noise) ** 2).astype(np.float32), labels
 
-    likeness = fit_likeness(*sample(20000), 3, (20,))
+    ood_detector = fit_ood_detector(*sample(20000), 3, (20,))
     features, labels = sample(4000)
-    squares = 20 * likeness.compute_distances(features) ** 2
+    squares = 20 * ood_detector.compute_distances(features) ** 2
     # The covariance's 10 free directions and the rest are the drawn ones.
     inverse = np.linalg.inv(turn.T @ np.diag(spread**2) @ turn)
     apart = np.sqrt(features) - means[labels]
@@ -154,11 +154,11 @@ def test_distances_are_mahalanobis_and_follow_chi_squared() -> None:
 
 
 def test_a_new_image_passes_at_the_stated_rate() -> None:
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     passed = []
     for _ in range(400):
-        distances = dice.exponential(size=120).astype(np.float32)
-        passed.append(dice.exponential(size=100) <= choose_max_distance(distances, 0.95))
+        distances = rng.exponential(size=120).astype(np.float32)
+        passed.append(rng.exponential(size=100) <= choose_max_distance(distances, 0.95))
     assert np.mean(passed) == pytest.approx(0.95, abs=0.01)
     assert choose_max_distance(np.arange(98, dtype=np.float32), 0.99) == math.inf
     assert choose_max_distance(np.arange(99, dtype=np.float32), 0.99) == 98
@@ -167,56 +167,38 @@ def test_a_new_image_passes_at_the_stated_rate() -> None:
 
 def test_a_class_without_images_is_left_out() -> None:
     features = np.random.default_rng(0).random((60, 12), np.float32)
-    likeness = fit_likeness(features, np.repeat([0, 2], 30), 4, (12,))
-    assert likeness.clouds[0].means.shape == (2, 12)
-    assert np.isfinite(likeness.compute_distances(features)).all()
+    ood_detector = fit_ood_detector(features, np.repeat([0, 2], 30), 4, (12,))
+    assert ood_detector.gaussians[0].means.shape == (2, 12)
+    assert np.isfinite(ood_detector.compute_distances(features)).all()
 
 
 @pytest.mark.parametrize("strange", [0, 1])
 def test_an_image_strange_to_any_stage_is_far(strange: int) -> None:
-    dice = np.random.default_rng(0)
-    features = dice.random((400, 32), np.float32)
-    likeness = fit_likeness(features, np.zeros(400, np.int64), 1, (12, 20))
-    squares = likeness.compute_distances(features) ** 2
+    rng = np.random.default_rng(0)
+    features = rng.random((400, 32), np.float32)
+    ood_detector = fit_ood_detector(features, np.zeros(400, np.int64), 1, (12, 20))
+    squares = ood_detector.compute_distances(features) ** 2
     assert squares.mean() == pytest.approx(2, rel=0.02)  # each stage counts alike
     features[:, (slice(12), slice(12, 32))[strange]] += 2
-    assert likeness.compute_distances(features).min() > np.sqrt(squares.max())
-
-
-def test_arrays_of_the_second_schema_know_the_last_stage_only(fitted: Trust) -> None:
-    arrays = {
-        "means": np.full((1, 20), 3, np.float32),
-        "components": np.eye(2, 20, dtype=np.float32),
-        "variances": np.array([4, 1, 0.25], np.float32),
-    }
-    old = Trust.restore(fitted.describe(), arrays)
-    features = np.full((1, 32), 3, np.float32)
-    features[0, :12] = 99  # of an earlier stage
-    features[0, [12, 13, 14]] += [2, 2, 1]
-    assert old.compute_distances(features)[0] == pytest.approx(np.sqrt(1 + 4 + 4))
-    assert old.list_tensors().keys() == arrays.keys()
-
-
-def test_energy_is_higher_where_no_logit_is_high() -> None:
-    low, high = compute_energy(np.array([[9, 0, 0, 0], [1, 0, 0, 0]], np.float32))
-    assert low < high
-    assert low == pytest.approx(-math.log(math.exp(9) + 3))
+    assert ood_detector.compute_distances(features).min() > np.sqrt(squares.max())
 
 
 # --- the whole ----------------------------------------------------------------------------
 
 
 @pytest.fixture
-def fitted() -> Trust:
+def fitted() -> Calibration:
     logits, labels = draw(600, np.full(4, 0.4), np.zeros(4), 5)
-    dice = np.random.default_rng(5)
-    features = np.abs(dice.normal(size=(600, 32)) + np.eye(4, 32)[labels] * 6)
+    rng = np.random.default_rng(5)
+    features = np.abs(rng.normal(size=(600, 32)) + np.eye(4, 32)[labels] * 6)
     outputs = Outputs(logits, features.astype(np.float32))
-    options = TrustOptions(max_risk=0.1, pass_rate=0.98)
-    return fit_trust(outputs, labels, outputs, labels, np.arange(600), options, widths=(12, 20))
+    options = CalibrationOptions(max_risk=0.1, pass_rate=0.98)
+    return fit_calibration(
+        outputs, labels, outputs, labels, np.arange(600), options, widths=(12, 20)
+    )
 
 
-def test_each_image_has_one_reason_at_most(fitted: Trust) -> None:
+def test_each_image_has_one_reason_at_most(fitted: Calibration) -> None:
     near, far = np.zeros(3, np.float32), np.full(3, 1e3, np.float32)
     probs = np.array([[1, 0, 0, 0], [0.3, 0.3, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2]], np.float32)
     assert fitted.find_reasons(probs, near) == [None, LOW_CONFIDENCE, LOW_CONFIDENCE]
@@ -225,9 +207,9 @@ def test_each_image_has_one_reason_at_most(fitted: Trust) -> None:
     assert fitted.find_reasons(probs, not_known) == [UNLIKE_TRAINING] * 3
 
 
-def test_what_is_sealed_comes_back_the_same(fitted: Trust) -> None:
-    described = json.loads(json.dumps(fitted.describe(), allow_nan=False))
-    again = Trust.restore(described, fitted.list_tensors())
+def test_what_is_sealed_comes_back_the_same(fitted: Calibration) -> None:
+    described = json.loads(json.dumps(fitted.to_json(), allow_nan=False))
+    again = Calibration.from_json(described, fitted.ood_detector.to_arrays())
     logits, _ = draw(50, np.ones(4), np.zeros(4), 6)
     np.testing.assert_array_equal(again.calibrate(logits), fitted.calibrate(logits))
     features = np.random.default_rng(1).random((50, 32), np.float32)
@@ -244,31 +226,33 @@ def test_what_is_sealed_comes_back_the_same(fitted: Trust) -> None:
 def test_asking_for_nothing_changes_nothing() -> None:
     logits, labels = draw(300, np.full(4, 0.4), np.zeros(4), 7)
     outputs = Outputs(logits, np.random.default_rng(0).random((300, 8), np.float32))
-    options = TrustOptions(calibrate=False, max_risk=1.0, pass_rate=1.0)
-    trust = fit_trust(outputs, labels, outputs, labels, np.arange(300), options, widths=(8,))
-    np.testing.assert_allclose(trust.calibrate(logits), softmax(logits, axis=1), atol=1e-6)
-    distances = trust.compute_distances(1e3 * outputs.features)
-    assert trust.find_reasons(trust.calibrate(logits), distances) == [None] * 300
+    options = CalibrationOptions(calibrate=False, max_risk=1.0, pass_rate=1.0)
+    calibration = fit_calibration(
+        outputs, labels, outputs, labels, np.arange(300), options, widths=(8,)
+    )
+    np.testing.assert_allclose(calibration.calibrate(logits), softmax(logits, axis=1), atol=1e-6)
+    distances = calibration.compute_distances(1e3 * outputs.features)
+    assert calibration.find_reasons(calibration.calibrate(logits), distances) == [None] * 300
 
 
 @pytest.mark.parametrize("change", [{"scale": None}, {"min_confidence": "much"}, {"facts": 3}])
-def test_damage_is_told(fitted: Trust, change: dict[str, object]) -> None:
+def test_damage_is_told(fitted: Calibration, change: dict[str, object]) -> None:
     with pytest.raises(ClassifierError, match="cannot be understood"):
-        Trust.restore(fitted.describe() | change, fitted.list_tensors())
+        Calibration.from_json(fitted.to_json() | change, fitted.ood_detector.to_arrays())
 
 
-def test_a_likeness_of_other_arrays_is_damage(fitted: Trust) -> None:
+def test_a_likeness_of_other_arrays_is_damage(fitted: Calibration) -> None:
     with pytest.raises(ClassifierError, match="cannot be understood"):
-        Trust.restore(fitted.describe(), {"means": np.zeros((1, 2), np.float32)})
+        Calibration.from_json(fitted.to_json(), {"means": np.zeros((1, 2), np.float32)})
 
 
 @pytest.mark.parametrize("change", [{"max_risk": 0.0}, {"pass_rate": 1.5}])
 def test_rates_are_rates(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"in \(0, 1\]"):
-        TrustOptions(**change)  # type: ignore[arg-type]
+        CalibrationOptions(**change)  # type: ignore[arg-type]
 
 
 def test_likeness_keeps_float32() -> None:
     features = np.random.default_rng(0).random((80, 16), np.float32)
-    likeness = fit_likeness(features, np.zeros(80, np.int64), 1, (16,))
-    assert likeness.compute_distances(features).dtype == np.float32
+    ood_detector = fit_ood_detector(features, np.zeros(80, np.int64), 1, (16,))
+    assert ood_detector.compute_distances(features).dtype == np.float32

@@ -31,8 +31,8 @@ from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import open_scan
 from brainray.inference.engine import EngineOptions, open_engine
+from brainray.model.calibration import UNLIKE_TRAINING, Outputs
 from brainray.model.classifier import Classifier, load_classifier
-from brainray.model.trust import UNLIKE_TRAINING, Outputs, compute_energy
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".tif", ".tiff", ".bmp", ".webp"}
 
@@ -42,7 +42,7 @@ class Options:
     """What is judged."""
 
     classifier_uri: str
-    """A sealed classifier folder."""
+    """A classifier bundle."""
     scans_uri: str
     """Local folder of real scans."""
 
@@ -85,19 +85,19 @@ def find_dicom_images() -> Iterator[tuple[str, bytes]]:
 
 def draw_images() -> Iterator[tuple[str, bytes]]:
     """Yield kind and bytes of charts, text, blank and noise images."""
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for number in range(12):
         figure = Figure(figsize=(4, 3 + number % 3))
         axes = figure.subplots()
         draw = (axes.plot, axes.bar, axes.scatter)[number % 3]
-        draw(np.arange(20), dice.normal(size=20).cumsum())
+        draw(np.arange(20), rng.normal(size=20).cumsum())
         sink = io.BytesIO()
         figure.savefig(sink, format="png")
         yield "chart", sink.getvalue()
     for number in range(6):
         page = Image.new("L", (300 + 40 * number, 400), 255)
         ImageDraw.Draw(page).multiline_text(
-            (20, 20), "\n".join("".join(dice.choice(list("abcdefg "), 40)) for _ in range(22)), 0
+            (20, 20), "\n".join("".join(rng.choice(list("abcdefg "), 40)) for _ in range(22)), 0
         )
         yield "text", encode(np.asarray(page))
     for grey in (0, 1, 32, 64, 128, 192, 254, 255):
@@ -105,9 +105,9 @@ def draw_images() -> Iterator[tuple[str, bytes]]:
     for number in range(12):
         side = 64 * 2 ** (number % 4)
         fields = (
-            dice.integers(0, 256, (side, side)),
-            np.clip(dice.normal(60, 40, (side, side)), 0, 255),
-            (dice.random((side, side)) < 0.1) * 255,
+            rng.integers(0, 256, (side, side)),
+            np.clip(rng.normal(60, 40, (side, side)), 0, 255),
+            (rng.random((side, side)) < 0.1) * 255,
         )
         yield "noise", encode(fields[number % 3].astype(np.uint8))
     for number in range(6):
@@ -142,7 +142,7 @@ def compute_outputs(classifier: Classifier, contents: list[bytes]) -> tuple[list
 def main(options: Options) -> None:
     """Print what became of outsiders and of scans, and how well each score tells them apart."""
     classifier = load_classifier(options.classifier_uri)
-    trust = classifier.trust
+    calibration = classifier.calibration
     scans = [
         read_named_scan(uri) for uri in list_scans([options.scans_uri])["scan_uri"].to_pylist()
     ]
@@ -152,8 +152,8 @@ def main(options: Options) -> None:
     kinds = [found[number][0] for number in numbers]
 
     def list_reasons(outputs: Outputs) -> list[str | None]:
-        distances = trust.compute_distances(outputs.features)
-        return trust.find_reasons(trust.calibrate(outputs.logits), distances)
+        distances = calibration.compute_distances(outputs.features)
+        return calibration.find_reasons(calibration.calibrate(outputs.logits), distances)
 
     by_kind: dict[str, list[bool]] = defaultdict(list)
     for kind, reason in zip(kinds, list_reasons(outside), strict=True):
@@ -173,12 +173,18 @@ def main(options: Options) -> None:
         np.concatenate([inside.features, outside.features]),
     )
     scores = {
-        "distance (sealed)": trust.compute_distances(both.features),
+        "distance (sealed)": calibration.compute_distances(both.features),
         "energy": compute_energy(both.logits),
-        "1 - confidence": 1 - trust.calibrate(both.logits).max(axis=1),
+        "1 - confidence": 1 - calibration.calibrate(both.logits).max(axis=1),
     }
     for name, values in scores.items():
         print(f"AUROC of {name:<20}{roc_auc_score(is_outside, values):.3f}")
+
+
+def compute_energy(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Compute the energy score of images (Liu et al., NeurIPS 2020); higher is more unusual."""
+    energy: NDArray[np.float64] = -np.logaddexp.reduce(logits.astype(np.float64), axis=1)
+    return energy
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Judging a sealed classifier on scans whose class is known: predictions, metrics, report."""
+"""Judging a classifier on scans whose class is known: predictions, metrics, report."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from brainray import storage
-from brainray.data.near_duplicates import NEAR_TWIN_CORRELATION
+from brainray.data.near_duplicates import NEAR_DUPLICATE_CORRELATION
 from brainray.errors import RejectedImage
 from brainray.evaluation.modelcard import write_model_card
 from brainray.evaluation.prepared import PreparedData
@@ -26,20 +26,23 @@ from brainray.metrics import (
     compute_evaluation,
     compute_risk_coverage,
 )
-from brainray.model.classifier import amend_card, read_card, read_trust
-from brainray.model.trust import Trust
+from brainray.model.calibration import Calibration
+from brainray.model.classifier import (
+    amend_classifier_metadata,
+    read_calibration,
+    read_classifier_metadata,
+)
 from brainray.provenance import describe_versions, read_code_revision
 from brainray.reports.report import Mistake, render_report
+from brainray.runlog import Log
 
 NUM_MISTAKES_SHOWN = 24
 METRICS_FILE = "metrics.json"
 METRICS_SCHEMA_VERSION = 2
 """2 added ``runtime``: what computed the predictions."""
 
-Say = Callable[[str], None]
 
-
-def judge_split(
+def evaluate_split(
     data: PreparedData,
     indices: NDArray[np.int64],
     probs: NDArray[np.float32],
@@ -50,8 +53,8 @@ def judge_split(
     Returns
     -------
     dict
-        What :func:`brainray.metrics.compute_evaluation` gives; ``no_twin``, the same over
-        images without a near-twin in training; and ``baseline_1nn``, the answers of the
+        What :func:`brainray.metrics.compute_evaluation` gives; ``without_near_duplicates``, the same over
+        images without a near duplicate in training; and ``baseline_1nn``, the answers of the
         nearest training thumbnail. The last two are absent where the training images are
         not known.
     """
@@ -62,11 +65,11 @@ def judge_split(
     if np.isnan(correlation.astype(np.float64)).any():
         return metrics
     nearest = np.array([classes.index(name) for name in rows["nearest_label"].to_pylist()])
-    apart = correlation < NEAR_TWIN_CORRELATION
-    metrics["twin_correlation"] = NEAR_TWIN_CORRELATION
-    metrics["no_twin"] = _judge_part(labels, probs, classes, groups, apart)
+    apart = correlation < NEAR_DUPLICATE_CORRELATION
+    metrics["near_duplicate_correlation"] = NEAR_DUPLICATE_CORRELATION
+    metrics["without_near_duplicates"] = _evaluate_part(labels, probs, classes, groups, apart)
     metrics["baseline_1nn"] = compute_accuracy(labels, nearest, groups=groups)
-    metrics["baseline_1nn"]["no_twin"] = (
+    metrics["baseline_1nn"]["without_near_duplicates"] = (
         compute_accuracy(labels[apart], nearest[apart], groups=groups[apart])
         if apart.any()
         else {"n": 0}
@@ -74,7 +77,7 @@ def judge_split(
     return metrics
 
 
-def _judge_part(
+def _evaluate_part(
     labels: NDArray[np.int64],
     probs: NDArray[np.float32],
     classes: Sequence[str],
@@ -86,11 +89,11 @@ def _judge_part(
     return compute_evaluation(labels[part], probs[part], classes, groups=groups[part])
 
 
-def judge_trust(
+def evaluate_calibration(
     labels: NDArray[np.int64],
     logits: NDArray[np.float32],
     reasons: Sequence[str | None],
-    trust: Trust,
+    calibration: Calibration,
     classes: Sequence[str],
 ) -> dict[str, Any]:
     """Judge what a classifier says of its own answers.
@@ -103,7 +106,10 @@ def judge_trust(
         :func:`brainray.metrics.compute_risk_coverage` gives at the sealed threshold;
         ``by_reason``: how many images any door would give no class.
     """
-    plain, probs = Trust.nothing(len(classes)).calibrate(logits), trust.calibrate(logits)
+    plain, probs = (
+        Calibration.identity(len(classes)).calibrate(logits),
+        calibration.calibrate(logits),
+    )
     scores = {
         name: compute_evaluation(labels, values, classes, num_resamples=0)
         for name, values in (("before", plain), ("after", probs))
@@ -111,14 +117,14 @@ def judge_trust(
     without_class = [reason for reason in reasons if reason]
     return {
         "calibration": {
-            "method": trust.facts.get("method", "none"),
+            "method": calibration.facts.get("method", "none"),
             **{
                 name: {score: found[score] for score in ("log_loss", "brier", "ece")}
                 for name, found in scores.items()
             },
         },
         "selective": compute_risk_coverage(
-            labels, probs, classes, min_confidence=trust.min_confidence
+            labels, probs, classes, min_confidence=calibration.min_confidence
         ),
         "by_reason": {reason: without_class.count(reason) for reason in sorted(set(without_class))},
     }
@@ -186,7 +192,7 @@ def collect_mistakes(
     return mistakes
 
 
-def judge_and_report(
+def evaluate_and_report(
     data: PreparedData,
     *,
     output_uri: str,
@@ -196,7 +202,7 @@ def judge_and_report(
     title: str,
     configuration: dict[str, Any],
     facts: dict[str, str],
-    say: Say,
+    log: Log,
     training: dict[str, Any] | None = None,
     records: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
@@ -216,18 +222,18 @@ def judge_and_report(
     dict
         The content of metrics.json, whose presence says that all is done.
     """
-    card = read_card(classifier_uri)
-    classes = tuple(card["classes"])
-    trust = read_trust(card, classifier_uri)
+    metadata = read_classifier_metadata(classifier_uri)
+    classes = tuple(metadata["classes"])
+    calibration = read_calibration(metadata, classifier_uri)
     members = {split: data.select(split) for split in splits if len(data.select(split))}
-    say("Predicting " + " and ".join(f"{len(m):,} {s} images" for s, m in members.items()) + ".")
+    log("Predicting " + " and ".join(f"{len(m):,} {s} images" for s, m in members.items()) + ".")
     stage = PredictStage.open(classifier_uri, plan_pool(engine), outputs=("logits",))
     rows, runtime = predict_samples(
         stage, data.store, data.scans, np.concatenate(list(members.values()))
     )
     metrics: dict[str, Any] = {
         "schema_version": METRICS_SCHEMA_VERSION,
-        "classifier_id": card["classifier_id"],
+        "classifier_id": metadata["classifier_id"],
         "classes": list(classes),
         "runtime": runtime,
     }
@@ -236,17 +242,17 @@ def judge_and_report(
     curves: dict[str, Any] = {}
     mistakes: list[Mistake] = []
     for split, indices in members.items():
-        table = add_labels(rows.slice(0, len(indices)), data, indices, trust)
+        table = add_labels(rows.slice(0, len(indices)), data, indices, calibration)
         rows = rows.slice(len(indices))
         if split == list(members)[-1]:
             table = add_class_maps(table, stage, data, indices)
             mistakes = collect_mistakes(data, table, split, classes, stage.preprocessing)
         storage.write_table(storage.join(output_uri, "predictions", f"{split}.parquet"), table)
         labels, probs = data.labels[indices], stack_lists(table["probs"])
-        metrics[split] = judge_split(data, indices, probs, classes)
+        metrics[split] = evaluate_split(data, indices, probs, classes)
         metrics[split]["rejected"] = data.count_rejected(split)
-        metrics[split]["trust"] = judge_trust(
-            labels, stack_lists(table["logits"]), table["reason"].to_pylist(), trust, classes
+        metrics[split]["confidence"] = evaluate_calibration(
+            labels, stack_lists(table["logits"]), table["reason"].to_pylist(), calibration, classes
         )
         curves[split] = compute_curves(labels, probs, classes)
     report = render_report(
@@ -257,7 +263,7 @@ def judge_and_report(
         mistakes=mistakes,
         configuration=configuration,
         facts={
-            "Classifier": card["classifier_id"],
+            "Classifier": metadata["classifier_id"],
             "Engine": runtime["description"],
             **facts,
             "Versions": describe_versions(),
@@ -266,7 +272,9 @@ def judge_and_report(
     )
     storage.write_bytes(storage.join(output_uri, "report.html"), report.encode())
     if training is not None:
-        amend_card(classifier_uri, {"metrics": {split: metrics[split] for split in curves}})
+        amend_classifier_metadata(
+            classifier_uri, {"metrics": {split: metrics[split] for split in curves}}
+        )
         write_model_card(classifier_uri, data, metrics, data_uri=facts["Data"])
     storage.write_json(storage.join(output_uri, METRICS_FILE), metrics)
     return metrics
