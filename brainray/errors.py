@@ -7,7 +7,7 @@
     │   ├── ConfigError           a recipe field, a flag, a run directory that does not match
     │   ├── DataError             folders, tables, labels
     │   ├── StorageError          a place that cannot be read or written
-    │   ├── WeightsError          pretrained weights that is not available or do not fit
+    │   ├── WeightsError          pretrained weights that are not available or do not fit
     │   ├── ClassifierError       a damaged or foreign classifier folder
     │   └── RejectedImage         one scan's bytes; carries a stable reason code
     ├── TrainingError             what a user cannot fix; exit 1
@@ -40,7 +40,7 @@ class StorageError(UserError):
 
 
 class WeightsError(UserError):
-    """Pretrained weights that is not available, or do not fit the network."""
+    """Pretrained weights that are not available, or do not fit the network."""
 
 
 class ClassifierError(UserError):

@@ -21,10 +21,10 @@ from brainray.metrics import compute_evaluation
 from brainray.recipes import smoke
 from brainray.training.config import ScalingOptions, TrainConfig
 from brainray.training.crossval import (
-    compute_spread,
     cross_validate,
     find_training_samples,
     split_fold,
+    summarise_folds,
 )
 from brainray.training.prepare import group_training_data
 from brainray.training.run import TrainJob
@@ -164,7 +164,7 @@ def test_more_folds_than_a_class_has_groups_are_refused_before_anything_is_writt
 def test_the_spread_is_over_folds_with_k_minus_1() -> None:
     scores = [0.5, 0.75, 0.7]
     folds = [{"accuracy": s, "macro_f1": s / 2, "macro_auroc": 1.0} for s in scores]
-    spread = compute_spread(folds)
+    spread = summarise_folds(folds)
     assert spread["accuracy"] == pytest.approx(
         {"mean": 0.65, "sd": np.sqrt((0.15**2 + 0.1**2 + 0.05**2) / 2), "min": 0.5, "max": 0.75}
     )
@@ -208,7 +208,7 @@ def halved(
 
 def test_what_was_finished_is_not_done_again(halved: Outcome) -> None:
     _, _, lines = halved
-    assert lines[0].startswith("Going on with the run in ")
+    assert lines[0].startswith("Resuming the run in ")
     assert "Fold 1 of 2 is finished." in lines
     (second,) = [line for line in lines if line.startswith("Fold 2 of 2: ")]
     assert "to choose the epoch" in second

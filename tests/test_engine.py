@@ -29,10 +29,14 @@ from brainray.inference.engine import (
     prepare_engine,
 )
 from brainray.model import precision as formats
-from brainray.model.classifier import Classifier, load_classifier, save_classifier
+from brainray.model.classifier import (
+    Classifier,
+    find_default_classifier,
+    load_classifier,
+    save_classifier,
+)
 from brainray.model.network import build_network, compute_features
 from brainray.model.precision import has_native_bf16
-from brainray.model.shipped import find_default_classifier
 from tests.conftest import REPOSITORY
 from tests.reference import predict_eager
 

@@ -20,12 +20,11 @@ from brainray.images.normalise import normalise_images
 from brainray.images.preprocess import Preprocessing, load_image, open_samples
 from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.model.calibration import Calibration
-from brainray.model.classifier import Classifier, load_classifier
+from brainray.model.classifier import Classifier, find_default_classifier, load_classifier
 from brainray.model.explain import STRIDE_PX
 from brainray.model.network import build_network, compute_features
 from brainray.model.precision import has_native_bf16
 from brainray.model.resnet50 import DENSITY
-from brainray.model.shipped import find_default_classifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,9 +25,14 @@ from brainray.inference.bulk import ClassifyJob
 from brainray.inference.engine import EngineOptions
 from brainray.inference.files import find_files, run_files
 from brainray.inference.schema import build_schema
-from brainray.model.classifier import load_classifier, read_classifier_metadata
+from brainray.model.classifier import (
+    DEFAULT_VARIABLE,
+    SHIPPED_FOLDER,
+    find_default_classifier,
+    load_classifier,
+    read_classifier_metadata,
+)
 from brainray.model.reasons import NOTICE
-from brainray.model.shipped import DEFAULT_VARIABLE, SHIPPED_FOLDER, find_default_classifier
 from brainray.serving.predictor import ModelOptions
 from tests.conftest import CLASSES
 from tests.dicom_files import make_mr

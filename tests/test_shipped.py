@@ -16,11 +16,11 @@ from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import (
     METADATA_FILE,
     OOD_FILE,
+    SHIPPED_FOLDER,
     WEIGHTS_FILE,
     load_classifier,
     read_classifier_metadata,
 )
-from brainray.model.shipped import SHIPPED_FOLDER
 from tests.conftest import REPOSITORY
 
 MAX_BYTES = 50e6

@@ -35,8 +35,7 @@ from brainray.evaluation.prepared import (
 from brainray.evaluation.scoring import evaluate_and_report
 from brainray.images.slices import ReadOptions
 from brainray.inference.engine import EngineOptions
-from brainray.model.classifier import Classifier, load_classifier
-from brainray.model.shipped import find_default_classifier
+from brainray.model.classifier import Classifier, find_default_classifier, load_classifier
 from brainray.runlog import Log
 
 logger = logging.getLogger(__name__)

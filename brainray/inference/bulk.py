@@ -67,8 +67,7 @@ from brainray.inference.store import PredictionStore, Wave
 from brainray.io.identifiers import Identifiers, hide_paths, open_identifiers
 from brainray.io.lock import OutputLock, hold_output
 from brainray.model.calibration import LOW_CONFIDENCE
-from brainray.model.classifier import read_classifier_metadata
-from brainray.model.shipped import find_default_classifier
+from brainray.model.classifier import find_default_classifier, read_classifier_metadata
 from brainray.runlog import Log
 
 logger = logging.getLogger(__name__)

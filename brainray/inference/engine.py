@@ -305,7 +305,7 @@ def check_precision(options: EngineOptions, backend: Backend) -> Precision:
     Raises
     ------
     ConfigError
-        The one that was asked for is not available with this backend, or on this machine.
+        The requested precision is not available with this backend, or on this machine.
     """
     if options.precision == "int8" and backend == "torch":
         raise ConfigError(

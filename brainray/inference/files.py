@@ -37,9 +37,8 @@ from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.inference.schema import SCAN_SCHEMA, build_rows
 from brainray.inference.series import SeriesRule, summarise_series
 from brainray.io.identifiers import NUM_KEY_BYTES, read_key
-from brainray.model.classifier import Classifier, load_classifier
+from brainray.model.classifier import Classifier, find_default_classifier, load_classifier
 from brainray.model.reasons import NOTICE, REASONS
-from brainray.model.shipped import find_default_classifier
 
 BULK_OPTION = "--scans-uri"
 EXIT_UNREAD = 141

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from brainray.errors import ServingError
 from brainray.images.preprocess import preprocess_image
 from brainray.inference.engine import Engine, EngineOptions, Prediction, open_engine
-from brainray.model.classifier import Classifier, load_classifier
+from brainray.model.classifier import Classifier, find_default_classifier, load_classifier
 from brainray.model.precision import Precision
-from brainray.model.shipped import find_default_classifier
 from brainray.phantoms.painter import draw_phantom
 
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.5}
