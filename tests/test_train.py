@@ -204,7 +204,7 @@ def test_what_is_validated_has_the_statistics_of_training_images_as_they_are(
     torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=0.03)
 
 
-def test_the_sealed_statistics_are_of_training_images_as_they_are(
+def test_the_saved_statistics_are_of_training_images_as_they_are(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
     job, _, lines = finished
@@ -219,7 +219,7 @@ def test_the_sealed_statistics_are_of_training_images_as_they_are(
     assert any(f"statistics on {len(images)} images" in line for line in lines)
 
 
-def test_predictions_are_those_of_the_sealed_classifier(
+def test_predictions_are_those_of_the_saved_classifier(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
     job, metrics, _ = finished
@@ -402,7 +402,7 @@ def test_evaluating_alone_gives_the_same_scores(
         EvaluateJob(
             data_uri=job.data_uri,
             classifier_uri=job.at("classifier"),
-            output_uri=str(tmp_path / "judged"),
+            output_uri=str(tmp_path / "evaluated"),
         )
     )
     for name in ("accuracy", "macro_auroc", "log_loss"):
@@ -421,7 +421,7 @@ def test_evaluating_alone_gives_the_same_scores(
     assert found["test"]["baseline_1nn"]["accuracy"] == pytest.approx(
         metrics["test"]["baseline_1nn"]["accuracy"]
     )
-    assert (tmp_path / "judged" / "report.html").exists()
+    assert (tmp_path / "evaluated" / "report.html").exists()
 
 
 def test_evaluating_without_the_manifest_leaves_the_baseline_out_and_says_so(
@@ -435,7 +435,7 @@ def test_evaluating_without_the_manifest_leaves_the_baseline_out_and_says_so(
     lines: list[str] = []
     found = evaluate(
         EvaluateJob(
-            data_uri=job.data_uri, classifier_uri=str(moved), output_uri=str(tmp_path / "judged")
+            data_uri=job.data_uri, classifier_uri=str(moved), output_uri=str(tmp_path / "evaluated")
         ),
         log=lines.append,
     )

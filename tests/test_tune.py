@@ -158,7 +158,7 @@ def test_the_report_names_every_configuration() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_searches_and_goes_on(phantom_folder: Path, tmp_path: Path) -> None:
+def test_the_command_searches_and_resumes(phantom_folder: Path, tmp_path: Path) -> None:
     words = {
         "data-uri": phantom_folder,
         "output-uri": tmp_path / "out",
