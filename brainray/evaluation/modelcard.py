@@ -7,7 +7,7 @@ import numpy as np
 from brainray import storage
 from brainray.evaluation.prepared import PreparedData
 from brainray.model.classifier import amend_classifier_metadata, read_classifier_metadata
-from brainray.reports.metadata import build_model_card, render_model_card
+from brainray.reports.card import build_model_card, render_model_card
 
 MODEL_CARD_FILE = "MODEL_CARD.md"
 
