@@ -30,9 +30,9 @@ from pydicom.uid import (
 
 from brainray.errors import RejectedImage
 from brainray.images.decode import REJECTION_REASONS, DecodeLimits
-from brainray.images.dicom import hash_identifier, open_dicom, read_header
-from brainray.images.dicom_file import MAX_HEADER_BYTES, MAX_ITEMS, MAX_VALUES
+from brainray.images.dicom import hash_identifier, open_dicom
 from brainray.images.dicom_frames import MAX_FRAGMENTS
+from brainray.images.dicom_header import MAX_HEADER_BYTES, MAX_ITEMS, MAX_VALUES
 from brainray.images.dicom_pixels import decode_frame, render_frame
 from tests.dicom_files import (
     PYDICOM_FILES,
@@ -125,7 +125,7 @@ def test_body_part_and_direction_are_unknown_in_a_real_brain_study() -> None:
     answers = [decode_or_reject(path.read_bytes()) for path in sorted(study.rglob("*/*"))]
     assert answers.count("decoded") == 10
     assert answers.count("projection") == 7
-    flags = read_header(study / "MR1" / "4919").flags
+    flags = open_dicom((study / "MR1" / "4919").read_bytes()).instance.flags
     assert "body_part_unknown" in flags
     assert "non_axial" in flags
 
@@ -284,7 +284,7 @@ def test_the_offset_table_tells_frames_apart() -> None:
         dataset["PixelData"].is_undefined_length = True
         content = write(dataset, RLELossless)
         if not has_table:
-            assert "which of the 4 fragments" in reject(content, "corrupt")
+            assert "divide the 4 fragments" in reject(content, "corrupt")
             continue
         for index, frame in enumerate(frames):
             np.testing.assert_array_equal(decode(content, index), frame)
@@ -320,12 +320,6 @@ def test_threads_get_the_same_frames() -> None:
     with ThreadPoolExecutor(8) as pool:
         frames = list(pool.map(decode, contents))
     assert all((frame == frames[0]).all() for frame in frames)
-
-
-def test_a_path_is_read_up_to_its_pixels(tmp_path: Path) -> None:
-    path = tmp_path / "scan.dcm"
-    path.write_bytes(make_mr())
-    assert read_header(path, key=KEY) == read_header(path.read_bytes(), key=KEY)
 
 
 # ---- modality transform --------------------------------------------------------------------------
@@ -599,7 +593,7 @@ def test_flags(flag: str, elements: dict) -> None:
         content = io.BytesIO()  # type: ignore[assignment]
         pydicom.dcmwrite(content, make_dataset(**elements), implicit_vr=False, little_endian=True)
         content = content.getvalue()  # type: ignore[attr-defined]
-    flags = read_header(content).flags
+    flags = open_dicom(content).instance.flags
     assert flag in flags
     assert flags == tuple(sorted(set(flags)))
 
@@ -611,7 +605,7 @@ def test_anatomic_region_counts() -> None:
     chest = make_mr(BodyPartExamined=None, AnatomicRegionSequence=make_region("51185008"))
     reject(chest, "other_body_part")
     brain = make_mr(BodyPartExamined="KNEE", AnatomicRegionSequence=make_region("12738006"))
-    assert "body_part_unknown" not in read_header(brain).flags
+    assert "body_part_unknown" not in open_dicom(brain).instance.flags
 
 
 def test_frames_of_an_enhanced_file_are_rejected_one_by_one() -> None:
@@ -643,7 +637,7 @@ def test_an_unknown_transfer_syntax_is_named_only_if_it_is_registered() -> None:
 
 
 def test_geometry_of_a_classic_file() -> None:
-    (frame,) = read_header(make_mr()).frames
+    (frame,) = open_dicom(make_mr()).instance.frames
     assert frame.orientation == (1, 0, 0, 0, 1, 0)
     assert (frame.position_mm, frame.spacing_mm, frame.plane) == (33, (1.5, 0.5), "axial")
 
@@ -657,13 +651,13 @@ def test_geometry_of_a_classic_file() -> None:
     ],
 )
 def test_planes(orientation: list[float], plane: str, position: float) -> None:
-    (frame,) = read_header(make_mr(ImageOrientationPatient=orientation)).frames
+    (frame,) = open_dicom(make_mr(ImageOrientationPatient=orientation)).instance.frames
     assert frame.plane == plane
     assert frame.position_mm == pytest.approx(position)
 
 
 def test_a_position_that_no_scanner_has_is_none() -> None:
-    (frame,) = read_header(make_mr(ImagePositionPatient=["1e308", 0, "1e308"])).frames
+    (frame,) = open_dicom(make_mr(ImagePositionPatient=["1e308", 0, "1e308"])).instance.frames
     assert (frame.position_mm, frame.plane) == (None, "axial")
 
 
@@ -677,7 +671,7 @@ def test_geometry_of_each_frame() -> None:
         make_item(PlanePositionSequence=[make_item(ImagePositionPatient=[0, 0, z])])
         for z in (7, -4)
     ]
-    frames = read_header(make_enhanced(np.stack([RAMP, RAMP]), shared, per_frame)).frames
+    frames = open_dicom(make_enhanced(np.stack([RAMP, RAMP]), shared, per_frame)).instance.frames
     assert [frame.position_mm for frame in frames] == [7, -4]
     assert {(frame.spacing_mm, frame.plane) for frame in frames} == {((2, 3), "axial")}
 
@@ -894,13 +888,13 @@ def test_damaged_bytes_get_an_answer(
 
 
 def test_identifiers_are_keyed_hashes() -> None:
-    instance = read_header(make_mr(), key=KEY)
+    instance = open_dicom(make_mr(), key=KEY).instance
     assert instance.patient == hash_identifier("patient-7", KEY)
     assert len({instance.patient, instance.study, instance.series, instance.sop_instance}) == 4
     assert instance.patient != hash_identifier("patient-7", KEY[::-1])
     assert all(len(value or "") == 32 for value in (instance.study, instance.series))
-    assert read_header(make_mr()).patient is None
-    assert read_header(make_mr(PatientID=None), key=KEY).patient is None
+    assert open_dicom(make_mr()).instance.patient is None
+    assert open_dicom(make_mr(PatientID=None), key=KEY).instance.patient is None
     # A known answer: other implementations must be able to join on it.
     assert hash_identifier("a", KEY) == hash_identifier("a\0", KEY)
     with pytest.raises(ValueError, match="at least 16 bytes, got 3"):

@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from brainray.images import heatmap as room
-from brainray.images.head import Box
 from brainray.images.heatmap import SHOWN_PX, render_map, render_overlay, render_picture
-from brainray.images.preprocess import Frame, Preprocessing, open_samples
+from brainray.images.preprocess import Box, Frame, Preprocessing, open_samples
 
 STRETCH, PAD = Preprocessing(size_px=96), Preprocessing(size_px=96, fit="pad")
 STRIDE = 32

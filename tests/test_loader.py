@@ -22,8 +22,7 @@ from brainray.data import scan as scan_module
 from brainray.data.labelled import find_samples
 from brainray.data.scan import scan_samples
 from brainray.errors import ConfigError
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions
 from brainray.training.loader import (
     TRAIN_DATASET,
@@ -38,6 +37,7 @@ from brainray.training.loader import (
     share_of,
 )
 from tests.conftest import CLASSES
+from tests.open_scans import load_image
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing(size_px=32)
@@ -127,7 +127,7 @@ def test_each_image_comes_once_where_it_must(setup: LoaderSetup, world_size: int
 def check_batch(setup: LoaderSetup, batch: Batch) -> None:
     uris = ray.get(setup.store.samples)["uri"].take(batch.image_ids).to_pylist()
     contents = [Path(uri).read_bytes() for uri in uris]
-    expected = [load_image(content, PREPROCESSING, DecodeLimits()) for content in contents]
+    expected = [load_image(content, PREPROCESSING) for content in contents]
     assert batch.images.dtype == torch.uint8
     np.testing.assert_array_equal(batch.images.numpy(), expected)
     assert batch.labels.tolist() == setup.labels[batch.image_ids].tolist()

@@ -145,7 +145,7 @@ def test_bundled_volumes(name: str) -> None:
     """As nibabel reorients and scales them."""
     image = nib.as_closest_canonical(nib.load(NIBABEL_FILES / name))
     expected = image.get_fdata()
-    volume = read_nifti(NIBABEL_FILES / name)
+    volume = read_nifti((NIBABEL_FILES / name).read_bytes())
     assert ("multi_volume" in volume.flags) == (expected.ndim == 4)
     expected = expected if expected.ndim == 3 else expected[..., 0]
     shown = np.stack([expected[::-1, ::-1, k].T for k in range(expected.shape[2])])
@@ -154,7 +154,7 @@ def test_bundled_volumes(name: str) -> None:
 
 @pytest.mark.parametrize("path", sorted(NIBABEL_FILES.glob("*.nii*")), ids=lambda path: path.name)
 def test_every_bundled_file_gets_an_answer(path: Path) -> None:
-    volume = read_nifti(path)
+    volume = read_nifti(path.read_bytes())
     assert np.isfinite(get_all(volume)).all()
 
 
@@ -220,7 +220,7 @@ def test_slices_with_little_tissue_are_skipped() -> None:
     head[0, 0, 8] = 1000  # a single bright voxel: a quarter of a percent
     volume = read_nifti(make_nifti(head))
     assert volume.kept == (3, 4, 5, 6, 7)
-    assert (volume.num_slices, volume.num_skipped) == (10, 5)
+    assert (volume.num_slices, len(volume.kept)) == (10, 5)
     just_enough = head.copy()
     just_enough[:, 0, 8] = 1000  # 20 of 400 voxels
     assert MIN_TISSUE_FRACTION == 0.05
@@ -229,7 +229,7 @@ def test_slices_with_little_tissue_are_skipped() -> None:
 
 def test_an_empty_volume_has_no_slices() -> None:
     volume = read_nifti(make_nifti(np.full((4, 4, 3), 7, np.int16)))
-    assert (volume.kept, volume.num_skipped) == ((), 3)
+    assert (volume.kept, volume.num_slices) == ((), 3)
 
 
 # ---- damage and bombs ----------------------------------------------------------------------------
@@ -345,9 +345,3 @@ def test_free_text_does_not_get_out(capfd: pytest.CaptureFixture[str]) -> None:
     texts.extend(capfd.readouterr())
     assert content.count(token) == 5
     assert not any("QZTOKEN" in text for text in texts)
-
-
-def test_a_path_and_bytes_agree(tmp_path: Path) -> None:
-    path = tmp_path / "volume.nii.gz"
-    path.write_bytes(gzip.compress(make_nifti()))
-    np.testing.assert_array_equal(get_all(read_nifti(path)), get_all(read_nifti(make_nifti())))

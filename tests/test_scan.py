@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from brainray.data import scan as scan_module
 from brainray.data.labelled import find_samples
 from brainray.data.scan import ScanResult, scan_samples
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions
 from tests.conftest import CLASSES
+from tests.open_scans import load_image
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -29,7 +29,7 @@ SIZE = Preprocessing(size_px=48)
 
 
 def load_files(files: Sequence[Path], preprocessing: Preprocessing = SIZE) -> list[NDArray]:
-    return [load_image(file.read_bytes(), preprocessing, DecodeLimits()) for file in files]
+    return [load_image(file.read_bytes(), preprocessing) for file in files]
 
 
 def list_files(folder: Path) -> list[Path]:

@@ -29,10 +29,10 @@ from brainray.images.slices import (
     name_slice,
     open_file,
     open_slice,
-    open_slices,
     split_name,
 )
 from tests.dicom_files import PYDICOM_FILES, RAMP, make_dataset, make_enhanced, make_item, make_mr
+from tests.open_scans import open_slices
 
 KEY = b"0123456789abcdef"
 REPOSITORY = Path(__file__).parents[1]

@@ -1,8 +1,9 @@
 """List the scans to classify: folders, globs, files, Parquet tables and lists of URIs.
 
 Nothing here opens an image. Every visible file is a scan until its bytes say otherwise, whatever
-its name, so that everything in an inbox gets a row. Listing is cut into :class:`ScanSource` objects:
-each is the work of one task, which lists for a bounded time and returns the places that are left.
+its name, so that everything in an inbox gets a row. Listing is cut into :class:`ScanSource`
+objects: each is the work of one task, which lists for a bounded time and returns the places that
+are left.
 """
 
 import csv

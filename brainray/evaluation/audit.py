@@ -25,7 +25,6 @@ from brainray.data.near_duplicates import (
     standardise_thumbnails,
 )
 from brainray.data.read import open_rows
-from brainray.data.run_blocks import run_blocks_on_ray
 from brainray.data.scan import TRAIT_TYPES, scan_samples
 from brainray.data.shortcuts import build_properties, evaluate_shortcuts
 from brainray.data.splits import assign_folds, assign_splits, describe_balance
@@ -201,7 +200,7 @@ def compare_images(samples: pa.Table, scan: pa.Table, job: AuditJob) -> AuditedD
     splits = np.array(samples["split"].take(kept).to_pylist(), dtype="<U5")
     standardised = standardise_thumbnails(stack_thumbnails(scan["thumbnail"].take(kept)))
     near_duplicates, near = (
-        group_near_duplicates(standardised, min_correlation=least, run_blocks=run_blocks_on_ray)
+        group_near_duplicates(standardised, min_correlation=least)
         for least in (job.group_correlation, NEAR_DUPLICATE_CORRELATION)
     )
     return AuditedData(
@@ -214,7 +213,7 @@ def compare_images(samples: pa.Table, scan: pa.Table, job: AuditJob) -> AuditedD
         ),
         near=near,
         groups=join_groups(near_duplicates, samples, scan, kept),
-        nearest=findings.look_up_nearest(splits, standardised, run_blocks_on_ray),
+        nearest=findings.find_nearest_references(splits, standardised),
     )
 
 
