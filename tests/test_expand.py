@@ -14,12 +14,12 @@ from PIL import Image
 
 from brainray.data import read
 from brainray.data.expand import count_slices
+from brainray.data.fingerprint import measure_properties
 from brainray.data.labelled import find_samples
 from brainray.data.read import SampleReader, open_rows
 from brainray.errors import RejectedImage
 from brainray.evaluation.prepared import find_patients, join_groups
 from brainray.images.decode import DecodeLimits
-from brainray.images.metadata import measure_properties
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions, find_slice, open_file, open_slice, show_slice
 from tests.dicom_files import make_enhanced, make_item, make_mr

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from brainray.data import scan as scan_module
+from brainray.data import fingerprint
 from brainray.data.expand import expand_files
 from brainray.data.labelled import find_samples
 from brainray.data.splits import assign_folds, hash_manifest
@@ -179,7 +179,7 @@ def test_pixels_are_those_of_the_files_held_or_not(
     assert mixed_data.store.holds_pixels(CONFIG.preprocessing)
     held = mixed_data.store.load_images(chosen, CONFIG.preprocessing)
     np.testing.assert_array_equal(held, expected)
-    monkeypatch.setattr(scan_module, "OBJECT_STORE_SHARE", 0.0)
+    monkeypatch.setattr(fingerprint, "OBJECT_STORE_SHARE", 0.0)
     outside = prepare(mixed)
     assert not outside.store.in_object_store
     read = outside.store.load_images(chosen, CONFIG.preprocessing)

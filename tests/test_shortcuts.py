@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from brainray.data import shortcuts
+from brainray.data.fingerprint import ImageProperties, hash_pixels, measure_properties
 from brainray.data.shortcuts import ALL_TOGETHER, build_properties, evaluate_shortcuts
 from brainray.images.decode import DecodeLimits
-from brainray.images.metadata import ImageProperties, hash_pixels, measure_properties
 from brainray.images.slices import open_file
 
 

@@ -23,7 +23,7 @@ def expand_files(found: FoundSamples, reading: ReadOptions) -> FoundSamples:
 
     A file is opened unless its name is a picture's, it lies in a Parquet table, or its row names a
     slice. Every slice has a row, also one that is not to be classified: opening it again, which
-    :func:`brainray.data.scan.scan_samples` does, gives the reason.
+    :func:`brainray.data.fingerprint.fingerprint_samples` does, gives the reason.
 
     Parameters
     ----------

@@ -39,7 +39,7 @@ def build_properties(scan: pa.Table) -> dict[str, FloatArray]:
     Parameters
     ----------
     scan : pyarrow.Table
-        Columns of :data:`brainray.data.scan.TRAIT_TYPES`; without nulls.
+        Columns of :data:`brainray.data.fingerprint.PROPERTY_TYPES`; without nulls.
 
     Returns
     -------

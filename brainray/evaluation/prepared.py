@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from brainray.data.expand import expand_files
 from brainray.data.findings import REFERENCES
+from brainray.data.fingerprint import Fingerprints, fingerprint_samples
 from brainray.data.labelled import FoundSamples
 from brainray.data.near_duplicates import (
     find_nearest,
@@ -17,7 +18,7 @@ from brainray.data.near_duplicates import (
     merge_groups,
     standardise_thumbnails,
 )
-from brainray.data.scan import ScanResult, ScanStore, scan_samples
+from brainray.data.scan_store import ScanStore
 from brainray.data.splits import MANIFEST_SCHEMA
 from brainray.errors import DataError
 from brainray.images.preprocess import Preprocessing
@@ -34,7 +35,7 @@ class GroupedData:
     """A data set that is scanned and grouped, and not split yet."""
 
     found: FoundSamples
-    scan: ScanResult
+    scan: Fingerprints
     labels: NDArray[np.int64]
     """Class of every sample, shape (N,)."""
     kept: NDArray[np.int64]
@@ -110,7 +111,7 @@ def group_samples(
     """
     found = expand_files(found, reading)
     samples = found.samples
-    scan = scan_samples(samples, reading=reading, keep=keep)
+    scan = fingerprint_samples(samples, reading=reading, keep=keep)
     labels = samples["label"].to_numpy().astype(np.int64)
     kept = check_usable(labels, scan.table, classes)
     standardised = standardise_thumbnails(stack_thumbnails(scan.table["thumbnail"].take(kept)))

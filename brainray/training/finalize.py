@@ -13,7 +13,7 @@ from ray.train import Result
 from torch.optim.swa_utils import update_bn
 
 from brainray import runlog
-from brainray.data.scan import ScanStore
+from brainray.data.scan_store import ScanStore
 from brainray.data.splits import hash_manifest
 from brainray.errors import TrainingError
 from brainray.evaluation.prepared import PreparedData
