@@ -125,7 +125,7 @@ def describe(
     exact: NDArray[np.int64],
     num_samples: int,
 ) -> str:
-    """Compare groups with the copies, with pairs of a sample, and with those of the exact search."""
+    """Compare groups with the copies, a sample's pairs, and the groups of the exact search."""
     copies = found.reshape(-1, 1 + len(CHANGES))
     together = (copies[:, 1:] == copies[:, :1]).mean()
     recall = measure_recall(

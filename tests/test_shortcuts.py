@@ -18,7 +18,7 @@ from brainray.images.slices import open_file
 def evaluate_classifier(
     properties: dict[str, NDArray[np.float64]], labels: NDArray[np.int64], groups: NDArray[np.int64]
 ) -> dict[str, dict[str, object]]:
-    return {row["trait"]: row for row in evaluate_shortcuts(properties, labels, groups)}
+    return {row["property"]: row for row in evaluate_shortcuts(properties, labels, groups)}
 
 
 def test_a_planted_shortcut_is_found_and_noise_is_not() -> None:

@@ -108,7 +108,7 @@ def test_one_group_of_a_class_is_refused() -> None:
     groups = np.array([*range(6), *[9] * 6])
     with pytest.raises(DataError, match="Class number 1 has 1 group") as caught:
         split_groups(labels, groups, 0.2, seed=0)
-    assert "at least 2 are needed to hold 20% out" in str(caught.value)
+    assert "at least 2 to hold out 20%" in str(caught.value)
     assert "Add images, or lower the group threshold." in str(caught.value)
     assert str(caught.value).endswith("may all name the same patient.")
 

@@ -1,4 +1,4 @@
-"""What a DICOM or NIfTI file says of a slice, as columns of tables."""
+"""Metadata of slices as columns of tables."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ SLICE_FIELDS = (
     pa.field("flags", pa.list_(pa.string())),  # what is unknown or unusual
     pa.field("grey_range", pa.string()),  # brainray.images.slices.GreyRange; null if rejected
 )
-"""What a DICOM or NIfTI file says of a slice; all but ``grey_range`` are null for pictures."""
+"""Columns of DICOM and NIfTI slices; all but ``grey_range`` are null for pictures."""
 
 
 def describe_slice(info: SliceInfo, grey_range: GreyRange | None) -> dict[str, Any]:
