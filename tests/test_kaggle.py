@@ -173,7 +173,7 @@ def test_another_digest_than_the_expected_one_is_refused(
     stand_in: StandIn,  # noqa: ARG001 - it answers
     fetch: Callable[..., tuple[str, list[str]]],
 ) -> None:
-    with pytest.raises(DataError, match="Expected SHA-256 .*, got "):
+    with pytest.raises(DataError, match=r"Expected SHA-256 .*, got "):
         fetch(sha256="0" * 64)
 
 

@@ -16,7 +16,8 @@ from brainray.errors import RejectedImage
 from brainray.images.decode import REJECTION_REASONS, DecodeLimits
 from brainray.images.dicom import open_dicom
 from brainray.images.dicom_pixels import decode_frame
-from brainray.images.nifti import MIN_TISSUE_FRACTION, Plane, Volume, read_nifti
+from brainray.images.nifti import MIN_TISSUE_FRACTION, Volume, read_nifti
+from brainray.images.slices import Plane
 from tests.dicom_files import make_mr
 
 NIBABEL_FILES = Path(find_spec("nibabel").submodule_search_locations[0]) / "tests" / "data"  # type: ignore[union-attr,index]

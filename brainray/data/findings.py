@@ -64,14 +64,7 @@ def number_exact_duplicates(pixel_hashes: Sequence[str]) -> Indices:
 
 
 def describe_groups(groups: Indices, labels: Indices) -> dict[str, Any]:
-    """Count groups: all, those with several images, and those with several labels.
-
-    Parameters
-    ----------
-    groups : ndarray of int64, shape (n,)
-        −1 for an image without a group.
-    labels : ndarray of int64, shape (n,)
-    """
+    """Count groups (−1 is none): all, those with several images, those with several labels."""
     member = groups >= 0
     _, group_of, sizes = np.unique(groups[member], return_inverse=True, return_counts=True)
     mixed = _find_mixed(group_of, labels[member], len(sizes))
@@ -109,10 +102,7 @@ def find_conflicts(
 ) -> list[Pair]:
     """Find in each group with several labels the two most similar images of different labels.
 
-    Returns
-    -------
-    list of Pair
-        The most similar first.
+    The most similar pair comes first.
     """
     names, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     mixed = _find_mixed(group_of, labels, len(names)) & (names >= 0)
@@ -200,11 +190,8 @@ def evaluate_baseline(
 ) -> list[dict[str, Any]]:
     """Evaluate the label of the nearest image as a prediction: in all, and by its correlation.
 
-    Returns
-    -------
-    list of dict
-        ``low`` and ``high`` bounds of the correlation (None: open), ``n``, ``accuracy`` and
-        ``accuracy_ci95`` (None where there is no image). All images come first.
+    Each row has ``low`` and ``high`` bounds of the correlation (None: open), ``n``, ``accuracy``
+    and ``accuracy_ci95`` (None without images). The first row is for all images.
     """
     bounds: list[tuple[float | None, float | None]] = [(None, None)]
     bounds += zip((*CORRELATION_STEPS, None), (None, *CORRELATION_STEPS), strict=True)

@@ -110,12 +110,7 @@ def fetch_kaggle_set(job: FetchJob, log: Log, kaggle_set: KaggleSet = BRAIN_TUMO
 
 
 def check_folder(folder: Path, kaggle_set: KaggleSet) -> bytes:
-    """Check every file of a folder against its list; write the list if there is none.
-
-    Returns
-    -------
-    bytes
-        The list.
+    """Check every file of a folder against its list, and return the list; write it if absent.
 
     Raises
     ------

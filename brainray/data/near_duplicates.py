@@ -75,32 +75,15 @@ _BATCH_PAIRS = 1_000_000
 
 
 def compute_thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Shrink grey pixels to a thumbnail.
-
-    Parameters
-    ----------
-    pixels : ndarray of uint8, shape (height, width)
-
-    Returns
-    -------
-    ndarray of uint8, shape (576,)
-    """
+    """Shrink grey pixels (height, width) to a thumbnail, uint8 of shape (576,)."""
     small = Image.fromarray(pixels).resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX)
     return np.asarray(small).reshape(-1)
 
 
 def standardise_thumbnails(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Give each thumbnail zero mean and unit length, so that a dot product is a correlation.
+    """Give thumbnails (N, 576) zero mean and unit length, so that products are correlations.
 
-    A thumbnail of one single grey becomes zeros: it correlates with nothing.
-
-    Parameters
-    ----------
-    thumbnails : ndarray of uint8, shape (N, 576)
-
-    Returns
-    -------
-    ndarray of float32, shape (N, 576)
+    A thumbnail of one grey level becomes zeros: it correlates with nothing.
     """
     centred = thumbnails.astype(np.float32)
     centred -= centred.mean(axis=1, keepdims=True)
@@ -330,12 +313,7 @@ def find_nearest_rows(
 ) -> tuple[Indices, FloatRows]:
     """Find each query's most similar row of the reference within some blocks.
 
-    Returns
-    -------
-    nearest : ndarray of int64, shape (N,)
-        0 where a query is in none of the blocks.
-    product : ndarray of float32, shape (N,)
-        −inf where a query is in none of the blocks.
+    Returns row and product, shape (N,) each: 0 and −inf for a query in none of the blocks.
     """
     nearest = np.zeros(len(queries), np.int64)
     product = np.full(len(queries), -np.inf, np.float32)
@@ -401,13 +379,7 @@ def list_tiles(num_rows: int, num_columns: int, *, is_symmetric: bool = False) -
 
 
 def list_cells(queries: FloatRows, reference: FloatRows) -> list[Block]:
-    """List for each cell the queries that are compared with it, and its reference rows.
-
-    Parameters
-    ----------
-    queries, reference : ndarray of float32, shape (N, D) and (M, D)
-        Sketches of one call of :func:`build_sketches`.
-    """
+    """List for each cell the queries that are compared with it, and its reference rows."""
     num_cells = max(1, round(len(reference) ** 0.5))
     rng = np.random.default_rng(0)
     centres = reference[rng.choice(len(reference), num_cells, replace=False)]
@@ -438,18 +410,10 @@ def _list_by_cell(cells: Indices, num_cells: int) -> list[Indices]:
 
 
 def build_sketches(vectors: FloatRows, num_axes: int = NUM_AXES) -> FloatRows:
-    """Shorten vectors to sketches, whose products are upper bounds of the vectors' products.
+    """Shorten vectors (N, D) to sketches, whose products are upper bounds of the vectors' products.
 
-    A sketch has the vector's coordinates on the leading principal axes, and the length of the
-    rest: x·y = Px·Py + Rx·Ry ≤ Px·Py + |Rx| |Ry|, by Cauchy and Schwarz.
-
-    Parameters
-    ----------
-    vectors : ndarray of float32, shape (N, D)
-
-    Returns
-    -------
-    ndarray of float32, shape (N, min(num_axes, D) + 1)
+    A sketch has the vector's coordinates on the leading principal axes, and the length of the rest:
+    x·y = Px·Py + Rx·Ry ≤ Px·Py + |Rx| |Ry|, by Cauchy and Schwarz. Shape (N, min(num_axes, D) + 1).
     """
     sample = vectors[:: max(1, len(vectors) // _AXES_ROWS)]
     _, axes = np.linalg.eigh(sample.T @ sample)  # ascending; any orthonormal axes keep the bound
@@ -470,15 +434,7 @@ def multiply_rows(vectors: FloatRows, left: Indices, right: Indices) -> FloatRow
 def iterate_candidates(
     blocks: Sequence[Block], sketches: FloatRows, min_product: float
 ) -> Iterator[tuple[Indices, Indices]]:
-    """Yield batches of the pairs in blocks that may reach a threshold, by their sketches.
-
-    Parameters
-    ----------
-    blocks : sequence of Block
-        From :func:`list_tiles` or :func:`list_cells`.
-    sketches : ndarray of float32, shape (N, D)
-        From :func:`build_sketches`, of vectors of length 1 (or 0).
-    """
+    """Yield batches of the pairs in blocks that may reach a threshold, by their sketches."""
     bound = min_product - _BOUND_SLACK
     numbers = np.arange(len(sketches))
     waiting: list[tuple[Indices, Indices]] = []

@@ -33,18 +33,17 @@ def split_groups(
 
     Parameters
     ----------
-    labels : ndarray of int64, shape (N,)
-    groups : ndarray of int64, shape (N,)
+    labels, groups : ndarray of int64, shape (N,)
         Images of one group stay together.
     fraction : float
-        Share of the images to hold out, in (0, 0.5]; the nearest of 1/2, 1/3, 1/4 … is taken.
+        Share of the images to hold out, in (0, 0.5]; rounded to 1/2, 1/3, 1/4 …
     seed : int
         The same seed holds out the same groups.
 
     Returns
     -------
     ndarray of bool, shape (N,)
-        True where an image is held out.
+        True for a held-out image.
 
     Raises
     ------

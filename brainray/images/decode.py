@@ -9,9 +9,9 @@ threads.)
 
 import io
 import struct
-import sys
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -142,7 +142,7 @@ def read_header(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -> H
     read = read_tiff if name == "TIFF" else READERS[name]
     try:
         return read(image_bytes, limits.max_pixels)
-    except (IndexError, struct.error) as error:
+    except (IndexError, OverflowError, struct.error) as error:  # an offset beyond the file
         raise RejectedImage(
             "truncated", f"The {name} file ends inside its header. Send it again."
         ) from error
@@ -185,10 +185,10 @@ def _open(header: Header) -> ImageFile.ImageFile:
 
 
 def _decode(header: Header) -> Samples:
-    image = _open(header)
     if header.bits == 16:
-        grey = Image.fromarray(_decode_16(image, header))
+        grey = Image.fromarray(_decode_16(header))
     else:
+        image = _open(header)
         image.load()
         if header.transparent is not None:  # in the range of the samples
             image.info["transparency"] = (
@@ -209,19 +209,25 @@ def _to_grey(image: Image.Image) -> Image.Image:
     return image.getchannel(0) if image.mode == "La" else image.convert("L")
 
 
-def _decode_16(image: ImageFile.ImageFile, header: Header) -> NDArray[np.uint16]:
+def _decode_16(header: Header) -> NDArray[np.uint16]:
     """Decode 16-bit samples to luminance, over black where they are transparent."""
+    image = _open(header)
     if image.mode.startswith("I;16"):
         image.load()
         samples = np.asarray(image)
-    else:
-        samples = _load_colour_16(image, header)
+    else:  # Pillow reduces 16-bit colour to 8 bits
+        samples = cv2.imdecode(np.frombuffer(header.payload, np.uint8), cv2.IMREAD_UNCHANGED)
+        if samples is None or samples.dtype != np.uint16 or samples.shape[1::-1] != header.size:
+            raise RejectedImage(
+                "corrupt", f"The {header.format} data cannot be decoded. Export the image again."
+            )
+        samples = samples[..., [2, 1, 0, 3][: samples.shape[2]]]
     grey = _to_grey_16(samples)
     if header.white_is_zero:
         grey = np.invert(grey)
     if header.transparent is not None:
-        clear = np.atleast_3d(samples) == np.array(header.transparent)
-        grey *= ~clear.all(axis=-1)
+        bands = np.atleast_3d(samples)[..., : len(header.transparent)]
+        grey *= (bands != np.array(header.transparent)).any(axis=-1)
     return grey
 
 
@@ -247,41 +253,3 @@ def _to_grey_16(samples: NDArray[np.uint16]) -> NDArray[np.uint16]:
         grey += 32767
         grey //= 65535
     return grey.astype(np.uint16)
-
-
-def _load_colour_16(image: ImageFile.ImageFile, header: Header) -> NDArray[np.uint16]:
-    """Load 16-bit colour, or grey with alpha, at full depth. Pillow has no mode for them.
-
-    Pillow keeps one byte of each such sample, and the raw mode decides which. So reading the file
-    in each byte order gives both bytes. Grey with alpha is read once, as four bytes.
-    """
-    raw_modes = {_get_raw_mode(tile) for tile in image.tile}
-    raw = raw_modes.pop()
-    if raw_modes or raw[:-1] not in ("RGB;16", "RGBA;16", "LA;16"):
-        raise RejectedImage(
-            "unsupported", f"This layout of 16-bit {header.format} samples is not supported."
-        )
-    if raw == "LA;16B":
-        _set_raw_mode(image, "RGBA")
-        image.load()
-        return np.asarray(image).view(">u2")
-    other = _open(header)
-    native_other = "B" if sys.byteorder == "little" else "L"
-    _set_raw_mode(other, raw[:-1] + {"B": "L", "L": "B", "N": native_other}[raw[-1]])
-    image.load()
-    other.load()
-    samples = np.asarray(image).astype(np.uint16)
-    samples <<= 8
-    samples |= np.asarray(other)
-    return samples
-
-
-def _get_raw_mode(tile: ImageFile._Tile) -> str:
-    return tile.args if isinstance(tile.args, str) else str((tile.args or ("",))[0])
-
-
-def _set_raw_mode(image: ImageFile.ImageFile, raw: str) -> None:
-    image.tile = [
-        tile._replace(args=raw if isinstance(tile.args, str) else (raw, *(tile.args or ())[1:]))
-        for tile in image.tile
-    ]

@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydicom.dataset import Dataset
@@ -35,13 +35,20 @@ from brainray.images.dicom_header import (
     parse_file,
 )
 from brainray.images.headers import is_dicom
-
-Plane = Literal["axial", "coronal", "sagittal"]
+from brainray.images.slices import Plane, SliceInfo
 
 _DEFAULT_LIMITS = DecodeLimits()
 
 _MAX_POSITION_MM = 1e6  # larger values are errors
 _NOT_DICOM = "Expected a DICOM file, got bytes of another format."
+
+_IDENTIFIERS = {
+    "patient": "PatientID",
+    "study": "StudyInstanceUID",
+    "series": "SeriesInstanceUID",
+    "sop_instance": "SOPInstanceUID",
+}
+"""Fields of a slice that are keyed hashes of elements."""
 
 MAX_FRAMES = 100_000
 """Most frames of one object. Each takes some hundred bytes before any pixel is decoded."""
@@ -68,42 +75,6 @@ PLUGINS: dict[str, str | None] = {
 Each has one plugin, so that pixels do not depend on what else is installed."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Frame:
-    """Geometry of one slice, in the patient's coordinates (PS3.3, C.7.6.2)."""
-
-    orientation: tuple[float, ...] | None
-    """Direction cosines of a row, then of a column; None where the header gives none."""
-    position_mm: float | None
-    """Position of the slice along its normal, in mm; orders the slices of a series."""
-    spacing_mm: tuple[float, float] | None
-    """Between rows, then between columns, in mm."""
-    plane: Plane | None
-    """The anatomical plane that is nearest."""
-    rejection: str | None
-    """Why this frame is not classified, a key of REJECTION_REASONS; else None."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Instance:
-    """A DICOM image object. Without the key nothing here identifies a person."""
-
-    transfer_syntax: str
-    """UID of the encoding of the pixels."""
-    sop_class: str | None
-    """UID of the type of object; None where it is absent or private."""
-    rows: int
-    columns: int
-    frames: tuple[Frame, ...]
-    flags: tuple[str, ...]
-    """What is unknown or unusual, sorted; docs/dicom.md lists the flags."""
-    patient: str | None
-    """Keyed hash of Patient ID, as of the three below; None without a key or the element."""
-    study: str | None
-    series: str | None
-    sop_instance: str | None
-
-
 class PixelFormat(NamedTuple):
     """Layout of stored samples (PS3.3, C.7.6.3)."""
 
@@ -116,9 +87,11 @@ class PixelFormat(NamedTuple):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DicomImage:
-    """An opened object, for :mod:`brainray.images.dicom_pixels`. Its repr shows no other values."""
+    """An opened object, for :mod:`brainray.images.dicom_pixels`. Its repr shows the slices."""
 
-    instance: Instance
+    slices: tuple[SliceInfo, ...]
+    transfer_syntax: str = field(repr=False)
+    """UID of the encoding of the pixels."""
     layout: PixelFormat = field(repr=False)
     dataset: Dataset = field(repr=False)
     pixels: PixelElement = field(repr=False)
@@ -179,14 +152,19 @@ def open_dicom(
     parsed = parse_file(content, limits.max_bytes)
     pixels = _check_object(parsed)
     layout = _read_pixel_format(parsed.dataset, limits)
-    frames = call_safely(_read_frames, parsed.dataset, _count_frames(parsed, pixels, layout))
-    if all(frame.rejection for frame in frames):
-        raise reject(str(frames[0].rejection))
+    identifiers = {
+        name: _hash_element(parsed.dataset, keyword, key) for name, keyword in _IDENTIFIERS.items()
+    }
+    num_frames = _count_frames(parsed, pixels, layout)
+    slices = call_safely(_read_slices, parsed, num_frames, identifiers)
+    if all(one.rejection for one in slices):
+        raise slices[0].rejection
     fragments: tuple[tuple[Span, ...], ...] = ()
     if PLUGINS[parsed.transfer_syntax] is not None:
-        fragments = call_safely(find_frames, parsed.content, pixels.offset, len(frames))
-    instance = _make_instance(parsed, layout, frames, key)
-    return DicomImage(instance, layout, parsed.dataset, pixels, parsed.content, fragments)
+        fragments = call_safely(find_frames, parsed.content, pixels.offset, num_frames)
+    return DicomImage(
+        slices, parsed.transfer_syntax, layout, parsed.dataset, pixels, parsed.content, fragments
+    )
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -214,24 +192,6 @@ def _check_object(parsed: ParsedFile) -> PixelElement:
             "Convert the file to Explicit VR Little Endian.",
         )
     return parsed.pixels
-
-
-def _make_instance(
-    parsed: ParsedFile, layout: PixelFormat, frames: tuple[Frame, ...], key: bytes | None
-) -> Instance:
-    dataset = parsed.dataset
-    return Instance(
-        transfer_syntax=parsed.transfer_syntax,
-        sop_class=parsed.sop_class if _name_uid(parsed.sop_class) == parsed.sop_class else None,
-        rows=layout.rows,
-        columns=layout.columns,
-        frames=frames,
-        flags=_find_flags(dataset, parsed.sop_class, frames),
-        patient=_hash_element(dataset, "PatientID", key),
-        study=_hash_element(dataset, "StudyInstanceUID", key),
-        series=_hash_element(dataset, "SeriesInstanceUID", key),
-        sop_instance=_hash_element(dataset, "SOPInstanceUID", key),
-    )
 
 
 def _read_pixel_format(dataset: Dataset, limits: DecodeLimits) -> PixelFormat:
@@ -301,23 +261,35 @@ def _hash_element(dataset: Dataset, keyword: str, key: bytes | None) -> str | No
     return None if key is None or value is None else hash_identifier(str(value), key)
 
 
-# ---- frames --------------------------------------------------------------------------------------
+# ---- slices --------------------------------------------------------------------------------------
 
 
-def _read_frames(dataset: Dataset, num_frames: int) -> tuple[Frame, ...]:
-    own_groups = get_value(dataset, "PerFrameFunctionalGroupsSequence")
-    if not own_groups:
-        return (_read_frame(dataset, 0),) * num_frames
-    if len(own_groups) != num_frames:
+def _read_slices(
+    parsed: ParsedFile, num_frames: int, identifiers: dict[str, Any]
+) -> tuple[SliceInfo, ...]:
+    dataset = parsed.dataset
+    groups = get_value(dataset, "PerFrameFunctionalGroupsSequence")
+    if groups and len(groups) != num_frames:
         raise RejectedImage(
             "corrupt",
-            f"The header says {num_frames:,} frames and describes {len(own_groups):,} "
-            "(5200,9230). Export the image again.",
+            f"The header says {num_frames:,} frames and describes {len(groups):,} (5200,9230). "
+            "Export the image again.",
         )
-    return tuple(_read_frame(dataset, index) for index in range(num_frames))
+    frames = [_read_frame(dataset, index) for index in range(num_frames if groups else 1)]
+    flags = _find_flags(dataset, parsed.sop_class, frames)
+    return tuple(
+        replace(
+            frames[index if groups else 0],
+            frame=index if num_frames > 1 else None,
+            flags=flags,
+            **identifiers,
+        )
+        for index in range(num_frames)
+    )
 
 
-def _read_frame(dataset: Dataset, index: int) -> Frame:
+def _read_frame(dataset: Dataset, index: int) -> SliceInfo:
+    """Read the geometry of a frame (PS3.3, C.7.6.2), and its reason for a rejection."""
     groups = FunctionalGroups(dataset, index)
     orientation = get_numbers(
         groups.find("PlaneOrientationSequence", "ImageOrientationPatient"),
@@ -328,12 +300,10 @@ def _read_frame(dataset: Dataset, index: int) -> Frame:
         groups.find("PlanePositionSequence", "ImagePositionPatient"), "ImagePositionPatient", 3
     )
     spacing = get_numbers(groups.find("PixelMeasuresSequence", "PixelSpacing"), "PixelSpacing", 2)
-    frame = Frame(
-        orientation=None,
-        position_mm=None,
+    reason = _find_frame_rejection(groups)
+    frame = SliceInfo(
         spacing_mm=(spacing[0], spacing[1]) if spacing and min(spacing) > 0 else None,
-        plane=None,
-        rejection=_find_frame_rejection(groups),
+        rejection=reject(reason) if reason else None,
     )
     if orientation is None or not _is_orthonormal(orientation):
         return frame
@@ -517,7 +487,7 @@ def _find_sequence_flags(groups: FunctionalGroups) -> set[str]:
     return flags
 
 
-def _find_flags(dataset: Dataset, sop_class: str, frames: tuple[Frame, ...]) -> tuple[str, ...]:
+def _find_flags(dataset: Dataset, sop_class: str, frames: list[SliceInfo]) -> tuple[str, ...]:
     groups = FunctionalGroups(dataset, 0)
     flags = _find_sequence_flags(groups)
     if _is_head(dataset) is None:

@@ -33,16 +33,7 @@ _END_OF_IMAGE = b"\xff\xd9"  # of JPEG, JPEG-LS and JPEG 2000; padding may follo
 
 
 def find_frames(content: bytes, offset: int, num_frames: int) -> tuple[tuple[Span, ...], ...]:
-    """Return the fragments of every frame.
-
-    Parameters
-    ----------
-    content : bytes
-        The file.
-    offset : int
-        Start of the value of Pixel Data, in bytes.
-    num_frames : int
-        From the header.
+    """Return the fragments of every frame; Pixel Data's value begins at byte `offset`.
 
     Raises
     ------
@@ -124,13 +115,7 @@ class Codestream(NamedTuple):
 
 
 def read_jpeg_codestream(frame: bytes) -> Codestream:
-    """Read the frame header of JPEG (ITU-T T.81, annex B.2.2) or JPEG-LS (T.87, annex C.2.2).
-
-    Raises
-    ------
-    RejectedImage
-        It has no frame header, or more than :data:`MAX_SCANS` scans.
-    """
+    """Read the frame header of JPEG (ITU-T T.81, B.2.2) or JPEG-LS (T.87, C.2.2)."""
     if frame.count(b"\xff\xda") > MAX_SCANS:
         raise RejectedImage(
             "too_large", f"A compressed frame has more than the {MAX_SCANS} JPEG scans allowed."
@@ -153,13 +138,7 @@ def read_jpeg_codestream(frame: bytes) -> Codestream:
 
 
 def read_jpeg_2000_codestream(frame: bytes) -> Codestream:
-    """Read the size marker of JPEG 2000 or HTJ2K (ITU-T T.800, annex A.5.1).
-
-    Raises
-    ------
-    RejectedImage
-        It has no codestream, or its components are subsampled.
-    """
+    """Read the size marker of JPEG 2000 or HTJ2K (ITU-T T.800, annex A.5.1)."""
     start = frame.find(_JPEG_2000_START)
     if start < 0 or len(frame) < start + 45:
         raise RejectedImage(

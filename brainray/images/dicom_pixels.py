@@ -63,13 +63,6 @@ def decode_frame(image: DicomImage, frame: int = 0) -> NDArray[np.float32]:
     High values are bright: where the object shows low values bright, they are inverted within their
     range. Padding gets the lowest of the other values.
 
-    Parameters
-    ----------
-    image : DicomImage
-        From :func:`brainray.images.dicom.open_dicom`.
-    frame : int
-        Index from 0.
-
     Returns
     -------
     ndarray of float32, shape (rows, columns)
@@ -78,7 +71,7 @@ def decode_frame(image: DicomImage, frame: int = 0) -> NDArray[np.float32]:
     Raises
     ------
     RejectedImage
-        The frame cannot be decoded, or has a ``Frame.rejection``.
+        The frame cannot be decoded, or is rejected in ``image.slices``.
     IndexError
         There is no such frame.
     """
@@ -124,11 +117,11 @@ class _Samples:
 
 
 def _load_samples(image: DicomImage, frame: int) -> _Samples:
-    num_frames = len(image.instance.frames)
+    num_frames = len(image.slices)
     if not 0 <= frame < num_frames:
         raise IndexError(f"Expected a frame from 0 to {num_frames - 1}, got {frame}.")
-    if reason := image.instance.frames[frame].rejection:
-        raise reject(reason)
+    if rejection := image.slices[frame].rejection:
+        raise reject(rejection.reason)  # a new exception: each keeps its traceback
     return call_safely(_decode_samples, image, frame)
 
 
@@ -157,11 +150,11 @@ def _is_inverted(dataset: Dataset) -> bool:
 
 def _decode_stored(image: DicomImage, frame: int) -> NDArray[Any]:
     """Return the stored samples of one frame, shape (rows, columns), an integer type."""
-    syntax = image.instance.transfer_syntax
+    syntax = image.transfer_syntax
     plugin = PLUGINS[syntax]
     source: bytes | memoryview
     if plugin is None:
-        source, index, num_frames = _view_frames(image), frame, len(image.instance.frames)
+        source, index, num_frames = _view_frames(image), frame, len(image.slices)
     else:
         encoded = b"".join(image.content[start:end] for start, end in image.fragments[frame])
         if syntax != _RLE_LOSSLESS:
@@ -194,7 +187,7 @@ def _describe_pixels(image: DicomImage) -> dict[str, Any]:
 def _view_frames(image: DicomImage) -> memoryview:
     """Return the uncompressed frames, padded to an even length, without later bytes."""
     layout = image.layout
-    num_bytes = len(image.instance.frames) * layout.rows * layout.columns
+    num_bytes = len(image.slices) * layout.rows * layout.columns
     num_bytes = num_bytes * layout.bits_allocated // 8
     start = image.pixels.offset
     return memoryview(image.content)[start : start + num_bytes + num_bytes % 2]

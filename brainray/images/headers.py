@@ -213,11 +213,13 @@ def _read_png(data: bytes, max_pixels: int) -> Header:
     header = contents.get(b"IHDR", b"")
     if len(header) != 13 or not packed:
         raise RejectedImage("corrupt", "The PNG file lacks a header or image data.")
-    width, height, bits, colour, _, _, is_interlaced = struct.unpack(">LLBBBBB", header)
+    width, height, bits, colour, packing, filtering, interlace = struct.unpack(">LLBBBBB", header)
     check_size("PNG", (width, height), max_pixels)
-    if colour not in _PNG_CHANNELS or (colour == 3 and len(contents.get(b"PLTE", b"")) < 3):
-        raise RejectedImage("corrupt", "The PNG file has an unknown colour type, or no palette.")
-    num_bytes = _count_png_bytes(width, height, bits * _PNG_CHANNELS[colour], bool(is_interlaced))
+    if colour not in _PNG_CHANNELS or packing or filtering or interlace > 1:
+        raise RejectedImage("corrupt", "The PNG header has an unknown colour type or method.")
+    if colour == 3 and len(contents.get(b"PLTE", b"")) < 3:
+        raise RejectedImage("corrupt", "The PNG file has no palette for its palette indices.")
+    num_bytes = _count_png_bytes(width, height, bits * _PNG_CHANNELS[colour], interlace == 1)
     _check_png_data(b"".join(packed), num_bytes)
     return Header(
         format="PNG",

@@ -25,18 +25,12 @@ cv2.setNumThreads(1)  # every CPU already decodes an image of its own
 
 
 def to_unsigned(samples: NDArray[Any], *, fill_range: bool = False) -> Samples:
-    """Convert samples of any real type to unsigned integers.
+    """Convert real samples (height, width) of any type to unsigned integers.
 
-    uint8 and uint16 stay as they are. Integers whose range fits in 16 bits keep their steps, and
-    are shifted where necessary, so that 12-bit samples have the same percentiles in every type.
-    Others are scaled linearly to 0 … 65535, from lowest to highest. Values that float32 cannot hold
-    (NaN, infinities) become the lowest.
-
-    Parameters
-    ----------
-    samples : ndarray of any real dtype, shape (height, width)
-    fill_range : bool
-        Scale integers linearly too.
+    uint8 and uint16 stay as they are. Integers whose range fits in 16 bits keep their steps, unless
+    `fill_range`, and are shifted where necessary: 12-bit samples have the same percentiles in every
+    type. Others are scaled linearly to 0 … 65535, from lowest to highest. Values that float32
+    cannot hold (NaN, infinities) become the lowest.
 
     Raises
     ------
@@ -79,13 +73,8 @@ def find_own_range(samples: Samples) -> Range:
 def find_head_range(samples: Samples, own: Range) -> Range:
     """Return the range from the 1st to the 99th percentile of pixels that are not air.
 
-    Parameters
-    ----------
-    samples : ndarray of uint8 or uint16, shape (height, width)
-        The reduced scan, or its part with the head. Reducing averages noise as resizing to the
-        network's input does, so percentiles of the reduced scan fit that input.
-    own : (float, float)
-        Of the whole scan, from :func:`find_own_range`.
+    `samples` are the reduced scan, or its part with the head: reducing averages noise as resizing
+    to the network's input does. `own` is the range of the whole scan.
     """
     lowest, highest = cv2.minMaxLoc(samples)[:2]
     first = max(lowest, np.floor(own[0] + DARK_SHARE * (own[1] - own[0])) + 1)

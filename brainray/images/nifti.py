@@ -10,7 +10,7 @@ import io
 import math
 import zlib
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 import nibabel as nib
 import numpy as np
@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits
-
-Plane = Literal["axial", "coronal", "sagittal"]
+from brainray.images.slices import Plane
 
 _DEFAULT_LIMITS = DecodeLimits()
 _GZIP_START = b"\x1f\x8b"
@@ -70,12 +69,7 @@ class Volume:
     """Slope and intercept."""
 
     def get_slice(self, index: int) -> NDArray[np.float32]:
-        """Return a scaled slice as displayed; voxels that are not finite get its lowest value.
-
-        Returns
-        -------
-        ndarray of float32, shape (rows, columns)
-        """
+        """Return a scaled slice (rows, columns) as displayed; not finite voxels get the lowest."""
         return _scale_voxels(self._stored[index], self._scale)
 
 
@@ -85,19 +79,11 @@ def read_nifti(
     plane: Plane = "axial",
     limits: DecodeLimits = _DEFAULT_LIMITS,
 ) -> Volume:
-    """Read a NIfTI-1 or NIfTI-2 file, plain or gzipped.
+    """Read a NIfTI-1 or NIfTI-2 file, plain or gzipped, for slices of a plane.
 
-    A slice is kept if at least :data:`MIN_TISSUE_FRACTION` of its voxels are above
-    :data:`TISSUE_LEVEL`.
-
-    Parameters
-    ----------
-    content : bytes
-        A whole ``.nii`` or ``.nii.gz`` file.
-    plane : {"axial", "coronal", "sagittal"}
-        Plane of the slices; the volume's nearest axis is their normal.
-    limits : DecodeLimits
-        The largest file in bytes, and the largest volume in voxels (`max_pixels`).
+    The volume's nearest axis is the slices' normal. A slice is kept if at least
+    :data:`MIN_TISSUE_FRACTION` of its voxels are above :data:`TISSUE_LEVEL`. `limits` hold for the
+    file in bytes and for the volume in voxels (`max_pixels`).
 
     Raises
     ------

@@ -262,26 +262,10 @@ class _Dicom:
     format: Literal["dicom"] = "dicom"
 
     def __init__(self, content: bytes, options: ReadOptions, key: bytes | None) -> None:
-        from brainray.images.dicom import open_dicom, reject
+        from brainray.images.dicom import open_dicom
 
         self._image: DicomImage = open_dicom(content, key=key, limits=options.limits)
-        instance = self._image.instance
-        self.slices = tuple(
-            SliceInfo(
-                frame=number if len(instance.frames) > 1 else None,
-                rejection=reject(frame.rejection) if frame.rejection else None,
-                sop_instance=instance.sop_instance,
-                series=instance.series,
-                study=instance.study,
-                patient=instance.patient,
-                plane=frame.plane,
-                position_mm=frame.position_mm,
-                orientation=frame.orientation,
-                spacing_mm=frame.spacing_mm,
-                flags=instance.flags,
-            )
-            for number, frame in enumerate(instance.frames)
-        )
+        self.slices = self._image.slices
 
     def decode(self, index: int) -> NDArray[np.float32]:
         from brainray.images.dicom_pixels import decode_frame
