@@ -1,4 +1,4 @@
-"""DICOM: what is read and what is rejected, the pixel chain, and that no identity gets out."""
+"""DICOM: supported and rejected objects, the steps from samples to pixels, and no identity."""
 
 import gzip
 import io
@@ -250,7 +250,7 @@ def test_a_high_bit_that_shifts_the_samples_is_unsupported() -> None:
 
 
 @pytest.mark.parametrize("syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless])
-def test_frames_are_told_apart(syntax: str) -> None:
+def test_frames_are_separated(syntax: str) -> None:
     frames = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]])
     content = make_compressed(compress(frames, syntax), syntax, frames)
     for index, frame in enumerate(frames):
@@ -268,8 +268,8 @@ def test_a_frame_in_several_fragments(num_frames: int) -> None:
         np.testing.assert_array_equal(decode(content, index), frame)
 
 
-def test_the_offset_table_tells_frames_apart() -> None:
-    """Run lengths have no end marker: without the table nothing tells whose a fragment is."""
+def test_the_offset_table_separates_frames() -> None:
+    """Run lengths have no end marker: without the table the frame of a fragment is unknown."""
     frames = np.stack([RAMP, RAMP[::-1], RAMP.T])
     first, *others = compress(frames, RLELossless)
     fragments = [first[:100], first[100:], *others]
@@ -505,7 +505,7 @@ def test_each_frame_has_its_window() -> None:
     np.testing.assert_array_equal(decode(content, 0), decode(content, 1))
 
 
-# ---- what is rejected, what is flagged -----------------------------------------------------------
+# ---- rejections and flags ------------------------------------------------------------------------
 
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 
@@ -558,7 +558,7 @@ def test_reasons(reason: str, elements: dict) -> None:
         {"WindowCenter": None, "PixelSpacing": None},
     ],
 )
-def test_what_is_not_said_rejects_nothing(elements: dict) -> None:
+def test_absent_elements_reject_nothing(elements: dict) -> None:
     present = {"WindowCenter": 5, "WindowWidth": 5}
     dataset = make_dataset(**present, PixelSpacing=[1, 1])
     for keyword, value in elements.items():
@@ -725,7 +725,7 @@ def test_a_deflate_bomb_is_not_inflated() -> None:
 
 
 def make_items(num_items: int) -> bytes:
-    """Make a file with a sequence of empty items, before which nothing says how many there are."""
+    """Make a file with a sequence of empty items and undefined length."""
     plain = make_mr()
     at = plain.index(b"\xe0\x7f\x10\x00")
     start = b"\x00\x52\x30\x92SQ\0\0\xff\xff\xff\xff"

@@ -1,4 +1,4 @@
-"""What an audit finds, on data sets small enough to know the answer."""
+"""Findings of an audit, on data sets with known answers."""
 
 import numpy as np
 import pytest
@@ -76,10 +76,10 @@ def test_test_images_are_held_against_train_and_val_and_val_against_train() -> N
     assert findings.find_nearest_references(np.array([""] * 8), standardised) == {}
 
 
-def test_a_leak_counts_copies_twins_and_groups() -> None:
+def test_a_leak_counts_exact_and_near_duplicates_and_groups() -> None:
     splits, standardised, labels = build_split()
     found = findings.find_nearest_references(splits, standardised)["test"]
-    copies = ints(7, -1, -1, -1, -1, 7, 8, 8)  # 6 and 7 are copies of one another only
+    copies = ints(7, -1, -1, -1, -1, 7, 8, 8)  # 6 and 7 are copies of each other only
     groups = ints(0, 1, 2, 3, 4, 0, 2, 5)
     leak = findings.measure_leak(found, np.isin(splits, ("train", "val")), copies, groups, labels)
     assert (leak["num_exact_duplicate"], leak["num_near_duplicate"], leak["num_same_group"]) == (

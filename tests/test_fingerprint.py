@@ -1,4 +1,4 @@
-"""Opening every scan of a data set once: what is kept of it, and what is rejected."""
+"""Fingerprints of a data set: hashes, kept pixels, and rejections."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_scan_knows_every_file_and_opens_it_again(phantom_folder: Path) -> None:
+def test_every_file_has_a_fingerprint_and_can_be_opened_again(phantom_folder: Path) -> None:
     found = scan(phantom_folder)
     files = list_files(phantom_folder / "Training")
     assert found.table["index"].to_pylist() == list(range(len(files)))

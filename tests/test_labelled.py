@@ -1,4 +1,4 @@
-"""Finding scans: the layouts that are read, what is skipped, and what is refused, in words."""
+"""Labelled data sets: supported layouts, skipped files, and errors."""
 
 import io
 import re
@@ -19,7 +19,7 @@ from brainray.phantoms import write_phantom_folder
 
 
 def fill(root: Path, *folders: str, names: Sequence[str] = ("1.jpg",)) -> Path:
-    """Write files (their content is their place) into every class folder below some folders."""
+    """Write files (their content is their path) into every class folder below some folders."""
     for folder in folders or ("",):
         for label in CLASSES:
             for name in names:
@@ -159,12 +159,12 @@ def test_class_without_images_is_refused(tmp_path: Path, absent: bool, folder: s
     assert words.endswith("Add them, or pass --classes.")
 
 
-@pytest.mark.parametrize("place", ["stray.jpg", "train/stray.jpg"])
-def test_image_outside_any_class_folder(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("path", ["stray.jpg", "train/stray.jpg"])
+def test_image_outside_any_class_folder(tmp_path: Path, path: str) -> None:
     fill(tmp_path, "train", "test")
-    put(tmp_path / place)
+    put(tmp_path / path)
     words = refusal(tmp_path)
-    assert f"Image '{place}' in '{tmp_path}' lies in no class folder" in words
+    assert f"Image '{path}' in '{tmp_path}' lies in no class folder" in words
     assert "Expected one of glioma, meningioma, notumor, pituitary above it" in words
 
 
@@ -355,7 +355,7 @@ def test_an_empty_split_column_says_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("bad", "said"), [("dev", "Unknown split 'dev'"), ("", "No split in row")])
-def test_a_split_that_cannot_be_meant_is_refused(tmp_path: Path, bad: str, said: str) -> None:
+def test_an_unknown_split_is_refused(tmp_path: Path, bad: str, said: str) -> None:
     file = write_parquet(tmp_path / "a.parquet", 8, split=[*["train"] * 7, bad])
     assert said in refusal(file)
 

@@ -44,7 +44,7 @@ def draw(rng: np.random.Generator) -> NDArray[np.uint16]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write six patients of each class, in files whose names and folders do not tell them."""
+    """Write six patients of each class, in files whose paths do not name the patient."""
     root = tmp_path_factory.mktemp("dicom")
     rng = np.random.default_rng(0)
     for label in CLASSES:

@@ -280,7 +280,7 @@ def test_many_copies_of_one_image_are_one_group_and_blank_ones_are_not() -> None
     ("given_groups", "same"),
     [
         ([None] * 6, [0, 0, 1, 1, 2, 3]),
-        (["p", None, None, "p", None, None], [0, 0, 0, 0, 2, 3]),  # bridges two twin groups
+        (["p", None, None, "p", None, None], [0, 0, 0, 0, 2, 3]),  # joins two groups
         (["p", None, "q", None, "q", "p"], [0, 0, 1, 1, 1, 0]),
         (["p", None, "p", "q", None, "q"], [0, 0, 0, 0, 2, 0]),  # and on, through a third
         (["", None, None, "", None, None], [0, 0, 1, 1, 2, 3]),  # an empty name is no name

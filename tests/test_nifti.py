@@ -98,8 +98,8 @@ def cut_as_scanner(plane: str) -> list[NDArray]:
         origin = corner + normal * spacing * index
         pixels = np.empty((shape @ np.abs(column), shape @ np.abs(row)), np.int16)
         for r, c in np.ndindex(pixels.shape):
-            place = origin + spacing * (row * c + column * r)
-            pixels[r, c] = BRAIN[tuple(np.rint(place * [-1, -1, 1] / spacing).astype(int))]
+            voxel = origin + spacing * (row * c + column * r)
+            pixels[r, c] = BRAIN[tuple(np.rint(voxel * [-1, -1, 1] / spacing).astype(int))]
         content = make_mr(
             pixels,
             ImageOrientationPatient=[*row.tolist(), *column.tolist()],
@@ -121,7 +121,7 @@ def test_slices_lie_as_those_of_a_dicom_series(plane: Plane, axes: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plane", "place", "pixel", "spacing"),
+    ("plane", "voxel", "pixel", "spacing"),
     [
         # A voxel at the patient's right, front and top, and where it is displayed.
         ("axial", (5, 7, 2), (0, 0), (3, 2)),
@@ -130,11 +130,11 @@ def test_slices_lie_as_those_of_a_dicom_series(plane: Plane, axes: str) -> None:
         ("axial", (0, 7, 2), (0, 5), (3, 2)),
     ],
 )
-def test_a_marked_voxel(plane: Plane, place: tuple, pixel: tuple, spacing: tuple) -> None:
+def test_a_marked_voxel(plane: Plane, voxel: tuple, pixel: tuple, spacing: tuple) -> None:
     marked = BRAIN.copy()
-    marked[place] = 5000
+    marked[voxel] = 5000
     volume = read_nifti(make_nifti(marked), plane=plane)
-    index = place[{"axial": 2, "coronal": 1, "sagittal": 0}[plane]]
+    index = voxel[{"axial": 2, "coronal": 1, "sagittal": 0}[plane]]
     grey = volume.get_slice(index)
     assert np.unravel_index(grey.argmax(), grey.shape) == pixel
     assert grey.max() == 5000

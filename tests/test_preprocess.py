@@ -181,16 +181,16 @@ FRAME = (400, 520)
 """Height and width of the scans below; the heads in them are 160 to 320 px large."""
 
 
-def draw_scan(seed: int, place: tuple[int, int] = (60, 150)) -> Scan:
+def draw_scan(seed: int, corner: tuple[int, int] = (60, 150)) -> Scan:
     """Draw a head somewhere in a wide black frame."""
     scan = np.zeros(FRAME, np.uint8)
     head = draw_phantom("glioma", np.random.default_rng(seed), plane="axial")
-    scan[place[0] : place[0] + head.shape[0], place[1] : place[1] + head.shape[1]] = head
+    scan[corner[0] : corner[0] + head.shape[0], corner[1] : corner[1] + head.shape[1]] = head
     return scan
 
 
 def find_edges(scan: Scan) -> NDArray[np.float64]:
-    """Return left, top, right and bottom of the largest bright thing in a clean scan."""
+    """Return left, top, right and bottom of the largest bright object in a scan without noise."""
     labels, _ = ndimage.label(ndimage.median_filter(scan, 5) > 20)
     largest = np.bincount(labels.ravel())[1:].argmax() + 1
     rows, columns = ndimage.find_objects((labels == largest).astype(int))[0]
@@ -312,11 +312,11 @@ def export_12_bit(scan: Scan, file_format: str) -> bytes:
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_12_bit_export_is_seen_as_its_8_bit_twin(seed: int, file_format: str) -> None:
+def test_a_12_bit_export_gives_the_input_of_its_8_bit_copy(seed: int, file_format: str) -> None:
     scan = draw_scan(seed)
-    twin = preprocess_image(scan, ROBUST).astype(int)
+    copy = preprocess_image(scan, ROBUST).astype(int)
     image = load_image(export_12_bit(scan, file_format), ROBUST)
-    difference = np.abs(image - twin)
+    difference = np.abs(image - copy)
     assert difference.max() <= 2
     assert difference.mean() < 0.5
     stored = load_image(export_12_bit(scan, file_format), STORED)

@@ -1,4 +1,4 @@
-"""Splits: groups stay whole, classes keep their shares, what is given stays given."""
+"""Splits: no group is split, classes keep their shares, given splits are kept."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from brainray.errors import DataError
 
 Labels = NDArray[np.int64]
 
-# scikit-learn's own remark on a rare class; what comes of it is checked by the room itself
+# scikit-learn's warning about a rare class; assign_folds checks the result
 pytestmark = pytest.mark.filterwarnings("ignore:The least populated class:UserWarning")
 
 
