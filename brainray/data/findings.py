@@ -181,7 +181,7 @@ def measure_leak(
 
 
 def is_shared(names: Indices, rows: Indices, references: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Tell which rows have the number (not −1) of an image of the references."""
+    """Return which rows have the number (not −1) of an image of the references."""
     return (names[rows] >= 0) & np.isin(names[rows], names[references])
 
 

@@ -54,19 +54,6 @@ FINGERPRINT_TYPES = {
 kept, else null. The key of the identifiers' hashes is not kept: they tell which scans have the same
 patient, study or series, and are to be deleted after that."""
 
-PROPERTY_TYPES = {
-    "pixel_sha256": pa.string(),
-    "width_px": pa.int32(),
-    "height_px": pa.int32(),
-    "mode": pa.string(),
-    "format": pa.string(),
-    "size_bytes": pa.int64(),
-    "mean_grey": pa.float32(),
-    "border_grey": pa.float32(),
-    "border_dark_share": pa.float32(),
-}
-"""Columns of :class:`ImageProperties`."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageProperties:
@@ -92,7 +79,9 @@ class ImageProperties:
     """Share of the border's pixels that are black, in [0, 1]."""
 
 
-assert set(PROPERTY_TYPES) == {field.name for field in fields(ImageProperties)}
+_ARROW_TYPES: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float32()}
+PROPERTY_TYPES = {field.name: _ARROW_TYPES[field.type] for field in fields(ImageProperties)}
+"""Columns of :class:`ImageProperties`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +161,7 @@ def _cut_between_files(samples: pa.Table) -> list[pa.Table]:
 
 
 def bytes_fit_object_store(num_bytes: int) -> bool:
-    """Tell whether bytes fit in the object stores of the cluster as it is now."""
+    """Return whether bytes fit in the object stores of the cluster as it is now."""
     stores = [
         node["Resources"]["object_store_memory"]
         for node in ray.nodes()

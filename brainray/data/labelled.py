@@ -139,13 +139,13 @@ def find_samples(
 
 
 def is_hidden(relative_path: str) -> bool:
-    """Tell whether a file, or a folder above it, is hidden."""
+    """Return whether a file, or a folder above it, is hidden."""
     parts = relative_path.split("/")
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 def _may_be_image(relative_path: str, classes: Sequence[str]) -> bool:
-    """Tell by its name whether a file may be an image.
+    """Return whether a file may be an image, by its name.
 
     In a class folder it may have no suffix: scanners write such DICOM files.
     """

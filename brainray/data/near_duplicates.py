@@ -132,7 +132,7 @@ def group_near_duplicates(
 
 
 def is_exact(num_images: int, exact_pairs: int = EXACT_PAIRS) -> bool:
-    """Tell whether grouping this many images uses the exact search."""
+    """Return whether grouping this many images uses the exact search."""
     return num_images * (num_images - 1) // 2 <= exact_pairs
 
 

@@ -258,7 +258,7 @@ def _list_folder(source: ScanSource, leave_out: Sequence[str], deadline: float) 
 
 
 def _matches(file: storage.FoundFile, root: str, pattern: str) -> bool:
-    """Tell whether a file's path, plain or encoded as in its URI, matches."""
+    """Return whether a file's path, plain or encoded as in its URI, matches."""
     names = {file.relative_path, _name_below(file.uri, root)}
     return any(glob.globmatch(name, pattern, flags=_GLOB_FLAGS) for name in names)
 

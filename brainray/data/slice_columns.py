@@ -23,15 +23,5 @@ SLICE_FIELDS = (
 
 def describe_slice(info: SliceInfo, grey_range: GreyRange | None) -> dict[str, Any]:
     """Return the values of :data:`SLICE_FIELDS` for a slice; None where it was not decoded."""
-    return {
-        "frame": info.frame,
-        "patient": info.patient,
-        "study": info.study,
-        "series": info.series,
-        "sop_instance": info.sop_instance,
-        "plane": info.plane,
-        "position_mm": info.position_mm,
-        "orientation": info.orientation,
-        "flags": info.flags or None,
-        "grey_range": grey_range,
-    }
+    values = {column.name: getattr(info, column.name) for column in SLICE_FIELDS[:-1]}
+    return values | {"flags": info.flags or None, "grey_range": grey_range}

@@ -1,6 +1,6 @@
 """Decode pictures (JPEG, PNG, BMP, GIF, TIFF, WebP) to grey samples.
 
-Files may come from strangers. So :mod:`brainray.images.headers` reads a file's header first, in
+Files may be hostile. So :mod:`brainray.images.headers` reads a file's header first, in
 bounded time and without unpacking pixels, and checks its size and length. Only then does Pillow get
 the file, without its metadata: a decompression bomb costs microseconds, and Pillow finds nothing to
 warn about. (``warnings.catch_warnings`` changes the filters of the whole process, and so of other
@@ -110,13 +110,7 @@ def decode_samples(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -
     RejectedImage
         ``reason`` is a key of :data:`REJECTION_REASONS`.
     """
-    if not image_bytes:
-        raise RejectedImage("empty", f"{ACCEPTED}, got no bytes. Upload the file again.")
-    if len(image_bytes) > limits.max_bytes:
-        raise RejectedImage(
-            "too_large",
-            f"The file has {len(image_bytes):,} bytes, more than the {limits.max_bytes:,} allowed.",
-        )
+    check_length(image_bytes, limits)
     header = read_header(image_bytes, limits)
     try:
         return _decode(header)
@@ -128,6 +122,17 @@ def decode_samples(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -
         ) from error
     except Exception as error:  # Pillow raises a dozen types for damaged files
         raise _translate(header.format, error) from error
+
+
+def check_length(content: bytes, limits: DecodeLimits) -> None:
+    """Reject a file that is empty or too large."""
+    if not content:
+        raise RejectedImage("empty", f"{ACCEPTED}, got no bytes. Send the file again.")
+    if len(content) > limits.max_bytes:
+        raise RejectedImage(
+            "too_large",
+            f"The file has {len(content):,} bytes, more than the {limits.max_bytes:,} allowed.",
+        )
 
 
 def read_header(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -> Header:

@@ -19,7 +19,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
 from brainray.errors import RejectedImage
-from brainray.images.decode import DecodeLimits
+from brainray.images.decode import DecodeLimits, check_length
 from brainray.images.dicom_frames import Span, find_frames
 from brainray.images.dicom_header import (
     UNDEFINED_LENGTH,
@@ -140,13 +140,7 @@ def open_dicom(
         The object is not an MR image of a head that can be decoded; ``reason`` is a key of
         :data:`brainray.images.decode.REJECTION_REASONS`.
     """
-    if not content:
-        raise RejectedImage("empty", "Expected a DICOM file, got no bytes. Send the file again.")
-    if len(content) > limits.max_bytes:
-        raise RejectedImage(
-            "too_large",
-            f"The file has {len(content):,} bytes, more than the {limits.max_bytes:,} allowed.",
-        )
+    check_length(content, limits)
     if not is_dicom(content[:132]):
         raise RejectedImage("not_an_image", _NOT_DICOM)
     parsed = parse_file(content, limits.max_bytes)
@@ -319,7 +313,7 @@ def _read_frame(dataset: Dataset, index: int) -> SliceInfo:
 
 
 def _is_orthonormal(orientation: tuple[float, ...]) -> bool:
-    """Tell whether these are two perpendicular unit vectors, up to rounding."""
+    """Return whether these are two perpendicular unit vectors, up to rounding."""
     if max(map(abs, orientation)) > 1.1:
         return False
     pair = np.reshape(orientation, (2, 3))
@@ -440,7 +434,7 @@ def _find_image_rejection(dataset: Dataset) -> str | None:
 
 
 def _is_head(dataset: Dataset) -> bool | None:
-    """Tell whether the header names the head, or another body part; None where it names neither."""
+    """Return whether the header names the head; None where it names no body part."""
     anatomy = FunctionalGroups(dataset, 0).find("FrameAnatomySequence", "AnatomicRegionSequence")
     region = get_item(anatomy, "AnatomicRegionSequence")
     code = None if region is None else get_value(region, "CodeValue")

@@ -108,7 +108,7 @@ _UNSUPPORTED: tuple[tuple[int, bytes, str], ...] = (
 
 
 def is_dicom(start: bytes) -> bool:
-    """Tell from the first 132 bytes whether to read a file as DICOM.
+    """Return whether to read a file as DICOM, by its first 132 bytes.
 
     Part 10 files have ``DICM`` after 128 bytes of any content. A file without this preamble starts
     with an element of group 2 or group 8.
@@ -117,7 +117,7 @@ def is_dicom(start: bytes) -> bool:
 
 
 def is_nifti(start: bytes) -> bool:
-    """Tell from the first 348 bytes whether to read a file as NIfTI, plain or gzipped."""
+    """Return whether to read a file as NIfTI or gzipped NIfTI, by its first 348 bytes."""
     return any(start.startswith(signature, offset) for offset, signature in _NIFTI)
 
 
@@ -432,7 +432,7 @@ def _read_webp(data: bytes, max_pixels: int) -> Header:
 
 
 def _read_webp_size(data: bytes) -> tuple[int, int]:
-    """Read the size from the first chunk, whose type tells how it is encoded."""
+    """Read the size from the first chunk; its encoding depends on the type."""
     kind, at = data[12:16], 20
     if kind == b"VP8X":
         width, high, height, top = struct.unpack_from("<HBHB", data, at + 4)

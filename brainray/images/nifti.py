@@ -18,7 +18,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from brainray.errors import RejectedImage
-from brainray.images.decode import DecodeLimits
+from brainray.images.decode import DecodeLimits, check_length
 from brainray.images.slices import Plane
 
 _DEFAULT_LIMITS = DecodeLimits()
@@ -90,13 +90,7 @@ def read_nifti(
     RejectedImage
         ``reason`` is a key of :data:`brainray.images.decode.REJECTION_REASONS`.
     """
-    if not content:
-        raise RejectedImage("empty", "Expected a NIfTI file, got no bytes. Send the file again.")
-    if len(content) > limits.max_bytes:
-        raise RejectedImage(
-            "too_large",
-            f"The file has {len(content):,} bytes, more than the {limits.max_bytes:,} allowed.",
-        )
+    check_length(content, limits)
     file: BinaryIO = io.BytesIO(content)
     if content.startswith(_GZIP_START):
         file = cast(BinaryIO, gzip.GzipFile(fileobj=file))
