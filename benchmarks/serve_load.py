@@ -37,8 +37,8 @@ import psutil
 import torch
 import tyro
 
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import open_file, open_slice
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import load_classifier, save_classifier
@@ -111,7 +111,10 @@ def measure_bare(classifier_uri: str, files: list[Path]) -> None:
     classifier = load_classifier(classifier_uri)
     engine = open_engine(classifier, EngineOptions())
     images = np.stack(
-        [load_image(f.read_bytes(), classifier.preprocessing, DecodeLimits()) for f in files]
+        [
+            open_slice(open_file(f.read_bytes()), 0, classifier.preprocessing).scan.image
+            for f in files
+        ]
     )
     engine.predict(images)
     times = []

@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from brainray.images.preprocess import Preprocessing
-from brainray.images.slices import OpenedSlice, open_slices
+from brainray.images.slices import OpenedSlice
 from brainray.inference.engine import Prediction
 from brainray.model.explain import STRIDE_PX
 from brainray.serving.options import ServiceLimits
 from tests.conftest import CLASSES
+from tests.open_scans import open_slices
 from tests.service import build_test_app
 
 PREPROCESSING = Preprocessing(size_px=64)

@@ -104,7 +104,7 @@ def test_a_shortcut_is_named(phantom_folder: Path, tmp_path: Path) -> None:
             with Image.open(scan) as image:
                 image.convert("L").resize((side, side)).save(root / name / f"{scan.stem}.png")
     document = audit(AuditJob(data_uri=str(root), output_uri=str(tmp_path / "out")))
-    found = {row["trait"]: row for row in document["shortcuts"]}
+    found = {row["property"]: row for row in document["shortcuts"]}
     assert found["size in pixels"]["balanced_accuracy"] > 0.95
     assert found["size in pixels"]["is_above_chance"]
     assert found["aspect ratio"]["is_constant"]

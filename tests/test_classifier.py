@@ -252,9 +252,7 @@ def build_calibration() -> Calibration:
     )
 
 
-def test_calibration_is_saved_too(
-    calibrated: Path, saved: Path, images: NDArray[np.uint8]
-) -> None:
+def test_calibration_is_saved_too(calibrated: Path, saved: Path, images: NDArray[np.uint8]) -> None:
     classifier, plain = load_classifier(str(calibrated)), load_classifier(str(saved))
     assert classifier.classifier_id != plain.classifier_id
     calibration = classifier.calibration

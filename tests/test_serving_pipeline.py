@@ -18,8 +18,7 @@ from fastapi import FastAPI, Request
 from numpy.typing import NDArray
 
 from brainray.errors import ClassifierError, ConfigError, ServingError
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import Prediction
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
@@ -32,6 +31,7 @@ from brainray.serving.predictor import Predictor
 from brainray.serving.problem import Problem
 from brainray.serving.uploads import Upload, read_uploads
 from tests.conftest import CLASSES
+from tests.open_scans import load_image
 from tests.reference import predict_eager
 from tests.service import LocalPredictor, build_test_app, open_client, open_predictor
 
@@ -88,7 +88,7 @@ def test_every_upload_has_one_answer_in_order(
     ]
     classifier = load_classifier(str(tiny_classifier))
     for row in (0, 2):
-        image = load_image(uploads[row].content, classifier.preprocessing, DecodeLimits())
+        image = load_image(uploads[row].content, classifier.preprocessing)
         expected = predict_eager(classifier, image[None])[0]
         answer = answers[row]
         assert answer.probs is not None

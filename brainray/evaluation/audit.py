@@ -16,6 +16,7 @@ from brainray.cluster import check_fits, connect_ray
 from brainray.data import findings
 from brainray.data.expand import expand_files
 from brainray.data.findings import Nearest, Pair
+from brainray.data.fingerprint import PROPERTY_TYPES, fingerprint_samples
 from brainray.data.labelled import FoundSamples, find_samples
 from brainray.data.near_duplicates import (
     NEAR_DUPLICATE_CORRELATION,
@@ -25,8 +26,6 @@ from brainray.data.near_duplicates import (
     standardise_thumbnails,
 )
 from brainray.data.read import open_rows
-from brainray.data.run_blocks import run_blocks_on_ray
-from brainray.data.scan import TRAIT_TYPES, scan_samples
 from brainray.data.shortcuts import build_properties, evaluate_shortcuts
 from brainray.data.splits import assign_folds, assign_splits, describe_balance
 from brainray.errors import ConfigError, RejectedImage
@@ -142,7 +141,7 @@ def audit(job: AuditJob, *, log: Log = logger.info, verbose: bool = False) -> di
     check_fits()
     found = expand_files(found, job.reading)
     log(f"Opening {found.samples.num_rows:,} scans.")
-    scan = scan_samples(found.samples, reading=job.reading, with_traits=True).table
+    scan = fingerprint_samples(found.samples, reading=job.reading, with_properties=True).table
     log("Comparing their thumbnails.")
     data = compare_images(found.samples, scan, job)
     document = describe_findings(job, found, scan, data)
@@ -201,7 +200,7 @@ def compare_images(samples: pa.Table, scan: pa.Table, job: AuditJob) -> AuditedD
     splits = np.array(samples["split"].take(kept).to_pylist(), dtype="<U5")
     standardised = standardise_thumbnails(stack_thumbnails(scan["thumbnail"].take(kept)))
     near_duplicates, near = (
-        group_near_duplicates(standardised, min_correlation=least, run_blocks=run_blocks_on_ray)
+        group_near_duplicates(standardised, min_correlation=least)
         for least in (job.group_correlation, NEAR_DUPLICATE_CORRELATION)
     )
     return AuditedData(
@@ -214,7 +213,7 @@ def compare_images(samples: pa.Table, scan: pa.Table, job: AuditJob) -> AuditedD
         ),
         near=near,
         groups=join_groups(near_duplicates, samples, scan, kept),
-        nearest=findings.look_up_nearest(splits, standardised, run_blocks_on_ray),
+        nearest=findings.find_nearest_references(splits, standardised),
     )
 
 
@@ -355,7 +354,7 @@ def build_groups_table(
         "nearest_correlation": pa.array(correlation, pa.float32(), mask=alone),
         "nearest_path": other["path"],
         "nearest_label": labels.take(other["label"].combine_chunks()),
-        **{name: scan[name] for name in TRAIT_TYPES if name != "pixel_sha256"},
+        **{name: scan[name] for name in PROPERTY_TYPES if name != "pixel_sha256"},
     }
     return pa.table(columns)
 

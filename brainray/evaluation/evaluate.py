@@ -20,7 +20,6 @@ from brainray.data.near_duplicates import (
     merge_groups,
     standardise_thumbnails,
 )
-from brainray.data.run_blocks import run_blocks_on_ray
 from brainray.data.splits import hash_manifest
 from brainray.errors import DataError
 from brainray.evaluation.prepared import (
@@ -140,7 +139,7 @@ def prepare_evaluation_data(
     known = standardise_thumbnails(stack_thumbnails(reference["thumbnail"]))
     data = replace(data, groups=group_beside(data, known, reference["group"].to_pylist(), job))
     prepared = split_samples(data, classifier.classes, splits)
-    nearest, correlation = find_nearest(data.standardised, known, run_blocks=run_blocks_on_ray)
+    nearest, correlation = find_nearest(data.standardised, known)
     labels = reference["label"].take(pa.array(nearest)).to_pylist()
     return replace(
         prepared, manifest=write_nearest(prepared.manifest, data.kept, correlation, labels)
@@ -171,7 +170,6 @@ def group_beside(
     near_duplicates = group_near_duplicates(
         np.concatenate([data.standardised, known]),
         min_correlation=job.group_correlation,
-        run_blocks=run_blocks_on_ray,
     )
     names = [f"own {group}" for group in data.groups]
     return merge_groups(near_duplicates, names + [f"known {group}" for group in known_groups])[

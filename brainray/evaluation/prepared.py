@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from brainray.data.expand import expand_files
 from brainray.data.findings import REFERENCES
+from brainray.data.fingerprint import Fingerprints, fingerprint_samples
 from brainray.data.labelled import FoundSamples
 from brainray.data.near_duplicates import (
     find_nearest,
@@ -17,8 +18,7 @@ from brainray.data.near_duplicates import (
     merge_groups,
     standardise_thumbnails,
 )
-from brainray.data.run_blocks import run_blocks_on_ray
-from brainray.data.scan import ScanResult, ScanStore, scan_samples
+from brainray.data.scan_store import ScanStore
 from brainray.data.splits import MANIFEST_SCHEMA
 from brainray.errors import DataError
 from brainray.images.preprocess import Preprocessing
@@ -35,7 +35,7 @@ class GroupedData:
     """A data set that is scanned and grouped, and not split yet."""
 
     found: FoundSamples
-    scan: ScanResult
+    scan: Fingerprints
     labels: NDArray[np.int64]
     """Class of every sample, shape (N,)."""
     kept: NDArray[np.int64]
@@ -111,13 +111,11 @@ def group_samples(
     """
     found = expand_files(found, reading)
     samples = found.samples
-    scan = scan_samples(samples, reading=reading, keep=keep)
+    scan = fingerprint_samples(samples, reading=reading, keep=keep)
     labels = samples["label"].to_numpy().astype(np.int64)
     kept = check_usable(labels, scan.table, classes)
     standardised = standardise_thumbnails(stack_thumbnails(scan.table["thumbnail"].take(kept)))
-    near_duplicates = group_near_duplicates(
-        standardised, min_correlation=min_correlation, run_blocks=run_blocks_on_ray
-    )
+    near_duplicates = group_near_duplicates(standardised, min_correlation=min_correlation)
     groups = join_groups(near_duplicates, samples, scan.table, kept)
     named = pc.coalesce(samples["group"], find_patients(samples, scan.table))
     num_named = len(named) - named.null_count
@@ -281,9 +279,7 @@ def look_up_nearest(
     pool = np.flatnonzero(np.isin(splits[kept], references))
     if not len(queries) or not len(pool):
         return manifest
-    nearest, correlation = find_nearest(
-        standardised[queries], standardised[pool], run_blocks=run_blocks_on_ray
-    )
+    nearest, correlation = find_nearest(standardised[queries], standardised[pool])
     labels = manifest["label"].take(pa.array(kept[pool[nearest]])).to_pylist()
     return write_nearest(manifest, kept[queries], correlation, labels)
 

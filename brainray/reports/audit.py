@@ -171,7 +171,7 @@ def _list_shortcuts(rows: Sequence[Mapping[str, Any]]) -> list[Estimate]:
         note = "above chance" if row["is_above_chance"] else "no better than chance"
         listed.append(
             Estimate(
-                label=row["trait"].capitalize(),
+                label=row["property"].capitalize(),
                 note="the same in all scans" if row["is_constant"] else note,
                 value=row["balanced_accuracy"],
                 interval=_interval(row["balanced_accuracy_ci95"]),

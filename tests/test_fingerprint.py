@@ -1,4 +1,4 @@
-"""Opening every scan of a data set once: what is kept of it, and what is rejected."""
+"""Fingerprints of a data set: hashes, kept pixels, and rejections."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,34 +9,34 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from brainray.data import scan as scan_module
+from brainray.data import fingerprint
+from brainray.data.fingerprint import Fingerprints, fingerprint_samples
 from brainray.data.labelled import find_samples
-from brainray.data.scan import ScanResult, scan_samples
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions
 from tests.conftest import CLASSES
+from tests.open_scans import load_image
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-def scan(folder: Path) -> ScanResult:
+def scan(folder: Path) -> Fingerprints:
     samples = find_samples(str(folder), CLASSES, splits=("train",)).samples
-    return scan_samples(samples, reading=ReadOptions())
+    return fingerprint_samples(samples, reading=ReadOptions())
 
 
 SIZE = Preprocessing(size_px=48)
 
 
 def load_files(files: Sequence[Path], preprocessing: Preprocessing = SIZE) -> list[NDArray]:
-    return [load_image(file.read_bytes(), preprocessing, DecodeLimits()) for file in files]
+    return [load_image(file.read_bytes(), preprocessing) for file in files]
 
 
 def list_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_scan_knows_every_file_and_opens_it_again(phantom_folder: Path) -> None:
+def test_every_file_has_a_fingerprint_and_can_be_opened_again(phantom_folder: Path) -> None:
     found = scan(phantom_folder)
     files = list_files(phantom_folder / "Training")
     assert found.table["index"].to_pylist() == list(range(len(files)))
@@ -54,8 +54,8 @@ def test_kept_pixels_are_those_that_decoding_again_gives(phantom_folder: Path) -
         Preprocessing(size_px=32, fit="pad", crop="head"),
         Preprocessing(size_px=32, fit="pad", intensity="percentile"),
     ]
-    kept = scan_samples(samples, reading=ReadOptions(), keep=sizes).store
-    plain = scan_samples(samples, reading=ReadOptions()).store
+    kept = fingerprint_samples(samples, reading=ReadOptions(), keep=sizes).store
+    plain = fingerprint_samples(samples, reading=ReadOptions()).store
     uris = [samples["uri"][index].as_py() for index in (7, 0, 7)]
     for preprocessing in sizes:
         again = load_files(list(map(Path, uris)), preprocessing)
@@ -68,8 +68,8 @@ def test_kept_pixels_are_not_decoded_again(
 ) -> None:
     samples = find_samples(str(phantom_folder), CLASSES).samples
     size = Preprocessing(size_px=48)
-    kept = scan_samples(samples, reading=ReadOptions(), keep=[size]).store
-    monkeypatch.setattr("brainray.data.scan.open_slice", None)
+    kept = fingerprint_samples(samples, reading=ReadOptions(), keep=[size]).store
+    monkeypatch.setattr("brainray.data.scan_store.open_slice", None)
     assert kept.load_images([3, 1], size).shape == (2, 48, 48)
     with pytest.raises(TypeError):
         kept.load_images([3], Preprocessing(size_px=64))
@@ -93,7 +93,7 @@ def test_scan_names_the_reason_of_every_scan_it_rejects(
     reasons = dict(
         zip(
             found_with_gone.samples["path"].to_pylist(),
-            scan_samples(found_with_gone.samples, reading=ReadOptions())
+            fingerprint_samples(found_with_gone.samples, reading=ReadOptions())
             .table["reason"]
             .to_pylist(),
             strict=True,
@@ -121,7 +121,7 @@ def test_parquet_rows_are_the_files_they_were_made_of(
     )
     pq.write_table(table, tmp_path / "train.parquet", row_group_size=10)
     for share in (0.4, 0.0):  # held in the object store, and streamed from the file
-        monkeypatch.setattr(scan_module, "OBJECT_STORE_SHARE", share)
+        monkeypatch.setattr(fingerprint, "OBJECT_STORE_SHARE", share)
         found = scan(tmp_path)
         assert found.store.in_object_store == (share > 0)
         chosen = load_files([files[i] for i in (0, 41, 7)])
@@ -131,10 +131,10 @@ def test_parquet_rows_are_the_files_they_were_made_of(
 def test_only_the_blocks_of_the_scans_asked_for_are_fetched(
     phantom_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan_module, "SCAN_ROWS_PER_TASK", 10)
+    monkeypatch.setattr(fingerprint, "ROWS_PER_TASK", 10)
     samples = find_samples(str(phantom_folder), CLASSES, splits=("train",)).samples
     size = Preprocessing(size_px=32)
-    store = scan_samples(samples, reading=ReadOptions(), keep=[size]).store
+    store = fingerprint_samples(samples, reading=ReadOptions(), keep=[size]).store
     pixels = store.open_pixels(size, [3, 12])
     expected = load_files([Path(samples["uri"][index].as_py()) for index in (12, 3)], size)
     np.testing.assert_array_equal(pixels.take(np.array([12, 3])), expected)

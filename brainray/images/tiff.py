@@ -1,9 +1,13 @@
-"""TIFF headers: a directory rewritten with only the tags that make the picture."""
+"""TIFF headers: read the tags that describe the picture, and write a directory of these alone.
+
+Pillow would parse every other tag, warn where one is damaged, leave missing strips black, and read
+some layouts wrongly without an error.
+"""
 
 import struct
 
 from brainray.errors import RejectedImage
-from brainray.images.headers.header import MAX_PARTS, Header, check_size
+from brainray.images.headers import MAX_PARTS, Header, check_size
 
 _TYPES = {1: "B", 3: "H", 4: "L", 7: "B", 16: "Q"}  # BYTE, SHORT, LONG, UNDEFINED, LONG8
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
@@ -24,14 +28,14 @@ _Tags = dict[int, tuple[int, ...]]
 
 
 def _read_directory(data: bytes) -> tuple[str, _Tags]:
-    """Read byte order and wanted tags of a TIFF or BigTIFF with one image (TIFF 6.0, section 2)."""
+    """Read the byte order and the known tags of a TIFF or BigTIFF (TIFF 6.0, section 2)."""
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     word, entry_bytes, inline = ("Q", 20, 8) if big else ("L", 12, 4)
     (at,) = struct.unpack_from(order + word, data, 8 if big else 4)
     (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
     if count > 65535:
-        raise RejectedImage("corrupt", f"The TIFF directory claims {count} entries.")
+        raise RejectedImage("corrupt", f"The TIFF directory has {count} entries.")
     at += 8 if big else 2
     tags: _Tags = {}
     for entry in range(at, at + entry_bytes * count, entry_bytes):
@@ -53,7 +57,9 @@ def _read_directory(data: bytes) -> tuple[str, _Tags]:
         tags[tag] = struct.unpack_from(f"{order}{number}{code}", data, start)
     (following,) = struct.unpack_from(order + word, data, at + entry_bytes * count)
     if following >= len(data):
-        raise RejectedImage("truncated", "The TIFF file's next page is beyond its end. Resend it.")
+        raise RejectedImage(
+            "truncated", "The TIFF file's next page is beyond its end. Send it again."
+        )
     if following:
         raise RejectedImage("multi_frame", "The TIFF file has several pages. Send one page alone.")
     return order, tags
@@ -80,7 +86,7 @@ def _write(data: bytes, order: str, tags: _Tags) -> bytes:
 
 
 def _check_layout(tags: _Tags) -> None:
-    """Refuse samples whose range is undefined, or which Pillow would read wrongly in silence."""
+    """Reject samples whose range is undefined, and layouts that Pillow reads wrongly."""
     bits, planar = tags.get(_BITS, (1,)), tags.get(_PLANAR, (1,))[0]
     photometric = tags.get(_PHOTOMETRIC, (0,))[0]
     if set(tags.get(_SAMPLE_FORMAT, (1,))) != {1} or len(set(bits)) > 1 or bits[0] > 16:
@@ -102,9 +108,9 @@ def _check_layout(tags: _Tags) -> None:
 
 
 def _check_parts(tags: _Tags, file_bytes: int) -> None:
-    """Hold the strips or tiles to the image's size and the file's; trims `tags` to what is used."""
+    """Check that all strips or tiles are in the file; leave in `tags` only those that are used."""
     width, height = tags[_WIDTH][0], tags[_HEIGHT][0]
-    layers = tags.get(_SAMPLES, (1,))[0] if tags.get(_PLANAR, (1,))[0] == 2 else 1
+    num_planes = tags.get(_SAMPLES, (1,))[0] if tags.get(_PLANAR, (1,))[0] == 2 else 1
     if _STRIP_OFFSETS in tags:
         for tag in (_TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES):
             tags.pop(tag, None)
@@ -118,34 +124,33 @@ def _check_parts(tags: _Tags, file_bytes: int) -> None:
         if across > max(2 * width, 1024) or down > max(2 * height, 1024):
             raise RejectedImage("corrupt", f"The TIFF file's tiles have {across} x {down} pixels.")
     else:
-        raise RejectedImage("corrupt", "The TIFF directory does not say where its pixels are.")
-    if not across or not down or not 1 <= layers <= 6:
+        raise RejectedImage("corrupt", "The TIFF directory lists neither strips nor tiles.")
+    if not across or not down or not 1 <= num_planes <= 6:
         raise RejectedImage(
-            "corrupt", f"The TIFF file's parts have {across} x {down} pixels, {layers} layers."
+            "corrupt",
+            f"The TIFF file's strips have {across} x {down} pixels in {num_planes} planes.",
         )
-    expected = -(-width // across) * -(-height // down) * layers
+    expected = -(-width // across) * -(-height // down) * num_planes
     if expected > MAX_PARTS or len(tags[offsets]) < expected:
         raise RejectedImage(
-            "corrupt", f"The TIFF file lists {len(tags[offsets])} parts of {expected}."
+            "corrupt",
+            f"The TIFF file lists {len(tags[offsets])} strips or tiles, expected {expected}.",
         )
     tags[offsets] = tags[offsets][:expected]
     if sizes in tags:
         if len(tags[sizes]) < expected:
-            raise RejectedImage("corrupt", "The TIFF file does not size all of its parts.")
+            raise RejectedImage("corrupt", "The TIFF file lacks the sizes of some strips.")
         tags[sizes] = tags[sizes][:expected]
     ends = zip(tags[offsets], tags.get(sizes, (0,) * expected), strict=True)
     if max(start + length for start, length in ends) > file_bytes:
-        raise RejectedImage("truncated", "The TIFF file lacks part of its pixels. Resend it.")
+        raise RejectedImage("truncated", "The TIFF file lacks some of its pixels. Send it again.")
 
 
 def read_tiff(data: bytes, max_pixels: int) -> Header:
-    """Read the one image's tags; the payload is the file with a directory of these alone.
-
-    Pillow would parse every other tag too, and warn where one is damaged.
-    """
+    """Read the header of a TIFF with one image; see :mod:`brainray.images.headers`."""
     order, tags = _read_directory(data)
     if _WIDTH not in tags or _HEIGHT not in tags:
-        raise RejectedImage("corrupt", "The TIFF directory does not say its image's size.")
+        raise RejectedImage("corrupt", "The TIFF directory lacks the size of its image.")
     size = tags[_WIDTH][0], tags[_HEIGHT][0]
     check_size("TIFF", size, max_pixels)
     _check_layout(tags)
