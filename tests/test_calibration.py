@@ -92,7 +92,7 @@ def test_what_wins_on_held_out_groups_is_chosen(
 
 
 def test_a_group_is_never_fitted_and_evaluated_at_once() -> None:
-    """With near duplicates on both sides, a scale and a shift for each class would win on pure noise."""
+    """With near duplicates on both sides, vector scaling would win on pure noise."""
     rng = np.random.default_rng(0)
     logits = np.repeat(rng.normal(0, 0.3, (12, 4)), 30, axis=0).astype(np.float32)
     labels = np.repeat(rng.integers(0, 4, 12), 30)

@@ -165,7 +165,7 @@ def measure_leak(
     rows = found.rows
     exact = is_shared(exact_duplicates, rows, references)
     counts = {
-        "exact_duplicates": int(exact.sum()),
+        "exact_duplicate": int(exact.sum()),
         "near_duplicate": int((exact | (found.correlation >= NEAR_DUPLICATE_CORRELATION)).sum()),
         "same_group": int(is_shared(groups, rows, references).sum()),
     }

@@ -158,7 +158,8 @@ def _read_weights(uri: str) -> StateDict:
     except Exception as error:  # torch raises several kinds for a file that is not its own
         raise WeightsError(
             f"'{uri}' is not a state dict that loads without running code "
-            f"({_describe_error(error)}). Expected .safetensors, or .pth saved from model.state_dict()."
+            f"({_describe_error(error)}). Expected .safetensors, or .pth saved from "
+            "model.state_dict()."
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(
