@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "audit": run_audit,
         "compare": run_compare,
         "calibrate-series": run_calibrate_series,
+        "dicom-results": run_dicom_results,
+        "export": run_export,
         "data": run_data,
         "demo": run_demonstration,
         "doctor": run_doctor,
@@ -333,6 +335,38 @@ def run_calibrate_series(arguments: list[str]) -> None:
     for line in describe_calibration(document):
         reporter.log(line)
     reporter.log(f"written to  {job.output_uri}")
+
+
+def run_dicom_results(arguments: list[str]) -> None:
+    """`brainray dicom-results`, `python jobs/report_dicom.py`."""
+    from brainray.dicom_results.report import ReportJob, report_dicom
+
+    job, verbose = parse_job(
+        ReportJob,
+        arguments,
+        "dicom-results",
+        "Make DICOM objects of the series in a bulk output, and store them in a folder or a PACS.",
+        uris=("predictions_uri", "scans_uri", "output_uri", "id_key_file", "codes_file"),
+        config=(tyro.conf.UseAppendAction,),
+    )
+    reporter = ConsoleReporter()
+    exit_on_error(lambda: report_dicom(job, log=reporter.log, verbose=verbose))
+
+
+def run_export(arguments: list[str]) -> None:
+    """`brainray export`, `python jobs/export.py`."""
+    from brainray.export.job import ExportJob, export
+
+    job, verbose = parse_job(
+        ExportJob,
+        arguments,
+        "export",
+        "Export a bulk output and its scans without identity, for research.",
+        uris=("predictions_uri", "output_uri", "scans_uri", "id_key_file"),
+        config=(tyro.conf.UseAppendAction,),
+    )
+    reporter = ConsoleReporter()
+    exit_on_error(lambda: export(job, log=reporter.log, verbose=verbose))
 
 
 def run_data(arguments: list[str]) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from brainray.errors import ServingError
 from brainray.images.preprocess import preprocess_image
 from brainray.inference.engine import EngineOptions, Prediction, open_engine
-from brainray.model.classifier import load_classifier
+from brainray.model.classifier import find_default_classifier, load_classifier
 from brainray.model.precision import Precision
 from brainray.phantoms.painter import draw_phantom
 
