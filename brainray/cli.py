@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "dicom-results": run_dicom_results,
         "export": run_export,
         "data": run_data,
+        "receive": run_receive,
         "demo": run_demonstration,
         "doctor": run_doctor,
     }
@@ -259,6 +260,19 @@ def run_serve(arguments: list[str]) -> None:
         serve_here(job, log=reporter.log, verbose=verbose)
 
     exit_on_error(run, interrupted="interrupted before the service was ready.")
+
+
+def run_receive(arguments: list[str]) -> None:
+    """`brainray receive`."""
+
+    def run() -> None:
+        from brainray.dicom_results.receiver import ReceiveJob, receive  # needs the extra `dicom`
+
+        description = "Receive scans by DICOM C-STORE into an inbox, until Ctrl-C or SIGTERM."
+        job = tyro.cli(ReceiveJob, args=arguments, prog="brainray receive", description=description)
+        receive(job, log=ConsoleReporter().log)
+
+    guard(run)
 
 
 def run_audit(arguments: list[str]) -> None:

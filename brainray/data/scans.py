@@ -20,7 +20,7 @@ from wcmatch import glob
 from brainray import storage
 from brainray.data.labelled import is_hidden
 from brainray.data.read import TABLE_SUFFIX
-from brainray.errors import DataError, RejectedImage
+from brainray.errors import DataError, DicomWebError, RejectedImage
 
 LIST_SUFFIXES = (".txt", ".csv")
 LIST_COLUMNS = ("scan_uri", "uri", "path")
@@ -28,6 +28,10 @@ LIST_COLUMNS = ("scan_uri", "uri", "path")
 
 MAX_ROWS_PER_TASK = 200_000
 """A task that has listed as many scans returns the rest."""
+
+UNCHANGED_NS = 0
+"""The time of every instance in a PACS, which tells none: what is answered is not fetched again. A
+change gives an instance a new UID (PS3.3, C.12.1.1)."""
 
 MAX_INDEX_BYTES = 64 * 2**20
 """Longest DICOMDIR that is read."""
@@ -52,8 +56,8 @@ LISTING_SCHEMA = pa.schema(
 class ScanSource:
     """One `--scans-uri`, or a part of it."""
 
-    kind: Literal["folder", "file", "table", "list", "index"]
-    """An index is a DICOMDIR."""
+    kind: Literal["folder", "file", "table", "list", "index", "dicomweb"]
+    """An index is a DICOMDIR, the list of the files of a medium; "dicomweb" is in a PACS."""
     uri: str
     root: str = ""
     """Of a folder: the given folder; globs and hidden names refer to paths below it."""
@@ -64,7 +68,8 @@ class ScanSource:
     row_offset: int = 0
     """Of a table: rows before the first row group."""
     is_given: bool = True
-    """Of a table: named by the user. A table found in a folder may have no scans."""
+    """Of a table or what is in a PACS: whether it was named. What was found instead, and cannot be
+    listed, is one rejected scan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +92,15 @@ def find_sources(scans_uris: Sequence[str]) -> list[ScanSource]:
     Parameters
     ----------
     scans_uris : sequence of str
-        Folders with all files below, globs (``**`` for any depth), single files, Parquet tables
-        with a column ``image_bytes``, a DICOMDIR for the files that it references, and ``.txt``
-        or ``.csv`` lists of URIs; local, s3:// or gs://.
+        Folders (everything below them), globs (``**`` for any depth), single files, Parquet
+        tables with a column ``image_bytes``, a DICOMDIR for the files that it references, and
+        ``.txt`` or ``.csv`` lists of URIs; local, s3:// or gs://. Or scans in a PACS, as
+        :func:`brainray.io.dicomweb.parse_uri` has them.
 
     Raises
     ------
+    ConfigError
+        The address of scans in a PACS is malformed.
     DataError
         One does not exist.
     StorageError
@@ -102,6 +110,10 @@ def find_sources(scans_uris: Sequence[str]) -> list[ScanSource]:
 
 
 def _find_source(scans_uri: str) -> ScanSource:
+    if storage.is_dicomweb(scans_uri):
+        from brainray.io.dicomweb import parse_uri  # files do without its libraries
+
+        return ScanSource("dicomweb", parse_uri(scans_uri).to_uri())
     uri = storage.make_absolute(scans_uri)
     if storage.is_folder(uri):
         return ScanSource("folder", uri, uri)
@@ -195,11 +207,15 @@ def list_source(
     Raises
     ------
     DataError
-        A named table lacks ``image_bytes`` or cannot be read, a list is not UTF-8, or a DICOMDIR is
-        damaged.
+        A table that was named lacks ``image_bytes``, or cannot be read; a list is not UTF-8, or
+        names scans in a PACS; a DICOMDIR is damaged.
+    DicomWebError
+        A PACS that was named does not answer, or refuses.
     """
     if source.kind == "folder":
         return _list_folder(source, leave_out, time.monotonic() + max_seconds)
+    if source.kind == "dicomweb":
+        return _list_dicomweb(source)
     rows = _Rows()
     if source.kind == "list":
         for uri in _read_list(source.uri):
@@ -257,6 +273,24 @@ def _list_folder(source: ScanSource, leave_out: Sequence[str], deadline: float) 
     return Listing(rows.build(), (*rest, *tables), num_hidden, num_indices)
 
 
+def _list_dicomweb(source: ScanSource) -> Listing:
+    """List the instances of a study or series; of a search its studies, each another source."""
+    from brainray.io.dicomweb import list_resources
+
+    rows = _Rows()
+    try:
+        found = list_resources(source.uri)
+    except DicomWebError:
+        if source.is_given:
+            raise
+        rows.add(source.uri, reason="unreadable")
+        return Listing(rows.build())
+    for uri in found.instances:
+        rows.add(uri, modified_ns=UNCHANGED_NS)
+    studies = (ScanSource("dicomweb", uri, is_given=False) for uri in found.studies)
+    return Listing(rows.build(), tuple(studies))
+
+
 def _matches(file: storage.FoundFile, root: str, pattern: str) -> bool:
     """Return whether a file's path, plain or encoded as in its URI, matches."""
     names = {file.relative_path, _name_below(file.uri, root)}
@@ -309,6 +343,10 @@ def _read_list(list_uri: str) -> Iterator[str]:
         raise DataError(f"Expected UTF-8 text in the list '{list_uri}': {error}") from error
     folder = list_uri.rpartition("/")[0]
     for entry in _read_entries(text, is_csv=list_uri.lower().endswith(".csv")):
+        if storage.is_dicomweb(entry):
+            raise DataError(
+                f"The list '{list_uri}' names scans in a PACS. Give their address as --scans-uri."
+            )
         is_absolute = "://" in entry or entry.startswith(("/", "~"))
         yield storage.make_absolute(entry) if is_absolute else storage.join(folder, entry)
 
