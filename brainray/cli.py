@@ -272,7 +272,7 @@ def run_receive(arguments: list[str]) -> None:
         job = tyro.cli(ReceiveJob, args=arguments, prog="brainray receive", description=description)
         receive(job, log=ConsoleReporter().log)
 
-    guard(run)
+    exit_on_error(run)
 
 
 def run_audit(arguments: list[str]) -> None:

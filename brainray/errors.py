@@ -3,7 +3,7 @@
 ::
 
     BrainrayError
-    ├── UserError(ValueError)     what a user can mend; a job prints one line and exits 2
+    ├── UserError(ValueError)     what a user can fix; a job prints one line and exits 2
     │   ├── ConfigError           a recipe field, a flag, a run directory that does not match
     │   ├── DataError             folders, tables, labels
     │   ├── StorageError          a place that cannot be read or written

@@ -28,7 +28,8 @@ from brainray.dicom_results.inbox import Inbox, InboxLimits, open_inbox
 from brainray.errors import ConfigError, RejectedImage
 from brainray.images.decode import DecodeLimits
 from brainray.images.dicom import PLUGINS
-from brainray.images.dicom_file import call_safely
+from brainray.images.dicom_header import call_safely
+from brainray.runlog import Log
 
 try:
     from pynetdicom import AE, AllStoragePresentationContexts, _config, evt
@@ -43,7 +44,6 @@ except ImportError as error:
 logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)
 _config.LOG_HANDLER_LEVEL = "none"
 
-Log = Callable[[str], None]
 
 MR_CLASSES = (
     "1.2.840.10008.5.1.4.1.1.4",  # MR Image
