@@ -21,11 +21,10 @@ from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 from brainray import cli
 from brainray.errors import ConfigError
 from brainray.images.decode import DecodeLimits
-from brainray.inference.bulk import ClassifyJob
+from brainray.inference.options import ClassifyJob
 from brainray.inference.schema import SCHEMA_VERSION, build_schema
 from brainray.io.lock import LEASE_LIFE_S
 from brainray.model.reasons import REASONS
-from brainray.recipes import TrainOptions
 from brainray.serving.local import PRODUCTION_VARIABLES
 from brainray.serving.middleware import MIN_TOKEN_CHARACTERS, TOKEN_VARIABLE
 from brainray.serving.options import ServiceLimits, read_arguments
@@ -194,7 +193,7 @@ def read_flags(monkeypatch: pytest.MonkeyPatch) -> ReadFlags:
 
     def read(flags: list[str]) -> ClassifyJob:
         with pytest.raises(SystemExit):
-            cli.run_classify(flags)
+            cli.main(["classify", *flags])
         (job,) = jobs  # empty if the parser refused
         jobs.clear()
         return job
@@ -206,7 +205,7 @@ def test_jobs_give_their_commands_valid_options(read_flags: ReadFlags) -> None:
     train, classify = Manifest(TRAIN), Manifest(CLASSIFY)
     _, script, *flags = shlex.split(train.job["entrypoint"])
     assert script == "jobs/train.py"
-    options = cli._parse_recipe(TrainOptions, flags, "train")
+    options, _ = cli.parse_options(cli.COMMANDS["train"], flags)
     (workers,) = train.cluster["workerGroupSpecs"]
     assert options.scaling.use_gpu
     assert options.scaling.num_workers == workers["replicas"]
