@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from brainray.errors import ConfigError, DataError
-from brainray.evaluation.robustness import (
+from benchmarks.robustness import (
+    SHIFTS,
     measure_robustness,
     render_robustness,
     score_predictions,
 )
-from brainray.evaluation.shifts import SHIFTS
+from brainray.errors import ConfigError, DataError
 from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import Prediction
 from brainray.model.calibration import LOW_CONFIDENCE, UNLIKE_TRAINING

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from benchmarks.robustness import SHIFTS, apply_shift
 from brainray.errors import ConfigError
-from brainray.evaluation.shifts import SHIFTS, apply_shift
 from brainray.phantoms import draw_phantom
 
 WITHOUT_DEGREES = {"inverted", "export_16_bit"}

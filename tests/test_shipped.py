@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors
 
-from brainray.evaluation.modelcard import MODEL_CARD_FILE
+from brainray.evaluation.scoring import MODEL_CARD_FILE
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import load_image
 from brainray.inference.engine import EngineOptions, open_engine

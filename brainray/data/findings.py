@@ -180,7 +180,7 @@ def measure_leak(
     rows = found.rows
     exact = find_known(exact_duplicates, rows, references)
     counts = {
-        "exact_duplicates": int(exact.sum()),
+        "exact_duplicate": int(exact.sum()),
         "near_duplicate": int((exact | (found.correlation >= NEAR_DUPLICATE_CORRELATION)).sum()),
         "same_group": int(find_known(groups, rows, references).sum()),
     }

@@ -1,4 +1,4 @@
-"""What the doors ask of a classifier: every score with its interval, or a few without."""
+"""Evaluations of a classifier: all scores with intervals, or a few without."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,17 +6,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from brainray.metrics.bootstrap import describe_score, resample
 from brainray.metrics.checks import check_indices, check_predictions, number_groups
-from brainray.metrics.intervals import MACRO_OF, Report, resample
 from brainray.metrics.scores import (
-    FloatArray,
-    Values,
+    MACRO_OF,
+    add_macro_averages,
     build_scorer,
     compute_count_scores,
     count_columns,
 )
 
-_OVERALL_NAMES = ("mcc", "log_loss", "brier", "ece")
+OVERALL_SCORES = ("accuracy", *MACRO_OF, "mcc", "log_loss", "brier", "ece")
+CLASS_SCORES = ("precision", "sensitivity", "specificity", "f1", "auroc", "ap")
 
 
 def compute_evaluation(
@@ -67,7 +68,7 @@ def compute_evaluation(
         Shapes do not match, there are no images, a label is out of range, or a row of
         ``y_prob`` is not a distribution.
     ConfigError
-        ``classes`` is no list of at least two different names, or ``num_resamples`` < 0.
+        ``classes`` has fewer than two different names, or ``num_resamples`` < 0.
 
     Notes
     -----
@@ -101,23 +102,20 @@ def compute_evaluation(
     """
     y_true, prob, names = check_predictions(y_true, y_prob, classes)
     group_of, num_groups = number_groups(groups, y_true.size)
-    measure = build_scorer(y_true, prob)
-    report = resample(measure, group_of, num_groups, num_resamples, seed)
+    scorer = build_scorer(y_true, prob)
+    scores = add_macro_averages(resample(scorer, group_of, num_groups, num_resamples, seed))
 
-    predicted = prob.argmax(axis=1)
-    num_classes = len(names)
-    cells = np.bincount(y_true * num_classes + predicted, minlength=num_classes**2)
-    confusion = cells.reshape(num_classes, num_classes)
-    return {
-        "n": int(y_true.size),
-        "num_groups": num_groups,
-        **report.report_overall(["accuracy", *MACRO_OF, *_OVERALL_NAMES]),
-        "confusion": confusion.tolist(),
-        "per_class": {
-            name: {"n": int(confusion[k].sum()), **report.report_class(k)}
-            for k, name in enumerate(names)
-        },
-    }
+    cells = np.bincount(y_true * len(names) + prob.argmax(axis=1), minlength=len(names) ** 2)
+    confusion = cells.reshape(len(names), len(names))
+    document: dict[str, Any] = {"n": int(y_true.size), "num_groups": num_groups}
+    for score in OVERALL_SCORES:
+        document |= describe_score(score, scores[score])
+    document["confusion"] = confusion.tolist()
+    document["per_class"] = {name: {"n": int(confusion[k].sum())} for k, name in enumerate(names)}
+    for k, name in enumerate(names):
+        for score in CLASS_SCORES:
+            document["per_class"][name] |= describe_score(score, scores[score][:, k])
+    return document
 
 
 def compute_accuracy(
@@ -130,8 +128,8 @@ def compute_accuracy(
 ) -> dict[str, Any]:
     """Compute the scores that need only hard predictions, with 95 % intervals.
 
-    For a baseline that gives no probabilities. Definitions, intervals and undefined values
-    are those of :func:`compute_evaluation`; classes are the numbers found in either array.
+    For a baseline without probabilities. Definitions, intervals and undefined values are those
+    of :func:`compute_evaluation`; the classes are the numbers in either array.
 
     Parameters
     ----------
@@ -160,17 +158,20 @@ def compute_accuracy(
     group_of, num_groups = number_groups(groups, y_true.size)
 
     counts = count_columns(y_true, predicted, seen.size)
-
-    def measure(weights: FloatArray) -> Values:
-        return compute_count_scores(weights @ counts)
-
-    report = resample(measure, group_of, num_groups, num_resamples, seed)
-    names = ["accuracy", "balanced_accuracy", "macro_f1"]
-    return {"n": int(y_true.size), "num_groups": num_groups, **report.report_overall(names)}
+    scores = add_macro_averages(
+        resample(
+            lambda weights: compute_count_scores(weights @ counts),
+            *(group_of, num_groups, num_resamples, seed),
+        )
+    )
+    document: dict[str, Any] = {"n": int(y_true.size), "num_groups": num_groups}
+    for score in ("accuracy", "balanced_accuracy", "macro_f1"):
+        document |= describe_score(score, scores[score])
+    return document
 
 
 def summarise(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str]) -> dict[str, float]:
-    """Compute the few numbers worth a line per epoch; no intervals.
+    """Compute the scores that training logs after each epoch; no intervals.
 
     Parameters
     ----------
@@ -189,8 +190,8 @@ def summarise(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str]) -> d
         As in :func:`compute_evaluation`.
     """
     y_true, prob, _ = check_predictions(y_true, y_prob, classes)
-    point = build_scorer(y_true, prob)(np.ones((1, y_true.size)))
-    report = Report(point=point, resamples=None)
-    names = ("log_loss", "accuracy", "balanced_accuracy", "macro_f1", "macro_auroc")
-    loss, *scores = (float(report.get_overall(point, name)[0]) for name in names)
-    return {"loss": loss, **dict(zip(names[1:], scores, strict=True))}
+    scores = add_macro_averages(build_scorer(y_true, prob)(np.ones((1, y_true.size))))
+    names = {"loss": "log_loss"} | {
+        name: name for name in ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc")
+    }
+    return {name: float(scores[score][0]) for name, score in names.items()}
