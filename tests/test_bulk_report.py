@@ -269,10 +269,10 @@ def test_answers_and_reasons_are_counted_in_words(plain: dict[str, Any]) -> None
     assert f"training images. 11 0.5{NBSP}%" in text
     assert f"probable enough. 2 0.1{NBSP}%" in text
     assert f"probability. 1,990 99.4{NBSP}%" in text
-    assert f"{REJECTION_REASONS['truncated']} truncated 7 0.3{NBSP}%" in text
-    assert f"{REJECTION_REASONS['empty']} empty 3 0.1{NBSP}%" in text
+    assert f"truncated {REJECTION_REASONS['truncated']} 7 0.3{NBSP}%" in text
+    assert f"empty {REJECTION_REASONS['empty']} 3 0.1{NBSP}%" in text
     assert f" eaten_by_dog 1 <{NBSP}0.1{NBSP}%" in text  # a code without words
-    assert text.index("truncated 7") < text.index("empty 3") < text.index("eaten_by_dog")
+    assert text.index("truncated") < text.index("empty") < text.index("eaten_by_dog")
     short = Page(cut(html, "short")).text
     assert "2,003" in short
     assert f"99.4{NBSP}%" in short
@@ -340,7 +340,7 @@ def test_a_resumed_run_tells_new_scans_from_known_ones(plain: dict[str, Any]) ->
     assert "97 new, 1,906 from earlier runs" in Page(cut(html, "short")).text
     answers = Page(cut(html, "answers")).text
     assert "1,990 89 " in answers
-    assert "truncated 7 5 " in answers
+    assert "its image does. 7 5 " in answers
     assert "glioma 501 61 " in Page(cut(html, "mix")).text
 
 
@@ -365,14 +365,15 @@ def test_histogram_bars_are_to_scale_and_never_vanish() -> None:
 
 
 def test_throughput_shows_every_number(plain: dict[str, Any]) -> None:
-    html = cut(render_bulk_report(**plain), "throughput")
+    whole = render_bulk_report(**plain)
+    assert "Started 2026-07-12 10:03:11 UTC" in Page(whole).text
+    html = cut(whole, "throughput")
     text = Page(html).text
     for shown in (
         "Scans per second 32.7",
         "New scans 2,003",
         "From earlier runs 0",
         f"1{NBSP}min{NBSP}01{NBSP}s",
-        "2026-07-12 10:03:11 UTC",
         "2026-07-12 10:04:12 UTC",
         "Predictors 3",
         "1.1 GiB",

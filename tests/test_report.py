@@ -435,8 +435,8 @@ def test_axis_has_round_ticks_that_cover_the_range(
 
 def test_points_land_where_the_axes_say() -> None:
     chart = charts.Chart("", charts.build_axis(0, 10), charts.build_axis(0, 1))
-    assert chart.place(0, 0) == (0, chart.height)
-    assert chart.place(5, 1) == (chart.width / 2, 0)
+    assert chart.project(0, 0) == (0, chart.height)
+    assert chart.project(5, 1) == (chart.width / 2, 0)
     chart.line([(0, 0), (0, 0), (10, 1)], "s0")
     assert re.findall(r'class="line s0" d="([^"]*)"', chart.render()) == [
         f"M0 {chart.height:g}L{chart.width:g} 0"

@@ -1,4 +1,4 @@
-"""The robustness table: known scores of an engine that is known."""
+"""The robustness table: known scores of a simple engine."""
 
 import json
 
@@ -130,6 +130,6 @@ def test_result_is_json_and_a_table() -> None:
     assert {line.count("|") for line in lines} == {8}
 
 
-def test_no_scans_are_refused() -> None:
+def test_no_scans_are_an_error() -> None:
     with pytest.raises(DataError, match="empty"):
         measure_robustness(BrightnessEngine(), PREPROCESSING, CLASSES, [], [])

@@ -146,7 +146,7 @@ def test_the_classifier_has_a_model_card(
     found = load_classifier(job.at("classifier")).card["model_card"]
     for split in ("test", "val"):
         accuracy = metrics[split]["accuracy"]
-        assert found["results"][split]["all"]["accuracy"] == accuracy
+        assert found["results"][split]["accuracy"] == accuracy
         assert f"| Accuracy | {accuracy:.3f} (" in text
     assert found["data"]["splits"]["test"]["per_class"] == [8, 8, 8, 8]
     assert [found["data"]["splits"][split]["given"] for split in ("test", "val")] == [True, False]

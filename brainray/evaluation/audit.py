@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from brainray import storage
 from brainray.cluster import check_fits, connect_ray
 from brainray.data import findings
-from brainray.data.expand import expand_files
 from brainray.data.findings import Nearest, Pair
 from brainray.data.labelled import FoundSamples, find_samples
 from brainray.data.near_duplicates import (
@@ -22,15 +21,13 @@ from brainray.data.near_duplicates import (
     group_near_duplicates,
     is_exact,
     measure_recall,
-    standardise_thumbnails,
 )
-from brainray.data.read import open_rows
 from brainray.data.run_blocks import run_blocks_on_ray
-from brainray.data.scan import TRAIT_TYPES, scan_samples
+from brainray.data.scan import TRAIT_TYPES
 from brainray.data.shortcuts import build_properties, evaluate_shortcuts
 from brainray.data.splits import assign_folds, assign_splits, describe_balance
 from brainray.errors import ConfigError, RejectedImage
-from brainray.evaluation.prepared import find_readable, join_groups, stack_thumbnails
+from brainray.evaluation.prepared import GroupedData, group_samples
 from brainray.images.heatmap import render_picture
 from brainray.images.slices import ReadOptions, show_slice
 from brainray.labels import BRAIN_TUMOUR_CLASSES, check_classes
@@ -100,23 +97,29 @@ class AuditJob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuditedData:
-    """The readable images of a data set, n of them, and their duplicates."""
+    """A grouped data set, n of whose images are readable, and their duplicates."""
 
-    kept: Numbers
-    """Their sample numbers, shape (n,)."""
+    grouped: GroupedData
     labels: Numbers
+    """Of the readable images, as are the following, shape (n,)."""
     splits: NDArray[np.str_]
     """train, val, test, or empty if the data set has no splits."""
-    standardised: NDArray[np.float32]
-    """Thumbnails, shape (n, 576)."""
     exact_duplicates: Numbers
     """Number of each image's set of pixel-identical images; −1 for none."""
     near: Numbers
     """Groups at the near duplicates' correlation."""
-    groups: Numbers
-    """Groups at the job's correlation, joined with the data set's own groups and with patients."""
     nearest: dict[str, Nearest]
     """By held-out split."""
+
+    @property
+    def groups(self) -> Numbers:
+        """Groups at the job's correlation, with the data set's own groups and with patients."""
+        return self.grouped.groups
+
+    @property
+    def kept(self) -> Numbers:
+        """Sample numbers."""
+        return self.grouped.kept
 
 
 def audit(job: AuditJob, *, log: Log = logger.info, verbose: bool = False) -> dict[str, Any]:
@@ -145,11 +148,16 @@ def audit(job: AuditJob, *, log: Log = logger.info, verbose: bool = False) -> di
         )
     connect_ray(verbose=verbose)
     check_fits()
-    found = expand_files(found, job.reading)
-    log(f"Opening {found.samples.num_rows:,} scans.")
-    scan = scan_samples(found.samples, reading=job.reading, with_traits=True).table
-    log("Comparing their thumbnails.")
-    data = compare_images(found.samples, scan, job)
+    log("Opening the scans, and comparing their thumbnails.")
+    grouped = group_samples(
+        found,
+        job.classes,
+        keep=(),
+        reading=job.reading,
+        min_correlation=job.group_correlation,
+        with_traits=True,
+    )
+    found, scan, data = grouped.found, grouped.scan.table, find_duplicates(grouped)
     document = describe_findings(job, found, scan, data)
     document["shortcuts"] = evaluate_shortcuts(
         build_properties(scan.take(data.kept)), data.labels, data.groups, seed=job.seed
@@ -210,26 +218,20 @@ def list_excessive_leaks(document: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def compare_images(samples: pa.Table, scan: pa.Table, job: AuditJob) -> AuditedData:
-    """Find duplicates, groups and nearest training images of the readable scans."""
-    labels = samples["label"].to_numpy().astype(np.int64)
-    kept = find_readable(labels, scan, job.classes)
-    splits = np.array(samples["split"].take(kept).to_pylist(), dtype="<U5")
-    standardised = standardise_thumbnails(stack_thumbnails(scan["thumbnail"].take(kept)))
-    similar, near = (
-        group_near_duplicates(standardised, min_correlation=least, run_blocks=run_blocks_on_ray)
-        for least in (job.group_correlation, NEAR_DUPLICATE_CORRELATION)
-    )
+def find_duplicates(grouped: GroupedData) -> AuditedData:
+    """Find the duplicates and the nearest training images of the readable scans."""
+    kept, standardised = pa.array(grouped.kept), grouped.standardised
+    splits = np.array(grouped.found.samples["split"].take(kept).to_pylist(), dtype="<U5")
     return AuditedData(
-        kept=kept,
-        labels=labels[kept],
+        grouped=grouped,
+        labels=grouped.labels[grouped.kept],
         splits=splits,
-        standardised=standardised,
         exact_duplicates=findings.number_exact_duplicates(
-            scan["pixel_sha256"].take(kept).to_pylist()
+            grouped.scan.table["pixel_sha256"].take(kept).to_pylist()
         ),
-        near=near,
-        groups=join_groups(similar, samples, scan, kept),
+        near=group_near_duplicates(
+            standardised, min_correlation=NEAR_DUPLICATE_CORRELATION, run_blocks=run_blocks_on_ray
+        ),
         nearest=findings.look_up_nearest(splits, standardised, run_blocks_on_ray),
     )
 
@@ -241,7 +243,10 @@ def describe_findings(
     search: dict[str, Any] = {"search": "every pair"}
     if not is_exact(len(data.kept)):
         recall = measure_recall(
-            data.standardised, data.groups, min_correlation=job.group_correlation, seed=job.seed
+            data.grouped.standardised,
+            data.groups,
+            min_correlation=job.group_correlation,
+            seed=job.seed,
         )
         search = {"search": "by cells", "recall": recall}
     return {
@@ -425,7 +430,7 @@ def _choose_pairs(data: AuditedData) -> dict[str, list[Pair]]:
         chosen["near"] = findings.list_crossing_near_duplicates(
             data.exact_duplicates, nearest, NUM_PAIRS_SHOWN
         )
-    conflicts = findings.find_conflicts(data.groups, data.labels, data.standardised)
+    conflicts = findings.find_conflicts(data.groups, data.labels, data.grouped.standardised)
     chosen["conflicts"] = conflicts[:NUM_PAIRS_SHOWN]
     return chosen
 
@@ -436,12 +441,13 @@ def _draw_pairs(
     """Draw pairs of scans; a pair whose file is gone is left out."""
     drawn = []
     for pair in pairs:
-        rows = samples.take(pa.array(data.kept[[pair.left, pair.right]]))
+        numbers = data.kept[[pair.left, pair.right]]
         try:
-            opened = open_rows(rows, job.reading)
+            opened = data.grouped.scan.store.open_slices(numbers.tolist())
             left, right = (render_picture(show_slice(file, index)) for file, index in opened)
         except RejectedImage:
             continue
+        rows = samples.take(pa.array(numbers))
         labels = [job.classes[label] for label in rows["label"].to_pylist()]
         paths = rows["path"].to_pylist()
         sets = data.exact_duplicates[[pair.left, pair.right]]

@@ -89,6 +89,7 @@ def group_samples(
     keep: Sequence[Preprocessing],
     reading: ReadOptions,
     min_correlation: float,
+    with_traits: bool = False,
 ) -> GroupedData:
     """Decode every scan once, and group scans of one patient and similar scans.
 
@@ -102,6 +103,8 @@ def group_samples(
         How the files are read.
     min_correlation : float
         Thumbnails of one group correlate at least this much, in (0, 1].
+    with_traits : bool
+        As in :func:`brainray.data.scan.scan_samples`.
 
     Raises
     ------
@@ -110,7 +113,7 @@ def group_samples(
     """
     found = expand_files(found, reading)
     samples = found.samples
-    scan = scan_samples(samples, reading=reading, keep=keep)
+    scan = scan_samples(samples, reading=reading, keep=keep, with_traits=with_traits)
     labels = samples["label"].to_numpy().astype(np.int64)
     kept = find_readable(labels, scan.table, classes)
     standardised = standardise_thumbnails(stack_thumbnails(scan.table["thumbnail"].take(kept)))

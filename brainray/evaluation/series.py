@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -223,7 +223,7 @@ def measure_series(
     names = np.array(rows["series"].to_pylist(), dtype=object)
     bounds = [*np.flatnonzero(np.append(True, names[1:] != names[:-1])).tolist(), rows.num_rows]
     measured, classes_of, patients, can_answer, before = [], [], [], [], []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         slices = rows.slice(start, end - start).to_pylist()
         first = slices[0]
         summary = summarise_series(slices, classes, rule)

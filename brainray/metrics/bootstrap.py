@@ -32,8 +32,8 @@ def resample(
     Returns
     -------
     dict of str to ndarray
-        Row 0 is the data's own score; then a row for each resample. A single group says nothing
-        about differences between groups: its resamples are one row of NaN.
+        Row 0 is the data's own score; then a row for each resample. A single group has no
+        differences between groups to resample: then there is one row of NaN.
 
     Raises
     ------

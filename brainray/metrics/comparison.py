@@ -39,20 +39,15 @@ def compare_predictions(
 
     Parameters
     ----------
-    y_true : array-like of int, shape (N,)
+    y_true, classes, groups, seed
+        As in :func:`brainray.metrics.compute_evaluation`.
     prob_a, prob_b : array-like of float, shape (N, K)
         Class probabilities of each, in class order.
-    classes : sequence of str
-        The K class names, in class order.
-    groups : array-like of int, shape (N,), optional
-        Images of one group are resampled together. By default each image is its own group.
     primary : str, optional
         The one score of :data:`COMPARED` that gets a verdict. By default all do, and Holm's method
         [2]_ corrects their p-values.
     num_resamples : int
         Bootstrap resamples, at least 100.
-    seed : int
-        Of the resampling.
     alpha : float
         Accepted probability of a wrong verdict, over all verdicts.
 
@@ -64,15 +59,15 @@ def compare_predictions(
         - ``n``, ``num_groups``, ``alpha``, ``correction`` (``holm`` or ``primary``), ``primary``.
         - ``scores``: for each name ``a``, ``b``, ``difference``, ``difference_ci95``,
           ``p_value``, ``p_adjusted`` and ``verdict``: better, worse, or cannot tell (None
-          where another score is the primary one).
+          if another score is the primary one).
         - ``mcnemar``: see :func:`compute_mcnemar`.
-        - ``auroc``: for each class what :func:`compute_delong_test` gives, with ``p_adjusted`` (by
-          Holm, over the classes) and ``verdict``; None where undefined.
+        - ``auroc``: for each class what :func:`compute_delong_test` returns, with ``p_adjusted``
+          (by Holm, over the classes) and ``verdict``; None where undefined.
 
     Raises
     ------
     DataError, ConfigError
-        As in :func:`brainray.metrics.compute_evaluation`; or an unknown ``primary``.
+        As in :func:`brainray.metrics.compute_evaluation`; or an option out of range.
 
     Notes
     -----
@@ -158,12 +153,7 @@ def _choose_verdict(difference: float | None, p: float | None, alpha: float, sig
 
 
 def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Adjust several p-values by Holm's method; None stays None.
-
-    References
-    ----------
-    .. [1] Holm, Scandinavian Journal of Statistics 6 (1979).
-    """
+    """Adjust several p-values by Holm's method; None stays None."""
     given = sorted((p, at) for at, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     highest = 0.0

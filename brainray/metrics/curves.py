@@ -132,7 +132,7 @@ def compute_risk_coverage(
           image gets a class) and ``risk_ci95`` (Wilson's interval, which takes all images as
           independent).
         - ``aurc``: area under the curve [1]_, the mean risk over all coverages;
-          ``aurc_oracle``: the same if every right prediction had more confidence than any wrong one.
+          ``aurc_oracle``: the same if every right prediction had more confidence than any wrong.
         - ``curve``: ``coverage`` and ``risk``, lists of at most 200 points by rising coverage.
 
     References

@@ -4,7 +4,7 @@ It states what the training run knows. Everything else is "unknown", or open for
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -38,6 +38,10 @@ _CLASS_SCORES = {
     "specificity": "Specificity",
     "precision": "Precision",
 }
+_SELECTED = {
+    *("n", "num_groups", "confusion", "per_class", "near_duplicate_correlation"),
+    *("without_near_duplicates", "baseline_1nn", *_SCORES, *_CLASS_SCORES),
+}
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """What Markdown could take for markup within a line; an underscore within a word is none."""
 
@@ -64,7 +68,7 @@ def build_model_card(
     """
     training, summary = metadata.get("training") or {}, metrics.get("training") or {}
     config = flatten(training.get("config") or {})
-    results = {split: _select_results(metrics[split]) for split in _SPLITS if metrics.get(split)}
+    results = {split: _select(metrics[split]) for split in _SPLITS if metrics.get(split)}
     calibration = {
         name: value
         for name, value in flatten(metadata.get("calibration") or {}).items()
@@ -122,8 +126,23 @@ def render_model_card(model_card: Mapping[str, Any]) -> str:
     """Render what :func:`build_model_card` returned as a Markdown model card for Hugging Face."""
     environment = build_environment(escape_markdown)
     environment.filters["estimate"] = format_estimate
-    names = {"splits": _SPLITS, "scores": _SCORES, "class_scores": _CLASS_SCORES}
-    return environment.get_template("model_card.md.j2").render(names=names, **model_card)
+    return environment.get_template("model_card.md.j2").render(
+        names={"splits": _SPLITS, "scores": _SCORES, "class_scores": _CLASS_SCORES},
+        columns={split: _list_columns(result) for split, result in model_card["results"].items()},
+        **model_card,
+    )
+
+
+def _list_columns(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """List headings and scores of the table of a split's results; without images, none."""
+    baseline = result.get("baseline_1nn") or {}
+    columns = {
+        "Classifier": result,
+        "Classifier, no near duplicate": result.get("without_near_duplicates"),
+        "Nearest thumbnail": baseline,
+        "Nearest thumbnail, no near duplicate": baseline.get("without_near_duplicates"),
+    }
+    return {heading: found for heading, found in columns.items() if found and found["n"]}
 
 
 def escape_markdown(value: object) -> Markup:
@@ -145,41 +164,17 @@ def format_estimate(found: Mapping[str, Any], name: str) -> str:
     return f"{format_number(float(found[name]))} ({ends})"
 
 
-def _select_results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Select what the card shows of a split's metrics."""
-    apart, baseline = evaluation.get("without_near_duplicates"), evaluation.get("baseline_1nn")
-    return {
-        "n": evaluation["n"],
-        "near_duplicate_correlation": evaluation.get("near_duplicate_correlation"),
-        "near_duplicate_share": apart and 1 - apart["n"] / evaluation["n"],
-        "all": _select_scores(evaluation),
-        "without_near_duplicates": _select_scores(apart),
-        "baseline_1nn": _select_scores(baseline),
-        "baseline_1nn_no_near_duplicate": _select_scores(
-            baseline and baseline.get("without_near_duplicates")
-        ),
-        "confusion": evaluation.get("confusion"),
-    }
-
-
-def _select_scores(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Select the scores of some images; None where there are none."""
-    if not found or not found["n"]:
-        return None
-    kept = _keep(found, ["n", "num_groups"], _SCORES)
-    if "per_class" in found:
-        kept["per_class"] = {
-            name: _keep(scores, ["n"], _CLASS_SCORES) for name, scores in found["per_class"].items()
-        }
-    return kept
-
-
-def _keep(
-    found: Mapping[str, Any], counts: Sequence[str], scores: Mapping[str, str]
-) -> dict[str, Any]:
-    """Keep counts, and scores with their intervals, that are present."""
-    names = [*counts, *(name for score in scores for name in (score, f"{score}_ci95"))]
-    return {name: found[name] for name in names if name in found}
+def _select(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Select what the card shows of a split's metrics; the shape stays the same."""
+    selected = {}
+    for name, value in found.items():
+        if name == "per_class":
+            value = {name: _select(scores) for name, scores in value.items()}
+        elif isinstance(value, Mapping):
+            value = _select(value)
+        if name.removesuffix("_ci95") in _SELECTED:
+            selected[name] = value
+    return selected
 
 
 def _list_limits(
@@ -200,16 +195,16 @@ def _list_limits(
         yield "There is no test split: every score is of images that training used."
     if "val" in results:
         yield "Validation scores chose the exported epoch: they are slightly optimistic."
-    named = data["num_named"]
-    yield (
-        (
-            f"The data set names a group or patient for {named:,} of {data['num_scans']:,} scans. "
-            "Nobody has checked these names. For other scans, "
-            if named
-            else "No patient is known by name: one patient's slices may lie in two splits. "
-        )
-        + "groups of near-identical slices stand for patients, and miss slices that look different."
+    groups = (
+        "Groups of near-identical slices stand for patients, and miss slices that look different."
     )
+    if data["num_named"]:
+        yield (
+            f"The data set names a group or patient for {data['num_named']:,} of "
+            f"{data['num_scans']:,} scans. Nobody checked these names. For other scans: {groups}"
+        )
+    else:
+        yield f"No patient is known by name: one patient's slices may lie in two splits. {groups}"
     yield "It sees single slices: no volume, and no other information about a patient."
     yield f"It knows {num_classes} classes; it cannot name any other finding."
     yield (
@@ -230,22 +225,22 @@ def _list_limits(
 
 def _list_leaks(name: str, result: Mapping[str, Any]) -> Iterator[str]:
     """State which scores memory may explain, and where the baseline is better."""
-    if result["near_duplicate_share"]:
+    apart, baseline = result.get("without_near_duplicates"), result.get("baseline_1nn") or {}
+    if apart and apart["n"] < result["n"]:
         yield (
-            f"{format_percent(result['near_duplicate_share'])} of the {name} images have a near "
+            f"{format_percent(1 - apart['n'] / result['n'])} of the {name} images have a near "
             "duplicate among the images that they are held out from: memory explains a part of "
             "the scores on all images."
         )
-    for part, baseline, words in (
-        ("all", "baseline_1nn", "all images"),
+    for words, ours, theirs in (
+        ("all images", result, baseline),
         (
-            "without_near_duplicates",
-            "baseline_1nn_no_near_duplicate",
             "images without a near duplicate",
+            apart or {},
+            baseline.get("without_near_duplicates") or {},
         ),
     ):
-        ours, theirs = result[part], result[baseline]
-        if ours and theirs and theirs["accuracy"] > ours["accuracy"]:
+        if theirs.get("accuracy", 0) > ours.get("accuracy", 1):
             yield (
                 f"On the {name} split, {words}: the nearest-thumbnail baseline is right more often "
                 f"than the classifier (accuracy {format_number(theirs['accuracy'])} against "

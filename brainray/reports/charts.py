@@ -71,26 +71,26 @@ class Chart:
     def _add(self, markup: str, *values: object) -> None:
         self._marks.append(Markup(markup).format(*values))
 
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """Return the place of a data point in the panel, from its upper left corner."""
-        place = self.x.scale(x) * self.width, (1 - self.y.scale(y)) * self.height
-        return round(place[0], 1), round(place[1], 1)
+    def project(self, x: float, y: float) -> tuple[float, float]:
+        """Return the position of a data point in the panel, from the upper left corner."""
+        across, down = self.x.scale(x) * self.width, (1 - self.y.scale(y)) * self.height
+        return round(across, 1), round(down, 1)
 
     def line(self, points: Points, css: str) -> None:
         """Draw a line; consecutive points on one spot are drawn once."""
-        places = [place for place, _ in itertools.groupby(self.place(x, y) for x, y in points)]
-        if len(places) > 1:
-            path = "M" + "L".join(f"{x:g} {y:g}" for x, y in places)
-            self._add('<path class="line {}" d="{}"/>', css, path)
+        positions = itertools.groupby(self.project(x, y) for x, y in points)
+        path = "L".join(f"{x:g} {y:g}" for (x, y), _ in positions)
+        if "L" in path:
+            self._add('<path class="line {}" d="M{}"/>', css, path)
 
     def dot(self, x: float, y: float, css: str, tip: str, radius: float = 3) -> None:
         """Draw a dot with a tooltip."""
         markup = '<circle class="dot {}" cx="{:g}" cy="{:g}" r="{:g}"><title>{}</title></circle>'
-        self._add(markup, css, *self.place(x, y), radius, tip)
+        self._add(markup, css, *self.project(x, y), radius, tip)
 
     def bar(self, x: tuple[float, float], y: tuple[float, float], tip: str) -> None:
         """Draw a bar with a tooltip; it is never too low to be seen."""
-        (left, bottom), (right, top) = self.place(x[0], y[0]), self.place(x[1], y[1])
+        (left, bottom), (right, top) = self.project(x[0], y[0]), self.project(x[1], y[1])
         height = max(bottom - top, 1.5)
         self._add(
             '<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}">'
@@ -100,7 +100,7 @@ class Chart:
 
     def text(self, x: float, y: float, text: str, anchor: str = "middle") -> None:
         """Write small text just above a point."""
-        across, down = self.place(x, y)
+        across, down = self.project(x, y)
         self._marks.append(_text(across, down - 3, text, anchor, "note"))
 
     def magnify(self, x: float, y: float, size: float, *, at: float, note: str) -> None:
@@ -113,9 +113,9 @@ class Chart:
         at : float
             Left end of the inset, as a share of the panel's width.
         note : str
-            What the inset says of its range.
+            Caption of the inset.
         """
-        (left, bottom), (right, top) = self.place(x, y), self.place(x + size, y + size)
+        (left, bottom), (right, top) = self.project(x, y), self.project(x + size, y + size)
         source = (left, top, right - left, bottom - top)
         target = (at * self.width, 0.36 * self.height, 0.48 * self.width, 0.54 * self.height)
         box = '<rect class="lens{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>'
@@ -134,11 +134,11 @@ class Chart:
         """Return the chart as an SVG element."""
         parts = []
         for tick, label in zip(self.y.ticks, self.y.list_labels(), strict=True):
-            down = self.place(self.x.low, tick)[1]
+            down = self.project(self.x.low, tick)[1]
             parts.append(Markup('<path class="grid" d="M0 {:g}H{:g}"/>').format(down, self.width))
             parts.append(_text(-6, down + 4, label, "end"))
         for tick, label in zip(self.x.ticks, self.x.list_labels(), strict=True):
-            parts.append(_text(self.place(tick, self.y.low)[0], self.height + 16, label))
+            parts.append(_text(self.project(tick, self.y.low)[0], self.height + 16, label))
         axis = Markup('<path class="axis" d="M0 {0:g}H{1:g}"/>').format(self.height, self.width)
         parts.append(axis)
         parts.append(_text(self.width / 2, self.height + 34, self.x.label, css="label"))

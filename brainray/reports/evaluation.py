@@ -103,13 +103,13 @@ def render_evaluation_report(
 
 
 def describe_part(
-    name: str, place: str, evaluation: Mapping[str, Any], curves: Mapping[str, Any] | None
+    name: str, phrase: str, evaluation: Mapping[str, Any], curves: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Describe an evaluated split for ``scores.html.j2``, with its figures.
 
     Parameters
     ----------
-    name, place : str
+    name, phrase : str
         What the page calls the split, alone and in a sentence: ``test``, ``the test set``.
     evaluation : mapping
         What :func:`brainray.metrics.compute_evaluation` returned.
@@ -118,21 +118,21 @@ def describe_part(
     """
     figures: dict[str, Markup] = {}
     if curves:
-        figures = _draw_curves(curves, place)
+        figures = _draw_curves(curves, phrase)
     if evaluation.get("confidence"):
         figures["risk"] = charts.draw_risk_coverage(
-            evaluation["confidence"]["selective"], title=f"Risk over coverage on {place}"
+            evaluation["confidence"]["selective"], title=f"Risk over coverage on {phrase}"
         )
     return {
         "name": name,
-        "place": place,
+        "phrase": phrase,
         "evaluation": {"confidence": None, **evaluation},
         "figures": figures,
         "has_curves": bool(curves),
     }
 
 
-def _draw_curves(found: Mapping[str, Any], place: str) -> dict[str, Markup]:
+def _draw_curves(found: Mapping[str, Any], phrase: str) -> dict[str, Markup]:
     def pair(curve: str, x: str, y: str) -> dict[str, charts.Points]:
         return {
             name: list(zip(one[curve][x], one[curve][y], strict=True))
@@ -142,7 +142,7 @@ def _draw_curves(found: Mapping[str, Any], place: str) -> dict[str, Markup]:
     return {
         "roc": charts.draw_unit_curves(
             pair("roc", "fpr", "tpr"),
-            title=f"ROC curve of each class on {place}",
+            title=f"ROC curve of each class on {phrase}",
             x_label="1 \N{MINUS SIGN} specificity (false-positive rate)",
             y_label="sensitivity (recall)",
             zoom_left=True,
@@ -150,13 +150,13 @@ def _draw_curves(found: Mapping[str, Any], place: str) -> dict[str, Markup]:
         ),
         "pr": charts.draw_unit_curves(
             pair("pr", "recall", "precision"),
-            title=f"Precision-recall curve of each class on {place}",
+            title=f"Precision-recall curve of each class on {phrase}",
             x_label="sensitivity (recall)",
             y_label="precision",
             zoom_left=False,
         ),
         "reliability": charts.draw_reliability(
-            found["reliability"], title=f"Accuracy against confidence on {place}"
+            found["reliability"], title=f"Accuracy against confidence on {phrase}"
         ),
     }
 
@@ -171,7 +171,7 @@ def _list_estimates(part: Mapping[str, Any]) -> list[dict[str, Any]]:
     ):
         apart = (scores or {}).get("without_near_duplicates")
         for label, found, where, weight in (
-            ("all scans", scores, f"scans of {part['place']}", ""),
+            ("all scans", scores, f"scans of {part['phrase']}", ""),
             ("no near duplicate", apart, "scans without a near duplicate in training", " hollow"),
         ):
             rows.append(
