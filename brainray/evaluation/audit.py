@@ -157,15 +157,15 @@ def audit(job: AuditJob, *, log: Log = logger.info, verbose: bool = False) -> di
         min_correlation=job.group_correlation,
         with_traits=True,
     )
-    found, scan, data = grouped.found, grouped.scan.table, find_duplicates(grouped)
-    document = describe_findings(job, found, scan, data)
+    found, scan, data = grouped.found, grouped.scan.table, _find_duplicates(grouped)
+    document = _describe_findings(job, found, scan, data)
     document["shortcuts"] = evaluate_shortcuts(
         build_properties(scan.take(data.kept)), data.labels, data.groups, seed=job.seed
     )
     if job.make_split == "grouped":
-        document["split"] = write_split(job, found.samples, scan, data)
+        document["split"] = _write_split(job, found.samples, scan, data)
     storage.write_table(
-        storage.join(job.output_uri, GROUPS_FILE), build_groups_table(job, found, scan, data)
+        storage.join(job.output_uri, GROUPS_FILE), _build_groups_table(job, found, scan, data)
     )
     document["audit_s"] = round(time.monotonic() - started, 1)
     report = render_audit_report(
@@ -218,7 +218,7 @@ def list_excessive_leaks(document: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def find_duplicates(grouped: GroupedData) -> AuditedData:
+def _find_duplicates(grouped: GroupedData) -> AuditedData:
     """Find the duplicates and the nearest training images of the readable scans."""
     kept, standardised = pa.array(grouped.kept), grouped.standardised
     splits = np.array(grouped.found.samples["split"].take(kept).to_pylist(), dtype="<U5")
@@ -236,7 +236,7 @@ def find_duplicates(grouped: GroupedData) -> AuditedData:
     )
 
 
-def describe_findings(
+def _describe_findings(
     job: AuditJob, found: FoundSamples, scan: pa.Table, data: AuditedData
 ) -> dict[str, Any]:
     """Summarise the findings, ready for JSON."""
@@ -325,7 +325,7 @@ def _describe_resolution(scan: pa.Table) -> dict[str, Any]:
     }
 
 
-def build_groups_table(
+def _build_groups_table(
     job: AuditJob, found: FoundSamples, scan: pa.Table, data: AuditedData
 ) -> pa.Table:
     """Build the table with a row for every scan, readable or not."""
@@ -363,16 +363,10 @@ def build_groups_table(
     return pa.table(columns)
 
 
-def write_split(
+def _write_split(
     job: AuditJob, samples: pa.Table, scan: pa.Table, data: AuditedData
 ) -> dict[str, Any]:
-    """Write a new split that keeps every group whole, as a manifest that training reads.
-
-    Returns
-    -------
-    dict
-        ``uri`` of the manifest, and the balance of ``splits`` and ``folds``.
-    """
+    """Write a new split that keeps every group whole; return its URI and balance."""
     count = len(data.kept)
     splits = assign_splits(
         [""] * count,

@@ -98,13 +98,13 @@ def compare(job: CompareJob) -> dict[str, Any]:
     """
     if job.output_uri is not None:
         storage.check_writable(job.output_uri)
-    a, b = (read_predictions(uri, job.split) for uri in (job.a_uri, job.b_uri))
+    a, b = (_read_predictions(uri, job.split) for uri in (job.a_uri, job.b_uri))
     if set(a.classes) != set(b.classes):
         raise DataError(
             f"Expected both to have the same classes; '{a.uri}' has {', '.join(a.classes)}, "
             f"'{b.uri}' has {', '.join(b.classes)}."
         )
-    key, rows_a, rows_b = match_images(a, b, common=job.common)
+    key, rows_a, rows_b = _match_images(a, b, common=job.common)
     labels = _match_labels(a, b, rows_a, rows_b)
     groups = _join_groups(a, b, rows_a, rows_b)
     document: dict[str, Any] = {
@@ -135,14 +135,8 @@ def compare(job: CompareJob) -> dict[str, Any]:
     return document
 
 
-def read_predictions(uri: str, split: str) -> Predictions:
-    """Read an evaluation table, or that of a split below an output folder.
-
-    Raises
-    ------
-    DataError
-        There is none, it has no labels, or an earlier version wrote it.
-    """
+def _read_predictions(uri: str, split: str) -> Predictions:
+    """Read an evaluation table, or that of a split below an output folder."""
     file = uri
     if not uri.endswith(".parquet"):
         files = [storage.join(uri, *below, f"{split}.parquet") for below in (("predictions",), ())]
@@ -166,23 +160,11 @@ def read_predictions(uri: str, split: str) -> Predictions:
     return Predictions(file, table, classes)
 
 
-def match_images(a: Predictions, b: Predictions, *, common: bool) -> tuple[str, Rows, Rows]:
-    """Find the rows of the same image in both tables.
+def _match_images(a: Predictions, b: Predictions, *, common: bool) -> tuple[str, Rows, Rows]:
+    """Return the key that the tables are joined by, and the rows of the same images in both.
 
-    By path if the tables share any, and then the content must be equal too; else by content,
-    because a data set may have moved. Equal images are numbered.
-
-    Returns
-    -------
-    key : str
-        ``path`` or ``content_sha256``.
-    rows_a, rows_b : ndarray of int64, shape (n,)
-
-    Raises
-    ------
-    DataError
-        The tables are of different images (and ``common`` is false, or they share none), or the
-        content of a path differs.
+    The key is ``path`` if the tables share any, and then the content must be equal too; else
+    ``content_sha256``, because a data set may have moved. Equal images are numbered.
     """
     share_paths = not set(a.get("path") or ()).isdisjoint(b.get("path") or ())
     key = "path" if share_paths else "content_sha256"

@@ -79,11 +79,11 @@ def evaluate(job: EvaluateJob, *, log: Log = logger.info, verbose: bool = False)
     storage.check_writable(job.output_uri)
     classifier = load_classifier(job.classifier_uri)
     found = find_samples(job.data_uri, classifier.classes, splits=("test",))
-    training = find_training_manifest(job, classifier.metadata, log)
+    training = _find_training_manifest(job, classifier.metadata, log)
     connect_ray(verbose=verbose)
     needs = [describe_gpu_need()] if job.engine.use_gpu else []
     check_fits(*needs)
-    data = prepare_evaluation_data(found, classifier, training, job)
+    data = _prepare_evaluation_data(found, classifier, training, job)
     with report_waiting(needs, log):
         return evaluate_and_report(
             data,
@@ -98,14 +98,10 @@ def evaluate(job: EvaluateJob, *, log: Log = logger.info, verbose: bool = False)
         )
 
 
-def find_training_manifest(job: EvaluateJob, metadata: dict[str, Any], log: Log) -> pa.Table | None:
-    """Return the manifest of the classifier's training data, if there is one.
-
-    Raises
-    ------
-    DataError
-        ``manifest_uri`` is missing, or is another classifier's.
-    """
+def _find_training_manifest(
+    job: EvaluateJob, metadata: dict[str, Any], log: Log
+) -> pa.Table | None:
+    """Return the manifest of the classifier's training data, if there is one."""
     beside = storage.make_absolute(job.classifier_uri).rpartition("/")[0]
     uri = job.manifest_uri or storage.join(beside, MANIFEST_FILE)
     try:
@@ -123,7 +119,7 @@ def find_training_manifest(job: EvaluateJob, metadata: dict[str, Any], log: Log)
     return manifest
 
 
-def prepare_evaluation_data(
+def _prepare_evaluation_data(
     found: FoundSamples, classifier: Classifier, training: pa.Table | None, job: EvaluateJob
 ) -> PreparedData:
     """Scan and group the data, and find the nearest training image of each scan."""
@@ -139,7 +135,9 @@ def prepare_evaluation_data(
         return split_samples(data, classifier.classes, splits)
     reference = training.filter(pc.is_in(training["split"], pa.array(["train", "val"])))
     known = standardise_thumbnails(stack_thumbnails(reference["thumbnail"]))
-    groups = group_with_training(data, known, reference["group"].to_pylist(), job.group_correlation)
+    groups = _group_with_training(
+        data, known, reference["group"].to_pylist(), job.group_correlation
+    )
     prepared = split_samples(replace(data, groups=groups), classifier.classes, splits)
     nearest, correlation = find_nearest(data.standardised, known, run_blocks=run_blocks_on_ray)
     labels = reference["label"].take(pa.array(nearest)).to_pylist()
@@ -148,7 +146,7 @@ def prepare_evaluation_data(
     )
 
 
-def group_with_training(
+def _group_with_training(
     data: GroupedData,
     known: NDArray[np.float32],
     known_groups: Sequence[int],
@@ -159,18 +157,6 @@ def group_with_training(
     Two scans that are similar to one training image get one group, as in a training run that
     evaluates its own test split: both give the same intervals. Patients in both data sets are not
     detected, because the training manifest names none.
-
-    Parameters
-    ----------
-    known : ndarray of float32, shape (m, 576)
-        Standardised thumbnails of the training images.
-    known_groups : sequence of int, length m
-        Their groups.
-
-    Returns
-    -------
-    ndarray of int64, shape (n,)
-        Of the readable scans.
     """
     near_duplicates = group_near_duplicates(
         np.concatenate([data.standardised, known]),

@@ -115,7 +115,7 @@ def group_samples(
     samples = found.samples
     scan = scan_samples(samples, reading=reading, keep=keep, with_traits=with_traits)
     labels = samples["label"].to_numpy().astype(np.int64)
-    kept = find_readable(labels, scan.table, classes)
+    kept = _find_readable(labels, scan.table, classes)
     standardised = standardise_thumbnails(stack_thumbnails(scan.table["thumbnail"].take(kept)))
     near_duplicates = group_near_duplicates(
         standardised, min_correlation=min_correlation, run_blocks=run_blocks_on_ray
@@ -248,16 +248,10 @@ def stack_thumbnails(column: pa.ChunkedArray) -> NDArray[np.uint8]:
     return np.stack(rows) if rows else np.zeros((0, 576), np.uint8)
 
 
-def find_readable(
+def _find_readable(
     labels: NDArray[np.int64], scan: pa.Table, classes: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Return the numbers of the scans that could be decoded.
-
-    Raises
-    ------
-    DataError
-        No scan of a class could.
-    """
+    """Return the numbers of the scans that could be decoded; raise if no scan of a class could."""
     reasons = scan["reason"].to_pylist()
     is_readable = np.array([reason is None for reason in reasons])
     for label in np.unique(labels):

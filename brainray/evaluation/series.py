@@ -102,16 +102,17 @@ def calibrate_series(job: CalibrateSeriesJob, *, log: Log = logger.info) -> dict
     dict
         The content of the JSON file: ``rule``, the
         :class:`brainray.inference.series.SeriesRule` that is best for all series; ``rule_before``;
-        ``before`` and ``after``, what :func:`score_answers` returns for the job's rule, and out of
-        fold for the fitted rules; ``fold_rules``; ``grid``; and counts.
+        ``before`` and ``after``, the scores of the job's rule, and out of fold of the fitted rules:
+        ``score``, ``indeterminate`` (a share of all series), and ``per_class`` ``num_series``,
+        ``sensitivity`` and ``specificity``, with 95 % intervals; ``fold_rules``; ``grid``; counts.
 
     Raises
     ------
     UserError
         The predictions or labels cannot be used, or are too few.
     """
-    store = open_predictions(job)
-    classes, rows = store.classes, read_series_rows(store)
+    store = _open_predictions(job)
+    classes, rows = store.classes, _read_series_rows(store)
     by, names = read_label_table(job.labels, LABELLED_BY, classes)
     chosen = [name in names for name in rows[by].to_pylist()]
     if not any(chosen):
@@ -121,15 +122,15 @@ def calibrate_series(job: CalibrateSeriesJob, *, log: Log = logger.info) -> dict
         )
     log(f"Combining {sum(chosen):,} slices.")
     labels = {key: classes.index(name) for key, name in names.items()}
-    labelled = measure_series(rows.filter(pa.array(chosen)), by, labels, classes, job.rule)
-    check_enough(labelled, classes, job)
+    labelled = _measure_series(rows.filter(pa.array(chosen)), by, labels, classes, job.rule)
+    _check_enough(labelled, classes, job)
     rules = [
         replace(job.rule, threshold=threshold, top_fraction=top_fraction, min_run=min_run)
         for threshold, top_fraction, min_run in product(THRESHOLDS, TOP_FRACTIONS, MIN_RUNS)
     ]
-    answers = np.stack([answer_all(labelled, classes, rule) for rule in rules])
-    best = choose_rule(rules, answers, labelled.labels, job.rule)
-    after, fold_rules = answer_out_of_fold(rules, answers, labelled, job)
+    answers = np.stack([_answer_all(labelled, classes, rule) for rule in rules])
+    best = _choose_rule(rules, answers, labelled.labels, job.rule)
+    after, fold_rules = _answer_out_of_fold(rules, answers, labelled, job)
     document = {
         "schema_version": CALIBRATION_SCHEMA_VERSION,
         "classifier_id": store.classifier_id,
@@ -146,21 +147,15 @@ def calibrate_series(job: CalibrateSeriesJob, *, log: Log = logger.info) -> dict
         "rule_before": asdict(job.rule),
         "rule": asdict(rules[best]),
         "fold_rules": [asdict(rules[one]) for one in fold_rules],
-        "before": score_answers(labelled.answers_before, labelled, classes, job),
-        "after": score_answers(after, labelled, classes, job),
+        "before": _score_answers(labelled.answers_before, labelled, classes, job),
+        "after": _score_answers(after, labelled, classes, job),
     }
     storage.write_json(job.output_uri, document)
     return document
 
 
-def open_predictions(job: CalibrateSeriesJob) -> PredictionStore:
-    """Find the predictions of one classifier below a bulk job's output.
-
-    Raises
-    ------
-    ConfigError
-        There are none, or those of several classifiers, or an earlier version wrote them.
-    """
+def _open_predictions(job: CalibrateSeriesJob) -> PredictionStore:
+    """Find the predictions of one classifier below a bulk job's output."""
     folder = storage.join(job.predictions_uri, PREDICTIONS_FOLDER)
     _, folders = storage.list_folder(folder, folder) if storage.is_folder(folder) else ([], [])
     found = [name.rpartition("classifier_id=")[2] for name in folders if "classifier_id=" in name]
@@ -186,14 +181,8 @@ def open_predictions(job: CalibrateSeriesJob) -> PredictionStore:
     return replace(store, classes=list_classes(names))
 
 
-def read_series_rows(store: PredictionStore) -> pa.Table:
-    """Read the slices that belong to a series; of a slice with several predictions, the last.
-
-    Raises
-    ------
-    DataError
-        There are none.
-    """
+def _read_series_rows(store: PredictionStore) -> pa.Table:
+    """Read the slices that belong to a series; of a slice with several predictions, the last."""
     columns = [*_COLUMNS, *(f"prob_{name}" for name in store.classes)]
     tables = [store.read(uri, columns) for uri in store.list_files()]
     rows = pa.concat_tables([table.filter(pc.field("series").is_valid()) for table in tables])
@@ -207,18 +196,10 @@ def read_series_rows(store: PredictionStore) -> pa.Table:
     return rows.take(pa.array(last.values()))
 
 
-def measure_series(
+def _measure_series(
     rows: pa.Table, by: str, labels: dict[str, int], classes: Sequence[str], rule: SeriesRule
 ) -> LabelledSeries:
-    """Summarise the slices of each series once for each threshold of the grid.
-
-    Parameters
-    ----------
-    rows : Table
-        Slices whose column ``by`` is among the labels.
-    rule : SeriesRule
-        Its ``min_slices`` is used, and its answers are kept.
-    """
+    """Summarise the slices of each series, whose column ``by`` is labelled, for the whole grid."""
     rows = rows.sort_by("series")
     names = np.array(rows["series"].to_pylist(), dtype=object)
     bounds = [*np.flatnonzero(np.append(True, names[1:] != names[:-1])).tolist(), rows.num_rows]
@@ -265,7 +246,9 @@ def _find_class(answer: str, classes: Sequence[str]) -> int:
     return -1 if answer == INDETERMINATE else list(classes).index(answer)
 
 
-def check_enough(labelled: LabelledSeries, classes: Sequence[str], job: CalibrateSeriesJob) -> None:
+def _check_enough(
+    labelled: LabelledSeries, classes: Sequence[str], job: CalibrateSeriesJob
+) -> None:
     """Raise a DataError unless two classes are labelled, each with enough patients."""
     needed = max(MIN_PATIENTS, job.folds)
     counts = {
@@ -280,7 +263,7 @@ def check_enough(labelled: LabelledSeries, classes: Sequence[str], job: Calibrat
         )
 
 
-def answer_all(labelled: LabelledSeries, classes: Sequence[str], rule: SeriesRule) -> Answers:
+def _answer_all(labelled: LabelledSeries, classes: Sequence[str], rule: SeriesRule) -> Answers:
     """Answer every series by a rule of the grid, shape (n,)."""
     evidence = labelled.evidence[:, TOP_FRACTIONS.index(rule.top_fraction)]
     runs = labelled.runs[:, THRESHOLDS.index(rule.threshold)].tolist()
@@ -291,17 +274,12 @@ def answer_all(labelled: LabelledSeries, classes: Sequence[str], rule: SeriesRul
     return answers
 
 
-def choose_rule(
+def _choose_rule(
     rules: Sequence[SeriesRule], answers: Answers, labels: NDArray[np.int64], before: SeriesRule
 ) -> int:
     """Return the number of the rule with the best score; of equals, the nearest to ``before``.
 
-    Parameters
-    ----------
-    rules : sequence of SeriesRule, length R
-    answers : ndarray of int64, shape (R, n)
-    labels : ndarray of int64, shape (n,)
-    before : SeriesRule
+    ``answers`` has shape (R, n), a row for each rule, and ``labels`` has shape (n,).
     """
 
     def measure_change(rule: SeriesRule) -> float:
@@ -318,7 +296,7 @@ def choose_rule(
     return min(best, key=lambda number: measure_change(rules[number]))
 
 
-def answer_out_of_fold(
+def _answer_out_of_fold(
     rules: Sequence[SeriesRule],
     answers: Answers,
     labelled: LabelledSeries,
@@ -326,38 +304,26 @@ def answer_out_of_fold(
 ) -> tuple[Answers, list[int]]:
     """Answer each series by the rule that is best for the series of other patients.
 
-    Parameters
-    ----------
-    answers : ndarray of int64, shape (R, n)
-        Of each rule.
-
-    Returns
-    -------
-    answers : ndarray of int64, shape (n,)
-    chosen : list of int
-        Number of the rule of each fold.
+    ``answers`` has shape (R, n), a row for each rule. Return answers, shape (n,), and the number
+    of the rule of each fold.
     """
     folds = StratifiedGroupKFold(n_splits=job.folds, shuffle=True, random_state=job.seed)
     labels = labelled.labels
     out_of_fold, chosen = np.full(len(labels), -1), []
     for others, fold in folds.split(labels, labels, labelled.groups):
-        best = choose_rule(rules, answers[:, others], labels[others], job.rule)
+        best = _choose_rule(rules, answers[:, others], labels[others], job.rule)
         out_of_fold[fold] = answers[best, fold]
         chosen.append(best)
     return out_of_fold, chosen
 
 
-def score_answers(
+def _score_answers(
     answers: Answers, labelled: LabelledSeries, classes: Sequence[str], job: CalibrateSeriesJob
 ) -> dict[str, Any]:
     """Score answers, with 95 % intervals of a bootstrap over patients.
 
-    Returns
-    -------
-    dict
-        ``score``; ``indeterminate``, a share of all series; and ``per_class``: for each class
-        ``num_series``, ``sensitivity`` (share of its series that get it) and ``specificity``
-        (share of the others that do not), None without such series. Each has its ``_ci95``.
+    For each class, the sensitivity is the share of its series that get it, and the specificity the
+    share of other series that do not; None without such series.
     """
     labels = labelled.labels
     is_class = np.eye(len(classes))[labels]  # (n, K)

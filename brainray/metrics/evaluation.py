@@ -10,6 +10,8 @@ from brainray.metrics.bootstrap import describe_score, resample
 from brainray.metrics.checks import check_indices, check_predictions, number_groups
 from brainray.metrics.scores import (
     MACRO_OF,
+    FloatArray,
+    Scores,
     add_macro_averages,
     build_scorer,
     compute_count_scores,
@@ -145,15 +147,14 @@ def compute_accuracy(
     group_of, num_groups = number_groups(groups, y_true.size)
 
     counts = count_columns(y_true, predicted, seen.size)
-    scores = add_macro_averages(
-        resample(
-            lambda weights: compute_count_scores(weights @ counts),
-            *(group_of, num_groups, num_resamples, seed),
-        )
-    )
+
+    def score(weights: FloatArray) -> Scores:
+        return compute_count_scores(weights @ counts)
+
+    scores = add_macro_averages(resample(score, group_of, num_groups, num_resamples, seed))
     document: dict[str, Any] = {"n": int(y_true.size), "num_groups": num_groups}
-    for score in ("accuracy", "balanced_accuracy", "macro_f1"):
-        document |= describe_score(score, scores[score])
+    for name in ("accuracy", "balanced_accuracy", "macro_f1"):
+        document |= describe_score(name, scores[name])
     return document
 
 

@@ -95,7 +95,11 @@ class Chart:
         self._add(
             '<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}">'
             "<title>{}</title></rect>",
-            *(left + 1, bottom - height, right - left - 2, height, tip),
+            left + 1,
+            bottom - height,
+            right - left - 2,
+            height,
+            tip,
         )
 
     def text(self, x: float, y: float, text: str, anchor: str = "middle") -> None:
@@ -147,7 +151,13 @@ class Chart:
             '<svg class="plot" role="img" aria-label="{}" viewBox="0 0 {} {}">'
             '<svg class="panel" x="{:g}" y="{:g}" width="{:g}" height="{:g}">{}</svg></svg>'
         ).format(
-            *(self.title, _WIDTH, _HEIGHT, self.left, _TOP, self.width, self.height),
+            self.title,
+            _WIDTH,
+            _HEIGHT,
+            self.left,
+            _TOP,
+            self.width,
+            self.height,
             Markup("").join(parts + self._marks),
         )
 
