@@ -36,11 +36,6 @@ def compute_curves(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str])
           ``confidence`` (mean probability of the predicted class) and ``accuracy``; the
           last two None in an empty bin. The bins are those of the calibration error.
 
-    Raises
-    ------
-    DataError, ConfigError
-        As in :func:`compute_evaluation`.
-
     References
     ----------
     .. [1] Fawcett, "An introduction to ROC analysis", Pattern Recognition Letters 27 (2006).
