@@ -1,4 +1,4 @@
-"""`python jobs/serve.py …`: the service on this machine; on a cluster, `serve deploy`."""
+"""`python jobs/serve.py …`: the service on this machine. On a cluster use `serve deploy`."""
 
 import sys
 from pathlib import Path
