@@ -10,6 +10,7 @@ from typing import Any, Literal
 from uuid import UUID, uuid5
 
 import pydicom
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.valuerep import DA, TM
 
@@ -155,14 +156,13 @@ def encode_object(dataset: Dataset, result: SeriesResult) -> bytes:
         The source's patient or study cannot be read, or not be written.
     """
     header = result.source.header
-    made = {keyword: dataset[keyword] for keyword in ("StudyInstanceUID",)}
-    for keyword in {*_TYPE_2, *_PATIENT_AND_STUDY} & {*dataset.dir()}:
-        del dataset[keyword]
-    for keyword in _TYPE_2:
-        setattr(dataset, keyword, None)
     for keyword in _PATIENT_AND_STUDY:
-        _copy_element(header, dataset, keyword)
-    assert dataset["StudyInstanceUID"] == made["StudyInstanceUID"]
+        if keyword in dataset:
+            del dataset[keyword]
+        if keyword in _TYPE_2:
+            setattr(dataset, keyword, None)
+        if keyword in header:
+            _copy_element(header, dataset, keyword)
     at = result.computed_at
     dataset.InstanceCreationDate = dataset.ContentDate = DA(at.date())
     dataset.InstanceCreationTime = dataset.ContentTime = TM(at.time())
@@ -171,46 +171,38 @@ def encode_object(dataset: Dataset, result: SeriesResult) -> bytes:
             del dataset.SpecificCharacterSet
         if charset:
             dataset.SpecificCharacterSet = charset
-        content = _write(dataset)
-        if _has_same_identity(content, dataset):
+        buffer = io.BytesIO()
+        pydicom.dcmwrite(buffer, dataset, enforce_file_format=True)
+        content = buffer.getvalue()
+        written = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True)
+        if _list_identity(written) == _list_identity(dataset):
             return content
-    raise DicomResultsError("The patient's name or another text of the source cannot be encoded.")
+    raise DicomResultsError("The patient's name, or another text of the source, cannot be encoded.")
 
 
 def _copy_element(header: Dataset, dataset: Dataset, keyword: str) -> None:
-    """Copy an element, unless it is one that a valid object cannot have."""
-    if keyword not in header:
-        return
+    """Copy an element, unless its value is one that a valid object cannot have."""
     try:
         element = header[keyword]
-        value = element.value
     except Exception:  # what it raises holds the value
         element = None
     if element is None:
         raise DicomResultsError(f"The {keyword} of the source cannot be read.")
-    is_valid = {
-        "DA": lambda: bool(DA(str(value))),
-        "TM": lambda: bool(TM(str(value))),
-    }.get(element.VR, lambda: keyword != "PatientSex" or str(value) in _SEXES)
+    if element.value and _is_valid(keyword, element):
+        dataset[keyword] = element
+
+
+def _is_valid(keyword: str, element: DataElement) -> bool:
+    if keyword == "PatientSex":
+        return str(element.value) in _SEXES
+    parse = {"DA": DA, "TM": TM}.get(element.VR, str)
     try:
-        if value in (None, "") or not is_valid():
-            return
-    except ValueError:  # a date that is none
-        return
-    dataset[keyword] = element
+        parse(str(element.value))
+    except ValueError:
+        return False
+    return True
 
 
-def _write(dataset: Dataset) -> bytes:
-    buffer = io.BytesIO()
-    pydicom.dcmwrite(buffer, dataset, enforce_file_format=True)
-    return buffer.getvalue()
-
-
-def _has_same_identity(content: bytes, dataset: Dataset) -> bool:
-    """Tell whether a reader finds the patient and study that were written."""
-    read = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True)
-    return all(
-        str(read[keyword].value) == str(dataset[keyword].value)
-        for keyword in _PATIENT_AND_STUDY
-        if keyword in dataset
-    )
+def _list_identity(dataset: Dataset) -> list[str]:
+    """Return what a reader finds of the patient and the study."""
+    return [str(dataset.get(keyword) or "") for keyword in _PATIENT_AND_STUDY]

@@ -56,22 +56,19 @@ def build_sr(result: SeriesResult, codes: CodeTable, object_uid: str) -> Dataset
         procedure_reported=_make_code(codes.concepts["procedure"]),
         imaging_measurements=_build_groups(result, codes),
     )
-    schemes = None
-    if codes.has_own_codes:
-        schemes = [
-            hd.CodingSchemeIdentificationItem(
-                designator=OWN_SCHEME, name="brainray", responsible_organization="brainray"
-            )
-        ]
     document: Dataset = hd.sr.Comprehensive3DSR(
         evidence=make_evidence(result.source),
         content=report,
         is_complete=True,
         is_final=False,
         is_verified=False,
-        coding_schemes=schemes,
         **describe_object("sr", object_uid, result),
     )
+    if codes.has_own_codes:
+        scheme = Dataset()
+        scheme.CodingSchemeDesignator = OWN_SCHEME
+        scheme.CodingSchemeName = scheme.CodingSchemeResponsibleOrganization = MANUFACTURER
+        document.CodingSchemeIdentificationSequence = [scheme]
     return document
 
 
