@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "compare": run_compare,
         "calibrate-series": run_calibrate_series,
         "dicom-results": run_dicom_results,
+        "export": run_export,
         "data": run_data,
         "demo": run_demonstration,
         "doctor": run_doctor,
@@ -349,7 +350,23 @@ def run_dicom_results(arguments: list[str]) -> None:
         config=(tyro.conf.UseAppendAction,),
     )
     reporter = ConsoleReporter()
-    guard(lambda: report_dicom(job, log=reporter.log, verbose=verbose))
+    exit_on_error(lambda: report_dicom(job, log=reporter.log, verbose=verbose))
+
+
+def run_export(arguments: list[str]) -> None:
+    """`brainray export`, `python jobs/export.py`."""
+    from brainray.export.job import ExportJob, export
+
+    job, verbose = parse_job(
+        ExportJob,
+        arguments,
+        "export",
+        "Export a bulk output and its scans without identity, for research.",
+        uris=("predictions_uri", "output_uri", "scans_uri", "id_key_file"),
+        config=(tyro.conf.UseAppendAction,),
+    )
+    reporter = ConsoleReporter()
+    exit_on_error(lambda: export(job, log=reporter.log, verbose=verbose))
 
 
 def run_data(arguments: list[str]) -> None:

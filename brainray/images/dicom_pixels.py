@@ -115,6 +115,28 @@ def render_frame(image: DicomImage, frame: int = 0) -> RenderedFrame:
     return RenderedFrame(pixels, grey_range)
 
 
+def decode_stored(image: DicomImage, frame: int = 0) -> NDArray[Any]:
+    """Decode one frame to its stored samples, with unused bits cleared or filled with the sign.
+
+    Frames that are not to be classified are decoded too.
+
+    Returns
+    -------
+    ndarray of an integer type as wide as Bits Allocated, shape (rows, columns)
+
+    Raises
+    ------
+    RejectedImage
+        The frame cannot be decoded.
+    """
+    layout = image.layout
+    stored = call_safely(_decode_stored, image, frame)
+    kind = np.dtype(f"{'i' if layout.is_signed else 'u'}{layout.bits_allocated // 8}")
+    num_unused = layout.bits_allocated - layout.bits_stored
+    samples: NDArray[Any] = stored.astype(kind)
+    return samples << num_unused >> num_unused
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class _Samples:
     """One frame after the modality transform."""

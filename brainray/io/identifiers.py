@@ -15,6 +15,7 @@ from hashlib import sha256
 from brainray import storage
 from brainray.errors import ConfigError
 from brainray.io.conditional import create_bytes
+from brainray.io.deidentified import refuse_deidentified
 
 MIN_KEY_BYTES = 16
 NUM_KEY_BYTES = 32
@@ -90,10 +91,12 @@ def open_identifiers(
     Raises
     ------
     ConfigError
-        The key is too short, is not that of the runs before, or they named scans the other way.
+        The key is too short, is not that of the runs before, or they named scans the other way;
+        or the folder holds a de-identified export.
     StorageError
         The output cannot be written.
     """
+    refuse_deidentified(output_uri)
     check_uri = storage.join(output_uri, CHECK_FILE)
     try:
         earlier = storage.read_json(check_uri)
