@@ -7,6 +7,7 @@
     │   ├── ConfigError           a recipe field, a flag, a run directory that does not match
     │   ├── DataError             folders, tables, labels
     │   ├── StorageError          a place that cannot be read or written
+    │   │   └── DicomWebError     a PACS that does not answer, or refuses
     │   ├── WeightsError          pretrained weights that cannot be had or do not fit
     │   ├── ClassifierError       a damaged or foreign classifier folder
     │   └── RejectedImage         one scan's bytes; carries a stable reason code
@@ -37,6 +38,10 @@ class DataError(UserError):
 
 class StorageError(UserError):
     """A place that cannot be read or written."""
+
+
+class DicomWebError(StorageError):
+    """A PACS that does not answer, or refuses; the message holds no identifier of a patient."""
 
 
 class WeightsError(UserError):

@@ -14,7 +14,7 @@ TABLE_SUFFIX = ".parquet"
 
 
 def read_scan(uri: str, row_group: int, row: int, *, max_bytes: int | None = None) -> bytes:
-    """Read one scan's encoded bytes: a file, or a row of a Parquet table.
+    """Read one scan's encoded bytes: a file, an instance in a PACS, or a row of a Parquet table.
 
     ``max_bytes`` is that of :func:`brainray.storage.read_bytes`.
 
@@ -23,6 +23,10 @@ def read_scan(uri: str, row_group: int, row: int, *, max_bytes: int | None = Non
     RejectedImage
         ``missing`` or ``unreadable``.
     """
+    if storage.is_dicomweb(uri):
+        from brainray.io.dicomweb import read_instance  # files do without its libraries
+
+        return read_instance(uri, max_bytes=max_bytes)
     try:
         if row_group < 0:
             return storage.read_bytes(uri, max_bytes=max_bytes)

@@ -20,7 +20,7 @@ from wcmatch import glob
 from brainray import storage
 from brainray.data.labelled import is_hidden
 from brainray.data.read import TABLE_SUFFIX
-from brainray.errors import DataError, RejectedImage
+from brainray.errors import DataError, DicomWebError, RejectedImage
 
 LIST_SUFFIXES = (".txt", ".csv")
 LIST_COLUMNS = ("scan_uri", "uri", "path")
@@ -28,6 +28,10 @@ LIST_COLUMNS = ("scan_uri", "uri", "path")
 
 MAX_ROWS_PER_TASK = 200_000
 """A task that has listed as many scans returns what is left."""
+
+UNCHANGED_NS = 0
+"""The time of every instance in a PACS, which tells none: what is answered is not fetched again. A
+change gives an instance a new UID (PS3.3, C.12.1.1)."""
 
 MAX_INDEX_BYTES = 64 * 2**20
 """Longest DICOMDIR that is read."""
@@ -52,8 +56,8 @@ LISTING_SCHEMA = pa.schema(
 class Place:
     """Something to list: one `--scans-uri`, or a part of it."""
 
-    kind: Literal["folder", "file", "table", "list", "index"]
-    """An index is a DICOMDIR, the list of the files of a medium."""
+    kind: Literal["folder", "file", "table", "list", "index", "dicomweb"]
+    """An index is a DICOMDIR, the list of the files of a medium; "dicomweb" is in a PACS."""
     uri: str
     root: str = ""
     """Of a folder: the folder that was given, which globs and hidden names count from."""
@@ -64,7 +68,8 @@ class Place:
     row_offset: int = 0
     """Of a table: rows before the first row group."""
     is_given: bool = True
-    """Of a table: whether it was named; one that lay in a folder may be no table of scans."""
+    """Of a table or what is in a PACS: whether it was named. What was found instead, and cannot be
+    listed, is one rejected scan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +94,13 @@ def find_places(scans_uris: Sequence[str]) -> list[Place]:
     scans_uris : sequence of str
         Folders (everything below them), globs (``**`` for any depth), single files, Parquet
         tables with a column ``image_bytes``, a DICOMDIR for the files that it references, and
-        ``.txt`` or ``.csv`` lists of URIs; local, s3:// or gs://.
+        ``.txt`` or ``.csv`` lists of URIs; local, s3:// or gs://. Or scans in a PACS, as
+        :func:`brainray.io.dicomweb.parse_uri` has them.
 
     Raises
     ------
+    ConfigError
+        The address of scans in a PACS is malformed.
     DataError
         There is nothing at one of them.
     StorageError
@@ -102,6 +110,10 @@ def find_places(scans_uris: Sequence[str]) -> list[Place]:
 
 
 def _find_place(scans_uri: str) -> Place:
+    if storage.is_dicomweb(scans_uri):
+        from brainray.io.dicomweb import parse_uri  # files do without its libraries
+
+        return Place("dicomweb", parse_uri(scans_uri).to_uri())
     uri = storage.make_absolute(scans_uri)
     if storage.is_folder(uri):
         return Place("folder", uri, uri)
@@ -196,11 +208,15 @@ def list_place(
     Raises
     ------
     DataError
-        A table that was named lacks ``image_bytes``, or cannot be read; a list is not UTF-8; a
-        DICOMDIR is damaged.
+        A table that was named lacks ``image_bytes``, or cannot be read; a list is not UTF-8, or
+        names scans in a PACS; a DICOMDIR is damaged.
+    DicomWebError
+        A PACS that was named does not answer, or refuses.
     """
     if place.kind == "folder":
         return _list_folder(place, leave_out, time.monotonic() + max_seconds)
+    if place.kind == "dicomweb":
+        return _list_dicomweb(place)
     rows = _Rows()
     if place.kind == "list":
         for uri in _read_list(place.uri):
@@ -258,6 +274,24 @@ def _list_folder(place: Place, leave_out: Sequence[str], deadline: float) -> Lis
     return Listing(rows.build(), (*rest, *tables), num_hidden, num_indices)
 
 
+def _list_dicomweb(place: Place) -> Listing:
+    """List the instances of a study or series; of a search its studies, each a place to list."""
+    from brainray.io.dicomweb import list_resources
+
+    rows = _Rows()
+    try:
+        found = list_resources(place.uri)
+    except DicomWebError:
+        if place.is_given:
+            raise
+        rows.add(place.uri, reason="unreadable")
+        return Listing(rows.build())
+    for uri in found.instances:
+        rows.add(uri, modified_ns=UNCHANGED_NS)
+    studies = (Place("dicomweb", uri, is_given=False) for uri in found.studies)
+    return Listing(rows.build(), tuple(studies))
+
+
 def _matches(file: storage.FoundFile, root: str, pattern: str) -> bool:
     """Tell whether a file's name, as it is or as its URI has it, matches."""
     names = {file.relative_path, _name_below(file.uri, root)}
@@ -310,6 +344,10 @@ def _read_list(list_uri: str) -> Iterator[str]:
         raise DataError(f"Expected UTF-8 text in the list '{list_uri}': {error}") from error
     folder = list_uri.rpartition("/")[0]
     for entry in _read_entries(text, is_csv=list_uri.lower().endswith(".csv")):
+        if storage.is_dicomweb(entry):
+            raise DataError(
+                f"The list '{list_uri}' names scans in a PACS. Give their address as --scans-uri."
+            )
         is_absolute = "://" in entry or entry.startswith(("/", "~"))
         yield storage.make_absolute(entry) if is_absolute else storage.join(folder, entry)
 

@@ -15,7 +15,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, TypeVar
 from uuid import uuid4
@@ -96,7 +96,9 @@ class ClassifyJob:
 
     scans_uri: tuple[str, ...]
     """Folder, glob, file, DICOMDIR, Parquet table with `image_bytes`, or a .txt or .csv list of
-    URIs; local, s3:// or gs://. May be given several times."""
+    URIs; local, s3:// or gs://. Or a search in a PACS, whose paths are always redacted:
+    dicomweb+https://HOST/PATH/studies?StudyDate=20260101-&Modality=MR. May be given several
+    times."""
     classifier_uri: str = field(default_factory=find_default_classifier)
     """A classifier bundle; `$BRAINRAY_CLASSIFIER`, else the one that comes with the project, if
     not given."""
@@ -164,6 +166,8 @@ def classify(
     LockLostError
         Another run took the output over.
     """
+    if any(map(storage.is_dicomweb, job.scans_uri)):
+        job = replace(job, redact_paths=True)  # UIDs, and the keys of a search, identify patients
     if job.redact_paths:
         return _classify_unseen(job, say, on_progress, verbose)
     return _classify(job, say, on_progress, verbose)
