@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "classify": run_classify,
         "evaluate": run_evaluate,
         "serve": run_serve,
+        "receive": run_receive,
         "audit": run_audit,
         "compare": run_compare,
         "calibrate-series": run_calibrate_series,
@@ -257,6 +258,19 @@ def run_serve(arguments: list[str]) -> None:
         serve_here(job, log=reporter.log, verbose=verbose)
 
     guard(run, interrupted="interrupted before the service was ready.")
+
+
+def run_receive(arguments: list[str]) -> None:
+    """`brainray receive`."""
+
+    def run() -> None:
+        from brainray.dicom_results.receiver import ReceiveJob, receive  # needs the extra `dicom`
+
+        description = "Receive scans by DICOM C-STORE into an inbox, until Ctrl-C or SIGTERM."
+        job = tyro.cli(ReceiveJob, args=arguments, prog="brainray receive", description=description)
+        receive(job, log=ConsoleReporter().log)
+
+    guard(run)
 
 
 def run_audit(arguments: list[str]) -> None:
