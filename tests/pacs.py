@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -236,6 +237,8 @@ class Orthanc:
         self._folder = folder
         folder.mkdir(parents=True)
         self.http_port, self.dicom_port = find_free_port(), find_free_port()
+        self.receiver_port = find_free_port()
+        """Where it sends to."""
         self.root = f"http://127.0.0.1:{self.http_port}/dicom-web"
         self._process: subprocess.Popen[bytes] | None = None
         configuration = {
@@ -247,8 +250,8 @@ class Orthanc:
             "DicomAet": "ORTHANC",
             "RemoteAccessAllowed": False,
             "AuthenticationEnabled": False,
-            "StableAge": 1,
-            "SynchronousCMove": True,
+            "DicomModalities": {"receiver": ["BRAINRAY", "127.0.0.1", self.receiver_port]},
+            "DicomScuTimeout": 20,
             "Plugins": [str(ORTHANC_PLUGIN)],
             "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
         }
@@ -280,6 +283,16 @@ class Orthanc:
         """Ask its own API, which knows nothing of DICOMweb."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/{path}") as answer:
             return json.loads(answer.read())
+
+    def send(self, *instances: str) -> bool:
+        """Have it send instances, named as it does, by C-STORE; tell whether all arrived."""
+        url = f"http://127.0.0.1:{self.http_port}/modalities/receiver/store"
+        request = urllib.request.Request(url, json.dumps(instances).encode())
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return int(json.loads(answer.read())["FailedInstancesCount"]) == 0
+        except urllib.error.HTTPError:  # the receiver ended, or refused
+            return False
 
     def read_instances(self) -> list[pydicom.Dataset]:
         """Return all it has."""

@@ -12,12 +12,12 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from socketserver import BaseServer
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_partial
@@ -60,6 +60,8 @@ MAX_PDU_BYTES = 2**17
 ASSOCIATION_S = 30.0
 """Longest wait for the request of an association, once there is a connection."""
 MAX_POLL_S = 1.0
+STOP_S = 5.0
+"""Longest wait at the end for the answer to each association."""
 _STUDY_UID, _SOP_UID = Tag("StudyInstanceUID"), Tag("SOPInstanceUID")
 
 
@@ -176,8 +178,6 @@ def open_receiver(job: ReceiveJob, log: Log) -> Iterator[int]:
             yield server.server_address[1]
         finally:
             server.shutdown()
-            for association in server.active_associations:
-                association.abort()
             stop.set()
             finishing.join()
 
@@ -331,6 +331,10 @@ class _Server(ThreadedAssociationServer):  # type: ignore[misc]  # it may be abs
 
     daemon_threads = True
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
+        self._connections: WeakSet[socket.socket] = WeakSet()
+        super().__init__(*arguments, **options)
+
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection; pynetdicom's own has no timeout, and waits here for TLS."""
         connection, address = self.socket.accept()
@@ -339,6 +343,7 @@ class _Server(ThreadedAssociationServer):  # type: ignore[misc]  # it may be abs
             connection = self.ssl_context.wrap_socket(
                 connection, server_side=True, do_handshake_on_connect=False
             )
+        self._connections.add(connection)
         return connection, address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ANN401, ARG002
@@ -355,6 +360,11 @@ class _Server(ThreadedAssociationServer):  # type: ignore[misc]  # it may be abs
         """Say nothing of a connection that ended before its association, as of a port scan."""
 
     def shutdown(self) -> None:
-        """Stop listening; pynetdicom's own expects to have started the server itself."""
-        BaseServer.shutdown(self)
+        """Stop listening, and end all connections; what was being sent is not acknowledged."""
+        BaseServer.shutdown(self)  # pynetdicom's own expects to have started the server itself
         self.server_close()
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for association in self.active_associations:
+            association.join(STOP_S)
