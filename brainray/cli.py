@@ -44,11 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "classify": run_classify,
         "evaluate": run_evaluate,
         "serve": run_serve,
-        "receive": run_receive,
         "audit": run_audit,
         "compare": run_compare,
         "calibrate-series": run_calibrate_series,
         "data": run_data,
+        "receive": run_receive,
         "demo": run_demonstration,
         "doctor": run_doctor,
     }
