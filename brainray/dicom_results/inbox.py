@@ -124,7 +124,7 @@ class Inbox:
         Returns
         -------
         bool
-            False where a finished round has the same file, so that nothing was written.
+            False where a finished round has the same file, so that nothing is kept.
 
         Raises
         ------
@@ -133,9 +133,9 @@ class Inbox:
         """
         study = hash_identifier(study_uid, self._key)
         name = f"{hash_identifier(sop_instance_uid, self._key)}.dcm"
-        if self._is_finished(study, name, content):
-            return False
         with write_partial(self._partial / name, content, FILE_MODE) as partial, self._moving:
+            if self._is_finished(study, name, content):
+                return False
             folder = self._receiving / study
             _make_folder(folder)
             partial.replace(folder / name)
