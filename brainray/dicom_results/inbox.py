@@ -158,7 +158,7 @@ class Inbox:
         """
         finished = []
         for folder in sorted(self._receiving.iterdir()):
-            if folder == self._partial:
+            if folder == self._partial or not folder.is_dir():
                 continue
             with self._moving:
                 # The time of a folder is that of the last file that came into it.
