@@ -10,11 +10,12 @@ from typing import Any, Literal
 from uuid import UUID, uuid5
 
 import pydicom
+from pydicom.charset import python_encoding
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
-from pydicom.valuerep import DA, TM
+from pydicom.valuerep import DA, DT, TM
 
-from brainray.dicom_results.result import SeriesResult
+from brainray.dicom_results.result import SeriesResult, find_time_zone
 from brainray.dicom_results.source import Instance, SeriesSource
 from brainray.errors import DicomResultsError
 from brainray.provenance import collect_versions
@@ -166,10 +167,10 @@ def encode_object(dataset: Dataset, result: SeriesResult) -> bytes:
     at = result.computed_at
     dataset.InstanceCreationDate = dataset.ContentDate = DA(at.date())
     dataset.InstanceCreationTime = dataset.ContentTime = TM(at.time())
-    for charset in (header.get("SpecificCharacterSet"), UNICODE):
-        if "SpecificCharacterSet" in dataset:
-            del dataset.SpecificCharacterSet
-        if charset:
+    for equipment in dataset.get("ContributingEquipmentSequence") or ():
+        equipment.ContributionDateTime = DT(at.replace(tzinfo=None))  # highdicom's is now
+    for charset in (_find_charset(header), UNICODE):
+        if charset is not None:
             dataset.SpecificCharacterSet = charset
         buffer = io.BytesIO()
         pydicom.dcmwrite(buffer, dataset, enforce_file_format=True)
@@ -180,6 +181,15 @@ def encode_object(dataset: Dataset, result: SeriesResult) -> bytes:
     raise DicomResultsError("The patient's name, or another text of the source, cannot be encoded.")
 
 
+def _find_charset(header: Dataset) -> str | list[str] | None:
+    """Return the source's character set, if any; UTF-8 where it is none of the standard's."""
+    value = header.get("SpecificCharacterSet")
+    if not value:
+        return None
+    words = [value] if isinstance(value, str) else list(value)
+    return words if all(word in python_encoding for word in words) else UNICODE
+
+
 def _copy_element(header: Dataset, dataset: Dataset, keyword: str) -> None:
     """Copy an element, unless its value is one that a valid object cannot have."""
     try:
@@ -188,13 +198,15 @@ def _copy_element(header: Dataset, dataset: Dataset, keyword: str) -> None:
         element = None
     if element is None:
         raise DicomResultsError(f"The {keyword} of the source cannot be read.")
-    if element.value and _is_valid(keyword, element):
+    if element.value and _is_valid(header, keyword, element):
         dataset[keyword] = element
 
 
-def _is_valid(keyword: str, element: DataElement) -> bool:
+def _is_valid(header: Dataset, keyword: str, element: DataElement) -> bool:
     if keyword == "PatientSex":
         return str(element.value) in _SEXES
+    if keyword == "TimezoneOffsetFromUTC":
+        return find_time_zone(header) is not None
     parse = {"DA": DA, "TM": TM}.get(element.VR, str)
     try:
         parse(str(element.value))

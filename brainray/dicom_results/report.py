@@ -1,4 +1,4 @@
-"""From a bulk output and its sources to DICOM objects: a report, key images and a summary a series.
+"""From a bulk output and its sources to DICOM objects: three for each series.
 
 Each series is done by itself: its files are opened again, its objects are built, and those that the
 destination has not are stored there. UIDs follow from source, classifier and content, so whoever
@@ -92,8 +92,9 @@ class ReportJob:
     """Key of the output's identifiers, if the bulk job was given one."""
     codes_file: str | None = None
     """TOML or JSON file with the site's codes; its entries replace those of the default table."""
-    kinds: tuple[Kind, ...] = KINDS
-    """Objects of each series: structured report, key object selection, secondary capture."""
+    kinds: tuple[Kind, ...] = ()
+    """Objects of each series: `sr`, structured report; `ko`, key object selection; `sc`, summary
+    as a secondary capture. All three, if not given; may be given several times."""
     num_tasks: int = 4
     """Studies at a time on Ray, so connections that a PACS sees at most."""
     limits: DecodeLimits = DecodeLimits()
@@ -102,8 +103,8 @@ class ReportJob:
     def __post_init__(self) -> None:
         if (self.output_uri is None) == (self.dicomweb_url is None):
             raise ConfigError("Expected either --output-uri FOLDER or --dicomweb-url URL.")
-        if not self.kinds or self.num_tasks < 1:
-            raise ConfigError("Expected at least one of --kinds, and --num-tasks of at least 1.")
+        if self.num_tasks < 1:
+            raise ConfigError(f"--num-tasks must be at least 1, got {self.num_tasks}.")
 
     def open_destination(self) -> Destination:
         """Return where the objects go."""
@@ -173,8 +174,7 @@ def report_dicom(
     codes = read_codes(output.classes, job.codes_file)
     job.open_destination().check()
     counts = _Counts()
-    on_cluster = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
-    if on_cluster or output.num_slices > MAX_LOCAL_SLICES:
+    if os.environ.get("RAY_ADDRESS") or output.num_slices > MAX_LOCAL_SLICES:
         connect_ray(verbose=verbose)
         with raise_own_errors():
             counts.add_all(_report_on_ray(job, output, codes), log)
@@ -245,7 +245,7 @@ def _make_task(job: ReportJob, output: BulkOutput, codes: CodeTable) -> ReportTa
         ),
         codes=codes,
         destination=job.open_destination(),
-        kinds=job.kinds,
+        kinds=job.kinds or KINDS,
         limits=job.limits,
     )
 

@@ -32,7 +32,6 @@ _WHY_NOT = {
     "too_few_slices": "too few slices were classified",
     "several_classes": "several tumours have evidence",
     "weak_evidence": "the evidence is weak",
-    "localizer": "the series is a localizer",
 }
 
 
