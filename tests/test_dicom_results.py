@@ -396,9 +396,22 @@ def make_series(number: int, count: int = 10) -> list[bytes]:
     ]
 
 
-@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_sources_may_be_deleted_when_their_objects_are_stored(tmp_path: Path) -> None:
+    files = write_files(tmp_path / "in", make_slices())
+    write_output(tmp_path / "out", files)
+    report(tmp_path)
+    for path in files:
+        path.unlink()
+    assert report(tmp_path)["by_status"] == {"already_stored": 1}
+    with pytest.raises(DicomResultsError, match="1 series"):
+        report(tmp_path, check_again=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"), [("missing", "is missing"), ("replaced", "another object")]
+)
 def test_a_series_that_fails_is_listed_and_the_others_are_stored(
-    damage: str, tmp_path: Path
+    damage: str, reason: str, tmp_path: Path
 ) -> None:
     one = write_files(tmp_path / "in" / "1", make_series(1))
     two = write_files(tmp_path / "in" / "2", make_series(2))
@@ -415,7 +428,7 @@ def test_a_series_that_fails_is_listed_and_the_others_are_stored(
     document = json.loads((tmp_path / "objects" / RESULTS_FILE).read_text())
     assert document["by_status"] == {"failed": 1, "stored": 1}
     (failure,) = document["failures"]
-    assert damage in failure["reason"]
+    assert reason in failure["reason"]
     assert "003.dcm" in failure["reason"]
     assert any(failure["series"][:12] in line for line in said)
     assert len(read_objects(tmp_path / "objects")) == 3
@@ -534,18 +547,20 @@ def pacs(monkeypatch: pytest.MonkeyPatch) -> FakePacs:
     return fake
 
 
-def send(tmp_path: Path) -> dict[str, Any]:
-    return report(tmp_path, output_uri=None, dicomweb_url="https://pacs.example")
+def send(tmp_path: Path, url: str = "https://pacs.example", **changes: Any) -> dict[str, Any]:  # noqa: ANN401
+    return report(tmp_path, output_uri=None, dicomweb_url=url, **changes)
 
 
 def test_objects_are_sent_once(pacs: FakePacs, tmp_path: Path) -> None:
     write_output(tmp_path / "out", write_files(tmp_path / "in", make_slices()))
-    assert send(tmp_path)["num_objects_stored"] == 3
-    assert (len(pacs.stored), pacs.num_requests) == (3, 1)
+    assert send(tmp_path, kinds=("ko",))["num_objects_stored"] == 1
+    assert send(tmp_path)["num_objects_stored"] == 2
+    assert (len(pacs.stored), pacs.num_requests) == (3, 2)
+    assert send(tmp_path, "https://other.example")["by_status"] == {"already_stored": 1}
     assert send(tmp_path)["by_status"] == {"already_stored": 1}
-    assert pacs.num_requests == 1
+    assert pacs.num_requests == 2
     del pacs.stored[next(iter(pacs.stored))]
-    assert send(tmp_path)["num_objects_stored"] == 1
+    assert send(tmp_path, check_again=True)["num_objects_stored"] == 1
     assert (tmp_path / "out" / RESULTS_FILE).exists()
 
 
@@ -606,7 +621,7 @@ def test_only_the_objects_hold_what_identifies_a_patient(
             said.append((folder / "objects" / RESULTS_FILE).read_text())
             assert find_tokens_in_folder(folder / "out") == {}
     assert len(list(tmp_path.rglob("ko.dcm"))) > 10
-    assert any("has changed" in line for line in said)
+    assert any("another object" in line for line in said)
     printed = capsys.readouterr()
     assert find_tokens("\n".join([*said, caplog.text, printed.out, printed.err])) == []
 

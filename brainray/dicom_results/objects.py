@@ -5,7 +5,6 @@ nothing that highdicom says in a warning or an exception can hold a name.
 """
 
 import io
-from collections.abc import Iterable
 from typing import Any, Literal
 from uuid import UUID, uuid5
 
@@ -72,9 +71,7 @@ def derive_series_uid(kind: Kind, study_uid: str, classifier_id: str) -> str:
     return derive_uid("series", kind, study_uid, classifier_id)
 
 
-def derive_object_uid(
-    kind: Kind, source_series_uid: str, classifier_id: str, digests: Iterable[str]
-) -> str:
+def derive_object_uid(kind: Kind, source_series_uid: str, classifier_id: str, digest: str) -> str:
     """Return the UID of an object: the same for the same source, classifier and content.
 
     Parameters
@@ -83,11 +80,11 @@ def derive_object_uid(
     source_series_uid : str
         Series Instance UID of the classified series.
     classifier_id : str
-    digests : iterable of str
+    digest : str
         Of what else the object depends on: a series with another slice gives another object, as
         DICOM demands.
     """
-    return derive_uid("object", kind, source_series_uid, classifier_id, *digests)
+    return derive_uid("object", kind, source_series_uid, classifier_id, digest)
 
 
 # ---- making an object ----------------------------------------------------------------------------

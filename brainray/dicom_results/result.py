@@ -64,8 +64,6 @@ class SeriesResult:
     """Of these slices."""
     key_slices: tuple[KeySlice, ...] = field(repr=False)
     """The strongest first."""
-    digest: str
-    """Of what the result depends on; see :func:`compute_digest`."""
 
     @property
     def has_answer(self) -> bool:
@@ -151,7 +149,7 @@ def make_result(
     Raises
     ------
     DicomResultsError
-        A file is missing, has changed, or cannot be decoded.
+        A file is missing, holds another object now, or cannot be decoded.
     """
     summary = summarise_series(rows, output.classes, output.rule)
     slices = choose_slices(rows, output.classes)
@@ -164,7 +162,6 @@ def make_result(
         slices=tuple(slices),
         source=source,
         key_slices=tuple(_draw(row, output, source, reader, limits) for row in keys),
-        digest=compute_digest(rows, output),
     )
 
 

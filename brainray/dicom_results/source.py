@@ -1,14 +1,14 @@
 """From a bulk output back to the DICOM instances that its series were made of.
 
-The output has keyed hashes of the UIDs. So the files are opened again, each is checked to be the
-one that was classified (by the hash of its bytes), and its UIDs to be those of its row.
+The output has keyed hashes of the UIDs. So the files are opened again, and the UIDs in each are
+checked to be those of its row. Its bytes may be others: a PACS corrects patients, and changes how
+pixels are encoded. Other pixels are another object, with another UID (PS3.3, C.12.1.1).
 """
 
 import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -149,19 +149,13 @@ class SourceReader:
         Raises
         ------
         DicomResultsError
-            It is missing, cannot be read, or is another one now.
+            It is missing, or cannot be read.
         """
         name = row["scan_uri"] if row["frame"] is None else split_name(row["scan_uri"])[0]
         try:
-            content = self._read(name)
+            return self._read(name)
         except RejectedImage as rejection:
             raise DicomResultsError(f"The source '{name}' is {rejection.reason}.") from None
-        if sha256(content).hexdigest() != row["content_sha256"]:
-            raise DicomResultsError(
-                f"The source '{name}' has changed since it was classified. "
-                "Run `brainray classify` again."
-            )
-        return content
 
     def _read(self, name: str) -> bytes:
         if self.listed is None:
@@ -217,7 +211,7 @@ def read_source(rows: Sequence[Row], reader: SourceReader) -> SeriesSource:
     Raises
     ------
     DicomResultsError
-        A file is missing, has changed, or is of another series.
+        A file is missing, or holds another object now.
     """
     header: Dataset | None = None
     instances: dict[str, Instance] = {}
@@ -248,7 +242,8 @@ def _read_header(row: Row, reader: SourceReader) -> Dataset:
         value = str(get_value(header, keyword) or "")
         if not value or hash_identifier(value, reader.key) != row[column]:
             raise DicomResultsError(
-                f"The {keyword} of '{row['scan_uri']}' is not the one that was classified."
+                f"The source '{row['scan_uri']}' holds another object than the one that was "
+                f"classified: its {keyword} differs. Run `brainray classify` again."
             )
     if not get_value(header, "SOPClassUID"):
         raise DicomResultsError(
