@@ -111,7 +111,7 @@ class TrainOptions:
     output_uri: str
     """Where everything is written. The same command goes on with what it finds here."""
     recipe: Literal["smoke", "cpu", "cpu-long", "gpu"] = "cpu"
-    """Named configuration that the other options override."""
+    """Named configuration; the other options override its values."""
     folds: int | None = None
     """Cross-validate: train so many times, each time without one of as many parts of the training
     images (groups stay whole), and evaluate each part by the classifier that never saw it."""
@@ -119,8 +119,6 @@ class TrainOptions:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
     mlflow_uri: str | None = None
     """Log the run to this MLflow tracking server too (needs `pip install brainray[mlflow]`)."""
-    verbose: bool = False
-    """Show Ray's own lines too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,5 +134,3 @@ class TuneCommand:
     search: Annotated[TuneOptions, tyro.conf.arg(name="")] = TuneOptions()
     scaling: Annotated[ScalingOptions, tyro.conf.arg(name="")] = ScalingOptions()
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
-    verbose: bool = False
-    """Show Ray's own lines too."""
