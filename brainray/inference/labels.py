@@ -1,4 +1,4 @@
-"""The true classes of scans, where they are known."""
+"""Labels: the true classes of scans."""
 
 import csv
 import io
@@ -14,55 +14,52 @@ FOLDER = "folder"
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """True classes by scan; may be sent to workers."""
+    """Labels of scans; picklable."""
 
     classes: tuple[str, ...]
     by_uri: Mapping[str, str] | None = field(default=None)
-    """None where the name of a scan's folder is its class."""
+    """None if the name of a scan's folder is its label."""
 
     def find(self, scan_uri: str) -> str | None:
-        """Return a scan's true class; None where it is not known.
-
-        A slice has its own label, else that of its file.
-        """
+        """Return the label of a slice, else of its file; None if there is none."""
         if self.by_uri is not None:
             return self.by_uri.get(scan_uri) or self.by_uri.get(split_name(scan_uri)[0])
         name = scan_uri.rsplit("/", 2)[-2] if scan_uri.count("/") > 1 else ""
         return name if name in self.classes else None
 
     def rename(self, name: Callable[[str], str]) -> "Labels":
-        """Return the same labels of scans that have other names.
+        """Return the labels with other names of the scans.
 
         Raises
         ------
         ConfigError
-            A scan's name would not tell its folder any more.
+            The labels are folder names, which the new names do not contain.
         """
         if self.by_uri is not None:
             return replace(self, by_uri={name(uri): label for uri, label in self.by_uri.items()})
         if name("") != "":
             raise ConfigError(
-                "The name of a scan's folder is not in its hash. Leave out --labels folder, or "
-                "--redact-paths, or give the labels as a CSV file."
+                "With --redact-paths the name of a scan's folder is not known. Leave out --labels "
+                "folder or --redact-paths, or give the labels as a CSV file."
             )
         return self
 
 
 def read_labels(labels: str | None, classes: tuple[str, ...]) -> Labels | None:
-    """Read the true classes of scans.
+    """Read the labels of scans.
 
     Parameters
     ----------
     labels : str or None
-        ``folder`` (the name of a scan's folder is its class), a CSV file with the columns
-        scan_uri and label, or None where no label is known.
+        ``folder`` (the name of a scan's folder is its label), a CSV file with the columns scan_uri
+        and label, or None.
     classes : tuple of str
-        The classes that a scan may have.
+        The classes of the classifier.
 
     Raises
     ------
     DataError
-        The CSV lacks a column, or names a class that the classifier does not know.
+        The CSV file lacks a column, or has an unknown class.
     """
     if labels is None:
         return None
