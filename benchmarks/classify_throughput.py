@@ -281,7 +281,8 @@ def run_daft(options: Options, classifier_uri: str) -> float:
 
 def run_job(options: Options, classifier_uri: str, *, explain: bool = False) -> tuple[float, float]:
     """Run the bulk job and return images/s once warm, and with the start."""
-    from brainray.inference.bulk import ClassifyJob, classify
+    from brainray.inference.bulk import classify
+    from brainray.inference.options import ClassifyJob
 
     with tempfile.TemporaryDirectory() as folder:
         inbox = link_images(options, options.num_images, Path(folder) / "inbox")

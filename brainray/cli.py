@@ -1,6 +1,6 @@
 """The command line: `brainray COMMAND`; `python jobs/COMMAND.py` runs the same commands.
 
-To add a command, write a function that runs it and add an entry to :data:`COMMANDS`. The entry
+To add a command, write a function that runs it and add an entry to ``_TABLE``. The entry
 names its options as "module:Class", so that a command imports only its own module: importing torch
 or Ray takes seconds.
 """
@@ -86,10 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def find_command(arguments: Sequence[str]) -> Command | None:
     """Return the command that the first argument, or the first two, name."""
-    words = list(arguments)
-    return next(
-        (one for one in COMMANDS if words[: len(one.name.split())] == one.name.split()), None
-    )
+    return COMMANDS.get(" ".join(arguments[:1])) or COMMANDS.get(" ".join(arguments[:2]))
 
 
 def parse_options(command: Command, arguments: Sequence[str]) -> Any:  # noqa: ANN401 - a form
@@ -150,13 +147,12 @@ def _make_absolute(value: Any) -> Any:  # noqa: ANN401 - a URI, several, or None
 def _print_overview(given: Sequence[str]) -> int:
     """Print the commands, a completion script or what a mistyped command may mean."""
     if PRINT_COMPLETION in given[:1]:
-        forms = {command.name: _build_form(command) for command in COMMANDS}
+        forms = {name: _build_form(command) for name, command in COMMANDS.items()}
         tyro.extras.subcommand_cli_from_dict(forms, prog="brainray", args=list(given))
     asked = given[:1] in (["-h"], ["--help"]) or given[1:] in (["-h"], ["--help"])
-    names = [command.name for command in COMMANDS]
     if given and not asked:
-        close = difflib.get_close_matches(given[0], names, n=2)
-        close = close or [name for name in names if name.startswith(f"{given[0]} ")]
+        close = difflib.get_close_matches(given[0], COMMANDS, n=2)
+        close = close or [name for name in COMMANDS if name.startswith(f"{given[0]} ")]
         hint = (
             f" Did you mean {' or '.join(f'`brainray {name}`' for name in close)}?" if close else ""
         )
@@ -173,9 +169,9 @@ def describe_commands() -> str:
     """Return the commands by group, each with its summary and an example."""
     lines = ["usage: brainray COMMAND [options]", ""]
     lines += ["Classify slices of brain MRI, on one machine or a Ray cluster. Research use only."]
-    for group in dict.fromkeys(command.group for command in COMMANDS):
+    for group in dict.fromkeys(command.group for command in COMMANDS.values()):
         lines += ["", group]
-        for command in COMMANDS:
+        for command in COMMANDS.values():
             if command.group == group:
                 lines.append(f"  {command.name:<17} {command.summary}")
                 lines.append(f"  {'':<17}   {command.example}")
@@ -344,7 +340,7 @@ def run_doctor(_: None, reporter: ConsoleReporter) -> int:
     return 0 if is_usable else EXIT_FAILED
 
 
-COMMANDS = (
+_TABLE = (
     Command(
         name="classify",
         group="Use a classifier",
@@ -457,3 +453,5 @@ COMMANDS = (
         prints_json=True,
     ),
 )
+
+COMMANDS = {command.name: command for command in _TABLE}

@@ -208,8 +208,8 @@ def find_lacking(needs: Sequence[Need], nodes: Sequence[Bundle]) -> str | None:
             )
             return (
                 f"Expected resources for {need.count} {need.what}{'s' * (need.count > 1)} with "
-                f"{each} each; {fitting} fit on the cluster ({len(nodes)} nodes with {total} in total). "
-                f"Add nodes, or {need.remedy}."
+                f"{each} each; {fitting} fit on the cluster ({len(nodes)} nodes with {total} in "
+                f"total). Add nodes, or {need.remedy}."
             )
     return None
 

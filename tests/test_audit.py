@@ -116,7 +116,7 @@ def test_the_door_exits_3_when_too_much_leaks(
 ) -> None:
     words = ["--data-uri", str(planted), "--output-uri", str(tmp_path), "--max-leak", "1%"]
     with pytest.raises(SystemExit) as stopped:
-        cli.run_audit(words)
+        cli.main(["audit", *words])
     assert stopped.value.code == 3
     assert "more than --max-leak 1%" in capsys.readouterr().err
     assert (tmp_path / "audit.html").exists()

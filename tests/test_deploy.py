@@ -24,12 +24,11 @@ from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 from brainray import cli
 from brainray.errors import ConfigError
 from brainray.images.decode import DecodeLimits
-from brainray.inference.bulk import ClassifyJob
+from brainray.inference.options import ClassifyJob
 from brainray.inference.predict import CPUS_PER_ENGINE
 from brainray.inference.schema import SCHEMA_VERSION, build_schema
 from brainray.io.lock import LEASE_LIFE_S
 from brainray.model.reasons import REASONS
-from brainray.recipes import TrainOptions
 from brainray.serving.auth import MIN_TOKEN_CHARACTERS, TOKEN_VARIABLE
 from brainray.serving.local import PRODUCTION_VARIABLES, is_loopback
 from brainray.serving.options import ServeJob, ServiceLimits, read_arguments
@@ -173,7 +172,7 @@ def read_flags(monkeypatch: pytest.MonkeyPatch) -> ReadFlags:
 
     def read(flags: list[str]) -> ClassifyJob:
         with pytest.raises(SystemExit):
-            cli.run_classify(flags)
+            cli.main(["classify", *flags])
         (job,) = jobs  # empty when the parser refused
         jobs.clear()
         return job
@@ -326,13 +325,13 @@ def test_refusal_notices_what_an_api_server_would(
 
 
 @only_training
-def test_rayjob_runs_the_training_door_and_cleans_up(
+def test_rayjob_runs_training_and_cleans_up(
     rayjob_spec: dict[str, Any], repository_files: list[str]
 ) -> None:
     python, script, *flags = shlex.split(rayjob_spec["entrypoint"])
     assert (python, script) == ("python", "jobs/train.py")
     assert is_in_repository(script, repository_files)
-    options = cli._parse_recipe(TrainOptions, flags, "train")
+    options = cli.parse_options(cli.COMMANDS["train"], flags).options
     assert options.scaling.use_gpu
     assert options.data_uri.startswith("s3://")
     assert options.output_uri.startswith("s3://")
@@ -491,7 +490,7 @@ def test_the_guides_commands_are_accepted(read_flags: ReadFlags) -> None:
 
 def test_the_guides_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.run_classify(["--help"])
+        cli.main(["classify", "--help"])
     helped = set(re.findall(r"--[a-z][a-z.-]+", capsys.readouterr().out))
     mentioned = set(re.findall(r"--[a-z][a-z.-]+", GUIDE.read_text()))
     others = {"--address", "--working-dir", "--json"}

@@ -354,7 +354,7 @@ def test_a_gpu_that_is_not_there_is_refused(
     classifier: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refuse(classifier, "--use-gpu", "torch sees none", use_gpu=True)
+    refuse(classifier, "--use-gpu", "torch finds no GPU", use_gpu=True)
 
 
 def test_contradictions_are_refused(classifier: Classifier) -> None:

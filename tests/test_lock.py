@@ -247,7 +247,7 @@ def test_a_lease_is_refused_while_it_is_renewed_and_taken_over_when_it_is_not(
     store.put("out/.lock", json.dumps(stale).encode())
     with hold_output(OUT) as held:
         assert held.state == {}
-        assert "taken over from process 7 on far" in caplog.text
+        assert "from process 7 on far" in caplog.text
         held.check()
     assert read_lease()["released"] is True
 

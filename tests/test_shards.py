@@ -65,7 +65,7 @@ def open_all(
     answered = pa.Table.from_pylist(list(known), schema=KNOWN_SCHEMA)
     table = pa.concat_tables([plan_module._complete(one) for one in (listed, answered)])
     options = PlanOptions(
-        places=(),
+        sources=(),
         store=task.store,
         run=task.run,
         max_shard_rows=max_shard_rows,
@@ -76,7 +76,7 @@ def open_all(
     rows = []
     for shard in range(plan["num_shards"]):
         block = pa.table({"shard": [shard]})
-        opened = open_shard(block, task=task, part=0, is_first=False).to_pylist()
+        opened = open_shard(block, task=task, part=0).to_pylist()
         assert {row["shard_rows"] for row in opened} == {len(opened)}
         assert {row["shard_files"] for row in opened} == {len({find_file(row) for row in opened})}
         rows += opened

@@ -15,13 +15,13 @@ import pyarrow.dataset as ds
 import pytest
 from PIL import Image
 
-from brainray import storage
+from brainray import cli, storage
 from brainray.evaluation.evaluate import EvaluateJob, evaluate
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import load_image, preprocess_image
-from brainray.inference.bulk import ClassifyJob, classify
+from brainray.inference.bulk import classify
 from brainray.inference.engine import Engine, EngineOptions, open_engine
-from brainray.inference.files import run_files
+from brainray.inference.options import ClassifyJob
 from brainray.model.calibration import LOW_CONFIDENCE, UNLIKE_TRAINING, Calibration, Outputs
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.fit_calibration import fit_ood_detector
@@ -140,7 +140,7 @@ def predict_files(
 ) -> tuple[Rows, str]:
     """Return the rows, and the precision that they were computed in."""
     files = map(str, sorted(scans.rglob("*.*")))
-    run_files(["--json", *files, "--classifier-uri", str(classifier)])
+    cli.main(["classify", "--json", *files, "--classifier-uri", str(classifier)])
     body = json.loads(capsys.readouterr().out)
     return collect(body["predictions"]), body["engine"]["precision"]
 

@@ -39,7 +39,7 @@ from brainray.reports.bulk import UncertainScan, render_bulk_report
 from brainray.reports.evaluation import Mistake
 
 if TYPE_CHECKING:
-    from brainray.inference.bulk import ClassifyJob
+    from brainray.inference.options import ClassifyJob
 
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
