@@ -11,8 +11,10 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
+import docstring_parser
 import tyro
 
 from brainray import storage
@@ -76,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = find_command(given)
     if command is None:
         sys.exit(_print_overview(given))
-    form = exit_on_error(lambda: parse_options(command, given[len(command.name.split()) :]))
-    switches = {name: getattr(form, name, False) for name in ("json", "verbose")}
+    words = given[len(command.name.split()) :]
+    options, switches = exit_on_error(lambda: parse_options(command, words))
     with ConsoleReporter(**switches) as reporter:
-        status = exit_on_error(lambda: command.run(form.options, reporter), command.interrupted)
+        status = exit_on_error(lambda: command.run(options, reporter), command.interrupted)
     if status:
         sys.exit(status)
 
@@ -89,53 +91,78 @@ def find_command(arguments: Sequence[str]) -> Command | None:
     return COMMANDS.get(" ".join(arguments[:1])) or COMMANDS.get(" ".join(arguments[:2]))
 
 
-def parse_options(command: Command, arguments: Sequence[str]) -> Any:  # noqa: ANN401 - a form
-    """Parse a command's options; exits with status 2 where they are wrong.
+def parse_options(command: Command, arguments: Sequence[str]) -> tuple[Any, dict[str, bool]]:
+    """Parse a command's options; exits with status 2 if they are wrong.
 
     Returns
     -------
-    object
-        ``options``, an instance of the command's dataclass; ``verbose`` and ``json`` where the
-        command has them.
+    options : object
+        An instance of the command's dataclass.
+    switches : dict
+        ``json`` and ``verbose``, if the command has them.
     """
-    form: Any = _build_form(command)
-    default = tyro.MISSING
-    if command.build_default is not None:
-        default = form(options=command.build_default(arguments))
-    parsed = tyro.cli(
-        form,
-        args=list(arguments),
-        default=default,
-        prog=f"brainray {command.name}",
-        description=f"{command.summary}\n\nExample: {command.example}",
-    )
-    changes = {name: _make_absolute(getattr(parsed.options, name)) for name in command.uris}
-    if not changes:
-        return parsed
-    return dataclasses.replace(parsed, options=dataclasses.replace(parsed.options, **changes))
-
-
-def _build_form(command: Command) -> type:
-    """Build the dataclass that tyro parses: the command's options, `--json` and `--verbose`."""
-    kind: Any = type(None)
-    if command.options is not None:
-        module, _, name = command.options.partition(":")
-        kind = getattr(importlib.import_module(module), name)
-    options: Any = (
-        ("options", Annotated[kind, tyro.conf.arg(name="")])
-        if command.options
-        else ("options", tyro.conf.Suppress[None], field(default=None))
-    )
+    kind: Any = _import_options(command)
     switches = {
         "json": (command.prints_json, "Print the result as JSON, other lines to standard error."),
         "verbose": (command.uses_ray, "Show Ray's log too."),
     }
-    fields: list[Any] = [
+    offered: list[Any] = [
         (name, Annotated[bool, tyro.conf.arg(help=text)], field(default=False))
         for name, (is_offered, text) in switches.items()
         if is_offered
     ]
-    return dataclasses.make_dataclass("Form", [options, *fields], frozen=True, kw_only=True)
+    # A subclass of the options, so that tyro lists the switches after the command's own options.
+    form: Any = dataclasses.make_dataclass(
+        kind.__name__, offered, bases=(kind,), frozen=True, kw_only=True
+    )
+    more = {}
+    if command.build_default is not None:
+        more["default"] = form(**_get_values(command.build_default(arguments), kind))
+    parsed = tyro.cli(
+        form,
+        args=list(arguments),
+        prog=f"brainray {command.name}",
+        description=f"{command.summary}\n\nExample: {command.example}",
+        **more,
+    )
+    values = _get_values(parsed, kind)
+    values |= {name: _make_absolute(values[name]) for name in command.uris}
+    return kind(**values), {name: getattr(parsed, name) for name, *_ in offered}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """The options of a command without any."""
+
+
+def _import_options(command: Command) -> type:
+    kind: Any = NoOptions
+    if command.options is not None:
+        module, _, name = command.options.partition(":")
+        kind = getattr(importlib.import_module(module), name)
+    _join_help_lines(kind)
+    return kind
+
+
+def _join_help_lines(kind: Any) -> None:  # noqa: ANN401 - a dataclass
+    """Give tyro the fields' docstrings in one line: tyro 1.0 keeps line breaks before indentation.
+
+    tyro reads the ``help`` of a field's metadata before its docstring.
+    """
+    texts: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+        parsed = docstring_parser.parse_from_object(base).params
+        texts |= {one.arg_name: " ".join((one.description or "").split()) for one in parsed}
+    hints = get_type_hints(kind)
+    for one in dataclasses.fields(kind):
+        if texts.get(one.name):
+            one.metadata = MappingProxyType({**one.metadata, "help": texts[one.name]})
+        if dataclasses.is_dataclass(hints[one.name]):
+            _join_help_lines(hints[one.name])
+
+
+def _get_values(options: object, kind: Any) -> dict[str, Any]:  # noqa: ANN401 - a dataclass
+    return {one.name: getattr(options, one.name) for one in dataclasses.fields(kind)}
 
 
 def _make_absolute(value: Any) -> Any:  # noqa: ANN401 - a URI, several, or None
@@ -147,7 +174,7 @@ def _make_absolute(value: Any) -> Any:  # noqa: ANN401 - a URI, several, or None
 def _print_overview(given: Sequence[str]) -> int:
     """Print the commands, a completion script or what a mistyped command may mean."""
     if PRINT_COMPLETION in given[:1]:
-        forms = {name: _build_form(command) for name, command in COMMANDS.items()}
+        forms = {name: _import_options(command) for name, command in COMMANDS.items()}
         tyro.extras.subcommand_cli_from_dict(forms, prog="brainray", args=list(given))
     asked = given[:1] in (["-h"], ["--help"]) or given[1:] in (["-h"], ["--help"])
     if given and not asked:
@@ -185,20 +212,18 @@ def describe_commands() -> str:
 
 def run_classify(options: "ClassifyOptions", reporter: ConsoleReporter) -> None:
     """Classify files in this process, or in bulk on Ray."""
-    from brainray.inference.options import check_options
+    from brainray.inference.options import ClassifyJob, check_options
 
     check_options(options)
     if options.files:
         from brainray.inference.files import build_tables, classify_files
 
-        result = classify_files(options.files, options.job)
+        result = classify_files(options.files, options)
         reporter.report(result.to_json(), build_tables(result, list_slices=options.slices))
         return
     from brainray.inference.bulk import classify
 
-    names = ("scans_uri", "classifier_uri", "output_uri", "id_key_file")
-    changes = {name: _make_absolute(getattr(options.job, name)) for name in names}
-    job = dataclasses.replace(options.job, **changes)
+    job = ClassifyJob(**_get_values(options, ClassifyJob))
     metrics = classify(
         job, log=reporter.log, on_progress=reporter.on_progress, verbose=reporter.verbose
     )
@@ -324,7 +349,7 @@ def run_demonstration(job: "DemoJob", reporter: ConsoleReporter) -> None:
     reporter.report(metrics, describe_results(metrics, output_uri))
 
 
-def run_doctor(_: None, reporter: ConsoleReporter) -> int:
+def run_doctor(_: NoOptions, reporter: ConsoleReporter) -> int:
     """Examine this machine; returns 1 where something that every command needs is missing."""
     from brainray.doctor import examine
 
@@ -348,6 +373,7 @@ _TABLE = (
         example="brainray classify scan.dcm",
         options="brainray.inference.options:ClassifyOptions",
         run=run_classify,
+        uris=("scans_uri", "output_uri", "classifier_uri", "id_key_file"),
         prints_json=True,
     ),
     Command(

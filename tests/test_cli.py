@@ -58,7 +58,9 @@ def test_a_mistyped_command_exits_2_and_names_the_right_one(
 def test_every_example_is_parsed(name: str) -> None:
     command = cli.COMMANDS[name]
     words = shlex.split(command.example)[1 + len(name.split()) :]
-    assert cli.parse_options(command, words) is not None
+    options, switches = cli.parse_options(command, words)
+    assert options is not None
+    assert not any(switches.values())
 
 
 def test_a_completion_script_has_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +93,7 @@ def test_an_unknown_recipe_exits_2_and_lists_them(
 @pytest.mark.parametrize("spelling", [["--recipe", "smoke"], ["--recipe=smoke"]])
 def test_a_recipe_gives_the_defaults_that_flags_override(spelling: list[str]) -> None:
     words = ["--data-uri", "d", "--output-uri", "o", *spelling, "--num-epochs", "9"]
-    options = cli.parse_options(cli.COMMANDS["train"], words).options
+    options, _ = cli.parse_options(cli.COMMANDS["train"], words)
     assert options.recipe == "smoke"
     assert options.config.num_epochs == 9
     assert options.config.preprocessing == RECIPES["smoke"]().preprocessing

@@ -331,7 +331,7 @@ def test_rayjob_runs_training_and_cleans_up(
     python, script, *flags = shlex.split(rayjob_spec["entrypoint"])
     assert (python, script) == ("python", "jobs/train.py")
     assert is_in_repository(script, repository_files)
-    options = cli.parse_options(cli.COMMANDS["train"], flags).options
+    options, _ = cli.parse_options(cli.COMMANDS["train"], flags)
     assert options.scaling.use_gpu
     assert options.data_uri.startswith("s3://")
     assert options.output_uri.startswith("s3://")

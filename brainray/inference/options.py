@@ -12,7 +12,7 @@ from brainray.inference.series import SeriesRule
 from brainray.model.shipped import find_default_classifier
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassifyJob:
     """Which scans to classify in bulk, with which classifier, and where to write the results."""
 
@@ -46,21 +46,28 @@ class ClassifyJob:
     """Concurrent tasks that read and decode. Default: the number of CPUs without a predictor."""
     part_s: float = 20.0
     """Approximate seconds of work per output file: the most that a killed process loses."""
-    engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions()
+    engine: tyro.conf.OmitArgPrefixes[EngineOptions] = EngineOptions()
     reading: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions()
     rule: SeriesRule = SeriesRule()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassifyOptions:
-    """Files to classify in this process, or a bulk job."""
+@dataclass(frozen=True, kw_only=True)
+class ClassifyOptions(ClassifyJob):
+    """Options of `brainray classify`: files to classify in this process, or a bulk job."""
 
-    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = ()
+    files: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="FILE ...", help_behavior_hint=""),
+    ] = ()
     """Pictures, DICOM files and NIfTI volumes to classify at once, without Ray; local, s3:// or
     gs://."""
-    job: Annotated[ClassifyJob, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: ClassifyJob(scans_uri=(), output_uri="")
-    )
+    scans_uri: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Scans to classify in bulk: folder, glob, file, DICOMDIR, Parquet table with `image_bytes`, or
+    a .txt or .csv list of URIs; local, s3:// or gs://. May be given several times."""
+    output_uri: str = ""
+    """Folder for predictions, metrics and report of a bulk run. The same command later classifies
+    only new scans."""
     slices: bool = False
     """List every slice of files with more than 20."""
 
@@ -77,15 +84,15 @@ def check_options(options: ClassifyOptions) -> None:
     ConfigError
         Neither is given, or options of both.
     """
-    job, default = options.job, ClassifyJob(scans_uri=(), output_uri="")
+    default = ClassifyOptions()
     bulk_only = [one.name for one in fields(ClassifyJob) if one.name not in FILE_OPTIONS]
-    given = [name for name in bulk_only if getattr(job, name) != getattr(default, name)]
+    given = [name for name in bulk_only if getattr(options, name) != getattr(default, name)]
     if options.files and given:
         raise ConfigError(
             f"Got files and --{given[0].replace('_', '-')}, an option of bulk runs. Give files "
             "alone for a table of predictions, or --scans-uri URI --output-uri OUT for a bulk run."
         )
-    if not options.files and not (job.scans_uri and job.output_uri):
+    if not options.files and not (options.scans_uri and options.output_uri):
         raise ConfigError(
             "Expected scans to classify. Give FILE … for a table of predictions, or "
             "--scans-uri URI --output-uri OUT for a bulk run; --help lists all options."
