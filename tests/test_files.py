@@ -278,7 +278,7 @@ def test_a_mistyped_option_is_suggested(capsys: pytest.CaptureFixture[str], scan
 def test_neither_ray_nor_torch_is_loaded(scans: Path, tiny_classifier: Path) -> None:
     script = (
         "import sys; from brainray.cli import main; main(); "
-        "found = {'ray', 'torch', 'sklearn', 'scipy', 'pandas'} & set(sys.modules); "
+        "found = {'ray', 'torch', 'sklearn', 'scipy', 'boto3'} & set(sys.modules); "
         "assert not found, found"
     )
     words = ["classify", str(scans / "scan.jpg"), "--classifier-uri", str(tiny_classifier)]
