@@ -22,7 +22,6 @@ extensions = [
     "numpydoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinxcontrib.mermaid",
 ]
 templates_path = ["_templates"]
 html_theme = "pydata_sphinx_theme"
@@ -30,7 +29,6 @@ html_theme_options = {"show_prev_next": False, "secondary_sidebar_items": ["page
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4
-myst_fence_as_directive = ["mermaid"]
 suppress_warnings = ["misc.highlighting_failure"]  # console blocks that end in `…`
 
 autosummary_generate = True
