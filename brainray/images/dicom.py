@@ -20,8 +20,7 @@ from pydicom.uid import UID
 
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits, check_length
-from brainray.images.dicom_frames import Span, find_frames
-from brainray.images.dicom_header import (
+from brainray.images.dicom_file import (
     UNDEFINED_LENGTH,
     FunctionalGroups,
     ParsedFile,
@@ -34,6 +33,7 @@ from brainray.images.dicom_header import (
     get_words,
     parse_file,
 )
+from brainray.images.dicom_frames import Span, find_frames
 from brainray.images.headers import is_dicom
 from brainray.images.slices import Plane, SliceInfo
 
