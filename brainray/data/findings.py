@@ -158,14 +158,14 @@ def measure_leak(
     Returns
     -------
     dict
-        ``n``; ``num_`` and ``share_`` of ``exact_duplicates`` (identical pixels),
+        ``n``; ``num_`` and ``share_`` of ``exact_duplicate`` (identical pixels),
         ``near_duplicate`` (correlation of 0.995 or more, exact duplicates included) and
         ``same_group``; and ``baseline_1nn``, see :func:`evaluate_baseline`.
     """
     rows = found.rows
     exact = is_shared(exact_duplicates, rows, references)
     counts = {
-        "exact_duplicates": int(exact.sum()),
+        "exact_duplicate": int(exact.sum()),
         "near_duplicate": int((exact | (found.correlation >= NEAR_DUPLICATE_CORRELATION)).sum()),
         "same_group": int(is_shared(groups, rows, references).sum()),
     }
