@@ -158,7 +158,7 @@ def measure_leak(
     Returns
     -------
     dict
-        ``n``; ``num_`` and ``share_`` of ``exact_duplicates`` (identical pixels),
+        ``n``; ``num_`` and ``share_`` of ``exact_duplicate`` (identical pixels),
         ``near_duplicate`` (correlation of 0.995 or more, exact duplicates included) and
         ``same_group``; and ``baseline_1nn``, see :func:`evaluate_baseline`.
     """

@@ -353,7 +353,7 @@ def _read_list(list_uri: str) -> Iterator[str]:
 
 def _read_index(index_uri: str) -> list[str]:
     """Return the URIs of the files that a DICOMDIR references."""
-    from brainray.images.dicom_header import list_references  # imports pydicom
+    from brainray.images.dicom_file import list_references  # imports pydicom
 
     try:
         content = storage.read_bytes(index_uri, max_bytes=MAX_INDEX_BYTES)

@@ -20,8 +20,7 @@ from pydicom.uid import UID
 
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits, check_length
-from brainray.images.dicom_frames import Span, find_frames
-from brainray.images.dicom_header import (
+from brainray.images.dicom_file import (
     UNDEFINED_LENGTH,
     FunctionalGroups,
     ParsedFile,
@@ -34,6 +33,7 @@ from brainray.images.dicom_header import (
     get_words,
     parse_file,
 )
+from brainray.images.dicom_frames import Span, find_frames
 from brainray.images.headers import is_dicom
 from brainray.images.slices import Plane, SliceInfo
 
@@ -85,12 +85,14 @@ class PixelFormat(NamedTuple):
     is_signed: bool
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class DicomImage:
-    """An opened object, for :mod:`brainray.images.dicom_pixels`. Its repr shows the slices."""
+    """An opened object, for :mod:`brainray.images.dicom_pixels`. Its repr identifies no person."""
 
     slices: tuple[SliceInfo, ...]
-    transfer_syntax: str = field(repr=False)
+    sop_class: str | None
+    """UID of the type of object; None where it is absent or private."""
+    transfer_syntax: str
     """UID of the encoding of the pixels."""
     layout: PixelFormat = field(repr=False)
     dataset: Dataset = field(repr=False)
@@ -151,13 +153,21 @@ def open_dicom(
     }
     num_frames = _count_frames(parsed, pixels, layout)
     slices = call_safely(_read_slices, parsed, num_frames, identifiers)
-    if all(one.rejection for one in slices):
-        raise slices[0].rejection
+    rejections = [one.rejection for one in slices if one.rejection]
+    if len(rejections) == num_frames:
+        raise rejections[0]
     fragments: tuple[tuple[Span, ...], ...] = ()
     if PLUGINS[parsed.transfer_syntax] is not None:
         fragments = call_safely(find_frames, parsed.content, pixels.offset, num_frames)
     return DicomImage(
-        slices, parsed.transfer_syntax, layout, parsed.dataset, pixels, parsed.content, fragments
+        slices=slices,
+        sop_class=parsed.sop_class if _name_uid(parsed.sop_class) == parsed.sop_class else None,
+        transfer_syntax=parsed.transfer_syntax,
+        layout=layout,
+        dataset=parsed.dataset,
+        pixels=pixels,
+        content=parsed.content,
+        fragments=fragments,
     )
 
 

@@ -27,14 +27,14 @@ from pydicom.pixels.decoders.base import get_decoder
 
 from brainray.errors import RejectedImage
 from brainray.images.dicom import PLUGINS, DicomImage, PixelFormat, reject
-from brainray.images.dicom_frames import read_jpeg_2000_codestream, read_jpeg_codestream
-from brainray.images.dicom_header import (
+from brainray.images.dicom_file import (
     FunctionalGroups,
     call_safely,
     get_item,
     get_numbers,
     get_words,
 )
+from brainray.images.dicom_frames import read_jpeg_2000_codestream, read_jpeg_codestream
 
 gdcm.Trace.WarningOff()  # it prints to standard error
 gdcm.Trace.ErrorOff()
