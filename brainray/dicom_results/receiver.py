@@ -28,7 +28,7 @@ from brainray.dicom_results.inbox import Inbox, InboxLimits, open_inbox
 from brainray.errors import ConfigError, RejectedImage
 from brainray.images.decode import DecodeLimits
 from brainray.images.dicom import PLUGINS
-from brainray.images.dicom_header import call_safely
+from brainray.images.dicom_file import call_safely
 from brainray.runlog import Log
 
 try:

@@ -21,7 +21,7 @@ from brainray import storage
 from brainray.data.read import read_named_scan, read_scan
 from brainray.errors import ConfigError, DicomResultsError, RejectedImage, StorageError
 from brainray.images.dicom import hash_identifier
-from brainray.images.dicom_header import call_safely, get_value
+from brainray.images.dicom_file import call_safely, get_value
 from brainray.images.slices import split_name
 from brainray.inference.series import SeriesRule
 from brainray.inference.store import METADATA_KEY, PredictionStore

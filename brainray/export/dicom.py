@@ -28,7 +28,7 @@ from brainray.export.profile import EDITION, Action, read_profile
 from brainray.export.pseudonyms import Pseudonyms
 from brainray.images.decode import DecodeLimits
 from brainray.images.dicom import DicomImage, open_dicom
-from brainray.images.dicom_header import call_safely, get_value, get_words
+from brainray.images.dicom_file import call_safely, get_value, get_words
 from brainray.images.dicom_pixels import decode_stored
 
 Dates = Literal["remove", "shift"]

@@ -37,7 +37,7 @@ from brainray.export.rows import (
     hide_value,
 )
 from brainray.export.text import has_text
-from brainray.images.dicom_header import call_safely, get_value, get_words
+from brainray.images.dicom_file import call_safely, get_value, get_words
 from brainray.images.slices import ReadOptions, ScanFile, find_slice, open_file, recognise_format
 from brainray.inference.store import METADATA_KEY
 
