@@ -26,6 +26,8 @@ import pytest
 ORTHANC = shutil.which("Orthanc")
 ORTHANC_PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 START_S = 60.0
+PEER_S = 10.0
+"""Longest wait of a sender for an answer."""
 
 STUDY, SERIES, SOP = "0020000D", "0020000E", "00080018"
 KEYS = {"PatientID": "PatientID", "Modality": "Modality", "SOPInstanceUID": "SOPInstanceUID"}
@@ -337,7 +339,7 @@ def send(
     from pynetdicom import AE
 
     entity = AE(calling)
-    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 30
+    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = PEER_S
     datasets = [pydicom.dcmread(io.BytesIO(content)) for content in contents]
     wanted = {(str(one.SOPClassUID), str(one.file_meta.TransferSyntaxUID)) for one in datasets}
     for sop_class, syntax in sorted(wanted or {("1.2.840.10008.1.1", "1.2.840.10008.1.2")}):
@@ -352,7 +354,8 @@ def send(
             statuses.append(int(association.send_c_store(dataset).get("Status", -1)))
         except (RuntimeError, ValueError):  # it ended, or took none of this class
             statuses.append(-1)
-    association.release()
+    if association.is_established:
+        association.release()
     return statuses
 
 
@@ -361,7 +364,7 @@ def echo(port: int, *, calling: str = "PACS", called: str = "BRAINRAY") -> int |
     from pynetdicom import AE
 
     entity = AE(calling)
-    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = 30
+    entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = PEER_S
     entity.add_requested_context("1.2.840.10008.1.1")
     association = entity.associate("127.0.0.1", port, ae_title=called)
     if not association.is_established:

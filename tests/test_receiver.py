@@ -294,7 +294,7 @@ def test_a_peer_that_says_nothing_or_half_of_something_holds_up_nobody(tmp_path:
             half.sendall(b"\x01\x00")
             time.sleep(0.5)
             ended = time.monotonic()
-        assert time.monotonic() - ended < LONG_S / 4, "it waits for nobody at its end"
+        assert time.monotonic() - ended < 5, "it waits for nobody at its end"
 
 
 def test_tls_with_certificates_of_both_sides(tmp_path: Path) -> None:
@@ -360,8 +360,10 @@ def test_sigterm_ends_it_and_another_goes_on(tmp_path: Path) -> None:
     port = find_free_port()
     process = start(tmp_path / "inbox", port, LONG_S)
     assert send(port, make_slice(0)) == [0]
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=LONG_S)
+    with socket.create_connection(("127.0.0.1", port)):
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=20)
     assert (process.returncode, output.splitlines()[-1]) == (0, "stopped")
     process = start(tmp_path / "inbox", port, 0.5)
     deadline = time.monotonic() + LONG_S

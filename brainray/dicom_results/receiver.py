@@ -61,7 +61,7 @@ ASSOCIATION_S = 30.0
 """Longest wait for the request of an association, once there is a connection."""
 MAX_POLL_S = 1.0
 STOP_S = 5.0
-"""Longest wait at the end for the answer to each association."""
+"""Longest wait for each association, when the receiver ends."""
 _STUDY_UID, _SOP_UID = Tag("StudyInstanceUID"), Tag("SOPInstanceUID")
 
 
@@ -367,4 +367,7 @@ class _Server(ThreadedAssociationServer):  # type: ignore[misc]  # it may be abs
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         for association in self.active_associations:
-            association.join(STOP_S)
+            if association.is_established:
+                association.join(STOP_S)  # it may be storing an object
+            else:
+                association.kill()
