@@ -45,8 +45,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import open_file, open_slice
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import load_classifier, save_classifier
@@ -157,7 +157,10 @@ def run_ceiling(options: Options, classifier_uri: str) -> float:
     engine = open_engine(classifier, EngineOptions(use_gpu=options.use_gpu))
     files = list_images(options, options.num_loop_images)
     images = np.stack(
-        [load_image(p.read_bytes(), classifier.preprocessing, DecodeLimits()) for p in files]
+        [
+            open_slice(open_file(p.read_bytes()), 0, classifier.preprocessing).scan.image
+            for p in files
+        ]
     )
     engine.predict(images[: options.batch_size])
     started = time.perf_counter()

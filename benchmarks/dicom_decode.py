@@ -41,8 +41,7 @@ from pydicom.uid import (
 from brainray.images.dicom import open_dicom
 from brainray.images.dicom_pixels import decode_frame
 from brainray.inference.engine import EngineOptions, open_engine
-from brainray.model.classifier import load_classifier
-from brainray.model.shipped import SHIPPED_FOLDER
+from brainray.model.classifier import SHIPPED_FOLDER, load_classifier
 
 SAMPLE = Path(pydicom.__file__).parent / "data" / "test_files" / "MR_small.dcm"
 UNCOMPRESSED = (

@@ -28,8 +28,7 @@ from sklearn.metrics import roc_auc_score
 from brainray.data.read import read_named_scan
 from brainray.data.scans import list_scans
 from brainray.errors import RejectedImage
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import open_scan
+from brainray.images.slices import open_file, open_slice
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.model.calibration import UNLIKE_TRAINING, Outputs
 from brainray.model.classifier import Classifier, load_classifier
@@ -127,7 +126,8 @@ def compute_outputs(classifier: Classifier, contents: list[bytes]) -> tuple[list
     images, numbers = [], []
     for number, content in enumerate(contents):
         try:
-            images.append(open_scan(content, classifier.preprocessing, DecodeLimits()).image)
+            file = open_file(content)
+            images.append(open_slice(file, 0, classifier.preprocessing).scan.image)
         except RejectedImage:
             continue
         numbers.append(number)

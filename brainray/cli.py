@@ -34,10 +34,13 @@ from brainray.console import (
 
 if TYPE_CHECKING:
     from brainray.data.kaggle import FetchJob
+    from brainray.dicom_results.receiver import ReceiveJob
+    from brainray.dicom_results.report import ReportJob
     from brainray.evaluation.audit import AuditJob
     from brainray.evaluation.compare import CompareJob
     from brainray.evaluation.evaluate import EvaluateJob
     from brainray.evaluation.series import CalibrateSeriesJob
+    from brainray.export.job import ExportJob
     from brainray.inference.options import ClassifyOptions
     from brainray.recipes import TrainOptions, TuneCommand
     from brainray.serving.options import ServeJob
@@ -349,6 +352,27 @@ def run_demonstration(job: "DemoJob", reporter: ConsoleReporter) -> None:
     reporter.report(metrics, describe_results(metrics, output_uri))
 
 
+def run_dicom_results(job: "ReportJob", reporter: ConsoleReporter) -> None:
+    """Make DICOM objects of a bulk run's series."""
+    from brainray.dicom_results.report import report_dicom
+
+    report_dicom(job, log=reporter.log, verbose=reporter.verbose)
+
+
+def run_export(job: "ExportJob", reporter: ConsoleReporter) -> None:
+    """Export a bulk run and its scans without identity."""
+    from brainray.export.job import export
+
+    export(job, log=reporter.log, verbose=reporter.verbose)
+
+
+def run_receive(job: "ReceiveJob", reporter: ConsoleReporter) -> None:
+    """Receive scans by C-STORE until SIGINT or SIGTERM."""
+    from brainray.dicom_results.receiver import receive
+
+    receive(job, log=reporter.log)
+
+
 def run_doctor(_: NoOptions, reporter: ConsoleReporter) -> int:
     """Examine this machine; returns 1 where something that every command needs is missing."""
     from brainray.doctor import examine
@@ -467,6 +491,34 @@ _TABLE = (
         options="brainray.training.demo:DemoJob",
         run=run_demonstration,
         uses_ray=False,
+    ),
+    Command(
+        name="receive",
+        group="Hospital",
+        summary="Receive scans by DICOM C-STORE into an inbox of finished studies.",
+        example="brainray receive --help",
+        options="brainray.dicom_results.receiver:ReceiveJob",
+        run=run_receive,
+        uses_ray=False,
+    ),
+    Command(
+        name="dicom-results",
+        group="Hospital",
+        summary="Store a bulk run's results as DICOM objects, in a folder or a PACS.",
+        example="brainray dicom-results --predictions-uri out/ --scans-uri scans/ "
+        "--output-uri objects/",
+        options="brainray.dicom_results.report:ReportJob",
+        run=run_dicom_results,
+        uris=("predictions_uri", "scans_uri", "output_uri", "id_key_file", "codes_file"),
+    ),
+    Command(
+        name="export",
+        group="Hospital",
+        summary="Export a bulk run and its scans without identity, for research.",
+        example="brainray export --deidentify --predictions-uri out/ --output-uri export/",
+        options="brainray.export.job:ExportJob",
+        run=run_export,
+        uris=("predictions_uri", "output_uri", "scans_uri", "id_key_file"),
     ),
     Command(
         name="doctor",

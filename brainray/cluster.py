@@ -16,7 +16,7 @@ from ray.exceptions import RayTaskError
 
 from brainray.errors import BrainrayError, ConfigError
 from brainray.io.repeat import repeat
-from brainray.raytoken import use_token_file
+from brainray.raytoken import protect_token_file
 
 MIN_CPUS = 2
 """Minimum of logical CPUs of a local cluster: one to train, one to decode."""
@@ -68,7 +68,7 @@ def connect_ray(*, verbose: bool = False, with_dashboard: bool = False) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop`
         return
-    use_token_file()
+    protect_token_file()
     # Disable the preemption watcher on a single node: an idle actor takes 1 % of a core.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(

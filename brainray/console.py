@@ -186,8 +186,8 @@ def describe_audit(document: dict[str, Any], output_uri: str) -> list[str]:
         baseline = leak["baseline_1nn"][0]["accuracy"]
         lines.append(
             f"{split:<11} {leak['share_near_duplicate']:.1%} of {leak['n']:,} have a near "
-            f"duplicate in training ({leak['num_near_duplicate']:,}; {leak['num_exact_duplicate']:,} exact); "
-            f"nearest-thumbnail accuracy {baseline:.1%}"
+            f"duplicate in training ({leak['num_near_duplicate']:,}; "
+            f"{leak['num_exact_duplicate']:,} exact); nearest-thumbnail accuracy {baseline:.1%}"
         )
     lines.append(
         f"duplicates  {exact['num_repeated']:,} sets of identical pixels "
@@ -195,13 +195,13 @@ def describe_audit(document: dict[str, Any], output_uri: str) -> list[str]:
         f"scans, the largest {groups['largest']:,}"
     )
     lines.append(
-        f"conflicts   {exact['num_mixed']:,} sets of exact duplicates, {near['num_mixed']:,} of near "
-        f"duplicates and {groups['num_mixed']:,} groups have scans of several classes"
+        f"conflicts   {exact['num_mixed']:,} sets of exact duplicates, {near['num_mixed']:,} of "
+        f"near duplicates and {groups['num_mixed']:,} groups have scans of several classes"
     )
     if document["shortcuts"]:
         strongest = max(document["shortcuts"][:-1], key=lambda row: row["balanced_accuracy"])
         lines.append(
-            f"shortcut    {strongest['trait']} alone: balanced accuracy "
+            f"shortcut    {strongest['property']} alone: balanced accuracy "
             f"{strongest['balanced_accuracy']:.1%} (chance {strongest['chance']:.1%})"
         )
     if "split" in document:

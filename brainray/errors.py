@@ -7,11 +7,13 @@
     │   ├── ConfigError           options, or an output that does not match them
     │   ├── DataError             folders, tables, labels
     │   ├── StorageError          a URI that cannot be read or written
+    │   │   └── DicomWebError     a PACS that does not answer, or refuses
     │   ├── WeightsError          pretrained weights that are missing or do not fit
     │   ├── ClassifierError       a damaged or foreign classifier bundle
     │   └── RejectedImage         one scan, with a stable reason code
     ├── TrainingError             the user cannot fix it; a command exits with status 1
     ├── ClassificationError       the same, of a bulk run
+    ├── DicomResultsError         the same, of DICOM objects
     ├── LockLostError             another run has taken over the output
     └── ServingError              the same, of the service
 
@@ -39,6 +41,10 @@ class StorageError(UserError):
     """A URI that cannot be read or written."""
 
 
+class DicomWebError(StorageError):
+    """A PACS that does not answer, or refuses; the message holds no identifier of a patient."""
+
+
 class WeightsError(UserError):
     """Pretrained weights that are missing or do not fit the network."""
 
@@ -53,6 +59,10 @@ class TrainingError(BrainrayError):
 
 class ClassificationError(BrainrayError):
     """A bulk run failed, and no option can fix it."""
+
+
+class DicomResultsError(BrainrayError):
+    """A DICOM object that cannot be made or delivered; its message names no patient."""
 
 
 class LockLostError(BrainrayError):

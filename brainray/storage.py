@@ -27,6 +27,8 @@ from pyarrow import fs
 from brainray.errors import StorageError
 
 REMOTE_SCHEMES = ("s3", "gs", "gcs")
+DICOMWEB_SCHEMES = ("dicomweb+https", "dicomweb+http")
+"""Of scans in a PACS, which :mod:`brainray.io.dicomweb` reads; nothing here does."""
 
 URI_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"
 """Characters that RFC 3986 allows in a URI besides letters, digits and ``-._``."""
@@ -108,6 +110,11 @@ def _name_local(path: str) -> str:
     except UnicodeEncodeError:
         return "file://" + quote(os.fsencode(path))
     return path
+
+
+def is_dicomweb(uri: str) -> bool:
+    """Tell whether a URI names scans in a PACS."""
+    return uri.startswith(tuple(f"{scheme}://" for scheme in DICOMWEB_SCHEMES))
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:

@@ -33,6 +33,7 @@ MARK_OF_PLACE = {
     "test_files::test_no_ray_is_loaded": "heavy",
     "test_object_store": "heavy",
     "test_object_store_jobs": "ray",
+    "test_dicom_results": "heavy",
     "test_engine": "heavy",
     "test_haproxy": "service",
     "test_serve_faults": "service",
@@ -80,7 +81,7 @@ def phantom_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seal a classifier with random weights."""
-    folder = tmp_path_factory.mktemp("sealed") / "classifier"
+    folder = tmp_path_factory.mktemp("saved") / "classifier"
     save_classifier(
         str(folder),
         build_network(len(CLASSES)).state_dict(),

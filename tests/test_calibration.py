@@ -1,4 +1,4 @@
-"""Calibration, abstention and likeness, against what is known of drawn numbers."""
+"""Calibration, abstention and out-of-distribution detection, compared with known distributions."""
 
 import json
 import math
@@ -91,8 +91,8 @@ def test_what_wins_on_held_out_groups_is_chosen(
     assert losses[method] == min(losses.values()) < losses["none"]
 
 
-def test_a_group_is_never_fitted_and_judged_at_once() -> None:
-    """Were twins on both sides, a scale and a shift for each class would win on pure noise."""
+def test_a_group_is_never_fitted_and_evaluated_at_once() -> None:
+    """With near duplicates on both sides, vector scaling would win on pure noise."""
     rng = np.random.default_rng(0)
     logits = np.repeat(rng.normal(0, 0.3, (12, 4)), 30, axis=0).astype(np.float32)
     labels = np.repeat(rng.integers(0, 4, 12), 30)
@@ -127,7 +127,7 @@ def test_equal_confidences_are_answered_all_or_none() -> None:
     assert choose_min_confidence(probs, labels, 0.3) == pytest.approx(0.85)
 
 
-# --- likeness -----------------------------------------------------------------------------
+# --- ood_detector -----------------------------------------------------------------------------
 
 
 def test_distances_are_mahalanobis_and_follow_chi_squared() -> None:
@@ -207,7 +207,7 @@ def test_each_image_has_one_reason_at_most(fitted: Calibration) -> None:
     assert fitted.find_reasons(probs, not_known) == [UNLIKE_TRAINING] * 3
 
 
-def test_what_is_sealed_comes_back_the_same(fitted: Calibration) -> None:
+def test_what_is_saved_comes_back_the_same(fitted: Calibration) -> None:
     described = json.loads(json.dumps(fitted.to_json(), allow_nan=False))
     again = Calibration.from_json(described, fitted.ood_detector.to_arrays())
     logits, _ = draw(50, np.ones(4), np.zeros(4), 6)
@@ -241,7 +241,7 @@ def test_damage_is_told(fitted: Calibration, change: dict[str, object]) -> None:
         Calibration.from_json(fitted.to_json() | change, fitted.ood_detector.to_arrays())
 
 
-def test_a_likeness_of_other_arrays_is_damage(fitted: Calibration) -> None:
+def test_a_ood_detector_of_other_arrays_is_damage(fitted: Calibration) -> None:
     with pytest.raises(ClassifierError, match="cannot be understood"):
         Calibration.from_json(fitted.to_json(), {"means": np.zeros((1, 2), np.float32)})
 
@@ -252,7 +252,7 @@ def test_rates_are_rates(change: dict[str, float]) -> None:
         CalibrationOptions(**change)  # type: ignore[arg-type]
 
 
-def test_likeness_keeps_float32() -> None:
+def test_ood_detector_keeps_float32() -> None:
     features = np.random.default_rng(0).random((80, 16), np.float32)
     ood_detector = fit_ood_detector(features, np.zeros(80, np.int64), 1, (16,))
     assert ood_detector.compute_distances(features).dtype == np.float32

@@ -52,9 +52,9 @@ def network() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def sealed(tmp_path_factory: pytest.TempPathFactory, network: torch.nn.Module) -> Path:
-    """Seal a classifier; tests take copies."""
-    folder = tmp_path_factory.mktemp("sealed") / "classifier"
+def saved(tmp_path_factory: pytest.TempPathFactory, network: torch.nn.Module) -> Path:
+    """Save a classifier; tests take copies."""
+    folder = tmp_path_factory.mktemp("saved") / "classifier"
     save_classifier(
         str(folder),
         network.state_dict(),
@@ -66,12 +66,12 @@ def sealed(tmp_path_factory: pytest.TempPathFactory, network: torch.nn.Module) -
 
 
 @pytest.fixture
-def folder(sealed: Path, tmp_path: Path) -> Path:
+def folder(saved: Path, tmp_path: Path) -> Path:
     """Copy the classifier; the weights are the same file until they are replaced."""
     copy = tmp_path / "classifier"
     copy.mkdir()
-    os.link(sealed / WEIGHTS_FILE, copy / WEIGHTS_FILE)
-    (copy / METADATA_FILE).write_bytes((sealed / METADATA_FILE).read_bytes())
+    os.link(saved / WEIGHTS_FILE, copy / WEIGHTS_FILE)
+    (copy / METADATA_FILE).write_bytes((saved / METADATA_FILE).read_bytes())
     return copy
 
 
@@ -85,15 +85,15 @@ def images() -> NDArray[np.uint8]:
 # --- opening ------------------------------------------------------------------------------
 
 
-def test_what_was_sealed_is_what_is_opened(
-    sealed: Path, network: torch.nn.Module, images: NDArray[np.uint8]
+def test_what_was_saved_is_what_is_opened(
+    saved: Path, network: torch.nn.Module, images: NDArray[np.uint8]
 ) -> None:
-    classifier = load_classifier(str(sealed))
+    classifier = load_classifier(str(saved))
     assert classifier.classes == CLASSES
     assert classifier.preprocessing == PREPROCESSING
     assert not classifier.build_network().training
-    assert classifier.card["metrics"] == PROVENANCE["metrics"]
-    assert classifier.classifier_id == classifier.card["classifier_id"]
+    assert classifier.metadata["metrics"] == PROVENANCE["metrics"]
+    assert classifier.classifier_id == classifier.metadata["classifier_id"]
 
     probs = predict_eager(classifier, images)
     pixels = torch.from_numpy(images).float()[:, None] / 255
@@ -106,15 +106,15 @@ def test_what_was_sealed_is_what_is_opened(
     assert probs.std(axis=0).max() > 5e-3, "the images are too alike to tell anything"
 
 
-def test_the_folder_holds_two_files_and_no_pickle(sealed: Path) -> None:
-    assert sorted(path.name for path in sealed.iterdir()) == [METADATA_FILE, WEIGHTS_FILE]
-    content = (sealed / WEIGHTS_FILE).read_bytes()
+def test_the_folder_holds_two_files_and_no_pickle(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == [METADATA_FILE, WEIGHTS_FILE]
+    content = (saved / WEIGHTS_FILE).read_bytes()
     (header_bytes,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + header_bytes])  # what a safetensors file starts with
     assert header["conv1.weight"]["shape"] == [64, 1, 7, 7]
-    card = json.loads((sealed / METADATA_FILE).read_text())
-    assert card["weights"]["size_bytes"] == len(content)
-    assert card["classes"] == list(CLASSES)
+    metadata = json.loads((saved / METADATA_FILE).read_text())
+    assert metadata["weights"]["size_bytes"] == len(content)
+    assert metadata["classes"] == list(CLASSES)
 
 
 # --- what was touched ---------------------------------------------------------------------
@@ -156,29 +156,29 @@ def test_weights_cut_short(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", None], ids=["empty", "binary", "cut"])
-def test_card_that_is_no_json(folder: Path, content: bytes | None) -> None:
-    card = folder / METADATA_FILE
-    card.write_bytes(card.read_bytes()[:-40] if content is None else content)
+def test_metadata_that_is_no_json(folder: Path, content: bytes | None) -> None:
+    metadata = folder / METADATA_FILE
+    metadata.write_bytes(metadata.read_bytes()[:-40] if content is None else content)
     refuse(folder, "damaged", "JSON", METADATA_FILE)
 
 
-@pytest.mark.parametrize("card", [[], "text", None, {}])
-def test_card_of_something_else(folder: Path, card: object) -> None:
-    (folder / METADATA_FILE).write_text(json.dumps(card))
+@pytest.mark.parametrize("metadata", [[], "text", None, {}])
+def test_metadata_of_something_else(folder: Path, metadata: object) -> None:
+    (folder / METADATA_FILE).write_text(json.dumps(metadata))
     refuse(folder, f"schema {SCHEMA_VERSION}", "found None")
 
 
 def edit(path: str, value: object) -> Callable[[dict[str, Any]], None]:
-    """Return what sets (or with ``...`` removes) a place of the card, as `weights.sha256`."""
+    """Return what sets (or with ``...`` removes) a place of the metadata, as `weights.sha256`."""
 
-    def change(card: dict[str, Any]) -> None:
+    def change(metadata: dict[str, Any]) -> None:
         *above, last = path.split(".")
         for name in above:
-            card = card[name]
+            metadata = metadata[name]
         if value is ...:
-            del card[last]
+            del metadata[last]
         else:
-            card[last] = value
+            metadata[last] = value
 
     return change
 
@@ -214,10 +214,10 @@ def edit(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ("calibration.scale", [2.0, 1.0, 1.0], ["changed after"]),
     ],
 )
-def test_card_that_was_changed(folder: Path, path: str, value: object, said: list[str]) -> None:
-    card = read_classifier_metadata(str(folder))
-    edit(path, value)(card)
-    (folder / METADATA_FILE).write_text(json.dumps(card))
+def test_metadata_that_was_changed(folder: Path, path: str, value: object, said: list[str]) -> None:
+    metadata = read_classifier_metadata(str(folder))
+    edit(path, value)(metadata)
+    (folder / METADATA_FILE).write_text(json.dumps(metadata))
     refuse(folder, *said)
 
 
@@ -252,10 +252,8 @@ def build_calibration() -> Calibration:
     )
 
 
-def test_calibration_is_saved_too(
-    calibrated: Path, sealed: Path, images: NDArray[np.uint8]
-) -> None:
-    classifier, plain = load_classifier(str(calibrated)), load_classifier(str(sealed))
+def test_calibration_is_saved_too(calibrated: Path, saved: Path, images: NDArray[np.uint8]) -> None:
+    classifier, plain = load_classifier(str(calibrated)), load_classifier(str(saved))
     assert classifier.classifier_id != plain.classifier_id
     calibration = classifier.calibration
     assert (calibration.min_confidence, calibration.max_distance, calibration.facts["method"]) == (
@@ -351,9 +349,9 @@ def test_what_save_returns_is_what_the_card_says(tmp_path: Path) -> None:
     first = export_classifier(tmp_path)
     assert read_classifier_metadata(str(tmp_path))["classifier_id"] == first
     second = export_classifier(tmp_path, classes=CLASSES[::-1])  # what the folder held is replaced
-    card = read_classifier_metadata(str(tmp_path))
-    assert card["classifier_id"] == second != first
-    assert card["classes"] == list(CLASSES[::-1])
+    metadata = read_classifier_metadata(str(tmp_path))
+    assert metadata["classifier_id"] == second != first
+    assert metadata["classes"] == list(CLASSES[::-1])
     assert sorted(path.name for path in tmp_path.iterdir()) == [METADATA_FILE, WEIGHTS_FILE]
 
 

@@ -32,7 +32,7 @@ from brainray.errors import (
 )
 from brainray.images.decode import REJECTION_REASONS, DecodeLimits, decode_image
 from brainray.images.heatmap import GALLERY_OVERLAY_PX
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
 from brainray.inference import bulk as bulk_module
 from brainray.inference import plan as plan_module
 from brainray.inference.bulk import WavePredictor, classify, parse_max_rejected
@@ -48,6 +48,7 @@ from brainray.model.network import build_network
 from tests.conftest import CLASSES, REPOSITORY
 from tests.dicom_files import PYDICOM_FILES, RAMP, make_mr
 from tests.fakes import prepare_fake_engine
+from tests.open_scans import load_image
 from tests.test_decode import SAMPLES, mutate
 
 GUIDE = REPOSITORY / "docs" / "bulk.md"
@@ -168,9 +169,7 @@ def test_every_scan_has_its_row_and_the_rows_say_what_the_classifier_says(
     files = list_scan_files(inbox)
     assert sorted(rows) == [str(file) for file in files]
     classifier = load_classifier(str(tiny_classifier))
-    images = [
-        load_image(file.read_bytes(), classifier.preprocessing, DecodeLimits()) for file in files
-    ]
+    images = [load_image(file.read_bytes(), classifier.preprocessing) for file in files]
     engine = open_engine(classifier, EngineOptions(backend="torch", precision="fp32"))
     probs = engine.predict(np.stack(images)).probs
     for file, expected in zip(files, probs, strict=True):
@@ -232,7 +231,7 @@ def test_explained_rows_have_the_map_of_their_class(
             assert row["class_map"] is None
             continue
         content = Path(scan).read_bytes()
-        image = load_image(content, classifier.preprocessing, DecodeLimits())
+        image = load_image(content, classifier.preprocessing)
         maps = engine.predict(image[None], ["class_maps"]).class_maps
         assert maps is not None
         expected = maps[0, CLASSES.index(row["predicted_class"])]

@@ -299,7 +299,7 @@ def test_a_stopped_training_job_goes_on_where_it_was(
     assert 0 < len(cut) < 12, "the run was over before it was stopped"
     status, said = finish(submit(three_nodes, checkout, "train", *words))
     assert status == 0, said
-    assert "Going on with the run" in said
+    assert "Resuming the run" in said
     records = read_records(tmp_path)
     assert [record["epoch"] for record in records] == list(range(12))
     kept = len(cut) - 1  # the last epoch's checkpoint may have been on its way

@@ -1,4 +1,4 @@
-"""Cross-validation: nobody is judged by who saw them, and what is done is not done again."""
+"""Cross-validation: nobody is evaluated by who saw them, and what is done is not done again."""
 
 import dataclasses
 import json
@@ -21,10 +21,10 @@ from brainray.metrics import compute_evaluation
 from brainray.recipes import smoke
 from brainray.training.config import ScalingOptions, TrainConfig
 from brainray.training.crossval import (
-    compute_spread,
     cross_validate,
     find_training_samples,
     split_fold,
+    summarise_folds,
 )
 from brainray.training.prepare import group_training_data
 from brainray.training.run import TrainJob
@@ -161,10 +161,10 @@ def test_more_folds_than_a_class_has_groups_are_refused_before_anything_is_writt
 # ------------------------------------------------------------------------------------ the spread
 
 
-def test_the_spread_is_over_folds_with_k_minus_1() -> None:
+def test_the_summary_is_over_folds_with_k_minus_1() -> None:
     scores = [0.5, 0.75, 0.7]
     folds = [{"accuracy": s, "macro_f1": s / 2, "macro_auroc": 1.0} for s in scores]
-    spread = compute_spread(folds)
+    spread = summarise_folds(folds)
     assert spread["accuracy"] == pytest.approx(
         {"mean": 0.65, "sd": np.sqrt((0.15**2 + 0.1**2 + 0.05**2) / 2), "min": 0.5, "max": 0.75}
     )
@@ -172,7 +172,7 @@ def test_the_spread_is_over_folds_with_k_minus_1() -> None:
     assert spread["macro_auroc"] == {"mean": 1.0, "sd": 0.0, "min": 1.0, "max": 1.0}
 
 
-def test_the_spread_is_said_as_such() -> None:
+def test_the_variation_is_no_interval() -> None:
     row = {"mean": 0.65, "sd": 0.132, "min": 0.5, "max": 0.75}
     line = console.describe_variation({"accuracy": row, "macro_f1": row, "macro_auroc": row}, 3)
     assert line.startswith("spread over the 3 folds, no interval: accuracy 0.500 to 0.750 (mean")
@@ -208,7 +208,7 @@ def halved(
 
 def test_what_was_finished_is_not_done_again(halved: Outcome) -> None:
     _, _, lines = halved
-    assert lines[0].startswith("Going on with the run in ")
+    assert lines[0].startswith("Resuming the run in ")
     assert "Fold 1 of 2 is finished." in lines
     (second,) = [line for line in lines if line.startswith("Fold 2 of 2: ")]
     assert "to choose the epoch" in second
@@ -230,7 +230,7 @@ def test_each_fold_is_an_ordinary_run(halved: Outcome) -> None:
             assert Path(job.at(name, file)).stat().st_size > 0, (name, file)
 
 
-def test_every_training_image_is_judged_once_by_a_run_that_never_saw_its_group(
+def test_every_training_image_is_evaluated_once_by_a_run_that_never_saw_its_group(
     halved: Outcome,
 ) -> None:
     job, _, _ = halved
@@ -245,8 +245,8 @@ def test_every_training_image_is_judged_once_by_a_run_that_never_saw_its_group(
         assert not seen & {row["group"] for row in manifest if row["split"] == "test"}
         assert {row["split"] for row in manifest} == {"train", "val", "test"}
         card = json.loads(Path(job.at(name, "classifier", "classifier.json")).read_text())
-        judged_by = {row["classifier_id"] for row in pooled if row["fold"] == number}
-        assert judged_by == {card["classifier_id"]}
+        evaluated_by = {row["classifier_id"] for row in pooled if row["fold"] == number}
+        assert evaluated_by == {card["classifier_id"]}
 
 
 def test_the_pooled_scores_are_those_of_the_pooled_answers(halved: Outcome) -> None:
@@ -316,7 +316,7 @@ def test_two_cross_validations_can_be_compared(halved: Outcome) -> None:
     assert found["scores"]["accuracy"]["a"] == pytest.approx(metrics["cv"]["accuracy"])
 
 
-def test_the_door_ends_with_the_scores_their_spread_and_the_report(
+def test_the_command_prints_scores_variation_and_report(
     halved: Outcome, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, metrics, _ = halved

@@ -17,9 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from brainray.errors import ConfigError
-from brainray.images.decode import DecodeLimits
-from brainray.images.normalise import normalise_images
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
 from brainray.inference import engine_torch, openvino_model
 from brainray.inference.engine import (
     Engine,
@@ -29,11 +27,16 @@ from brainray.inference.engine import (
     prepare_engine,
 )
 from brainray.model import precision as formats
-from brainray.model.classifier import Classifier, load_classifier, save_classifier
-from brainray.model.network import build_network, compute_features
+from brainray.model.classifier import (
+    Classifier,
+    find_default_classifier,
+    load_classifier,
+    save_classifier,
+)
+from brainray.model.network import build_network, compute_features, normalise_images
 from brainray.model.precision import has_native_bf16
-from brainray.model.shipped import find_default_classifier
 from tests.conftest import REPOSITORY
+from tests.open_scans import load_image
 from tests.reference import predict_eager
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,8 +57,7 @@ needs_nncf = pytest.mark.skipif(
 
 def read_images(folder: Path, preprocessing: Preprocessing) -> Images:
     paths = sorted(path for path in folder.glob("*/*") if path.is_file())
-    limits = DecodeLimits()
-    return np.stack([load_image(path.read_bytes(), preprocessing, limits) for path in paths])
+    return np.stack([load_image(path.read_bytes(), preprocessing) for path in paths])
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_the_drivers_death_changes_no_loss(
     assert cut < NUM_EPOCHS, "the run was over before the driver was killed"
     status, said = finish(start(joined, *words))
     assert status == 0, said
-    assert "Going on with the run" in said
+    assert "Resuming the run" in said
     assert read_losses(tmp_path) == read_losses(trained)
 
 
@@ -120,7 +120,7 @@ def test_a_cross_validation_goes_on_with_the_fold_in_which_it_was_killed(
     status, said = finish(start(joined, *words))
     assert status == 0, said
     assert "Fold 1 of 2 is finished." in said
-    assert "Fold 2 of 2 goes on: " in said
+    assert "Fold 2 of 2, resumed: " in said
     assert (tmp_path / "fold-0" / "metrics.jsonl").stat().st_mtime_ns == first.st_mtime_ns
     assert read_losses(second)[: len(cut)] == cut
     assert [record["epoch"] for record in read_records(second)] == list(range(NUM_EPOCHS))

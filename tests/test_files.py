@@ -14,18 +14,22 @@ import pytest
 
 from brainray import cli
 from brainray.evaluation.evaluate import EvaluateJob
-from brainray.images.decode import DecodeLimits
 from brainray.images.dicom import hash_identifier
-from brainray.images.preprocess import load_image
 from brainray.images.slices import open_file, open_slice
 from brainray.inference.options import ClassifyJob
 from brainray.inference.schema import build_schema
-from brainray.model.classifier import load_classifier, read_classifier_metadata
+from brainray.model.classifier import (
+    DEFAULT_VARIABLE,
+    SHIPPED_FOLDER,
+    find_default_classifier,
+    load_classifier,
+    read_classifier_metadata,
+)
 from brainray.model.reasons import NOTICE
-from brainray.model.shipped import DEFAULT_VARIABLE, SHIPPED_FOLDER, find_default_classifier
 from brainray.serving.predictor import ModelOptions
 from tests.conftest import CLASSES
 from tests.dicom_files import make_mr
+from tests.open_scans import load_image
 from tests.reference import predict_eager
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,7 +97,7 @@ def test_json_holds_rows_of_the_prediction_table(
     assert body["engine"]["precision"] == "fp32"
     scan, short, missing = body["predictions"]
     content = names[0].read_bytes()
-    image = load_image(content, classifier.preprocessing, DecodeLimits())
+    image = load_image(content, classifier.preprocessing)
     expected = predict_eager(classifier, image[None])[0]
     probs = [scan[f"prob_{name}"] for name in CLASSES]
     np.testing.assert_allclose(probs, expected, atol=1e-5)

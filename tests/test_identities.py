@@ -19,7 +19,7 @@ from brainray import cli
 from brainray.data.slice_columns import describe_slice
 from brainray.errors import RejectedImage
 from brainray.images.preprocess import Preprocessing
-from brainray.images.slices import OpenedSlice, name_slice, open_slices
+from brainray.images.slices import OpenedSlice, name_slice
 from brainray.inference import bulk as bulk_module
 from brainray.inference.schema import SCAN_SCHEMA, build_rows
 from brainray.inference.series import summarise_series
@@ -33,6 +33,7 @@ from tests.identities import (
     find_tokens_in_folder,
     make_objects,
 )
+from tests.open_scans import open_slices
 from tests.service import LocalPredictor, build_test_app, open_client, open_predictor
 
 KEY = b"0123456789abcdef"

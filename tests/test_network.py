@@ -21,7 +21,7 @@ from torch.optim.swa_utils import update_bn
 from torchvision.models import resnet50
 
 from brainray.errors import WeightsError
-from brainray.model import network as room
+from brainray.model import network as network_module
 from brainray.model.network import (
     NUM_FEATURES,
     STAGES,
@@ -315,7 +315,7 @@ def test_without_network_the_remedies_are_named_at_once(cache: Path, offline: Ne
         fetch_weights("imagenet", None)
     assert time.monotonic() - started < 2
     assert_names_the_remedies(str(caught.value), cache)
-    assert offline.timeouts == [room.DOWNLOAD_TIMEOUT_S]
+    assert offline.timeouts == [network_module.DOWNLOAD_TIMEOUT_S]
     assert socket.getdefaulttimeout() == before
     assert not cache.exists()
 
@@ -418,7 +418,7 @@ def build_small(mode: BatchNormMode = "local", *, on_gpu: bool = False) -> nn.Se
 
 
 @pytest.mark.heavy
-def test_sealed_weights_are_rounded_once_and_fit_again(fresh_network: nn.Module) -> None:
+def test_saved_weights_are_rounded_once_and_fit_again(fresh_network: nn.Module) -> None:
     state = fresh_network.state_dict()
     rounded = round_weights(state)
     opened = build_network(len(state["fc.bias"]), weights=rounded).state_dict()
@@ -529,13 +529,13 @@ def test_large_maps_keep_the_convolution_of_large_kernels(
     plain = nn.functional.conv2d(
         images, layer.weight, layer.bias, stride=stride, padding=kernel_size // 2
     )
-    products, multiply = [], room.F.linear
+    products, multiply = [], network_module.F.linear
 
     def count(*args: torch.Tensor) -> torch.Tensor:
         products.append(args)
         return multiply(*args)
 
-    monkeypatch.setattr(room.F, "linear", count)
+    monkeypatch.setattr(network_module.F, "linear", count)
     torch.testing.assert_close(layer(images), plain, rtol=1e-5, atol=1e-5)
     assert len(products) == is_product
 

@@ -68,7 +68,7 @@ def trained(store: ObjectStore) -> ObjectStore:
     assert "runs/1/metrics.json" not in store.list_keys(), "it was over before it was killed"
     status, said = finish(start(store, "jobs/train.py", *words))
     assert status == 0, said
-    assert "Going on with the run" in said
+    assert "Resuming the run" in said
     return store
 
 

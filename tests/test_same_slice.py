@@ -12,9 +12,8 @@ from brainray.images.decode import decode_image
 from brainray.images.preprocess import Preprocessing, open_samples
 from brainray.images.slices import open_file, open_slice
 from brainray.inference.engine import Engine, EngineOptions, open_engine
-from brainray.model.classifier import load_classifier, save_classifier
+from brainray.model.classifier import SHIPPED_FOLDER, load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.model.shipped import SHIPPED_FOLDER
 from brainray.recipes import preprocess
 from tests.conftest import CLASSES
 from tests.dicom_files import compress, make_compressed, make_mr

@@ -21,7 +21,7 @@ from pydicom.uid import JPEG2000Lossless
 from brainray.data.scans import list_scans
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
-from brainray.images.slices import ReadOptions, open_slices, split_name
+from brainray.images.slices import ReadOptions, split_name
 from brainray.inference import plan as plan_module
 from brainray.inference import shards as shards_module
 from brainray.inference.plan import PlanOptions, write_part
@@ -31,6 +31,7 @@ from brainray.inference.store import KNOWN_SCHEMA
 from brainray.io.identifiers import Identifiers
 from brainray.model.reasons import REASONS
 from tests.dicom_files import PYDICOM_FILES, RAMP, make_mr, write
+from tests.open_scans import open_slices
 from tests.test_store import open_store
 
 KEY = b"a key of the tests"

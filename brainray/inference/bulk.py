@@ -15,7 +15,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -105,6 +105,8 @@ def classify(
     LockLostError
         Another run took over the output.
     """
+    if any(map(storage.is_dicomweb, job.scans_uri)):
+        job = replace(job, redact_paths=True)  # UIDs, and the keys of a search, identify patients
     if job.redact_paths:
         return _classify_redacted(job, log, on_progress, verbose)
     return _classify(job, log, on_progress, verbose)

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainray.errors import ConfigError, RejectedImage
+from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
-from brainray.images.slices import open_slice
+from brainray.images.slices import open_file, open_slice
 from brainray.model.calibration import Calibration, Outputs
 from brainray.model.explain import compute_class_maps, count_cells
 from brainray.model.precision import (
@@ -354,10 +355,10 @@ def _load_slices(
     scan_uri: str, preprocessing: Preprocessing, most: int
 ) -> Iterator[NDArray[np.uint8]]:
     """Yield the network inputs of at most so many slices of a file, evenly spaced."""
-    from brainray.data.read import open_named_slice
+    from brainray.data.read import read_named_scan
 
     try:
-        file, _ = open_named_slice(scan_uri)
+        file = open_file(read_named_scan(scan_uri, max_bytes=DecodeLimits().max_bytes))
     except RejectedImage:
         return
     usable = [index for index, info in enumerate(file.slices) if info.rejection is None]

@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from brainray.images.normalise import normalise_images
 from brainray.inference.engine import Engine, EngineOptions
 from brainray.model.calibration import Outputs
 from brainray.model.classifier import Classifier
-from brainray.model.network import pool_stages, split_head
+from brainray.model.network import normalise_images, pool_stages, split_head
 from brainray.model.precision import Precision
 from brainray.model.resnet50 import NUM_DENSE_STAGES
 

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from brainray import storage
@@ -59,28 +59,57 @@ def read_labels(labels: str | None, classes: tuple[str, ...]) -> Labels | None:
     Raises
     ------
     DataError
-        The CSV file lacks a column, or has an unknown class.
+        As in :func:`read_label_table`.
     """
     if labels is None:
         return None
     if labels == FOLDER:
         return Labels(classes)
+    _, by_uri = read_label_table(labels, ("scan_uri",), classes)
+    return Labels(classes, {storage.make_absolute(uri): name for uri, name in by_uri.items()})
+
+
+def read_label_table(
+    uri: str, keys: Sequence[str], classes: Sequence[str]
+) -> tuple[str, dict[str, str]]:
+    """Read a CSV file with the column ``label`` and at least one of the columns ``keys``.
+
+    Returns
+    -------
+    key : str
+        The first of the keys that the file has.
+    labels : dict of str to str
+        Class by the key's value.
+
+    Raises
+    ------
+    DataError
+        The file or a column is missing, a class is unknown, or one value has two labels.
+    """
     try:
-        text = storage.read_bytes(labels).decode("utf-8-sig")
+        text = storage.read_bytes(uri).decode("utf-8-sig")
     except FileNotFoundError:
-        raise DataError(f"No labels at '{labels}'. Give `folder` or a CSV file.") from None
+        raise DataError(f"No labels at '{uri}'. Check --labels.") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"Expected UTF-8 text in '{labels}': {error}") from error
+        raise DataError(f"Expected UTF-8 text in '{uri}': {error}") from error
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    if not {"scan_uri", "label"} <= set(reader.fieldnames or ()):
+    columns = reader.fieldnames or ()
+    key = next((name for name in keys if name in columns), None)
+    if key is None or "label" not in columns:
         raise DataError(
-            f"Expected the columns scan_uri and label in '{labels}', "
-            f"found {', '.join(reader.fieldnames or ['none'])}."
+            f"Expected the column label and {'one of ' if keys[1:] else ''}{', '.join(keys)} in "
+            f"'{uri}', found {', '.join(columns) or 'none'}."
         )
-    by_uri = {storage.make_absolute(row["scan_uri"]): row["label"] for row in reader}
-    unknown = sorted(set(by_uri.values()) - set(classes))
-    if unknown:
-        raise DataError(
-            f"Unknown class '{unknown[0]}' in '{labels}'. Expected one of {', '.join(classes)}."
-        )
-    return Labels(classes, by_uri)
+    labels: dict[str, str] = {}
+    for line, row in enumerate(reader, 2):
+        if row["label"] not in classes:
+            raise DataError(
+                f"Unknown class '{row['label']}' in line {line} of '{uri}'. "
+                f"Expected one of {', '.join(classes)}."
+            )
+        if labels.setdefault(row[key], row["label"]) != row["label"]:
+            raise DataError(
+                f"Line {line} of '{uri}' gives a {key} another label than a line before. "
+                "Give each one label."
+            )
+    return key, labels

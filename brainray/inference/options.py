@@ -9,7 +9,7 @@ from brainray.errors import ConfigError
 from brainray.images.slices import ReadOptions
 from brainray.inference.engine import EngineOptions
 from brainray.inference.series import SeriesRule
-from brainray.model.shipped import find_default_classifier
+from brainray.model.classifier import find_default_classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,9 @@ class ClassifyJob:
 
     scans_uri: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
     """Folder, glob, file, DICOMDIR, Parquet table with `image_bytes`, or a .txt or .csv list of
-    URIs; local, s3:// or gs://. May be given several times."""
+    URIs; local, s3:// or gs://. Or a search in a PACS, whose paths are always redacted:
+    dicomweb+https://HOST/PATH/studies?StudyDate=20260101-&Modality=MR. May be given several
+    times."""
     output_uri: str
     """Where predictions, metrics and report are written. The same command later classifies only
     new scans."""
@@ -64,7 +66,8 @@ class ClassifyOptions(ClassifyJob):
     gs://."""
     scans_uri: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Scans to classify in bulk: folder, glob, file, DICOMDIR, Parquet table with `image_bytes`, or
-    a .txt or .csv list of URIs; local, s3:// or gs://. May be given several times."""
+    a .txt or .csv list of URIs; local, s3:// or gs://; or a search in a PACS
+    (dicomweb+https://HOST/PATH/studies?StudyDate=20260101-). May be given several times."""
     output_uri: str = ""
     """Folder for predictions, metrics and report of a bulk run. The same command later classifies
     only new scans."""

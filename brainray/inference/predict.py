@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ray.data import Dataset
 
 from brainray.cluster import TASK_CPUS, list_nodes, share_cpus
-from brainray.data.scan import view_pixels
+from brainray.data.scan_store import view_pixels
 from brainray.errors import BrainrayError
 from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import Engine, EngineOptions, Output, prepare_engine

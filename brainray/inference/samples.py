@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
 from brainray.cluster import TASK_CPUS, find_own_error
-from brainray.data.scan import ScanStore
+from brainray.data.scan_store import ScanStore
 from brainray.images.preprocess import Preprocessing
 from brainray.inference.predict import PredictStage, pack_images
 

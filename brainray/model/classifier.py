@@ -14,8 +14,10 @@ which takes seconds: OpenVINO uses the weights as they are.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +40,11 @@ if TYPE_CHECKING:
 ARCHITECTURE = "resnet50"
 
 SCHEMA_VERSION = 4
+DEFAULT_VARIABLE = "BRAINRAY_CLASSIFIER"
+_PACKAGED_FOLDER = Path(__file__).parents[1] / "default_classifier"  # in wheels of `make wheel`
+_REPOSITORY_FOLDER = Path(__file__).parents[2] / "models" / "brain-mri-resnet50"
+SHIPPED_FOLDER = _PACKAGED_FOLDER if _PACKAGED_FOLDER.is_dir() else _REPOSITORY_FOLDER
+"""The classifier that comes with a wheel, or with a clone of the repository."""
 WEIGHTS_FILE = "model.safetensors"
 OOD_FILE = "ood.safetensors"
 METADATA_FILE = "classifier.json"
@@ -80,6 +87,11 @@ class Classifier:
         state = {name: torch.tensor(values) for name, values in self.weights.items()}
         network = build_network(len(self.classes), weights=state)
         return network.to(memory_format=torch.channels_last).eval()
+
+
+def find_default_classifier() -> str:
+    """Return ``$BRAINRAY_CLASSIFIER``, else the repository's own bundle; it may not exist."""
+    return os.environ.get(DEFAULT_VARIABLE) or str(SHIPPED_FOLDER)
 
 
 def save_classifier(
@@ -175,7 +187,8 @@ def read_classifier_metadata(classifier_uri: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ClassifierError(
             f"No classifier at '{classifier_uri}': expected {METADATA_FILE} in it. "
-            "Give the folder that training wrote as <output>/classifier."
+            "Give the folder that training wrote, <output>/classifier, by --classifier-uri or "
+            f"${DEFAULT_VARIABLE}."
         ) from error
     except BrainrayError as error:
         raise ClassifierError(
@@ -225,8 +238,8 @@ def load_classifier(classifier_uri: str) -> Classifier:
     meaning = {name: metadata[name] for name in ("classes", "preprocessing", "calibration")}
     if metadata["classifier_id"] != _identify(metadata["weights"]["sha256"], meaning):
         raise ClassifierError(
-            f"The {', '.join(meaning)} in '{classifier_uri}' were changed after the bundle was saved: "
-            f"they do not give the id {metadata['classifier_id']}. Restore the folder."
+            f"The {', '.join(meaning)} in '{classifier_uri}' were changed after the bundle was "
+            f"saved: they do not match the id {metadata['classifier_id']}. Restore the folder."
         )
     calibration = read_calibration(metadata, classifier_uri)
     return Classifier(weights, classes, preprocessing, calibration, metadata)

@@ -1,14 +1,15 @@
-"""Where in a scan the evidence for each class lies: class activation maps.
+"""Class activation maps: the evidence for each class at each position of a scan.
 
-ResNet's head averages the last features over their cells and multiplies them by its weights. Both
-are linear, so they may be exchanged: weigh each cell first, then average. What is averaged is the
-map. It needs no gradient.
+ResNet's head averages the last features over their cells and multiplies the mean by its weights.
+Both operations are linear, so the order can be exchanged: multiply each cell first, then average.
+The products are the class activation map. No gradient is needed.
 
-The last features are coarse: a cell for every 32 pixels. So the last two stages are computed once
-more without their strides, and with holes in their later kernels, so that each cell sees the same
-pixels through the same weights as before [1]_. That gives a cell for every 8 pixels. Every fourth
-cell along each axis is the network's own, and the mean over these is the class's logit. A cell has
-seen far beyond its 8 pixels: the map says where evidence was found, not what it was.
+The last features have one cell for every 32 pixels. For a finer map, the last two stages are
+computed again without their strides and with dilated kernels, so that each cell has the same inputs
+and weights as before [1]_. That gives one cell for every 8 pixels. Every fourth cell along each
+axis is one of the network's own cells, and the mean over these is the class's logit. A cell's
+receptive field is much larger than 8 pixels: the map shows where evidence was found, not what it
+was.
 
 References
 ----------
@@ -21,13 +22,12 @@ from numpy.typing import NDArray
 from brainray.model.resnet50 import DENSITY
 
 STRIDE_PX = 32 // DENSITY
-"""Pixels of the input from one cell of the dense features to the next. Cell i is centred on pixel
-i times this, for every layer that halves the size keeps its first pixel: cells begin at the edge.
-"""
+"""Input pixels between neighbouring cells of the dense features. Cell i is centred on pixel
+``i * STRIDE_PX``, because every layer that halves the size keeps the first pixel."""
 
 
 def count_cells(size_px: int) -> int:
-    """Return how many cells a side of the dense features has for a side of the input."""
+    """Return the side of the dense features, in cells, for a side of the input in pixels."""
     return -(-size_px // STRIDE_PX)
 
 
@@ -39,16 +39,16 @@ def compute_class_maps(
     Parameters
     ----------
     features : ndarray of float32, shape (N, C, h, w)
-        Dense features, of which the head averages every :data:`DENSITY`-th along each axis.
+        Dense features; the head averages every :data:`DENSITY`-th cell along each axis.
     weight : ndarray of float32, shape (K, C)
-        Of the head.
+        The head's.
     bias : ndarray of float32, shape (K,)
-        Of the head; every cell has it whole.
+        The head's; it is added to every cell.
 
     Returns
     -------
     ndarray of float32, shape (N, K, h, w)
-        In logits: the mean over ``[..., ::DENSITY, ::DENSITY]`` is the logit.
+        The mean over ``[..., ::DENSITY, ::DENSITY]`` is the logit.
 
     References
     ----------

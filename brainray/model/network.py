@@ -1,4 +1,4 @@
-"""ResNet-50 with one grey input channel and a K-way head, and the weights it starts from."""
+"""ResNet-50 with one grey input channel and K classes, and its initial weights."""
 
 import pickle
 import socket
@@ -17,19 +17,40 @@ from torchvision.models import ResNet50_Weights, resnet50
 
 from brainray import storage
 from brainray.errors import StorageError, WeightsError
+from brainray.images.preprocess import Preprocessing
 from brainray.model.resnet50 import NUM_FEATURES
 
 STAGE_WIDTHS = (512, 1024, NUM_FEATURES)
-"""Channels of what layer2, layer3 and layer4 give."""
+"""Output channels of layer2, layer3 and layer4."""
 
 DOWNLOAD_TIMEOUT_S = 20.0
-"""Silence after which a download of weights counts as failed."""
+"""Seconds without data after which a download of weights fails."""
 
 StateDict = dict[str, torch.Tensor]
 BatchNormMode = Literal["local", "sync", "frozen"]
 
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
-"""Parts of the network from input to head, for learning rates that fall with depth."""
+"""Parts of the network from input to head, for learning rates by stage."""
+
+
+def standardise(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """Return ``(images - mean) / std`` of grey values in [0, 1], shape (N, 1, H, W)."""
+    return images.sub(preprocessing.mean).div_(preprocessing.std)
+
+
+def normalise_images(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """Convert grey uint8 images to network input, on their device.
+
+    Parameters
+    ----------
+    images : Tensor of uint8, shape (N, H, W)
+
+    Returns
+    -------
+    Tensor of float32, shape (N, 1, H, W)
+        ``(images / 255 - mean) / std``.
+    """
+    return standardise(images.unsqueeze(1).float().div_(255), preprocessing)
 
 
 def build_network(
@@ -45,16 +66,17 @@ def build_network(
     num_classes : int
         Width of the head.
     weights : dict of Tensor, optional
-        torchvision ResNet-50 weights, of any input channels and head width. A stem for
-        RGB is summed over its input channels, which is what repeating a grey image three
-        times would compute; a head of another width is left at its random start.
+        torchvision ResNet-50 weights with any number of input channels and classes. An RGB
+        stem is summed over its input channels, which equals repeating a grey image three
+        times; a head with another number of classes is initialised at random.
     norm_layer : callable
-        Builds a normalisation for a number of channels; see :func:`choose_norm_layer`.
+        Takes a number of channels, returns a normalisation layer; see
+        :func:`choose_norm_layer`.
 
     Returns
     -------
     Module
-        Takes (N, 1, H, W) float, gives (N, num_classes) logits. In training mode.
+        Maps float (N, 1, H, W) to logits (N, num_classes). In training mode.
 
     Raises
     ------
@@ -104,13 +126,12 @@ def _load_backbone(network: nn.Module, weights: StateDict) -> None:
 def fetch_weights(
     weights: Literal["imagenet", "none"], weights_uri: str | None
 ) -> StateDict | None:
-    """Fetch the weights a run starts from, or fail; never fall back.
+    """Load the initial weights of a run; there is no fallback.
 
     Parameters
     ----------
     weights : {"imagenet", "none"}
-        torchvision's IMAGENET1K_V2, checked against its hash when it is downloaded, or a
-        random start.
+        torchvision's IMAGENET1K_V2, whose hash is checked on download, or random weights.
     weights_uri : str, optional
         A local or remote .safetensors, .pth or .pt state dict, used instead. Pickled code
         in it is not run.
@@ -118,7 +139,7 @@ def fetch_weights(
     Raises
     ------
     WeightsError
-        They is not available or read; the message names the remedies.
+        They cannot be downloaded or read; the message names the remedies.
     """
     if weights_uri is not None:
         return _read_weights(weights_uri)
@@ -136,14 +157,15 @@ def _read_weights(uri: str) -> StateDict:
         loaded = _load_pickle_safely(content)
     except Exception as error:  # torch raises several kinds for a file that is not its own
         raise WeightsError(
-            f"'{uri}' is not a state dict that loads without running code ({_log(error)}). "
-            "Expected .safetensors, or .pth saved from model.state_dict()."
+            f"'{uri}' is not a state dict that loads without running code "
+            f"({_describe_error(error)}). Expected .safetensors, or .pth saved from "
+            "model.state_dict()."
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in state.items()
     ):
-        raise WeightsError(f"'{uri}' does not hold a state dict: names and tensors.")
+        raise WeightsError(f"'{uri}' is not a state dict of names and tensors.")
     return state
 
 
@@ -153,8 +175,8 @@ def _load_pickle_safely(content: bytes) -> Any:  # noqa: ANN401 - a file may hol
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _log(error: Exception) -> str:
-    """Say an error in one line, without torch's advice to load the pickle unsafely."""
+def _describe_error(error: Exception) -> str:
+    """Return an error's first line, without torch's advice to load the pickle unsafely."""
     lines = str(error).splitlines()
     if isinstance(error, pickle.UnpicklingError) or not lines:
         return type(error).__name__
@@ -172,7 +194,7 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def imagenet_weights_path() -> Path:
-    """Return where torchvision keeps (or looks for) its ImageNet weights on this machine."""
+    """Return the path of torchvision's ImageNet weights on this machine."""
     name: str = ResNet50_Weights.IMAGENET1K_V2.url.rpartition("/")[2]
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
@@ -185,7 +207,7 @@ def _download_imagenet() -> StateDict:
             )
     except Exception as error:  # the network, the disk and a damaged file raise several kinds
         raise WeightsError(
-            f"ImageNet weights is not available ({_log(error)}). Put the file at "
+            f"ImageNet weights are not available ({_describe_error(error)}). Put the file at "
             f"'{imagenet_weights_path()}', or pass --weights-uri FILE (.safetensors or .pth), "
             "or --weights none to start from random weights."
         ) from error
@@ -211,9 +233,9 @@ def compute_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def split_head(network: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
-    """Return what gives the last features, (N, 2048, h, w), and what gives logits from them.
+    """Split into the part that computes the last features, (N, 2048, h, w), and the head.
 
-    Both share the network's weights and hooks.
+    Both parts share the network's weights and hooks.
     """
     parts = dict(network.named_children())
     head = nn.Sequential(parts.pop("avgpool"), nn.Flatten(1), parts.pop("fc"))
@@ -221,10 +243,10 @@ def split_head(network: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def round_weights(state: StateDict) -> StateDict:
-    """Return weights as they are sealed: those that are multiplied in bf16, the others in fp32.
+    """Return weights as they are exported: those that are multiplied in bf16, the others in fp32.
 
-    Half the bytes; computing in bf16 rounds the same numbers in the same way, so that there
-    nothing is lost. Rounding twice changes nothing more.
+    This halves the file. Inference in bf16 rounds the same numbers in the same way, so nothing is
+    lost there.
     """
     return {
         name: tensor.bfloat16() if tensor.ndim > 1 else tensor for name, tensor in state.items()
@@ -234,7 +256,7 @@ def round_weights(state: StateDict) -> StateDict:
 def pool_stages(
     trunk: nn.Sequential, images: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Run a network without its head, and average what each of the last stages gives.
+    """Run a network without its head, and average the output of each of the last stages.
 
     Parameters
     ----------
@@ -247,8 +269,8 @@ def pool_stages(
     features : Tensor, shape (N, 2048, h, w)
         The last features.
     pooled : list of Tensor of float32
-        Means over the cells, shapes (N, C) with C of :data:`STAGE_WIDTHS`; the last of them
-        is what the head's layer is given.
+        Means over the cells, shapes (N, C) with C of :data:`STAGE_WIDTHS`; the last is the input
+        of the head's linear layer.
     """
     pooled = []
     for number, part in enumerate(trunk, start=len(STAGE_WIDTHS) - len(trunk)):
@@ -259,7 +281,7 @@ def pool_stages(
 
 
 class _SumOverWorkers(torch.autograd.Function):
-    """All-reduce that gradients pass through; torch 2.15 deprecates its own."""
+    """Differentiable all-reduce; torch 2.15 deprecates its own."""
 
     @staticmethod
     def forward(ctx: Any, sums: torch.Tensor) -> torch.Tensor:  # noqa: ANN401, ARG004 - torch's
@@ -311,7 +333,7 @@ class WorkerSyncedBatchNorm2d(nn.BatchNorm2d):
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation that keeps its statistics and its affine part as they are loaded."""
+    """Batch normalisation whose statistics and affine parameters stay as loaded."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features)
@@ -324,20 +346,18 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
 
 class ProductConv2d(nn.Conv2d):
-    """A convolution that trains as a matrix product: every position's pixels by the weights.
+    """A convolution that is computed as a matrix product during training.
 
-    On maps of a few pixels, oneDNN's gradients (torch 2.15, bf16) take up to six times the
-    product's time: on a Zen core 13 ms against 7 for 1 × 1 from 512 to 2048 channels of 3 × 3
-    pixels, 26 against 17 for 3 × 3 of 512 channels with a stride; on one with AMX 94 against 25
-    for 3 × 3 of 512 channels of 3 × 3 pixels, but 144 against 317 of 10 × 10 (64 images). Of a
-    whole training step (32 images, bf16, layer3 and layer4) it saves a tenth on one thread: 0.475
-    against 0.529 s at 64 px, 1.665 against 1.871 s at 128 px. End condition: oneDNN is as fast.
-    Evaluation keeps the convolution, which other runtimes know by its name.
+    On feature maps of a few pixels, oneDNN's backward convolutions (torch 2.15, bf16) are slow: on
+    a Zen core 13 ms against 7 for 1 × 1 from 512 to 2048 channels on 3 × 3 pixels, on a core with
+    AMX 94 against 25 for 3 × 3 of 512 channels. A training step (32 images, bf16, one thread) takes
+    0.475 instead of 0.529 s at 64 px, 1.665 instead of 1.871 s at 128 px. End condition: oneDNN is
+    as fast. In evaluation it is a plain convolution, which other runtimes recognise.
     """
 
     MAX_POSITIONS_PER_CHANNEL = 4
-    """Where a kernel is larger than a pixel; with more, copying what each position sees costs
-    more than is gained."""
+    """Limit for kernels larger than 1 × 1; above it, copying the patches costs more than it
+    saves."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (N, C, H, W) to the output's channels."""
@@ -358,16 +378,16 @@ class ProductConv2d(nn.Conv2d):
             for j in range(width)
         ]
         positions = taps[0] if len(taps) == 1 else torch.cat(taps, dim=-1)
-        # Permuted before it is flattened, so that its gradient lies in memory as it does itself.
+        # Permuted before it is flattened, so that the gradient has the weight's memory layout.
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(positions, weight, self.bias).permute(0, 3, 1, 2)
 
 
 def use_matrix_products(network: nn.Module) -> nn.Module:
-    """Let convolutions that are faster so train as matrix products; changed in place.
+    """Replace the last two stages' convolutions by :class:`ProductConv2d`, in place.
 
-    These are the last two stages', where their maps are small. Worth it on a CPU with
-    channels-last maps, whose pixels are such a product's rows.
+    Their feature maps are small. It pays off on CPUs with the channels-last layout, in which
+    pixels are the rows of the matrix product.
     """
     for stage in ("layer3", "layer4"):
         for module in list(network.get_submodule(stage).modules()):
@@ -378,7 +398,7 @@ def use_matrix_products(network: nn.Module) -> nn.Module:
 
 
 def _make_product(convolution: nn.Conv2d) -> ProductConv2d:
-    """Return a product with a convolution's shape and its very weight."""
+    """Return a :class:`ProductConv2d` that shares a convolution's weight."""
     product = ProductConv2d(
         convolution.in_channels,
         convolution.out_channels,
@@ -392,14 +412,14 @@ def _make_product(convolution: nn.Conv2d) -> ProductConv2d:
 
 
 def choose_norm_layer(mode: BatchNormMode, *, on_gpu: bool) -> type[nn.Module]:
-    """Choose the class that takes batch normalisation's statistics from where a run wants them.
+    """Choose the batch-norm class.
 
     Parameters
     ----------
     mode : {"local", "sync", "frozen"}
-        Each worker's images; all workers' images; or the loaded statistics.
+        Statistics of each worker's images, of all workers' images, or as loaded.
     on_gpu : bool
-        Whether the workers hold GPUs.
+        Whether the workers use GPUs.
     """
     if mode == "sync":
         return nn.SyncBatchNorm if on_gpu else WorkerSyncedBatchNorm2d

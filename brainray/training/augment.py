@@ -1,8 +1,7 @@
-"""Random changes of training images: drawn for each image, applied to a batch on its device.
+"""Augmentation: parameters are drawn for each image and applied to a batch on its device.
 
-What happens to an image depends on the seed, the epoch and the image's id alone: not on the worker,
-the batch, the order or the step. So a run gives the same images on any number of workers, and after
-a resume.
+An image's parameters depend on the seed, the epoch and the image's id alone, not on the worker, the
+batch or the step. So a run augments its images equally on any number of workers and after a resume.
 """
 
 import itertools
@@ -28,17 +27,17 @@ LIMITS = {
     "gain": 2.0,
     "blur": 0.05,
 }
-"""Largest value of a field of :class:`Augmentation`, where it is not 1."""
+"""Maximum of a field of :class:`Augmentation`, if it is not 1."""
 BLUR_REACH = 3.0
-"""Standard deviations after which the Gaussian of the blur is cut off."""
+"""Radius of the blur's kernel, in standard deviations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augmentation:
-    """Ranges of the random changes made to training images; zero switches one off.
+    """Ranges of the augmentation of training images; zero disables a change.
 
-    They are made in this order: CLAHE; the geometric changes, as one affine sampling, which leaves
-    black what comes from outside the image; gamma, bias field, gain, blur, noise.
+    The order is: CLAHE; the geometric changes as one affine resampling, with black outside the
+    image; gamma, bias field, gain, blur, noise.
     """
 
     rotation_deg: float = 10.0
@@ -54,7 +53,7 @@ class Augmentation:
     shift: float = 0.05
     """Shift along each axis, uniform in ± this share of the side (0 to 0.5)."""
     grey_probability: float = 1.0
-    """Probability that the fields below apply to an image at all (0 to 1)."""
+    """Probability that any of the grey-value changes below is applied to an image (0 to 1)."""
     clahe: float = 0.3
     """Probability that an image is blended with its CLAHE version, whose weight is uniform in
     [0, 1] and whose clip limit is uniform in [1, 4] (0 to 1)."""
@@ -82,12 +81,12 @@ class Augmentation:
 
 
 NO_AUGMENTATION = Augmentation(**dict.fromkeys(Augmentation.__slots__, 0.0))
-"""Every range zero: images pass unchanged."""
+"""No change at all."""
 
 
 @dataclass(frozen=True, slots=True)
 class AugmentParams:
-    """What was drawn for N images: tensors on the CPU, float32 unless said."""
+    """Parameters drawn for N images: tensors on the CPU, float32 unless stated."""
 
     theta: torch.Tensor
     """Output to input coordinates, both in [-1, 1], shape (N, 2, 3); as ``affine_grid`` has it."""
@@ -113,16 +112,16 @@ class AugmentParams:
 def sample_params(
     augmentation: Augmentation, image_ids: NDArray[np.int64], *, seed: int, epoch: int
 ) -> AugmentParams:
-    """Draw the random changes of some images.
+    """Draw the augmentation parameters of images.
 
     Parameters
     ----------
     augmentation : Augmentation
-        The ranges. Changing one does not change what is drawn for the others.
+        The ranges. Changing one does not change the values drawn for the others.
     image_ids : ndarray of int64, shape (N,)
-        Any numbers; equal ones get equal changes.
+        Any numbers; equal ids get equal parameters.
     seed, epoch : int
-        Not negative. Others draw other changes.
+        Not negative.
 
     Returns
     -------

@@ -1,7 +1,7 @@
-"""A training checkpoint: everything that the next epoch starts from.
+"""Training checkpoints: a folder with ``state.safetensors`` and ``state.json``.
 
-A folder of two files, neither pickled: ``state.safetensors`` (network, averaged weights and
-optimiser) and ``state.json`` (the rest).
+The first holds network, averaged weights and optimiser state, the second the progress. Nothing is
+pickled.
 """
 
 import json
@@ -21,16 +21,16 @@ PROGRESS_FILE = "state.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a run has come."""
+    """Progress of a run."""
 
     next_epoch: int = 0
     """Epoch to train next, from 0."""
     best_score: float = float("-inf")
     """Best validation score so far."""
     best_epoch: int = -1
-    """Epoch that reached it; -1 before the first."""
+    """Epoch of the best score; -1 before the first."""
     time_s: float = 0.0
-    """Seconds spent on the finished epochs, over all starts of the run."""
+    """Seconds of all finished epochs, also those before a resume."""
 
 
 def save_checkpoint(
@@ -53,7 +53,7 @@ def save_checkpoint(
 
 
 def load_network_weights(folder: Path) -> StateDict:
-    """Read the weights to export: the averaged ones where the run keeps them."""
+    """Read the weights to export: the averaged ones, if the run keeps them."""
     tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
     return _strip(tensors, "averaged.module.") or _strip(tensors, "network.")
 
@@ -65,7 +65,7 @@ def load_checkpoint(
     averaged: AveragedModel | None,
     optimizer: torch.optim.Optimizer,
 ) -> Progress:
-    """Put a checkpoint back into a network, its average and its optimiser."""
+    """Restore network, averaged weights and optimiser from a checkpoint."""
     tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
     network.load_state_dict(_strip(tensors, "network."))
     if averaged is not None:
@@ -76,8 +76,8 @@ def load_checkpoint(
         index, slot = name.split(".")
         parameter = parameters[int(index)]
         if tensor.shape == parameter.shape:
-            # A fused step walks raw memory: its slots must lie as the parameter does, which
-            # may be channels-last, while the file is row-major.
+            # The fused optimiser requires the parameter's memory layout, which may be
+            # channels-last; the file is row-major.
             tensor = torch.empty_like(parameter, dtype=tensor.dtype, device="cpu").copy_(tensor)
         slots.setdefault(int(index), {})[slot] = tensor
     state: dict[str, Any] = {**optimizer.state_dict(), "state": slots}

@@ -1,4 +1,4 @@
-"""What a training run is made of: every number that shapes the classifier, with its unit."""
+"""Options of training: everything that determines the classifier, and where it is trained."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -17,53 +17,55 @@ from brainray.training.optim import Optimisation
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """A recipe: everything that shapes the classifier, and nothing about where it runs."""
+    """A recipe: everything that determines the classifier, not where it is trained."""
 
     classes: tuple[str, ...] = BRAIN_TUMOUR_CLASSES
     """Class names in class order; also the names of the class folders."""
     seed: int = 0
-    """Seeds the split, the weights, the order of the images and the augmentation."""
+    """Seed of the split, the weights, the order of the images and the augmentation."""
     weights: Literal["imagenet", "none"] = "imagenet"
     """Start from torchvision's IMAGENET1K_V2, or from random weights."""
     weights_uri: str | None = None
     """Start from this .safetensors or .pth state dict instead."""
     preprocessing: Preprocessing = Preprocessing()
-    """Sealed with the classifier."""
+    """How pixels become the network's input; exported with the classifier."""
     augmentation: Augmentation = Augmentation()
-    """Training only."""
+    """Random changes of training images."""
     optimisation: Optimisation = Optimisation()
-    """How the weights move."""
+    """Optimiser and schedule."""
     calibration: CalibrationOptions = CalibrationOptions()
-    """How its answers are calibrated and withheld; sealed with the classifier."""
+    """Calibration, abstention and out-of-distribution detection; exported with the classifier."""
     reading: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions()
-    """How the files are read."""
+    """How files are read."""
     val_fraction: float = 0.15
-    """Share of the training images held out, by groups, where no val folder is given."""
+    """Share of the training images used for validation, in whole groups, if there is no val
+    folder."""
     test_fraction: float = 0.15
-    """Share held out for testing where the data set has no splits; 0 holds out none."""
+    """Share of the images used for testing, if the data set has no splits; 0 uses none."""
     group_correlation: float = 0.96
-    """Slices whose thumbnails correlate at least this much are of one group (0 to 1)."""
+    """Slices whose thumbnails correlate at least this much belong to one group (0 to 1)."""
     num_epochs: int = 30
     """Passes of the whole network over the training images."""
     head_epochs: int = 0
-    """Epochs of the head alone before that, on features computed once. Without weights to
-    start from there is nothing to stand on, and they are left out."""
+    """Epochs of the head alone before that, on features computed once. Skipped with random
+    weights."""
     global_batch_size: int = 64
-    """Images of one optimiser step, over all workers."""
+    """Images of one optimiser step, over all workers together."""
     batch_norm: BatchNormMode = "local"
-    """Statistics from each worker's images, from all workers' (`sync`), or as loaded (`frozen`)."""
+    """Statistics of each worker's images (`local`), of all workers' (`sync`), or as loaded
+    (`frozen`)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`bf16` is autocast: weights stay fp32. `auto` takes it where all the workers' processors
-    or GPUs have it, else fp32."""
+    """`bf16` is autocast; weights stay fp32. `auto` is bf16 if all workers' CPUs or GPUs support
+    it, else fp32."""
     channels_last: bool = True
     """Memory layout; faster on CPUs with oneDNN and on tensor cores."""
     compile: bool = False
-    """torch.compile the network; takes a minute at the start. For GPUs: on a CPU it was slower
-    (0.92 to 1.02 of eager; 96 px, batch 32, bf16)."""
+    """torch.compile the network; takes a minute at the start. For GPUs: on a CPU its speed was
+    0.92 to 1.02 of eager (96 px, batch 32, bf16)."""
     patience_epochs: int = 0
-    """Stop when this many epochs brought no better validation score; 0 never stops early."""
+    """Stop after this many epochs without a better validation score; 0 never stops early."""
     monitor: Literal["val_macro_f1", "val_accuracy", "val_macro_auroc"] = "val_macro_f1"
-    """Validation score that chooses the epoch that is sealed."""
+    """Validation score that chooses the exported epoch."""
 
     def __post_init__(self) -> None:
         check_classes(self.classes)
@@ -83,27 +85,26 @@ class TrainConfig:
 
     @property
     def starts_with_head(self) -> bool:
-        """Whether head-only epochs come first: asked for, and with weights to stand on."""
+        """Whether head-only epochs come first: requested, and with pretrained weights."""
         has_weights = self.weights_uri is not None or self.weights != "none"
         return self.head_epochs > 0 and has_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalingOptions:
-    """Where a run computes; it may change when a run is resumed."""
+    """Where a run is trained; it may change when a run is resumed."""
 
     num_workers: int = 1
-    """Training workers; each takes a GPU with --use-gpu, else a share of the CPUs."""
+    """Training workers; each uses a GPU with --use-gpu, else a share of the CPUs."""
     min_workers: int | None = None
-    """Go on with as few as this when nodes are lost or not there yet (elastic)."""
+    """Continue with at least this many workers while nodes are missing (elastic training)."""
     use_gpu: bool = False
     """Train on GPUs."""
     max_failures: int = 3
-    """Times that a failed worker group is started again from its last checkpoint."""
+    """Restarts of a failed worker group from its last checkpoint."""
     loader: Literal["auto", "resident", "stream"] = "auto"
-    """Where training images come from: `resident` decodes once and keeps all pixels in the object
-    store of every node; `stream` decodes them again in each epoch. `auto` takes `resident` where
-    the pixels fit the smallest node's object store."""
+    """`resident` decodes once and keeps all pixels in every node's object store; `stream` decodes
+    again in each epoch. `auto` is `resident` if the pixels fit the smallest node's object store."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
@@ -123,24 +124,24 @@ class ScalingOptions:
 
 
 RANGES = ("learning_rate", "weight_decay", "grey_strength", "geometric_strength")
-"""Fields of :class:`SearchSpace` that numbers are drawn from."""
+"""Fields of :class:`SearchSpace` that are ranges."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchSpace:
-    """What is drawn; equal ends keep a number as it is."""
+    """Ranges of the search; equal ends fix a value."""
 
     learning_rate: tuple[float, float] = (3e-4, 3e-3)
     """Range of the peak learning rate, log-uniform."""
     weight_decay: tuple[float, float] = (0.01, 0.2)
     """Range of the weight decay, log-uniform."""
     grey_strength: tuple[float, float] = (0.5, 2.0)
-    """Range of a factor on the recipe's CLAHE probability, gamma, bias field, gain, noise and blur,
+    """Factor on the recipe's CLAHE probability, gamma, bias field, gain, noise and blur,
     log-uniform."""
     geometric_strength: tuple[float, float] = (0.5, 2.0)
-    """Range of a factor on the recipe's rotation, zoom, stretch and shift, log-uniform."""
+    """Factor on the recipe's rotation, zoom, stretch and shift, log-uniform."""
     num_epochs: tuple[int, ...] = ()
-    """Numbers of epochs to choose from; the recipe's, if none is given."""
+    """Choices of the number of epochs; the recipe's, if none is given."""
 
     def __post_init__(self) -> None:
         for name in RANGES:
@@ -153,15 +154,15 @@ class SearchSpace:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TuneOptions:
-    """How long to search."""
+    """Size of the search."""
 
     space: SearchSpace = SearchSpace()
     num_configurations: int = 8
-    """Configurations to draw."""
+    """Number of configurations."""
     num_folds: int = 3
-    """Folds of groups; each configuration is trained once for each of them."""
+    """Folds of groups; the best configurations are trained once without each."""
     max_concurrent: int = 1
-    """Trials at a time; each takes --num-workers workers."""
+    """Concurrent trials; each uses --num-workers workers."""
 
     def __post_init__(self) -> None:
         for name, least in (("num_configurations", 1), ("num_folds", 2), ("max_concurrent", 1)):
@@ -170,7 +171,7 @@ class TuneOptions:
 
 
 def find_differences(saved: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
-    """Say where two JSON-ready configurations differ, as `name: saved -> given` lines."""
+    """List differences of two JSON-ready configurations as `name: saved -> given`."""
     lines = []
     for name in sorted(saved.keys() | given.keys()):
         old, new = saved.get(name), given.get(name)

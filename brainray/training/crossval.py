@@ -1,4 +1,4 @@
-"""Cross-validation: every training image is judged by a classifier that never saw it."""
+"""Cross-validation: each training image is predicted by a classifier that was not trained on it."""
 
 import logging
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ from brainray.evaluation.rows import read_evaluation_rows
 from brainray.evaluation.scoring import (
     METRICS_FILE,
     METRICS_SCHEMA_VERSION,
-    collect_mistakes,
+    draw_mistakes,
     evaluate_split,
 )
 from brainray.inference.schema import stack_lists
 from brainray.metrics import compute_curves
 from brainray.model.network import fetch_weights
 from brainray.provenance import describe_versions, read_code_revision
-from brainray.reports.report import render_report
+from brainray.reports.evaluation import render_evaluation_report
 from brainray.runlog import Log
 from brainray.training.config import TrainConfig
 from brainray.training.fit import describe_training_needs
@@ -50,9 +50,9 @@ logger = logging.getLogger(__name__)
 Numbers = NDArray[np.int64]
 
 POOLED = "cv"
-"""Name of the folds' answers put together, where others have the name of a split."""
+"""Name of the pooled predictions of all folds, used in place of a split's name."""
 
-SPREAD_SCORES = ("accuracy", "macro_f1", "macro_auroc")
+FOLD_SCORES = ("accuracy", "macro_f1", "macro_auroc")
 
 
 def cross_validate(
@@ -62,12 +62,12 @@ def cross_validate(
     on_step: OnStep = lambda _: None,
     verbose: bool = False,
 ) -> dict[str, Any]:
-    """Train once for each fold, and judge what the folds' classifiers say of what they never saw.
+    """Train once for each fold, and evaluate the pooled predictions of the held-out folds.
 
-    The training images (a val split among them) are dealt into folds that part no group. Each
-    fold is the test split of an ordinary run in a folder of its own; that run takes its
-    validation split, which chooses the epoch, from the other folds. A test split of the data
-    set has no part in it. An earlier call of the same job is gone on with.
+    The training images (and a val split's, if there is one) are divided into folds; no group is
+    split between folds. Each fold is the test split of a run in a folder of its own. That run takes
+    its validation split, which chooses the epoch, from the other folds. A test split of the data
+    set is not used. An interrupted job is resumed.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def cross_validate(
     Raises
     ------
     UserError
-        Something the user can fix; nothing is lost.
+        The user can fix it; the run so far is kept.
     TrainingError
         The workers failed more often than ``max_failures``.
     """
@@ -99,7 +99,7 @@ def cross_validate(
     data = group_training_data(found, job.config, job.scaling.loader)
     labels = data.labels[data.kept]
     folds = assign_folds(labels, data.groups, job.folds, seed=job.config.seed)
-    splits = [  # all before the first is trained: what cannot be split fails now
+    splits = [  # all before the first training: an impossible split fails now
         split_fold(folds, number, labels, data.groups, job.config) for number in range(job.folds)
     ]
     pooled = pool_data(data, folds, job.config.classes)
@@ -115,7 +115,7 @@ def cross_validate(
 
 
 def find_training_samples(job: TrainJob) -> FoundSamples:
-    """List the scans to be cross-validated: all but a test split, none with a split of its own."""
+    """List the scans of all splits but test, without the names of their splits."""
     found = find_samples(job.data_uri, job.config.classes, splits=("train", "val", ""))
     column = found.samples.schema.get_field_index("split")
     unsaid = pa.array([""] * found.samples.num_rows, pa.string())
@@ -126,24 +126,24 @@ def find_training_samples(job: TrainJob) -> FoundSamples:
 def split_fold(
     folds: Numbers, number: int, labels: Numbers, groups: Numbers, config: TrainConfig
 ) -> NDArray[np.str_]:
-    """Split the images for the run that holds a fold out.
+    """Split the images for the run that holds out one fold.
 
     Parameters
     ----------
     folds, labels, groups : ndarray of int64, shape (n,)
-        Of the images that could be opened.
+        Of the readable images.
     number : int
-        The fold.
+        The held-out fold.
 
     Returns
     -------
     ndarray of str, shape (n,)
-        "test" for the fold's images; "val", by groups, for some of the others; else "train".
+        "test" for the fold's images; "val" for whole groups of the others; else "train".
 
     Raises
     ------
     DataError
-        Too few groups of a class are left for a validation split.
+        A class has too few groups for a validation split.
     """
     return assign_splits(
         np.where(folds == number, "test", "train").tolist(),
@@ -156,20 +156,14 @@ def split_fold(
 
 
 def pool_data(data: GroupedData, folds: Numbers, classes: Sequence[str]) -> PreparedData:
-    """Name each image's fold as its split, and look up what it resembles most outside of it.
-
-    Parameters
-    ----------
-    folds : ndarray of int64, shape (n,)
-        Of the images that could be opened.
-    """
+    """Use each image's fold as its split, and find its nearest image in the other folds."""
     names = name_folds(int(folds.max()) + 1)
     outside = {name: [other for other in names if other != name] for name in names}
     return split_samples(data, classes, np.array(names)[folds], outside)
 
 
 def name_folds(num_folds: int) -> list[str]:
-    """Return the names of the folds: of their folders, and in the manifest."""
+    """Return the folds' names: their folders, and their split in the manifest."""
     return [f"fold-{number}" for number in range(num_folds)]
 
 
@@ -190,7 +184,7 @@ def train_fold(
     log: Log,
     on_step: OnStep,
 ) -> dict[str, Any]:
-    """Train without a fold, and judge on it; not again what is finished.
+    """Train without a fold and evaluate on it, unless that is finished already.
 
     Returns
     -------
@@ -199,15 +193,15 @@ def train_fold(
     """
     assert run.fold is not None
     title = f"Fold {run.fold + 1} of {run.folds}"
-    going_on = check_run(run)
+    is_resumed = check_run(run)
     if storage.exists(run.at(METRICS_FILE)):
         log(f"{title} is finished.")
         return dict(storage.read_json(run.at(METRICS_FILE)))
     prepared = split_samples(data, run.config.classes, splits)
     test, val, train = (len(prepared.select(split)) for split in ("test", "val", "train"))
     log(
-        f"{title}{' goes on' if going_on else ''}: {test:,} images held out; of the others "
-        f"{train:,} to train on, {val:,} to choose the epoch."
+        f"{title}{', resumed' if is_resumed else ''}: {test:,} images held out, {train:,} for "
+        f"training, {val:,} for validation."
     )
     keep_manifest(run, prepared)
     return train_prepared(run, prepared, weights, log, on_step)
@@ -216,28 +210,28 @@ def train_fold(
 def evaluate_folds(
     job: TrainJob, data: PreparedData, results: Sequence[dict[str, Any]], log: Log
 ) -> dict[str, Any]:
-    """Judge the folds' answers put together, and write predictions, report and metrics.
+    """Evaluate the pooled predictions of all folds; write predictions, report and metrics.
 
     Parameters
     ----------
     data : PreparedData
-        As :func:`pool_data` gives it.
+        From :func:`pool_data`.
     results : sequence of dict
         Content of each fold's metrics.json.
 
     Returns
     -------
     dict
-        The content of metrics.json: ``folds``, a list of what :func:`describe_fold` gives;
-        ``spread``, from :func:`compute_spread`; and ``cv``, what
-        :func:`brainray.evaluation.scoring.evaluate_split` says of the answers put together.
+        The content of metrics.json: ``folds``, a list from :func:`describe_fold`; ``spread``, from
+        :func:`summarise_folds`; and ``cv``, the pooled predictions' scores from
+        :func:`brainray.evaluation.scoring.evaluate_split`.
 
     Notes
     -----
-    The intervals of ``cv`` are over groups, for the answers that were given: they log how far
-    other scans might lead, not how far other folds or another seed might. The ranks behind the
-    AUROC of ``cv`` are of probabilities from different classifiers, so that it falls below the
-    folds' mean where those are calibrated differently [1]_.
+    The intervals of ``cv`` resample groups of images. They do not include the variation from
+    another division into folds or another seed. The AUROC of ``cv`` ranks probabilities of
+    different classifiers together; it falls below the folds' mean AUROC where these are
+    calibrated differently [1]_.
 
     References
     ----------
@@ -246,11 +240,11 @@ def evaluate_folds(
     """
     classes, runs = job.config.classes, list_runs(job)
     predictions = pool_predictions(runs)
-    log(f"Judging the folds together: {predictions.num_rows:,} images, each by who never saw it.")
+    log(f"Evaluating the pooled predictions of {predictions.num_rows:,} held-out images.")
     numbers = {path: number for number, path in enumerate(data.manifest["path"].to_pylist())}
     indices = np.array([numbers[path] for path in predictions["path"].to_pylist()], np.int64)
     usable = np.flatnonzero(data.splits != "rejected")
-    assert np.array_equal(np.sort(indices), usable), "every image has one answer"
+    assert np.array_equal(np.sort(indices), usable), "every image has exactly one prediction"
     probs = stack_lists(predictions["probs"])
     storage.write_table(job.at("predictions", f"{POOLED}.parquet"), predictions)
     folds = [describe_fold(number, result) for number, result in enumerate(results)]
@@ -259,16 +253,16 @@ def evaluate_folds(
         "classes": list(classes),
         "runtime": results[0]["runtime"],
         "folds": folds,
-        "spread": compute_spread(folds),
+        "spread": summarise_folds(folds),
         POOLED: evaluate_split(data, indices, probs, classes) | {"rejected": data.count_rejected()},
     }
     time_s = sum(result["training"]["time_s"] for result in results)
-    report = render_report(
+    report = render_evaluation_report(
         title="brainray cross-validation report",
         metrics=metrics,
         epochs=(),
         curves={POOLED: compute_curves(data.labels[indices], probs, classes)},
-        mistakes=collect_mistakes(data, predictions, POOLED, classes, job.config.preprocessing),
+        mistakes=draw_mistakes(data, predictions, classes, job.config.preprocessing),
         configuration=describe_run(job)["config"],
         facts={
             "Recipe": job.recipe,
@@ -286,7 +280,7 @@ def evaluate_folds(
 
 
 def pool_predictions(runs: Sequence[TrainJob]) -> pa.Table:
-    """Put the folds' answers together, with the column ``fold`` in the place of ``split``."""
+    """Concatenate the folds' predictions, with a column ``fold`` in place of ``split``."""
     tables = []
     for run in runs:
         table = read_evaluation_rows(run.at("predictions", "test.parquet"))
@@ -296,7 +290,7 @@ def pool_predictions(runs: Sequence[TrainJob]) -> pa.Table:
 
 
 def describe_fold(number: int, result: dict[str, Any]) -> dict[str, Any]:
-    """Say of a fold what the table of the folds shows.
+    """Return a fold's row in the report's table of folds.
 
     Parameters
     ----------
@@ -306,7 +300,7 @@ def describe_fold(number: int, result: dict[str, Any]) -> dict[str, Any]:
         The content of its metrics.json.
     """
     scores, training = result["test"], result["training"]
-    names = [name for score in SPREAD_SCORES for name in (score, f"{score}_ci95")]
+    names = [name for score in FOLD_SCORES for name in (score, f"{score}_ci95")]
     return {
         "fold": number,
         "n": scores["n"],
@@ -317,22 +311,22 @@ def describe_fold(number: int, result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compute_spread(folds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Compute how far the folds' scores lie apart.
+def summarise_folds(folds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Compute mean, standard deviation and range of the folds' scores.
 
-    This describes the K folds and is no interval: the folds share training images, and no
-    unbiased estimator of the variance of their mean exists [1]_.
+    They describe the K folds and are not a confidence interval: the folds share training images,
+    and the variance of their mean has no unbiased estimator [1]_.
 
     Parameters
     ----------
     folds : sequence of dict
-        What :func:`describe_fold` gives; at least two.
+        From :func:`describe_fold`; at least two.
 
     Returns
     -------
     dict
-        For each of accuracy, macro_f1 and macro_auroc: ``mean``, ``sd`` (standard deviation
-        with K − 1), ``min`` and ``max``, each fold counting the same.
+        For accuracy, macro_f1 and macro_auroc: ``mean``, ``sd`` (standard deviation with K − 1),
+        ``min`` and ``max``; every fold has the same weight.
 
     References
     ----------
@@ -340,7 +334,7 @@ def compute_spread(folds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float
        cross-validation", Journal of Machine Learning Research 5 (2004).
     """
     spread = {}
-    for score in SPREAD_SCORES:
+    for score in FOLD_SCORES:
         values = np.array([fold[score] for fold in folds], np.float64)
         spread[score] = {
             "mean": float(values.mean()),

@@ -1,4 +1,4 @@
-"""The main job on an embedded default: draw phantoms, train on them, classify the rest."""
+"""Demonstration without any data: draw phantoms, train on them and evaluate."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,14 @@ from brainray.training.train import train
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoJob:
-    """Draw phantoms, train a classifier on them with two workers, and judge it."""
+    """Draw phantoms, train a classifier on them with two workers, and evaluate it."""
 
     output_path: str = "runs/demo"
     """Local folder for the phantoms and the run."""
     num_train_per_class: int = 150
-    """Phantoms of each class to train and validate on."""
+    """Phantoms of each class for training and validation."""
     num_test_per_class: int = 40
-    """Phantoms of each class that are held out."""
+    """Phantoms of each class for testing."""
     num_workers: int = 2
     """Training workers."""
     seed: int = 0
@@ -38,7 +38,7 @@ def run_demo(
     metrics : dict
         The content of metrics.json.
     output_uri : str
-        Where the run is.
+        Output of the run.
     """
     root = Path(storage.make_absolute(job.output_path))
     scans = root / f"phantoms-{job.num_train_per_class}-{job.num_test_per_class}-{job.seed}"

@@ -1,4 +1,4 @@
-"""What the workers of a run work out together."""
+"""Collective operations of the training workers."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -27,12 +27,12 @@ def sum_over_workers(values: torch.Tensor) -> torch.Tensor:
 
 
 def gather_rows(ids: list[NDArray[np.int64]], rows: list[NDArray[np.float32]]) -> Any:  # noqa: ANN401
-    """Put the workers' rows together, on every worker.
+    """Gather the workers' rows on every worker.
 
     Parameters
     ----------
     ids : list of ndarray of int64, shapes (n,)
-        Numbers of this worker's rows, batch by batch.
+        Sample numbers of this worker's rows, batch by batch.
     rows : list of ndarray of float32, shapes (n, K)
 
     Returns
@@ -51,7 +51,7 @@ def gather_rows(ids: list[NDArray[np.int64]], rows: list[NDArray[np.float32]]) -
 
 
 def all_have_bf16(device: torch.device) -> bool:
-    """Tell whether every worker computes where there are bf16 instructions; all ask together."""
+    """Return whether all workers have bf16 instructions; every worker must call this."""
     has_bf16 = torch.tensor(has_native_bf16(use_gpu=device.type == "cuda"), dtype=torch.int32)
     if count_workers() > 1:
         has_bf16 = has_bf16.to(device)
@@ -60,7 +60,7 @@ def all_have_bf16(device: torch.device) -> bool:
 
 
 def average_statistics(networks: Iterable[nn.Module]) -> None:
-    """Give every worker the mean of the workers' running statistics of batch normalisation."""
+    """Average the batch-norm running statistics over the workers, in place."""
     if count_workers() == 1:
         return
     for network in networks:
@@ -71,7 +71,7 @@ def average_statistics(networks: Iterable[nn.Module]) -> None:
 
 
 def make_data_parallel(network: nn.Module, device: torch.device, *, in_bf16: bool) -> nn.Module:
-    """Let the workers average their gradients; in bf16 where autocast computes them in bf16."""
+    """Wrap the network in DistributedDataParallel; gradients are reduced in bf16 under autocast."""
     if count_workers() == 1:
         return network
     parallel = nn.parallel.DistributedDataParallel(

@@ -1,4 +1,4 @@
-"""From the best epoch's checkpoint to a classifier that knows what its answers are worth."""
+"""Turn the best epoch's checkpoint into a calibrated classifier bundle."""
 
 import os
 from dataclasses import asdict, replace
@@ -13,11 +13,10 @@ from ray.train import Result
 from torch.optim.swa_utils import update_bn
 
 from brainray import runlog
-from brainray.data.scan import ScanStore
+from brainray.data.scan_store import ScanStore
 from brainray.data.splits import hash_manifest
 from brainray.errors import TrainingError
 from brainray.evaluation.prepared import PreparedData
-from brainray.images.normalise import normalise_images
 from brainray.inference.engine import EngineOptions
 from brainray.inference.predict import PredictStage, plan_pool
 from brainray.inference.samples import predict_samples
@@ -29,6 +28,7 @@ from brainray.model.network import (
     STAGE_WIDTHS,
     StateDict,
     build_network,
+    normalise_images,
     round_weights,
 )
 from brainray.model.precision import Precision
@@ -39,16 +39,16 @@ from brainray.training.config import TrainConfig
 from brainray.training.run import CLASSIFIER_FOLDER, RECORDS_FILE, TrainJob, make_plain
 
 MAX_OOD_IMAGES = 4000
-"""Training images whose features say where such images lie; more would only take time."""
+"""Training images that the out-of-distribution detector is fitted to; more only take time."""
 
 MAX_STATISTICS_IMAGES = 2048
-"""Training images that give the sealed network its statistics; a mean over so many is settled."""
+"""Training images that the exported batch-norm statistics are estimated from."""
 STATISTICS_BATCH_SIZE = 128
-"""Of as many images is each of the variances that are averaged."""
+"""Images of each batch whose statistics are averaged."""
 
 
 def export_classifier(job: TrainJob, data: PreparedData, result: Result, log: Log) -> None:
-    """Seal the weights of the best epoch, then with them what their answers are worth."""
+    """Save the best epoch's weights as a classifier bundle, then add its calibration."""
     best = result.get_best_checkpoint(job.config.monitor, "max")
     if best is None:
         raise TrainingError("Training ended without a checkpoint.")
@@ -84,15 +84,15 @@ def export_classifier(job: TrainJob, data: PreparedData, result: Result, log: Lo
 def settle_statistics(
     job: TrainJob, data: PreparedData, state: StateDict, precision: Precision, log: Log
 ) -> StateDict:
-    """Give the network the statistics of training images as they are, in the training's precision.
+    """Estimate batch-norm statistics on unaugmented training images, in the training's precision.
 
-    Those of the training are of augmented images, which are smoother: on the Kaggle set's
-    validation images (`cpu` recipe, seed 0) they cost 2.8 points of accuracy.
+    The running statistics are of augmented images. On the Kaggle set's validation images (`cpu`
+    recipe, seed 0) they cost 2.8 points of accuracy.
     """
     train = data.select("train")
     rng = np.random.default_rng(job.config.seed)
     chosen = rng.permutation(train)[:MAX_STATISTICS_IMAGES]
-    log(f"Measuring the normalisation's statistics on {len(chosen):,} images as they are.")
+    log(f"Estimating batch-norm statistics on {len(chosen):,} unaugmented images.")
     use_gpu = job.scaling.use_gpu
     task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_measure_statistics)
     settled: StateDict = ray.get(
@@ -125,24 +125,23 @@ def _measure_statistics(
 
 
 def calibrate_classifier(job: TrainJob, data: PreparedData, log: Log) -> Calibration | None:
-    """Fit calibration and abstention to predictions of the engine that ships.
+    """Fit the calibration to predictions of the engine that inference uses.
 
     Returns
     -------
-    Trust or None
-        Its ``facts`` name the engine and the precision it was fitted with. None where there are too
-        few images.
+    Calibration or None
+        Its ``facts`` name engine and precision. None if there are too few images.
     """
     train, val = data.select("train"), data.select("val")
     if min(len(train), len(val)) < MIN_IMAGES:
         log(
-            f"Fewer than {MIN_IMAGES} training or validation images: no calibration, no threshold, "
-            "no rejection of foreign images."
+            f"Fewer than {MIN_IMAGES} training or validation images: no calibration, no "
+            "abstention, no out-of-distribution detection."
         )
         return None
     rng = np.random.default_rng(job.config.seed)
     chosen = np.sort(rng.choice(train, min(len(train), MAX_OOD_IMAGES), replace=False))
-    log(f"Calibrating on {len(val):,} val images, beside {len(chosen):,} of train.")
+    log(f"Calibrating on {len(val):,} validation and {len(chosen):,} training images.")
     pool = plan_pool(EngineOptions(use_gpu=job.scaling.use_gpu))
     stage = PredictStage.open(job.at(CLASSIFIER_FOLDER), pool, outputs=("logits", "features"))
     rows, runtime = predict_samples(stage, data.store, data.scans, np.concatenate([chosen, val]))

@@ -1,4 +1,4 @@
-"""The driver's side of training: Ray Train's trainer, and progress for the person meanwhile."""
+"""The driver's side of training: start Ray Train's trainer and relay progress from its workers."""
 
 import signal
 import threading
@@ -40,15 +40,15 @@ from brainray.training.worker import train_worker
 
 
 def describe_training_needs(scaling: ScalingOptions) -> Need:
-    """Say what training cannot do without."""
+    """Return the resources that training needs at least."""
     least = scaling.min_workers or scaling.num_workers
     others = {"GPU": 1.0} if scaling.use_gpu else {}
     return Need(
         bundle={"CPU": share_cpus(scaling.num_workers, list_nodes(), **others), **others},
         count=least,
         what="training worker",
-        remedy="lower --num-workers, or let it go on with fewer (--min-workers)"
-        + (", or leave --use-gpu out" if scaling.use_gpu else ""),
+        remedy="lower --num-workers, or allow fewer with --min-workers"
+        + (", or drop --use-gpu" if scaling.use_gpu else ""),
     )
 
 
@@ -62,12 +62,12 @@ def fit(
 ) -> Result:
     """Run the training loop on Ray Train's workers.
 
-    ``callbacks`` are Ray Train's own: told of each epoch.
+    ``callbacks`` are Ray Train's ``UserCallback``, called after each epoch.
 
     Raises
     ------
     ConfigError
-        The loader that is asked for cannot load these images.
+        The requested loader cannot hold these images.
     TrainingError
         The workers failed more often than ``max_failures``.
     """
@@ -90,7 +90,7 @@ def fit(
             return trainer.fit()
         except TrainingFailedError as error:
             raise TrainingError(f"Training failed: {_find_cause(error)}") from error
-        except SystemExit as stop:  # Ray Train's own handler of Ctrl-C ends so (2.60)
+        except SystemExit as stop:  # Ray Train's handler of Ctrl-C exits this way (2.60)
             raise KeyboardInterrupt from stop
         finally:
             if threading.current_thread() is threading.main_thread():
@@ -98,7 +98,7 @@ def fit(
 
 
 def plan_loader(job: TrainJob, data: PreparedData, cpus_per_worker: float) -> LoaderSetup:
-    """Decide how the workers load images; a stream decodes on the CPUs that they leave."""
+    """Choose how the workers load images; a stream decodes on the CPUs that they do not use."""
     free_cpus = ray.cluster_resources()["CPU"] - job.scaling.num_workers * cpus_per_worker
     return LoaderSetup(
         kind=choose_loader(job.scaling.loader, data.store, job.config.preprocessing),
@@ -114,20 +114,18 @@ def plan_loader(job: TrainJob, data: PreparedData, cpus_per_worker: float) -> Lo
 
 
 def describe_loader(loader: LoaderSetup) -> str:
-    """Say in one line how images are loaded, and why."""
+    """Describe in one line how images are loaded."""
     size_px, count = loader.preprocessing.size_px, len(loader.train_ids) + len(loader.val_ids)
     pixels = f"{count * size_px**2 / 2**20:,.0f} MiB of pixels at {size_px} px"
     if loader.kind == "resident":
-        return f"Loader: resident; {pixels} stay in the object store."
-    return (
-        f"Loader: stream; {pixels} are decoded in each epoch, {loader.num_tasks} tasks at a time."
-    )
+        return f"Loader: resident; {pixels} in the object store."
+    return f"Loader: stream; {pixels} decoded in each epoch by {loader.num_tasks} concurrent tasks."
 
 
 def build_trainer(
     job: TrainJob, setup: WorkerSetup, bundle: Bundle, callbacks: Sequence[UserCallback] = ()
 ) -> TorchTrainer:
-    """Say to Ray Train what runs where, and what is kept of it."""
+    """Build Ray Train's trainer: workers, resources, failure and checkpoint policy."""
     scaling = job.scaling
     filesystem, path = storage.resolve(job.output_uri)
     is_stream = setup.loader.kind == "stream"
@@ -140,7 +138,7 @@ def build_trainer(
             num_workers=scaling.worker_range,  # type: ignore[arg-type]  # Ray takes a range
             use_gpu=scaling.use_gpu,
             resources_per_worker=bundle,
-            # On a CPU, a worker computes with all cores of its node.
+            # A CPU worker uses all cores of its node.
             placement_strategy="PACK" if scaling.use_gpu else "SPREAD",
         ),
         run_config=RunConfig(
@@ -149,10 +147,10 @@ def build_trainer(
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=scaling.max_failures),
             checkpoint_config=CheckpointConfig(
-                num_to_keep=1,  # the best; Ray Train keeps the last as well
+                num_to_keep=1,  # the best; Ray Train also keeps the last
                 checkpoint_score_attribute=job.config.monitor,
             ),
-            callbacks=list(callbacks),  # type: ignore[arg-type]  # its own type is another
+            callbacks=list(callbacks),  # type: ignore[arg-type]  # Ray annotates its internal type
         ),
     )
 
@@ -166,7 +164,7 @@ def _find_cause(error: BaseException) -> str:
 
 @contextmanager
 def relay_progress(job: TrainJob, log: Log, on_step: OnStep) -> Iterator[Queue]:
-    """Show what rank 0 says while the driver waits for it, and log its records to MLflow."""
+    """Relay messages of rank 0 to ``log`` and ``on_step``, and its records to MLflow."""
     log_record = open_log(job)
     messages = Queue(actor_options={"num_cpus": 0})
     stopped = threading.Event()

@@ -1,4 +1,4 @@
-"""Fitting the head alone, on features that the frozen network computes once for each image."""
+"""Train the classification head alone, on features that the frozen network computes once."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 BATCH_SIZE = 256
-"""Features of one step; they cost nothing beside the network."""
+"""Feature vectors of one step."""
 LEARNING_RATE = 1e-2
 
 
@@ -20,9 +20,9 @@ def fit_head(
     seed: int,
     class_weights: torch.Tensor | None,
 ) -> None:
-    """Fit the head by AdamW with a cosine schedule; the first half of LP-FT [1]_.
+    """Train the head by AdamW with a cosine schedule: the linear probing of LP-FT [1]_.
 
-    A fitted head keeps the first steps of the whole network from tearing up what it starts from.
+    Fine-tuning with a random head would distort the pretrained features in its first steps.
     Every worker takes the same steps on all features.
 
     Parameters

@@ -1,15 +1,14 @@
 """Batches of training images for one worker: from pixels in memory, or streamed by Ray Data.
 
-Both loaders give uint8 images and the same kinds of iterations; what follows does not know which
-of them it is given.
+Both loaders yield uint8 images and have the same interface.
 
-* :class:`ResidentLoader`, where the pixels fit: every image was decoded once, before training, and
-  lies in the object store of each node, or in the memory of the GPU. An epoch's order is a
-  permutation that depends on the seed and the epoch alone, so that the global batch of a step is
-  the same images on any number of workers, and after a resume.
-* :class:`StreamLoader`, where they do not fit: Ray Data decodes every image again in each epoch.
-  Its order repeats with the seed and the number of workers, and only while the run is not resumed:
-  Ray Data counts epochs from its own start.
+* :class:`ResidentLoader`, if the pixels fit: every image is decoded once, before training, and
+  stays in the object store of each node or in the GPU's memory. An epoch's order is a permutation
+  that depends on the seed and the epoch alone. So the global batch of a step has the same images
+  on any number of workers, and after a resume.
+* :class:`StreamLoader`, if they do not fit: Ray Data decodes every image again in each epoch. Its
+  order is reproducible for a seed and a number of workers, but not after a resume, because Ray
+  Data counts epochs from its own start.
 """
 
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from ray.data import DataIterator, Dataset, RandomSeedConfig
 
 from brainray.cluster import TASK_CPUS
 from brainray.data.read import open_rows
-from brainray.data.scan import ScanStore
+from brainray.data.scan_store import ScanStore
 from brainray.errors import ConfigError, TrainingError
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions, open_slice
@@ -35,21 +34,21 @@ from brainray.images.slices import ReadOptions, open_slice
 Indices = NDArray[np.int64]
 
 TRAIN_DATASET = "train"
-"""Name of Ray Train's dataset that the stream is read from."""
+"""Name of the streamed dataset in Ray Train."""
 
 GPU_MEMORY_SHARE = 0.25
-"""Pixels lie in the GPU's memory up to this share of what is free before training begins."""
+"""Pixels are copied to the GPU if they need at most this share of its free memory."""
 
 BLOCK_ROWS = 256
-"""Images that one task of the stream decodes."""
+"""Images that one task decodes."""
 
 SHUFFLE_BLOCKS = 8
-"""Blocks of the stream whose images a worker mixes with each other."""
+"""Blocks in a worker's shuffle buffer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One worker's share of the images of a step."""
+    """One worker's share of a step's global batch."""
 
     images: torch.Tensor
     """uint8, shape (n, size_px, size_px)."""
@@ -60,7 +59,7 @@ class Batch:
 
 
 class Loader(Protocol):
-    """Gives one worker its share of the images."""
+    """Yields one worker's share of the images."""
 
     @property
     def global_batch_size(self) -> int:
@@ -68,18 +67,18 @@ class Loader(Protocol):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one epoch; images that do not fill a last one are left out of it."""
+        """Steps of one epoch; an incomplete last step is dropped."""
 
     def iterate_epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of an epoch in its random order, one for each step."""
+        """Yield an epoch's batches in random order, one for each step."""
 
     def iterate_once(self, image_ids: Indices) -> Iterator[Batch]:
-        """Yield each of some images once, shared out among the workers; the last may be short."""
+        """Yield each image once, divided among the workers; the last batch may be shorter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderSetup:
-    """What a loader reads, the same for every worker."""
+    """What a loader reads; the same for all workers."""
 
     kind: Literal["resident", "stream"]
     train_ids: Indices
@@ -94,37 +93,37 @@ class LoaderSetup:
     seed: int
     """Seeds the order of every epoch."""
     num_tasks: int = 1
-    """Tasks that decode at a time, in the stream."""
+    """Concurrent decoding tasks of the stream."""
 
 
 def choose_loader(
     asked: Literal["auto", "resident", "stream"], store: ScanStore, preprocessing: Preprocessing
 ) -> Literal["resident", "stream"]:
-    """Choose how images are loaded.
+    """Choose the loader.
 
     Raises
     ------
     ConfigError
-        `resident` is asked for, but the pixels do not fit.
+        `resident` is requested, but the pixels do not fit.
     """
     fits = store.holds_pixels(preprocessing)
     if asked == "resident" and not fits:
         raise ConfigError(
-            "--loader resident: expected pixels that fit the object store of the smallest node; "
-            f"at {preprocessing.size_px} px they do not. Give nodes more memory, lower "
-            "--preprocessing.size-px, or use --loader auto or stream."
+            f"--loader resident: the pixels at {preprocessing.size_px} px do not fit the object "
+            "store of the smallest node. Give nodes more memory, lower --preprocessing.size-px, or "
+            "use --loader auto or stream."
         )
     return "resident" if fits and asked != "stream" else "stream"
 
 
 def open_loader(setup: LoaderSetup, rank: int, world_size: int, device: torch.device) -> Loader:
-    """Open one worker's loader."""
+    """Create one worker's loader."""
     kind = ResidentLoader if setup.kind == "resident" else StreamLoader
     return kind(setup, rank, world_size, device)
 
 
 def share_of(rank: int, world_size: int, num_images: int) -> slice:
-    """Return a worker's share of a global batch; shares differ by one image at most."""
+    """Return a worker's slice of a global batch; slices differ by at most one image."""
     base, extra = divmod(num_images, world_size)
     start = rank * base + min(rank, extra)
     return slice(start, start + base + (rank < extra))
@@ -134,7 +133,7 @@ def share_of(rank: int, world_size: int, num_images: int) -> slice:
 
 
 class ResidentLoader:
-    """Takes batches from pixels in the object store of the node, or in the memory of the GPU."""
+    """Takes batches from pixels in the node's object store or in the GPU's memory."""
 
     def __init__(
         self, setup: LoaderSetup, rank: int, world_size: int, device: torch.device
@@ -164,7 +163,7 @@ class ResidentLoader:
             yield self._load(order[start : start + self.global_batch_size][share])
 
     def iterate_once(self, image_ids: Indices) -> Iterator[Batch]:
-        """Yield each of some training or validation images once."""
+        """Yield each image once."""
         share = image_ids[share_of(self._rank, self._world_size, len(image_ids))]
         size = -(-self.global_batch_size // self._world_size)
         for start in range(0, len(share), size):
@@ -180,7 +179,7 @@ class ResidentLoader:
         return Batch(images, labels, image_ids)
 
     def _copy_to_gpu(self) -> torch.Tensor | None:
-        """Copy all pixels to the GPU, ordered by sample number, where they fit."""
+        """Copy all pixels to the GPU, ordered by sample number, if they fit."""
         num_bytes = len(self._ids) * self._setup.preprocessing.size_px**2
         if self._device.type != "cuda":
             return None
@@ -201,18 +200,17 @@ def _to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class StreamLoader:
-    """Reads batches that Ray Data decodes meanwhile.
+    """Reads batches from a Ray Dataset that decodes images while the network trains.
 
-    The training images are Ray Train's dataset, split among the workers; the split leaves out the
-    images that would make a worker's part longer than another's. Images that must come exactly
-    once are therefore a dataset of each worker's own: an unsplit one would be decoded by all.
+    Ray Train splits the training dataset equally among the workers and drops the remainder.
+    Images that must be read exactly once therefore come from a dataset of each worker's own.
     """
 
     def __init__(
         self, setup: LoaderSetup, rank: int, world_size: int, device: torch.device
     ) -> None:
         self._setup, self._rank, self._world_size, self._device = setup, rank, world_size, device
-        # Else the threads that form batches hand them over as they finish.
+        # Otherwise batches arrive in the order in which threads finish them.
         ray.data.DataContext.get_current().execution_options.preserve_order = True
         self._labels = torch.tensor(setup.labels)
         self._images_of_worker = len(setup.train_ids) // world_size
@@ -231,12 +229,12 @@ class StreamLoader:
         return self._images_of_worker // self._batch_size
 
     def iterate_epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield this worker's batches, from blocks in random order, mixed with each other.
+        """Yield this worker's batches, from blocks in random order through a shuffle buffer.
 
         Raises
         ------
         TrainingError
-            Ray Data gave another number of batches than was planned.
+            Ray Data yielded an unexpected number of batches.
         """
         shuffle_seed = np.random.SeedSequence([self._setup.seed, epoch, self._rank])
         batches = self._iterate(
@@ -256,10 +254,10 @@ class StreamLoader:
             )
 
     def iterate_once(self, image_ids: Indices) -> Iterator[Batch]:
-        """Yield each of some images once: this worker decodes its share as a dataset of its own."""
+        """Yield each image once; this worker decodes its share as a dataset of its own."""
         share = image_ids[share_of(self._rank, self._world_size, len(image_ids))]
         if len(share):
-            # Not from_arrow: it starts tasks of a whole CPU, which training workers may all hold.
+            # from_arrow would start tasks that need a whole CPU; the workers may hold them all.
             blocks = ray.data.from_blocks(list_blocks(self._setup, share))
             yield from self._iterate(_decode(blocks, self._setup, self._world_size).iterator())
 
@@ -272,9 +270,9 @@ class StreamLoader:
 
 
 def build_train_dataset(setup: LoaderSetup) -> Dataset:
-    """Build the stream of the training images, whose blocks come in another order each epoch.
+    """Build the dataset of the training images; the order of its blocks changes in each epoch.
 
-    Image files are listed class by class; they are mixed once, before they are cut into blocks.
+    Image files are listed class by class. They are shuffled once, before they are cut into blocks.
     """
     order = np.random.default_rng(setup.seed).permutation(setup.train_ids)
     blocks: Dataset = ray.data.from_blocks(list_blocks(setup, order))
@@ -282,7 +280,7 @@ def build_train_dataset(setup: LoaderSetup) -> Dataset:
 
 
 def build_data_config() -> ray.train.DataConfig:
-    """Return what makes the order of the stream depend on its seeds alone [1]_.
+    """Return options that make the order of the stream depend on its seeds alone [1]_.
 
     References
     ----------
@@ -294,10 +292,10 @@ def build_data_config() -> ray.train.DataConfig:
 
 
 def list_blocks(setup: LoaderSetup, image_ids: Indices) -> list[pa.Table]:
-    """Cut some samples into blocks, each to be read and decoded by one task.
+    """Cut samples into blocks, each read and decoded by one task.
 
-    Image files come in the order asked for. What is read as a whole is brought together: the rows
-    of a row group of a Parquet file, and the slices of a file with several.
+    Image files keep the given order. Rows of one row group of a Parquet file, and slices of one
+    file, go into the same blocks, because they are read together.
     """
     samples: pa.Table = ray.get(setup.store.samples)
     rows = samples.select(["uri", "row_group", "row", "frame"]).take(image_ids)
@@ -315,7 +313,7 @@ def list_blocks(setup: LoaderSetup, image_ids: Indices) -> list[pa.Table]:
 
 
 def _decode(blocks: Dataset, setup: LoaderSetup, num_parts: int = 1) -> Dataset:
-    """Read, decode and preprocess the samples of blocks, as one of some parts of the work."""
+    """Read, decode and preprocess samples, with one of ``num_parts`` shares of the tasks."""
     return blocks.map_batches(
         _decode_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
         batch_size=None,

@@ -1,4 +1,4 @@
-"""The training loop: what each Ray Train worker runs."""
+"""The training loop of a Ray Train worker."""
 
 import math
 import os
@@ -24,12 +24,12 @@ from torch.optim.swa_utils import update_bn
 
 from brainray import runlog
 from brainray.errors import TrainingError
-from brainray.images.normalise import normalise_images
 from brainray.model.network import (
     StateDict,
     build_network,
     choose_norm_layer,
     compute_features,
+    normalise_images,
     use_matrix_products,
 )
 from brainray.model.precision import AskedPrecision, Precision, choose_precision
@@ -48,16 +48,16 @@ from brainray.training.optim import build_average, build_optimizer
 from brainray.training.step import TrainStep, compute_class_weights, open_autocast
 
 MESSAGE_INTERVAL_S = 1.0
-"""Seconds between two messages to the person at the driver within an epoch."""
+"""Seconds between two progress messages to the driver within an epoch."""
 
 STATISTICS_STEPS = 8
-"""Steps at the end of an epoch whose images, unaugmented, give the validated network its
-batch-norm statistics."""
+"""Steps at the end of an epoch whose images, without augmentation, are used to estimate the
+batch-norm statistics of the validated network."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSetup:
-    """What the driver hands to every worker."""
+    """What the driver passes to every worker."""
 
     config: TrainConfig
     loader: LoaderSetup
@@ -68,7 +68,7 @@ class WorkerSetup:
     tensorboard_uri: str
     use_gpu: bool
     messages: Queue | None = None
-    """Takes progress for the person at the driver."""
+    """Receives progress messages for the driver."""
 
 
 class Worker:
@@ -83,7 +83,7 @@ class Worker:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // context.get_local_world_size()))
         else:
-            torch.backends.cudnn.benchmark = True  # a run has few shapes, and thousands of steps
+            torch.backends.cudnn.benchmark = True  # few shapes, thousands of steps
         self.told_at = time.monotonic()
         self.precision = agree_precision(self.config.precision, self.device, self._tell)
         torch.manual_seed(self.config.seed)
@@ -94,8 +94,8 @@ class Worker:
         self.loader = open_loader(setup.loader, self.rank, self.world_size, self.device)
         if self.loader.global_batch_size < self.world_size:
             raise TrainingError(
-                f"Expected an image for each of {self.world_size} workers in a batch, got batches "
-                f"of {self.loader.global_batch_size}. Raise --global-batch-size, or lower "
+                f"Expected a batch with an image for each of {self.world_size} workers, got "
+                f"batches of {self.loader.global_batch_size}. Raise --global-batch-size, or lower "
                 "--num-workers."
             )
         self.class_weights = None
@@ -117,7 +117,7 @@ class Worker:
         return network.to(self.device).to(memory_format=layout)
 
     def run(self) -> None:
-        """Train from the last checkpoint, or from the start, to the end."""
+        """Train from the last checkpoint, or from the start, to the last epoch."""
         records = self._restore()
         if self.progress == Progress() and self.config.starts_with_head:
             self._fit_head()
@@ -138,7 +138,7 @@ class Worker:
             self._report(record, records)
 
     def _restore(self) -> list[runlog.Record]:
-        """Load the last checkpoint, if there is one; return the records of the epochs before it."""
+        """Load the last checkpoint, if any; return the records of its epochs."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
             with checkpoint.as_directory() as folder:
@@ -208,7 +208,7 @@ class Worker:
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The training loss is {loss} in epoch {epoch + 1}. "
-                "Lower --optimisation.learning-rate, or clip harder."
+                "Lower --optimisation.learning-rate or --optimisation.clip-norm."
             )
         return loss / num_images, correct / num_images, round(num_images), latest
 
@@ -218,11 +218,12 @@ class Worker:
         return self.network if self.averaged is None else self.averaged.module
 
     def _measure_statistics(self, latest: Collection[Batch]) -> None:
-        """Give the validated network batch-norm statistics of unaugmented images.
+        """Estimate batch-norm statistics of the validated network on unaugmented images.
 
-        Those of the training are of augmented images: validated with them, the networks of
-        docs/results.md lost 2.3 and 2.8 points of accuracy. On the images of a few steps this
-        costs a thirtieth of an epoch's time, and the score is that of what would be exported.
+        The running statistics are of augmented images; with them, the networks of
+        docs/results.md lost 2.3 and 2.8 points of validation accuracy. The exported network gets
+        statistics in the same way, so the validation score is the exported network's. It takes a
+        thirtieth of an epoch's time.
         """
         if self.config.batch_norm == "frozen":
             return
@@ -233,7 +234,7 @@ class Worker:
             average_statistics(dict.fromkeys([self.network, self._validated]))
 
     def _validate(self) -> dict[str, float]:
-        """Score the validation images: each exactly once, on all workers together."""
+        """Score the validation images, each exactly once, divided among the workers."""
         ids, logits = self._compute_once(self.setup.loader.val_ids, self._validated)
         scores: dict[str, float] = {}
         if self.rank == 0:
@@ -249,7 +250,7 @@ class Worker:
     def _compute_once(
         self, ids: NDArray[np.int64], compute: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Let the workers share some images out, each once; return all rows on every worker."""
+        """Compute outputs of images divided among the workers; return all rows on every worker."""
         self._validated.eval()
         seen, rows = [], []
         for batch in self.loader.iterate_once(ids):
@@ -260,13 +261,13 @@ class Worker:
         all_seen, all_rows = gather_rows(seen, rows)
         if not np.array_equal(all_seen, np.sort(ids)):
             raise TrainingError(
-                f"Expected each of {len(ids)} images once, "
-                f"got {len(all_seen)}, {len(np.unique(all_seen))} different ones."
+                f"Expected each of {len(ids)} images exactly once, "
+                f"got {len(all_seen)} images, {len(np.unique(all_seen))} of them different."
             )
         return all_seen, all_rows
 
     def _fit_head(self) -> None:
-        """Fit the head alone, before the whole network is trained."""
+        """Train the head alone, on features computed once."""
         self.network.eval()
         ids, features = self._compute_once(
             self.setup.loader.train_ids, lambda images: compute_features(self.network, images)
@@ -283,7 +284,7 @@ class Worker:
             self.averaged.module.load_state_dict(self.network.state_dict())
 
     def _report(self, record: runlog.Record, records: list[runlog.Record]) -> None:
-        """Write the epoch down, and report it to Ray Train with a checkpoint."""
+        """Write the epoch's record, and report it to Ray Train with a checkpoint."""
         if self.rank != 0:
             ray.train.report(record)
             return
@@ -298,7 +299,7 @@ class Worker:
             optimizer=self.optimizer,
             progress=self.progress,
         )
-        ray.train.report(  # uploads while training goes on
+        ray.train.report(  # the upload does not block training
             record,
             checkpoint=Checkpoint.from_directory(folder),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
@@ -322,10 +323,10 @@ class Worker:
 def agree_precision(
     asked: AskedPrecision, device: torch.device, tell: Callable[[dict[str, Any]], None]
 ) -> Precision:
-    """Return the number format that every worker of the run computes in; all ask together."""
+    """Return the precision that all workers use; every worker must call this."""
     has_bf16 = all_have_bf16(device)
     if asked == "bf16" and not has_bf16:
-        tell({"line": "Computing in bf16, which is emulated here: fp32 is faster."})
+        tell({"line": "Training in bf16, which this machine emulates; fp32 is faster."})
     if asked == "auto" and not has_bf16:
-        tell({"line": "Computing in fp32: there are no bf16 instructions here."})
+        tell({"line": "Training in fp32: this machine has no bf16 instructions."})
     return choose_precision(asked, has_bf16=has_bf16)

@@ -1,4 +1,4 @@
-"""The records of a run in MLflow, beside metrics.jsonl and TensorBoard."""
+"""Log a run's records to MLflow, in addition to metrics.jsonl and TensorBoard."""
 
 import logging
 from collections.abc import Callable
@@ -13,11 +13,11 @@ logger = logging.getLogger(__name__)
 
 EXPERIMENT = "brainray"
 OUTPUT_TAG = "brainray.output_uri"
-"""Tag by which a resumed run finds what it has logged to before."""
+"""Tag by which a resumed run finds its MLflow run."""
 
 
 def open_log(job: TrainJob) -> Callable[[runlog.Record], None]:
-    """Open the MLflow run of a training run, and return what logs an epoch's record to it.
+    """Open the MLflow run of a training run, and return a function that logs an epoch's record.
 
     Parameters are logged once, when the MLflow run is created.
 
@@ -51,7 +51,7 @@ def open_log(job: TrainJob) -> Callable[[runlog.Record], None]:
             client.log_batch(run_id, metrics=metrics)
             if record["epoch"] + 1 == record["num_epochs"]:
                 client.set_terminated(run_id)
-        except MlflowException as error:  # training goes on; metrics.jsonl has the record
+        except MlflowException as error:  # training continues; metrics.jsonl has the record
             logger.warning("Epoch %d was not logged to MLflow: %s", record["epoch"] + 1, error)
 
     return log_record

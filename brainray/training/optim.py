@@ -1,4 +1,4 @@
-"""How the weights move: the optimiser, its parameter groups and its learning rate."""
+"""The optimiser, its parameter groups, the learning-rate schedule and weight averaging."""
 
 import math
 from dataclasses import dataclass
@@ -14,28 +14,29 @@ from brainray.model.network import STAGES, stage_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Optimisation:
-    """How the weights move."""
+    """Optimiser and schedule."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum 0.9."""
     learning_rate: float = 1e-3
-    """Peak rate of the head, for the global batch as it is (not per worker)."""
+    """Peak learning rate of the head, for the global batch (not per worker)."""
     stage_decay: float = 1.0
-    """Each stage below the head learns this much slower than the one above it (0 to 1]."""
+    """Learning rate of each stage relative to the stage above it (0 to 1]."""
     weight_decay: float = 0.05
     """Decoupled for AdamW, L2 for SGD; never on biases and normalisation."""
     warmup_epochs: float = 1.0
-    """The rate climbs linearly over this many epochs, then falls as a cosine."""
+    """Epochs of linear warm-up, before the cosine decay."""
     final_lr_fraction: float = 0.01
-    """Share of the peak rate left at the end."""
+    """Final learning rate, as a share of the peak."""
     clip_norm: float = 1.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Maximum norm of the gradient; 0 does not clip."""
     label_smoothing: float = 0.0
     """Share of each target spread evenly over the classes [0 to 1)."""
     class_weights: Literal["none", "balanced"] = "none"
-    """`balanced` weighs each class by the inverse of its share of the training images."""
+    """`balanced` weights each class by the inverse of its share of the training images."""
     ema_decay: float = 0.0
-    """Decay a step of the averaged weights that are validated and sealed; 0 keeps none."""
+    """Decay per step of the exponential moving average of the weights, which is then validated and
+    exported; 0 uses the weights themselves."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -54,9 +55,9 @@ class Optimisation:
 
 
 def build_optimizer(network: nn.Module, optimisation: Optimisation) -> torch.optim.Optimizer:
-    """Build the optimiser: a parameter group for each stage, with and without decay.
+    """Build the optimiser, with two parameter groups for each stage: with and without decay.
 
-    Each group keeps its share of the peak rate as ``lr_scale``.
+    ``lr_scale`` of a group is its learning rate relative to the head's.
     """
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
@@ -80,7 +81,7 @@ def build_optimizer(network: nn.Module, optimisation: Optimisation) -> torch.opt
 def compute_lr_fraction(
     step: int, steps_per_epoch: int, optimisation: Optimisation, num_epochs: int
 ) -> float:
-    """Return the share of the peak learning rate at a step: a linear climb, then a cosine."""
+    """Return a step's learning rate as a share of the peak: linear warm-up, then cosine decay."""
     warmup = optimisation.warmup_epochs * steps_per_epoch
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -96,7 +97,7 @@ def set_learning_rate(
     steps_per_epoch: int,
     num_epochs: int,
 ) -> None:
-    """Set every group's rate for a step."""
+    """Set every group's learning rate for a step."""
     fraction = compute_lr_fraction(step, steps_per_epoch, optimisation, num_epochs)
     for group in optimizer.param_groups:
         group["lr"] = optimisation.learning_rate * fraction * group["lr_scale"]
@@ -108,14 +109,14 @@ Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
 def build_average(network: nn.Module, decay: float) -> AveragedModel:
     """Build the exponential moving average of a network's weights.
 
-    Early on it forgets faster, as timm's does: of the first n steps it has the decay
-    ``(1 + n) / (10 + n)`` at most. Buffers are those of the network.
+    The decay at step n is at most ``(1 + n) / (10 + n)``, as in timm's ModelEmaV3, so that the
+    random initial weights are forgotten quickly. Buffers are those of the network.
     """
 
     def average(averaged: Tensors, current: Tensors, _: object) -> None:
-        steps = int(model.n_averaged)  # on the CPU: the one that is passed here waits for a GPU
+        steps = int(model.n_averaged)  # on the CPU; the argument would synchronise with the GPU
         get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averaged, current, steps)
 
     model = AveragedModel(network, multi_avg_fn=average)
-    model.n_averaged += 1  # the weights as they are; else those of the first step replace them
+    model.n_averaged += 1  # count the initial weights; else the first update overwrites them
     return model.requires_grad_(False)

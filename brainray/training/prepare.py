@@ -1,4 +1,4 @@
-"""A data set scanned, grouped and split as a training run asks for it."""
+"""Scan, group and split a data set for a training run."""
 
 from typing import Literal
 
@@ -18,12 +18,12 @@ def prepare_training_data(
     Parameters
     ----------
     loader : {"auto", "resident", "stream"}
-        Pixels stay in the object store unless they are to be streamed, if they fit.
+        Unless it is "stream", pixels are kept in the object store if they fit.
 
     Raises
     ------
     DataError
-        The folders, labels or images do not make a data set.
+        The folder is not a usable labelled data set.
     """
     data = group_training_data(found, config, loader)
     splits = assign_splits(

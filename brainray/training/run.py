@@ -1,4 +1,4 @@
-"""A training run: what makes it this one, and what of it lies in the output."""
+"""A training run: its identity, and the files in its output folder."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ OnStep = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainJob:
-    """One training run: what, from where, to where, on what."""
+    """One training run: configuration, data, output and scaling."""
 
     data_uri: str
     output_uri: str
@@ -31,42 +31,42 @@ class TrainJob:
     scaling: ScalingOptions
     recipe: str = "custom"
     mlflow_uri: str | None = None
-    """MLflow tracking server, or folder, that the run is logged to as well."""
+    """MLflow tracking server, or folder, that the run is also logged to."""
     folds: int | None = None
-    """Folds of the cross-validation that this is; None for a run of its own."""
+    """Number of folds of a cross-validation; None for a single run."""
     fold: int | None = None
-    """Which of them it holds out, from 0; None for all of them, one after the other."""
+    """Held-out fold, from 0; None for a single run, and for the whole cross-validation."""
 
     def __post_init__(self) -> None:
         if self.folds is not None and self.folds < 2:
             raise ConfigError(f"folds must be at least 2, got {self.folds}.")
 
     def at(self, *parts: str) -> str:
-        """Return a place below the output."""
+        """Return a URI below the output."""
         return storage.join(self.output_uri, *parts)
 
 
 def find_finished(job: TrainJob, log: Log) -> dict[str, Any] | None:
-    """Return the metrics of this very run if it is finished; say where it stands.
+    """Return the metrics of this run if it is finished; log whether it is finished or resumed.
 
     Raises
     ------
     ConfigError, StorageError
         As :func:`check_run`.
     """
-    going_on = check_run(job)
+    is_resumed = check_run(job)
     if storage.exists(job.at(METRICS_FILE)):
-        log(f"Already finished: {job.output_uri}. Give another --output-uri to train anew.")
+        log(f"Already finished: {job.output_uri}. Give another --output-uri to train again.")
         return dict(storage.read_json(job.at(METRICS_FILE)))
-    if going_on:
-        log(f"Going on with the run in {job.output_uri}.")
+    if is_resumed:
+        log(f"Resuming the run in {job.output_uri}.")
     return None
 
 
 def check_run(job: TrainJob, **more: Any) -> bool:  # noqa: ANN401 - ready for JSON
-    """Tell whether the output holds this run already, begun or finished.
+    """Return whether the output holds this run already, interrupted or finished.
 
-    ``more`` is what else makes two calls the same run.
+    ``more`` extends what :func:`describe_run` compares.
 
     Raises
     ------
@@ -84,15 +84,15 @@ def check_run(job: TrainJob, **more: Any) -> bool:  # noqa: ANN401 - ready for J
     different = find_differences({name: saved.get(name) for name in given}, given)
     if different:
         raise ConfigError(
-            f"'{job.output_uri}' holds a run of another configuration: "
+            f"'{job.output_uri}' holds a run with another configuration: "
             f"{'; '.join(line.removeprefix('config.') for line in different)}. "
-            "Give the same values to go on with it, or another --output-uri."
+            "Give the same values to resume it, or another --output-uri."
         )
     return True
 
 
 def describe_run(job: TrainJob) -> dict[str, Any]:
-    """Return what makes two calls the same run, ready for JSON."""
+    """Return what must be equal for two calls to be the same run, ready for JSON."""
     return {
         "data_uri": job.data_uri,
         "folds": job.folds,
@@ -102,14 +102,14 @@ def describe_run(job: TrainJob) -> dict[str, Any]:
 
 
 def make_plain(value: Any) -> Any:  # noqa: ANN401 - any configuration value
-    """Return a configuration value as JSON will give it back: tuples become lists."""
+    """Return a configuration value as JSON returns it: tuples become lists."""
     if isinstance(value, dict):
         return {name: make_plain(item) for name, item in value.items()}
     return [make_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def keep_manifest(job: TrainJob, data: PreparedData) -> None:
-    """Claim the output for this run; on going on, check that the data set is still the same.
+    """Write the run's identity and manifest; on resume, check that the data set is the same.
 
     Raises
     ------
@@ -122,11 +122,11 @@ def keep_manifest(job: TrainJob, data: PreparedData) -> None:
     except FileNotFoundError:
         about = {"recipe": job.recipe, "versions": collect_versions()}
         storage.write_json(job.at(RUN_FILE), describe_run(job) | about)
-        storage.write_table(uri, data.manifest)  # last: without it, both are written again
+        storage.write_table(uri, data.manifest)  # last: if it is missing, both are written again
         return
     if hash_manifest(saved) != hash_manifest(data.manifest):
         raise ConfigError(
-            f"The data at '{job.data_uri}' are not those that the run in '{job.output_uri}' "
-            f"began with ({saved.num_rows} scans then, {data.manifest.num_rows} now, or other "
+            f"The data at '{job.data_uri}' have changed since the run in '{job.output_uri}' "
+            f"started ({saved.num_rows} scans then, {data.manifest.num_rows} now, or other "
             "content). Restore them, or give another --output-uri."
         )

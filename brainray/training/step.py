@@ -1,4 +1,4 @@
-"""One step of training: from a batch of pixels to the moved weights."""
+"""One training step: augmentation, forward and backward pass, optimiser step."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from brainray.images.normalise import standardise
+from brainray.model.network import standardise
 from brainray.model.precision import Precision
 from brainray.training.augment import augment_images, sample_params
 from brainray.training.config import TrainConfig
@@ -18,20 +18,20 @@ from brainray.training.optim import set_learning_rate
 
 
 def open_autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """Return a context in which the network computes in a precision; its weights stay fp32."""
+    """Return an autocast context for a precision; the weights stay fp32."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def compute_class_weights(labels: NDArray[np.int64], num_classes: int) -> torch.Tensor:
-    """Weigh each class by the inverse of its share of the labels; float32, shape (num_classes,)."""
+    """Return each class's inverse share of the labels; float32, shape (num_classes,)."""
     counts = np.bincount(labels, minlength=num_classes)
     return torch.from_numpy(counts.sum() / (num_classes * np.maximum(counts, 1))).float()
 
 
 class TrainStep:
-    """Augments a batch, and moves the network's weights by its gradient over all workers."""
+    """Augments a batch and updates the network with the gradient of all workers."""
 
     def __init__(
         self,
@@ -53,18 +53,18 @@ class TrainStep:
         self._class_weights = class_weights
         model = make_data_parallel(network, device, in_bf16=precision == "bf16")
         self._model = torch.compile(model) if config.compile else model
-        # The workers' gradients are averaged; shares of a batch may differ by one image.
+        # DDP averages the workers' gradients, but their shares of a batch may differ by one image.
         self._scale = count_workers() / loader.global_batch_size
 
     def __call__(self, batch: Batch, epoch: int, step: int) -> torch.Tensor:
-        """Take a step.
+        """Run one step.
 
         Parameters
         ----------
         batch : Batch
-            This worker's share.
+            This worker's share of the global batch.
         epoch, step : int
-            The epoch, and the step within it, from 0.
+            Epoch, and step within it, from 0.
 
         Returns
         -------
@@ -96,7 +96,7 @@ class TrainStep:
         return torch.stack([loss.detach().double(), correct.double(), count.double()])
 
     def _augment(self, batch: Batch, epoch: int) -> torch.Tensor:
-        """Return the network's input of a batch, changed at random."""
+        """Return the network's input: the augmented, normalised images of a batch."""
         params = sample_params(
             self._config.augmentation, batch.image_ids, seed=self._config.seed, epoch=epoch
         )

@@ -38,18 +38,18 @@ def train(
     on_step: OnStep = lambda _: None,
     verbose: bool = False,
 ) -> dict[str, Any]:
-    """Train, seal, judge and report; go on where an earlier call of the same job stopped.
+    """Train a classifier, evaluate it and write its report; resume an interrupted run.
 
     Parameters
     ----------
     job : TrainJob
         What to train.
     log : callable
-        Takes a line for a person.
+        Called with each line of progress.
     on_step : callable
-        Takes progress within an epoch: ``epoch``, ``step``, ``num_steps``.
+        Called within an epoch with ``epoch``, ``step`` and ``num_steps``.
     verbose : bool
-        Whether Ray's own lines are shown.
+        Show Ray's own log lines.
 
     Returns
     -------
@@ -59,7 +59,7 @@ def train(
     Raises
     ------
     UserError
-        Something the user can fix; nothing is lost.
+        The user can fix it; the run so far is kept.
     TrainingError
         The workers failed more often than ``max_failures``.
     """
@@ -84,21 +84,21 @@ def train_prepared(
     log: Log,
     on_step: OnStep,
 ) -> dict[str, Any]:
-    """Train, seal, judge and report, on data that are split and on weights that are fetched."""
+    """Train on data that are already split, export the classifier and evaluate it."""
     result = fit(job, data, weights, log, on_step)
     export_classifier(job, data, result, log)
     return evaluate_classifier(job, data, log)
 
 
 def describe_plan(job: TrainJob, data: PreparedData, splits: Sequence[str], log: Log) -> None:
-    """Say what the data set holds, and what of the recipe is left out."""
+    """Log the size of each split, and which part of the recipe is skipped."""
     log(describe_data(data, splits))
     if job.config.head_epochs and not job.config.starts_with_head:
-        log("No weights to start from: the head-only epochs are left out.")
+        log("Head-only epochs are skipped: they need pretrained weights.")
 
 
 def describe_data(data: PreparedData, splits: Sequence[str]) -> str:
-    """Say in one line what the data set holds."""
+    """Describe the data set in one line."""
     counts = ", ".join(f"{len(data.select(split)):,} {split}" for split in splits)
     groups = len(set(data.manifest["group"].to_pylist()))
     line = f"Data: {counts} images in {groups:,} groups of near-identical slices"
@@ -107,15 +107,15 @@ def describe_data(data: PreparedData, splits: Sequence[str]) -> str:
     rejected = data.count_rejected()
     if rejected:
         line += "; rejected " + ", ".join(f"{n} {reason}" for reason, n in rejected.items())
-    passed_over = data.found.describe_skipped()
-    if passed_over:
-        line += f"; skipped {passed_over}"
+    skipped = data.found.describe_skipped()
+    if skipped:
+        line += f"; skipped {skipped}"
     held = "held in the object store" if data.store.in_object_store else "streamed from storage"
     return f"{line}; bytes {held}."
 
 
 def summarise_training(job: TrainJob, records: list[runlog.Record]) -> dict[str, Any]:
-    """Say what the training itself took and brought."""
+    """Summarise the run's time, speed and best epoch for metrics.json."""
     best = max(records, key=lambda record: (record[job.config.monitor], -record["epoch"]))
     return {
         "recipe": job.recipe,
@@ -126,14 +126,13 @@ def summarise_training(job: TrainJob, records: list[runlog.Record]) -> dict[str,
         "time_s": records[-1]["time_s"],
         "images_per_s": sum(r["num_train_images"] for r in records) / records[-1]["time_s"],
         "world_size": records[-1]["world_size"],
-        # A run that began with an older version has neither.
-        "hardware": records[-1].get("hardware"),
-        "precision": records[-1].get("precision"),
+        "hardware": records[-1]["hardware"],
+        "precision": records[-1]["precision"],
     }
 
 
 def evaluate_classifier(job: TrainJob, data: PreparedData, log: Log) -> dict[str, Any]:
-    """Judge the classifier on validation and test, and write the report."""
+    """Evaluate the classifier on validation and test images, and write the report."""
     records = runlog.read_records(job.at(RECORDS_FILE))
     training = summarise_training(job, records)
     device = "GPU" if job.scaling.use_gpu else "CPU"
@@ -148,9 +147,9 @@ def evaluate_classifier(job: TrainJob, data: PreparedData, log: Log) -> dict[str
         facts={
             "Recipe": job.recipe,
             "Data": job.data_uri,
-            "Workers": f"{training['world_size']} ({device}, {training['precision'] or 'unknown'})",
+            "Workers": f"{training['world_size']} ({device}, {training['precision']})",
             "Training time": runlog.format_duration(training["time_s"]),
-            "Sealed epoch": f"{training['best_epoch'] + 1} of {training['num_epochs']}",
+            "Exported epoch": f"{training['best_epoch'] + 1} of {training['num_epochs']}",
         },
         log=log,
         training=training,

@@ -1,11 +1,10 @@
-"""Search for a recipe's numbers with Ray Tune, scored on folds of groups.
+"""Hyperparameter search for a recipe with Ray Tune, scored on folds of groups.
 
-Configurations are drawn at random and trained without the first fold, each a trial of Ray Tune that
-is validated on that fold. ASHA ends those that are behind the others at the same share of their
-epochs, since a run's score depends on how far its learning rate has fallen. Those that come to
-their end are trained without each of the other folds too, and ranked by their mean score.
-Scores of different folds are never compared with each other: one is easier than another.
-Testing images have no part in it.
+Random configurations are trained without the first fold and validated on it, each as a trial of
+Ray Tune. ASHA stops trials that are behind at the same share of their epochs, because a score
+depends on how far the learning rate has decayed. The configurations that finish are trained without
+each of the other folds too, and ranked by their mean score. Scores of different folds are not
+compared with each other, because folds differ in difficulty. Test images are never used.
 """
 
 import logging
@@ -27,7 +26,7 @@ from brainray.data.splits import assign_folds
 from brainray.errors import TrainingError
 from brainray.evaluation.prepared import GroupedData, split_samples
 from brainray.model.network import StateDict, fetch_weights
-from brainray.reports.tune import render_tuning
+from brainray.reports.tune import render_tuning_report
 from brainray.runlog import Log
 from brainray.training.augment import LIMITS, Augmentation
 from brainray.training.config import RANGES, SearchSpace, TrainConfig, TuneOptions
@@ -44,9 +43,9 @@ REPORT_FILE = "tune.html"
 GREY_FIELDS = ("clahe", "gamma", "bias_field", "gain", "noise", "blur")
 GEOMETRIC_FIELDS = ("rotation_deg", "zoom", "stretch", "shift")
 MIN_PERCENT = 25
-"""Share of a trial's epochs, in percent, before which it is not ended."""
+"""Percentage of a trial's epochs before which ASHA does not stop it."""
 REDUCTION = 2
-"""Of so many trials one goes on past each rung."""
+"""ASHA continues one of this many trials at each rung."""
 
 Parameters = dict[str, Any]
 
@@ -54,38 +53,37 @@ Parameters = dict[str, Any]
 def tune(
     job: TrainJob, options: TuneOptions, *, log: Log = logger.info, verbose: bool = False
 ) -> dict[str, Any]:
-    """Search, and write a table and a report; an earlier call of the same search is resumed.
+    """Search, and write the result and a report; resume an interrupted search.
 
     Parameters
     ----------
     job : TrainJob
-        The recipe to begin with, the data and the output. The first configuration is the recipe, as
-        far as it lies in the ranges.
+        Recipe, data and output. The first configuration is the recipe, clipped to the ranges.
     options : TuneOptions
-        What is drawn, and how often.
+        Ranges and number of configurations.
     log : callable
-        Takes a line for a person.
+        Called with each line of progress.
     verbose : bool
-        Whether Ray's own lines are shown.
+        Show Ray's own log lines.
 
     Returns
     -------
     dict
         The content of tune.json: ``configurations``, the best first, each with its ``parameters``,
-        ``score`` (the mean over folds of the best epoch's ``monitor``), ``scores`` of each fold
-        (None where it was not trained without it) and ``percent_done``, of the epochs of all
-        folds. Those that ASHA ended come last.
+        ``score`` (mean over folds of the best epoch's ``monitor``), ``scores`` of the folds (None
+        for folds that were not trained) and ``percent_done`` of the epochs of all folds. Those
+        that ASHA stopped come last.
 
     Raises
     ------
     UserError
         The data, the options or the output cannot be used.
     TrainingError
-        Not one configuration was trained on all folds.
+        No configuration was trained on all folds.
     """
     plain = make_plain(asdict(options))
     if check_run(job, search=plain):
-        log(f"Going on with the search in {job.output_uri}.")
+        log(f"Resuming the search in {job.output_uri}.")
     storage.write_json(job.at(RUN_FILE), describe_run(job) | {"search": plain})
     found = find_training_samples(replace(job, folds=options.num_folds))
     weights = fetch_weights(job.config.weights, job.config.weights_uri)
@@ -109,9 +107,9 @@ def tune(
     }
     if not any(one["percent_done"] == 100 for one in result["configurations"]):
         raise TrainingError(
-            f"No configuration was trained to its end; see {job.at(TRIALS_FOLDER)}."
+            f"No configuration finished on all folds. See the errors in {job.at(TRIALS_FOLDER)}."
         )
-    storage.write_bytes(job.at(REPORT_FILE), render_tuning(result).encode())
+    storage.write_bytes(job.at(REPORT_FILE), render_tuning_report(result).encode())
     storage.write_json(job.at(RESULT_FILE), result)
     return result
 
@@ -156,9 +154,9 @@ def run_trials(
     parameters: Sequence[Parameters],
     scheduler: TrialScheduler | None = None,
 ) -> list[dict[str, Any]]:
-    """Run a trial for each of some parameters, or go on with those in the output."""
+    """Run a trial for each of some parameters, or resume those in the output."""
     filesystem, path = storage.resolve(job.output_uri)
-    # The trial itself computes nothing: its workers do.
+    # The trial only waits for its training workers.
     trainable = ray_tune.with_resources(trial, {"cpu": TASK_CPUS})
     if ray_tune.Tuner.can_restore(f"{path}/{name}", storage_filesystem=filesystem):
         tuner = ray_tune.Tuner.restore(
@@ -183,7 +181,7 @@ def run_trials(
 
 
 def draw_configurations(config: TrainConfig, options: TuneOptions) -> list[Parameters]:
-    """Draw configurations; the first is the recipe, as far as it lies in the ranges."""
+    """Draw configurations; the first is the recipe, clipped to the ranges."""
     space, rng = options.space, np.random.default_rng(config.seed)
     choices = space.num_epochs or (config.num_epochs,)
     drawn = [describe_recipe(config, space)]
@@ -195,7 +193,7 @@ def draw_configurations(config: TrainConfig, options: TuneOptions) -> list[Param
 
 
 def describe_recipe(config: TrainConfig, space: SearchSpace) -> Parameters:
-    """Return a recipe's own numbers, each brought into its range."""
+    """Return the recipe's values, clipped to the ranges."""
     own = {
         "learning_rate": config.optimisation.learning_rate,
         "weight_decay": config.optimisation.weight_decay,
@@ -210,7 +208,7 @@ def describe_recipe(config: TrainConfig, space: SearchSpace) -> Parameters:
 
 
 def apply_parameters(config: TrainConfig, parameters: Parameters) -> TrainConfig:
-    """Return a recipe with the numbers of a configuration."""
+    """Return the recipe with the values of a configuration."""
     return replace(
         config,
         num_epochs=int(parameters["num_epochs"]),
@@ -230,7 +228,7 @@ def apply_parameters(config: TrainConfig, parameters: Parameters) -> TrainConfig
 def scale_augmentation(
     augmentation: Augmentation, names: Sequence[str], factor: float
 ) -> Augmentation:
-    """Multiply some ranges, each up to its limit."""
+    """Multiply ranges by a factor, up to their limits."""
     changes = {
         name: min(LIMITS.get(name, 1.0), factor * getattr(augmentation, name)) for name in names
     }
@@ -245,10 +243,10 @@ def run_trial(
     folds: np.ndarray[Any, np.dtype[np.int64]],
     weights: StateDict | None,
 ) -> None:
-    """Train a configuration without one fold, validated on it; Ray Tune calls this.
+    """Train a configuration without one fold, and validate on it; Ray Tune calls this.
 
-    The run lies below the output under a name made of its parameters. When the search is resumed,
-    it goes on from its last epoch.
+    The run's folder is named after its parameters, so a resumed search resumes it from its last
+    checkpoint.
     """
     parameters = trial["parameters"]
     config = apply_parameters(job.config, parameters)
@@ -266,7 +264,7 @@ def run_trial(
 
 
 def _ignore(_: object) -> None:
-    """Take progress within an epoch: nobody watches it."""
+    """Discard progress within an epoch."""
 
 
 def name_trial(parameters: Parameters) -> str:
@@ -275,10 +273,10 @@ def name_trial(parameters: Parameters) -> str:
 
 
 def collect_rows(results: ray_tune.ResultGrid, monitor: str) -> list[dict[str, Any]]:
-    """Return a row for each trial that has finished an epoch.
+    """Return a row for each trial that finished an epoch.
 
-    ``parameters``, with the ``fold``; ``score``, of its best epoch; ``percent_done`` of its epochs;
-    and ``time_s``.
+    A row has ``parameters`` (with the ``fold``), ``score`` of the best epoch, ``percent_done`` and
+    ``time_s``.
     """
     rows = []
     for number in range(len(results)):
@@ -301,7 +299,7 @@ def collect_rows(results: ray_tune.ResultGrid, monitor: str) -> list[dict[str, A
 def summarise_configurations(
     rows: Sequence[dict[str, Any]], num_folds: int
 ) -> list[dict[str, Any]]:
-    """Bring the folds of each configuration together; the best whole one comes first."""
+    """Combine the folds of each configuration; complete ones come first, the best at the top."""
     by_configuration: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         shared = {k: v for k, v in row["parameters"].items() if k != "fold"}

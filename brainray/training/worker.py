@@ -1,7 +1,7 @@
-"""What Ray Train's workers are sent to do.
+"""Entry point of Ray Train's workers.
 
-Apart from the loop, because Ray Train's controller loads the function and its arguments as well,
-and has no use for all that the loop imports.
+It is not in :mod:`brainray.training.loop`, because Ray Train's controller also unpickles this
+function, and would import torch and torchvision for nothing.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import ray
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
-    """Train; Ray Train calls this in every worker.
+    """Run the training loop; Ray Train calls this in every worker.
 
     Parameters
     ----------

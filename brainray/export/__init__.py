@@ -1,0 +1,1 @@
+"""Bulk outputs and their scans without identity, for research."""
