@@ -484,15 +484,6 @@ _TABLE = (
         build_default=lambda arguments: build_recipe_options("TuneCommand", arguments),
     ),
     Command(
-        name="demo",
-        group="This machine",
-        summary="Draw scans, train on them and evaluate: some three minutes.",
-        example="brainray demo",
-        options="brainray.training.demo:DemoJob",
-        run=run_demonstration,
-        uses_ray=False,
-    ),
-    Command(
         name="receive",
         group="Hospital",
         summary="Receive scans by DICOM C-STORE into an inbox of finished studies.",
@@ -519,6 +510,15 @@ _TABLE = (
         options="brainray.export.job:ExportJob",
         run=run_export,
         uris=("predictions_uri", "output_uri", "scans_uri", "id_key_file"),
+    ),
+    Command(
+        name="demo",
+        group="This machine",
+        summary="Draw scans, train on them and evaluate: some three minutes.",
+        example="brainray demo",
+        options="brainray.training.demo:DemoJob",
+        run=run_demonstration,
+        uses_ray=False,
     ),
     Command(
         name="doctor",
