@@ -179,10 +179,10 @@ def _print_overview(given: Sequence[str]) -> int:
     if PRINT_COMPLETION in given[:1]:
         forms = {name: _import_options(command) for name, command in COMMANDS.items()}
         tyro.extras.subcommand_cli_from_dict(forms, prog="brainray", args=list(given))
-    asked = given[:1] in (["-h"], ["--help"]) or given[1:] in (["-h"], ["--help"])
+    longer = [name for name in COMMANDS if given and name.startswith(f"{given[0]} ")]
+    asked = bool({"-h", "--help"}.intersection(given[: 2 if longer else 1]))
     if given and not asked:
-        close = difflib.get_close_matches(given[0], COMMANDS, n=2)
-        close = close or [name for name in COMMANDS if name.startswith(f"{given[0]} ")]
+        close = longer or difflib.get_close_matches(given[0], COMMANDS, n=2)
         hint = (
             f" Did you mean {' or '.join(f'`brainray {name}`' for name in close)}?" if close else ""
         )
@@ -484,15 +484,6 @@ _TABLE = (
         build_default=lambda arguments: build_recipe_options("TuneCommand", arguments),
     ),
     Command(
-        name="demo",
-        group="This machine",
-        summary="Draw scans, train on them and evaluate: some three minutes.",
-        example="brainray demo",
-        options="brainray.training.demo:DemoJob",
-        run=run_demonstration,
-        uses_ray=False,
-    ),
-    Command(
         name="receive",
         group="Hospital",
         summary="Receive scans by DICOM C-STORE into an inbox of finished studies.",
@@ -519,6 +510,15 @@ _TABLE = (
         options="brainray.export.job:ExportJob",
         run=run_export,
         uris=("predictions_uri", "output_uri", "scans_uri", "id_key_file"),
+    ),
+    Command(
+        name="demo",
+        group="This machine",
+        summary="Draw scans, train on them and evaluate: some three minutes.",
+        example="brainray demo",
+        options="brainray.training.demo:DemoJob",
+        run=run_demonstration,
+        uses_ray=False,
     ),
     Command(
         name="doctor",

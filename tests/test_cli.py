@@ -198,8 +198,9 @@ def test_scores_are_printed_with_the_scores_without_near_duplicates() -> None:
 
 def test_jobs_run_the_commands() -> None:
     for file in (Path(__file__).parents[1] / "jobs").glob("*.py"):
-        (name,) = re.findall(r'main\(\["([\w-]+)", \*sys\.argv\[1:\]\]\)', file.read_text())
-        assert name in cli.COMMANDS
+        found = re.search(r'main\(\["([a-z-]+)", \*sys.argv\[1:\]\]\)', file.read_text())
+        assert found is not None, file.name
+        assert found[1] in cli.COMMANDS
 
 
 class Terminal(io.StringIO):
