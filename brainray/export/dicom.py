@@ -56,6 +56,8 @@ _SHIFTED = frozenset(
 )
 """Dates that are kept, moved; all others are removed."""
 _LUT_DATA = Tag("LUTData")
+_CHARACTER_SET = Tag("SpecificCharacterSet")
+"""Of no use: what is left is ASCII."""
 
 _TERMS_TEXT = (
     # Every element
@@ -202,7 +204,7 @@ class _Cleaning:
         """Return a data set of the elements that may be kept, changed where they must be."""
         target = Dataset()
         for tag in source.keys():  # noqa: SIM118 - its items would be read
-            if not _is_kept_group(tag):
+            if not _is_kept_group(tag) or tag == _CHARACTER_SET:
                 continue
             try:
                 cleaned = self._clean_element(source[tag])
