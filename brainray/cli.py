@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "audit": run_audit,
         "compare": run_compare,
         "calibrate-series": run_calibrate_series,
+        "dicom-results": run_dicom_results,
         "data": run_data,
         "receive": run_receive,
         "demo": run_demonstration,
@@ -347,6 +348,22 @@ def run_calibrate_series(arguments: list[str]) -> None:
     for line in describe_calibration(document):
         reporter.log(line)
     reporter.log(f"written to  {job.output_uri}")
+
+
+def run_dicom_results(arguments: list[str]) -> None:
+    """`brainray dicom-results`, `python jobs/report_dicom.py`."""
+    from brainray.dicom_results.report import ReportJob, report_dicom
+
+    job, verbose = parse_job(
+        ReportJob,
+        arguments,
+        "dicom-results",
+        "Make DICOM objects of the series in a bulk output, and store them in a folder or a PACS.",
+        uris=("predictions_uri", "scans_uri", "output_uri", "id_key_file", "codes_file"),
+        config=(tyro.conf.UseAppendAction,),
+    )
+    reporter = ConsoleReporter()
+    guard(lambda: report_dicom(job, log=reporter.log, verbose=verbose))
 
 
 def run_data(arguments: list[str]) -> None:

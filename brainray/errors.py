@@ -13,6 +13,7 @@
     │   └── RejectedImage         one scan's bytes; carries a stable reason code
     ├── TrainingError             what a user cannot mend; exit 1
     ├── ClassificationError       likewise, of a bulk run
+    ├── DicomResultsError         likewise, of a result that becomes no DICOM object
     ├── LockLostError             another run has taken the output over
     └── ServingError              likewise, of the service
 
@@ -58,6 +59,10 @@ class TrainingError(BrainrayError):
 
 class ClassificationError(BrainrayError):
     """A bulk run failed for a reason that the user cannot mend from the command line."""
+
+
+class DicomResultsError(BrainrayError):
+    """A DICOM object that cannot be made or delivered; its message names no patient."""
 
 
 class LockLostError(BrainrayError):

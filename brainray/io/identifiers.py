@@ -106,7 +106,7 @@ def open_identifiers(
         raise ConfigError(f"The key of this output's identifiers is not in it. {_GIVE_KEY}")
     key = read_key(key_uri or own_uri)
     check = {
-        "key_check": hmac.new(key, b"check", sha256).hexdigest()[:32],
+        "key_check": _compute_check(key),
         "redact_paths": redact_paths,
     }
     if earlier is None:
@@ -121,6 +121,48 @@ def open_identifiers(
             f"{change} --redact-paths, or give another --output-uri."
         )
     return Identifiers(key, redact_paths)
+
+
+def read_identifiers(output_uri: str, key_uri: str | None = None) -> Identifiers:
+    """Find the key of an output and how its runs named scans; nothing is written.
+
+    Parameters
+    ----------
+    output_uri : str
+        Folder of an output that has predictions.
+    key_uri : str, optional
+        File with the key, if it is not in the output.
+
+    Raises
+    ------
+    ConfigError
+        The output has no identifiers, or this is not their key.
+    StorageError
+        The output cannot be read.
+    """
+    try:
+        earlier = storage.read_json(storage.join(output_uri, CHECK_FILE))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"Expected the output of `brainray classify` in '{output_uri}', found no {CHECK_FILE}."
+        ) from error
+    own_uri = storage.join(output_uri, KEY_FILE)
+    if key_uri is None and not storage.exists(own_uri):
+        raise ConfigError(
+            f"The key of the identifiers in '{output_uri}' is not in it. "
+            "Give the file that its runs were given, as --id-key-file."
+        )
+    key = read_key(key_uri or own_uri)
+    if _compute_check(key) != earlier["key_check"]:
+        raise ConfigError(
+            f"The identifiers in '{output_uri}' were hashed with another key than that in "
+            f"'{key_uri or own_uri}'. Give the file that its runs were given, as --id-key-file."
+        )
+    return Identifiers(key, bool(earlier["redact_paths"]))
+
+
+def _compute_check(key: bytes) -> str:
+    return hmac.new(key, b"check", sha256).hexdigest()[:32]
 
 
 def hide_paths(text: str, uris: Sequence[str]) -> str:
