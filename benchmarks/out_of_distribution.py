@@ -1,12 +1,12 @@
 r"""Images that are not brain MRI slices: how many of them a classifier rejects.
 
     pip install matplotlib scikit-image pydicom pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg
-    python benchmarks/out_of_distribution.py --classifier-uri C --scans-uri ../data/Testing \\
+    python benchmarks/out_of_distribution.py --classifier-uri C --scans-uri ../data/Testing \
         --images-path pillow-13.0.0/Tests/images
 
 The images are the samples of installed libraries (photographs, microscopy, chest X-rays, CT,
 ultrasound; no DICOM images of modality MR), drawn charts, pages of text, blank and noise images,
-and a further folder. The scans are real slices, which should pass. Other scores that need no further
+and a further folder. The scans are real slices, which should pass. Other scores that need no
 training are compared with the bundle's distance by their AUROC.
 """
 
