@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONDONTWRITEBYTECODE  # it costs every Ray worker some 20 s of imports
 
-.PHONY: install demo serve test test-fast test-slow check
+.PHONY: install demo serve check test test-fast test-slow docs wheel
 
 install: .venv/.installed
 
@@ -35,3 +35,14 @@ test-fast: install
 
 test-slow: install
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m "slow or hypothesis"
+
+.venv/.docs-installed: docs/requirements.lock .venv/.installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r docs/requirements.lock
+	touch $@
+
+docs: .venv/.docs-installed
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --jobs auto --quiet docs build/docs
+	@echo "open build/docs/index.html"
+
+wheel: install
+	.ci/wheel

@@ -17,7 +17,8 @@ import torch
 import tyro
 
 from brainray.images.preprocess import Preprocessing
-from brainray.inference.bulk import ClassifyJob, classify
+from brainray.inference.bulk import classify
+from brainray.inference.options import ClassifyJob
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import save_classifier
 from brainray.model.network import build_network

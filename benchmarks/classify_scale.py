@@ -46,7 +46,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from brainray.images.preprocess import Preprocessing
 from brainray.inference import bulk
-from brainray.inference.bulk import ClassifyJob, classify
+from brainray.inference.bulk import classify
+from brainray.inference.options import ClassifyJob
 from brainray.inference.stats import Progress
 from brainray.io.repeat import repeat
 from brainray.labels import BRAIN_TUMOUR_CLASSES

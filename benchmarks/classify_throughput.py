@@ -45,8 +45,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import open_file, open_slice
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import load_classifier, save_classifier
@@ -157,7 +157,10 @@ def run_ceiling(options: Options, classifier_uri: str) -> float:
     engine = open_engine(classifier, EngineOptions(use_gpu=options.use_gpu))
     files = list_images(options, options.num_loop_images)
     images = np.stack(
-        [load_image(p.read_bytes(), classifier.preprocessing, DecodeLimits()) for p in files]
+        [
+            open_slice(open_file(p.read_bytes()), 0, classifier.preprocessing).scan.image
+            for p in files
+        ]
     )
     engine.predict(images[: options.batch_size])
     started = time.perf_counter()
@@ -281,7 +284,8 @@ def run_daft(options: Options, classifier_uri: str) -> float:
 
 def run_job(options: Options, classifier_uri: str, *, explain: bool = False) -> tuple[float, float]:
     """Run the bulk job and return images/s once warm, and with the start."""
-    from brainray.inference.bulk import ClassifyJob, classify
+    from brainray.inference.bulk import classify
+    from brainray.inference.options import ClassifyJob
 
     with tempfile.TemporaryDirectory() as folder:
         inbox = link_images(options, options.num_images, Path(folder) / "inbox")

@@ -20,7 +20,7 @@ import pydicom
 from pydicom.uid import UID
 
 from brainray.errors import RejectedImage
-from brainray.images.slices import OpenedSlice, open_slices
+from brainray.images.slices import open_file, open_slice
 from brainray.recipes import preprocess
 
 PREPROCESSING = preprocess(224)
@@ -33,8 +33,8 @@ def list_files() -> Iterator[tuple[str, Path]]:
     folders["pydicom-data"] = [Path(source.load()().data_path) for source in sources]
     nibabel_folder = Path(nibabel.__file__).parent
     folders["nibabel"] = [nibabel_folder / "tests" / "data", nibabel_folder / "nicom/tests/data"]
-    for package, places in folders.items():
-        for folder in places:
+    for package, paths in folders.items():
+        for folder in paths:
             yield from ((package, path) for path in sorted(folder.rglob("*")) if path.is_file())
 
 
@@ -49,13 +49,18 @@ def find_syntax(content: bytes) -> str:
 
 
 def describe_answers(content: bytes) -> str:
-    """Return how many slices are opened and rejected, or why the whole file is."""
+    """Return how many slices are opened and rejected, or why the whole file is rejected."""
     counts: Counter[str] = Counter()
     try:
-        for one in open_slices(content, PREPROCESSING):
-            counts["opened" if isinstance(one, OpenedSlice) else one[1].reason] += 1
+        file = open_file(content)
     except RejectedImage as rejection:
         return f"`{rejection.reason}`"
+    for index in range(len(file.slices)):
+        try:
+            open_slice(file, index, PREPROCESSING)
+            counts["opened"] += 1
+        except RejectedImage as rejection:
+            counts[rejection.reason] += 1
     return ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
 
 

@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw
 from brainray.data.read import read_scan
 from brainray.data.scans import list_scans
 from brainray.errors import RejectedImage
-from brainray.images.decode import DecodeLimits
 from brainray.images.intensity import to_display
-from brainray.images.preprocess import OpenedScan, Preprocessing, open_scan
+from brainray.images.preprocess import OpenedScan, Preprocessing
+from brainray.images.slices import open_file, open_slice
 
 CELL_PX = 168
 NUM_COLUMNS = 8
@@ -48,7 +48,7 @@ def open_scans(scans_uri: str) -> list[OpenedScan]:
     for row in list_scans([scans_uri]).to_pylist():
         try:
             content = read_scan(row["uri"], row["row_group"], row["row"])
-            opened.append(open_scan(content, PREPROCESSING, DecodeLimits()))
+            opened.append(open_slice(open_file(content), 0, PREPROCESSING).scan)
         except RejectedImage as rejection:
             print(f"{row['scan_uri']}: {rejection.message}")
     return opened

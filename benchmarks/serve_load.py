@@ -1,17 +1,17 @@
-"""The service under load: against the bare model on the same cores, and against a plain app.
+"""The service under load, compared with the bare model on the same cores and with a plain app.
 
     python benchmarks/serve_load.py --scans-uri FOLDER
 
-Needs `wrk` and `hey` (Debian packages). These sides take turns within one run:
+Needs `wrk` and `hey` (Debian packages). One run measures these servers in turn:
 
-* ``bare``: the engine alone, one scan after another and many at once, decoded and in memory.
-* ``proxy``: `jobs/serve.py`, asked by wrk, which posts real scans as raw bodies.
-* ``haproxy``: `jobs/serve.py --production`, asked likewise.
+* ``bare``: the engine alone, one scan after another and in batches, decoded and in memory.
+* ``proxy``: `jobs/serve.py`. wrk posts scans as raw bodies.
+* ``haproxy``: `jobs/serve.py --production`.
 * ``uvicorn``: the same ASGI application on uvicorn, without Ray.
-* ``plain``: FastAPI, uvicorn, Pillow and eager fp32 PyTorch, as most write it.
+* ``plain``: a minimal app of FastAPI, uvicorn, Pillow and eager fp32 PyTorch.
 
-Then each way to listen is asked four times more than it can answer, at a fixed rate (hey), and
-after that once more as before: status counts, memory over time, and the speed that is left.
+Then hey sends each server four times its throughput at a fixed rate, and wrk measures it again:
+status counts, memory over time, and throughput before and after.
 """
 
 import csv
@@ -37,14 +37,14 @@ import psutil
 import torch
 import tyro
 
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import open_file, open_slice
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.serving.access_log import AccessLog
 from brainray.serving.metrics import Metrics
+from brainray.serving.middleware import AccessLog
 from brainray.serving.options import ServiceLimits
 from brainray.serving.pipeline import Pipeline
 from brainray.serving.predictor import ModelOptions, Predictor
@@ -54,7 +54,7 @@ REPOSITORY = Path(__file__).parents[1]
 START_S = 180.0
 STOP_S = 120.0  # HAProxy mode takes half a minute
 TOKEN = "a-token-for-the-benchmark"  # HAProxy mode needs one
-Way = Literal["proxy", "haproxy", "uvicorn"]
+Server = Literal["proxy", "haproxy", "uvicorn"]
 WRK_SCRIPT = """
 local scans, number, statuses = {}, 0, {}
 for path in io.lines(os.getenv("SCANS")) do
@@ -77,41 +77,43 @@ end
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured, and for how long."""
+    """The servers, and the length of the measurement."""
 
     scans_uri: str
     """Local folder of scans."""
     classifier_uri: str | None = None
-    """A classifier bundle; random weights at 224 px if not given, which are as fast."""
+    """A classifier bundle; by default random weights at 224 px, which are as fast."""
     num_scans: int = 64
-    """Scans that are posted in turn."""
-    ways: tuple[Way, ...] = ("proxy", "haproxy", "uvicorn")
-    """Ways to listen."""
+    """Number of scans that are posted in turn."""
+    servers: tuple[Server, ...] = ("proxy", "haproxy", "uvicorn")
     connections: tuple[int, ...] = (1, 4, 16, 64)
-    """Requests at a time."""
+    """Concurrent requests."""
     duration_s: int = 15
-    """Of each turn at each number of connections."""
+    """Length of each measurement, in seconds."""
     rounds: int = 3
-    """Turns of each side."""
+    """Measurements of each server."""
     with_plain: bool = True
     """Measure the plain app too."""
     overload_s: int = 120
-    """How long too much is asked of each way; 0 leaves it out."""
+    """Length of the overload of each server, in seconds; 0 for none."""
     port: int = 8300
     """Port of the service; the plain app has the next one."""
-    side: Literal["all", "bare", "uvicorn", "plain"] = "all"
-    """`all` measures; the others are what it starts."""
+    role: Literal["all", "bare", "uvicorn", "plain"] = "all"
+    """`all` measures; it starts the others in processes of their own."""
 
 
-# --- sides ---------------------------------------------------------------------------------------
+# --- servers -------------------------------------------------------------------------------------
 
 
 def measure_bare(classifier_uri: str, files: list[Path]) -> None:
-    """Print ms a scan one after another, and scans/s at once."""
+    """Print the time of one scan, and the scans/s of batches."""
     classifier = load_classifier(classifier_uri)
     engine = open_engine(classifier, EngineOptions())
     images = np.stack(
-        [load_image(f.read_bytes(), classifier.preprocessing, DecodeLimits()) for f in files]
+        [
+            open_slice(open_file(f.read_bytes()), 0, classifier.preprocessing).scan.image
+            for f in files
+        ]
     )
     engine.predict(images)
     times = []
@@ -147,7 +149,7 @@ def run_on_uvicorn(classifier_uri: str, port: int) -> None:
 
 
 def run_plain_app(classifier_uri: str, port: int) -> None:
-    """Serve as most write it."""
+    """Serve with a minimal app."""
     import uvicorn
     from fastapi import FastAPI, Request
     from PIL import Image
@@ -182,7 +184,7 @@ def run_plain_app(classifier_uri: str, port: int) -> None:
 
 @contextmanager
 def running(port: int, *command: str) -> Iterator[psutil.Process]:
-    """Run a server until it is ready, and end it afterwards."""
+    """Start a server, wait until it is ready, and stop it at the end."""
     process = subprocess.Popen(
         command,
         cwd=REPOSITORY,
@@ -202,7 +204,7 @@ def running(port: int, *command: str) -> Iterator[psutil.Process]:
 
 
 def is_ready(port: int) -> bool:
-    """Tell whether a server answers."""
+    """Return whether a server answers."""
     with (
         suppress(OSError),
         urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer,
@@ -216,7 +218,7 @@ def is_ready(port: int) -> bool:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all turns share."""
+    """The options and files of all measurements."""
 
     options: Options
     classifier_uri: str
@@ -224,7 +226,7 @@ class Bench:
     folder: Path
 
     def run_wrk(self, port: int, connections: int, seconds: int) -> dict[str, float]:
-        """Ask as fast as so many connections can, and return what wrk found."""
+        """Post scans on some connections as fast as possible; return the results of wrk."""
         script, names = self.folder / "post.lua", self.folder / "scans.txt"
         script.write_text(WRK_SCRIPT)
         names.write_text("".join(f"{file.absolute()}\n" for file in self.files))
@@ -240,22 +242,22 @@ class Bench:
         ).stdout
         return read_json(output)
 
-    def run_self(self, side: str) -> list[str]:
-        """Return the command that runs one side of this file."""
+    def run_self(self, role: str) -> list[str]:
+        """Return the command that runs this file in a role."""
         return [
-            *(sys.executable, __file__, "--side", side, "--scans-uri", self.options.scans_uri),
+            *(sys.executable, __file__, "--role", role, "--scans-uri", self.options.scans_uri),
             *("--classifier-uri", self.classifier_uri, "--port", str(self.options.port)),
             *("--num-scans", str(self.options.num_scans)),
         ]
 
-    def serve(self, way: Way) -> list[str]:
-        """Return the command that starts the service."""
-        if way == "uvicorn":
+    def serve(self, server: Server) -> list[str]:
+        """Return the command that starts a server."""
+        if server == "uvicorn":
             return self.run_self("uvicorn")
         return [
             *(sys.executable, "jobs/serve.py", "--classifier-uri", self.classifier_uri),
             *("--port", str(self.options.port)),
-            *(["--production"] if way == "haproxy" else []),
+            *(["--production"] if server == "haproxy" else []),
         ]
 
 
@@ -266,10 +268,10 @@ def read_json(output: str) -> dict[str, float]:
     return found
 
 
-def compare(bench: Bench) -> dict[Way, float]:
-    """Let the sides take turns; print every figure, and return the best rate of each way."""
+def compare(bench: Bench) -> dict[Server, float]:
+    """Measure the servers in turn; print all results, and return the best rate of each."""
     options = bench.options
-    best: dict[Way, float] = dict.fromkeys(options.ways, 0.0)
+    best: dict[Server, float] = dict.fromkeys(options.servers, 0.0)
     for turn in range(1, options.rounds + 1):
         output = subprocess.run(
             bench.run_self("bare"), check=True, stdout=subprocess.PIPE, text=True
@@ -279,12 +281,13 @@ def compare(bench: Bench) -> dict[Way, float]:
             f"round {turn}  bare     one after another {bare['p50_ms']:6.1f} ms "
             f"{bare['one_per_s']:6.1f} scans/s   many at once {bare['many_per_s']:6.1f} scans/s"
         )
-        for way in options.ways:
-            with running(options.port, *bench.serve(way)):
+        for server in options.servers:
+            with running(options.port, *bench.serve(server)):
                 bench.run_wrk(options.port, 4, 3)
                 for connections in options.connections:
                     found = bench.run_wrk(options.port, connections, options.duration_s)
-                    best[way] = max(best[way], show(turn, way, connections, found, bare))
+                    rate = show(turn, server, connections, found, bare)
+                    best[server] = max(best[server], rate)
         if options.with_plain:
             with running(options.port + 1, *bench.run_self("plain")):
                 bench.run_wrk(options.port + 1, 4, 3)
@@ -295,12 +298,12 @@ def compare(bench: Bench) -> dict[Way, float]:
 
 
 def show(
-    turn: int, side: str, connections: int, found: dict[str, float], bare: dict[str, float]
+    turn: int, server: str, connections: int, found: dict[str, float], bare: dict[str, float]
 ) -> float:
-    """Print one turn beside the bare model of its round, and return its scans/s."""
+    """Print a result and its share of the bare model; return its scans/s."""
     rate = (found["requests"] - found["failed"]) / found["seconds"]
     print(
-        f"round {turn}  {side:<8} {connections:>3} connections  p50 {found['p50_ms']:7.1f}  "
+        f"round {turn}  {server:<8} {connections:>3} connections  p50 {found['p50_ms']:7.1f}  "
         f"p95 {found['p95_ms']:7.1f}  p99 {found['p99_ms']:7.1f} ms  {rate:6.1f} scans/s  "
         f"{rate / bare['many_per_s']:5.1%} of bare  p50 {found['p50_ms'] - bare['p50_ms']:+7.1f} ms"
         f"  failed {found['failed']:.0f}  broken {found['broken']:.0f}",
@@ -309,11 +312,11 @@ def show(
     return rate
 
 
-def overload(bench: Bench, way: Way, rate: float) -> None:
-    """Ask four times too much at a fixed rate; print what came, memory, and the speed after."""
+def overload(bench: Bench, name: Server, rate: float) -> None:
+    """Send four times the throughput at a fixed rate; print statuses, memory, and recovery."""
     options = bench.options
-    workers = 800  # so many that all of them waiting for answers do not slow the asking down
-    with running(options.port, *bench.serve(way)) as server:
+    workers = 800  # enough to keep the rate although many wait for answers
+    with running(options.port, *bench.serve(name)) as server:
         before = bench.run_wrk(options.port, 16, options.duration_s)
         memory: list[tuple[float, float]] = []
         stopped = threading.Event()
@@ -335,8 +338,8 @@ def overload(bench: Bench, way: Way, rate: float) -> None:
         watcher.join()
         after = bench.run_wrk(options.port, 16, options.duration_s)
     rows = list(csv.DictReader(io.StringIO(output)))
-    asked = len(rows) / options.overload_s
-    print(f"overload of {way}: {asked:.0f} requests/s for {options.overload_s} s")
+    rate_sent = len(rows) / options.overload_s
+    print(f"overload of {name}: {rate_sent:.0f} requests/s for {options.overload_s} s")
     counts = Counter(row["status-code"] for row in rows)
     for status, count in sorted(counts.items()):
         times = sorted(float(r["response-time"]) for r in rows if r["status-code"] == status)
@@ -354,7 +357,7 @@ def overload(bench: Bench, way: Way, rate: float) -> None:
 def watch_memory(
     server: psutil.Process, memory: list[tuple[float, float]], stopped: threading.Event
 ) -> None:
-    """Note the memory that the server's processes have for themselves."""
+    """Record the private memory of the server's processes."""
     started = time.monotonic()
     while not stopped.is_set():
         total = 0
@@ -379,23 +382,23 @@ def save_random_classifier(folder: Path) -> str:
 
 
 def main(options: Options) -> None:
-    """Measure, or be one of the sides."""
+    """Measure, or run in another role."""
     found = sorted(Path(options.scans_uri).rglob("*.jpg"))
     files = found[:: max(1, len(found) // options.num_scans)][: options.num_scans]
-    if options.side == "bare":
+    if options.role == "bare":
         measure_bare(str(options.classifier_uri), files)
-    elif options.side == "uvicorn":
+    elif options.role == "uvicorn":
         run_on_uvicorn(str(options.classifier_uri), options.port)
-    elif options.side == "plain":
+    elif options.role == "plain":
         run_plain_app(str(options.classifier_uri), options.port + 1)
     else:
         with tempfile.TemporaryDirectory() as name:
             uri = options.classifier_uri or save_random_classifier(Path(name) / "classifier")
             bench = Bench(options, uri, files, Path(name))
             best = compare(bench)
-            for way, rate in best.items():
+            for server, rate in best.items():
                 if options.overload_s:
-                    overload(bench, way, rate)
+                    overload(bench, server, rate)
 
 
 if __name__ == "__main__":

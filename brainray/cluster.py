@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine, and what it can take."""
+"""Join a Ray cluster or start one on this machine, and check its resources."""
 
 import logging
 import os
@@ -16,39 +16,39 @@ from ray.exceptions import RayTaskError
 
 from brainray.errors import BrainrayError, ConfigError
 from brainray.io.repeat import repeat
-from brainray.raytoken import use_token_file
+from brainray.raytoken import protect_token_file
 
 MIN_CPUS = 2
-"""Logical CPUs that Ray is given at least on this machine: one to train, one to decode."""
+"""Minimum of logical CPUs of a local cluster: one to train, one to decode."""
 
 TASK_CPUS = 0.01
-"""Logical CPUs of a task that reads and decodes. How many run at a time is said beside; asking for
-whole ones, they would wait for ever where training workers or predictors hold part of each node."""
+"""Logical CPUs of a task that reads and decodes; another option limits their number. With whole
+CPUs they would wait for ever while training workers or predictors hold a part of each node."""
 
 JOINING_S = 15.0
-"""Nodes of a cluster that is just being started have this long to join."""
+"""Time for the nodes of a starting cluster to join."""
 
-TELL_S = 30.0
-"""Between two lines on what a job waits for."""
+WAIT_LOG_INTERVAL_S = 30.0
+"""Interval of the lines about a job that waits for nodes."""
 
 NODE_GROUP_LABEL = "ray.io/node-group"
-"""Ray's label of nodes whose kind an autoscaler knows; nodes that people start have none."""
+"""Ray's label of nodes that an autoscaler started."""
 
 Bundle = dict[str, float]
-"""Resources of one process, or of one node, by Ray's names."""
+"""Resources of a process or a node, by Ray's names."""
 
 
 def connect_ray(*, verbose: bool = False, with_dashboard: bool = False) -> None:
-    """Join the cluster that RAY_ADDRESS or `ray job submit` names, else start one here.
+    """Join the cluster of RAY_ADDRESS or `ray job submit`, else start one on this machine.
 
     Parameters
     ----------
     verbose : bool
-        Whether to show Ray's own lines.
+        Whether to show Ray's log.
     with_dashboard : bool
-        Start the dashboard too, on the loopback interface. Ray Tune needs it where trials train
-        with Ray Train: what frees the CPUs of a trial that is ended asks the dashboard whether the
-        trial still runs, and waits for ever without it (Ray 2.60).
+        Start the dashboard too, on the loopback interface. Ray Tune needs it for trials that use
+        Ray Train: to free the CPUs of a trial, Ray 2.60 asks the dashboard whether the trial still
+        runs, and waits for ever without it.
     """
     if ray.is_initialized():
         return
@@ -58,24 +58,24 @@ def connect_ray(*, verbose: bool = False, with_dashboard: bool = False) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = verbose
     context.print_on_execution_start = verbose
-    context.raise_original_map_exception = True  # our own errors, not a UserCodeException
+    context.raise_original_map_exception = True  # not a UserCodeException
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(level)
-    if not verbose:  # a handful of scans on a large cluster is no mistake
+    if not verbose:  # few scans on a large cluster are no mistake
         warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=verbose, logging_level=level)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop`
         return
-    use_token_file()
+    protect_token_file()
     # Disable the preemption watcher on a single node: an idle actor takes 1 % of a core.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(
         address="local",
         num_cpus=max(MIN_CPUS, len(os.sched_getaffinity(0))),
         include_dashboard=with_dashboard,
-        # Where another cluster runs on this machine, what asks the dashboard must be told which.
+        # Clients of the dashboard must find this cluster if there is another one on the machine.
         runtime_env={"worker_process_setup_hook": _name_own_cluster} if with_dashboard else None,
         log_to_driver=verbose,
         logging_level=level,
@@ -87,9 +87,9 @@ def _name_own_cluster() -> None:
 
 
 def find_own_error(error: RayTaskError) -> BrainrayError | None:
-    """Return the error of ours that ended a task of Ray Data, if it was one.
+    """Return the BrainrayError that ended a task of Ray Data, if it was one.
 
-    Ray Data (2.60) writes how often it tried below an error's message; that is left out.
+    Ray Data (2.60) appends the number of attempts to the message; this is removed.
     """
     own = error.cause
     if not isinstance(own, BrainrayError):
@@ -99,7 +99,7 @@ def find_own_error(error: RayTaskError) -> BrainrayError | None:
 
 @contextmanager
 def raise_own_errors() -> Iterator[None]:
-    """Raise an error of ours that ended a task of Ray as itself: one line, no traceback in it."""
+    """Raise a BrainrayError that ended a Ray task instead of the RayTaskError with a traceback."""
     try:
         yield
     except RayTaskError as error:
@@ -107,31 +107,31 @@ def raise_own_errors() -> Iterator[None]:
 
 
 def _interrupt(*_: object) -> None:
-    """End the job as Ctrl-C does; Ray's own handler would end it without a word."""
+    """End the job as Ctrl-C does; Ray's own handler would end it silently."""
     raise KeyboardInterrupt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Need:
-    """What a job cannot do without, and how a person asks for less."""
+    """Resources that a job needs, and how to need less."""
 
     bundle: Bundle
     """Resources of one process."""
     count: int
-    """Processes at one time."""
+    """Concurrent processes."""
     what: str
-    """What they are, for people."""
+    """Name of the processes in messages."""
     remedy: str
-    """What makes the job need less."""
+    """How to make the job need less."""
 
 
 def list_nodes() -> list[Bundle]:
-    """Return the resources of every node that is there now."""
+    """Return the resources of every node that is alive."""
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def count_fitting(bundle: Bundle, nodes: Sequence[Bundle]) -> int:
-    """Return how many processes of one kind the nodes can hold, each on one node."""
+    """Return how many processes with this bundle fit on the nodes."""
     return sum(
         int(
             min((node.get(name, 0.0) + 1e-6) // amount for name, amount in bundle.items() if amount)
@@ -141,22 +141,21 @@ def count_fitting(bundle: Bundle, nodes: Sequence[Bundle]) -> int:
 
 
 def share_cpus(count: int, nodes: Sequence[Bundle], wanted: float = 1.0, **others: float) -> float:
-    """Return the CPUs that each of some processes reserves: all wanted, or a part of one.
+    """Return the CPUs that each of some processes reserves: the wanted number, or a part of one.
 
-    Whatever the nodes and whichever of them are lost, each of the processes leaves
-    :data:`TASK_CPUS` of every CPU to the tasks that read and decode: a
-    run whose processes hold every CPU of every node waits for its own data for ever.
+    The processes leave a part of every CPU to the tasks that read and decode. Otherwise a run
+    whose processes hold all CPUs would wait for its own data for ever.
 
     Parameters
     ----------
     count : int
         Processes.
     nodes : sequence of Bundle
-        The nodes that there are.
+        All nodes.
     wanted : float
-        CPUs for each, if there are enough.
+        CPUs per process, if there are enough.
     others : float
-        What else each of them takes: ``GPU=1.0``.
+        Other resources per process, such as ``GPU=1.0``.
     """
     kept = 1 - 2 * TASK_CPUS
     if others:
@@ -165,11 +164,11 @@ def share_cpus(count: int, nodes: Sequence[Bundle], wanted: float = 1.0, **other
         cpus = round(share * kept - 5e-5, 4)  # Ray counts in 1e-4
         if share <= wanted and count_fitting({"CPU": cpus, **others}, nodes) >= count:
             return cpus
-    return kept * min(1.0, wanted)  # more than there is: an autoscaler may add nodes
+    return kept * min(1.0, wanted)  # does not fit yet; an autoscaler may add nodes
 
 
 def describe_gpu_need(gpus: float = 1.0, count: int = 1) -> Need:
-    """Say what predicting on GPUs cannot do without."""
+    """Return the resources for predicting on GPUs."""
     return Need(
         bundle={"CPU": TASK_CPUS, "GPU": gpus},
         count=count,
@@ -179,26 +178,24 @@ def describe_gpu_need(gpus: float = 1.0, count: int = 1) -> Need:
 
 
 def check_fits(*needs: Need) -> None:
-    """Check that the cluster can hold what a job needs; nodes may be about to join it.
-
-    A cluster with an autoscaler is not judged by what it has now.
+    """Check that a job fits on the cluster, after waiting for nodes to join.
 
     Raises
     ------
     ConfigError
-        It cannot, and nothing will add nodes.
+        It does not fit, and there is no autoscaler.
     """
     deadline = time.monotonic() + (JOINING_S if os.environ.get("RAY_ADDRESS") else 0.0)
     while lacking := find_lacking(needs, list_nodes()):
         if has_autoscaler():
             return
         if time.monotonic() > deadline:
-            raise ConfigError(f"{lacking} Nothing adds nodes to it by itself.")
+            raise ConfigError(f"{lacking} The cluster has no autoscaler.")
         time.sleep(1.0)
 
 
 def find_lacking(needs: Sequence[Need], nodes: Sequence[Bundle]) -> str | None:
-    """Say in a sentence or two what does not fit on the nodes, if anything."""
+    """Describe the first need that does not fit on the nodes, if any."""
     tasks = Need(
         bundle={"CPU": 1.0}, count=1, what="task", remedy="start nodes with more --num-cpus"
     )
@@ -210,26 +207,26 @@ def find_lacking(needs: Sequence[Need], nodes: Sequence[Bundle]) -> str | None:
                 f"{sum(node.get(name, 0.0) for node in nodes):g} {name}" for name in need.bundle
             )
             return (
-                f"Expected room for {need.count} {need.what}{'s' * (need.count > 1)} with {each} "
-                f"each; the cluster has room for {fitting} ({len(nodes)} nodes with {total} in "
-                f"all). Add nodes, {need.remedy}."
+                f"Expected resources for {need.count} {need.what}{'s' * (need.count > 1)} with "
+                f"{each} each; {fitting} fit on the cluster ({len(nodes)} nodes with {total} in "
+                f"total). Add nodes, or {need.remedy}."
             )
     return None
 
 
 def has_autoscaler() -> bool:
-    """Tell whether the cluster may add nodes by itself."""
+    """Return whether the cluster has an autoscaler."""
     return any(NODE_GROUP_LABEL in node["Labels"] for node in ray.nodes() if node["Alive"])
 
 
 @contextmanager
 def report_waiting(needs: Sequence[Need], log: Callable[[str], None]) -> Iterator[None]:
-    """Say from time to time what a job waits for, while the cluster lacks what it needs."""
+    """Log every half minute what a job waits for, while the cluster lacks resources."""
 
     def watch() -> None:
         lacking = find_lacking(needs, list_nodes())
         if lacking:
             log(f"Waiting for nodes. {lacking}")
 
-    with repeat(watch, TELL_S, "waiting"):
+    with repeat(watch, WAIT_LOG_INTERVAL_S, "waiting"):
         yield

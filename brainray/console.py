@@ -1,168 +1,217 @@
-"""What commands print: progress, results in a few lines, errors as one line and an exit status."""
+"""Console output of commands: progress, results in a few lines, and errors with exit statuses."""
 
+import json
 import logging
+import os
+import select
 import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from brainray import runlog, storage
 from brainray.errors import BrainrayError, UserError
-from brainray.inference.files import EXIT_UNREAD, stop_writing
 
 if TYPE_CHECKING:
+    import rich.progress
+
     from brainray.inference.stats import Progress
 
 SETTLING_S = 3.0
-"""Seconds into an epoch before its pace says anything about its end."""
-
-REDRAW_S = 0.5
+"""Seconds before a rate is stable enough to predict the time left."""
+LINE_INTERVAL_S = 30.0
+"""Between two lines of progress where there is no terminal."""
+PIPED_WIDTH = 240
+"""Columns where there is no terminal, so that no line of a table is folded."""
+DISCLAIMER = "Research use only; not a medical device."
 
 EXIT_FAILED, EXIT_USER, EXIT_LEAKS, EXIT_INTERRUPTED = 1, 2, 3, 130
+EXIT_UNREAD = 141
+"""Nobody reads the output: 128 and the number of SIGPIPE, as shells do."""
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class ConsoleReporter:
-    """Prints lines, and one line of progress that is rewritten in place on a terminal."""
+    """Prints lines and results, and progress: a bar on a terminal, a line every half minute else.
 
-    def __init__(self) -> None:
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._epoch_started = (-1, 0.0)
-        self._told_at = time.monotonic()
-        self._shown_at = 0.0
+    Parameters
+    ----------
+    json : bool
+        Print results as JSON on standard output, and everything else on standard error.
+    verbose : bool
+        Whether commands show Ray's log.
+    """
+
+    def __init__(self, *, json: bool = False, verbose: bool = False) -> None:
+        self.verbose = verbose
+        self._prints_json = json
+        self._console = Console(highlight=False, soft_wrap=True, stderr=json)
+        self._bar: rich.progress.Progress | None = None
+        self._epoch, self._epoch_started_s = -1, 0.0
+        self._printed_s = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._remove_bar()
 
     def log(self, line: str) -> None:
         """Print one line."""
-        self._clear()
         self._console.print(line, markup=False)
 
-    def on_step(self, message: dict[str, Any]) -> None:
-        """Show how far an epoch is; without a terminal, a line every half minute."""
-        now = time.monotonic()
-        if self._epoch_started[0] != message["epoch"]:
-            self._epoch_started = (message["epoch"], now)
-        done, total = message["step"], message["num_steps"]
-        elapsed = now - self._epoch_started[1]
-        if elapsed < SETTLING_S:
+    def report(self, document: Any, lines: Iterable[RenderableType]) -> None:  # noqa: ANN401 - JSON
+        """Print a result: the lines, or the document where JSON is asked for."""
+        self._remove_bar()
+        if self._prints_json:
+            print(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False))
             return
-        left = runlog.format_duration(elapsed / done * (total - done))
-        self._show(f"epoch {message['epoch'] + 1:>3}  step {done}/{total}  {left} left in it", now)
+        for line in lines:
+            if isinstance(line, str):
+                self.log(line)
+            else:
+                width = None if self._console.is_terminal else PIPED_WIDTH
+                self._console.print(line, soft_wrap=False, width=width)
+
+    def on_step(self, message: dict[str, Any]) -> None:
+        """Show the progress of an epoch."""
+        now = time.monotonic()
+        if self._epoch != message["epoch"]:
+            self._epoch, self._epoch_started_s = message["epoch"], now
+        done, total = message["step"], message["num_steps"]
+        elapsed = now - self._epoch_started_s
+        if elapsed >= SETTLING_S:
+            left = runlog.format_duration(elapsed / done * (total - done))
+            self._show(f"epoch {message['epoch'] + 1}", done, total, f"{left} left")
 
     def on_progress(self, progress: "Progress") -> None:
-        """Show how far a bulk run is, in the same way."""
-        now = time.monotonic()
-        if now - self._shown_at > REDRAW_S or progress.done == progress.total:
-            self._shown_at = now
-            self._show(describe_progress(progress), now)
+        """Show the progress of a bulk run."""
+        self._show("scans", progress.done, progress.total, describe_rate(progress))
 
-    def _show(self, line: str, now: float) -> None:
+    def _show(self, name: str, done: int, total: int | None, detail: str) -> None:
         if self._console.is_terminal:
-            self._clear()
-            self._console.print(line, end="", markup=False)
-        elif now - self._told_at > 30:
-            self._told_at = now
-            self._console.print(line, markup=False)
+            bar = self._bar = self._bar or build_progress_bar(self._console)
+            (task,) = bar.task_ids
+            bar.update(task, description=name, completed=done, total=total, detail=detail)
+        elif time.monotonic() - self._printed_s > LINE_INTERVAL_S:
+            self._printed_s = time.monotonic()
+            count = "?" if total is None else f"{total:,}"
+            self.log(f"{name} {done:,}/{count}  {detail}")
 
-    def _clear(self) -> None:
-        if self._console.is_terminal:
-            self._console.print("\r\x1b[2K", end="", markup=False)
+    def _remove_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
-def report_scores(reporter: ConsoleReporter, metrics: dict[str, Any], output_uri: str) -> None:
-    """Print the scores, each beside what it must be read beside, and where things are."""
-    for split in ("val", "test", "cv"):
-        if split in metrics:
-            reporter.log(describe_scores(split, metrics[split]))
+def build_progress_bar(console: Console) -> "rich.progress.Progress":
+    """Start a progress bar with one task, which is removed from the terminal when it stops."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=console,
+        transient=True,
+    )
+    bar.add_task("", total=None, detail="")
+    bar.start()
+    return bar
+
+
+def describe_results(metrics: dict[str, Any], output_uri: str) -> list[str]:
+    """List the scores of a training or an evaluation, and where the results are."""
+    lines = [
+        describe_scores(split, metrics[split])
+        for split in ("val", "test", "cv")
+        if split in metrics
+    ]
     if "spread" in metrics:
-        reporter.log(describe_variation(metrics["spread"], len(metrics["folds"])))
+        lines.append(describe_variation(metrics["spread"], len(metrics["folds"])))
     if "training" in metrics:
-        reporter.log(f"classifier  {storage.join(output_uri, 'classifier')}")
-    reporter.log(f"report      {storage.join(output_uri, 'report.html')}")
-    reporter.log("Research use only; not a medical device.")
+        lines.append(f"classifier  {storage.join(output_uri, 'classifier')}")
+    return [*lines, f"report      {storage.join(output_uri, 'report.html')}", DISCLAIMER]
 
 
-def report_tuning(reporter: ConsoleReporter, result: dict[str, Any], output_uri: str) -> None:
-    """Print the configurations of a search, the best first, and where things are."""
+def describe_tuning(result: dict[str, Any], output_uri: str) -> list[str]:
+    """List the configurations of a search, best first."""
+    lines = []
     for one in result["configurations"]:
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in one["parameters"].items())
         folds = " ".join("-" if score is None else f"{score:.4f}" for score in one["scores"])
-        reporter.log(f"{one['score']:.4f} ({folds}), {one['percent_done']:>3} %: {numbers}")
-    reporter.log(f"report      {storage.join(output_uri, 'tune.html')}")
+        lines.append(f"{one['score']:.4f} ({folds}), {one['percent_done']:>3} %: {numbers}")
+    return [*lines, f"report      {storage.join(output_uri, 'tune.html')}"]
 
 
-def report_bulk(reporter: ConsoleReporter, metrics: dict[str, Any], output_uri: str) -> None:
-    """Print what a bulk run did, and where things are."""
+def describe_bulk(metrics: dict[str, Any], output_uri: str) -> list[str]:
+    """List the counts of a bulk run, and where the results are."""
     run = metrics["run"]
+    lines = []
     if "evaluation" in metrics:
-        reporter.log(describe_scores("labelled", metrics["evaluation"]))
-    reporter.log(describe_counts(run))
+        lines.append(describe_scores("labelled", metrics["evaluation"]))
+    lines.append(describe_counts(run))
     for name in ("series", "studies"):
-        if metrics.get(name, {}).get("total"):
-            reporter.log(describe_answers(name, metrics[name]))
-    reporter.log(
-        f"speed       {run['images_per_s']:.1f} images/s with the start; {run['bottleneck']}"
-    )
-    reporter.log(f"predictions {storage.join(output_uri, 'predictions')}")
-    reporter.log(f"report      {storage.join(output_uri, 'report.html')}")
-    reporter.log("Research use only; not a medical device.")
+        counts = metrics.get(name, {})
+        if counts.get("total"):
+            answers = ", ".join(f"{n:,} {answer}" for answer, n in counts["by_answer"].items())
+            lines.append(f"{name:<11} {counts['total']:,}: {answers}")
+    return [
+        *lines,
+        f"speed       {run['images_per_s']:.1f} images/s with the start; {run['bottleneck']}",
+        f"predictions {storage.join(output_uri, 'predictions')}",
+        f"report      {storage.join(output_uri, 'report.html')}",
+        DISCLAIMER,
+    ]
 
 
-def report_audit(reporter: ConsoleReporter, document: dict[str, Any], output_uri: str) -> None:
-    """Print what an audit found, and where things are."""
-    for line in describe_audit(document):
-        reporter.log(line)
-    if "split" in document:
-        worst = max(row["imbalance"] for row in document["split"]["splits"])
-        reporter.log(f"new split   {document['split']['uri']} (class shares within {worst:.1%})")
-    reporter.log(f"report      {storage.join(output_uri, 'audit.html')}")
-    reporter.log("Research use only; not a medical device.")
-
-
-def describe_audit(document: dict[str, Any]) -> list[str]:
-    """Say what an audit found, a line for each kind.
+def describe_audit(document: dict[str, Any], output_uri: str) -> list[str]:
+    """List the findings of an audit, and where the results are.
 
     Parameters
     ----------
     document : dict
         The content of audit.json.
+    output_uri : str
     """
     unreadable = document["num_scans"] - document["num_usable"]
-    groups, near, copies = (
-        document["groups"],
-        document["near_duplicates"],
-        document["exact_duplicates"],
-    )
+    groups, near = document["groups"], document["near_duplicates"]
+    exact = document["exact_duplicates"]
     lines = [f"scans       {document['num_scans']:,}, of which {unreadable:,} cannot be read"]
     for split, leak in document["leaks"].items():
         baseline = leak["baseline_1nn"][0]["accuracy"]
         lines.append(
-            f"{split:<11} {leak['share_near_duplicate']:.1%} of {leak['n']:,} have a near duplicate in "
-            f"training ({leak['num_near_duplicate']:,}; {leak['num_exact_duplicate']:,} pixel for pixel); "
-            f"the nearest thumbnail scores {baseline:.1%}"
+            f"{split:<11} {leak['share_near_duplicate']:.1%} of {leak['n']:,} have a near "
+            f"duplicate in training ({leak['num_near_duplicate']:,}; "
+            f"{leak['num_exact_duplicate']:,} exact); nearest-thumbnail accuracy {baseline:.1%}"
         )
     lines.append(
-        f"copies      {copies['num_repeated']:,} sets of identical pixels "
-        f"({copies['num_images_in_repeated']:,} scans); {groups['num_groups']:,} groups of "
-        f"look-alikes, the largest {groups['largest']:,}"
+        f"duplicates  {exact['num_repeated']:,} sets of identical pixels "
+        f"({exact['num_images_in_repeated']:,} scans); {groups['num_groups']:,} groups of similar "
+        f"scans, the largest {groups['largest']:,}"
     )
     lines.append(
-        f"conflicts   {copies['num_mixed']:,} sets of copies, {near['num_mixed']:,} of near duplicates "
-        f"and {groups['num_mixed']:,} groups mix classes"
+        f"conflicts   {exact['num_mixed']:,} sets of exact duplicates, {near['num_mixed']:,} of "
+        f"near duplicates and {groups['num_mixed']:,} groups have scans of several classes"
     )
     if document["shortcuts"]:
         strongest = max(document["shortcuts"][:-1], key=lambda row: row["balanced_accuracy"])
         lines.append(
-            f"shortcut    {strongest['trait']} alone: balanced accuracy "
+            f"shortcut    {strongest['property']} alone: balanced accuracy "
             f"{strongest['balanced_accuracy']:.1%} (chance {strongest['chance']:.1%})"
         )
-    return lines
+    if "split" in document:
+        worst = max(row["imbalance"] for row in document["split"]["splits"])
+        lines.append(f"new split   {document['split']['uri']} (class shares within {worst:.1%})")
+    return [*lines, f"report      {storage.join(output_uri, 'audit.html')}", DISCLAIMER]
 
 
 def describe_comparison(document: dict[str, Any]) -> list[str]:
-    """Say how two classifiers compare, as the lines of a table.
+    """Describe a comparison of two classifiers as the lines of a table.
 
     Parameters
     ----------
@@ -194,8 +243,8 @@ def describe_comparison(document: dict[str, Any]) -> list[str]:
         "",
         f"only A is right on {test['only_a']:,} images, only B on {test['only_b']:,}: "
         f"McNemar mid-p {test['p_mid']:.3g}, exact {test['p_exact']:.3g}",
-        f"p: paired bootstrap over groups; for AUROC DeLong, which knows no groups. {corrected}.",
-        "Research use only; not a medical device.",
+        f"p: paired bootstrap over groups; for AUROC DeLong, which ignores groups. {corrected}.",
+        DISCLAIMER,
     ]
 
 
@@ -213,7 +262,7 @@ def _describe_difference(name: str, row: dict[str, Any]) -> str:
 
 
 def describe_calibration(document: dict[str, Any]) -> list[str]:
-    """Say what fitting the rule of slice evidence brought, as the lines of a table.
+    """Describe a fit of the rule of slice evidence as the lines of a table.
 
     Parameters
     ----------
@@ -233,7 +282,7 @@ def describe_calibration(document: dict[str, Any]) -> list[str]:
             title = f"{name} ({row['num_series']:,}), {score}"
             lines.append(_describe_change(title, score, row, later))
     lines.append(_describe_change("indeterminate", "indeterminate", before, after))
-    lines.append(_describe_change("right less wrong, mean", "score", before, after))
+    lines.append(_describe_change("right minus wrong, mean", "score", before, after))
     options = " ".join(
         f"--rule.{name.replace('_', '-')} {value:g}" for name, value in document["rule"].items()
     )
@@ -241,9 +290,8 @@ def describe_calibration(document: dict[str, Any]) -> list[str]:
         *lines,
         "",
         f"rule        {options}",
-        "Fitted to all labelled series. It says nothing of scanners and hospitals that are not "
-        "among them.",
-        "Research use only; not a medical device.",
+        "Fitted to all labelled series. It may not hold for other scanners and hospitals.",
+        DISCLAIMER,
     ]
 
 
@@ -257,66 +305,46 @@ def _describe_change(title: str, name: str, before: dict[str, Any], after: dict[
 
 
 def describe_counts(run: dict[str, Any]) -> str:
-    """Say in one line what became of a bulk run's scans."""
+    """Describe in one line the outcomes of a bulk run's new scans."""
     counts = run["new_counts"]
     line = f"scans       {run['num_new']:,} new: {counts['by_status']['classified']:,} classified"
     if counts["by_status"]["rejected"]:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts["by_reason"].items())
         line += f", {counts['by_status']['rejected']:,} rejected ({reasons})"
     if run["num_known"]:
-        line += f"; {run['num_known']:,} looked at again and unchanged"
+        line += f"; {run['num_known']:,} unchanged"
     return line
 
 
-def describe_answers(name: str, counts: dict[str, Any]) -> str:
-    """Say in one line what the series, or the studies, of a bulk run's output say."""
-    answers = ", ".join(f"{n:,} {answer}" for answer, n in counts["by_answer"].items())
-    return f"{name:<11} {counts['total']:,}: {answers}"
-
-
-def describe_progress(progress: "Progress") -> str:
-    """Say in one line how far a bulk run is."""
-    total = "?" if progress.total is None else f"{progress.total:,}"
-    line = f"{progress.done:,}/{total} scans"
-    rate = progress.rate
-    if rate and progress.warm_s > SETTLING_S:
-        line += f"  {rate:.1f} images/s"
+def describe_rate(progress: "Progress") -> str:
+    """Describe a bulk run's rate, time left and rejected scans."""
+    parts = []
+    if progress.rate and progress.warm_s > SETTLING_S:
+        parts.append(f"{progress.rate:.1f} images/s")
         if progress.left_s is not None:
-            line += f"  {runlog.format_duration(progress.left_s)} left"
-    rejected = progress.num_rejected
-    return line + (f"  {rejected:,} rejected" if rejected else "")
+            parts.append(f"{runlog.format_duration(progress.left_s)} left")
+    if progress.num_rejected:
+        parts.append(f"{progress.num_rejected:,} rejected")
+    return "  ".join(parts)
 
 
 def describe_scores(split: str, scores: dict[str, Any]) -> str:
-    """Say a split's scores in one line.
-
-    Parameters
-    ----------
-    split : str
-        Name shown in front.
-    scores : dict
-        A split's part of metrics.json.
-    """
+    """Describe a split's scores, of metrics.json, in one line."""
     parts = [f"accuracy {_percent(scores)}", f"macro F1 {scores['macro_f1']:.3f}"]
     if scores["macro_auroc"] is not None:
         parts.append(f"AUROC {scores['macro_auroc']:.4f}")
     line = f"{split:<5} {scores['n']:>6,} images  " + "  ".join(parts)
     if "without_near_duplicates" in scores:
-        without_near_duplicates, nearest = scores["without_near_duplicates"], scores["baseline_1nn"]
-        apart = _percent(without_near_duplicates) if without_near_duplicates["n"] else "none"
-        line += f"  | without near duplicates ({without_near_duplicates['n']:,}) {apart}"
+        rest, nearest = scores["without_near_duplicates"], scores["baseline_1nn"]
+        line += (
+            f"  | without near duplicates ({rest['n']:,}) {_percent(rest) if rest['n'] else '-'}"
+        )
         line += f"  | nearest thumbnail {nearest['accuracy']:.1%}"
     return line
 
 
 def describe_variation(spread: dict[str, dict[str, float]], num_folds: int) -> str:
-    """Say in one line how the folds of a cross-validation differ.
-
-    Parameters
-    ----------
-    spread : dict
-        ``spread`` of metrics.json.
-    """
+    """Describe the range of the scores over folds, ``spread`` of metrics.json, in one line."""
     names = {"accuracy": "accuracy", "macro_f1": "macro F1", "macro_auroc": "AUROC"}
     parts = [
         f"{names[name]} {row['min']:.3f} to {row['max']:.3f} (mean {row['mean']:.3f}, "
@@ -333,13 +361,14 @@ def _percent(scores: dict[str, Any]) -> str:
 
 
 def exit_on_error(
-    run: Callable[[], Answer],
-    interrupted: str = "interrupted: the same command goes on where this one was.",
-) -> Answer:
-    """Call a function; turn its errors into one line and an exit status."""
+    run: Callable[[], Result], interrupted: str = "interrupted; the same command resumes."
+) -> Result:
+    """Call a function; on an error of ours print one line and exit with its status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        return run()
+        result = run()
+        sys.stdout.flush()
+        return result
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         status = EXIT_USER
@@ -350,8 +379,22 @@ def exit_on_error(
         print(interrupted, file=sys.stderr)
         status = EXIT_INTERRUPTED
     except BrokenPipeError:
-        if not stop_writing():  # it was another pipe
-            raise
+        if not _discard_unread_output():
+            raise  # the broken pipe is not standard output
         status = EXIT_UNREAD
     sys.stdout.flush()
     sys.exit(status)
+
+
+def _discard_unread_output() -> bool:
+    """Discard further output if nobody reads it, as after `head`; return whether that is so."""
+    try:
+        stdout = sys.stdout.fileno()
+    except (AttributeError, ValueError, OSError):  # closed, or not a file
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)  # a pipe without a reader reports an error whatever is polled
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True

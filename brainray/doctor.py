@@ -1,4 +1,4 @@
-"""What this machine can do, and what is missing."""
+"""Examine this machine: what it supports, and what is missing."""
 
 import os
 import shutil
@@ -15,18 +15,18 @@ from brainray.model.precision import has_native_bf16
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """One property of the machine."""
 
     name: str
     holds: bool
     detail: str
-    """What was found, and what to do when it does not hold."""
+    """What was found, and a remedy if it does not hold."""
     needed: bool = False
-    """Whether nothing works without it."""
+    """Whether all commands need it."""
 
 
 def examine() -> list[Finding]:
-    """Look at this machine; nothing is started and nobody is contacted."""
+    """Examine this machine, without starting anything and without network access."""
     return [
         _examine_python(),
         _examine_ray(),
@@ -63,7 +63,7 @@ def _examine_cpus() -> Finding:
 
 def _examine_gpus() -> Finding:
     if not torch.cuda.is_available():
-        return Finding("GPU", False, "none seen by torch; train with --recipe cpu")
+        return Finding("GPU", False, "torch finds none; train with --recipe cpu")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Finding("GPU", True, ", ".join(names) + "; train with --recipe gpu --use-gpu")
 
@@ -100,5 +100,5 @@ def _examine_disk() -> Finding:
 
 def _examine_bytecode() -> Finding:
     set_here = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
-    detail = "unset PYTHONDONTWRITEBYTECODE: it slows every Ray worker's start"
+    detail = "unset PYTHONDONTWRITEBYTECODE, which slows the start of every Ray worker"
     return Finding("Bytecode cache", not set_here, detail if set_here else "on")

@@ -1,59 +1,64 @@
-"""Every error brainray raises on purpose, as one tree.
+"""The errors of brainray.
 
 ::
 
     BrainrayError
-    ├── UserError(ValueError)     what a user can mend; a job prints one line and exits 2
-    │   ├── ConfigError           a recipe field, a flag, a run directory that does not match
+    ├── UserError(ValueError)     the user can fix it; a command exits with status 2
+    │   ├── ConfigError           options, or an output that does not match them
     │   ├── DataError             folders, tables, labels
-    │   ├── StorageError          a place that cannot be read or written
-    │   ├── WeightsError          pretrained weights that are not available or do not fit
-    │   ├── ClassifierError       a damaged or foreign classifier folder
-    │   └── RejectedImage         one scan's bytes; carries a stable reason code
-    ├── TrainingError             what a user cannot fix; exit 1
-    ├── ClassificationError       likewise, of a bulk run
-    ├── DicomResultsError         likewise, of a result that becomes no DICOM object
-    ├── LockLostError             another run has taken the output over
-    └── ServingError              likewise, of the service
+    │   ├── StorageError          a URI that cannot be read or written
+    │   │   └── DicomWebError     a PACS that does not answer, or refuses
+    │   ├── WeightsError          pretrained weights that are missing or do not fit
+    │   ├── ClassifierError       a damaged or foreign classifier bundle
+    │   └── RejectedImage         one scan, with a stable reason code
+    ├── TrainingError             the user cannot fix it; a command exits with status 1
+    ├── ClassificationError       the same, of a bulk run
+    ├── DicomResultsError         the same, of DICOM objects
+    ├── LockLostError             another run has taken over the output
+    └── ServingError              the same, of the service
 
-A message says what was expected, what was found, where, and the remedy.
+A message gives what was expected, what was found, where, and a remedy.
 """
 
 
 class BrainrayError(Exception):
-    """Base of every error that brainray raises on purpose."""
+    """Base of all errors of brainray."""
 
 
 class UserError(BrainrayError, ValueError):
-    """Something the user can fix: one line, exit status 2."""
+    """An error that the user can fix: one line, exit status 2."""
 
 
 class ConfigError(UserError):
-    """A recipe field, a flag, or a run directory that does not match the command."""
+    """A wrong option, or an output that does not match the options."""
 
 
 class DataError(UserError):
-    """A folder, a table, or the labels in it."""
+    """A wrong folder, table or label."""
 
 
 class StorageError(UserError):
-    """A place that cannot be read or written."""
+    """A URI that cannot be read or written."""
+
+
+class DicomWebError(StorageError):
+    """A PACS that does not answer, or refuses; the message holds no identifier of a patient."""
 
 
 class WeightsError(UserError):
-    """Pretrained weights that are not available, or do not fit the network."""
+    """Pretrained weights that are missing or do not fit the network."""
 
 
 class ClassifierError(UserError):
-    """A classifier folder that is damaged, foreign, or from another schema version."""
+    """A classifier bundle that is damaged, foreign, or of another schema version."""
 
 
 class TrainingError(BrainrayError):
-    """Training failed for a reason that the user cannot fix from the command line."""
+    """Training failed, and no option can fix it."""
 
 
 class ClassificationError(BrainrayError):
-    """A bulk run failed for a reason that the user cannot fix from the command line."""
+    """A bulk run failed, and no option can fix it."""
 
 
 class DicomResultsError(BrainrayError):
@@ -61,22 +66,22 @@ class DicomResultsError(BrainrayError):
 
 
 class LockLostError(BrainrayError):
-    """Another run has taken the output over, or may have: what this one writes would meet it."""
+    """Another run has, or may have, taken over the output."""
 
 
 class ServingError(BrainrayError):
-    """The service failed for a reason that the user cannot fix from the command line."""
+    """The service failed, and no option can fix it."""
 
 
-class RejectedImage(UserError):  # noqa: N818 - a rejection is an answer, not a fault
-    """One scan whose bytes cannot be turned into pixels.
+class RejectedImage(UserError):  # noqa: N818 - a rejection is a result
+    """A scan that cannot be decoded.
 
     Parameters
     ----------
     reason : str
         Stable code, one of :data:`brainray.images.decode.REJECTION_REASONS`.
     message : str
-        The same in words.
+        The reason in a sentence.
     """
 
     def __init__(self, reason: str, message: str) -> None:

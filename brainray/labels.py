@@ -1,4 +1,4 @@
-"""The classes of the brain-tumour data set, and how a class list is checked."""
+"""The classes of the brain-tumour data set, and a check of class lists."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ BRAIN_TUMOUR_CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
-    """Return the class order as a tuple, or say what is wrong with it.
+    """Check class names in class order, and return them as a tuple.
 
     Parameters
     ----------
@@ -19,16 +19,18 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     Raises
     ------
     ConfigError
-        Fewer than two classes, an empty name, a name given twice, or one that could not
-        be a folder or a column name.
+        Fewer than two classes, or a name that is empty, repeated, or cannot be the name of a
+        folder or a column.
     """
     names = tuple(classes)
     if len(names) < 2:
         raise ConfigError(f"Expected at least two classes, got {list(names)}. Pass --classes A B …")
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
-        raise ConfigError(f"Class names must differ; given more than once: {', '.join(doubled)}.")
+        raise ConfigError(f"Class names must differ. Repeated: {', '.join(doubled)}.")
     bad = [name for name in names if not name.strip() or "/" in name or name.startswith(".")]
     if bad:
-        raise ConfigError(f"Not usable as class names (empty, hidden, or with a slash): {bad}.")
+        raise ConfigError(
+            f"Invalid class names (empty, hidden, or with a slash): {bad}. Rename the folders."
+        )
     return names

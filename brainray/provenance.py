@@ -1,4 +1,4 @@
-"""Where a result came from: versions of the code and of the libraries below it."""
+"""Provenance of a result: versions of the code and of libraries."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ LIBRARIES = (
 
 
 def collect_versions() -> dict[str, str]:
-    """Return the versions of Python, brainray and the libraries that shape a result."""
+    """Return the versions of Python, brainray and the libraries that affect results."""
     versions = {"python": platform.python_version()}
     for name in ("brainray", *LIBRARIES):
         try:
@@ -30,13 +30,13 @@ def collect_versions() -> dict[str, str]:
 
 
 def describe_versions() -> str:
-    """Say in one line what a report's numbers were computed with."""
+    """Describe in one line the versions behind a report."""
     versions = collect_versions()
     return f"brainray {versions['brainray']}, Ray {versions['ray']}, torch {versions['torch']}"
 
 
 def describe_cpu() -> str:
-    """Say which processor this is, and how many of its CPUs this process may use."""
+    """Describe the processor, and the number of CPUs of this process."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -47,7 +47,7 @@ def describe_cpu() -> str:
 
 
 def read_code_revision() -> str:
-    """Return the git revision the code runs from, marked when files differ; else "unknown"."""
+    """Return the git revision of the code, with "-dirty" if files differ; else "unknown"."""
     folder = Path(__file__).parent
     try:
         result = subprocess.run(

@@ -1,4 +1,4 @@
-"""The token of the Ray clusters that this user starts: who reads it runs code as this user."""
+"""The token of this user's Ray clusters: anyone who reads it can run code as this user."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ TOKEN_PATH = (".ray", "auth_token")
 """Where Ray 2.60 keeps the token, below the home."""
 
 
-def use_token_file() -> None:
-    """Make the token before Ray does, and take it from all other users of this machine.
+def protect_token_file() -> None:
+    """Create the token file if there is none, and make it readable by this user only.
 
-    Ray 2.60 makes one when it is started without, readable by all under the usual umask. A token
-    that the environment gives (``RAY_AUTH_TOKEN``, ``RAY_AUTH_TOKEN_PATH``) is left alone, as is a
-    home that cannot be written: Ray then says so itself. Drop this when Ray sets the mode.
+    Ray 2.60 would create it readable by all users under the usual umask. A token from the
+    environment (``RAY_AUTH_TOKEN``, ``RAY_AUTH_TOKEN_PATH``) is not changed. If the home directory
+    cannot be written, Ray reports it. Remove this function when Ray sets the mode.
     """
     if os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         return

@@ -130,9 +130,7 @@ class TrainOptions:
     scaling: Annotated[ScalingOptions, tyro.conf.arg(name="")] = ScalingOptions()
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
     mlflow_uri: str | None = None
-    """Also log the run to this MLflow tracking server (needs `pip install brainray[mlflow]`)."""
-    verbose: bool = False
-    """Show Ray's own log lines."""
+    """Log the run to this MLflow tracking server too (needs `pip install brainray[mlflow]`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,5 +146,3 @@ class TuneCommand:
     search: Annotated[TuneOptions, tyro.conf.arg(name="")] = TuneOptions()
     scaling: Annotated[ScalingOptions, tyro.conf.arg(name="")] = ScalingOptions()
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
-    verbose: bool = False
-    """Show Ray's own log lines."""

@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl and TensorBoard events, and a line for people."""
+"""The log of a run: metrics.jsonl, TensorBoard events, and lines of text."""
 
 import json
 import tempfile
@@ -10,7 +10,7 @@ from brainray import storage
 
 Record = dict[str, Any]
 Log = Callable[[str], None]
-"""Takes one line for the person who runs a job, without a line break."""
+"""Receives one line of text, without a line break."""
 
 
 def encode_records(records: Sequence[Record]) -> bytes:
@@ -19,7 +19,7 @@ def encode_records(records: Sequence[Record]) -> bytes:
 
 
 def read_records(uri: str) -> list[Record]:
-    """Read metrics.jsonl; an absent file is an empty list."""
+    """Read metrics.jsonl; a missing file gives an empty list."""
     try:
         content = storage.read_bytes(uri)
     except FileNotFoundError:
@@ -28,12 +28,12 @@ def read_records(uri: str) -> list[Record]:
 
 
 def write_records(uri: str, records: Sequence[Record]) -> None:
-    """Write metrics.jsonl whole: a reader, and an object store, never see half a line."""
+    """Replace metrics.jsonl, so that no reader sees half a line."""
     storage.write_bytes(uri, encode_records(records))
 
 
 def format_duration(seconds: float) -> str:
-    """Say a duration in the two largest units that matter: `2 h 05 min`, `3 min 20 s`, `12 s`."""
+    """Format a duration as `2 h 05 min`, `3 min 20 s` or `12 s`."""
     whole = max(0, round(seconds))
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
@@ -43,7 +43,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_epoch(record: Record) -> str:
-    """Say an epoch in one line."""
+    """Describe an epoch in one line."""
     best = " *" if record.get("is_best") else ""
     left = format_duration(record["time_left_s"])
     return (
@@ -56,10 +56,9 @@ def format_epoch(record: Record) -> str:
 
 
 def write_tensorboard(tensorboard_uri: str, records: Sequence[Record]) -> None:
-    """Write every epoch so far as one event file, under one name.
+    """Write all epochs as one event file with a fixed name.
 
-    So a resumed run leaves no second copy, and an object store, which cannot append, is as good
-    as a disk: the file grows by what is new, which is how TensorBoard follows it.
+    So a resumed run does not duplicate epochs, and object stores, which cannot append, work too.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -77,7 +76,7 @@ def write_tensorboard(tensorboard_uri: str, records: Sequence[Record]) -> None:
 
 
 def scalars_of(record: Record) -> dict[str, float]:
-    """Return what of an epoch is drawn as a curve."""
+    """Return the values of an epoch to plot."""
     return {
         name: value
         for name, value in record.items()

@@ -1,10 +1,9 @@
-"""Places: the one room that knows whether a URI is a local folder, s3:// or gs://.
+"""Read, write and list files by URI: local paths, s3:// and gs://.
 
-Everything speaks :mod:`pyarrow.fs`, as Ray does; conditional writes, which pyarrow 26 does not
-have, are in :mod:`brainray.io.conditional`. Files are written whole or not at all: a
-local file is written beside its final name and renamed, and an object store shows an
-object only when its upload is complete. Folders are made on a disk only: an object store has
-none, and an empty object in the place of each would cost a request and a right.
+All access is through :mod:`pyarrow.fs`, which Ray and Parquet need. :mod:`brainray.io.conditional`
+has the conditional writes that pyarrow 26 lacks. A file appears complete or not at all: a local
+file is written under a temporary name and renamed, and an object store shows an object after its
+upload. Folders are created on disks only.
 """
 
 import io
@@ -28,19 +27,21 @@ from pyarrow import fs
 from brainray.errors import StorageError
 
 REMOTE_SCHEMES = ("s3", "gs", "gcs")
+DICOMWEB_SCHEMES = ("dicomweb+https", "dicomweb+http")
+"""Of scans in a PACS, which :mod:`brainray.io.dicomweb` reads; nothing here does."""
 
 URI_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"
-"""What RFC 3986 allows in a URI beside letters, digits and ``-._``."""
+"""Characters that RFC 3986 allows in a URI besides letters, digits and ``-._``."""
 
 S3_OPTIONS = ("region", "endpoint_override", "scheme", "tls_ca_file_path")
-"""What the query of an s3:// place may give, each in the place of a variable of AWS."""
+"""Options in the query of an s3:// URI; they override AWS's environment variables."""
 
 MAX_ATTEMPTS = 5
-"""Attempts at one request of S3; the pauses between them double, to 15 s in all at most."""
+"""Attempts at one S3 request; the pauses between them double, up to 15 s in total."""
 TIMEOUT_S = 5.0
-"""Silence of S3, on connecting or within a request, after which an attempt has failed."""
+"""An attempt fails if S3 does not respond for so long."""
 GCS_RETRY_S = 30
-"""Seconds for which one request of Google Cloud Storage is tried again; it would be 900."""
+"""Time limit for the attempts at one request of Google Cloud Storage; pyarrow's is 900 s."""
 
 _S3_ERROR = re.compile(
     r"AWS Error (?P<name>\w+)(?: \(HTTP status (?P<status>\d+)\))? during \w+ operation: "
@@ -50,43 +51,33 @@ _S3_ERROR = re.compile(
 _NO_BUCKET = (
     "there is no such bucket. Check its name, and AWS_ENDPOINT_URL where one is set, or create it."
 )
-OTHER_REGION = "the bucket lies in another region. Set AWS_REGION, or add ?region=… to the place."
+OTHER_REGION = "the bucket is in another region. Set AWS_REGION, or add ?region=… to the URI."
 DENIED = (
-    "access is denied. Give credentials that may do this: AWS_ACCESS_KEY_ID and "
+    "access is denied. Give credentials with this permission: AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role of the machine."
 )
 _WRONG_KEY = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile."
 _EXPIRED = "the credentials have expired. Renew them, AWS_SESSION_TOKEN too."
-DENIED = (
-    "access is denied. Give credentials that may do this: AWS_ACCESS_KEY_ID and "
-    "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role of the machine."
-)
-_WRONG_KEY = "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile."
-_EXPIRED = "the credentials have expired. Renew them, AWS_SESSION_TOKEN too."
-_NO_CONDITIONS = (
-    "the service does not support conditional writes (If-None-Match and If-Match), without which "
-    "two runs cannot be kept apart. Update it, or give a place on another one."
-)
 FAILING = f"the service still fails after {MAX_ATTEMPTS} attempts ({{}}). Try again later."
 S3_REMEDIES = {
     "NO_SUCH_BUCKET": _NO_BUCKET,
     "ACCESS_DENIED": DENIED,
-    "INVALID_ACCESS_KEY_ID": f"the access key is not known there. {_WRONG_KEY}",
-    "SIGNATURE_DOES_NOT_MATCH": f"the secret key does not fit the access key. {_WRONG_KEY}",
+    "INVALID_ACCESS_KEY_ID": f"the service does not know the access key. {_WRONG_KEY}",
+    "SIGNATURE_DOES_NOT_MATCH": f"the secret key does not match the access key. {_WRONG_KEY}",
     "ExpiredToken": _EXPIRED,
     "PermanentRedirect": OTHER_REGION,
     "AuthorizationHeaderMalformed": OTHER_REGION,
     "301": OTHER_REGION,
-    "400": "the request is refused. Check AWS_REGION, and whether the credentials have expired.",
+    "400": "the service refused the request. Check AWS_REGION, and the age of the credentials.",
     "NETWORK_CONNECTION": (
-        f"the service cannot be reached in {MAX_ATTEMPTS} attempts ({{}}). Check the network, and "
+        f"the service did not respond in {MAX_ATTEMPTS} attempts ({{}}). Check the network, and "
         "AWS_ENDPOINT_URL where one is set."
     ),
     "SLOW_DOWN": FAILING,
     "INTERNAL_FAILURE": FAILING,
     "SERVICE_UNAVAILABLE": FAILING,
 }
-"""What to do about an error, by its name or else its HTTP status; {} is what the SDK says."""
+"""Remedies by the error's name, or else its HTTP status; {} is the message of the SDK."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +85,17 @@ class FoundFile:
     """One file of a listing."""
 
     uri: str
-    """Absolute place of the file, in the form :func:`read_bytes` takes."""
+    """Absolute URI, for :func:`read_bytes`."""
     relative_path: str
     """Path below the listed folder, with forward slashes."""
     size_bytes: int
-    """-1 where there is no regular file behind the name."""
+    """-1 if the name is not a regular file."""
     modified_ns: int = 0
-    """When it was last written, in nanoseconds since 1970; 0 where that is not known."""
+    """Time of the last change, in nanoseconds since 1970; 0 if unknown."""
 
 
 def _local_path(uri: str) -> Path | None:
-    """Return the path of a local place, whatever bytes its name is made of; None for others."""
+    """Return the path of a local URI, which may have bytes that are not UTF-8; None for others."""
     if "://" not in uri:
         return Path(uri).expanduser().absolute()
     if uri.startswith("file://"):
@@ -113,7 +104,7 @@ def _local_path(uri: str) -> Path | None:
 
 
 def _name_local(path: str) -> str:
-    """Return the URI of a local path: itself, or percent-encoded where it is not UTF-8."""
+    """Return the URI of a local path: the path, or percent-encoded if it is not UTF-8."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -121,8 +112,13 @@ def _name_local(path: str) -> str:
     return path
 
 
+def is_dicomweb(uri: str) -> bool:
+    """Tell whether a URI names scans in a PACS."""
+    return uri.startswith(tuple(f"{scheme}://" for scheme in DICOMWEB_SCHEMES))
+
+
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    """Return the file system of a place and the path within it.
+    """Return the file system of a URI and the path within it.
 
     Parameters
     ----------
@@ -132,7 +128,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     Raises
     ------
     StorageError
-        A scheme that brainray does not read, or credentials that cannot be set up.
+        The scheme is not supported, or the credentials are not usable.
     """
     scheme = urlsplit(uri).scheme if "://" in uri else ""
     if scheme == "":
@@ -155,18 +151,18 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def _read_endpoint() -> str:
-    """Read where S3 is, as AWS's own tools do; pyarrow 26 does so in ``from_uri`` only."""
+    """Read the endpoint as AWS's tools do; pyarrow 26 does so only in ``from_uri``."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 @lru_cache(maxsize=64)
 def _open_s3(authority: str, query: str, endpoint: str) -> "S3FileSystem":
-    """Open a bucket once in each process: every file system has connections of its own."""
+    """Open a bucket once per process, since each file system has its own connections."""
     return S3FileSystem(authority, query, endpoint)
 
 
 class S3FileSystem(fs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no types
-    """A bucket; pickled with what opens it again, as pyarrow 26 forgets the retries."""
+    """A bucket. It is pickled as its arguments, since pyarrow 26 loses the retries."""
 
     def __init__(self, authority: str, query: str, endpoint: str) -> None:
         credentials, _, self.bucket = authority.rpartition("@")
@@ -189,7 +185,7 @@ class S3FileSystem(fs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no typ
             connect_timeout=TIMEOUT_S,
             request_timeout=TIMEOUT_S,
             retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
-            allow_delayed_open=True,  # what is small takes one request, not three
+            allow_delayed_open=True,  # one request for a small file, not three
         )
         self.opened_with = authority, query, endpoint
         self._has_bucket = False
@@ -198,25 +194,25 @@ class S3FileSystem(fs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no typ
         return _open_s3, self.opened_with
 
     def check_bucket(self) -> None:
-        """Tell a missing bucket from a missing object, which S3 does not; asks once.
+        """Check, once, that the bucket exists: S3 reports a missing bucket as a missing object.
 
         Raises
         ------
         OSError
-            There is no such bucket.
+            The bucket does not exist.
         """
         if self._has_bucket:
             return
         try:
             self._has_bucket = self.get_file_info(self.bucket).type != fs.FileType.NotFound
-        except OSError:  # whoever may read a place need not be allowed to ask about its bucket
+        except OSError:  # reading an object needs no permission to query the bucket
             self._has_bucket = True
         if not self._has_bucket:
             raise OSError(_NO_BUCKET)
 
 
 def _find_region(bucket: str) -> dict[str, str]:
-    """Ask AWS for the region of a bucket; where it does not say, the SDK has a default."""
+    """Ask AWS for the region of a bucket; without an answer the SDK has a default."""
     try:
         return {"region": fs.resolve_s3_region(bucket)}
     except OSError as error:
@@ -233,26 +229,26 @@ def _open_gcs(authority: str, query: str) -> fs.FileSystem:
 
 
 def make_absolute(uri: str) -> str:
-    """Return a URI that means the same from any working directory, without ``..`` in it."""
+    """Return a URI that does not depend on the working directory, without ``..``."""
     if "://" in uri:
         return uri.rstrip("/")
     path = Path(uri).expanduser().absolute()
-    if ".." in path.parts:  # what is above a link depends on where the link leads
+    if ".." in path.parts:  # the parent of a link is the parent of its target
         end = len(path.parts) - path.parts[::-1].index("..")
         path = Path(*path.parts[:end]).resolve().joinpath(*path.parts[end:])
     return str(path)
 
 
 def join(uri: str, *parts: str) -> str:
-    """Return the place below another one; a URI keeps its query at its end."""
+    """Return a URI below another one; a query stays at the end."""
     if "://" in uri:
-        place, mark, query = uri.partition("?")
-        return "/".join([place.rstrip("/"), *map(quote, parts)]) + mark + query
+        base, mark, query = uri.partition("?")
+        return "/".join([base.rstrip("/"), *map(quote, parts)]) + mark + query
     return "/".join([uri.rstrip("/") or "/", *parts]).replace("//", "/", int(uri == "/"))
 
 
 def get_name(uri: str) -> str:
-    """Return the last name of a place: no folder above it, no credentials, no query."""
+    """Return the last name of a URI, without folders, credentials and query."""
     if "://" not in uri:
         return make_absolute(uri).rpartition("/")[2]
     parts = urlsplit(uri)
@@ -260,15 +256,15 @@ def get_name(uri: str) -> str:
 
 
 def explain(action: str, uri: str, error: Exception) -> StorageError:
-    """Return what is raised where something cannot be done with a URI."""
+    """Return the error to raise if an action on a URI fails."""
     return StorageError(f"Cannot {action} '{uri}': {describe_error(error)}")
 
 
 def describe_error(error: Exception) -> str:
-    """Say what went wrong at a place, and, for what S3 answers, what to do about it."""
+    """Describe an error; for errors of S3, with a remedy."""
     found = _S3_ERROR.search(str(error))
     if found is None:
-        return str(error).partition(" error_info={")[0]  # what Google's library appends
+        return str(error).partition(" error_info={")[0]  # appended by Google's library
     status = found["status"] or ""
     for name in (found["unparsed"], found["name"], status):
         if name in S3_REMEDIES:
@@ -278,8 +274,8 @@ def describe_error(error: Exception) -> str:
     return str(error)
 
 
-def _look(filesystem: fs.FileSystem, path: str) -> fs.FileInfo:
-    """Look at what a path names; that a bucket is missing is an error."""
+def _get_info(filesystem: fs.FileSystem, path: str) -> fs.FileInfo:
+    """Return the kind of a path; a missing bucket is an error."""
     info = filesystem.get_file_info(path)
     if info.type == fs.FileType.NotFound:
         _check_bucket(filesystem)
@@ -292,35 +288,35 @@ def _check_bucket(filesystem: fs.FileSystem) -> None:
 
 
 def exists(uri: str) -> bool:
-    """Tell whether a file or a folder is there."""
+    """Return whether a file or a folder exists."""
     filesystem, path = resolve(uri)
     try:
-        return bool(_look(filesystem, path).type != fs.FileType.NotFound)
+        return bool(_get_info(filesystem, path).type != fs.FileType.NotFound)
     except OSError as error:
-        raise explain("look at", uri, error) from error
+        raise explain("access", uri, error) from error
 
 
 def is_folder(uri: str) -> bool:
-    """Tell whether a folder is there."""
+    """Return whether a folder exists."""
     local = _local_path(uri)
     if local is not None:
         return local.is_dir()
     filesystem, path = resolve(uri)
     try:
-        return bool(_look(filesystem, path).type == fs.FileType.Directory)
+        return bool(_get_info(filesystem, path).type == fs.FileType.Directory)
     except OSError as error:
-        raise explain("look at", uri, error) from error
+        raise explain("access", uri, error) from error
 
 
 def list_files(uri: str) -> list[FoundFile]:
     """List the files below a folder, recursively, sorted by path.
 
-    Hidden files are listed too; callers decide what to pass over.
+    Hidden files are included.
 
     Raises
     ------
     StorageError
-        The folder is missing, is a file, or may not be read.
+        The folder is missing, is a file, or is not readable.
     """
     filesystem, root = resolve(uri)
     base = make_absolute(uri)
@@ -341,17 +337,17 @@ def list_files(uri: str) -> list[FoundFile]:
 
 
 def list_folder(uri: str, root: str) -> tuple[list[FoundFile], list[str]]:
-    """List what lies directly in a folder, sorted by name.
+    """List the direct content of a folder, sorted by name.
 
-    Hidden files, and what is not a regular file, are listed too; callers decide. A link to a
-    folder is followed, unless its target lies below the listed root or above the link.
+    Hidden files and special files are included. A link to a folder is followed, unless its target
+    is below the root or above the link.
 
     Parameters
     ----------
     uri : str
         The folder.
     root : str
-        The folder that the listing began with, which relative paths count from.
+        The folder that relative paths start from.
 
     Returns
     -------
@@ -396,45 +392,45 @@ def _list_local(folder: str, root: str) -> tuple[list[FoundFile], list[str]]:
             target = os.path.realpath(entry.path) + os.sep
             above = os.path.realpath(folder) + os.sep
             if target.startswith(real_root) or above.startswith(target):
-                continue  # it is listed by its own name, or leads round in a circle
+                continue  # listed under its own name, or a cycle
         folders.append(_name_local(entry.path))
     return files, folders
 
 
 def _measure(entry: "os.DirEntry[str] | Path") -> tuple[int, int]:
-    """Return a file's size and time, as FoundFile has them."""
+    """Return the ``size_bytes`` and ``modified_ns`` of a FoundFile."""
     try:
         found = entry.stat()
-    except OSError:  # a broken link, or it vanished
+    except OSError:  # a broken link, or it was deleted
         return -1, 0
     return (found.st_size if stat.S_ISREG(found.st_mode) else -1), found.st_mtime_ns
 
 
 def find_file(uri: str) -> FoundFile | None:
-    """Look at one file; None if there is none.
+    """Return one file; None if it does not exist.
 
     Raises
     ------
     StorageError
-        The place cannot be looked at.
+        The URI cannot be accessed.
     """
     local = _local_path(uri)
-    place = make_absolute(uri)
-    name = place.rpartition("/")[2]
+    absolute = make_absolute(uri)
+    name = absolute.rpartition("/")[2]
     try:
         if local is not None:
             if not os.path.lexists(local) or local.is_dir():
                 return None
-            return FoundFile(place, name, *_measure(local))
+            return FoundFile(absolute, name, *_measure(local))
         filesystem, path = resolve(uri)
-        info = _look(filesystem, path)
+        info = _get_info(filesystem, path)
     except StorageError:
         raise
     except (OSError, ValueError) as error:
-        raise explain("look at", uri, error) from error
+        raise explain("access", uri, error) from error
     if info.type != fs.FileType.File:
         return None
-    return FoundFile(place, name, int(info.size or 0), int(info.mtime_ns or 0))
+    return FoundFile(absolute, name, int(info.size or 0), int(info.mtime_ns or 0))
 
 
 def list_folders(uri: str) -> list[str]:
@@ -443,7 +439,7 @@ def list_folders(uri: str) -> list[str]:
     Raises
     ------
     StorageError
-        The folder is missing, is a file, or may not be read.
+        The folder is missing, is a file, or is not readable.
     """
     filesystem, root = resolve(uri)
     try:
@@ -456,19 +452,19 @@ def list_folders(uri: str) -> list[str]:
 
 
 def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
-    """Read one file whole.
+    """Read one file.
 
     Parameters
     ----------
     max_bytes : int, optional
-        Read no more than one byte beyond this, which tells that there is more.
+        Read at most one byte more than this.
 
     Raises
     ------
     FileNotFoundError
-        Nothing is there: callers that hold one scan of many turn this into an answer.
+        The file does not exist.
     StorageError
-        It is there and cannot be read.
+        The file cannot be read.
     """
     limit = -1 if max_bytes is None else max_bytes + 1
     path = _local_path(uri)
@@ -477,7 +473,7 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
             return _read_local(path, limit)
         filesystem, remote = resolve(uri)
         try:
-            # pyarrow 26 asks for the size first, whatever a listing has said: HEAD, then GET.
+            # pyarrow 26 sends two requests: HEAD for the size, then GET.
             with filesystem.open_input_file(remote) as stream:
                 return bytes(stream.read() if limit < 0 else stream.read(limit))
         except FileNotFoundError:
@@ -490,7 +486,7 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
 
 
 def _read_local(path: Path, limit: int) -> bytes:
-    # A pipe or a device could block for ever; opening one without blocking cannot.
+    # Without O_NONBLOCK, opening a pipe or a device could block for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb", buffering=0) as stream:  # noqa: PTH123 - of a descriptor
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -507,12 +503,12 @@ def _read_up_to(stream: "io.FileIO", limit: int) -> bytes:
 
 
 def write_bytes(uri: str, content: bytes) -> None:
-    """Write one file, whole or not at all, creating the folders above it.
+    """Write one file, completely or not at all, and create its folder.
 
     Raises
     ------
     StorageError
-        The place cannot be written.
+        The file cannot be written.
     """
     filesystem, path = resolve(uri)
     try:
@@ -533,9 +529,9 @@ def _write_local(path: Path, content: bytes) -> None:
 
 @contextmanager
 def write_partial(path: Path, content: bytes, mode: int = 0o666) -> Iterator[Path]:
-    """Write a file under another name beside its own; what is left of it is deleted.
+    """Write a temporary file beside the final path; yield it, and delete it if it is left.
 
-    ``mode`` has the permissions of the file, from which the process's umask is taken.
+    ``mode`` gives its permissions, reduced by the process's umask.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -555,7 +551,7 @@ def delete_file(uri: str) -> None:
     Raises
     ------
     StorageError
-        It cannot be deleted.
+        Deleting fails.
     """
     filesystem, path = resolve(uri)
     try:
@@ -565,12 +561,12 @@ def delete_file(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Delete a folder and everything in it; nothing happens where there is none.
+    """Delete a folder with its content, if it exists.
 
     Raises
     ------
     StorageError
-        It cannot be deleted.
+        Deleting fails.
     """
     filesystem, path = resolve(uri)
     try:
@@ -587,7 +583,7 @@ def read_json(uri: str) -> Any:  # noqa: ANN401 - JSON is any of several types
     Raises
     ------
     FileNotFoundError
-        Nothing is there.
+        The file does not exist.
     StorageError
         It cannot be read, or is not JSON.
     """
@@ -600,13 +596,13 @@ def read_json(uri: str) -> Any:  # noqa: ANN401 - JSON is any of several types
 
 
 def write_json(uri: str, document: Any) -> None:  # noqa: ANN401 - JSON is any of several types
-    """Write a JSON document, indented; NaN is refused."""
+    """Write a JSON document, indented; NaN raises ValueError."""
     text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
     write_bytes(uri, (text + "\n").encode())
 
 
 def write_table(uri: str, table: pa.Table) -> None:
-    """Write one Parquet file (zstd), whole or not at all."""
+    """Write one Parquet file (zstd), completely or not at all."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     write_bytes(uri, sink.getvalue().to_pybytes())
@@ -618,24 +614,24 @@ def read_table(uri: str) -> pa.Table:
     Raises
     ------
     FileNotFoundError
-        Nothing is there.
+        The file does not exist.
     StorageError
         It cannot be read, or is not Parquet.
     """
     content = read_bytes(uri)
     try:
         return pq.read_table(pa.BufferReader(content))
-    except (OSError, pa.ArrowInvalid) as error:  # OSError: its ends are whole, its inside is not
+    except (OSError, pa.ArrowInvalid) as error:  # OSError: the footer is intact, the pages are not
         raise StorageError(f"'{uri}' is not a Parquet file: {error}") from error
 
 
 def check_writable(uri: str) -> None:
-    """Find out, before hours of work, that a folder cannot be written.
+    """Check that a folder can be created and written.
 
     Raises
     ------
     StorageError
-        The folder cannot be created or written.
+        It cannot.
     """
     probe = join(uri, f".probe-{uuid.uuid4().hex}")
     write_bytes(probe, b"brainray")

@@ -1,11 +1,11 @@
-"""`python jobs/audit.py …`, also as `ray job submit -- python jobs/audit.py …`."""
+"""`brainray audit`, for `ray job submit -- python jobs/audit.py …`."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the code that was submitted, first
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the submitted code, not an installed one
 
-from brainray.cli import run_audit
+from brainray.cli import main
 
 if __name__ == "__main__":
-    run_audit(sys.argv[1:])
+    main(["audit", *sys.argv[1:]])

@@ -1,11 +1,11 @@
-"""`python jobs/classify.py …`, also as `ray job submit -- python jobs/classify.py …`."""
+"""`brainray classify`, for `ray job submit -- python jobs/classify.py …`."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the code that was submitted, first
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the submitted code, not an installed one
 
-from brainray.cli import run_classify
+from brainray.cli import main
 
 if __name__ == "__main__":
-    run_classify(sys.argv[1:])
+    main(["classify", *sys.argv[1:]])

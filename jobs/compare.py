@@ -1,11 +1,11 @@
-"""`python jobs/compare.py A B …`, also as `ray job submit -- python jobs/compare.py A B …`."""
+"""`brainray compare`, for `ray job submit -- python jobs/compare.py …`."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the code that was submitted, first
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the submitted code, not an installed one
 
-from brainray.cli import run_compare
+from brainray.cli import main
 
 if __name__ == "__main__":
-    run_compare(sys.argv[1:])
+    main(["compare", *sys.argv[1:]])

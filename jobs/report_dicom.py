@@ -1,11 +1,11 @@
-"""`python jobs/report_dicom.py …`, also as `ray job submit -- python jobs/report_dicom.py …`."""
+"""`brainray dicom-results`, for `ray job submit -- python jobs/report_dicom.py …`."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the code that was submitted, first
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the submitted code, not an installed one
 
-from brainray.cli import run_dicom_results
+from brainray.cli import main
 
 if __name__ == "__main__":
-    run_dicom_results(sys.argv[1:])
+    main(["dicom-results", *sys.argv[1:]])

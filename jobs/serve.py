@@ -1,11 +1,11 @@
-"""`python jobs/serve.py …`: the service on this machine; on a cluster, `serve deploy`."""
+"""`brainray serve` on this machine; on a cluster use `serve deploy`."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the code beside this file, first
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the submitted code, not an installed one
 
-from brainray.cli import run_serve
+from brainray.cli import main
 
 if __name__ == "__main__":
-    run_serve(sys.argv[1:])
+    main(["serve", *sys.argv[1:]])

@@ -1,11 +1,11 @@
-"""`python jobs/train.py …`, also as `ray job submit -- python jobs/train.py …`."""
+"""`brainray train`, for `ray job submit -- python jobs/train.py …`."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the code that was submitted, first
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the submitted code, not an installed one
 
-from brainray.cli import run_train
+from brainray.cli import main
 
 if __name__ == "__main__":
-    run_train(sys.argv[1:])
+    main(["train", *sys.argv[1:]])

@@ -1,11 +1,11 @@
-"""`python jobs/tune.py …`, also as `ray job submit -- python jobs/tune.py …`."""
+"""`brainray tune`, for `ray job submit -- python jobs/tune.py …`."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the code that was submitted, first
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the submitted code, not an installed one
 
-from brainray.cli import run_tune
+from brainray.cli import main
 
 if __name__ == "__main__":
-    run_tune(sys.argv[1:])
+    main(["tune", *sys.argv[1:]])

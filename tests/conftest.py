@@ -33,6 +33,7 @@ MARK_OF_PLACE = {
     "test_files::test_no_ray_is_loaded": "heavy",
     "test_object_store": "heavy",
     "test_object_store_jobs": "ray",
+    "test_dicom_results": "heavy",
     "test_engine": "heavy",
     "test_haproxy": "service",
     "test_serve_faults": "service",

@@ -50,8 +50,10 @@ class FakeEngine(Engine):
 def prepare_fake_engine(classifier_uri: str, options: EngineOptions) -> Callable[[], Engine]:
     """Take the place of :func:`brainray.inference.engine.prepare_engine`."""
     del options
-    card = read_classifier_metadata(classifier_uri)
-    return partial(FakeEngine, tuple(card["classes"]), Preprocessing(**card["preprocessing"]))
+    metadata = read_classifier_metadata(classifier_uri)
+    return partial(
+        FakeEngine, tuple(metadata["classes"]), Preprocessing(**metadata["preprocessing"])
+    )
 
 
 def main() -> None:
@@ -60,7 +62,7 @@ def main() -> None:
     from brainray.inference import bulk
 
     bulk.prepare_engine = prepare_fake_engine
-    cli.run_classify(sys.argv[1:])
+    cli.main(["classify", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""The service's own application, served in a thread before a model whose answers a test fixes.
+"""The service's own application in a thread, with a predictor whose results a test fixes.
 
-What comes over HTTP is what the service sends: only what the network would say to a scan is made
-up, and found by what the scan looks like to it.
+Only the network is replaced: a result is looked up by the hash of the network's input.
 """
 
 import asyncio
@@ -21,16 +20,17 @@ from numpy.typing import NDArray
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from brainray.images.preprocess import Preprocessing
-from brainray.images.slices import OpenedSlice, open_slices
+from brainray.images.slices import OpenedSlice
 from brainray.inference.engine import Prediction
 from brainray.model.explain import STRIDE_PX
 from brainray.serving.options import ServiceLimits
 from tests.conftest import CLASSES
+from tests.open_scans import open_slices
 from tests.service import build_test_app
 
 PREPROCESSING = Preprocessing(size_px=64)
 CLASSIFIER_ID = "3f9a61c07b2e"
-CARD: dict[str, Any] = {
+METADATA: dict[str, Any] = {
     "classifier_id": CLASSIFIER_ID,
     "classes": list(CLASSES),
     "preprocessing": {"size_px": PREPROCESSING.size_px},
@@ -50,29 +50,29 @@ CARD: dict[str, Any] = {
             "test": {"accuracy": 0.9634123, "accuracy_ci95": [0.9521, 0.974], "given": True},
             "confusion": [[140, 2], [1, 144]],
         },
-        "limits": ["Only slices were judged.", "One hospital."],
+        "limits": ["Only slices were evaluated.", "One hospital."],
         "guidelines": [{"name": "CLAIM", "items": [{"item": "1", "answer": "title"}]}],
     },
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """What the network says to a scan."""
+class FixedResult:
+    """The result of the network for a scan."""
 
     probs: tuple[float, ...]
     """In the order of the classes."""
     reason: str | None = None
-    """Why it gives no class all the same."""
+    """Why no class is given."""
     error: Exception | None = None
-    """What befalls the first call with it."""
+    """Raised by the first call with the scan."""
 
 
 class FixedPredictor:
-    """Stands where the classifier is; knows no scan but those it was taught."""
+    """Replaces the predictor; has results only for the scans that a test has set."""
 
     def __init__(self) -> None:
-        self.card = dict(CARD)
+        self.metadata = dict(METADATA)
         self.runtime = {
             "backend": "openvino",
             "precision": "fp32",
@@ -81,26 +81,26 @@ class FixedPredictor:
         self.preprocessing = PREPROCESSING
         self.delay_s = 0.0
         self.num_calls = 0
-        self._said: dict[str, Said] = {}
+        self._results: dict[str, FixedResult] = {}
         self._failed: set[str] = set()
 
-    def teach(self, scan: Path, *said: Said) -> None:
-        """Fix what is said to every scan that looks like this one, or like its slices."""
+    def set_results(self, scan: Path, *results: FixedResult) -> None:
+        """Set the results for a file's slices."""
         slices = [
             one
             for one in open_slices(scan.read_bytes(), PREPROCESSING)
             if isinstance(one, OpenedSlice)
         ]
-        for one, words in zip(slices, said, strict=True):
-            seen = hash_image(one.scan.image)
-            assert self._said.setdefault(seen, words) == words, "two scans look the same"
+        for one, result in zip(slices, results, strict=True):
+            digest = hash_image(one.scan.image)
+            assert self._results.setdefault(digest, result) == result, "two scans look the same"
 
     def predict(self, images: NDArray[np.uint8]) -> Prediction:
         self.num_calls += 1
         time.sleep(self.delay_s)
         found = [self._look_up(hash_image(image)) for image in images]
-        probs = np.array([said.probs for said in found], np.float32)
-        return Prediction(probs, [said.reason for said in found])
+        probs = np.array([result.probs for result in found], np.float32)
+        return Prediction(probs, [result.reason for result in found])
 
     def explain(self, images: NDArray[np.uint8]) -> Prediction:
         found = self.predict(images)
@@ -110,12 +110,12 @@ class FixedPredictor:
     def check(self) -> None:
         """Pass the self-test."""
 
-    def _look_up(self, seen: str) -> Said:
-        said = self._said[seen]
-        if said.error is not None and seen not in self._failed:
-            self._failed.add(seen)
-            raise said.error
-        return said
+    def _look_up(self, digest: str) -> FixedResult:
+        result = self._results[digest]
+        if result.error is not None and digest not in self._failed:
+            self._failed.add(digest)
+            raise result.error
+        return result
 
 
 def hash_image(image: NDArray[np.uint8]) -> str:
@@ -123,7 +123,7 @@ def hash_image(image: NDArray[np.uint8]) -> str:
 
 
 def draw_spot() -> NDArray[np.float32]:
-    """Draw evidence in one place, right of the middle."""
+    """Draw a class map with one spot, right of the middle."""
     side = PREPROCESSING.size_px // STRIDE_PX
     rows, columns = (np.mgrid[:side, :side] + 0.5) / side
     return np.exp(-((np.hypot(rows - 0.42, columns - 0.6) / 0.3) ** 2)).astype(np.float32)
@@ -131,26 +131,23 @@ def draw_spot() -> NDArray[np.float32]:
 
 @dataclass
 class FixedService:
-    """The application, its model, and who asked it for what."""
+    """The application, its model, and a record of the requests to `/v1/explain`."""
 
     model: FixedPredictor = field(default_factory=FixedPredictor)
     limits: ServiceLimits = field(default_factory=lambda: ServiceLimits(body_bytes=2**20))
     url: str = ""
     renders: list[str] = field(default_factory=list)
-    """The pictures that scans were asked for with, one a request."""
-    asked_at: list[float] = field(default_factory=list)
-    """When."""
-    hold_first_s: float = 0.0
-    """Time for which the first of these requests is kept from the application."""
-    most_at_once: int = 0
-    """Most of these requests that were under way together."""
-    _at_once: int = 0
+    """Their parameter `render`."""
+    requested_at: list[float] = field(default_factory=list)
+    delay_first_s: float = 0.0
+    max_concurrent: int = 0
+    _num_concurrent: int = 0
 
     def __post_init__(self) -> None:
         self.require(None)
 
     def require(self, token: str | None) -> None:
-        """Begin anew with a token, or with none, as a service that was started again."""
+        """Restart the application with a token, or without."""
         # Batches of one, so that each scan fails alone.
         self._app: ASGIApp = build_test_app(self.model, self.limits, token, max_batch_size=1)
 
@@ -159,25 +156,22 @@ class FixedService:
         if scope.get("path") != "/v1/explain":
             await self._app(scope, receive, send)
             return
-        self._at_once += 1
-        self.most_at_once = max(self.most_at_once, self._at_once)
+        self._num_concurrent += 1
+        self.max_concurrent = max(self.max_concurrent, self._num_concurrent)
         try:
-            self.asked_at.append(time.monotonic())
+            self.requested_at.append(time.monotonic())
             (render,) = parse_qs(scope["query_string"].decode())["render"]
             self.renders.append(render)
             if len(self.renders) == 1:
-                await asyncio.sleep(self.hold_first_s)
+                await asyncio.sleep(self.delay_first_s)
             await self._app(scope, receive, send)
         finally:
-            self._at_once -= 1
+            self._num_concurrent -= 1
 
 
 @contextmanager
 def serve_fixed(service: FixedService, app: ASGIApp | None = None) -> Iterator[FixedService]:
-    """Serve on a free port, in a thread, for the time of a `with`.
-
-    ``app`` may be put before the service.
-    """
+    """Serve on a free port in a thread; ``app`` may wrap the service."""
     config = uvicorn.Config(app or service, port=0, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

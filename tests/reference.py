@@ -4,10 +4,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from brainray.images.normalise import normalise_images
 from brainray.model.calibration import Outputs
 from brainray.model.classifier import Classifier
-from brainray.model.network import pool_stages, split_head
+from brainray.model.network import normalise_images, pool_stages, split_head
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""A service to test: in this process without Ray, or as the command starts it."""
+"""A service for tests: in this process without Ray, or started by its command."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from starlette.types import ASGIApp
 
 from brainray.inference.engine import EngineOptions, Prediction
-from brainray.serving.access_log import AccessLog
 from brainray.serving.metrics import Metrics
+from brainray.serving.middleware import AccessLog
 from brainray.serving.options import ServiceLimits
 from brainray.serving.pipeline import Pipeline
 from brainray.serving.predictor import ModelOptions, Predictor
@@ -32,11 +32,11 @@ START_S = 120.0
 
 
 class LocalPredictor:
-    """A predictor in this process that records its calls, and may be slow or broken."""
+    """Records the calls of a predictor, and can delay them or make them fail."""
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
-        self.card, self.runtime = dict(predictor.card), predictor.runtime
+        self.metadata, self.runtime = dict(predictor.metadata), predictor.runtime
         self.preprocessing = predictor.preprocessing
         self.calls: list[int] = []
         self.delay_s = 0.0
@@ -133,7 +133,7 @@ def spawn(*words: object, environment: dict[str, str] | None = None) -> subproce
 
 
 def start_service(classifier: Path, folder: Path, *words: object) -> Service:
-    """Start a service, and return when it is ready."""
+    """Start a service; return when it is ready."""
     port, log_path = find_port(), folder / "log.jsonl"
     process = spawn(
         *("--classifier-uri", classifier, "--port", port, "--log-path", log_path),
@@ -147,7 +147,7 @@ def start_service(classifier: Path, folder: Path, *words: object) -> Service:
         time.sleep(0.2)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("Research use only"):  # the last line of its start
+        if line.startswith("Research use only"):  # the last line at its start
             break
     return service
 

@@ -10,7 +10,8 @@ from brainray.inference.engine import Prediction
 from brainray.inference.schema import SCAN_SCHEMA, build_rows, build_schema, stack_lists
 from brainray.model.calibration import LOW_CONFIDENCE, UNLIKE_TRAINING
 from brainray.model.reasons import REASONS
-from brainray.serving.answers import ProcessedFile, build_answer, build_slice
+from brainray.serving.answers import ProcessedFile, build_answer, build_rejection, build_slice
+from brainray.serving.schemas import AnswerBody
 
 CLASSES = ("x", "y")
 PROBS = np.array([[0.25, 0.75], [0.6, 0.4], [0.9, 0.1]], np.float32)
@@ -80,9 +81,10 @@ def test_the_service_says_of_a_scan_what_the_table_says(row: int) -> None:
     expected = build(PREDICTION).to_pylist()[row]
     number = [0, None, 1, 2][row]
     reason = expected["reason"]
-    found = build_slice((2, 3), CLASSES, PROBS[number], reason)
-    file = ProcessedFile("a", expected["content_sha256"], slices=[(SliceInfo(), found)])
-    answer = build_answer(file)
+    info = SliceInfo()
+    found = build_slice(info, (2, 3), CLASSES, PROBS[number], reason)
+    file = ProcessedFile("a", expected["content_sha256"], info, [found])
+    answer = build_answer(AnswerBody, file)
     same = ("status", "reason", "predicted_class", "width_px", "height_px", "content_sha256")
     for name in same:
         assert getattr(answer, name) == expected[name], name
@@ -95,8 +97,9 @@ def test_the_service_says_of_a_scan_what_the_table_says(row: int) -> None:
 
 
 def test_a_rejection_says_why() -> None:
-    rejection = RejectedImage("truncated", "It ends too soon.")
-    answer = build_answer(ProcessedFile("a", "b" * 64, rejection))
+    info = SliceInfo()
+    rejected = build_rejection(info, RejectedImage("truncated", "It ends too soon."))
+    answer = build_answer(AnswerBody, ProcessedFile("a", "b" * 64, info, [rejected]))
     assert (answer.status, answer.reason, answer.detail) == (
         *("rejected", "truncated", "It ends too soon."),
     )

@@ -1,4 +1,4 @@
-"""The audit finds what was planted, and its split parts no group."""
+"""The audit finds planted duplicates and conflicts; its split keeps groups whole."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 @pytest.fixture(scope="module")
 def planted(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copy the phantoms, and plant a copy across splits, a label conflict and a broken file."""
+    """Copy the phantoms; add a duplicate across splits, a label conflict and a broken file."""
     root = tmp_path_factory.mktemp("planted") / "data"
     shutil.copytree(phantom_folder, root)
     first, second = sorted((root / "Training" / "glioma").iterdir())[:2]
@@ -33,7 +33,7 @@ def planted(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def clean_leak(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """Return the near duplicates across splits that the phantoms have by themselves."""
+    """Return the number of near duplicates across splits among the phantoms."""
     job = AuditJob(data_uri=str(phantom_folder), output_uri=str(tmp_path_factory.mktemp("clean")))
     document = audit(job)
     assert document["leaks"]["test"]["num_exact_duplicate"] == 0
@@ -42,7 +42,9 @@ def clean_leak(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return int(document["leaks"]["test"]["num_near_duplicate"])
 
 
-def test_what_was_planted_is_found(planted: Path, clean_leak: int, tmp_path: Path) -> None:
+def test_planted_duplicates_and_conflicts_are_found(
+    planted: Path, clean_leak: int, tmp_path: Path
+) -> None:
     document = audit(AuditJob(data_uri=str(planted), output_uri=str(tmp_path)))
     leak = document["leaks"]["test"]
     assert leak["num_exact_duplicate"] == 1
@@ -70,9 +72,7 @@ def test_what_was_planted_is_found(planted: Path, clean_leak: int, tmp_path: Pat
     assert json.loads((tmp_path / "audit.json").read_text())["leaks"] == document["leaks"]
 
 
-def test_the_new_split_is_read_by_training_and_parts_no_group(
-    planted: Path, tmp_path: Path
-) -> None:
+def test_the_new_split_is_readable_and_keeps_groups_whole(planted: Path, tmp_path: Path) -> None:
     job = AuditJob(data_uri=str(planted), output_uri=str(tmp_path), make_split="grouped", folds=3)
     document = audit(job)
     table = pq.read_table(tmp_path / "split.parquet")
@@ -95,7 +95,7 @@ def test_the_new_split_is_read_by_training_and_parts_no_group(
     assert again["leaks"]["test"]["num_same_group"] == 0
 
 
-def test_a_shortcut_is_named(phantom_folder: Path, tmp_path: Path) -> None:
+def test_a_shortcut_is_found(phantom_folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     for label, name in enumerate(CLASSES):
         (root / name).mkdir(parents=True)
@@ -104,25 +104,25 @@ def test_a_shortcut_is_named(phantom_folder: Path, tmp_path: Path) -> None:
             with Image.open(scan) as image:
                 image.convert("L").resize((side, side)).save(root / name / f"{scan.stem}.png")
     document = audit(AuditJob(data_uri=str(root), output_uri=str(tmp_path / "out")))
-    found = {row["trait"]: row for row in document["shortcuts"]}
+    found = {row["property"]: row for row in document["shortcuts"]}
     assert found["size in pixels"]["balanced_accuracy"] > 0.95
     assert found["size in pixels"]["is_above_chance"]
     assert found["aspect ratio"]["is_constant"]
     assert found["aspect ratio"]["balanced_accuracy"] == 0.25
 
 
-def test_the_door_exits_3_when_too_much_leaks(
+def test_the_command_exits_with_3_above_max_leak(
     planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--data-uri", str(planted), "--output-uri", str(tmp_path), "--max-leak", "1%"]
     with pytest.raises(SystemExit) as stopped:
-        cli.run_audit(words)
+        cli.main(["audit", *words])
     assert stopped.value.code == 3
     assert "more than --max-leak 1%" in capsys.readouterr().err
     assert (tmp_path / "audit.html").exists()
 
 
-def test_a_leak_cannot_be_promised_without_splits(phantom_folder: Path, tmp_path: Path) -> None:
+def test_max_leak_without_splits_is_an_error(phantom_folder: Path, tmp_path: Path) -> None:
     job = AuditJob(
         data_uri=str(phantom_folder / "Training"), output_uri=str(tmp_path), max_leak="5%"
     )
@@ -133,17 +133,17 @@ def test_a_leak_cannot_be_promised_without_splits(phantom_folder: Path, tmp_path
 @pytest.mark.parametrize(
     ("text", "share"), [(None, None), ("5%", 0.05), ("0.05", 0.05), ("0", 0.0)]
 )
-def test_shares_are_read(text: str | None, share: float | None) -> None:
+def test_shares_are_parsed(text: str | None, share: float | None) -> None:
     assert parse_max_leak(text) == share
 
 
 @pytest.mark.parametrize("text", ["five", "120%", "-1", "nan"])
-def test_what_is_no_share_is_refused(text: str) -> None:
+def test_other_text_than_a_share_is_an_error(text: str) -> None:
     with pytest.raises(ConfigError, match="share"):
         AuditJob(data_uri="x", output_uri="y", max_leak=text)
 
 
-def test_every_pair_search_says_so(planted: Path, tmp_path: Path) -> None:
+def test_small_data_sets_are_searched_pair_by_pair(planted: Path, tmp_path: Path) -> None:
     document = audit(AuditJob(data_uri=str(planted), output_uri=str(tmp_path)))
     assert document["groups"]["search"] == "every pair"
     sizes = document["groups"]["sizes"]

@@ -100,7 +100,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     return folder, fit(folder, *make_data([0.37] * 12, [0.18] * 12))
 
 
-def test_the_threshold_nearest_to_the_usual_one_that_tells_the_classes_apart_is_found(
+def test_the_nearest_threshold_that_separates_the_classes_is_found(
     fitted: tuple[Path, dict[str, Any]],
 ) -> None:
     folder, document = fitted
@@ -121,7 +121,7 @@ def test_the_threshold_nearest_to_the_usual_one_that_tells_the_classes_apart_is_
     assert summarise_series(make_series("x", "y", 0.37), CLASSES, rule)["answer"] == "glioma"
 
 
-def test_scores_are_of_patients_that_the_rule_was_not_fitted_to(tmp_path: Path) -> None:
+def test_scores_are_out_of_fold_by_patients(tmp_path: Path) -> None:
     series, labels = make_data([0.47] * 12, [0.1] * 12)
     for number in range(3):  # one patient whose tumours are faint: without them 0.45 is enough
         name = f"faint-{number}"
@@ -136,7 +136,7 @@ def test_scores_are_of_patients_that_the_rule_was_not_fitted_to(tmp_path: Path) 
     assert low < 12 / 15 < high <= 1
 
 
-def test_a_rule_that_is_silent_is_better_than_one_that_is_wrong(tmp_path: Path) -> None:
+def test_no_answer_is_better_than_a_wrong_one(tmp_path: Path) -> None:
     """Runs of eight at 0.6 in both classes: calling all of them gliomas would be no gain."""
     document = fit(tmp_path, *make_data([0.62] * 12, [0.62] * 12))
     assert document["before"]["score"] == 0
@@ -144,7 +144,7 @@ def test_a_rule_that_is_silent_is_better_than_one_that_is_wrong(tmp_path: Path) 
     assert document["after"]["score"] == 0
 
 
-def test_the_answer_that_was_given_last_counts(tmp_path: Path) -> None:
+def test_the_last_prediction_of_a_slice_counts(tmp_path: Path) -> None:
     series, labels = make_data([0.37] * 12, [0.18] * 12)
     series.append(make_series("glioma-0", "patient glioma-0", 0.01, later_s=60))
     document = fit(tmp_path, series, labels)
@@ -184,7 +184,7 @@ def test_a_study_or_patient_labels_its_series(tmp_path: Path, by: str) -> None:
         ([("glioma-0", "glioma"), ("glioma-0", "notumor")], "another label than a line before"),
     ],
 )
-def test_labels_that_cannot_be_used_are_refused(
+def test_unusable_labels_are_an_error(
     tmp_path: Path, rows: list[tuple[str, str]], said: str
 ) -> None:
     series, _ = make_data([0.4] * 12, [0.1] * 12)
@@ -193,13 +193,13 @@ def test_labels_that_cannot_be_used_are_refused(
     assert not (tmp_path / "rule.json").exists()
 
 
-def test_predictions_of_pictures_are_refused(tmp_path: Path) -> None:
+def test_predictions_without_series_are_an_error(tmp_path: Path) -> None:
     rows = [row | {"series": None} for row in make_series("a", "b", 0.4)]
     with pytest.raises(DataError, match="pictures are of no series"):
         fit(tmp_path, [rows], [("a", "glioma")])
 
 
-def test_a_folder_without_predictions_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_predictions_is_an_error(tmp_path: Path) -> None:
     job = CalibrateSeriesJob(predictions_uri=str(tmp_path), labels="x", output_uri="y")
     with pytest.raises(ConfigError, match="Expected predictions of one classifier"):
         calibrate_series(job)

@@ -92,7 +92,7 @@ def test_what_wins_on_held_out_groups_is_chosen(
 
 
 def test_a_group_is_never_fitted_and_evaluated_at_once() -> None:
-    """With near duplicates on both sides, a scale and a shift for each class would win on pure noise."""
+    """With near duplicates on both sides, vector scaling would win on pure noise."""
     rng = np.random.default_rng(0)
     logits = np.repeat(rng.normal(0, 0.3, (12, 4)), 30, axis=0).astype(np.float32)
     labels = np.repeat(rng.integers(0, 4, 12), 30)
@@ -237,12 +237,12 @@ def test_asking_for_nothing_changes_nothing() -> None:
 
 @pytest.mark.parametrize("change", [{"scale": None}, {"min_confidence": "much"}, {"facts": 3}])
 def test_damage_is_told(fitted: Calibration, change: dict[str, object]) -> None:
-    with pytest.raises(ClassifierError, match="cannot be understood"):
+    with pytest.raises(ClassifierError, match="is damaged"):
         Calibration.from_json(fitted.to_json() | change, fitted.ood_detector.to_arrays())
 
 
 def test_a_ood_detector_of_other_arrays_is_damage(fitted: Calibration) -> None:
-    with pytest.raises(ClassifierError, match="cannot be understood"):
+    with pytest.raises(ClassifierError, match="is damaged"):
         Calibration.from_json(fitted.to_json(), {"means": np.zeros((1, 2), np.float32)})
 
 

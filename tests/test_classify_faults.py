@@ -125,7 +125,7 @@ def test_a_killed_run_is_gone_on_with_and_its_late_writes_are_refused(
 
     status, said = finish(start(inbox, tiny_classifier, tmp_path))
     assert status == 0, said
-    assert f"The last run was cut short; {len(late):,} of its files are left empty." in said
+    assert f"The last run was interrupted; {len(late):,} of its files are left empty." in said
     check_complete(tmp_path, inbox)
     files = list_files(tmp_path)
     every = pq.read_table(tmp_path / "predictions", partitioning=None)
@@ -164,7 +164,7 @@ def test_a_killed_predictor_is_replaced(inbox: Path, tiny_classifier: Path, tmp_
     predictors[0].kill()
     status, said = finish(process)
     assert status == 0, said
-    assert "going on with what is left" in said
+    assert "continuing with the other shards" in said
     check_complete(tmp_path, inbox)
 
 
@@ -184,7 +184,7 @@ def test_two_runs_at_once_and_an_interrupt(
     os.kill(first.pid, signal.SIGINT)
     status, said = finish(first)
     assert status == 130, said
-    assert "the same command goes on" in said
+    assert "the same command resumes" in said
     before = list_files(tmp_path)
     # With the command that people give, and the network.
     status, said = finish(start(inbox, tiny_classifier, tmp_path, ("jobs/classify.py",)))

@@ -1,5 +1,9 @@
-"""The doors: what they print, and the status they exit with."""
+"""The command line: output and exit status."""
 
+import io
+import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +12,8 @@ import pytest
 
 from brainray import cli, console
 from brainray.doctor import examine
-from brainray.recipes import RECIPES, TrainOptions
+from brainray.inference.stats import Progress, RunStats
+from brainray.recipes import RECIPES
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -21,15 +26,49 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return status, said.out, said.err
 
 
-def test_without_a_command_it_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, expected in (((), 2), (("--help",), 0), (("nonsense",), 2)):
+def test_without_a_command_it_lists_all_with_a_summary_and_an_example(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for words, expected in (((), 2), (("--help",), 0), (("-h",), 0)):
         status, out, err = run(capsys, *words)
         assert status == expected
-        said = out if expected == 0 else err
-        assert (
-            "train | tune | classify | evaluate | serve | audit | compare | calibrate-series"
-            in said
-        )
+        shown = err if expected else out
+        for command in cli.COMMANDS.values():
+            assert f"  {command.name} " in shown
+            assert command.summary in shown
+            assert f"   {command.example}\n" in shown
+            assert command.example.startswith(f"brainray {command.name}")
+        assert max(map(len, shown.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [(["clasify"], "classify"), (["trian", "--help"], "train"), (["data"], "data fetch")],
+)
+def test_a_mistyped_command_exits_2_and_names_the_right_one(
+    capsys: pytest.CaptureFixture[str], words: list[str], meant: str
+) -> None:
+    status, out, err = run(capsys, *words)
+    assert (status, out) == (2, "")
+    assert f"Unknown command '{words[0]}'" in err
+    assert f"`brainray {meant}`" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_example_is_parsed(name: str) -> None:
+    command = cli.COMMANDS[name]
+    words = shlex.split(command.example)[1 + len(name.split()) :]
+    options, switches = cli.parse_options(command, words)
+    assert options is not None
+    assert not any(switches.values())
+
+
+def test_a_completion_script_has_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "--tyro-print-completion", "bash")
+    assert status == 0
+    for word in (*cli.COMMANDS, "--scans-uri", "--num-epochs"):
+        assert word in out
 
 
 def test_a_mistyped_flag_exits_2_and_names_the_right_one(
@@ -55,7 +94,7 @@ def test_an_unknown_recipe_exits_2_and_lists_them(
 @pytest.mark.parametrize("spelling", [["--recipe", "smoke"], ["--recipe=smoke"]])
 def test_a_recipe_gives_the_defaults_that_flags_override(spelling: list[str]) -> None:
     words = ["--data-uri", "d", "--output-uri", "o", *spelling, "--num-epochs", "9"]
-    options = cli._parse_recipe(TrainOptions, words, "train")
+    options, _ = cli.parse_options(cli.COMMANDS["train"], words)
     assert options.recipe == "smoke"
     assert options.config.num_epochs == 9
     assert options.config.preprocessing == RECIPES["smoke"]().preprocessing
@@ -69,7 +108,7 @@ def test_a_recipe_gives_the_defaults_that_flags_override(spelling: list[str]) ->
         (["--min-workers", "3"], "min_workers must be in"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_exit_2(
+def test_a_user_error_is_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], said: str
 ) -> None:
     status, out, err = run(
@@ -84,7 +123,7 @@ def test_what_a_user_can_mend_is_one_line_and_exit_2(
     assert "Traceback" not in err
 
 
-def test_weights_that_cannot_be_had_stop_the_job_with_three_remedies(
+def test_missing_weights_stop_the_job_with_three_remedies(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     phantom_folder: Path,
@@ -132,7 +171,7 @@ def test_an_output_that_cannot_be_written_exits_2(
     assert (status, "Cannot" in err) == (2, True)
 
 
-def test_the_doctor_looks_at_everything(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_examines_everything(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "doctor")
     names = [finding.name for finding in examine()]
     assert {"Python", "Ray", "CPUs", "GPU", "bf16", "Memory", "ImageNet weights"} <= set(names)
@@ -140,7 +179,7 @@ def test_the_doctor_looks_at_everything(capsys: pytest.CaptureFixture[str]) -> N
     assert status == 0
 
 
-def test_scores_are_printed_beside_what_they_must_be_read_beside() -> None:
+def test_scores_are_printed_with_the_scores_without_near_duplicates() -> None:
     line = console.describe_scores(
         "test",
         {
@@ -157,15 +196,56 @@ def test_scores_are_printed_beside_what_they_must_be_read_beside() -> None:
         assert part in line
 
 
-def test_jobs_are_the_same_doors() -> None:
-    for name in ("train", "tune", "evaluate", "classify", "serve"):
-        text = (Path(__file__).parents[1] / "jobs" / f"{name}.py").read_text()
-        assert f"run_{name}(sys.argv[1:])" in text
-        assert callable(getattr(cli, f"run_{name}"))
+def test_jobs_run_the_commands() -> None:
+    for file in (Path(__file__).parents[1] / "jobs").glob("*.py"):
+        found = re.search(r'main\(\["([a-z-]+)", \*sys.argv\[1:\]\]\)', file.read_text())
+        assert found is not None, file.name
+        assert found[1] in cli.COMMANDS
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def report_progress(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, **options: bool) -> str:
+    """Report a bulk run that has done 30 of 200 scans."""
+    monkeypatch.setattr(sys, "stderr" if options else "stdout", stream)
+    monkeypatch.setattr(console, "LINE_INTERVAL_S", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    progress = Progress()
+    progress.total = 200
+    for _ in range(3):
+        progress.add(RunStats(num_rows=10), 10, 0, {}, None)
+    monkeypatch.setattr(Progress, "warm_s", 10.0)
+    with console.ConsoleReporter(**options) as reporter:
+        reporter.on_progress(progress)
+        reporter.log("a line")
+        reporter.report({"n": 3}, ["result"])
+    return stream.getvalue()
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = report_progress(monkeypatch, io.StringIO())
+    assert shown == "scans 30/200  2.0 images/s  1 min 25 s left\na line\nresult\n"
+    shown = report_progress(monkeypatch, Terminal())
+    assert "30/200" in shown
+    assert "━" in shown, "a bar"
+    assert "\x1b[" in shown
+
+
+def test_with_json_standard_output_has_the_document_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = report_progress(monkeypatch, io.StringIO(), json=True)
+    assert "a line" in shown
+    assert json.loads(capsys.readouterr().out) == {"n": 3}
 
 
 @pytest.mark.heavy
-def test_output_that_nobody_reads_ends_quietly() -> None:
+def test_output_that_nobody_reads_ends_without_an_error() -> None:
     processes = {
         command: subprocess.Popen(
             [sys.executable, "-u", "-m", "brainray", *command.split(), "--help"],

@@ -61,8 +61,8 @@ def test_what_does_not_fit_is_said_with_what_there_is() -> None:
     nodes = [{"CPU": 4.0}, {"CPU": 4.0, "GPU": 2.0}]
     said = find_lacking([need], nodes)
     assert said is not None
-    assert "room for 8 workers with 0.98 CPU and 1 GPU each" in said
-    assert "room for 2 (2 nodes with 8 CPU and 2 GPU in all)" in said
+    assert "resources for 8 workers with 0.98 CPU and 1 GPU each" in said
+    assert "2 fit on the cluster (2 nodes with 8 CPU and 2 GPU in total)" in said
     assert "ask for less" in said
     assert find_lacking([need], [{"CPU": 8.0, "GPU": 8.0}]) is None
     said = find_lacking([], [{"CPU": 0.0}])  # a head that takes no work, and nothing else
@@ -87,7 +87,7 @@ TWO = Need(bundle={"CPU": 0.9}, count=2, what="worker", remedy="ask for less")
 def test_a_cluster_that_is_too_small_is_refused_unless_it_can_grow(
     known_nodes: list[dict[str, Any]],
 ) -> None:
-    with pytest.raises(ConfigError, match=r"room for 1 .* Nothing adds nodes to it by itself"):
+    with pytest.raises(ConfigError, match=r"resources for 1 .* The cluster has no autoscaler"):
         check_fits(TWO)
     known_nodes[0]["Labels"] = {"ray.io/node-group": "head"}
     check_fits(TWO)
@@ -109,7 +109,7 @@ def test_what_is_waited_for_is_said_again_and_again(known_nodes: list[dict[str, 
         heard = len(said)
         time.sleep(0.2)
         assert len(said) == heard, "there is nothing to wait for any more"
-    assert said[0].startswith("Waiting for nodes. Expected room for 2 workers")
+    assert said[0].startswith("Waiting for nodes. Expected resources for 2 workers")
 
 
 # Submits
@@ -247,7 +247,7 @@ def test_workers_that_can_never_be_had_are_refused(
 ) -> None:
     status, said = failed["many workers"]
     assert status == 2, said
-    assert "room for 8 training workers with 0.98 CPU and 1 GPU each" in last_words(said)
+    assert "resources for 8 training workers with 0.98 CPU and 1 GPU each" in last_words(said)
     assert not (folder / "many" / "metrics.jsonl").exists()
 
 
@@ -294,7 +294,7 @@ def test_a_stopped_training_job_goes_on_where_it_was(
     assert status == 0, said
     _, said = finish(first)  # Ray's status for a job that was stopped is 0
     assert "Job 'stopped' was stopped" in said
-    assert "interrupted: the same command goes on where this one was." in said
+    assert "interrupted; the same command resumes." in said
     cut = read_records(tmp_path)
     assert 0 < len(cut) < 12, "the run was over before it was stopped"
     status, said = finish(submit(three_nodes, checkout, "train", *words))

@@ -1,4 +1,4 @@
-"""Two runs' predictions, joined image by image, or refused."""
+"""Two runs' predictions, joined image by image, or an error."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def draw_probs(y_true: NDArray[np.int64], skill: float, seed: int) -> NDArray[np
     return powers / powers.sum(1, keepdims=True)
 
 
-def write_predictions(place: Path, skill: float, **changes: Any) -> Path:  # noqa: ANN401
+def write_predictions(file: Path, skill: float, **changes: Any) -> Path:  # noqa: ANN401
     y_true = np.tile(np.arange(4), 12)
     probs = draw_probs(y_true, skill, seed=int(skill * 10))
     columns: dict[str, Any] = {
@@ -33,9 +33,9 @@ def write_predictions(place: Path, skill: float, **changes: Any) -> Path:  # noq
         "engine": ["openvino"] * 48,
         "probs": pa.array(list(probs), pa.list_(pa.float32())),
     } | changes
-    place.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), place)
-    return place
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), file)
+    return file
 
 
 def test_tables_are_joined_whatever_their_order(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_data_set_that_moved_is_joined_by_content(tmp_path: Path) -> None:
     assert (found["join"]["by"], found["n"]) == ("content_sha256", 48)
 
 
-def test_other_images_are_refused_unless_the_common_ones_are_asked_for(tmp_path: Path) -> None:
+def test_different_images_are_an_error_without_common(tmp_path: Path) -> None:
     a = write_predictions(tmp_path / "a.parquet", 1.0)
     b = write_predictions(tmp_path / "b.parquet", 3.0)
     pq.write_table(pq.read_table(b).slice(0, 40), b)
@@ -74,7 +74,7 @@ def test_other_images_are_refused_unless_the_common_ones_are_asked_for(tmp_path:
     assert (found["n"], found["join"]["num_only_a"]) == (40, 8)
 
 
-def test_tables_that_disagree_on_the_truth_are_refused(tmp_path: Path) -> None:
+def test_different_labels_are_an_error(tmp_path: Path) -> None:
     a = write_predictions(tmp_path / "a.parquet", 1.0)
     labels = [CLASSES[(number + (number == 7)) % 4] for number in range(48)]
     b = write_predictions(tmp_path / "b.parquet", 3.0, true_class=labels)
@@ -82,14 +82,14 @@ def test_tables_that_disagree_on_the_truth_are_refused(tmp_path: Path) -> None:
         compare(CompareJob(a_uri=str(a), b_uri=str(b)))
 
 
-def test_another_content_behind_a_path_is_refused(tmp_path: Path) -> None:
+def test_different_content_of_a_path_is_an_error(tmp_path: Path) -> None:
     a = write_predictions(tmp_path / "a.parquet", 1.0)
     b = write_predictions(tmp_path / "b.parquet", 3.0, content_sha256=["f" * 64] * 48)
     with pytest.raises(DataError, match="another content"):
         compare(CompareJob(a_uri=str(a), b_uri=str(b)))
 
 
-def test_tables_without_labels_or_of_an_earlier_version_are_refused(tmp_path: Path) -> None:
+def test_tables_without_labels_or_of_an_earlier_version_are_an_error(tmp_path: Path) -> None:
     a = write_predictions(tmp_path / "a.parquet", 1.0)
     for column, said in (
         ("true_class", "Expected the column true_class"),
@@ -103,7 +103,7 @@ def test_tables_without_labels_or_of_an_earlier_version_are_refused(tmp_path: Pa
         assert "\n" not in str(caught.value)
 
 
-def test_every_image_counts_also_one_that_was_rejected(tmp_path: Path) -> None:
+def test_rejected_images_count(tmp_path: Path) -> None:
     a = write_predictions(tmp_path / "a.parquet", 1.0)
     b = write_predictions(tmp_path / "b.parquet", 3.0)
     job = CompareJob(a_uri=str(a), b_uri=str(b), num_resamples=100)

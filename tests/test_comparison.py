@@ -1,4 +1,4 @@
-"""Comparing classifiers: against published values, other implementations, and simulations."""
+"""Comparisons against published values, other implementations and simulations."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ Probs = NDArray[np.float64]
 
 
 def draw(count: int, *sharpness: float, seed: int = 0) -> tuple[NDArray[np.int64], list[Probs]]:
-    """Draw labels, and the probabilities of classifiers that see much of the same noise."""
+    """Draw labels, and probabilities of classifiers with correlated noise."""
     rng = np.random.default_rng(seed)
     y_true = rng.integers(0, 3, count)
     shared = rng.normal(size=(count, 3))
@@ -141,7 +141,7 @@ def test_holm_is_the_textbook_one() -> None:
     assert adjust_holm([]) == []
 
 
-# --------------------------------------------------------------------------------- the whole of it
+# ----------------------------------------------------------------------------- compare_predictions
 
 
 def test_scores_are_those_of_scikit_learn() -> None:
@@ -161,7 +161,7 @@ def test_scores_are_those_of_scikit_learn() -> None:
     assert accuracy["difference"] == pytest.approx(accuracy["b"] - accuracy["a"])
 
 
-def test_a_sharper_classifier_is_better_and_the_other_way_round_worse() -> None:
+def test_a_sharper_classifier_is_better_and_the_other_one_worse() -> None:
     y_true, (a, b) = draw(600, 1.0, 2.5)
     forwards = compare_predictions(y_true, a, b, CLASSES, num_resamples=1000)
     backwards = compare_predictions(y_true, b, a, CLASSES, num_resamples=1000)
@@ -175,7 +175,7 @@ def test_a_sharper_classifier_is_better_and_the_other_way_round_worse() -> None:
         assert forwards["scores"][name]["p_adjusted"] >= forwards["scores"][name]["p_value"]
 
 
-def test_equals_cannot_be_told_apart() -> None:
+def test_equal_classifiers_get_no_verdict() -> None:
     y_true, (a, b) = draw(300, 1.5, 1.5)
     found = compare_predictions(y_true, a, b, CLASSES, num_resamples=500)
     assert {row["verdict"] for row in found["scores"].values()} == {"cannot tell"}
@@ -184,7 +184,7 @@ def test_equals_cannot_be_told_apart() -> None:
         assert (row["difference"], row["p_value"], row["verdict"]) == (0, 1, "cannot tell")
 
 
-def test_pairing_and_groups_decide_how_sure_one_is() -> None:
+def test_pairing_and_groups_determine_the_width_of_intervals() -> None:
     y_true, (a, b) = draw(400, 1.5, 1.9)
     groups = np.repeat(np.arange(40), 10)
     copied = [np.repeat(part[:40], 10, axis=0) for part in (y_true, a, b)]
@@ -196,7 +196,7 @@ def test_pairing_and_groups_decide_how_sure_one_is() -> None:
         low, high = found["scores"]["log_loss"]["difference_ci95"]
         return high - low
 
-    assert width(grouped) > 2 * width(alone)  # ten copies are not ten images
+    assert width(grouped) > 2 * width(alone)  # ten duplicates are not ten images
     assert width(grouped) == pytest.approx(width(few), rel=0.15)
     spread = [compare_predictions(y_true, p, q, CLASSES, num_resamples=500) for p, q in
               ((a, b), (a, np.roll(b, 1, axis=0)))]  # fmt: skip
@@ -222,7 +222,7 @@ def test_a_primary_score_decides_alone() -> None:
     assert row["p_adjusted"] == row["p_value"]
 
 
-def test_a_class_without_images_is_left_out_of_what_it_cannot_tell() -> None:
+def test_a_class_without_images_has_no_auroc() -> None:
     y_true, (a, b) = draw(200, 1.0, 1.2)
     y_true[y_true == 2] = 0
     found = compare_predictions(y_true, a, b, CLASSES, num_resamples=200)
@@ -230,7 +230,7 @@ def test_a_class_without_images_is_left_out_of_what_it_cannot_tell() -> None:
     assert found["scores"]["macro_auroc"]["a"] is not None
 
 
-def test_one_group_is_not_enough_to_tell() -> None:
+def test_one_group_gives_no_verdict() -> None:
     y_true, (a, b) = draw(60, 0.5, 4.0)
     found = compare_predictions(y_true, a, b, CLASSES, groups=np.zeros(60, np.int64))
     for row in found["scores"].values():
@@ -246,13 +246,13 @@ def test_one_group_is_not_enough_to_tell() -> None:
         ({"alpha": 1.0}, "alpha"),
     ],
 )
-def test_options_that_make_no_sense(options: dict[str, object], said: str) -> None:
+def test_options_out_of_range_are_an_error(options: dict[str, object], said: str) -> None:
     y_true, (a, b) = draw(20, 1.0, 1.0)
     with pytest.raises(ConfigError, match=said):
         compare_predictions(y_true, a, b, CLASSES, **options)  # type: ignore[arg-type]
 
 
-def test_other_shapes_are_refused() -> None:
+def test_different_shapes_are_an_error() -> None:
     y_true, (a, b) = draw(20, 1.0, 1.0)
     with pytest.raises(DataError, match="shape"):
         compare_predictions(y_true, a, b[:19], CLASSES)

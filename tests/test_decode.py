@@ -1,4 +1,4 @@
-"""The decoder: right pixels for every format and mode, and an answer for any other bytes."""
+"""The decoder: exact pixels for every format and mode, and a rejection for all other bytes."""
 
 import io
 import os
@@ -23,11 +23,11 @@ from brainray.errors import RejectedImage
 from brainray.images.decode import REJECTION_REASONS, DecodeLimits, decode_image, decode_samples
 from brainray.images.headers import ACCEPTED
 
-DICE = np.random.default_rng(20240607)
-GREY = DICE.integers(0, 256, (13, 19), dtype=np.uint8)
-COLOUR = DICE.integers(0, 256, (13, 19, 3), dtype=np.uint8)
-WITH_ALPHA = DICE.integers(0, 256, (13, 19, 4), dtype=np.uint8)
-DEEP = DICE.integers(0, 2**16, (13, 19, 4), dtype=np.uint16)
+RNG = np.random.default_rng(20240607)
+GREY = RNG.integers(0, 256, (13, 19), dtype=np.uint8)
+COLOUR = RNG.integers(0, 256, (13, 19, 3), dtype=np.uint8)
+WITH_ALPHA = RNG.integers(0, 256, (13, 19, 4), dtype=np.uint8)
+DEEP = RNG.integers(0, 2**16, (13, 19, 4), dtype=np.uint16)
 
 
 @pytest.fixture(autouse=True)
@@ -107,18 +107,18 @@ def make_tiff(samples: NDArray, order: str, *, photometric=1, big=False, **chang
     tags = {256: [width], 257: [height], 258: [bits] * bands, 259: [1], 262: [photometric]}
     tags |= {273: [start], 277: [bands], 278: [height], 279: [len(raw)]}
     tags |= {int(tag): values for tag, values in changed.pop("tags", {}).items()}
-    word, room = ("Q", 8) if big else ("L", 4)
+    word, inline = ("Q", 8) if big else ("L", 4)
     directory = start + len(raw)
-    spill_at = directory + (8 if big else 2) + (20 if big else 12) * len(tags) + room
+    spill_at = directory + (8 if big else 2) + (20 if big else 12) * len(tags) + inline
     entries, spill = b"", b""
     for tag, values in sorted(tags.items()):
         code, kind = ("H", 3) if max(values) < 65536 else ("L", 4)
         packed = struct.pack(f"{order}{len(values)}{code}", *values)
-        if len(packed) > room:
+        if len(packed) > inline:
             where = struct.pack(order + word, spill_at + len(spill))
             spill, packed = spill + packed, where
         entries += struct.pack(f"{order}HH{word}", tag, kind, len(values)) + packed.ljust(
-            room, b"\0"
+            inline, b"\0"
         )
     mark = b"II" if order == "<" else b"MM"
     if big:
@@ -126,7 +126,7 @@ def make_tiff(samples: NDArray, order: str, *, photometric=1, big=False, **chang
     else:
         head = mark + struct.pack(order + "HL", 42, directory)
     count = struct.pack(order + ("Q" if big else "H"), len(tags))
-    return head + raw + count + entries + bytes(room) + spill
+    return head + raw + count + entries + bytes(inline) + spill
 
 
 # ---- pixels of every format ----------------------------------------------------------------------
@@ -407,7 +407,7 @@ def test_every_cut_is_noticed(name: str) -> None:
     assert seen <= {"truncated", "not_an_image"}
 
 
-def test_trailing_bytes_are_nobodys() -> None:
+def test_trailing_bytes_are_ignored() -> None:
     for name, data in SAMPLES.items():
         np.testing.assert_array_equal(decode_image(data + b"\0tail"), decode_image(data), name)
 
@@ -478,7 +478,7 @@ def test_what_is_accepted_is_named_and_what_is_not_is_not_quoted() -> None:
     for data in (b"", b"Dear colleague", bytes(99)):
         message = reject(data, "not_an_image" if data else "empty")
         assert message.startswith(ACCEPTED)
-        assert "44 65 61" not in message, "a text may begin with a name"
+        assert "44 65 61" not in message, "a text may begin with a person's name"
     for name in ("DICOM", "NIfTI", "PNG", "JPEG", "BMP", "GIF", "TIFF", "WebP"):
         assert name in ACCEPTED
 
@@ -614,7 +614,7 @@ def check_answer(data: bytes) -> str:
 
 
 def mutate(rng: random.Random, files: Sequence[bytes] = tuple(SAMPLES.values())) -> bytes:
-    """Damage a valid file in one to four places; mend PNG checksums half the time."""
+    """Damage a valid file at one to four positions; fix PNG checksums half the time."""
     data = bytearray(rng.choice(files))
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(len(data), 96))
@@ -637,11 +637,11 @@ def mutate(rng: random.Random, files: Sequence[bytes] = tuple(SAMPLES.values()))
             del data[max(20, at) :]
         if not data:
             data = bytearray(b"\0")
-    return mend_png(bytes(data)) if rng.random() < 0.5 else bytes(data)
+    return fix_checksums(bytes(data)) if rng.random() < 0.5 else bytes(data)
 
 
-def mend_png(data: bytes) -> bytes:
-    """Recompute the checksums, so that damage reaches what lies behind them."""
+def fix_checksums(data: bytes) -> bytes:
+    """Recompute the checksums, so that readers get past them to the damage."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     out, at = data[:8], 8

@@ -2,8 +2,12 @@
 
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,20 +17,22 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
+from brainray import cli
 from brainray.dicom_results import destinations
+from brainray.dicom_results import report as report_module
 from brainray.dicom_results.codes import read_codes
 from brainray.dicom_results.objects import KINDS, NOTICE, derive_uid
 from brainray.dicom_results.report import RESULTS_FILE, ReportJob, report_dicom
 from brainray.dicom_results.summary_page import HEIGHT_PX, WIDTH_PX
-from brainray.errors import ConfigError, DicomResultsError
+from brainray.errors import ConfigError, DataError, DicomResultsError
 from tests.bulk_output import (
     CLASSES,
     CLASSIFIER_ID,
-    find_glioma,
     find_nothing,
     find_something,
     write_output,
 )
+from tests.conftest import REPOSITORY
 from tests.dicom_files import RAMP, make_enhanced, make_item, make_mr
 from tests.identities import find_tokens, find_tokens_in_folder, make_objects
 
@@ -108,9 +114,13 @@ SOURCES: dict[str, Callable[[], list[bytes]]] = {
     "names in JIS": lambda: make_slices(
         SpecificCharacterSet=["", "ISO 2022 IR 87"], PatientName=KANJI_NAME
     ),
+    "a time zone and a single-component name": lambda: make_slices(
+        TimezoneOffsetFromUTC="+0900", PatientName="Doe"
+    ),
     "names in Latin-1": lambda: make_slices(
         SpecificCharacterSet="ISO_IR 100", PatientName="Müller^Jürgen"
     ),
+    "an unknown character set": lambda: make_slices(SpecificCharacterSet="LATIN"),
     "malformed date and sex": lambda: make_slices(StudyDate="unknown", PatientSex="X"),
 }
 
@@ -344,6 +354,28 @@ def test_another_slice_or_code_gives_another_object(tmp_path: Path) -> None:
     assert uids[1][1:] == uids[2][1:], "only the report has codes"
 
 
+def test_a_job_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    for number in range(6):
+        files = write_files(tmp_path / "in" / str(number), make_series(number))
+        write_output(tmp_path / "out", files)
+    options = ["--predictions-uri", tmp_path / "out", "--output-uri", tmp_path / "objects"]
+    command = [sys.executable, REPOSITORY / "jobs" / "report_dicom.py", *options]
+    job = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": ""})
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("ko.dcm")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    job.kill()
+    assert job.wait() == -signal.SIGKILL
+    before = list((tmp_path / "objects").rglob("*.dcm"))
+    uids = {pydicom.dcmread(path).SOPInstanceUID for path in before}
+    assert 1 <= len(uids) == len(before) < 18
+    assert report(tmp_path)["num_objects_stored"] == 18 - len(before)
+    paths = list((tmp_path / "objects").rglob("*.dcm"))
+    after = {pydicom.dcmread(path).SOPInstanceUID for path in paths}
+    assert len(after) == 18
+    assert uids <= after
+
+
 # ---- sources that are gone, and series that get nothing ------------------------------------------
 
 
@@ -364,9 +396,22 @@ def make_series(number: int, count: int = 10) -> list[bytes]:
     ]
 
 
-@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_sources_may_be_deleted_when_their_objects_are_stored(tmp_path: Path) -> None:
+    files = write_files(tmp_path / "in", make_slices())
+    write_output(tmp_path / "out", files)
+    report(tmp_path)
+    for path in files:
+        path.unlink()
+    assert report(tmp_path)["by_status"] == {"already_stored": 1}
+    with pytest.raises(DicomResultsError, match="1 series"):
+        report(tmp_path, check_again=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"), [("missing", "is missing"), ("replaced", "another object")]
+)
 def test_a_series_that_fails_is_listed_and_the_others_are_stored(
-    damage: str, tmp_path: Path
+    damage: str, reason: str, tmp_path: Path
 ) -> None:
     one = write_files(tmp_path / "in" / "1", make_series(1))
     two = write_files(tmp_path / "in" / "2", make_series(2))
@@ -383,7 +428,7 @@ def test_a_series_that_fails_is_listed_and_the_others_are_stored(
     document = json.loads((tmp_path / "objects" / RESULTS_FILE).read_text())
     assert document["by_status"] == {"failed": 1, "stored": 1}
     (failure,) = document["failures"]
-    assert damage in failure["reason"]
+    assert reason in failure["reason"]
     assert "003.dcm" in failure["reason"]
     assert any(failure["series"][:12] in line for line in said)
     assert len(read_objects(tmp_path / "objects")) == 3
@@ -502,18 +547,20 @@ def pacs(monkeypatch: pytest.MonkeyPatch) -> FakePacs:
     return fake
 
 
-def send(tmp_path: Path) -> dict[str, Any]:
-    return report(tmp_path, output_uri=None, dicomweb_url="https://pacs.example")
+def send(tmp_path: Path, url: str = "https://pacs.example", **changes: Any) -> dict[str, Any]:  # noqa: ANN401
+    return report(tmp_path, output_uri=None, dicomweb_url=url, **changes)
 
 
 def test_objects_are_sent_once(pacs: FakePacs, tmp_path: Path) -> None:
     write_output(tmp_path / "out", write_files(tmp_path / "in", make_slices()))
-    assert send(tmp_path)["num_objects_stored"] == 3
-    assert (len(pacs.stored), pacs.num_requests) == (3, 1)
+    assert send(tmp_path, kinds=("ko",))["num_objects_stored"] == 1
+    assert send(tmp_path)["num_objects_stored"] == 2
+    assert (len(pacs.stored), pacs.num_requests) == (3, 2)
+    assert send(tmp_path, "https://other.example")["by_status"] == {"already_stored": 1}
     assert send(tmp_path)["by_status"] == {"already_stored": 1}
-    assert pacs.num_requests == 1
+    assert pacs.num_requests == 2
     del pacs.stored[next(iter(pacs.stored))]
-    assert send(tmp_path)["num_objects_stored"] == 1
+    assert send(tmp_path, check_again=True)["num_objects_stored"] == 1
     assert (tmp_path / "out" / RESULTS_FILE).exists()
 
 
@@ -537,25 +584,94 @@ def test_what_a_pacs_does_not_keep_is_a_failure(
 # ---- identity ------------------------------------------------------------------------------------
 
 
+def run_quietly(job: ReportJob, said: list[str]) -> None:
+    """Report, and keep what the command would print."""
+    try:
+        report_dicom(job, log=said.append)
+    except DicomResultsError as error:
+        said.append(str(error))
+
+
 def test_only_the_objects_hold_what_identifies_a_patient(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever is wrong with a header: no value of it is in a message, a log or a warning."""
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for name, content in make_objects().items():
-        (folder / f"{name}.dcm").write_bytes(content)
-    files = sorted(folder.iterdir())
-    write_output(tmp_path / "out", files, find_glioma, redact_paths=True)
-    (folder / "valid-3.dcm").write_bytes(b"changed")
+    """Whatever is wrong with a header: no value of it is in a message, a log or another file."""
     said: list[str] = []
-    options = {"predictions_uri": str(tmp_path / "out"), "scans_uri": (str(folder),)}
-    job = ReportJob(output_uri=str(tmp_path / "objects"), **options)
-    with caplog.at_level(0), pytest.raises(DicomResultsError) as error:
-        report_dicom(job, log=said.append)
-    assert find_tokens_in_folder(tmp_path / "out") == {}
+    files = make_objects()
+    sets = {"valid": [content for name, content in files.items() if name.startswith("valid")]}
+    sets |= {name: [content] for name, content in files.items() if "malformed" in name}
+    sets["japanese"] = [files["name-in-japanese"]]
+    with caplog.at_level(0):
+        for name, contents in sets.items():
+            folder = tmp_path / name
+            paths = write_files(folder / "in", contents)
+            write_output(folder / "out", paths, redact_paths=True)
+            if not (folder / "out" / "series.parquet").exists():
+                continue
+            job = ReportJob(
+                predictions_uri=str(folder / "out"),
+                scans_uri=(str(folder / "in"),),
+                output_uri=str(folder / "objects"),
+                kinds=("ko",),
+            )
+            paths[0].write_bytes(b"changed")
+            run_quietly(job, said)
+            paths[0].write_bytes(contents[0])
+            run_quietly(job, said)
+            said.append((folder / "objects" / RESULTS_FILE).read_text())
+            assert find_tokens_in_folder(folder / "out") == {}
+    assert len(list(tmp_path.rglob("ko.dcm"))) > 10
+    assert any("another object" in line for line in said)
     printed = capsys.readouterr()
-    texts = [*said, str(error.value), caplog.text, printed.out, printed.err]
-    texts.append((tmp_path / "objects" / RESULTS_FILE).read_text())
-    assert find_tokens("\n".join(texts)) == []
-    (folder / "valid-3.dcm").write_bytes(make_objects()["valid-3"])
+    assert find_tokens("\n".join([*said, caplog.text, printed.out, printed.err])) == []
+
+
+# ---- Ray, the command, and the libraries ---------------------------------------------------------
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_studies_are_done_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module, "MAX_LOCAL_SLICES", 0)
+    for number in range(3):
+        files = write_files(tmp_path / "in" / str(number), make_series(number))
+        write_output(tmp_path / "out", files)
+    files[2].unlink()
+    with pytest.raises(DicomResultsError, match="1 series"):
+        report(tmp_path)
+    document = json.loads((tmp_path / "objects" / RESULTS_FILE).read_text())
+    assert document["by_status"] == {"failed": 1, "stored": 2}
+    assert len(list((tmp_path / "objects").rglob("*.dcm"))) == 6
+    write_files(tmp_path / "in" / "2", make_series(2))
+    again = report(tmp_path)
+    assert again["by_status"] == {"already_stored": 2, "stored": 1}
+    with pytest.raises(DataError, match="No scans at"):
+        report(tmp_path, scans_uri=(str(tmp_path / "nothing"),))
+
+
+def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = write_files(tmp_path / "in", make_slices())
+    write_output(tmp_path / "out", files)
+    options = [
+        "--predictions-uri",
+        str(tmp_path / "out"),
+        "--output-uri",
+        str(tmp_path / "objects"),
+    ]
+    cli.main(["dicom-results", *options, "--kinds", "sr", "--kinds", "ko"])
+    assert "1 stored, 0 stored before, 0 skipped, 0 failed" in capsys.readouterr().out
+    assert set(read_objects(tmp_path / "objects")) == {"sr", "ko"}
+    files[0].unlink()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["dicom-results", *options])
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    assert "is missing" in printed.out
+    assert printed.err.startswith("failed: 1 series")
+
+
+def test_without_the_extra_the_command_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    with pytest.raises(ConfigError, match=r"brainray\[dicom\]"):
+        report(tmp_path)

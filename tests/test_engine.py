@@ -17,9 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from brainray.errors import ConfigError
-from brainray.images.decode import DecodeLimits
-from brainray.images.normalise import normalise_images
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
 from brainray.inference import engine_torch, openvino_model
 from brainray.inference.engine import (
     Engine,
@@ -35,9 +33,10 @@ from brainray.model.classifier import (
     load_classifier,
     save_classifier,
 )
-from brainray.model.network import build_network, compute_features
+from brainray.model.network import build_network, compute_features, normalise_images
 from brainray.model.precision import has_native_bf16
 from tests.conftest import REPOSITORY
+from tests.open_scans import load_image
 from tests.reference import predict_eager
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,8 +57,7 @@ needs_nncf = pytest.mark.skipif(
 
 def read_images(folder: Path, preprocessing: Preprocessing) -> Images:
     paths = sorted(path for path in folder.glob("*/*") if path.is_file())
-    limits = DecodeLimits()
-    return np.stack([load_image(path.read_bytes(), preprocessing, limits) for path in paths])
+    return np.stack([load_image(path.read_bytes(), preprocessing) for path in paths])
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +356,7 @@ def test_a_gpu_that_is_not_there_is_refused(
     classifier: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refuse(classifier, "--use-gpu", "torch sees none", use_gpu=True)
+    refuse(classifier, "--use-gpu", "torch finds no GPU", use_gpu=True)
 
 
 def test_contradictions_are_refused(classifier: Classifier) -> None:

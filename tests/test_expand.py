@@ -14,12 +14,12 @@ from PIL import Image
 
 from brainray.data import read
 from brainray.data.expand import count_slices
+from brainray.data.fingerprint import measure_properties
 from brainray.data.labelled import find_samples
 from brainray.data.read import SampleReader, open_rows
 from brainray.errors import RejectedImage
 from brainray.evaluation.prepared import find_patients, join_groups
 from brainray.images.decode import DecodeLimits
-from brainray.images.metadata import measure_properties
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions, find_slice, open_file, open_slice, show_slice
 from tests.dicom_files import make_enhanced, make_item, make_mr
@@ -98,9 +98,9 @@ def test_a_missing_file_has_no_slices(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------- opening slices
 
 
-def make_rows(*places: tuple[Path, int]) -> pa.Table:
+def make_rows(*slices: tuple[Path, int]) -> pa.Table:
     rows = [
-        {"uri": str(file), "row_group": -1, "row": -1, "frame": frame} for file, frame in places
+        {"uri": str(file), "row_group": -1, "row": -1, "frame": frame} for file, frame in slices
     ]
     return pa.Table.from_pylist(rows)
 
@@ -119,8 +119,8 @@ def test_slices_of_one_file_share_one_reading(
         return open_one(content, *given, **options)
 
     monkeypatch.setattr(read, "open_file", count)
-    places = [(volume, 3), (volume, 4), (volume, 5), (single, -1)]
-    found = [file.decode(index).mean() for file, index in open_rows(make_rows(*places), READING)]
+    slices = [(volume, 3), (volume, 4), (volume, 5), (single, -1)]
+    found = [file.decode(index).mean() for file, index in open_rows(make_rows(*slices), READING)]
     assert len(opened) == 2
     volume_file = open_file(make_volume())
     expected = [volume_file.decode(index).mean() for index in (3, 4, 5)]
@@ -162,14 +162,14 @@ def test_what_was_decoded_already_gives_the_same_input(intensity: str) -> None:
 # -------------------------------------------------------------------------------- groups
 
 
-def group(rows: list[dict], twins: list[int]) -> list[int]:
+def group(rows: list[dict], near_duplicates: list[int]) -> list[int]:
     """Group samples whose columns are given; those that are left out are null."""
     names = ("uri", "frame", "group", "patient", "study", "series")
     whole = [dict.fromkeys(names) | {"uri": f"{n}", "frame": -1} | r for n, r in enumerate(rows)]
     schema = pa.schema([(name, pa.int32() if name == "frame" else pa.string()) for name in names])
     table = pa.Table.from_pylist(whole, schema=schema)
     groups: NDArray[np.int64] = join_groups(
-        np.array(twins, np.int64), table, table, np.arange(len(rows))
+        np.array(near_duplicates, np.int64), table, table, np.arange(len(rows))
     )
     return groups.tolist()
 
@@ -215,13 +215,13 @@ def test_pictures_have_no_patient() -> None:
     assert find_patients(table, table).to_pylist() == [None]
 
 
-# -------------------------------------------------------------------------------- traits
+# -------------------------------------------------------------------------------- properties
 
 
 @pytest.mark.parametrize(
     ("content", "name", "share"), [(make_mr(), "DICOM", 1), (make_volume(12), "NIfTI", 12)]
 )
-def test_traits_of_dicom_and_nifti(content: bytes, name: str, share: int) -> None:
+def test_properties_of_dicom_and_nifti(content: bytes, name: str, share: int) -> None:
     file = open_file(content)
     pixels = show_slice(file, share // 2)
     properties = measure_properties(content, file, pixels, DecodeLimits())

@@ -14,17 +14,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import spearmanr
 
-from brainray.images.decode import DecodeLimits
 from brainray.images.heatmap import render_map
-from brainray.images.normalise import normalise_images
-from brainray.images.preprocess import Preprocessing, load_image, open_samples
+from brainray.images.preprocess import Preprocessing, open_samples
 from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.model.calibration import Calibration
 from brainray.model.classifier import Classifier, find_default_classifier, load_classifier
 from brainray.model.explain import STRIDE_PX
-from brainray.model.network import build_network, compute_features
+from brainray.model.network import build_network, compute_features, normalise_images
 from brainray.model.precision import has_native_bf16
 from brainray.model.resnet50 import DENSITY
+from tests.open_scans import load_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,9 +60,7 @@ def explain(
 def images(phantom_folder: Path) -> NDArray[np.uint8]:
     """Return eight phantoms of each class, in class order."""
     paths = sorted(phantom_folder.glob("Testing/*/*"))
-    return np.stack(
-        [load_image(path.read_bytes(), PREPROCESSING, DecodeLimits()) for path in paths]
-    )
+    return np.stack([load_image(path.read_bytes(), PREPROCESSING) for path in paths])
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +207,7 @@ def test_deleting_the_hottest_region_costs_a_trained_network_the_most(real_data:
     classifier = load_classifier(find_default_classifier())
     images = np.stack(
         [
-            load_image(path.read_bytes(), classifier.preprocessing, DecodeLimits())
+            load_image(path.read_bytes(), classifier.preprocessing)
             for name in classifier.classes
             for path in sorted((real_data / "Testing" / name).iterdir())[:40]
         ]

@@ -94,7 +94,7 @@ def test_an_interrupt_says_how_to_go_on_and_the_same_command_does(
     os.kill(process.pid, signal.SIGINT)
     status, said = finish(process)
     assert status == 130, said
-    assert "the same command goes on" in said
+    assert "the same command resumes" in said
     assert not (tmp_path / "metrics.json").exists()
     status, said = finish(start(joined, *words))
     assert status == 0, said

@@ -1,6 +1,5 @@
 """`brainray classify FILE…`: one row for every file, for a person or as JSON."""
 
-import dataclasses
 import gzip
 import json
 import os
@@ -8,7 +7,6 @@ import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -16,14 +14,9 @@ import pytest
 
 from brainray import cli
 from brainray.evaluation.evaluate import EvaluateJob
-from brainray.images.decode import DecodeLimits
 from brainray.images.dicom import hash_identifier
-from brainray.images.preprocess import load_image
 from brainray.images.slices import open_file, open_slice
-from brainray.inference import files
-from brainray.inference.bulk import ClassifyJob
-from brainray.inference.engine import EngineOptions
-from brainray.inference.files import find_files, run_files
+from brainray.inference.options import ClassifyJob
 from brainray.inference.schema import build_schema
 from brainray.model.classifier import (
     DEFAULT_VARIABLE,
@@ -36,6 +29,7 @@ from brainray.model.reasons import NOTICE
 from brainray.serving.predictor import ModelOptions
 from tests.conftest import CLASSES
 from tests.dicom_files import make_mr
+from tests.open_scans import load_image
 from tests.reference import predict_eager
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,7 +49,7 @@ def scans(tmp_path_factory: pytest.TempPathFactory, phantom_folder: Path) -> Pat
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     status = 0
     try:
-        run_files([str(argument) for argument in arguments])
+        cli.main(["classify", *map(str, arguments)])
     except SystemExit as exit_:
         status = int(exit_.code or 0)
     said = capsys.readouterr()
@@ -85,7 +79,7 @@ def test_every_file_has_one_row_whatever_is_the_matter(
     assert "\x1b" not in out, "a file name moves the cursor"
     assert "\u202e" not in out
     assert "[bold]" in out
-    assert "--scans-uri" in rows[-1], "a folder is told its door"
+    assert "--scans-uri" in rows[-1], "the row of a folder names the option for it"
     assert NOTICE in out
 
 
@@ -103,7 +97,7 @@ def test_json_holds_rows_of_the_prediction_table(
     assert body["engine"]["precision"] == "fp32"
     scan, short, missing = body["predictions"]
     content = names[0].read_bytes()
-    image = load_image(content, classifier.preprocessing, DecodeLimits())
+    image = load_image(content, classifier.preprocessing)
     expected = predict_eager(classifier, image[None])[0]
     probs = [scan[f"prob_{name}"] for name in CLASSES]
     np.testing.assert_allclose(probs, expected, atol=1e-5)
@@ -223,7 +217,7 @@ def test_a_file_that_was_not_read_to_its_end_has_no_hash(
     assert (row["reason"], row["content_sha256"]) == ("too_large", None)
 
 
-def test_what_can_be_mended_is_one_line_and_exit_2(
+def test_a_user_error_is_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str], scans: Path, tiny_classifier: Path
 ) -> None:
     scan = scans / "scan.jpg"
@@ -233,7 +227,8 @@ def test_what_can_be_mended_is_one_line_and_exit_2(
             (scan, "--classifier-uri", tiny_classifier, "--scans-uri", scans),
             "Got files and --scans-uri",
         ),
-        ((scan, f"--scans-uri={scans}"), "Got files and --scans-uri"),
+        ((f"--scans-uri={scans}", scan), "Got files and --scans-uri"),
+        ((scan, "--labels", "folder"), "Got files and --labels"),
     ):
         status, out, err = run(capsys, *words)
         assert (status, out) == (2, "")
@@ -263,60 +258,32 @@ def test_the_default_classifier_is_the_one_of_the_environment_else_the_projects(
     assert ModelOptions().classifier_uri == str(SHIPPED_FOLDER)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "files"),
-    [
-        (["a.png", "--classifier-uri", "c"], ["a.png"]),
-        (["--classifier-uri", "c", "a.png", "b.png"], ["a.png", "b.png"]),
-        (["--json", "a.png", "--classifier-uri=c", "b.png"], ["a.png", "b.png"]),
-        (["--classifier-uri", "c", "--", "--odd.png"], ["--odd.png"]),
-        (["--scans-uri", "in", "--scans-uri=more", "--output-uri", "o", "--explain"], []),
-        (["--scans-uri", "in", "--no-use-gpu", "a.png"], ["a.png"]),
-        (["--help"], []),
-        (["-h"], []),
-        ([], []),
-    ],
-)
-def test_files_are_told_from_options(arguments: list[str], files: list[str]) -> None:
-    assert find_files(arguments) == files
-
-
-def test_every_option_without_a_value_is_known() -> None:
-    kinds: tuple[Any, ...] = (ClassifyJob, files.FilesJob, EngineOptions)
-    flags = {
-        f"--{prefix}{field.name.replace('_', '-')}"
-        for kind in kinds
-        for field in dataclasses.fields(kind)
-        if field.type in (bool, "bool")
-        for prefix in ("", "no-")
-    }
-    assert flags | {"--verbose", "--no-verbose"} == set(files.FLAGS)
-
-
-def test_both_doors_lead_here_and_the_bulk_job_stays_where_it_was(
-    capsys: pytest.CaptureFixture[str], scans: Path, tiny_classifier: Path
+def test_without_scans_it_names_both_ways_to_give_them(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    cli.main(["classify", str(scans / "scan.jpg"), "--classifier-uri", str(tiny_classifier)])
-    assert NOTICE in capsys.readouterr().out
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["classify", "--classifier-uri", "c"])
-    assert caught.value.code == 2
-    err = capsys.readouterr().err
-    assert "FILE" in err
-    assert "--scans-uri" in err
-    assert err.count("\n") == 1
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["classify", "--help"])
-    assert caught.value.code == 0
-    help_text = capsys.readouterr().out
-    assert "--output-uri" in help_text
-    assert "brainray classify FILE" in help_text
+    for words in (["--classifier-uri", "c"], [], ["--scans-uri", "in"]):
+        status, out, err = run(capsys, *words)
+        assert (status, out) == (2, "")
+        assert "FILE" in err
+        assert "--scans-uri" in err
+        assert err.count("\n") == 1
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert "--output-uri" in out
+    assert "FILE" in out
 
 
-def test_no_ray_is_loaded(scans: Path, tiny_classifier: Path) -> None:
+def test_a_mistyped_option_is_suggested(capsys: pytest.CaptureFixture[str], scans: Path) -> None:
+    status, _, err = run(capsys, "--jsn", scans / "scan.jpg")
+    assert status == 2
+    assert "--json" in err
+
+
+def test_neither_ray_nor_torch_is_loaded(scans: Path, tiny_classifier: Path) -> None:
     script = (
-        "import sys; from brainray.__main__ import main; main(); "
-        "assert not {'ray', 'sklearn', 'tensorboard'} & set(sys.modules), 'loaded'"
+        "import sys; from brainray.cli import main; main(); "
+        "found = {'ray', 'torch', 'sklearn', 'scipy', 'boto3'} & set(sys.modules); "
+        "assert not found, found"
     )
     words = ["classify", str(scans / "scan.jpg"), "--classifier-uri", str(tiny_classifier)]
     done = subprocess.run(

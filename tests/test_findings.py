@@ -1,4 +1,4 @@
-"""What an audit finds, on data sets small enough to know the answer."""
+"""Findings of an audit, on data sets with known answers."""
 
 import numpy as np
 import pytest
@@ -69,17 +69,17 @@ def build_split() -> tuple[NDArray[np.str_], NDArray[np.float32], NDArray[np.int
 
 def test_test_images_are_held_against_train_and_val_and_val_against_train() -> None:
     splits, standardised, _ = build_split()
-    found = findings.look_up_nearest(splits, standardised)
+    found = findings.find_nearest_references(splits, standardised)
     assert found["test"].rows.tolist() == [5, 6, 7]
     assert found["test"].nearest.tolist() == [0, 2, 4]
     assert found["val"].nearest.tolist() == [3]
-    assert findings.look_up_nearest(np.array([""] * 8), standardised) == {}
+    assert findings.find_nearest_references(np.array([""] * 8), standardised) == {}
 
 
-def test_a_leak_counts_copies_twins_and_groups() -> None:
+def test_a_leak_counts_exact_and_near_duplicates_and_groups() -> None:
     splits, standardised, labels = build_split()
-    found = findings.look_up_nearest(splits, standardised)["test"]
-    copies = ints(7, -1, -1, -1, -1, 7, 8, 8)  # 6 and 7 are copies of one another only
+    found = findings.find_nearest_references(splits, standardised)["test"]
+    copies = ints(7, -1, -1, -1, -1, 7, 8, 8)  # 6 and 7 are copies of each other only
     groups = ints(0, 1, 2, 3, 4, 0, 2, 5)
     leak = findings.measure_leak(found, np.isin(splits, ("train", "val")), copies, groups, labels)
     assert (leak["num_exact_duplicate"], leak["num_near_duplicate"], leak["num_same_group"]) == (
@@ -121,7 +121,7 @@ def test_a_step_without_images_has_no_accuracy() -> None:
 
 def test_pairs_across_splits() -> None:
     splits, standardised, _ = build_split()
-    found = findings.look_up_nearest(splits, standardised)["test"]
+    found = findings.find_nearest_references(splits, standardised)["test"]
     copies = ints(7, -1, -1, -1, -1, 7, 8, 8)
     known = np.isin(splits, ("train", "val"))
     assert findings.list_crossing_exact_duplicates(copies, found, known, 9) == [

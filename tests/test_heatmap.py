@@ -7,10 +7,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from brainray.images import heatmap as room
-from brainray.images.head import Box
+from brainray.images import heatmap
 from brainray.images.heatmap import SHOWN_PX, render_map, render_overlay, render_picture
-from brainray.images.preprocess import Frame, Preprocessing, open_samples
+from brainray.images.preprocess import Box, Frame, Preprocessing, open_samples
 
 STRETCH, PAD = Preprocessing(size_px=96), Preprocessing(size_px=96, fit="pad")
 STRIDE = 32
@@ -69,14 +68,14 @@ def test_the_overlay_is_the_scan_with_its_share_of_the_map() -> None:
     class_map = spot(0, 2)
     layer = read(render_map(class_map, frame(scan.shape), STRIDE))[1].astype(float)
     overlay = read(render_overlay(class_map, scan, frame(scan.shape), STRIDE))[1]
-    alpha = layer[..., 3:] / 255 * room.OVERLAY_ALPHA
+    alpha = layer[..., 3:] / 255 * heatmap.OVERLAY_ALPHA
     expected = scan[..., None] * (1 - alpha) + layer[..., :3] * alpha
     assert np.abs(overlay - expected).max() <= 1
     assert (overlay[layer[..., 3] == 0] == scan[layer[..., 3] == 0][:, None]).all()
 
 
 def test_colours_rise_in_lightness_evenly() -> None:
-    linear = room._COLOURS / 255
+    linear = heatmap._COLOURS / 255
     linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
     luminance = linear @ (0.2126, 0.7152, 0.0722)
     lightness = 116 * np.cbrt(luminance) - 16  # CIE L*, above its linear part
@@ -86,7 +85,7 @@ def test_colours_rise_in_lightness_evenly() -> None:
 
 
 def test_padding_is_taken_away_again() -> None:
-    """A wide scan lies in the middle rows; evidence beside it is out of the picture."""
+    """A wide scan fills the middle rows; evidence outside it is not shown."""
     scan = np.full((48, 96), 200, np.uint8)
     opened = open_samples(scan, PAD)
     assert opened.frame == Frame((48, 96), Box(0, 0, 96, 48), Box(0, 24, 96, 48))
@@ -101,7 +100,7 @@ def test_padding_is_taken_away_again() -> None:
     stretched = read(render_map(spot(1, 2), frame(scan.shape), STRIDE))[1][..., 3]
     assert abs(int(stretched.argmax()) // 96 - 16) <= 1
     beside = read(render_map(spot(0, 1), frame(scan.shape, PAD), STRIDE))[1][..., 3]
-    assert beside.max() < 60, "what is hottest in the padding is not shown as if in the scan"
+    assert beside.max() < 60, "the maximum in the padding is not shown in the scan"
 
 
 def test_a_tall_scan_is_shown_as_the_same_scan_lying() -> None:
@@ -147,7 +146,7 @@ def test_evidence_is_drawn_over_the_spot_it_came_from(
     scan = np.where(spotted, 250, np.where(head, 90, 0)).astype(np.uint8)
     opened = open_samples(scan, preprocessing)
     stride = 16
-    # A network that finds evidence in what is bright: cell i is centred on pixel i * stride.
+    # A network that finds evidence in bright pixels: cell i is centred on pixel i * stride.
     seen = np.pad((opened.image > 170).astype(np.float32), stride // 2)
     class_map = seen.reshape(15, stride, 15, stride).mean((1, 3))[:14, :14] - 0.05
     alpha = read(render_map(class_map, opened.frame, stride))[1][..., 3].astype(float)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from brainray.errors import ConfigError, DataError
-from brainray.inference.bulk import ClassifyJob, classify
+from brainray.inference.bulk import classify
 from brainray.inference.labels import FOLDER, Labels
+from brainray.inference.options import ClassifyJob
 from brainray.io.identifiers import (
     CHECK_FILE,
     KEY_FILE,
@@ -66,7 +67,7 @@ def test_a_later_run_must_have_the_same_key(tmp_path: Path, key_file: str) -> No
     for output, key in ((given, str(tmp_path / "other")), (made, key_file)):
         with pytest.raises(ConfigError, match="hashed with another key"):
             open_identifiers(output, key)
-    with pytest.raises(ConfigError, match="is not in it"):
+    with pytest.raises(ConfigError, match="a key outside of it"):
         open_identifiers(given)
     assert not (tmp_path / "given" / KEY_FILE).exists(), "a second key could not be joined"
 

@@ -20,9 +20,8 @@ from brainray.data.slice_columns import describe_slice
 from brainray.errors import RejectedImage
 from brainray.export import dicom as export_dicom
 from brainray.images.preprocess import Preprocessing
-from brainray.images.slices import OpenedSlice, name_slice, open_slices
+from brainray.images.slices import OpenedSlice, name_slice
 from brainray.inference import bulk as bulk_module
-from brainray.inference.files import run_files
 from brainray.inference.schema import SCAN_SCHEMA, build_rows
 from brainray.inference.series import summarise_series
 from tests.bulk_output import write_output
@@ -37,6 +36,7 @@ from tests.identities import (
     find_tokens_in_folder,
     make_objects,
 )
+from tests.open_scans import open_slices
 from tests.service import LocalPredictor, build_test_app, open_client, open_predictor
 
 KEY = b"0123456789abcdef"
@@ -193,7 +193,7 @@ def test_classifying_files(
     files = [str(path) for path in sorted(folder.iterdir())]
     options = ["--classifier-uri", str(tiny_classifier), "--precision", "fp32"]
     with warnings.catch_warnings(record=True) as warned:
-        run_files([*form, *files, *options])
+        cli.main(["classify", *form, *files, *options])
     out, err = capfd.readouterr()
     assert len(out.splitlines()) >= len(files), "a line, or a row, for each"
     assert (find_tokens(out), find_tokens(err)) == ([], [])
@@ -272,7 +272,7 @@ def test_output_of_the_bulk_job(
     arguments = ["--scans-uri", named_folder, "--output-uri", output, "--id-key-file", key]
     arguments += ["--classifier-uri", tiny_classifier, "--max-rejected", "100%"]
     for _ in range(2):
-        cli.run_classify([str(argument) for argument in arguments] + ["--redact-paths"] * redacts)
+        cli.main(["classify", *map(str, arguments), *["--redact-paths"] * redacts])
     printed = "".join(capfd.readouterr())
     names = {path.name for path in output.rglob("*")}
     assert "report.html" in names

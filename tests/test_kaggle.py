@@ -41,7 +41,7 @@ def pack(counts: dict[str, int]) -> bytes:
 
 @dataclass
 class StandIn:
-    """Kaggle's door, which sends to its storage, which gives ranges and an MD5."""
+    """Kaggle's server; it redirects to a storage with ranges and an MD5."""
 
     archive: bytes = field(default_factory=lambda: pack(dict(SET.counts)))
     md5_of: bytes | None = None
@@ -49,7 +49,7 @@ class StandIn:
     cut_at: int | None = None
     """Bytes of a whole answer after which the connection breaks, once."""
     ranges: list[str | None] = field(default_factory=list)
-    """What each download asked for."""
+    """Requested range of each download."""
     asked: list[bytes] = field(default_factory=list)
 
     def answer_door(self, handler: BaseHTTPRequestHandler) -> None:
@@ -100,7 +100,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandI
     monkeypatch.setattr("kagglehub.clients.get_user_agent", lambda: "kagglehub")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # no credentials of whoever runs this
     monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
-    monkeypatch.setenv("KAGGLEHUB_CACHE", "")  # what a fetch sets is undone
+    monkeypatch.setenv("KAGGLEHUB_CACHE", "")  # undo the change of a fetch
     yield server_side
     server.shutdown()
     server.server_close()
@@ -130,8 +130,8 @@ def test_a_fetch_brings_every_file_and_a_list_that_sha256sum_reads(
     listed = (folder / SUMS_FILE).read_bytes()
     assert hashlib.sha256(listed).hexdigest() == digest
     for line in listed.decode().splitlines():
-        expected, _, place = line.partition("  ")
-        assert hashlib.sha256((folder / place).read_bytes()).hexdigest() == expected
+        expected, _, path = line.partition("  ")
+        assert hashlib.sha256((folder / path).read_bytes()).hexdigest() == expected
     assert len(listed.splitlines()) == 7
     assert "CC0" in lines[0]
     assert "7 images" in lines[1]
@@ -146,7 +146,7 @@ def test_a_broken_download_goes_on_where_it_was(
     stand_in: StandIn, fetch: Callable[..., tuple[str, list[str]]], tmp_path: Path
 ) -> None:
     stand_in.cut_at = 3 * 2**19
-    with pytest.raises(StorageError, match="The same command goes on"):
+    with pytest.raises(StorageError, match="same command to resume it"):
         fetch()
     assert not (tmp_path / "scans").exists()
     fetch()
@@ -173,7 +173,7 @@ def test_another_digest_than_the_expected_one_is_refused(
     stand_in: StandIn,  # noqa: ARG001 - it answers
     fetch: Callable[..., tuple[str, list[str]]],
 ) -> None:
-    with pytest.raises(DataError, match="not the expected ones"):
+    with pytest.raises(DataError, match=r"Expected SHA-256 .*, got "):
         fetch(sha256="0" * 64)
 
 
@@ -211,13 +211,13 @@ def test_an_archive_of_another_set_never_gets_the_place(
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(403, "credentials"), (404, "status 404"), (503, "status 503")]
+    ("status", "output"), [(403, "credentials"), (404, "status 404"), (503, "status 503")]
 )
 def test_a_refusal_says_what_to_do(
-    status: int, said: str, stand_in: StandIn, fetch: Callable[..., tuple[str, list[str]]]
+    status: int, output: str, stand_in: StandIn, fetch: Callable[..., tuple[str, list[str]]]
 ) -> None:
     stand_in.status = status
-    with pytest.raises(StorageError, match=f"{said}.*By hand: download"):
+    with pytest.raises(StorageError, match=f"{output}.*By hand: download"):
         fetch()
 
 
@@ -231,12 +231,12 @@ def test_without_a_network_the_door_says_where_to_put_the_files(
     monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, nowhere)
     with pytest.raises(SystemExit) as end:
         cli.main(["data", "fetch", "--data-path", str(tmp_path / "scans")])
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert end.value.code == 2
-    assert "Licence: CC0" in said.out
-    assert kaggle.BRAIN_TUMOUR_MRI.url in said.err
-    assert str(tmp_path / "scans" / "Training") in said.err
-    assert said.err.count("\n") == 1
+    assert "Licence: CC0" in output.out
+    assert kaggle.BRAIN_TUMOUR_MRI.url in output.err
+    assert str(tmp_path / "scans" / "Training") in output.err
+    assert output.err.count("\n") == 1
 
 
 def test_the_public_set_has_the_counts_of_its_page() -> None:
@@ -249,6 +249,6 @@ def test_the_public_set_has_the_counts_of_its_page() -> None:
 def test_data_says_what_it_can(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["data", *words])
-    said = capsys.readouterr()
-    assert "brainray data fetch" in said.out + said.err
+    output = capsys.readouterr()
+    assert "brainray data fetch" in output.out + output.err
     assert end.value.code == (0 if words == ("--help",) else 2)

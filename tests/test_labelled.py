@@ -1,4 +1,4 @@
-"""Finding scans: the layouts that are read, what is skipped, and what is refused, in words."""
+"""Labelled data sets: supported layouts, skipped files, and errors."""
 
 import io
 import re
@@ -19,7 +19,7 @@ from brainray.phantoms import write_phantom_folder
 
 
 def fill(root: Path, *folders: str, names: Sequence[str] = ("1.jpg",)) -> Path:
-    """Write files (their content is their place) into every class folder below some folders."""
+    """Write files (their content is their path) into every class folder below some folders."""
     for folder in folders or ("",):
         for label in CLASSES:
             for name in names:
@@ -129,8 +129,8 @@ def test_hidden_files_and_other_files_are_counted(tmp_path: Path) -> None:
 def test_odd_names_are_kept_and_can_be_read_from_a_file_uri(tmp_path: Path) -> None:
     names = ("a b (1).jpg", "it's\n脳.jpg", "50%#?.jpg")
     fill(tmp_path / "my data", "train", "test", names=names)
-    for place in (str(tmp_path / "my data"), (tmp_path / "my data").as_uri()):
-        found = find_samples(place, CLASSES)
+    for uri in (str(tmp_path / "my data"), (tmp_path / "my data").as_uri()):
+        found = find_samples(uri, CLASSES)
         assert found.samples.num_rows == 24
         for row in found.samples.to_pylist():
             assert storage.read_bytes(row["uri"]).decode().endswith(row["path"])
@@ -159,12 +159,12 @@ def test_class_without_images_is_refused(tmp_path: Path, absent: bool, folder: s
     assert words.endswith("Add them, or pass --classes.")
 
 
-@pytest.mark.parametrize("place", ["stray.jpg", "train/stray.jpg"])
-def test_image_outside_any_class_folder(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("path", ["stray.jpg", "train/stray.jpg"])
+def test_image_outside_any_class_folder(tmp_path: Path, path: str) -> None:
     fill(tmp_path, "train", "test")
-    put(tmp_path / place)
+    put(tmp_path / path)
     words = refusal(tmp_path)
-    assert f"Image '{place}' in '{tmp_path}' lies in no class folder" in words
+    assert f"Image '{path}' in '{tmp_path}' lies in no class folder" in words
     assert "Expected one of glioma, meningioma, notumor, pituitary above it" in words
 
 
@@ -298,8 +298,8 @@ def test_parquet_split_by_name(tmp_path: Path, name: str, split: str) -> None:
 def test_single_parquet_file_by_path_and_by_uri(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "test scans.parquet")
     write_parquet(tmp_path / "train.parquet")
-    for place in (str(file), file.as_uri()):
-        found = find_samples(place, CLASSES)
+    for uri in (str(file), file.as_uri()):
+        found = find_samples(uri, CLASSES)
         assert found.samples.num_rows == 8
         filesystem, path = storage.resolve(column(found, "uri")[0])
         assert path == str(file)
@@ -336,10 +336,10 @@ def test_parquet_missing_column(tmp_path: Path, name: str) -> None:
     words = refusal(file)
     assert words.startswith(f"No column {name} in '{file}' (it has ")
     assert "other" in words
-    assert "Expected label, and image_bytes (or, in a manifest of places, uri or path)" in words
+    assert "Expected label, and image_bytes (or, in a manifest of files, uri or path)" in words
 
 
-# ------------------------------------------------------------------------ splits in columns, places
+# --------------------------------------------------------------------- splits in columns, manifests
 
 
 def test_a_split_column_says_the_split(tmp_path: Path) -> None:
@@ -355,13 +355,13 @@ def test_an_empty_split_column_says_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("bad", "said"), [("dev", "Unknown split 'dev'"), ("", "No split in row")])
-def test_a_split_that_cannot_be_meant_is_refused(tmp_path: Path, bad: str, said: str) -> None:
+def test_an_unknown_split_is_refused(tmp_path: Path, bad: str, said: str) -> None:
     file = write_parquet(tmp_path / "a.parquet", 8, split=[*["train"] * 7, bad])
     assert said in refusal(file)
 
 
-def write_manifest(file: Path, places: Sequence[str], **columns: Iterable[Any]) -> Path:
-    labels = [place.split("/")[-2] for place in places]
+def write_manifest(file: Path, uris: Sequence[str], **columns: Iterable[Any]) -> Path:
+    labels = [uri.split("/")[-2] for uri in uris]
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"label": labels} | columns), file)
     return file
@@ -369,19 +369,19 @@ def write_manifest(file: Path, places: Sequence[str], **columns: Iterable[Any]) 
 
 @pytest.mark.parametrize("name", ["uri", "path"])
 @pytest.mark.parametrize("absolute", [True, False])
-def test_a_manifest_of_places_is_a_data_set(tmp_path: Path, name: str, absolute: bool) -> None:
+def test_a_manifest_is_a_data_set(tmp_path: Path, name: str, absolute: bool) -> None:
     fill(tmp_path / "scans", names=("1.jpg", "2 é.jpg"))
     files = sorted((tmp_path / "scans").rglob("*.jpg"))
-    places = [str(f if absolute else f.relative_to(tmp_path)) for f in files]
+    uris = [str(f if absolute else f.relative_to(tmp_path)) for f in files]
     splits = ["train", "test"] * 4
     manifest = write_manifest(
-        tmp_path / "split.parquet", places, **{name: places, "split": splits, "group": range(8)}
+        tmp_path / "split.parquet", uris, **{name: uris, "split": splits, "group": range(8)}
     )
     found = find_samples(str(manifest), CLASSES)
     assert found.samples.schema == SAMPLE_SCHEMA
     assert column(found, "split") == splits
     assert column(found, "group") == [str(number) for number in range(8)]
-    assert column(found, "path") == places
+    assert column(found, "path") == uris
     for row, file in zip(found.samples.to_pylist(), files, strict=True):
         assert storage.read_bytes(row["uri"]) == file.read_bytes()
         assert (row["row_group"], row["row"]) == (-1, -1)
@@ -404,7 +404,7 @@ def test_a_manifest_without_a_place_in_a_row_is_refused(tmp_path: Path) -> None:
     manifest = write_manifest(
         tmp_path / "m.parquet", [f"{name}/1.jpg" for name in CLASSES], uri=["a", None, "c", "d"]
     )
-    assert f"No place in row 1 of '{manifest}'" in refusal(manifest)
+    assert f"No uri in row 1 of '{manifest}'" in refusal(manifest)
 
 
 @pytest.mark.parametrize("label", ["glioma_2", None, ""])

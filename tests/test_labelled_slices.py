@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from brainray.data import scan as scan_module
+from brainray.data import fingerprint
 from brainray.data.expand import expand_files
 from brainray.data.labelled import find_samples
 from brainray.data.splits import assign_folds, hash_manifest
@@ -44,7 +44,7 @@ def draw(rng: np.random.Generator) -> NDArray[np.uint16]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write six patients of each class, in files whose names and folders do not tell them."""
+    """Write six patients of each class, in files whose paths do not name the patient."""
     root = tmp_path_factory.mktemp("dicom")
     rng = np.random.default_rng(0)
     for label in CLASSES:
@@ -179,7 +179,7 @@ def test_pixels_are_those_of_the_files_held_or_not(
     assert mixed_data.store.holds_pixels(CONFIG.preprocessing)
     held = mixed_data.store.load_images(chosen, CONFIG.preprocessing)
     np.testing.assert_array_equal(held, expected)
-    monkeypatch.setattr(scan_module, "OBJECT_STORE_SHARE", 0.0)
+    monkeypatch.setattr(fingerprint, "OBJECT_STORE_SHARE", 0.0)
     outside = prepare(mixed)
     assert not outside.store.in_object_store
     read = outside.store.load_images(chosen, CONFIG.preprocessing)

@@ -18,12 +18,11 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from brainray.cluster import list_nodes, share_cpus
-from brainray.data import scan as scan_module
+from brainray.data import fingerprint
+from brainray.data.fingerprint import fingerprint_samples
 from brainray.data.labelled import find_samples
-from brainray.data.scan import scan_samples
 from brainray.errors import ConfigError
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions
 from brainray.training.loader import (
     TRAIN_DATASET,
@@ -38,6 +37,7 @@ from brainray.training.loader import (
     share_of,
 )
 from tests.conftest import CLASSES
+from tests.open_scans import load_image
 
 CPU = torch.device("cpu")
 PREPROCESSING = Preprocessing(size_px=32)
@@ -47,7 +47,7 @@ NUM_IMAGES, NUM_VAL, BATCH_SIZE = 96, 13, 7
 def scan(folder: Path, **changes: Any) -> LoaderSetup:  # noqa: ANN401 - any field of it
     """Open the phantoms; the numbers of the training images are neither sorted nor dense."""
     samples = find_samples(str(folder), CLASSES, splits=("train",)).samples
-    store = scan_samples(samples, reading=ReadOptions(), keep=[PREPROCESSING]).store
+    store = fingerprint_samples(samples, reading=ReadOptions(), keep=[PREPROCESSING]).store
     numbers = np.random.default_rng(5).permutation(samples.num_rows)
     values: dict[str, Any] = {
         "kind": "resident",
@@ -127,7 +127,7 @@ def test_each_image_comes_once_where_it_must(setup: LoaderSetup, world_size: int
 def check_batch(setup: LoaderSetup, batch: Batch) -> None:
     uris = ray.get(setup.store.samples)["uri"].take(batch.image_ids).to_pylist()
     contents = [Path(uri).read_bytes() for uri in uris]
-    expected = [load_image(content, PREPROCESSING, DecodeLimits()) for content in contents]
+    expected = [load_image(content, PREPROCESSING) for content in contents]
     assert batch.images.dtype == torch.uint8
     np.testing.assert_array_equal(batch.images.numpy(), expected)
     assert batch.labels.tolist() == setup.labels[batch.image_ids].tolist()
@@ -150,7 +150,7 @@ def test_the_loader_is_resident_where_the_pixels_fit(
 ) -> None:
     assert choose_loader("auto", setup.store, PREPROCESSING) == "resident"
     assert choose_loader("stream", setup.store, PREPROCESSING) == "stream"
-    monkeypatch.setattr(scan_module, "OBJECT_STORE_SHARE", 0.0)
+    monkeypatch.setattr(fingerprint, "OBJECT_STORE_SHARE", 0.0)
     outside = scan(phantom_folder).store
     assert choose_loader("auto", outside, PREPROCESSING) == "stream"
     with pytest.raises(ConfigError, match="--loader resident: expected pixels that fit"):
@@ -262,7 +262,7 @@ def test_row_groups_are_read_as_a_whole(
         }
     )
     pq.write_table(table, tmp_path / "train.parquet", row_group_size=20)
-    monkeypatch.setattr(scan_module, "OBJECT_STORE_SHARE", 0.0)
+    monkeypatch.setattr(fingerprint, "OBJECT_STORE_SHARE", 0.0)
     setup = scan(tmp_path, kind="stream")
     blocks = list_blocks(setup, setup.train_ids)
     groups = [set(block["row_group"].to_pylist()) for block in blocks]

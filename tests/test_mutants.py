@@ -109,15 +109,15 @@ _EXTREMES = (
 
 
 def damage(rng: random.Random, sources: Sequence[bytes] = SOURCES) -> bytes:
-    """Damage a file anywhere, or the headers of elements, or a gzip stream or what is in it."""
+    """Damage a file anywhere, or the headers of elements, or a gzip stream or its contents."""
     kind = rng.randrange(3)
     if kind == 0:
         content = mutate(rng, sources)
     else:
         damaged = bytearray(rng.choice(sources))
-        places = [match.start() for match in _ELEMENT.finditer(damaged[:3000])] or [40]
+        starts = [match.start() for match in _ELEMENT.finditer(damaged[:3000])] or [40]
         for _ in range(rng.randint(1, 4)):
-            at = rng.choice(places) + rng.randrange(4, 14)
+            at = rng.choice(starts) + rng.randrange(4, 14)
             extreme = rng.choice(_EXTREMES)
             damaged[at : at + len(extreme)] = extreme
         content = bytes(damaged)

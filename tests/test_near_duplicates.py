@@ -1,4 +1,4 @@
-"""Near-identical slices: correlation and groups against brute force, and on real scans."""
+"""Near duplicates: correlations and groups against brute force, and on real scans."""
 
 import io
 import os
@@ -15,18 +15,22 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from brainray.data import neighbours, spread
+from brainray.data import near_duplicates
 from brainray.data.near_duplicates import (
+    EXACT_PAIRS,
     NEAR_DUPLICATE_CORRELATION,
+    Block,
+    build_sketches,
     compute_thumbnail,
+    count_products,
     find_nearest,
     group_near_duplicates,
+    list_tiles,
     measure_recall,
     merge_groups,
+    run_blocks,
     standardise_thumbnails,
 )
-from brainray.data.neighbours import Block, build_sketches, count_products, list_tiles
-from brainray.data.run_blocks import run_blocks_on_ray
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.phantoms import iterate_phantoms
 
@@ -125,9 +129,9 @@ def test_groups_match_brute_force_at_any_block_border(
     links = np.minimum(apart, 360 - apart) <= 10
     expected = group_by_brute_force(links)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbours, "_BLOCK_ROWS", block_rows)
-        patch.setattr(neighbours, "_BLOCK_COLUMNS", 6 - block_rows)
-        patch.setattr(neighbours, "_BATCH_PAIRS", block_rows)
+        patch.setattr(near_duplicates, "_BLOCK_ROWS", block_rows)
+        patch.setattr(near_duplicates, "_BLOCK_COLUMNS", 6 - block_rows)
+        patch.setattr(near_duplicates, "_BATCH_PAIRS", block_rows)
         groups = group_near_duplicates(
             on_circle(*degrees), min_correlation=float(np.cos(np.deg2rad(10.5)))
         )
@@ -136,9 +140,9 @@ def test_groups_match_brute_force_at_any_block_border(
 
 
 def test_permutation_keeps_the_partition(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_BLOCK_ROWS", 16)
+    monkeypatch.setattr(near_duplicates, "_BLOCK_ROWS", 16)
     thumbnails = draw_thumbnails(60)
-    thumbnails[30:] = thumbnails[:30] ^ 1  # each has one twin, half a set away
+    thumbnails[30:] = thumbnails[:30] ^ 1  # each has a near duplicate, half a set away
     order = np.random.default_rng(1).permutation(60)
     groups = group_near_duplicates(standardise_thumbnails(thumbnails[order]), min_correlation=0.99)
     assert len(set(groups)) == 30
@@ -146,8 +150,8 @@ def test_permutation_keeps_the_partition(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_find_nearest_matches_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_BLOCK_ROWS", 7)
-    monkeypatch.setattr(neighbours, "_BLOCK_COLUMNS", 5)
+    monkeypatch.setattr(near_duplicates, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(near_duplicates, "_BLOCK_COLUMNS", 5)
     here, there = draw_thumbnails(24, seed=1), draw_thumbnails(19, seed=2)
     there[18] = here[23]
     nearest, correlation = find_nearest(standardise_thumbnails(here), standardise_thumbnails(there))
@@ -162,7 +166,7 @@ def test_find_nearest_matches_brute_force(monkeypatch: pytest.MonkeyPatch) -> No
 # ------------------------------------------------------------------------- the search, at any size
 
 
-def draw_look_alikes(count: int, seed: int = 0) -> NDArray[np.float32]:
+def draw_near_duplicates(count: int, seed: int = 0) -> NDArray[np.float32]:
     """Draw standardised thumbnails of which every third resembles another, more or less."""
     rng = np.random.default_rng(seed)
     patterns = rng.normal(0, 1, (12, 576))
@@ -177,7 +181,7 @@ def draw_look_alikes(count: int, seed: int = 0) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("min_correlation", [0.9, 0.96, 0.995])
 def test_groups_match_comparing_every_pair(min_correlation: float) -> None:
-    standardised = draw_look_alikes(3000)
+    standardised = draw_near_duplicates(3000)
     links = standardised @ standardised.T >= min_correlation
     _, expected = connected_components(coo_array(links), directed=False)
     assert len(set(expected)) < 3000
@@ -186,25 +190,25 @@ def test_groups_match_comparing_every_pair(min_correlation: float) -> None:
 
 
 def test_cells_find_what_comparing_every_pair_finds() -> None:
-    standardised = draw_look_alikes(6000, seed=1)
+    standardised = draw_near_duplicates(6000, seed=1)
     exact = group_near_duplicates(standardised, min_correlation=0.96)
     by_cells = group_near_duplicates(standardised, min_correlation=0.96, exact_pairs=0)
     recall = measure_recall(standardised, by_cells, min_correlation=0.96, num_samples=6000)
     assert recall["num_pairs"] == int((standardised @ standardised.T >= 0.96).sum()) - 6000
     assert recall["num_grouped"] >= 0.999 * recall["num_pairs"]
-    for group in np.unique(by_cells):  # a group by cells never joins what is apart
+    for group in np.unique(by_cells):  # the search by cells never joins two groups
         assert len(set(exact[by_cells == group])) == 1
 
 
 def test_recall_counts_pairs_that_were_missed() -> None:
-    standardised = draw_look_alikes(300)
+    standardised = draw_near_duplicates(300)
     alone = measure_recall(standardised, np.arange(300), min_correlation=0.96)
     assert alone["num_pairs"] > 20
     assert alone["num_grouped"] == 0
 
 
 def test_nearest_by_cells_is_nearly_always_the_nearest() -> None:
-    standardised = draw_look_alikes(6000, seed=2)
+    standardised = draw_near_duplicates(6000, seed=2)
     queries, reference = standardised[:1500], standardised[1500:]
     nearest, correlation = find_nearest(queries, reference, exact_pairs=0)
     best = (queries @ reference.T).max(axis=1)
@@ -219,15 +223,13 @@ def count_in_process(blocks: list[Block], rows: NDArray[np.float32]) -> tuple[in
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_much_work_is_done_in_several_tasks_and_a_little_here(
+def test_large_work_is_done_in_several_tasks_and_small_work_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     blocks, rows = list_tiles(20_000, 30_000), np.zeros((7, 3), np.float32)
-    assert list(run_blocks_on_ray(count_in_process, blocks, rows)) == [
-        (os.getpid(), 20_000 * 30_000, 7)
-    ]
-    monkeypatch.setattr(spread, "LEAST_PRODUCTS", 20_000 * 30_000)
-    found = list(run_blocks_on_ray(count_in_process, blocks, rows))
+    assert list(run_blocks(count_in_process, blocks, rows)) == [(os.getpid(), 20_000 * 30_000, 7)]
+    monkeypatch.setattr(near_duplicates, "MIN_RAY_PRODUCTS", 20_000 * 30_000)
+    found = list(run_blocks(count_in_process, blocks, rows))
     assert len(found) >= 2
     assert os.getpid() not in {process for process, _, _ in found}
     assert sum(products for _, products, _ in found) == 20_000 * 30_000
@@ -235,23 +237,16 @@ def test_much_work_is_done_in_several_tasks_and_a_little_here(
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("exact_pairs", [0, neighbours.EXACT_PAIRS])
+@pytest.mark.parametrize("exact_pairs", [0, EXACT_PAIRS])
 def test_tasks_find_what_one_process_finds(
     monkeypatch: pytest.MonkeyPatch, exact_pairs: int
 ) -> None:
-    standardised = draw_look_alikes(3000)
+    standardised = draw_near_duplicates(3000)
     here = group_near_duplicates(standardised, min_correlation=0.96, exact_pairs=exact_pairs)
     near_here = find_nearest(standardised[:900], standardised[900:], exact_pairs=exact_pairs)
-    monkeypatch.setattr(spread, "LEAST_PRODUCTS", 0)
-    there = group_near_duplicates(
-        standardised, min_correlation=0.96, exact_pairs=exact_pairs, run_blocks=run_blocks_on_ray
-    )
-    near_there = find_nearest(
-        standardised[:900],
-        standardised[900:],
-        exact_pairs=exact_pairs,
-        run_blocks=run_blocks_on_ray,
-    )
+    monkeypatch.setattr(near_duplicates, "MIN_RAY_PRODUCTS", 0)
+    there = group_near_duplicates(standardised, min_correlation=0.96, exact_pairs=exact_pairs)
+    near_there = find_nearest(standardised[:900], standardised[900:], exact_pairs=exact_pairs)
     assert 1000 < len(set(here)) < 3000
     assert here.tolist() == there.tolist()
     assert near_here[0].tolist() == near_there[0].tolist()
@@ -285,7 +280,7 @@ def test_many_copies_of_one_image_are_one_group_and_blank_ones_are_not() -> None
     ("given_groups", "same"),
     [
         ([None] * 6, [0, 0, 1, 1, 2, 3]),
-        (["p", None, None, "p", None, None], [0, 0, 0, 0, 2, 3]),  # bridges two twin groups
+        (["p", None, None, "p", None, None], [0, 0, 0, 0, 2, 3]),  # joins two groups
         (["p", None, "q", None, "q", "p"], [0, 0, 1, 1, 1, 0]),
         (["p", None, "p", "q", None, "q"], [0, 0, 0, 0, 2, 0]),  # and on, through a third
         (["", None, None, "", None, None], [0, 0, 1, 1, 2, 3]),  # an empty name is no name

@@ -372,7 +372,7 @@ def test_a_pickled_file_system_is_as_patient(store: ObjectStore) -> None:
     ("fault", "said"),
     [
         ((503, "SlowDown"), "the service still fails after 5 attempts"),
-        pytest.param(CUT, "the service cannot be reached in 5 attempts", marks=pytest.mark.slow),
+        pytest.param(CUT, "the service did not respond in 5 attempts", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -396,20 +396,20 @@ def test_what_never_recovers_is_one_line_in_bounded_time(
 def test_a_service_that_says_nothing_is_one_line_in_bounded_time(store: ObjectStore) -> None:
     store.fail = lambda _: time.sleep(120)
     started = time.monotonic()
-    with pytest.raises(StorageError, match=r"cannot be reached in 5 attempts \(.*too slow"):
+    with pytest.raises(StorageError, match=r"did not respond in 5 attempts \(.*too slow"):
         storage.read_bytes(place("x"))
     assert time.monotonic() - started < 60
 
 
-DENIED = "access is denied. Give credentials that may do this: AWS_ACCESS_KEY_ID"
+DENIED = "access is denied. Give credentials with this permission: AWS_ACCESS_KEY_ID"
 
 
 @pytest.mark.parametrize(
     ("fault", "listing", "reading"),
     [
         ((403, "AccessDenied"), DENIED, DENIED),
-        ((403, "SignatureDoesNotMatch"), "the secret key does not fit the access key", DENIED),
-        ((403, "InvalidAccessKeyId"), "the access key is not known there", DENIED),
+        ((403, "SignatureDoesNotMatch"), "the secret key does not match the access key", DENIED),
+        ((403, "InvalidAccessKeyId"), "the service does not know the access key", DENIED),
         ((400, "ExpiredToken"), "the credentials have expired", "Check AWS_REGION, and whether"),
         ((301, "PermanentRedirect"), "in another region. Set AWS_REGION", "in another region"),
         ((400, "AuthorizationHeaderMalformed"), "in another region", "Check AWS_REGION"),

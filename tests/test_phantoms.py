@@ -1,4 +1,4 @@
-"""Phantoms: the same seed draws the same bytes, and a class is seen in its mass alone."""
+"""Phantoms: a seed gives the same bytes, and only the mass distinguishes the classes."""
 
 import hashlib
 import io
@@ -24,6 +24,7 @@ from brainray import phantoms
 from brainray.errors import ConfigError
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.phantoms import Phantom, iterate_phantoms
+from brainray.phantoms.__main__ import draw_contact_sheet
 from brainray.phantoms.painter import Painter
 
 _DIGEST_SCRIPT = (
@@ -46,7 +47,7 @@ def _thumbnail(phantom: Phantom) -> NDArray[np.float64]:
 
 
 @pytest.fixture(scope="module")
-def crowd() -> list[Phantom]:
+def many() -> list[Phantom]:
     return list(iterate_phantoms(num_per_class=32, seed=3))
 
 
@@ -65,18 +66,18 @@ def test_same_seed_gives_same_bytes_in_any_process() -> None:
 
 
 def test_image_does_not_depend_on_how_many_are_drawn_or_of_which_classes(
-    crowd: list[Phantom],
+    many: list[Phantom],
 ) -> None:
     few = list(iterate_phantoms(num_per_class=3, seed=3, classes=("pituitary", "glioma")))
     for label in ("pituitary", "glioma"):
-        of_many = [p for p in crowd if p.label == label][:3]
+        of_many = [p for p in many if p.label == label][:3]
         assert [p for p in few if p.label == label] == of_many
-    assert list(itertools.islice(iterate_phantoms(num_per_class=32, seed=3), 5)) == crowd[:5]
+    assert list(itertools.islice(iterate_phantoms(num_per_class=32, seed=3), 5)) == many[:5]
 
 
-def test_counts_names_and_subjects(crowd: list[Phantom]) -> None:
+def test_counts_names_and_subjects(many: list[Phantom]) -> None:
     for label in BRAIN_TUMOUR_CLASSES:
-        own = [p for p in crowd if p.label == label]
+        own = [p for p in many if p.label == label]
         assert len(own) == 32
         assert len({p.name for p in own}) == 32
         assert len({p.subject for p in own}) == 16
@@ -85,17 +86,17 @@ def test_counts_names_and_subjects(crowd: list[Phantom]) -> None:
         "notumor-0-0001"
     ] * 2
     others = list(iterate_phantoms(num_per_class=2, seed=4))
-    assert not {p.subject for p in crowd} & {p.subject for p in others}
-    assert not {p.image_bytes for p in crowd} & {p.image_bytes for p in others}
+    assert not {p.subject for p in many} & {p.subject for p in others}
+    assert not {p.image_bytes for p in many} & {p.image_bytes for p in others}
 
 
-def test_encodings_and_sizes_vary(crowd: list[Phantom]) -> None:
-    seen = {(Path(p.name).suffix, _decode(p).mode) for p in crowd}
+def test_encodings_and_sizes_vary(many: list[Phantom]) -> None:
+    seen = {(Path(p.name).suffix, _decode(p).mode) for p in many}
     assert seen == {(".jpg", "L"), (".jpg", "RGB"), (".png", "L"), (".png", "RGB")}
-    for phantom in crowd:
+    for phantom in many:
         expected = {".jpg": "JPEG", ".png": "PNG"}[Path(phantom.name).suffix]
         assert _decode(phantom).format == expected
-    sizes = {_decode(p).size for p in crowd}
+    sizes = {_decode(p).size for p in many}
     assert len(sizes) >= 15
     assert min(min(size) for size in sizes) >= 160
     assert max(max(size) for size in sizes) <= 320
@@ -103,27 +104,27 @@ def test_encodings_and_sizes_vary(crowd: list[Phantom]) -> None:
     assert any(width < height for width, height in sizes)
 
 
-def test_slices_of_a_subject_are_near_duplicates_and_others_are_not(crowd: list[Phantom]) -> None:
-    thumbs = np.stack([_thumbnail(p).ravel() for p in crowd])
+def test_slices_of_a_subject_are_near_duplicates_and_others_are_not(many: list[Phantom]) -> None:
+    thumbs = np.stack([_thumbnail(p).ravel() for p in many])
     alike = np.corrcoef(thumbs)
-    subjects = np.array([p.subject for p in crowd])
+    subjects = np.array([p.subject for p in many])
     same = subjects[:, None] == subjects[None, :]
     pairs = np.triu(np.ones_like(same), 1)
     assert (same & pairs).sum() == 64
     assert alike[same & pairs].min() >= 0.96
     assert (alike[~same & pairs] >= 0.96).mean() < 0.02
-    first, second = crowd[0], crowd[1]
+    first, second = many[0], many[1]
     assert first.subject == second.subject
     assert first.image_bytes != second.image_bytes
 
 
-def test_global_statistics_do_not_tell_the_classes_apart(crowd: list[Phantom]) -> None:
+def test_global_statistics_do_not_predict_the_class(many: list[Phantom]) -> None:
     features = []
-    for phantom in crowd:
+    for phantom in many:
         pixels = np.asarray(_decode(phantom).convert("L"), float)
         features.append([pixels.mean(), pixels.std(), *pixels.shape])
-    labels = np.array([p.label for p in crowd])
-    groups = np.array([p.subject for p in crowd])
+    labels = np.array([p.label for p in many])
+    groups = np.array([p.subject for p in many])
     for model in (
         make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)),
         DecisionTreeClassifier(max_depth=4, random_state=0),
@@ -151,7 +152,7 @@ def test_every_class_is_drawn_in_every_plane(label: str, plane: phantoms.Plane) 
 def _paint_with_and_without_mass(
     subject: phantoms.SubjectParameters,
 ) -> tuple[Painter, NDArray[np.float32], NDArray[np.bool_]]:
-    """Paint a subject, and say where its mass changed the picture; no noise in either."""
+    """Paint a subject without noise; return where its mass changes the picture."""
     painter = Painter(subject, 0.0)
     picture = painter.paint()
     bare = Painter(replace(subject, mass=None), 0.0).paint()
@@ -244,7 +245,7 @@ def test_folder_has_the_kaggle_layout_and_disjoint_subjects(tmp_path: Path) -> N
 
 
 def test_contact_sheet_has_a_picture_in_every_cell() -> None:
-    sheet = phantoms.draw_contact_sheet(cell_px=144)
+    sheet = draw_contact_sheet(cell_px=144)
     grey = np.asarray(sheet.convert("L"), float)[34:, 118:]
     for row in range(4):
         for column in range(6):
@@ -267,12 +268,12 @@ def test_contact_sheet_has_a_picture_in_every_cell() -> None:
         ({"num_per_class": 1, "seed": 0, "classes": ("glioma", "flower")}, "'flower'"),
     ],
 )
-def test_wrong_arguments_are_said_at_the_call(arguments: dict[str, object], words: str) -> None:
+def test_wrong_arguments_are_rejected_at_the_call(arguments: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         iterate_phantoms(**arguments)  # type: ignore[arg-type]
 
 
-def test_wrong_folder_counts_and_names_are_said(tmp_path: Path) -> None:
+def test_wrong_folder_counts_and_names_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="num_train_per_class to be at least 1, got 0"):
         phantoms.write_phantom_folder(tmp_path / "a", num_train_per_class=0)
     with pytest.raises(ConfigError, match="num_test_per_class to be at least 1, got -3"):

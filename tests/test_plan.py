@@ -271,7 +271,7 @@ def inbox(tmp_path: Path) -> Path:
 
 def make_options(inbox: Path, output: Path, run: str = "run") -> PlanOptions:
     return PlanOptions(
-        places=tuple(find_sources([str(inbox), str(inbox.parent / "list.txt")])),
+        sources=tuple(find_sources([str(inbox), str(inbox.parent / "list.txt")])),
         store=open_store(output),
         run=run,
         max_shard_rows=8,
@@ -344,7 +344,7 @@ def test_a_plan_has_every_scan_once_and_none_that_has_a_row(
 def test_a_plan_of_nothing_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     options = PlanOptions(
-        places=tuple(find_sources([str(tmp_path / "empty")])),
+        sources=tuple(find_sources([str(tmp_path / "empty")])),
         store=open_store(tmp_path / "out"),
         run="run",
         max_shard_rows=8,
@@ -359,7 +359,7 @@ def test_a_plan_of_nothing_writes_nothing(tmp_path: Path) -> None:
 def test_a_named_table_without_images_ends_the_plan(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
     options = replace(
-        make_options_of(tmp_path), places=tuple(find_sources([str(tmp_path / "other.parquet")]))
+        make_options_of(tmp_path), sources=tuple(find_sources([str(tmp_path / "other.parquet")]))
     )
     with pytest.raises(DataError, match="image_bytes"):
         make_plan(options)
@@ -367,7 +367,7 @@ def test_a_named_table_without_images_ends_the_plan(tmp_path: Path) -> None:
 
 def make_options_of(folder: Path) -> PlanOptions:
     return PlanOptions(
-        places=(),
+        sources=(),
         store=open_store(folder / "out"),
         run="run",
         max_shard_rows=8,

@@ -16,17 +16,16 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from brainray.errors import ConfigError, RejectedImage
-from brainray.images.decode import DecodeLimits
-from brainray.images.normalise import normalise_images
 from brainray.images.preprocess import (
     IMAGENET_GREY_MEAN,
     IMAGENET_GREY_STD,
     Preprocessing,
-    load_image,
     open_samples,
     preprocess_image,
 )
+from brainray.model.network import normalise_images
 from brainray.phantoms import draw_phantom
+from tests.open_scans import load_image
 
 ROBUST = Preprocessing(size_px=160, crop="head", intensity="percentile", fit="pad")
 STORED = Preprocessing(size_px=160, crop="head", fit="pad")
@@ -130,10 +129,10 @@ def test_extreme_shapes_keep_their_grey(fit: str, shape: tuple[int, int]) -> Non
 def test_load_image_decodes_then_resizes() -> None:
     pixels, buffer = draw(80, 50), io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
-    loaded = load_image(buffer.getvalue(), Preprocessing(size_px=40, fit="pad"), DecodeLimits())
+    loaded = load_image(buffer.getvalue(), Preprocessing(size_px=40, fit="pad"))
     assert np.array_equal(loaded, preprocess_image(pixels, Preprocessing(size_px=40, fit="pad")))
     with pytest.raises(RejectedImage):
-        load_image(b"not an image", Preprocessing(), DecodeLimits())
+        load_image(b"not an image", Preprocessing())
 
 
 def test_normalise_is_the_formula() -> None:
@@ -182,16 +181,16 @@ FRAME = (400, 520)
 """Height and width of the scans below; the heads in them are 160 to 320 px large."""
 
 
-def draw_scan(seed: int, place: tuple[int, int] = (60, 150)) -> Scan:
+def draw_scan(seed: int, corner: tuple[int, int] = (60, 150)) -> Scan:
     """Draw a head somewhere in a wide black frame."""
     scan = np.zeros(FRAME, np.uint8)
     head = draw_phantom("glioma", np.random.default_rng(seed), plane="axial")
-    scan[place[0] : place[0] + head.shape[0], place[1] : place[1] + head.shape[1]] = head
+    scan[corner[0] : corner[0] + head.shape[0], corner[1] : corner[1] + head.shape[1]] = head
     return scan
 
 
 def find_edges(scan: Scan) -> NDArray[np.float64]:
-    """Return left, top, right and bottom of the largest bright thing in a clean scan."""
+    """Return left, top, right and bottom of the largest bright object in a scan without noise."""
     labels, _ = ndimage.label(ndimage.median_filter(scan, 5) > 20)
     largest = np.bincount(labels.ravel())[1:].argmax() + 1
     rows, columns = ndimage.find_objects((labels == largest).astype(int))[0]
@@ -313,14 +312,14 @@ def export_12_bit(scan: Scan, file_format: str) -> bytes:
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_12_bit_export_is_seen_as_its_8_bit_twin(seed: int, file_format: str) -> None:
+def test_a_12_bit_export_gives_the_input_of_its_8_bit_copy(seed: int, file_format: str) -> None:
     scan = draw_scan(seed)
-    twin = preprocess_image(scan, ROBUST).astype(int)
-    image = load_image(export_12_bit(scan, file_format), ROBUST, DecodeLimits())
-    difference = np.abs(image - twin)
+    copy = preprocess_image(scan, ROBUST).astype(int)
+    image = load_image(export_12_bit(scan, file_format), ROBUST)
+    difference = np.abs(image - copy)
     assert difference.max() <= 2
     assert difference.mean() < 0.5
-    stored = load_image(export_12_bit(scan, file_format), STORED, DecodeLimits())
+    stored = load_image(export_12_bit(scan, file_format), STORED)
     assert stored.max() <= 16, "by the full range of 16 bits it is nearly black"
 
 

@@ -1,4 +1,4 @@
-"""The token of local Ray clusters, and that every door keeps it before it starts one."""
+"""The token of local Ray clusters, which every entry point protects before it starts one."""
 
 import stat
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from brainray.cluster import connect_ray
-from brainray.raytoken import use_token_file
+from brainray.raytoken import protect_token_file
 from brainray.serving.local import start_ray
 from brainray.serving.options import ServeJob, ServiceConfig
 from brainray.serving.predictor import ModelOptions
@@ -17,7 +17,7 @@ SERVICE = ServeJob(service=ServiceConfig(model=ModelOptions(classifier_uri="c"))
 
 @pytest.fixture
 def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return where the token of a user without one will be."""
+    """Return the path of the token that a user does not have yet."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
@@ -29,21 +29,21 @@ def mode_of(path: Path) -> int:
 
 
 def test_a_token_is_made_for_this_user_only(token: Path) -> None:
-    use_token_file()
+    protect_token_file()
     made = token.read_text()
     assert len(bytes.fromhex(made)) == 32
     assert mode_of(token) == 0o600
     assert mode_of(token.parent) == 0o700
-    use_token_file()
+    protect_token_file()
     assert token.read_text() == made
     assert [path.name for path in token.parent.iterdir()] == ["auth_token"]
 
 
-def test_a_token_that_others_may_read_is_taken_from_them(token: Path) -> None:
+def test_other_users_lose_access_to_an_existing_token(token: Path) -> None:
     token.parent.mkdir()
     token.write_text("a" * 64)
     token.chmod(0o644)
-    use_token_file()
+    protect_token_file()
     assert mode_of(token) == 0o600
     assert token.read_text() == "a" * 64
 
@@ -52,7 +52,7 @@ def test_a_token_of_the_environment_is_left_alone(
     token: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
-    use_token_file()
+    protect_token_file()
     assert not token.exists()
 
 
@@ -62,16 +62,16 @@ def test_ray_takes_the_token_from_there(token: Path) -> None:
     assert _get_default_token_path() == token
 
 
-@pytest.mark.parametrize("door", ["jobs", "service"])
-def test_every_door_keeps_the_token_before_it_starts_ray(
-    token: Path, monkeypatch: pytest.MonkeyPatch, door: str
+@pytest.mark.parametrize("entry_point", ["jobs", "service"])
+def test_the_token_is_protected_before_ray_starts(
+    token: Path, monkeypatch: pytest.MonkeyPatch, entry_point: str
 ) -> None:
     modes = []
     for name in ("RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_USAGE_STATS_ENABLED"):
-        monkeypatch.setenv(name, "")  # what the doors set is gone afterwards
+        monkeypatch.setenv(name, "")  # restored after the test
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: modes.append((mode_of(token), options)))
-    if door == "jobs":
+    if entry_point == "jobs":
         connect_ray()
     else:
         start_ray(SERVICE, verbose=False)

@@ -1,4 +1,4 @@
-"""The report: complete, closed to the network, and safe whatever a path holds."""
+"""The evaluation report: complete, offline, and safe for any path."""
 
 import base64
 import copy
@@ -17,9 +17,9 @@ from brainray.metrics import (
     compute_evaluation,
     compute_risk_coverage,
 )
-from brainray.reports import plots
-from brainray.reports.page import format_interval, format_number, format_percent, format_text
-from brainray.reports.report import Mistake, render_report
+from brainray.reports import charts
+from brainray.reports.evaluation import Mistake, render_evaluation_report
+from brainray.reports.html import format_interval, format_number, format_percent, format_text
 
 CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -28,7 +28,7 @@ DASH = "\N{EN DASH}"
 
 
 class Page(HTMLParser):
-    """What the tests ask of a page; raises where a tag is not balanced."""
+    """Parsed tags, headings and text of a page; raises if a tag is not balanced."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -120,7 +120,6 @@ def build_mistake(path: str = "Testing/glioma/Te-gl_0012.jpg") -> Mistake:
         predicted_class="meningioma",
         confidence=0.9876,
         image_png=png.getvalue(),
-        split="test",
     )
 
 
@@ -151,7 +150,7 @@ def inputs(full_inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_whole_page_is_balanced_and_in_order(inputs: dict[str, Any]) -> None:
-    page = Page(render_report(**inputs))
+    page = Page(render_evaluation_report(**inputs))
     assert [heading[3:] for heading in page.headings if heading.startswith("h2")] == [
         "Accuracy on the test set",
         "Learning curves",
@@ -162,8 +161,8 @@ def test_whole_page_is_balanced_and_in_order(inputs: dict[str, Any]) -> None:
         "Reliability of the confidence",
         "Worst mistakes",
         "Rejected scans",
-        "Configuration",
-        "How to read this",
+        "Settings",
+        "How to read this report",
     ]
     assert page.headings[0] == "h1 Run of 12 July"
     assert "Research use only; not a medical device." in page.text
@@ -174,7 +173,7 @@ def test_whole_page_is_balanced_and_in_order(inputs: dict[str, Any]) -> None:
 
 
 def test_page_loads_nothing(inputs: dict[str, Any]) -> None:
-    html = render_report(**inputs)
+    html = render_evaluation_report(**inputs)
     page = Page(html)
     for tag, attrs in page.tags:
         for name in ("src", "href", "srcset", "data", "xlink:href", "poster", "action"):
@@ -190,14 +189,14 @@ def test_page_loads_nothing(inputs: dict[str, Any]) -> None:
 
 def test_headline_sets_three_accuracies_side_by_side(inputs: dict[str, Any]) -> None:
     test = inputs["metrics"]["test"]
-    text = Page(render_report(**inputs)).text
-    headline = text[text.index("stand side by side") : text.index("Training is measured")]
+    text = Page(render_evaluation_report(**inputs)).text
+    headline = text[text.index("look alike") : text.index("Training values")]
     for found in (test, test["without_near_duplicates"], test["baseline_1nn"]):
         low, high = found["accuracy_ci95"]
         assert f"{100 * found['accuracy']:.1f}{NBSP}%" in headline
         assert f"95 % interval {100 * low:.1f}{DASH}{100 * high:.1f}{NBSP}%" in headline
-    assert f"65.4{NBSP}%" in headline  # the baseline without twins
-    assert "correlates at 0.995" in headline
+    assert f"65.4{NBSP}%" in headline  # the baseline without near duplicates
+    assert "correlation of 0.995 or more" in headline
 
 
 def test_cross_validation_shows_its_folds_and_no_interval_from_them(inputs: dict[str, Any]) -> None:
@@ -211,7 +210,7 @@ def test_cross_validation_shows_its_folds_and_no_interval_from_them(inputs: dict
     row = {"mean": 0.111, "sd": 0.222, "min": 0.333, "max": 0.444}
     metrics["spread"] = dict.fromkeys(score, row)
     inputs["epochs"] = []
-    page = Page(render_report(**inputs))
+    page = Page(render_evaluation_report(**inputs))
     headings = [heading[3:] for heading in page.headings if heading.startswith("h2")]
     assert headings[:3] == ["Accuracy on the pooled folds", "The folds", "Confusion matrix"]
     table = page.text[page.text.index("Each fold with its") : page.text.index("Blue is right")]
@@ -225,13 +224,13 @@ def test_cross_validation_shows_its_folds_and_no_interval_from_them(inputs: dict
 
 def test_headline_falls_back_to_validation(inputs: dict[str, Any]) -> None:
     del inputs["metrics"]["test"], inputs["curves"]["test"]
-    page = Page(render_report(**inputs))
+    page = Page(render_evaluation_report(**inputs))
     assert "h2 Accuracy on the validation set" in page.headings
     assert f"{100 * inputs['metrics']['val']['accuracy']:.1f}{NBSP}%" in page.text
 
 
 def test_tables_show_values_with_intervals(inputs: dict[str, Any]) -> None:
-    html = render_report(**inputs)
+    html = render_evaluation_report(**inputs)
     for split in ("val", "test"):
         evaluation = inputs["metrics"][split]
         for entry, name in (
@@ -249,7 +248,7 @@ def test_tables_show_values_with_intervals(inputs: dict[str, Any]) -> None:
 
 def test_confusion_shows_counts_and_row_shares(inputs: dict[str, Any]) -> None:
     inputs["metrics"]["test"]["confusion"] = [[90, 10, 0, 0], [0, 0, 0, 0], [0] * 4, [0, 0, 0, 7]]
-    html = render_report(**inputs)
+    html = render_evaluation_report(**inputs)
     right = re.search(r'class="right" style="--share: ([\d.]+)%">90<small>90\.0.%', html)
     wrong = re.search(r'class="wrong" style="--share: ([\d.]+)%">10<small>10\.0.%', html)
     assert right is not None
@@ -261,19 +260,19 @@ def test_confusion_shows_counts_and_row_shares(inputs: dict[str, Any]) -> None:
 def test_learning_curves_survive_resumes_and_divergence(inputs: dict[str, Any]) -> None:
     inputs["epochs"][1]["train_loss"] = float("nan")
     inputs["epochs"] += [{**inputs["epochs"][3], "val_accuracy": 0.4321}]
-    html = render_report(**inputs)
+    html = render_evaluation_report(**inputs)
     assert "validation, epoch 4: 0.4321" in html
     assert "validation, epoch 4: 0.95" not in html
     assert "training, epoch 2: 0.7" in html  # its accuracy
     assert "nan" not in re.sub(r"base64,\S+", "", html)
     inputs["epochs"] = inputs["epochs"][:1]
-    Page(render_report(**inputs))
+    Page(render_evaluation_report(**inputs))
 
 
 def test_perfect_accuracy_stays_on_an_axis_that_ends_at_one(inputs: dict[str, Any]) -> None:
     for record in inputs["epochs"]:
         record["train_accuracy"] = record["val_accuracy"] = 1.0
-    html = render_report(**inputs)
+    html = render_evaluation_report(**inputs)
     learning = html[html.index('id="learning"') : html.index('id="confusion"')]
     assert ">0.90<" in learning
     assert ">1.10<" not in learning
@@ -297,7 +296,7 @@ def test_paths_cannot_harm_or_mislead(inputs: dict[str, Any], path: str, shown: 
     inputs["configuration"] = {path: path}
     inputs["title"] = path
     inputs["metrics"]["test"]["rejected"] = {path: 1}
-    html = render_report(**inputs)
+    html = render_evaluation_report(**inputs)
     html.encode("utf-8")
     assert html.count(shown) >= 7
     page = Page(html)
@@ -306,8 +305,8 @@ def test_paths_cannot_harm_or_mislead(inputs: dict[str, Any], path: str, shown: 
 
 
 def test_class_names_are_escaped_in_figures() -> None:
-    figure = plots.draw_history(
-        {"<b>": [(1, 0.5), (2, 0.25)]}, title='"quoted" <i>', y_axis=plots.build_axis(0, 1)
+    figure = charts.draw_history(
+        {"<b>": [(1, 0.5), (2, 0.25)]}, title='"quoted" <i>', y_axis=charts.build_axis(0, 1)
     )
     assert "<b>" not in figure
     assert 'aria-label="&#34;quoted&#34; &lt;i&gt;"' in figure
@@ -315,18 +314,18 @@ def test_class_names_are_escaped_in_figures() -> None:
 
 def test_mistake_picture_is_embedded(inputs: dict[str, Any]) -> None:
     mistake = inputs["mistakes"][0]
-    page = Page(render_report(**inputs))
+    page = Page(render_evaluation_report(**inputs))
     (image,) = page.find("img")
-    assert image["alt"] == "Scan of class glioma, taken for meningioma"
+    assert image["alt"] == "Scan of class glioma, predicted as meningioma"
     assert base64.b64decode((image["src"] or "").partition(",")[2]) == mistake.image_png
     assert f"98.8{NBSP}%" in page.text
     assert mistake.path in page.text
 
 
-def test_no_mistakes_are_said(inputs: dict[str, Any]) -> None:
+def test_a_report_without_mistakes_says_so(inputs: dict[str, Any]) -> None:
     inputs["mistakes"] = []
-    page = Page(render_report(**inputs))
-    assert "None to show." in page.text
+    page = Page(render_evaluation_report(**inputs))
+    assert "There are none." in page.text
     assert not page.find("img")
 
 
@@ -334,7 +333,7 @@ def test_evaluation_alone(inputs: dict[str, Any]) -> None:
     y_true, y_prob = build_predictions(60, 5)
     evaluation = compute_evaluation(y_true, y_prob, CLASSES, num_resamples=0)
     page = Page(
-        render_report(
+        render_evaluation_report(
             title="Evaluation",
             metrics={"schema_version": 1, "classes": list(CLASSES), "test": evaluation},
             epochs=[],
@@ -345,9 +344,9 @@ def test_evaluation_alone(inputs: dict[str, Any]) -> None:
         )
     )
     assert f"{100 * evaluation['accuracy']:.1f}{NBSP}%" in page.text
-    assert "not known: the training images were not at hand" in page.text
+    assert "unknown: the training images were not available" in page.text
     sections = " ".join(page.headings)
-    for absent in ("Learning", "Rejected", "Configuration"):
+    for absent in ("Learning", "Rejected", "Settings"):
         assert absent not in sections
     assert "Validation" not in page.text
 
@@ -359,7 +358,7 @@ def test_undefined_values_are_dashes(inputs: dict[str, Any]) -> None:
     test["per_class"]["glioma"]["auroc"] = test["per_class"]["glioma"]["auroc_ci95"] = None
     test["without_near_duplicates"] = {"n": 0}
     inputs["curves"]["test"]["per_class"]["glioma"]["roc"] = {"fpr": [], "tpr": []}
-    html = render_report(**inputs)
+    html = render_evaluation_report(**inputs)
     page = Page(html)
     assert f'<dd class="big">{DASH}</dd>' in html
     assert f"Matthews correlation {DASH} " in page.text
@@ -368,8 +367,8 @@ def test_undefined_values_are_dashes(inputs: dict[str, Any]) -> None:
     assert "0 scans without a near duplicate in training" in page.text
 
 
-def test_trust_stands_beside_its_curve(inputs: dict[str, Any]) -> None:
-    assert 'id="confidence"' not in render_report(**inputs)  # nothing was fitted, nothing is said
+def test_calibration_and_its_curve_are_shown(inputs: dict[str, Any]) -> None:
+    assert 'id="confidence"' not in render_evaluation_report(**inputs)  # nothing was fitted
     y_true, y_prob = build_predictions(200, 1)
     selective = compute_risk_coverage(y_true, y_prob, CLASSES, min_confidence=0.9)
     scores = {"log_loss": 0.5, "brier": 0.25, "ece": 0.125}
@@ -382,7 +381,7 @@ def test_trust_stands_beside_its_curve(inputs: dict[str, Any]) -> None:
         "selective": selective,
         "by_reason": {"low_confidence": 31},
     }
-    html = render_report(
+    html = render_evaluation_report(
         **inputs
         | {
             "metrics": inputs["metrics"]
@@ -399,7 +398,7 @@ def test_trust_stands_beside_its_curve(inputs: dict[str, Any]) -> None:
 
 
 def test_configuration_and_rejections_are_listed(inputs: dict[str, Any]) -> None:
-    page = Page(render_report(**inputs))
+    page = Page(render_evaluation_report(**inputs))
     assert "data.seed 7" in page.text
     assert "learning_rate 0.001" in page.text
     assert "best_epoch 3" in page.text
@@ -429,16 +428,19 @@ def test_formats() -> None:
 def test_axis_has_round_ticks_that_cover_the_range(
     low: float, high: float, ticks: tuple[float, ...]
 ) -> None:
-    axis = plots.build_axis(low, high)
+    axis = charts.build_axis(low, high)
     assert axis.ticks == pytest.approx(ticks)
     assert (axis.low, axis.high) == (axis.ticks[0], axis.ticks[-1])
 
 
 def test_points_land_where_the_axes_say() -> None:
-    panel = plots.Panel(x=plots.build_axis(0, 10), y=plots.build_axis(0, 1), width=200, height=100)
-    assert panel.place(0, 0) == (0, 100)
-    assert panel.place(5, 1) == (100, 0)
-    assert panel.line([(0, 0), (0, 0), (10, 1)], "s0").count("L") == 1
+    chart = charts.Chart("", charts.build_axis(0, 10), charts.build_axis(0, 1))
+    assert chart.project(0, 0) == (0, chart.height)
+    assert chart.project(5, 1) == (chart.width / 2, 0)
+    chart.line([(0, 0), (0, 0), (10, 1)], "s0")
+    assert re.findall(r'class="line s0" d="([^"]*)"', chart.render()) == [
+        f"M0 {chart.height:g}L{chart.width:g} 0"
+    ]
 
 
 def test_inset_only_where_every_curve_reaches_the_corner() -> None:
@@ -446,7 +448,7 @@ def test_inset_only_where_every_curve_reaches_the_corner() -> None:
     poor = [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)]
 
     def draw(*curves: list[tuple[float, float]]) -> str:
-        return plots.draw_unit_curves(
+        return charts.draw_unit_curves(
             dict(zip("ab", curves, strict=False)),
             title="",
             x_label="x",
@@ -454,5 +456,12 @@ def test_inset_only_where_every_curve_reaches_the_corner() -> None:
             zoom_left=True,
         )
 
-    assert "lens" in draw(good, good)
-    assert "lens" not in draw(good, poor)
+    magnified = draw(good, good)
+    assert magnified.count('class="line s1"') == 2
+    view, width = re.findall(r'class="inset".* width="([\d.]+)".*viewBox="([^"]*)"', magnified)[0][
+        ::-1
+    ]
+    left, top, shown, _ = map(float, view.split())
+    assert (left, top) == (0, 0)
+    assert float(width) > 4 * shown
+    assert "inset" not in draw(good, poor)

@@ -1,4 +1,4 @@
-"""The robustness table: known scores of an engine that is known."""
+"""The robustness table: known scores of a simple engine."""
 
 import json
 
@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from brainray.errors import ConfigError, DataError
-from brainray.evaluation.robustness import (
+from benchmarks.robustness import (
+    SHIFTS,
     measure_robustness,
     render_robustness,
     score_predictions,
 )
-from brainray.evaluation.shifts import SHIFTS
+from brainray.errors import ConfigError, DataError
 from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import Prediction
 from brainray.model.calibration import LOW_CONFIDENCE, UNLIKE_TRAINING
@@ -130,6 +130,6 @@ def test_result_is_json_and_a_table() -> None:
     assert {line.count("|") for line in lines} == {8}
 
 
-def test_no_scans_are_refused() -> None:
+def test_no_scans_are_an_error() -> None:
     with pytest.raises(DataError, match="empty"):
         measure_robustness(BrightnessEngine(), PREPROCESSING, CLASSES, [], [])

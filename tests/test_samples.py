@@ -119,7 +119,7 @@ def test_what_an_engine_refuses_is_one_line_in_the_driver(
 def test_a_file_that_has_vanished_is_said(
     folder: Path, tiny_classifier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("brainray.data.scan.OBJECT_STORE_SHARE", 0.0)
+    monkeypatch.setattr("brainray.data.fingerprint.OBJECT_STORE_SHARE", 0.0)
     data = prepare(folder)
     (gone,) = folder.glob(f"{data.found.samples['path'][3]}")
     target = gone.readlink()

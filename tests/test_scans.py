@@ -1,4 +1,4 @@
-"""What is a scan, and what it is called: every visible file of every URI, once."""
+"""Listing scans: every visible file of every URI, once, and its name."""
 
 import itertools
 import os
@@ -55,7 +55,7 @@ def list_reasons(*scans_uris: object) -> dict[str, str | None]:
 
 
 def list_pieces(*scans_uris: object, max_seconds: float = 0.0) -> list[Listing]:
-    """List as the tasks of a job do, each of which passes on what it does not reach."""
+    """List as the tasks of a job do: each returns the sources that are left."""
     waiting = find_sources([str(uri) for uri in scans_uris])
     pieces = []
     while waiting:
@@ -262,11 +262,11 @@ def test_a_uri_with_nothing_there_is_an_error(tmp_path: Path, name: str) -> None
 
 def test_what_vanishes_before_it_is_listed_is_missing(tmp_path: Path) -> None:
     fill(tmp_path, ["a.jpg", "folder/b.jpg"])
-    places = find_sources([str(tmp_path / "a.jpg"), str(tmp_path / "folder")])
+    sources = find_sources([str(tmp_path / "a.jpg"), str(tmp_path / "folder")])
     (tmp_path / "a.jpg").unlink()
     (tmp_path / "folder" / "b.jpg").unlink()
     (tmp_path / "folder").rmdir()
-    assert [list_source(place).scans["reason"].to_pylist() for place in places] == [
+    assert [list_source(source).scans["reason"].to_pylist() for source in sources] == [
         ["missing"],
         ["missing"],
     ]
@@ -304,9 +304,9 @@ def test_a_dicomdir_in_a_folder_is_no_scan_and_is_counted(tmp_path: Path) -> Non
 def test_a_disc_that_is_mounted_in_lower_case_is_read(tmp_path: Path) -> None:
     for file in DISC.rglob("*"):
         if file.is_file():
-            place = tmp_path / str(file.relative_to(DISC)).lower()
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, place)
+            target = tmp_path / str(file.relative_to(DISC)).lower()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
     listed = list_scans([str(tmp_path / "dicomdir")])
     assert listed["reason"].null_count == len(listed) == 31
 
@@ -329,7 +329,7 @@ def test_a_dicomdir_does_not_lead_out_of_its_folder(tmp_path: Path, parts: list[
     index = pydicom.dcmread(DISC / "DICOMDIR")
     index.DirectoryRecordSequence[-1].ReferencedFileID = parts
     index.save_as(tmp_path / "DICOMDIR")
-    with pytest.raises(DataError, match="is not the name of a file below it") as caught:
+    with pytest.raises(DataError, match="does not name a file below its folder") as caught:
         list_uris(tmp_path / "DICOMDIR")
     assert parts[0] not in str(caught.value).replace(str(tmp_path), "")
 
@@ -402,10 +402,10 @@ def test_the_pieces_of_a_listing_give_every_scan_once(
 
 
 def test_a_task_that_has_listed_for_long_passes_the_other_folders_on(tmp_path: Path) -> None:
-    """Also where what it has listed so far is hidden, or tables."""
+    """Also if it has listed only hidden files or tables so far."""
     fill(tmp_path, [f"{number}/{name}" for number in range(5) for name in (".h", "t.parquet")])
-    (place,) = find_sources([str(tmp_path)])
-    listing = list_source(place, max_seconds=0.0)
+    (source,) = find_sources([str(tmp_path)])
+    listing = list_source(source, max_seconds=0.0)
     assert [Path(rest.uri).name for rest in listing.rest] == ["4", "3", "2", "1", "0"]
 
 

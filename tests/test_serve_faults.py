@@ -1,4 +1,4 @@
-"""A service that loses a replica, its proxy, its classifier, or is stopped, under load."""
+"""A service under load: killed replica and proxy, new classifier, overload, SIGTERM."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def running(classifier: Path, folder: Path, *words: object) -> Iterator[Service]
 
 
 class Load:
-    """Clients that ask one request after another until they are told to stop."""
+    """Clients that send one request after another until they are stopped."""
 
     def __init__(self, url: str, scan: bytes, clients: int = 8) -> None:
         self.statuses: Counter[int] = Counter()
@@ -89,19 +89,19 @@ def find_process(service: Service, name: str) -> psutil.Process:
 
 
 def wait(until: Callable[[], bool], seconds: float = 90.0) -> float:
-    """Wait until something is so, and return how long that took."""
+    """Wait until a condition holds; return how long that took."""
     started = time.monotonic()
     while not until():
-        assert time.monotonic() - started < seconds, "it did not come to be"
+        assert time.monotonic() - started < seconds, "the condition did not hold in time"
         time.sleep(0.05)
     return time.monotonic() - started
 
 
 @pytest.mark.slow
-def test_a_killed_replica_costs_only_what_it_was_at_work_on(
+def test_a_killed_replica_fails_only_its_own_requests(
     tiny_classifier: Path, tmp_path: Path, scan: bytes
 ) -> None:
-    """Serve's proxy answers those 500; requests that come meanwhile wait for the next replica."""
+    """Serve's proxy answers those 500; later requests wait for the next replica."""
     with running(tiny_classifier, tmp_path) as service, Load(service.url, scan) as load:
         wait(lambda: load.statuses[200] > 50)
         find_process(service, "ray::ServeReplica:brainray:Model").kill()
@@ -139,14 +139,12 @@ for classifier in classifiers:
     print("deployed", flush=True)
     sys.stdin.readline()
 """
-"""What `serve deploy` does with a config file, and again with each further classifier."""
+"""The same as `serve deploy` with a config file, repeated for each further classifier."""
 
 
 @pytest.mark.slow
-def test_a_deployed_classifier_takes_over_and_no_request_is_lost(
-    tmp_path: Path, scan: bytes
-) -> None:
-    """The new one even wants another size of image."""
+def test_a_new_classifier_is_deployed_without_losing_a_request(tmp_path: Path, scan: bytes) -> None:
+    """The new classifier has another input size."""
     first = save_random_classifier(tmp_path / "first", seed=1)
     second = save_random_classifier(tmp_path / "second", seed=2, size_px=48)
     port = find_port()
@@ -176,11 +174,13 @@ def test_a_deployed_classifier_takes_over_and_no_request_is_lost(
     assert not load.broken, load.broken[:3]
     assert set(load.statuses) == {200}, [answer.text for answer in load.refusals[:3]]
     assert len(set(load.classifiers)) == 2
-    assert load.classifiers[0] not in load.classifiers[replaced:], "the old one still answers"
+    assert load.classifiers[0] not in load.classifiers[replaced:], (
+        "the old classifier still answers"
+    )
 
 
 @pytest.mark.slow
-def test_sigterm_lets_what_is_in_flight_finish(tmp_path: Path, scan: bytes) -> None:
+def test_sigterm_lets_requests_in_flight_finish(tmp_path: Path, scan: bytes) -> None:
     classifier = save_random_classifier(
         tmp_path / "classifier", seed=1, size_px=96
     )  # seconds of work for 256 scans
@@ -196,10 +196,10 @@ def test_sigterm_lets_what_is_in_flight_finish(tmp_path: Path, scan: bytes) -> N
         for connection in asking:
             connection.sendall(head.encode() + b"\r\n" + request.read())
         wait(lambda: count_in_flight(client) == 1 + len(asking), 10)
-    status, said = service.stop(signal.SIGTERM)
-    assert status == 0, said
-    assert said.rstrip().endswith("Stopped.")
-    assert "Traceback" not in said
+    status, output = service.stop(signal.SIGTERM)
+    assert status == 0, output
+    assert output.rstrip().endswith("Stopped.")
+    assert "Traceback" not in output
     for connection in asking:
         answer = b"".join(iter(lambda c=connection: c.recv(65536), b""))  # type: ignore[misc]
         assert answer.startswith(b"HTTP/1.1 200 ")
@@ -217,14 +217,14 @@ def count_in_flight(client: httpx.Client) -> float:
 def test_ctrl_c_ends_it_without_a_traceback(tiny_classifier: Path, tmp_path: Path) -> None:
     service = start_service(tiny_classifier, tmp_path)
     os.killpg(service.process.pid, signal.SIGINT)  # as a terminal sends it: to all of its group
-    status, said = service.stop(signal.SIGCONT)
-    assert status == 0, said
-    assert "Traceback" not in said
-    assert said.rstrip().endswith("Stopped.")
+    status, output = service.stop(signal.SIGCONT)
+    assert status == 0, output
+    assert "Traceback" not in output
+    assert output.rstrip().endswith("Stopped.")
 
 
 @pytest.mark.slow
-def test_too_much_is_refused_and_then_all_is_well(
+def test_overload_is_refused_and_the_service_recovers(
     tiny_classifier: Path, tmp_path: Path, scan: bytes
 ) -> None:
     limits = ("--limits.queued", 8, "--limits.in-flight", 24)
@@ -260,9 +260,9 @@ def test_tls_and_a_token(tiny_classifier: Path, tmp_path: Path, scan: bytes) -> 
         *("--tls-cert", certificate, "--tls-key", key),
     )
     service = Service(process, port, tmp_path / "log")
-    calibration = ssl.create_default_context(cafile=str(certificate))
+    context = ssl.create_default_context(cafile=str(certificate))
     try:
-        with httpx.Client(base_url=f"https://localhost:{port}", verify=calibration) as client:
+        with httpx.Client(base_url=f"https://localhost:{port}", verify=context) as client:
 
             def is_up() -> bool:
                 with suppress(httpx.HTTPError):
@@ -278,10 +278,10 @@ def test_tls_and_a_token(tiny_classifier: Path, tmp_path: Path, scan: bytes) -> 
         with pytest.raises(httpx.HTTPError):
             httpx.get(f"http://localhost:{port}/healthz")
     finally:
-        status, said = service.stop()
-    assert status == 0, said
-    assert f"serving     https://0.0.0.0:{port}/" in said
-    assert "token       needed" in said
+        status, output = service.stop()
+    assert status == 0, output
+    assert f"serving     https://0.0.0.0:{port}/" in output
+    assert "token       required" in output
 
 
 @pytest.mark.slow
@@ -302,7 +302,7 @@ def test_production_listens_with_haproxy_and_drains(
         headers = {**JPEG, "authorization": "Bearer 0123456789abcdef"}
         assert httpx.post(url, content=scan, headers=headers).status_code == 200
     finally:
-        status, said = service.stop()
-    assert status == 0, said
-    assert said.rstrip().endswith("Stopped.")
+        status, output = service.stop()
+    assert status == 0, output
+    assert output.rstrip().endswith("Stopped.")
     assert not [proxy for proxy in proxies if proxy.is_running()]

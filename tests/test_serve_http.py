@@ -1,4 +1,4 @@
-"""One real service, started as a person starts it, asked over HTTP."""
+"""One real service, started by its command, over HTTP."""
 
 import subprocess
 from collections.abc import Iterator
@@ -19,15 +19,15 @@ JPEG = {"content-type": "image/jpeg"}
 
 @pytest.fixture(scope="module")
 def service(tiny_classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Start a service with limits that a test can reach, and see that it drains at the end."""
+    """Start a service with low limits, and check that it drains at the end."""
     service = start_service(
         tiny_classifier, tmp_path_factory.mktemp("service"), "--limits.body-bytes", 400_000
     )
     yield service
-    status, said = service.stop()
-    assert status == 0, said
-    assert "Traceback" not in said, said
-    assert said.rstrip().endswith("Stopped.")
+    status, output = service.stop()
+    assert status == 0, output
+    assert "Traceback" not in output, output
+    assert output.rstrip().endswith("Stopped.")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_a_scan_is_answered(service: Service, scans: list[bytes]) -> None:
 
 
 def test_many_clients_get_their_own_answers(service: Service, scans: list[bytes]) -> None:
-    """Scans that share a call to the model are answered as if each had been alone."""
+    """Scans of one batch get the answers that they get alone."""
     with httpx.Client(base_url=service.url, timeout=60) as client:
 
         def ask(scan: bytes) -> list[float]:
@@ -65,7 +65,7 @@ def test_limits_hold_over_the_wire(service: Service, scans: list[bytes]) -> None
         assert answer.status_code == 413
         assert ProblemBody.model_validate(answer.json()).code == "body_too_large"
     answer = httpx.post(f"{service.url}/v1/classify", content=iter([scans[0]]), headers=JPEG)
-    assert answer.status_code == 200, "a body of unknown length is as good as another"
+    assert answer.status_code == 200, "a body of unknown length is accepted"
 
 
 def test_a_web_socket_is_refused(service: Service) -> None:
@@ -80,9 +80,7 @@ def test_a_web_socket_is_refused(service: Service) -> None:
     assert httpx.get(f"{service.url}/healthz").status_code == 200
 
 
-def test_the_protocols_own_client_understands_the_answers(
-    service: Service, scans: list[bytes]
-) -> None:
+def test_tritonclient_reads_the_answers(service: Service, scans: list[bytes]) -> None:
     client = triton.InferenceServerClient(f"127.0.0.1:{service.port}")
     assert client.is_server_live()
     assert client.is_server_ready()
@@ -119,7 +117,7 @@ def test_the_protocols_own_client_understands_the_answers(
         client.infer("brainray", [bad])
 
 
-def test_everything_that_is_counted_and_logged_is_there(service: Service) -> None:
+def test_metrics_and_log_have_every_member(service: Service) -> None:
     text = httpx.get(f"{service.url}/metrics").text
     for name in (
         *("requests_total", "request_seconds_bucket", "answers_total", "in_flight_requests"),

@@ -18,13 +18,12 @@ from fastapi import FastAPI, Request
 from numpy.typing import NDArray
 
 from brainray.errors import ClassifierError, ConfigError, ServingError
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing, load_image
+from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import Prediction
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.serving.auth import read_token
 from brainray.serving.batcher import Batcher
+from brainray.serving.middleware import read_token
 from brainray.serving.open_inference import read_inference, render_inference
 from brainray.serving.options import ServiceLimits, read_arguments
 from brainray.serving.pipeline import Pipeline
@@ -32,6 +31,7 @@ from brainray.serving.predictor import Predictor
 from brainray.serving.problem import Problem
 from brainray.serving.uploads import Upload, read_uploads
 from tests.conftest import CLASSES
+from tests.open_scans import load_image
 from tests.reference import predict_eager
 from tests.service import LocalPredictor, build_test_app, open_client, open_predictor
 
@@ -88,7 +88,7 @@ def test_every_upload_has_one_answer_in_order(
     ]
     classifier = load_classifier(str(tiny_classifier))
     for row in (0, 2):
-        image = load_image(uploads[row].content, classifier.preprocessing, DecodeLimits())
+        image = load_image(uploads[row].content, classifier.preprocessing)
         expected = predict_eager(classifier, image[None])[0]
         answer = answers[row]
         assert answer.probs is not None
@@ -100,7 +100,7 @@ def test_every_upload_has_one_answer_in_order(
     rejected = answers[1]
     assert (rejected.status, rejected.probs, rejected.confidence) == ("rejected", None, None)
     assert rejected.detail is not None
-    assert not rejected.detail.startswith("not_an_image"), "the code is said once"
+    assert not rejected.detail.startswith("not_an_image"), "the code is not repeated"
 
 
 def test_the_sizes_and_the_hash_are_those_of_the_file(model: LocalPredictor) -> None:
@@ -127,7 +127,6 @@ def test_limits_of_a_request_are_problems(model: LocalPredictor, scans: list[byt
         return caught.value.code
 
     assert refusal(ServiceLimits(files=2), [upload] * 3) == "too_many_files"
-    assert refusal(ServiceLimits(queued=1, files=32), [upload] * 32) == "too_busy"
     model.delay_s = 1
     assert refusal(ServiceLimits(request_s=0.05), [upload]) == "timeout"
     pixels = ServiceLimits(pixels=100)
@@ -140,7 +139,7 @@ def test_limits_of_a_request_are_problems(model: LocalPredictor, scans: list[byt
 
 
 class SlowEngine:
-    """Keeps calls until they are released, and fails those that hold the number 13."""
+    """Holds calls until they are released; a call with the number 13 fails."""
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
@@ -151,14 +150,14 @@ class SlowEngine:
         self.calls.append(numbers)
         assert self.release.wait(10)
         if 13 in numbers:
-            raise ServingError("unlucky")
+            raise ServingError("failed")
         return Prediction(np.array([[2.0 * n] for n in numbers], np.float32), [None] * len(images))
 
 
 async def start_predicting(
     batcher: Batcher, numbers: Sequence[int]
 ) -> list["asyncio.Task[Prediction]"]:
-    """Ask for the first image, and for the others once it is being computed."""
+    """Request the first image, and the others while it is being computed."""
     tasks = []
     for number in numbers:
         image = np.full((1, 1), number, np.uint8)
@@ -171,12 +170,12 @@ def read_number(found: Prediction) -> int:
     return int(found.probs[0, 0])
 
 
-def test_an_image_that_finds_the_engine_idle_is_computed_alone_and_the_others_together() -> None:
+def test_images_that_arrive_while_the_engine_computes_are_batched() -> None:
     async def run() -> None:
         engine = SlowEngine()
         batcher = Batcher(engine.predict, max_batch_size=3, max_queued=10)
         tasks = await start_predicting(batcher, range(1, 7))
-        assert engine.calls == [[1]], "nothing waits for others to come"
+        assert engine.calls == [[1]], "no image waits for further ones"
         assert batcher.num_queued == 5
         engine.release.set()
         assert [read_number(p) for p in await asyncio.gather(*tasks)] == [2, 4, 6, 8, 10, 12]
@@ -214,7 +213,7 @@ def test_a_cancelled_image_is_not_computed() -> None:
     asyncio.run(run())
 
 
-def test_a_failed_call_fails_those_in_it_and_no_other() -> None:
+def test_a_failed_call_fails_only_its_own_images() -> None:
     async def run() -> None:
         engine = SlowEngine()
         batcher = Batcher(engine.predict, max_batch_size=2, max_queued=9)
@@ -229,7 +228,7 @@ def test_a_failed_call_fails_those_in_it_and_no_other() -> None:
 # --- predictor -----------------------------------------------------------------------------------
 
 
-def test_the_self_test_notices_what_answers_wrongly(
+def test_the_self_test_fails_for_wrong_results(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predictor.check()
@@ -243,17 +242,17 @@ def test_the_self_test_notices_what_answers_wrongly(
 
         monkeypatch.setattr(engine, "predict", predict)
 
-    for change, said in (
+    for change, message in (
         (lambda probs: np.roll(probs, 1, axis=1), "differ from fp32's"),
-        (lambda probs: probs * np.float32("nan"), "no probabilities"),
-        (lambda probs: probs * np.float32(0.5), "no probabilities"),
+        (lambda probs: probs * np.float32("nan"), "not probabilities"),
+        (lambda probs: probs * np.float32(0.5), "not probabilities"),
     ):
         answer_with(change)
-        with pytest.raises(ServingError, match=said):
+        with pytest.raises(ServingError, match=message):
             predictor.check()
 
 
-def test_numbers_that_are_none_are_never_an_answer(
+def test_probabilities_that_are_not_finite_are_never_an_answer(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch, scans: list[bytes]
 ) -> None:
     monkeypatch.setattr(
@@ -263,22 +262,22 @@ def test_numbers_that_are_none_are_never_an_answer(
             np.full((len(images), 4), np.nan, np.float32), [None] * len(images)
         ),
     )
-    with pytest.raises(ServingError, match="not numbers"):
+    with pytest.raises(ServingError, match="not finite"):
         asyncio.run(Pipeline(predictor, ServiceLimits()).classify([Upload(None, scans[0])]))
 
 
-def test_a_missing_classifier_is_said(tmp_path: Path) -> None:
+def test_a_missing_classifier_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ClassifierError, match="No classifier at"):
         open_predictor(tmp_path)
 
 
-def test_readiness_is_asked_again_after_a_while(model: LocalPredictor) -> None:
+def test_a_passed_self_test_is_valid_for_a_short_time(model: LocalPredictor) -> None:
     pipeline = Pipeline(model, ServiceLimits())
 
     async def run() -> None:
         await pipeline.check_ready()
         model.error = ServingError("broken")
-        await pipeline.check_ready()  # a passed test stands for a moment
+        await pipeline.check_ready()  # it passed recently
         with pytest.raises(ServingError):
             await pipeline.check_ready(max_age_s=0)
 
@@ -327,7 +326,7 @@ def post_form(body: bytes, kind: str = FORM, most: int = 9) -> list[Upload]:
 def test_a_form_is_split_into_its_files() -> None:
     body = make_form(
         (file_head("a.jpg") + "\r\nContent-Type: image/jpeg", b"\xff\r\n--\x00"),
-        (file_head("c.jpg", "other"), b"not asked for"),
+        (file_head("c.jpg", "other"), b"another field"),
         ('Content-Disposition: form-data; name="files"', b"not a file"),
         (file_head(""), b""),
         (file_head("C:\\\\scans\\\\x.png"), b""),
@@ -343,7 +342,7 @@ def test_a_form_is_split_into_its_files() -> None:
 
 def test_files_of_a_form_are_not_written_to_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: object) -> None:
-        raise AssertionError("a scan goes to a temporary file")
+        raise AssertionError("a scan is written to a temporary file")
 
     monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", refuse)
     large = b"x" * 3 * 2**20
@@ -363,7 +362,7 @@ def test_files_of_a_form_are_not_written_to_a_disk(monkeypatch: pytest.MonkeyPat
         (b"--B\r\nno colon\r\n\r\n1\r\n--B--\r\n", FORM, "invalid_request"),
     ],
 )
-def test_what_is_no_form_has_a_code(body: bytes, kind: str, code: str) -> None:
+def test_an_invalid_form_has_a_code(body: bytes, kind: str, code: str) -> None:
     with pytest.raises(Problem) as caught:
         post_form(body, kind, most=2)
     assert caught.value.code == code
@@ -383,15 +382,15 @@ def make_inference(**changes: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def test_json_and_binary_data_are_the_same_request() -> None:
-    plain = read_inference(json.dumps(make_inference()).encode(), None, most=9)
+    plain = read_inference(json.dumps(make_inference()).encode(), None)
     binary = struct.pack("<I", 3) + b"one" + struct.pack("<I", 0)
     document = make_inference(parameters={"binary_data_size": len(binary)})
     del document["inputs"][0]["data"]
     header = json.dumps(document).encode()
-    packed = read_inference(header + binary, str(len(header)), most=9)
+    packed = read_inference(header + binary, str(len(header)))
     assert plain == packed
     assert [upload.content for upload in plain.uploads] == [b"one", b""]
-    assert plain.wanted == dict.fromkeys(("probs", "predicted_class", "status", "reason"), False)
+    assert plain.outputs == dict.fromkeys(("probs", "predicted_class", "status", "reason"), False)
 
 
 @pytest.mark.parametrize(
@@ -409,30 +408,33 @@ def test_json_and_binary_data_are_the_same_request() -> None:
         (json.dumps(make_inference(data=[[1]])).encode(), None),
         (json.dumps(make_inference(parameters=[])).encode(), None),
         (json.dumps(make_inference()).encode(), "9999"),
+        (json.dumps(make_inference()).encode(), "9" * 5000),
         (json.dumps(make_inference()).encode(), "²"),
         (json.dumps(make_inference(parameters={"binary_data_size": 4})).encode(), "1"),
     ],
 )
-def test_what_is_no_inference_has_a_code(body: bytes, header_length: str | None) -> None:
+def test_an_invalid_inference_request_has_a_code(body: bytes, header_length: str | None) -> None:
     with pytest.raises(Problem) as caught:
-        read_inference(body, header_length, most=9)
+        read_inference(body, header_length)
     assert caught.value.code == "invalid_request"
 
 
 @pytest.mark.parametrize("binary", [b"\x09\0\0\0abc", b"\x01\0", b"", b"\xff\xff\xff\xff"])
-def test_binary_data_that_end_early_have_a_code(binary: bytes) -> None:
+def test_truncated_binary_data_have_a_code(binary: bytes) -> None:
     document = make_inference(parameters={"binary_data_size": len(binary)})
     header = json.dumps(document).encode()
     with pytest.raises(Problem) as caught:
-        read_inference(header + binary, str(len(header)), most=9)
+        read_inference(header + binary, str(len(header)))
     assert caught.value.code == "invalid_request"
 
 
 def test_outputs_are_row_for_row(model: LocalPredictor, scans: list[bytes]) -> None:
-    asked = read_inference(json.dumps(make_inference()).encode(), None, most=9)
+    inference = read_inference(json.dumps(make_inference()).encode(), None)
     pipeline = Pipeline(model, ServiceLimits())
     answers = asyncio.run(pipeline.classify([Upload(None, scans[0]), Upload(None, b"x")]))
-    body, header_length = render_inference(asked, pipeline, answers)
+    body, header_length = render_inference(
+        inference, answers, pipeline.classes, pipeline.classifier_id
+    )
     assert header_length is None
     outputs = {tensor["name"]: tensor for tensor in json.loads(body)["outputs"]}
     probs = np.array(outputs["probs"]["data"]).reshape(outputs["probs"]["shape"])
@@ -447,7 +449,7 @@ def test_outputs_are_row_for_row(model: LocalPredictor, scans: list[bytes]) -> N
 # --- token, configuration ----------------------------------------------------------------
 
 
-def test_the_token_is_read_and_judged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_token_is_read_and_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "token"
     file.write_text(TOKEN + "\n")
     file.chmod(0o644)
@@ -481,6 +483,9 @@ def test_the_token_is_read_and_judged(tmp_path: Path, caplog: pytest.LogCaptureF
         ("/v2/health/live", None, True),
         ("/", None, True),
         ("/static/page.js", None, True),
+        ("/static/swagger/swagger-ui.css", None, True),
+        ("/v1/model", None, False),
+        ("/nowhere", None, False),
         ("/static", None, False),
     ],
 )
@@ -509,14 +514,15 @@ def test_a_config_files_arguments_are_checked() -> None:
     assert (config.model.classifier_uri, config.limits.queued) == ("s3://b/c", 3)
     assert asdict(config)["limits"]["files"] == 32
     good = {"model": {"classifier_uri": "x"}}
-    for arguments, said in (
-        ({**good, "max_replica": 3}, "has no 'max_replica'"),
-        ({"model": {"classifier_uri": "x", "gpu": True}}, "has no 'gpu'"),
+    for arguments, message in (
+        ({**good, "max_replica": 3}, "args.max_replica: Unexpected"),
+        ({"model": {"classifier_uri": "x", "gpu": True}}, "args.model.gpu: Unexpected"),
+        ({"model": {"engine": {"threads": 1}}}, "args.model.engine.threads: Unexpected"),
         ({**good, "limits": {"queued": "many"}}, "limits.queued"),
         ({**good, "limits": {"queued": 0}}, "queued must be positive"),
         ({**good, "min_replicas": 3}, "min_replicas <= max_replicas"),
         ({}, "model"),
         ({"model": "x"}, "model"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             read_arguments(arguments)

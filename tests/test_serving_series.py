@@ -1,4 +1,4 @@
-"""DICOM and NIfTI over HTTP, without Ray: files with several slices, and the series they make."""
+"""DICOM and NIfTI over HTTP, without Ray: files with several slices, and their series."""
 
 import base64
 import gzip
@@ -29,7 +29,7 @@ from tests.dicom_files import make_mr
 from tests.identities import find_tokens, make_objects
 from tests.reference import predict_eager
 from tests.service import LocalPredictor, build_test_app, open_predictor
-from tests.test_serving_app import INFER, ask, check_problem
+from tests.test_serving_app import INFER, check_problem, send
 
 DICOM = {"content-type": "application/dicom"}
 NUM_SLICES = 12
@@ -87,7 +87,7 @@ def volume(planes: NDArray[np.uint16]) -> bytes:
 
 def post_files(app: Any, path: str, *files: bytes) -> Any:  # noqa: ANN401
     form = [("files", (f"{number}.bin", content)) for number, content in enumerate(files)]
-    return ask(app, "POST", path, files=form)
+    return send(app, "POST", path, files=form)
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def test_a_dicom_object_as_the_body_is_answered_as_the_engine_does(
     model: LocalPredictor, tiny_classifier: Path, series: list[bytes], kind: str
 ) -> None:
     headers = {"content-type": kind}
-    answer = ask(build_test_app(model), "POST", "/v1/classify", content=series[3], headers=headers)
+    answer = send(build_test_app(model), "POST", "/v1/classify", content=series[3], headers=headers)
     assert answer.status_code == 200, answer.text
     body = AnswersBody.model_validate(answer.json())
     (one,) = body.answers
@@ -117,7 +117,7 @@ def test_a_dicom_object_as_the_body_is_answered_as_the_engine_does(
 def test_every_frame_of_an_enhanced_object_is_answered(
     model: LocalPredictor, enhanced: bytes
 ) -> None:
-    answer = ask(build_test_app(model), "POST", "/v1/classify", content=enhanced, headers=DICOM)
+    answer = send(build_test_app(model), "POST", "/v1/classify", content=enhanced, headers=DICOM)
     assert answer.status_code == 200, answer.text
     body = AnswersBody.model_validate(answer.json())
     (one,) = body.answers
@@ -137,9 +137,9 @@ def test_every_frame_of_an_enhanced_object_is_answered(
 def test_a_volume_is_answered_slice_by_slice(
     model: LocalPredictor, volume: bytes, unpack: Callable[[bytes], bytes]
 ) -> None:
-    headers = {"content-type": "application/gzip"}  # the bytes tell, not the type
+    headers = {"content-type": "application/gzip"}  # the bytes determine the format, not this
     app = build_test_app(model)
-    answer = ask(app, "POST", "/v1/classify", content=unpack(volume), headers=headers)
+    answer = send(app, "POST", "/v1/classify", content=unpack(volume), headers=headers)
     assert answer.status_code == 200, answer.text
     body = AnswersBody.model_validate(answer.json())
     slices = body.answers[0].slices
@@ -151,7 +151,7 @@ def test_a_volume_is_answered_slice_by_slice(
     assert all(key.upload == 0 and key.frame in range(2, 14) for key in summary.key_slices)
 
 
-def test_the_slices_of_a_request_come_together_to_series(
+def test_the_slices_of_a_request_are_summarised_by_series(
     model: LocalPredictor, series: list[bytes], volume: bytes, phantom_folder: Path
 ) -> None:
     picture = next((phantom_folder / "Testing" / "glioma").iterdir()).read_bytes()
@@ -177,7 +177,7 @@ def test_the_slices_of_a_request_come_together_to_series(
     assert {key.upload for key in second.key_slices} == {14}
 
 
-def test_answers_of_several_requests_are_put_together(
+def test_answers_of_several_requests_are_summarised_by_series(
     model: LocalPredictor, series: list[bytes]
 ) -> None:
     app = build_test_app(model)
@@ -185,20 +185,22 @@ def test_answers_of_several_requests_are_put_together(
     parts = [post_files(app, "/v1/classify", *series[start::3]).json() for start in range(3)]
     assert [part["series"][0]["num_used"] for part in parts] == [4, 4, 4]
     answers = [one for part in parts for one in part["answers"]]
-    answer = ask(app, "POST", "/v1/series", json={"answers": answers})
+    answer = send(app, "POST", "/v1/series", json={"answers": answers})
     assert answer.status_code == 200, answer.text
     (found,) = answer.json()["series"]
     for name in ("series", "answer", "reason", "num_used", "skipped", "plane", "flags"):
         assert found[name] == whole[name]
     assert found["evidence"] == pytest.approx(whole["evidence"], abs=1e-5)
-    (turned,) = ask(app, "POST", "/v1/series", json={"answers": answers[::-1]}).json()["series"]
+    (reversed_order,) = send(app, "POST", "/v1/series", json={"answers": answers[::-1]}).json()[
+        "series"
+    ]
     last = len(answers) - 1
-    assert [last - key["upload"] for key in turned["key_slices"]] == [
+    assert [last - key["upload"] for key in reversed_order["key_slices"]] == [
         key["upload"] for key in found["key_slices"]
     ]
 
 
-def test_series_are_made_of_this_services_answers_only(
+def test_only_valid_answers_of_this_service_are_summarised(
     model: LocalPredictor, series: list[bytes]
 ) -> None:
     app = build_test_app(model)
@@ -210,30 +212,29 @@ def test_series_are_made_of_this_services_answers_only(
         ({"series": "Smith"}, "invalid_request"),
         ({"slices": [{"status": "rejected"}] * 5000}, "too_many_slices"),
     ):
-        answer = ask(app, "POST", "/v1/series", json={"answers": [{**one, **change}]})
+        answer = send(app, "POST", "/v1/series", json={"answers": [{**one, **change}]})
         check_problem(answer, {"invalid_request": 400}.get(code, 422), code)
 
 
-def test_what_is_described_is_what_is_answered(
+def test_answers_match_the_description(
     model: LocalPredictor, series: list[bytes], enhanced: bytes
 ) -> None:
     app = build_test_app(model)
-    document = ask(app, "GET", "/openapi.json").json()
+    document = send(app, "GET", "/openapi.json").json()
     answers = post_files(app, "/v1/classify", *series[:2], enhanced, b"no")
+    request = {"answers": answers.json()["answers"]}
     for path, answer in (
         ("/v1/classify", answers),
-        ("/v1/series", ask(app, "POST", "/v1/series", json={"answers": answers.json()["answers"]})),
+        ("/v1/series", send(app, "POST", "/v1/series", json=request)),
         ("/v1/render", post_files(app, "/v1/render", series[0], b"no")),
     ):
         described = document["paths"][path]["post"]["responses"]["200"]["content"]
         schema = described["application/json"]["schema"] | {"components": document["components"]}
         Draft202012Validator(schema).validate(answer.json())
-        if example := described["application/json"].get("example"):
-            Draft202012Validator(schema).validate(example)
 
 
-def test_the_evidence_is_described_by_the_rule_in_use(model: LocalPredictor) -> None:
-    document = ask(build_test_app(model), "GET", "/openapi.json").json()
+def test_the_description_of_the_evidence_matches_the_rule(model: LocalPredictor) -> None:
+    document = send(build_test_app(model), "GET", "/openapi.json").json()
     members = document["components"]["schemas"]["SeriesBody"]["properties"]
     assert asdict(SeriesRule())["top_fraction"] == 0.1
     assert "tenth" in members["evidence"]["description"]
@@ -247,28 +248,28 @@ def test_too_many_slices_are_refused_before_they_are_decoded(
     model: LocalPredictor, series: list[bytes], enhanced: bytes
 ) -> None:
     app = build_test_app(model, ServiceLimits(slices=9))
-    answer = ask(app, "POST", "/v1/classify", content=enhanced, headers=DICOM)
+    answer = send(app, "POST", "/v1/classify", content=enhanced, headers=DICOM)
     check_problem(answer, 422, "too_many_slices")
     assert not model.calls
     answer = post_files(app, "/v1/classify", *series[:10])
     check_problem(answer, 422, "too_many_slices")
     assert post_files(app, "/v1/classify", *series[:9]).status_code == 200
-    answer = ask(app, "POST", "/v1/explain?frame=7", content=enhanced, headers=DICOM)
-    assert answer.status_code == 200, "of the ten slices one was asked for"
+    answer = send(app, "POST", "/v1/explain?frame=7", content=enhanced, headers=DICOM)
+    assert answer.status_code == 200, "one of the ten slices was requested"
 
 
 def test_a_request_has_a_bounded_share_of_the_queue(model: LocalPredictor, enhanced: bytes) -> None:
-    """More slices than the queue holds are answered all the same: few of them wait at a time."""
+    """More slices than the queue holds are all answered, because few of them wait at a time."""
     app = build_test_app(model, ServiceLimits(queued=4), max_batch_size=2)
-    answer = ask(app, "POST", "/v1/classify", content=enhanced, headers=DICOM)
+    answer = send(app, "POST", "/v1/classify", content=enhanced, headers=DICOM)
     assert answer.status_code == 200, answer.text
     assert sum(model.calls) == 10
 
 
-def test_files_that_wait_for_each_other_are_all_answered(
+def test_more_files_than_may_be_open_are_all_answered(
     model: LocalPredictor, enhanced: bytes, series: list[bytes]
 ) -> None:
-    """More files than may be open at a time, each with more slices than may be under way."""
+    """Each file has more slices than a request may have decoded at a time."""
     app = build_test_app(model, max_batch_size=1)
     answer = post_files(app, "/v1/classify", *[enhanced] * 6, series[0])
     assert answer.status_code == 200, answer.text
@@ -277,7 +278,7 @@ def test_files_that_wait_for_each_other_are_all_answered(
     assert body.series[0].skipped == {"duplicate": 50}
 
 
-def test_headers_that_place_slices_nowhere_are_no_fault_of_ours(
+def test_impossible_positions_cause_no_internal_error(
     model: LocalPredictor, planes: NDArray[np.uint16]
 ) -> None:
     far = make_mr(planes[0], ImagePositionPatient=[0, 0, 1e300])
@@ -298,25 +299,25 @@ def read_png(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content))
 
 
-def test_a_slice_is_shown_through_its_window(
+def test_a_slice_is_rendered_through_its_window(
     model: LocalPredictor, series: list[bytes], enhanced: bytes
 ) -> None:
     app = build_test_app(model)
     headers = DICOM | {"accept": "image/png"}
     for content, query, frame in ((series[4], "", 0), (enhanced, "?frame=6", 6), (enhanced, "", 0)):
-        answer = ask(app, "POST", f"/v1/render{query}", content=content, headers=headers)
+        answer = send(app, "POST", f"/v1/render{query}", content=content, headers=headers)
         assert answer.headers["content-type"] == "image/png"
         picture = read_png(answer.content)
         assert picture.mode == "L"
         expected = render_frame(open_dicom(content), frame).pixels
         np.testing.assert_array_equal(np.asarray(picture), expected)
-    answer = ask(app, "POST", "/v1/render?frame=10", content=enhanced, headers=headers)
+    answer = send(app, "POST", "/v1/render?frame=10", content=enhanced, headers=headers)
     assert "0 to 9" in check_problem(answer, 422, "invalid_parameter")["detail"]
-    answer = ask(app, "POST", "/v1/render", content=b"no", headers=headers)
+    answer = send(app, "POST", "/v1/render", content=b"no", headers=headers)
     assert check_problem(answer, 422, "image_rejected")["reason"] == "not_an_image"
 
 
-def test_all_slices_of_a_form_are_shown(
+def test_all_slices_of_a_form_are_rendered(
     model: LocalPredictor, series: list[bytes], enhanced: bytes
 ) -> None:
     answer = post_files(build_test_app(model), "/v1/render", series[0], enhanced, b"no")
@@ -332,7 +333,7 @@ def test_all_slices_of_a_form_are_shown(
 def test_pictures_beyond_the_limit_of_bytes_are_refused(model: LocalPredictor) -> None:
     packed = gzip.compress(make_noisy_volume())
     app = build_test_app(model, ServiceLimits(body_bytes=len(packed) + 1000))
-    answer = ask(app, "POST", "/v1/render", content=packed, headers=DICOM)
+    answer = send(app, "POST", "/v1/render", content=packed, headers=DICOM)
     check_problem(answer, 422, "too_many_slices")
 
 
@@ -348,23 +349,23 @@ def test_one_slice_of_a_file_is_explained(
     model: LocalPredictor, series: list[bytes], enhanced: bytes
 ) -> None:
     app = build_test_app(model)
-    answer = ask(app, "POST", "/v1/explain?frame=5", content=enhanced, headers=DICOM)
+    answer = send(app, "POST", "/v1/explain?frame=5", content=enhanced, headers=DICOM)
     body = ExplainedAnswersBody.model_validate(answer.json())
     (one,) = body.answers
     assert (one.frame, one.status, one.slices) == (5, "classified", None)
     picture = read_png(base64.b64decode(one.heat_map_png or ""))
     assert picture.size == (one.width_px, one.height_px)
-    classified = ask(app, "POST", "/v1/classify", content=enhanced, headers=DICOM).json()
+    classified = send(app, "POST", "/v1/classify", content=enhanced, headers=DICOM).json()
     assert classified["answers"][0]["slices"][5]["probs"] == pytest.approx(one.probs, abs=1e-6)
-    answer = ask(app, "POST", "/v1/explain", content=enhanced, headers=DICOM)
+    answer = send(app, "POST", "/v1/explain", content=enhanced, headers=DICOM)
     assert "frame=N" in check_problem(answer, 422, "several_slices")["detail"]
     answer = post_files(app, "/v1/explain", series[0], series[1])
     assert [one["status"] for one in answer.json()["answers"]] == ["classified"] * 2
-    answer = ask(app, "POST", "/v1/explain?frame=-1", content=enhanced, headers=DICOM)
+    answer = send(app, "POST", "/v1/explain?frame=-1", content=enhanced, headers=DICOM)
     check_problem(answer, 422, "invalid_parameter")
 
 
-def test_under_a_heat_map_lies_the_windowed_slice(
+def test_an_overlay_shows_the_windowed_slice(
     model: LocalPredictor, series: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     explain = model.explain
@@ -377,7 +378,7 @@ def test_under_a_heat_map_lies_the_windowed_slice(
     monkeypatch.setattr(model, "explain", explain_without_evidence)
     headers = DICOM | {"accept": "image/png"}
     app = build_test_app(model)
-    answer = ask(app, "POST", "/v1/explain?render=overlay", content=series[2], headers=headers)
+    answer = send(app, "POST", "/v1/explain?render=overlay", content=series[2], headers=headers)
     shown = np.asarray(read_png(answer.content).convert("L"))
     np.testing.assert_array_equal(shown, render_frame(open_dicom(series[2])).pixels)
 
@@ -385,7 +386,7 @@ def test_under_a_heat_map_lies_the_windowed_slice(
 # ---- Open Inference Protocol ---------------------------------------------------------------------
 
 
-def test_the_protocol_takes_files_with_one_slice(
+def test_the_protocol_accepts_files_with_one_slice(
     model: LocalPredictor, series: list[bytes], enhanced: bytes
 ) -> None:
     app = build_test_app(model)
@@ -393,7 +394,7 @@ def test_the_protocol_takes_files_with_one_slice(
     def infer(*files: bytes) -> Any:  # noqa: ANN401
         data = [base64.b64encode(content).decode() for content in files]
         tensor = {"name": "image", "datatype": "BYTES", "shape": [len(files)], "data": data}
-        return ask(app, "POST", INFER, json={"inputs": [tensor]})
+        return send(app, "POST", INFER, json={"inputs": [tensor]})
 
     answer = infer(*series[:2])
     outputs = {tensor["name"]: tensor["data"] for tensor in answer.json()["outputs"]}
@@ -406,33 +407,31 @@ def test_the_protocol_takes_files_with_one_slice(
 # ---- identifiers ---------------------------------------------------------------------------------
 
 
-def test_nothing_that_identifies_is_answered_or_logged(
+def test_nothing_that_identifies_a_person_is_sent_or_logged(
     model: LocalPredictor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = tmp_path / "log"
     app = build_test_app(model, log_path=log)
     files = make_objects()
-    said = []
+    responses = []
     for content in files.values():
         for path in ("/v1/classify", "/v1/explain", "/v1/render"):
-            answer = ask(app, "POST", path, content=content, headers=DICOM)
+            answer = send(app, "POST", path, content=content, headers=DICOM)
             assert answer.status_code < 500, answer.text
-            said.append(answer)
+            responses.append(answer)
     form = [("files", ("a.dcm", content)) for content in list(files.values())[:9]]
-    together = ask(app, "POST", "/v1/classify", files=form)
-    said.append(ask(app, "POST", "/v1/series", json={"answers": together.json()["answers"]}))
-    said += [together, ask(app, "GET", "/metrics")]
-    assert together.json()["series"], "hashes are what leaves"
-    texts = [answer.text + str(answer.headers) for answer in said]
+    together = send(app, "POST", "/v1/classify", files=form)
+    responses.append(send(app, "POST", "/v1/series", json={"answers": together.json()["answers"]}))
+    responses += [together, send(app, "GET", "/metrics")]
+    assert together.json()["series"], "hashes replace identifiers"
+    texts = [answer.text + str(answer.headers) for answer in responses]
     for text in (*texts, log.read_text(), caplog.text):
         assert not find_tokens(text)
 
 
-def test_hashes_of_one_key_can_be_joined_and_others_not(
-    model: LocalPredictor, series: list[bytes]
-) -> None:
+def test_only_hashes_of_one_key_are_equal(model: LocalPredictor, series: list[bytes]) -> None:
     def find_series(app: Any) -> str:  # noqa: ANN401
-        answer = ask(app, "POST", "/v1/classify", content=series[0], headers=DICOM)
+        answer = send(app, "POST", "/v1/classify", content=series[0], headers=DICOM)
         return str(answer.json()["answers"][0]["series"])
 
     app, other = build_test_app(model), build_test_app(model)

@@ -21,7 +21,7 @@ from pydicom.uid import JPEG2000Lossless
 from brainray.data.scans import list_scans
 from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
-from brainray.images.slices import ReadOptions, open_slices, split_name
+from brainray.images.slices import ReadOptions, split_name
 from brainray.inference import plan as plan_module
 from brainray.inference import shards as shards_module
 from brainray.inference.plan import PlanOptions, write_part
@@ -31,6 +31,7 @@ from brainray.inference.store import KNOWN_SCHEMA
 from brainray.io.identifiers import Identifiers
 from brainray.model.reasons import REASONS
 from tests.dicom_files import PYDICOM_FILES, RAMP, make_mr, write
+from tests.open_scans import open_slices
 from tests.test_store import open_store
 
 KEY = b"a key of the tests"
@@ -65,7 +66,7 @@ def open_all(
     answered = pa.Table.from_pylist(list(known), schema=KNOWN_SCHEMA)
     table = pa.concat_tables([plan_module._complete(one) for one in (listed, answered)])
     options = PlanOptions(
-        places=(),
+        sources=(),
         store=task.store,
         run=task.run,
         max_shard_rows=max_shard_rows,
@@ -76,7 +77,7 @@ def open_all(
     rows = []
     for shard in range(plan["num_shards"]):
         block = pa.table({"shard": [shard]})
-        opened = open_shard(block, task=task, part=0, is_first=False).to_pylist()
+        opened = open_shard(block, task=task, part=0).to_pylist()
         assert {row["shard_rows"] for row in opened} == {len(opened)}
         assert {row["shard_files"] for row in opened} == {len({find_file(row) for row in opened})}
         rows += opened

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from benchmarks.robustness import SHIFTS, apply_shift
 from brainray.errors import ConfigError
-from brainray.evaluation.shifts import SHIFTS, apply_shift
 from brainray.phantoms import draw_phantom
 
-WITHOUT_DEGREES = {"inverted", "export_16_bit"}
+WITHOUT_LEVELS = {"inverted", "export_16_bit"}
 RESIZING = {"downsampled", "border", "tighter_crop", "stretched"}
 
 
@@ -56,7 +56,7 @@ def test_another_seed_gives_another_scan(name: str) -> None:
     assert len(found) > 1
 
 
-@pytest.mark.parametrize("name", sorted(set(SHIFTS) - WITHOUT_DEGREES - {"stretched"}))
+@pytest.mark.parametrize("name", sorted(set(SHIFTS) - WITHOUT_LEVELS - {"stretched"}))
 def test_distance_to_the_scan_grows_with_the_severity(name: str) -> None:
     scan = draw_scan()
     distances = [measure_distance(scan, name, severity) for severity in (1, 2, 3)]
@@ -138,13 +138,13 @@ def test_blur_is_wider_in_a_larger_scan() -> None:
 
 
 @pytest.mark.parametrize("name", SHIFTS)
-def test_every_shift_takes_the_smallest_and_empty_scans(name: str) -> None:
+def test_every_shift_accepts_the_smallest_and_empty_scans(name: str) -> None:
     for scan in (np.zeros((32, 32), np.uint8), np.full((33, 65), 255, np.uint8)):
         shifted = apply_shift(scan, name, 3, seed=0)
         assert min(shifted.shape) >= 8
 
 
-def test_unknown_names_and_severities_are_refused() -> None:
+def test_unknown_names_and_severities_are_an_error() -> None:
     scan = draw_scan()
     with pytest.raises(ConfigError, match=r"Unknown shift 'fog'. Expected one of clahe, "):
         apply_shift(scan, "fog", 2, seed=0)

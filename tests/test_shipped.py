@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import safetensors
 
-from brainray.evaluation.modelcard import MODEL_CARD_FILE
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import load_image
+from brainray.evaluation.scoring import MODEL_CARD_FILE
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.labels import BRAIN_TUMOUR_CLASSES
 from brainray.model.classifier import (
@@ -22,6 +20,7 @@ from brainray.model.classifier import (
     read_classifier_metadata,
 )
 from tests.conftest import REPOSITORY
+from tests.open_scans import load_image
 
 MAX_BYTES = 50e6
 
@@ -68,9 +67,7 @@ def test_readme_and_results_say_what_its_card_says(card: dict[str, Any]) -> None
 def test_it_is_as_good_on_testing_as_its_card_says(card: dict[str, Any], real_data: Path) -> None:
     classifier = load_classifier(str(SHIPPED_FOLDER))
     paths = sorted((real_data / "Testing").glob("*/*.jpg"))
-    images = np.stack(
-        [load_image(path.read_bytes(), classifier.preprocessing, DecodeLimits()) for path in paths]
-    )
+    images = np.stack([load_image(path.read_bytes(), classifier.preprocessing) for path in paths])
     probs = open_engine(classifier, EngineOptions()).predict(images).probs
     y_true = [classifier.classes.index(path.parent.name) for path in paths]
     said = card["metrics"]["test"]

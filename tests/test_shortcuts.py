@@ -1,4 +1,4 @@
-"""Shortcuts: a planted one is found, none is made up, and groups are not let across folds."""
+"""Shortcuts: a planted one is found, noise is not, and folds split no group."""
 
 import io
 
@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from brainray.data import shortcuts
+from brainray.data.fingerprint import ImageProperties, hash_pixels, measure_properties
 from brainray.data.shortcuts import ALL_TOGETHER, build_properties, evaluate_shortcuts
 from brainray.images.decode import DecodeLimits
-from brainray.images.metadata import ImageProperties, hash_pixels, measure_properties
 from brainray.images.slices import open_file
 
 
 def evaluate_classifier(
     properties: dict[str, NDArray[np.float64]], labels: NDArray[np.int64], groups: NDArray[np.int64]
 ) -> dict[str, dict[str, object]]:
-    return {row["trait"]: row for row in evaluate_shortcuts(properties, labels, groups)}
+    return {row["property"]: row for row in evaluate_shortcuts(properties, labels, groups)}
 
 
 def test_a_planted_shortcut_is_found_and_noise_is_not() -> None:
@@ -42,7 +42,7 @@ def test_a_planted_shortcut_is_found_and_noise_is_not() -> None:
     assert low < rows["size"]["balanced_accuracy"] < high
 
 
-def test_what_only_names_the_group_is_no_shortcut() -> None:
+def test_a_property_of_the_group_is_no_shortcut() -> None:
     rng = np.random.default_rng(1)
     groups = np.repeat(np.arange(60), 10)
     labels = rng.permutation(np.arange(60) % 4)[groups]
@@ -50,10 +50,10 @@ def test_what_only_names_the_group_is_no_shortcut() -> None:
     rows = evaluate_classifier({"patient": patient}, labels, groups)
     assert not rows["patient"]["is_above_chance"]
     alone = evaluate_classifier({"patient": patient}, labels, np.arange(600))
-    assert alone["patient"]["is_above_chance"]  # what parting groups would have claimed
+    assert alone["patient"]["is_above_chance"]  # the result if groups were split
 
 
-def test_too_few_groups_say_nothing() -> None:
+def test_too_few_groups_give_no_result() -> None:
     labels = np.array([0, 0, 1, 1])
     properties = {"a": np.ones((4, 1))}
     assert evaluate_shortcuts(properties, labels, np.array([0, 0, 1, 2])) == []
@@ -69,7 +69,8 @@ def test_large_data_sets_are_drawn_from_by_whole_groups(monkeypatch: pytest.Monk
     assert row["balanced_accuracy"] == 1.0
 
 
-# ------------------------------------------------------------------------------------------ traits
+# ------------------------------------------------------------------------------------------
+# properties
 
 
 def encode(pixels: NDArray[np.uint8], kind: str, mode: str) -> bytes:
@@ -83,7 +84,7 @@ def measure(content: bytes) -> ImageProperties:
     return measure_properties(content, file, file.render(0)[0], DecodeLimits())
 
 
-def test_traits_of_an_image() -> None:
+def test_properties_of_an_image() -> None:
     pixels = np.zeros((40, 80), np.uint8)
     pixels[2:-2, 2:-2] = 200
     pixels[:2, :] = 50
@@ -119,7 +120,7 @@ def test_sixteen_bits_are_a_mode_of_their_own() -> None:
     assert measure(sink.getvalue()).mode.endswith(", 16 bit")
 
 
-def test_scan_columns_become_traits() -> None:
+def test_columns_become_properties() -> None:
     scan = pa.table(
         {
             "width_px": [10, 20], "height_px": [10, 10], "mode": ["L", "RGB"],

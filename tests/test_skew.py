@@ -15,19 +15,19 @@ import pyarrow.dataset as ds
 import pytest
 from PIL import Image
 
-from brainray import storage
+from brainray import cli, storage
 from brainray.evaluation.evaluate import EvaluateJob, evaluate
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import load_image, preprocess_image
-from brainray.inference.bulk import ClassifyJob, classify
+from brainray.images.preprocess import preprocess_image
+from brainray.inference.bulk import classify
 from brainray.inference.engine import Engine, EngineOptions, open_engine
-from brainray.inference.files import run_files
+from brainray.inference.options import ClassifyJob
 from brainray.model.calibration import LOW_CONFIDENCE, UNLIKE_TRAINING, Calibration, Outputs
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.fit_calibration import fit_ood_detector
 from brainray.model.network import STAGE_WIDTHS
 from brainray.model.precision import choose_precision, has_native_bf16
 from tests.conftest import CLASSES
+from tests.open_scans import load_image
 from tests.service import build_test_app, open_client, open_predictor
 
 NOISE = np.random.default_rng(3).integers(0, 256, (180, 160), dtype=np.uint8)
@@ -86,7 +86,7 @@ def wary_classifier(
         compute_outputs(
             engine,
             [
-                load_image(file.read_bytes(), opened.preprocessing, DecodeLimits())
+                load_image(file.read_bytes(), opened.preprocessing)
                 for file in sorted((phantom_folder / split).glob("*/*"))
             ],
         )
@@ -140,7 +140,7 @@ def predict_files(
 ) -> tuple[Rows, str]:
     """Return the rows, and the precision that they were computed in."""
     files = map(str, sorted(scans.rglob("*.*")))
-    run_files(["--json", *files, "--classifier-uri", str(classifier)])
+    cli.main(["classify", "--json", *files, "--classifier-uri", str(classifier)])
     body = json.loads(capsys.readouterr().out)
     return collect(body["predictions"]), body["engine"]["precision"]
 

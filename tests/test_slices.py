@@ -1,4 +1,4 @@
-"""The one reader of scan files: what a file is taken for, and what becomes of its slices."""
+"""Opening scan files: their formats, and their slices."""
 
 import gzip
 import io
@@ -29,10 +29,10 @@ from brainray.images.slices import (
     name_slice,
     open_file,
     open_slice,
-    open_slices,
     split_name,
 )
 from tests.dicom_files import PYDICOM_FILES, RAMP, make_dataset, make_enhanced, make_item, make_mr
+from tests.open_scans import open_slices
 
 KEY = b"0123456789abcdef"
 REPOSITORY = Path(__file__).parents[1]
@@ -72,7 +72,7 @@ def make_tiff_and_dicom() -> bytes:
     return struct.pack("<2sHL", b"II", 42, 8).ljust(128, b"\0") + make_mr()[128:]
 
 
-# ---- what a file is ------------------------------------------------------------------------------
+# ---- formats -------------------------------------------------------------------------------------
 
 FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "part 10": ("dicom", make_mr),
@@ -122,7 +122,7 @@ def test_dicom_behind_a_tiff_header_has_its_own_pixels() -> None:
         ("unsupported", b"PK\x03\x04" + bytes(30)),
     ],
 )
-def test_a_file_that_is_no_scan_is_rejected_as_a_whole(reason: str, content: bytes) -> None:
+def test_a_file_without_a_scan_is_rejected(reason: str, content: bytes) -> None:
     with pytest.raises(RejectedImage) as caught:
         list(open_slices(content, PERCENTILE))
     assert caught.value.reason == reason, caught.value.message
@@ -153,8 +153,8 @@ def list_test_files() -> list[Path]:
         ("data_store", "data"),
     ):
         spec = find_spec(name)
-        places = (spec.submodule_search_locations or ()) if spec else ()
-        folders += [Path(place) / inner for place in places]
+        locations = (spec.submodule_search_locations or ()) if spec else ()
+        folders += [Path(one) / inner for one in locations]
     return [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
@@ -216,11 +216,11 @@ def make_volume(second: Dataset) -> bytes:
         PixelMeasuresSequence=[make_item(PixelSpacing=[2, 3])],
     )
 
-    def place(item: Dataset, height: float) -> Dataset:
+    def move(item: Dataset, height: float) -> Dataset:
         item.PlanePositionSequence = [make_item(ImagePositionPatient=[0, 0, height])]
         return item
 
-    groups = [place(Dataset(), 5), place(second, 9), place(Dataset(), 13)]
+    groups = [move(Dataset(), 5), move(second, 9), move(Dataset(), 13)]
     return make_enhanced(np.stack([RAMP, RAMP[::-1], RAMP.T]), shared, groups)
 
 
@@ -306,7 +306,7 @@ def test_a_volume_without_an_orientation_has_no_plane() -> None:
     assert (info.plane, info.flags) == (None, ("orientation_unknown",))
 
 
-# ---- where grey values come from -----------------------------------------------------------------
+# ---- grey ranges ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -317,21 +317,21 @@ def test_a_volume_without_an_orientation_has_no_plane() -> None:
         ("voi_lut", {"VOILUTSequence": [make_item(LUTDescriptor=[4, 0, 8], LUTData=b"\0\1\2\3")]}),
     ],
 )
-def test_a_classifier_of_stored_greys_sees_the_display(expected: str, elements: dict) -> None:
+def test_stored_intensity_uses_the_display(expected: str, elements: dict) -> None:
     file = open_file(make_mr(**elements))
     opened = open_slice(file, 0, STORED)
     assert opened.grey_range == expected
     np.testing.assert_array_equal(opened.scan.image, file.render(0)[0])
 
 
-def test_a_classifier_of_percentiles_does_not_see_the_window() -> None:
+def test_percentile_intensity_ignores_the_window() -> None:
     narrow = make_mr(WindowCenter=10, WindowWidth=5)
     opened = open_slice(open_file(narrow), 0, PERCENTILE)
     assert opened.grey_range == "percentile"
     np.testing.assert_array_equal(opened.scan.image, open_samples(RAMP, PERCENTILE).image)
 
 
-def test_a_picture_is_seen_as_it_is_stored() -> None:
+def test_a_picture_keeps_its_stored_grey_levels() -> None:
     pixels = (RAMP // 16).astype(np.uint8)
     opened = open_slice(open_file(make_png(pixels)), 0, STORED)
     assert opened.grey_range == "stored"

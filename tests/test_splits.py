@@ -1,4 +1,4 @@
-"""Splits: groups stay whole, classes keep their shares, what is given stays given."""
+"""Splits: no group is split, classes keep their shares, given splits are kept."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from brainray.errors import DataError
 
 Labels = NDArray[np.int64]
 
-# scikit-learn's own remark on a rare class; what comes of it is checked by the room itself
+# scikit-learn's warning about a rare class; assign_folds checks the result
 pytestmark = pytest.mark.filterwarnings("ignore:The least populated class:UserWarning")
 
 
@@ -108,7 +108,7 @@ def test_one_group_of_a_class_is_refused() -> None:
     groups = np.array([*range(6), *[9] * 6])
     with pytest.raises(DataError, match="Class number 1 has 1 group") as caught:
         split_groups(labels, groups, 0.2, seed=0)
-    assert "at least 2 are needed to hold 20% out" in str(caught.value)
+    assert "at least 2 to hold out 20%" in str(caught.value)
     assert "Add images, or lower the group threshold." in str(caught.value)
     assert str(caught.value).endswith("may all name the same patient.")
 

@@ -11,9 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.optim.swa_utils import update_bn
 
-from brainray.images.normalise import normalise_images
 from brainray.images.preprocess import Preprocessing
-from brainray.model.network import build_network, choose_norm_layer
+from brainray.model.network import build_network, choose_norm_layer, normalise_images
 from brainray.training.augment import NO_AUGMENTATION
 from brainray.training.config import TrainConfig
 from brainray.training.loader import Batch, share_of

@@ -25,15 +25,15 @@ from brainray.data.near_duplicates import NEAR_DUPLICATE_CORRELATION
 from brainray.data.splits import hash_manifest
 from brainray.errors import ConfigError, TrainingError
 from brainray.evaluation.evaluate import EvaluateJob, evaluate
-from brainray.images.decode import DecodeLimits
 from brainray.images.heatmap import GALLERY_OVERLAY_PX, render_overlay
-from brainray.images.normalise import normalise_images
-from brainray.images.preprocess import Preprocessing, load_image, open_scan
+from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import open_file, open_slice
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.inference.schema import build_schema
 from brainray.model.classifier import load_classifier
 from brainray.model.explain import STRIDE_PX
 from brainray.model.fit_calibration import choose_max_distance, fit_logit_scaling
+from brainray.model.network import normalise_images
 from brainray.provenance import describe_cpu
 from brainray.training import distributed, finalize, loop
 from brainray.training.augment import NO_AUGMENTATION
@@ -44,6 +44,7 @@ from brainray.training.optim import Optimisation
 from brainray.training.prepare import prepare_training_data
 from brainray.training.run import TrainJob
 from brainray.training.train import train
+from tests.open_scans import load_image
 from tests.reference import compute_eager
 from tests.test_report import Page
 from tests.training import read_records
@@ -146,7 +147,7 @@ def test_the_classifier_has_a_model_card(
     found = load_classifier(job.at("classifier")).card["model_card"]
     for split in ("test", "val"):
         accuracy = metrics[split]["accuracy"]
-        assert found["results"][split]["all"]["accuracy"] == accuracy
+        assert found["results"][split]["accuracy"] == accuracy
         assert f"| Accuracy | {accuracy:.3f} (" in text
     assert found["data"]["splits"]["test"]["per_class"] == [8, 8, 8, 8]
     assert [found["data"]["splits"][split]["given"] for split in ("test", "val")] == [True, False]
@@ -178,9 +179,7 @@ def test_the_manifest_keeps_groups_together_and_testing_apart(
 def load_training_images(job: TrainJob) -> NDArray[np.uint8]:
     return np.stack(
         [
-            load_image(
-                (Path(job.data_uri) / row["path"]).read_bytes(), PREPROCESSING, DecodeLimits()
-            )
+            load_image((Path(job.data_uri) / row["path"]).read_bytes(), PREPROCESSING)
             for row in storage.read_table(job.at("manifest.parquet")).to_pylist()
             if row["split"] == "train"
         ]
@@ -226,11 +225,7 @@ def test_predictions_are_those_of_the_saved_classifier(
     classifier = load_classifier(job.at("classifier"))
     rows = storage.read_table(job.at("predictions", "test.parquet")).to_pylist()
     images = [
-        load_image(
-            (Path(job.data_uri) / row["path"]).read_bytes(),
-            classifier.preprocessing,
-            DecodeLimits(),
-        )
+        load_image((Path(job.data_uri) / row["path"]).read_bytes(), classifier.preprocessing)
         for row in rows
     ]
     engine = open_engine(classifier, EngineOptions())
@@ -331,9 +326,8 @@ def test_the_report_shows_where_the_class_was_seen_that_a_scan_was_taken_for(
     assert len(images) == 2 * min(len(wrong), 24) > 0
     worst = max(wrong, key=lambda row: row["confidence"])
     classifier = load_classifier(job.at("classifier"))
-    scan = open_scan(
-        (Path(job.data_uri) / worst["path"]).read_bytes(), classifier.preprocessing, DecodeLimits()
-    )
+    file = open_file((Path(job.data_uri) / worst["path"]).read_bytes())
+    scan = open_slice(file, 0, classifier.preprocessing).scan
     maps = open_engine(classifier, EngineOptions()).predict(scan.image[None], ["class_maps"])
     assert maps.class_maps is not None
     class_map = maps.class_maps[0, classifier.classes.index(worst["predicted_class"])]

@@ -11,7 +11,7 @@ from ray import tune as ray_tune
 from brainray import cli
 from brainray.errors import ConfigError
 from brainray.images.preprocess import Preprocessing
-from brainray.reports.tune import render_tuning
+from brainray.reports.tune import render_tuning_report
 from brainray.training.augment import Augmentation
 from brainray.training.config import ScalingOptions, SearchSpace, TrainConfig, TuneOptions
 from brainray.training.run import TrainJob
@@ -150,7 +150,7 @@ def test_the_report_names_every_configuration() -> None:
         "options": {"num_folds": 2},
         "configurations": summarise_configurations(rows, 2),
     }
-    page = Page(render_tuning(result))
+    page = Page(render_tuning_report(result))
     assert page.headings[0] == "h1 brainray tuning report"
     assert "0.9200" in " ".join(page.words)
     plots = [tag for tag, attrs in page.tags if tag == "svg" and attrs.get("class") == "plot"]

@@ -1,4 +1,4 @@
-"""Give each slice of a file that holds several a row of its own in the sample table."""
+"""Expand files with several slices: a row for each slice in the sample table."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,22 +15,22 @@ from brainray.errors import RejectedImage
 from brainray.images.slices import ReadOptions, name_slice, open_file
 
 FILES_PER_TASK = 16
-"""Files opened by one task: some seconds of work where they are volumes."""
+"""Files of a task: some seconds of work for volumes."""
 
 
 def expand_files(found: FoundSamples, reading: ReadOptions) -> FoundSamples:
-    """Count the slices of files that may hold several, and give each slice a row.
+    """Count the slices of files that may have several, and give each slice a row.
 
-    A file is opened unless its name is a picture's, it lies in a Parquet table, or its row names a
-    slice. Every slice has a row, also one that is not to be classified: opening it again, which
-    :func:`brainray.data.scan.scan_samples` does, gives the reason.
+    Files are opened, except those with a picture's suffix, scans in Parquet tables, and rows that
+    name a slice. Rejected slices have a row too;
+    :func:`brainray.data.fingerprint.fingerprint_samples` gives the reason.
 
     Parameters
     ----------
     found : FoundSamples
         From :func:`brainray.data.labelled.find_samples`.
     reading : ReadOptions
-        How the files are read.
+        Options for reading the files.
 
     Returns
     -------
@@ -49,7 +49,7 @@ def expand_files(found: FoundSamples, reading: ReadOptions) -> FoundSamples:
 
 
 def _count_slices(uris: pa.ChunkedArray, reading: ReadOptions) -> NDArray[np.int64]:
-    """Open files in Ray Data tasks; return how many numbered slices each has."""
+    """Open files in Ray Data tasks; return the number of numbered slices of each."""
     files = pa.table({"number": np.arange(len(uris)), "uri": uris})
     parts = [
         files.slice(start, FILES_PER_TASK) for start in range(0, files.num_rows, FILES_PER_TASK)
@@ -71,10 +71,7 @@ def _count_batch(batch: pa.Table, *, reading: ReadOptions) -> dict[str, Any]:
 
 
 def count_slices(uri: str, reading: ReadOptions) -> int:
-    """Return how many numbered slices a file has.
-
-    0 for a file whose only slice has no number, and for one that cannot be opened.
-    """
+    """Return the number of numbered slices; 0 for a picture, or a file that cannot be opened."""
     try:
         slices = open_file(read_scan(uri, -1, -1), reading).slices
     except RejectedImage:
@@ -83,7 +80,7 @@ def count_slices(uri: str, reading: ReadOptions) -> int:
 
 
 def _repeat_rows(samples: pa.Table, counts: NDArray[np.int64]) -> pa.Table:
-    """Repeat each row once for each numbered slice of its file, and number the slices."""
+    """Repeat each row for the numbered slices of its file, and number them."""
     repeats = np.maximum(counts, 1)
     rows = np.repeat(np.arange(len(counts)), repeats)
     frames = np.arange(len(rows)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
@@ -98,6 +95,6 @@ def _repeat_rows(samples: pa.Table, counts: NDArray[np.int64]) -> pa.Table:
     numbers = np.where(is_numbered, frames, expanded["frame"].to_numpy())
     for name, values in (("path", names), ("frame", numbers)):
         field = expanded.schema.field(name)
-        place = expanded.schema.get_field_index(name)
-        expanded = expanded.set_column(place, field, pa.array(values, field.type))
+        position = expanded.schema.get_field_index(name)
+        expanded = expanded.set_column(position, field, pa.array(values, field.type))
     return expanded

@@ -1,7 +1,7 @@
-"""What an audit finds in a scanned data set: copies, look-alikes, conflicts, leaks.
+"""Findings of an audit: exact and near duplicates, label conflicts, leaks between splits.
 
-Everything here is arrays in, numbers and pairs of rows out; rows are the images that could
-be opened.
+Functions take arrays with a row for each image that could be opened, and return numbers and pairs
+of rows.
 """
 
 from collections.abc import Sequence
@@ -12,29 +12,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainray.data.near_duplicates import NEAR_DUPLICATE_CORRELATION, find_nearest
-from brainray.data.neighbours import RunBlocks, run_blocks_locally
 from brainray.metrics import compute_accuracy
 
 Indices = NDArray[np.int64]
 
 CORRELATION_STEPS = (NEAR_DUPLICATE_CORRELATION, 0.98, 0.96, 0.9)
-"""Where the nearest-neighbour baseline is cut, from look-alikes to strangers."""
+"""Correlations at which the nearest-neighbour baseline is divided into parts."""
 
 SIZE_STEPS = (1, 2, 3, 6, 11, 21)
-"""Least sizes of the classes of group sizes that are counted."""
+"""Smallest size of each counted class of groups."""
 
 REFERENCES = {"test": ("train", "val"), "val": ("train",)}
-"""Splits that an image of a held-out split must not resemble; as training looks them up."""
+"""Splits in which an image of a held-out split must have no near duplicate."""
 
 _MAX_MEMBERS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """Two images that belong side by side."""
+    """Two images to show side by side."""
 
     left: int
-    """Row of the first: the held-out one, where the pair crosses splits."""
+    """Row of the first image; of the held-out one, where the pair crosses splits."""
     right: int
     """Row of the second."""
     correlation: float
@@ -43,18 +42,18 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nearest:
-    """The most similar image among those that a held-out image must not resemble."""
+    """The most similar image in the reference splits of each held-out image."""
 
     rows: Indices
     """Held-out images, shape (n,)."""
     nearest: Indices
-    """Row of each one's most similar, shape (n,)."""
+    """Row of the most similar image of each, shape (n,)."""
     correlation: NDArray[np.float32]
     """Shape (n,)."""
 
 
 def number_exact_duplicates(pixel_hashes: Sequence[str]) -> Indices:
-    """Give each set of images with identical pixels a number from 0; −1 to those without a copy."""
+    """Return a number from 0 for each set of images with identical pixels; −1 without a copy."""
     _, first, kind, counts = np.unique(
         np.array(pixel_hashes), return_index=True, return_inverse=True, return_counts=True
     )
@@ -65,14 +64,7 @@ def number_exact_duplicates(pixel_hashes: Sequence[str]) -> Indices:
 
 
 def describe_groups(groups: Indices, labels: Indices) -> dict[str, Any]:
-    """Count groups, and those of several images, and those with several labels.
-
-    Parameters
-    ----------
-    groups : ndarray of int64, shape (n,)
-        −1 for an image that is of none.
-    labels : ndarray of int64, shape (n,)
-    """
+    """Count groups (−1 is none): all, those with several images, those with several labels."""
     member = groups >= 0
     _, group_of, sizes = np.unique(groups[member], return_inverse=True, return_counts=True)
     mixed = _find_mixed(group_of, labels[member], len(sizes))
@@ -108,12 +100,9 @@ def _find_mixed(group_of: Indices, labels: Indices, num_groups: int) -> NDArray[
 def find_conflicts(
     groups: Indices, labels: Indices, standardised: NDArray[np.float32]
 ) -> list[Pair]:
-    """Find, in each group with several labels, the two most similar images that disagree.
+    """Find in each group with several labels the two most similar images of different labels.
 
-    Returns
-    -------
-    list of Pair
-        The most similar first.
+    The most similar pair comes first.
     """
     names, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     mixed = _find_mixed(group_of, labels, len(names)) & (names >= 0)
@@ -133,20 +122,16 @@ def _pair(left: int, right: int, correlation: np.float32 | float) -> Pair:
     return Pair(left=left, right=right, correlation=min(1.0, float(correlation)))
 
 
-def look_up_nearest(
-    splits: NDArray[np.str_],
-    standardised: NDArray[np.float32],
-    run_blocks: RunBlocks = run_blocks_locally,
+def find_nearest_references(
+    splits: NDArray[np.str_], standardised: NDArray[np.float32]
 ) -> dict[str, Nearest]:
-    """Find every held-out image's most similar one among those it must not resemble."""
+    """Find each held-out image's most similar image in the splits of :data:`REFERENCES`."""
     found = {}
     for split, references in REFERENCES.items():
         rows = np.flatnonzero(splits == split)
         pool = np.flatnonzero(np.isin(splits, references))
         if len(rows) and len(pool):
-            nearest, correlation = find_nearest(
-                standardised[rows], standardised[pool], run_blocks=run_blocks
-            )
+            nearest, correlation = find_nearest(standardised[rows], standardised[pool])
             found[split] = Nearest(rows=rows, nearest=pool[nearest], correlation=correlation)
     return found
 
@@ -158,31 +143,31 @@ def measure_leak(
     groups: Indices,
     labels: Indices,
 ) -> dict[str, Any]:
-    """Measure how far a held-out split is known from the splits it is held out from.
+    """Measure how much of a held-out split has duplicates in its reference splits.
 
     Parameters
     ----------
     found : Nearest
         Of the held-out split.
     references : ndarray of bool, shape (n,)
-        Images that the split must not resemble.
+        Images of the reference splits.
     exact_duplicates, groups, labels : ndarray of int64, shape (n,)
-        From :func:`number_exact_duplicates`, :func:`brainray.data.near_duplicates.group_near_duplicates`, and the
-        truth.
+        From :func:`number_exact_duplicates`,
+        :func:`brainray.data.near_duplicates.group_near_duplicates`, and the data set.
 
     Returns
     -------
     dict
-        ``n``; ``num_`` and ``share_`` of ``exact_duplicates`` (identical pixels), ``near_duplicate``
-        (correlation of 0.995 or more; an exact twin is one too) and ``same_group``; and
-        ``baseline_1nn``, see :func:`evaluate_baseline`.
+        ``n``; ``num_`` and ``share_`` of ``exact_duplicate`` (identical pixels),
+        ``near_duplicate`` (correlation of 0.995 or more, exact duplicates included) and
+        ``same_group``; and ``baseline_1nn``, see :func:`evaluate_baseline`.
     """
     rows = found.rows
-    exact = find_known(exact_duplicates, rows, references)
+    exact = is_shared(exact_duplicates, rows, references)
     counts = {
-        "exact_duplicates": int(exact.sum()),
+        "exact_duplicate": int(exact.sum()),
         "near_duplicate": int((exact | (found.correlation >= NEAR_DUPLICATE_CORRELATION)).sum()),
-        "same_group": int(find_known(groups, rows, references).sum()),
+        "same_group": int(is_shared(groups, rows, references).sum()),
     }
     return {
         "n": len(rows),
@@ -195,21 +180,18 @@ def measure_leak(
     }
 
 
-def find_known(names: Indices, rows: Indices, references: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Tell which rows share a name (not −1) with an image of the references."""
+def is_shared(names: Indices, rows: Indices, references: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which rows have the number (not −1) of an image of the references."""
     return (names[rows] >= 0) & np.isin(names[rows], names[references])
 
 
 def evaluate_baseline(
     labels: Indices, answers: Indices, correlation: NDArray[np.float32], groups: Indices
 ) -> list[dict[str, Any]]:
-    """Judge the vote of the nearest image: over all, and by how near that one is.
+    """Evaluate the label of the nearest image as a prediction: in all, and by its correlation.
 
-    Returns
-    -------
-    list of dict
-        ``low`` and ``high`` bounds of the correlation (None: open), ``n``, ``accuracy`` and
-        ``accuracy_ci95`` (None where there is no image). All images come first.
+    Each row has ``low`` and ``high`` bounds of the correlation (None: open), ``n``, ``accuracy``
+    and ``accuracy_ci95`` (None without images). The first row is for all images.
     """
     bounds: list[tuple[float | None, float | None]] = [(None, None)]
     bounds += zip((*CORRELATION_STEPS, None), (None, *CORRELATION_STEPS), strict=True)
@@ -238,43 +220,43 @@ def evaluate_baseline(
 def list_crossing_exact_duplicates(
     exact_duplicates: Indices, found: Nearest, references: NDArray[np.bool_], limit: int
 ) -> list[Pair]:
-    """List held-out images with a copy among the references, each set of copies once."""
+    """Pair held-out images with a copy in the references; one pair for each set of copies."""
     first: dict[int, int] = {}
     for row in np.flatnonzero(references & (exact_duplicates >= 0)):
         first.setdefault(int(exact_duplicates[row]), int(row))
     pairs, seen = [], set()
-    for row in found.rows[find_known(exact_duplicates, found.rows, references)]:
+    for row in found.rows[is_shared(exact_duplicates, found.rows, references)]:
         name = int(exact_duplicates[row])
         if name not in seen:
             seen.add(name)
             pairs.append(_pair(int(row), first[name], 1.0))
-    return _spread(pairs, limit)
+    return _downsample(pairs, limit)
 
 
 def list_crossing_near_duplicates(
     exact_duplicates: Indices, found: Nearest, limit: int
 ) -> list[Pair]:
-    """List held-out images with a near duplicate that is no copy, from the least alike upwards."""
+    """Pair held-out images with near duplicates that are no copies, the least similar first."""
     left, right = exact_duplicates[found.rows], exact_duplicates[found.nearest]
     chosen = (found.correlation >= NEAR_DUPLICATE_CORRELATION) & ((left < 0) | (left != right))
     order = np.flatnonzero(chosen)[np.argsort(found.correlation[chosen], kind="stable")]
     pairs = [
         _pair(int(found.rows[at]), int(found.nearest[at]), found.correlation[at]) for at in order
     ]
-    return _spread(pairs, limit)
+    return _downsample(pairs, limit)
 
 
 def list_exact_duplicates(exact_duplicates: Indices, limit: int) -> list[Pair]:
-    """List two images of each set of copies."""
+    """Pair two images of each set of copies."""
     rows = np.flatnonzero(exact_duplicates >= 0)
     order = rows[np.argsort(exact_duplicates[rows], kind="stable")]
     starts = np.flatnonzero(np.diff(exact_duplicates[order], prepend=-1))
     pairs = [_pair(int(order[at]), int(order[at + 1]), 1.0) for at in starts]
-    return _spread(pairs, limit)
+    return _downsample(pairs, limit)
 
 
-def _spread(pairs: list[Pair], limit: int) -> list[Pair]:
-    """Return at most so many, evenly taken."""
+def _downsample(pairs: list[Pair], limit: int) -> list[Pair]:
+    """Return at most `limit` pairs, evenly spaced."""
     if len(pairs) <= limit:
         return pairs
     return [pairs[at] for at in np.linspace(0, len(pairs) - 1, limit).round().astype(int)]

@@ -1,9 +1,9 @@
-"""The public data set, fetched from Kaggle whole, once, and checked whenever it is asked for.
+"""Fetch the public data set from Kaggle, or check a folder that has it.
 
-The archive comes by kagglehub, which goes on where a broken download was and compares the MD5 that
-the storage gives. What it holds is counted, class by class, before it gets its place; then every
-file's SHA-256 is written beside them, in the format of ``sha256sum --check``. The SHA-256 of that
-list stands for the whole set: given with ``--sha256``, it must be the same.
+kagglehub resumes broken downloads and compares the archive's MD5. The images of every class are
+counted before the folder gets its name. Then the SHA-256 of every file is written there, in the
+format of ``sha256sum --check``. The SHA-256 of that list identifies the whole data set and must be
+that of ``--sha256``, where given.
 """
 
 import logging
@@ -19,7 +19,7 @@ from brainray.runlog import Log
 
 SUMS_FILE = "SHA256SUMS"
 MAX_NAMED = 3
-"""Files that an error names; the rest are counted."""
+"""Most files named in an error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ class KaggleSet:
     version: int
     licence: str
     url: str
-    """The page where a person sees it, and downloads it by hand."""
+    """Page to see and download it by hand."""
     counts: Mapping[str, int]
     """Images below each ``split/class`` folder."""
 
@@ -52,30 +52,28 @@ BRAIN_TUMOUR_MRI = KaggleSet(
         "Testing/pituitary": 300,
     },
 )
-"""The 7,023 slices that are usually meant; the counts are those that its page gives."""
+"""The usual data set of 7,023 slices, with the counts of its page."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FetchJob:
-    """Fetch the public brain-tumour MRI set from Kaggle, or check what was fetched."""
+    """Fetch the public brain-tumour MRI set from Kaggle, or check a fetched one."""
 
     data_path: str = "data/brain-tumor-mri"
-    """Local folder to hold Training/ and Testing/."""
+    """Local folder for Training/ and Testing/."""
     sha256: str | None = None
-    """SHA-256 that the list of all files must have, as an earlier fetch has printed it."""
+    """Expected SHA-256 of the list of all files, as an earlier fetch printed it."""
 
 
 def fetch_kaggle_set(job: FetchJob, log: Log, kaggle_set: KaggleSet = BRAIN_TUMOUR_MRI) -> str:
-    """Fetch a data set into a folder that holds all of it or does not exist; or check the folder.
+    """Fetch a data set into a new folder, whole or not at all; or check an existing folder.
 
     Parameters
     ----------
     job : FetchJob
-        Where to, and what is expected.
     log : callable
-        Takes a line for a person.
+        Receives lines of text.
     kaggle_set : KaggleSet
-        What to fetch.
 
     Returns
     -------
@@ -85,9 +83,9 @@ def fetch_kaggle_set(job: FetchJob, log: Log, kaggle_set: KaggleSet = BRAIN_TUMO
     Raises
     ------
     StorageError
-        Kaggle cannot be reached or refuses; what is there already is kept for the next attempt.
+        Kaggle cannot be reached or refuses. Parts are kept for the next attempt.
     DataError
-        The files are not those of the set, or not those that were fetched.
+        The files are not those of the data set, or were changed.
     """
     folder = Path(job.data_path).expanduser().absolute()
     log(f"{kaggle_set.handle}, version {kaggle_set.version}. Licence: {kaggle_set.licence}.")
@@ -103,8 +101,8 @@ def fetch_kaggle_set(job: FetchJob, log: Log, kaggle_set: KaggleSet = BRAIN_TUMO
     digest = sha256(sums).hexdigest()
     if job.sha256 is not None and digest != job.sha256.lower():
         raise DataError(
-            f"The files in '{folder}' are not the expected ones: the SHA-256 of {SUMS_FILE} is "
-            f"{digest}, not {job.sha256}. Compare the list with the one of whoever gave it."
+            f"Expected SHA-256 {job.sha256} of {SUMS_FILE} in '{folder}', got {digest}. Compare "
+            "the list with that of the other copy."
         )
     log(f"{sum(kaggle_set.counts.values()):,} images in {folder}, each as in {SUMS_FILE}.")
     log(f"SHA-256 of the list: {digest}")
@@ -112,17 +110,12 @@ def fetch_kaggle_set(job: FetchJob, log: Log, kaggle_set: KaggleSet = BRAIN_TUMO
 
 
 def check_folder(folder: Path, kaggle_set: KaggleSet) -> bytes:
-    """Check every file of a folder against its list; one put there by hand gets its list now.
-
-    Returns
-    -------
-    bytes
-        The list.
+    """Check every file of a folder against its list, and return the list; write it if absent.
 
     Raises
     ------
     DataError
-        Files are missing, changed or foreign; nothing is deleted.
+        Files are missing, changed or added. Nothing is deleted.
     """
     check_counts(folder, kaggle_set)
     try:
@@ -135,20 +128,14 @@ def check_folder(folder: Path, kaggle_set: KaggleSet) -> bytes:
         names = sorted({line.partition(b"  ")[2].decode(errors="replace") for line in differing})
         shown = ", ".join(names[:MAX_NAMED]) + (" …" if len(names) > MAX_NAMED else "")
         raise DataError(
-            f"{len(names)} files in '{folder}' are not as they were fetched: {shown}. Move the "
-            f"folder away to fetch it again, or delete its {SUMS_FILE} if they are meant to differ."
+            f"{len(names)} files in '{folder}' differ from {SUMS_FILE}: {shown}. Move the folder "
+            f"away to fetch it again, or delete {SUMS_FILE} if the changes are intended."
         )
     return listed
 
 
 def check_counts(folder: Path, kaggle_set: KaggleSet) -> None:
-    """Count the images of every class, as its page gives them.
-
-    Raises
-    ------
-    DataError
-        A class has more or fewer.
-    """
+    """Raise DataError unless every class has the number of images that the page gives."""
     wrong = []
     for name, expected in kaggle_set.counts.items():
         found = len(_list_files(folder / name))
@@ -156,21 +143,21 @@ def check_counts(folder: Path, kaggle_set: KaggleSet) -> None:
             wrong.append(f"{name} {found:,} of {expected:,}")
     if wrong:
         raise DataError(
-            f"'{folder}' does not hold version {kaggle_set.version} of {kaggle_set.handle}: "
+            f"'{folder}' is not version {kaggle_set.version} of {kaggle_set.handle}: "
             f"{', '.join(wrong)}. {_explain_by_hand(kaggle_set, folder)}"
         )
 
 
 def compute_sums(folder: Path, kaggle_set: KaggleSet) -> bytes:
-    """List every file of the set with its SHA-256, sorted by place, as ``sha256sum`` does."""
+    """List every file with its SHA-256, sorted by path, as ``sha256sum`` does."""
     files = [file for name in kaggle_set.counts for file in _list_files(folder / name)]
-    places = sorted((file.relative_to(folder).as_posix(), file) for file in files)
-    lines = [f"{sha256(file.read_bytes()).hexdigest()}  {place}\n" for place, file in places]
+    paths = sorted((file.relative_to(folder).as_posix(), file) for file in files)
+    lines = [f"{sha256(file.read_bytes()).hexdigest()}  {path}\n" for path, file in paths]
     return "".join(lines).encode()
 
 
 def write_sums(folder: Path, kaggle_set: KaggleSet) -> bytes:
-    """Write the list of a folder's files into it, whole or not at all; return it."""
+    """Write the list of a folder's files atomically; return it."""
     sums = compute_sums(folder, kaggle_set)
     partial = folder / f".{SUMS_FILE}.partial"
     partial.write_bytes(sums)
@@ -185,7 +172,7 @@ def _list_files(folder: Path) -> list[Path]:
 
 
 def _download(kaggle_set: KaggleSet, partial: Path) -> Path:
-    """Download and unpack by kagglehub, which keeps an unfinished archive for the next call."""
+    """Download and unpack by kagglehub, which resumes an unfinished archive."""
     os.environ["KAGGLEHUB_CACHE"] = str(partial)
     import kagglehub  # reads its environment when it is imported, and takes a second
     from kagglehub.exceptions import DataCorruptionError
@@ -198,10 +185,10 @@ def _download(kaggle_set: KaggleSet, partial: Path) -> Path:
         )
     except DataCorruptionError as error:
         raise StorageError(
-            "The archive is not what Kaggle's storage says it is (MD5), and was deleted. "
-            "The same command fetches it anew."
+            "The archive's MD5 is not that of Kaggle's storage. It was deleted. Run the same "
+            "command to fetch it again."
         ) from error
-    except OSError as error:  # those of requests are OSErrors
+    except OSError as error:  # includes exceptions of requests
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             raise StorageError(
@@ -211,13 +198,13 @@ def _download(kaggle_set: KaggleSet, partial: Path) -> Path:
         if status is not None:
             raise StorageError(f"Kaggle answers with status {status}. {by_hand}") from error
         raise StorageError(
-            f"The download broke off ({type(error).__name__}). The same command goes on where it "
-            f"was. {by_hand}"
+            f"The download failed ({type(error).__name__}). Run the same command to resume it. "
+            f"{by_hand}"
         ) from error
 
 
 def _explain_by_hand(kaggle_set: KaggleSet, folder: Path) -> str:
     return (
         f"By hand: download {kaggle_set.url}, unpack it so that '{folder / 'Training'}' and "
-        f"'{folder / 'Testing'}' hold a folder for each class, and give the same command to check."
+        f"'{folder / 'Testing'}' have a folder for each class, and run the same command to check."
     )

@@ -1,14 +1,15 @@
-"""Find the scans of a data set: class folders, Parquet tables, manifests become one sample table.
+"""List the labelled scans of a data set (class folders, Parquet tables, manifests) as one table.
 
-Nothing here opens an image. A sample table (:data:`SAMPLE_SCHEMA`) has a row for every
-scan: where its bytes are, what it is called, its label and the split it was given. A DICOM or NIfTI
-file has one row too, until :func:`brainray.data.expand.expand_files` has counted its slices.
+Nothing here opens an image. The sample table (:data:`SAMPLE_SCHEMA`) has a row for every scan, with
+its file, label and given split. A DICOM or NIfTI file has one row, until
+:func:`brainray.data.expand.expand_files` has counted its slices.
 """
 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,24 +20,24 @@ from brainray.images.slices import name_slice
 
 SAMPLE_SCHEMA = pa.schema(
     [
-        ("path", pa.string()),  # name shown to people; unique in the data set
-        ("uri", pa.string()),  # file that holds the bytes
+        ("path", pa.string()),  # displayed name; unique in the data set
+        ("uri", pa.string()),  # file with the bytes
         ("row_group", pa.int32()),  # of a Parquet file; -1 for an image file
         ("row", pa.int64()),  # within the row group; -1 for an image file
-        ("frame", pa.int32()),  # slice within the file, from 0; -1 where it has one, or not yet
+        ("frame", pa.int32()),  # slice within the file, from 0; -1 for a file with one
         ("label", pa.int32()),  # index into the class order
-        ("split", pa.string()),  # train, val, test, or "" where one root is to be split
-        ("group", pa.string()),  # given by the user; null where it is not
+        ("split", pa.string()),  # train, val, test, or "" where none is given
+        ("group", pa.string()),  # given by the user, else null
         ("size_bytes", pa.int64()),
     ]
 )
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-"""Of pictures, which hold one slice."""
+"""Suffixes of pictures, which have one slice."""
 SLICES_SUFFIXES = (".dcm", ".dicom", ".ima", ".nii", ".nii.gz")
-"""Of DICOM and NIfTI files, which may hold several."""
+"""Suffixes of DICOM and NIfTI files, which may have several."""
 _SUFFIX = re.compile(r"\.[a-z][a-z0-9]*$")
-"""Scanners name files by UIDs: what follows their last dot is no suffix."""
+"""A suffix. Scanners name files by UIDs, whose last part is a number."""
 
 SPLIT_NAMES = {
     "train": "train",
@@ -47,29 +48,29 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-"""Folder (or Parquet file) names, in lower case, and the split they mean."""
+"""Names of folders or Parquet files, in lower case, to splits."""
 
-_PLACE_COLUMNS = ("uri", "row_group", "row", "frame", "size_bytes")
-"""Columns of a manifest of places; all but ``uri`` may be left out."""
+_FILE_COLUMNS = ("uri", "row_group", "row", "frame", "size_bytes")
+"""Columns of a manifest; all but ``uri`` are optional."""
 
-_SIZES_LOOKED_AT = 64
+_SIZE_SAMPLE = 64
 
 SPLITS_IN_WORDS = "Training/, Testing/, or train/, val/, test/"
 
 
 @dataclass(frozen=True, slots=True)
 class FoundSamples:
-    """A data set's samples, and what was skipped on the way."""
+    """A data set's samples, and the files that were skipped."""
 
     samples: pa.Table
     """Rows of :data:`SAMPLE_SCHEMA`."""
     num_hidden: int = 0
     """Files skipped because a part of their path starts with a dot (or is __MACOSX)."""
-    other_files: tuple[str, ...] = field(default=())
-    """Files skipped because their name is not an image's."""
+    other_files: tuple[str, ...] = ()
+    """Files skipped because they are not named as images."""
 
     def describe_skipped(self) -> str:
-        """Say in words what was skipped; empty when nothing was."""
+        """Return a phrase about skipped files; empty if there are none."""
         parts = []
         if self.num_hidden:
             parts.append(f"{self.num_hidden} hidden")
@@ -87,23 +88,22 @@ def find_samples(
     Parameters
     ----------
     data_uri : str
-        A folder of class folders, of split folders holding class folders, or of Parquet
-        files; or one Parquet file. Local, s3:// or gs://. A Parquet file holds the scans
-        (``image_bytes``), or is a manifest of columns that says where they are: ``uri``, with
-        ``row_group`` and ``row`` for a scan within a Parquet file and ``frame`` for a slice of a
-        file with several, or else ``path``; relative columns are below the manifest's folder.
+        A folder of class folders, of split folders with class folders, or of Parquet files; or
+        one Parquet file. Local, s3:// or gs://. A Parquet file has the scans (``image_bytes``),
+        or is a manifest with their ``uri`` (or ``path``), ``row_group`` and ``row`` of a scan
+        within a Parquet file, and ``frame`` of a slice. Relative URIs are below its folder.
     classes : sequence of str
         Class names in class order; a class folder must be one of them.
     splits : sequence of str, optional
-        Only these of "train", "val", "test" (and "", where nothing is said) must be complete
-        and are returned. A data set without splits is returned whole.
+        Return only these of "train", "val", "test" and "" (none given), and require all classes
+        in them. A data set without splits is returned whole.
 
     Raises
     ------
     DataError
-        Nothing was found, or an unknown class, or a class without images.
+        No images, an unknown class, or a class without images.
     StorageError
-        The place cannot be listed.
+        The folder cannot be listed.
     """
     if data_uri.endswith(".parquet") and not storage.is_folder(data_uri):
         uri = storage.make_absolute(data_uri)
@@ -139,15 +139,15 @@ def find_samples(
 
 
 def is_hidden(relative_path: str) -> bool:
-    """Tell whether a part of a path says that its file is not for readers."""
+    """Return whether a file, or a folder above it, is hidden."""
     parts = relative_path.split("/")
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 def _may_be_image(relative_path: str, classes: Sequence[str]) -> bool:
-    """Tell by its name whether a file may be an image.
+    """Return whether a file may be an image, by its name.
 
-    A file without a suffix may be a DICOM file if it lies in a class folder: scanners write such.
+    In a class folder it may have no suffix: scanners write such DICOM files.
     """
     *folders, name = relative_path.split("/")
     name = name.lower()
@@ -263,132 +263,93 @@ def _read_parquet_file(file: storage.FoundFile, classes: Sequence[str]) -> pa.Ta
     filesystem, path = storage.resolve(file.uri)
     try:
         with pq.ParquetFile(path, filesystem=filesystem) as parquet:
-            names = parquet.schema_arrow.names
-            has_place = any(name in names for name in ("image_bytes", "uri", "path"))
-            if "label" not in names or not has_place:
+            metadata, names = parquet.metadata, parquet.schema_arrow.names
+            has_images = "image_bytes" in names
+            if "label" not in names or not (has_images or "uri" in names or "path" in names):
                 missing = "image_bytes" if "label" in names else "label"
                 raise DataError(
                     f"No column {missing} in '{file.uri}' (it has {', '.join(names)}). Expected "
-                    "label, and image_bytes (or, in a manifest of places, uri or path); "
+                    "label, and image_bytes (or, in a manifest of files, uri or path); "
                     "split and group are optional."
                 )
-            wanted = [name for name in ("label", "path", "split", "group") if name in names]
-            if "image_bytes" not in names:
-                wanted += [name for name in _PLACE_COLUMNS if name in names]
-                return _describe_places(parquet.read(columns=wanted), file, classes)
-            parts = [
-                _describe_row_group(parquet, index, wanted, file, classes)
-                for index in range(parquet.num_row_groups)
-            ]
+            wanted = ("label", "path", "split", "group", *(() if has_images else _FILE_COLUMNS))
+            table = parquet.read(columns=[name for name in wanted if name in names])
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(
             f"Cannot read '{file.uri}' as Parquet: {storage.describe_error(error)}"
         ) from error
-    return pa.concat_tables(parts) if parts else SAMPLE_SCHEMA.empty_table()
-
-
-def _describe_row_group(
-    parquet: pq.ParquetFile,
-    index: int,
-    wanted: list[str],
-    file: storage.FoundFile,
-    classes: Sequence[str],
-) -> pa.Table:
-    table = parquet.read_row_group(index, columns=wanted)
-    metadata = parquet.metadata.row_group(index)
-    size = next(
-        metadata.column(i).total_uncompressed_size
-        for i in range(metadata.num_columns)
-        if metadata.column(i).path_in_schema == "image_bytes"
-    )
+    columns = _locate_rows(file, metadata) if has_images else _locate_files(table, file)
     count = table.num_rows
-    paths = (
-        table["path"].cast(pa.string())
-        if "path" in wanted
-        else pa.array([f"{file.relative_path}#{index}-{row}" for row in range(count)])
+    columns["label"] = _read_labels(table["label"], file.uri, classes)
+    columns["split"] = (
+        _read_splits(table["split"], file.uri)
+        if "split" in table.column_names
+        else [_split_of(file.relative_path)] * count
     )
-    columns = {
-        "path": paths,
-        "uri": pa.array([file.uri] * count),
-        "row_group": pa.array([index] * count, pa.int32()),
-        "row": pa.array(range(count), pa.int64()),
-        "frame": pa.array([-1] * count, pa.int32()),
-        "size_bytes": pa.array([size // max(count, 1)] * count, pa.int64()),
-    }
-    return _complete_samples(table, columns, file, classes)
+    columns["group"] = [None] * count
+    for name in {"path", "group"} & set(table.column_names):
+        columns[name] = table[name].cast(pa.string())
+    return pa.table({name: columns[name] for name in SAMPLE_SCHEMA.names}, SAMPLE_SCHEMA)
 
 
-def _describe_places(table: pa.Table, file: storage.FoundFile, classes: Sequence[str]) -> pa.Table:
-    """Read a manifest of places: rows that say where a scan's bytes are, and do not hold them."""
+def _locate_rows(file: storage.FoundFile, metadata: pq.FileMetaData) -> dict[str, Any]:
+    """Return the columns of :data:`SAMPLE_SCHEMA` that locate the rows of a Parquet file."""
+    columns: dict[str, Any] = {"uri": [file.uri] * metadata.num_rows}
+    columns["frame"] = [-1] * metadata.num_rows
+    row_groups, rows, sizes = [], [], []
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = map(group.column, range(group.num_columns))
+        chunk = next(one for one in chunks if one.path_in_schema == "image_bytes")
+        row_groups += [number] * group.num_rows
+        rows += range(group.num_rows)
+        sizes += [chunk.total_uncompressed_size // max(group.num_rows, 1)] * group.num_rows
+    paths = [f"{file.relative_path}#{a}-{b}" for a, b in zip(row_groups, rows, strict=True)]
+    return columns | {"path": paths, "row_group": row_groups, "row": rows, "size_bytes": sizes}
+
+
+def _locate_files(table: pa.Table, file: storage.FoundFile) -> dict[str, Any]:
+    """Return the columns that locate the files of a manifest, which has no image bytes itself."""
     count, names = table.num_rows, table.column_names
     given = table["uri" if "uri" in names else "path"].cast(pa.string()).to_pylist()
     if None in given:
         raise DataError(
-            f"No place in row {given.index(None)} of '{file.uri}'. Expected the uri of a scan "
-            "in every row."
+            f"No uri in row {given.index(None)} of '{file.uri}'. Expected the uri of a scan in "
+            "every row."
         )
     folder = file.uri.rpartition("/")[0]
-    uris = [_place_beside(folder, place) for place in given]
-    numbers = {
-        name: (
-            table[name].cast(kind).fill_null(-1) if name in names else pa.array([-1] * count, kind)
-        )
-        for name, kind in (("row_group", pa.int32()), ("row", pa.int64()), ("frame", pa.int32()))
-    }
-    frames = [None if frame < 0 else frame for frame in numbers["frame"].to_pylist()]
-    paths = list(map(name_slice, given, frames))
-    columns = {
-        "path": table["path"].cast(pa.string()) if "path" in names else pa.array(paths),
-        "uri": pa.array(uris, pa.string()),
-        **numbers,
-        "size_bytes": (
-            table["size_bytes"].cast(pa.int64())
-            if "size_bytes" in names
-            else pa.array([_estimate_size(uris)] * count, pa.int64())
-        ),
-    }
-    return _complete_samples(table, columns, file, classes)
+    columns: dict[str, Any] = {"uri": [_make_absolute(folder, uri) for uri in given]}
+    for name in ("row_group", "row", "frame"):
+        columns[name] = [-1] * count
+        if name in names:
+            columns[name] = table[name].cast(pa.int64()).fill_null(-1).to_pylist()
+    frames = [None if frame < 0 else frame for frame in columns["frame"]]
+    columns["path"] = list(map(name_slice, given, frames))
+    columns["size_bytes"] = (
+        table["size_bytes"].cast(pa.int64())
+        if "size_bytes" in names
+        else [_estimate_size(columns["uri"])] * count
+    )
+    return columns
 
 
-def _place_beside(folder: str, place: str) -> str:
-    """Return a scan's place: as given, or below the manifest's folder where it is relative."""
-    if "://" in place or place.startswith(("/", "~")):
-        return storage.make_absolute(place)
-    return storage.join(folder, *place.split("/"))
+def _make_absolute(folder: str, uri: str) -> str:
+    """Return an absolute URI as it is, and a relative one below a manifest's folder."""
+    if "://" in uri or uri.startswith(("/", "~")):
+        return storage.make_absolute(uri)
+    return storage.join(folder, *uri.split("/"))
 
 
 def _estimate_size(uris: Sequence[str]) -> int:
-    """Return the mean size of a few of the files, in bytes; those that are missing count as 0."""
-    looked_at = uris[:: max(1, len(uris) // _SIZES_LOOKED_AT)]
-    found = [storage.find_file(uri) for uri in looked_at]
+    """Return the mean size of a sample of the files, in bytes; missing files count as 0."""
+    sample = uris[:: max(1, len(uris) // _SIZE_SAMPLE)]
+    found = [storage.find_file(uri) for uri in sample]
     sizes = [max(file.size_bytes, 0) if file else 0 for file in found]
     return sum(sizes) // max(len(sizes), 1)
 
 
-def _complete_samples(
-    table: pa.Table,
-    columns: dict[str, pa.Array],
-    file: storage.FoundFile,
-    classes: Sequence[str],
-) -> pa.Table:
-    """Add label, split and group, the table's own or its file's, to where the scans are."""
-    count, names = table.num_rows, table.column_names
-    columns = columns | {
-        "label": _read_labels(table["label"], file.uri, classes),
-        "split": (
-            _read_splits(table["split"], file.uri)
-            if "split" in names
-            else pa.array([_split_of(file.relative_path)] * count, pa.string())
-        ),
-        "group": (
-            table["group"].cast(pa.string()) if "group" in names else pa.nulls(count, pa.string())
-        ),
-    }
-    return pa.table({field.name: columns[field.name] for field in SAMPLE_SCHEMA}, SAMPLE_SCHEMA)
-
-
-def _read_splits(column: pa.ChunkedArray, where: str) -> pa.Array:
-    """Take split names, as folders may have them; all empty where nothing is said."""
+def _read_splits(column: pa.ChunkedArray, where: str) -> list[str]:
+    """Return splits by their names, which are those of folders; all or none may be empty."""
     given = [str(value or "").lower() for value in column.to_pylist()]
     unknown = [value for value in given if value and value not in SPLIT_NAMES]
     if unknown:
@@ -401,11 +362,11 @@ def _read_splits(column: pa.ChunkedArray, where: str) -> pa.Array:
             f"No split in row {given.index('')} of {where}, while others have one. Expected train, "
             "val or test in every row, or in none."
         )
-    return pa.array([SPLIT_NAMES.get(value, "") for value in given], pa.string())
+    return [SPLIT_NAMES.get(value, "") for value in given]
 
 
-def _read_labels(column: pa.ChunkedArray, where: str, classes: Sequence[str]) -> pa.Array:
-    """Take class names, or indices into the class order."""
+def _read_labels(column: pa.ChunkedArray, where: str, classes: Sequence[str]) -> list[int]:
+    """Return indices into the class order, from class names or indices."""
     order: dict[object, int] = {name: index for index, name in enumerate(classes)}
     order |= {index: index for index in range(len(classes))}
     labels = []
@@ -413,4 +374,4 @@ def _read_labels(column: pa.ChunkedArray, where: str, classes: Sequence[str]) ->
         if value not in order:
             raise _unknown_class(str(value), where, classes)
         labels.append(order[value])
-    return pa.array(labels, pa.int32())
+    return labels

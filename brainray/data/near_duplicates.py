@@ -1,69 +1,89 @@
-"""Near-identical slices: found by their thumbnails, grouped, and looked up.
+"""Find near-duplicate slices by their thumbnails, and group them.
 
-Neighbouring slices of one patient, and copies of one image, are spread over this kind of
-data set without a patient's name. Two slices count as near-identical when the correlation
-of their standardised 24 x 24 thumbnails reaches a threshold.
+Data sets of this kind spread neighbouring slices of a patient, and copies of an image, over their
+splits, without patients' names. Two slices count as near duplicates if the correlation of their
+standardised 24 x 24 thumbnails reaches a threshold. Correlations are products of unit vectors.
+There are two ways to search them. Both compute the exact correlation of every pair they report:
+
+* *Exact search.* Each vector has a short sketch, and the product of two sketches is an upper bound
+  of the product of their vectors (:func:`build_sketches`). Only pairs above the threshold by their
+  sketches are compared in full. All pairs of sketches are compared: quadratic, with an eighteenth
+  of the arithmetic.
+* *Search by cells*, above :data:`EXACT_PAIRS` [1]_. Each vector belongs to the cell of its nearest
+  centre, of about √N, and is compared with the vectors of the few nearest cells: N √N. It may miss
+  pairs; :func:`measure_recall` measures how many.
+
+Space-partitioning trees do not help: among scans' thumbnails a ball of the radius that a
+correlation of 0.96 means (0.28) meets half of the leaves of a k-d tree.
+
+References
+----------
+.. [1] Jégou, Douze and Schmid, "Product quantization for nearest neighbor search", IEEE
+   TPAMI 33 (2011), section 4: the inverted file; here without quantising.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
+import ray
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from brainray.data.neighbours import (
-    EXACT_PAIRS,
-    Block,
-    RunBlocks,
-    build_sketches,
-    find_nearest_rows,
-    iterate_candidates,
-    keep_nearer,
-    list_cells,
-    list_tiles,
-    multiply_rows,
-    run_blocks_locally,
-)
+FloatRows = NDArray[np.float32]
+Indices = NDArray[np.int64]
+Rows = Indices | slice
+Block = tuple[Rows, Rows]
+"""Rows to compare: all of the first with all of the second."""
+
+Found = TypeVar("Found")
 
 THUMBNAIL_PX = 24
-"""Side of a thumbnail, in pixels: coarse enough to forgive a JPEG's noise."""
+"""Side of a thumbnail, in pixels: coarse enough to ignore a JPEG's noise."""
 
 NEAR_DUPLICATE_CORRELATION = 0.995
-"""From here on a test image counts as having a near duplicate in training.
+"""A test image with this correlation to a training image counts as its near duplicate.
 
-On the 1,311 official test images of the Kaggle brain-tumour set 37 % have one.
+Of the 1,311 official test images of the Kaggle brain-tumour set 37 % have one.
 """
 
+EXACT_PAIRS = 2**34
+"""Pairs up to which the search is exact: those of 185,000 images, under a minute on two cores."""
+
+NUM_AXES = 32
+"""Leading axes in a sketch. They have 66 % of the variance of the Kaggle set's thumbnails. For each
+pair that reaches 0.96, 7 pairs are compared in full."""
+
+NUM_PROBES = 12
+"""Cells that each vector is compared with."""
+
+MIN_RAY_PRODUCTS = 2**31
+"""Products from which Ray tasks are used: every pair of 65,000 scans, some seconds on one core."""
+
+PARTS_PER_CPU = 2
+"""Tasks for each CPU, so that a slow CPU does not delay the others for long."""
+
+_BOUND_SLACK = 1e-5  # float32 products of unit vectors err by about 1e-7
+_AXES_ROWS = 16_384
 _RECALL_ROWS = 16_384
+_BLOCK_ROWS = 1024
+_BLOCK_COLUMNS = 16_384
+_BATCH_PAIRS = 1_000_000
+
+
+# ---- thumbnails ----------------------------------------------------------------------------------
 
 
 def compute_thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Shrink grey pixels to a thumbnail.
-
-    Parameters
-    ----------
-    pixels : ndarray of uint8, shape (height, width)
-
-    Returns
-    -------
-    ndarray of uint8, shape (576,)
-    """
+    """Shrink grey pixels (height, width) to a thumbnail, uint8 of shape (576,)."""
     small = Image.fromarray(pixels).resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX)
     return np.asarray(small).reshape(-1)
 
 
 def standardise_thumbnails(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Give each thumbnail zero mean and unit length, so that a dot product is a correlation.
+    """Give thumbnails (N, 576) zero mean and unit length, so that products are correlations.
 
-    A thumbnail of one single grey becomes zeros: it correlates with nothing.
-
-    Parameters
-    ----------
-    thumbnails : ndarray of uint8, shape (N, 576)
-
-    Returns
-    -------
-    ndarray of float32, shape (N, 576)
+    A thumbnail of one grey level becomes zeros: it correlates with nothing.
     """
     centred = thumbnails.astype(np.float32)
     centred -= centred.mean(axis=1, keepdims=True)
@@ -73,26 +93,25 @@ def standardise_thumbnails(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]
     return standardised
 
 
+# ---- groups --------------------------------------------------------------------------------------
+
+
 def group_near_duplicates(
     standardised: NDArray[np.float32],
     *,
     min_correlation: float,
     exact_pairs: int = EXACT_PAIRS,
-    run_blocks: RunBlocks = run_blocks_locally,
 ) -> NDArray[np.int64]:
-    """Group near-identical slices by single linkage.
+    """Group near duplicates by single linkage.
 
     Parameters
     ----------
     standardised : ndarray of float32, shape (N, 576)
         From :func:`standardise_thumbnails`.
     min_correlation : float
-        Two slices at or above it are of one group, and so are the slices of a chain.
+        Slices with at least this correlation, and chains of them, are in one group.
     exact_pairs : int
-        Pairs of slices up to which none is missed; beyond it a few may be, see
-        :func:`measure_recall`.
-    run_blocks : Spread
-        Where the work is done.
+        Pairs of slices up to which the search is exact.
 
     Returns
     -------
@@ -112,16 +131,101 @@ def group_near_duplicates(
     return _number_by_appearance(groups[copy_of])
 
 
+def is_exact(num_images: int, exact_pairs: int = EXACT_PAIRS) -> bool:
+    """Return whether grouping this many images uses the exact search."""
+    return num_images * (num_images - 1) // 2 <= exact_pairs
+
+
+def measure_recall(
+    standardised: NDArray[np.float32],
+    groups: NDArray[np.int64],
+    *,
+    min_correlation: float,
+    num_samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, int]:
+    """Measure on a sample how many pairs of near duplicates are in one group.
+
+    Parameters
+    ----------
+    standardised : ndarray of float32, shape (N, 576)
+    groups : ndarray of int64, shape (N,)
+        From :func:`group_near_duplicates`.
+    num_samples : int
+        Slices that are compared with all.
+
+    Returns
+    -------
+    dict of str to int
+        ``num_samples``; ``num_pairs``, pairs with a sampled slice that reach the threshold;
+        ``num_grouped``, those of them in one group.
+    """
+    count = len(standardised)
+    rng = np.random.default_rng(seed)
+    sampled = np.sort(rng.choice(count, min(num_samples, count), replace=False))
+    num_pairs = num_grouped = 0
+    for start in range(0, count, _RECALL_ROWS):
+        similarity = standardised[sampled] @ standardised[start : start + _RECALL_ROWS].T
+        row, column = np.nonzero(similarity >= min_correlation)
+        other = sampled[row] != column + start
+        num_pairs += int(other.sum())
+        num_grouped += int((groups[sampled[row]] == groups[column + start])[other].sum())
+    return {"num_samples": len(sampled), "num_pairs": num_pairs, "num_grouped": num_grouped}
+
+
+def merge_groups(
+    near_duplicates: NDArray[np.int64], given: Sequence[str | None]
+) -> NDArray[np.int64]:
+    """Join groups of near duplicates that share a given group, such as a patient.
+
+    Parameters
+    ----------
+    near_duplicates : ndarray of int64, shape (N,)
+        From :func:`group_near_duplicates`.
+    given : sequence of str or None, length N
+        Given group of each image, or None.
+
+    Returns
+    -------
+    ndarray of int64, shape (N,)
+        Group numbers from 0.
+    """
+    if not len(near_duplicates):
+        return near_duplicates
+    names = {
+        name: int(near_duplicates.max()) + 1 + i
+        for i, name in enumerate(sorted({name for name in given if name}))
+    }
+    links = [
+        (int(group), names[name])
+        for group, name in zip(near_duplicates, given, strict=True)
+        if name
+    ]
+    size = int(near_duplicates.max()) + 1 + len(names)
+    row, column = zip(*links, strict=True) if links else ((), ())
+    return find_components(row, column, size)[near_duplicates]
+
+
+def find_components(rows: ArrayLike, columns: ArrayLike, size: int) -> NDArray[np.int64]:
+    """Return the connected component of each of ``size`` nodes, by the two ends of each edge."""
+    from scipy.sparse import coo_array  # takes half a second
+    from scipy.sparse.csgraph import connected_components
+
+    rows, columns = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
+    links = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(size, size))
+    return np.asarray(connected_components(links, directed=False)[1], np.int64)
+
+
 def _group_blocks(
     blocks: Sequence[Block],
     vectors: NDArray[np.float32],
     sketches: NDArray[np.float32],
     min_correlation: float,
 ) -> NDArray[np.int64]:
-    """Group what some blocks link; return the first slice of each one's group, shape (n,)."""
+    """Group the pairs of some blocks; return the first slice of each one's group, shape (n,)."""
     groups = np.arange(len(vectors))
     for left, right in iterate_candidates(blocks, sketches, min_correlation):
-        apart = groups[left] != groups[right]  # what a chain has joined needs no look
+        apart = groups[left] != groups[right]  # others are in one group already
         left, right = left[apart], right[apart]
         close = multiply_rows(vectors, left, right) >= min_correlation
         groups = _join(groups, left[close], right[close])
@@ -129,18 +233,13 @@ def _group_blocks(
     return np.asarray(first[group_of], dtype=np.int64)
 
 
-def is_exact(num_images: int, exact_pairs: int = EXACT_PAIRS) -> bool:
-    """Tell whether grouping so many images compares every pair."""
-    return num_images * (num_images - 1) // 2 <= exact_pairs
-
-
 def _find_exact_duplicates(
     standardised: NDArray[np.float32],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the first row of each kind, (n,), and the kind of each row, (N,).
+    """Return the rows that differ, (n,), and for each row the index of its equal there, (N,).
 
-    A thousand copies of one image would otherwise be half a million pairs. Rows of zeros
-    correlate with nothing, and so not with one another.
+    A thousand copies of one image would otherwise be half a million pairs. Rows of zeros correlate
+    with nothing, so each counts as different.
     """
     rows = np.ascontiguousarray(standardised)
     if not rows.size:
@@ -171,41 +270,7 @@ def _number_by_appearance(groups: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.argsort(np.argsort(first)).astype(np.int64)[inverse]
 
 
-def measure_recall(
-    standardised: NDArray[np.float32],
-    groups: NDArray[np.int64],
-    *,
-    min_correlation: float,
-    num_samples: int = 1000,
-    seed: int = 0,
-) -> dict[str, int]:
-    """Measure, on a sample, how many near-identical pairs were put into one group.
-
-    Parameters
-    ----------
-    standardised : ndarray of float32, shape (N, 576)
-    groups : ndarray of int64, shape (N,)
-        From :func:`group_near_duplicates`.
-    num_samples : int
-        Slices that are compared with all.
-
-    Returns
-    -------
-    dict of str to int
-        ``num_samples``; ``num_pairs``, pairs of a sampled slice and another that reach the
-        threshold; ``num_grouped``, those of them in one group.
-    """
-    count = len(standardised)
-    rng = np.random.default_rng(seed)
-    sampled = np.sort(rng.choice(count, min(num_samples, count), replace=False))
-    num_pairs = num_grouped = 0
-    for start in range(0, count, _RECALL_ROWS):
-        similarity = standardised[sampled] @ standardised[start : start + _RECALL_ROWS].T
-        row, column = np.nonzero(similarity >= min_correlation)
-        other = sampled[row] != column + start
-        num_pairs += int(other.sum())
-        num_grouped += int((groups[sampled[row]] == groups[column + start])[other].sum())
-    return {"num_samples": len(sampled), "num_pairs": num_pairs, "num_grouped": num_grouped}
+# ---- nearest -------------------------------------------------------------------------------------
 
 
 def find_nearest(
@@ -213,7 +278,6 @@ def find_nearest(
     reference: NDArray[np.float32],
     *,
     exact_pairs: int = EXACT_PAIRS,
-    run_blocks: RunBlocks = run_blocks_locally,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Find each slice's most similar slice of a reference set.
 
@@ -222,10 +286,8 @@ def find_nearest(
     standardised : ndarray of float32, shape (N, 576)
     reference : ndarray of float32, shape (M, 576), M >= 1
     exact_pairs : int
-        Pairs, N times M, up to which it is surely the most similar one; beyond, a slice may
-        get the second best. The correlation is that of the slice named in any case.
-    run_blocks : Spread
-        Where the work is done.
+        Pairs, N times M, up to which the search is exact. Beyond it, the result may be the second
+        most similar slice. The correlation is exact in any case.
 
     Returns
     -------
@@ -246,42 +308,153 @@ def find_nearest(
     return nearest, correlation
 
 
-def merge_groups(
-    near_duplicates: NDArray[np.int64], given: Sequence[str | None]
-) -> NDArray[np.int64]:
-    """Join groups of near-identical slices that the user says belong together (a patient, say).
+def find_nearest_rows(
+    blocks: Sequence[Block], queries: FloatRows, reference: FloatRows
+) -> tuple[Indices, FloatRows]:
+    """Find each query's most similar row of the reference within some blocks.
 
-    Parameters
-    ----------
-    near_duplicates : ndarray of int64, shape (N,)
-        From :func:`group_near_duplicates`.
-    given : sequence of str or None, length N
-        The user's own group of each image, or None.
-
-    Returns
-    -------
-    ndarray of int64, shape (N,)
-        Group numbers from 0.
+    Returns row and product, shape (N,) each: 0 and −inf for a query in none of the blocks.
     """
-    if not len(near_duplicates):
-        return near_duplicates
-    names = {
-        name: int(near_duplicates.max()) + 1 + i
-        for i, name in enumerate(sorted({name for name in given if name}))
-    }
-    links = [
-        (int(twin), names[name]) for twin, name in zip(near_duplicates, given, strict=True) if name
+    nearest = np.zeros(len(queries), np.int64)
+    product = np.full(len(queries), -np.inf, np.float32)
+    numbers = np.arange(max(len(queries), len(reference)))
+    for rows, columns in blocks:
+        products = queries[rows] @ reference[columns].T
+        best = products.argmax(axis=1)
+        reached = products[np.arange(len(products)), best]
+        keep_nearer(nearest, product, numbers[rows], numbers[columns][best], reached)
+    return nearest, product
+
+
+def keep_nearer(
+    nearest: Indices, product: FloatRows, rows: Indices, others: Indices, reached: FloatRows
+) -> None:
+    """Update the rows whose new candidates are more similar."""
+    nearer = reached > product[rows]
+    nearest[rows[nearer]] = others[nearer]
+    product[rows[nearer]] = reached[nearer]
+
+
+# ---- blocks --------------------------------------------------------------------------------------
+
+
+def run_blocks(
+    work: Callable[..., Found],
+    blocks: Sequence[Block],
+    *shared: Any,  # noqa: ANN401 - any further arguments of the work
+) -> Iterator[Found]:
+    """Yield results of ``work(part, *shared)``, whose parts are all of the blocks.
+
+    Large work is done in Ray tasks, where Ray is running; `shared` goes to each node once.
+    """
+    if not ray.is_initialized() or count_products(blocks) < MIN_RAY_PRODUCTS:
+        yield work(blocks, *shared)
+        return
+    num_parts = PARTS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    task = ray.remote(work)
+    stored = [ray.put(one) for one in shared]
+    waiting = [task.remote(blocks[part::num_parts], *stored) for part in range(num_parts)]
+    while waiting:
+        (done,), waiting = ray.wait(waiting)
+        yield ray.get(done)
+
+
+def count_products(blocks: Sequence[Block]) -> int:
+    """Count the products of vectors in some blocks."""
+    return sum(_count(rows) * _count(columns) for rows, columns in blocks)
+
+
+def _count(rows: Rows) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def list_tiles(num_rows: int, num_columns: int, *, is_symmetric: bool = False) -> list[Block]:
+    """List blocks with every pair of a row and a column; if symmetric, one of (i, j) and (j, i)."""
+    return [
+        (slice(top, min(top + _BLOCK_ROWS, num_rows)), slice(start, start + width))
+        for top in range(0, num_rows, _BLOCK_ROWS)
+        for start in range(top if is_symmetric else 0, num_columns, _BLOCK_COLUMNS)
+        if (width := min(_BLOCK_COLUMNS, num_columns - start))
     ]
-    size = int(near_duplicates.max()) + 1 + len(names)
-    row, column = zip(*links, strict=True) if links else ((), ())
-    return find_components(row, column, size)[near_duplicates]
 
 
-def find_components(rows: ArrayLike, columns: ArrayLike, size: int) -> NDArray[np.int64]:
-    """Return the connected component of each of ``size`` nodes, given the ends of the links."""
-    from scipy.sparse import coo_array  # half a second, which who only decodes does without
-    from scipy.sparse.csgraph import connected_components
+def list_cells(queries: FloatRows, reference: FloatRows) -> list[Block]:
+    """List for each cell the queries that are compared with it, and its reference rows."""
+    num_cells = max(1, round(len(reference) ** 0.5))
+    rng = np.random.default_rng(0)
+    centres = reference[rng.choice(len(reference), num_cells, replace=False)]
+    members = _list_by_cell(_find_cells(reference, centres, 1), num_cells)
+    visitors = _list_by_cell(_find_cells(queries, centres, NUM_PROBES), num_cells)
+    return [pair for pair in zip(visitors, members, strict=True) if len(pair[0]) and len(pair[1])]
 
-    rows, columns = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
-    links = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(size, size))
-    return np.asarray(connected_components(links, directed=False)[1], np.int64)
+
+def _find_cells(sketches: FloatRows, centres: FloatRows, count: int) -> Indices:
+    """Return the cells of the nearest centres of each row, shape (N, ≤ count)."""
+    count = min(count, len(centres))
+    cells = np.empty((len(sketches), count), np.int64)
+    for start in range(0, len(sketches), _BLOCK_COLUMNS):
+        products = sketches[start : start + _BLOCK_COLUMNS] @ centres.T
+        near = np.argpartition(products, len(centres) - count, axis=1)[:, len(centres) - count :]
+        cells[start : start + _BLOCK_COLUMNS] = near
+    return cells
+
+
+def _list_by_cell(cells: Indices, num_cells: int) -> list[Indices]:
+    """Return the rows of every cell, ascending."""
+    order = np.argsort(cells, axis=None, kind="stable")
+    ends = np.cumsum(np.bincount(cells.ravel(), minlength=num_cells))[:-1]
+    return np.split(order // cells.shape[1], ends)
+
+
+# ---- pairs ---------------------------------------------------------------------------------------
+
+
+def build_sketches(vectors: FloatRows, num_axes: int = NUM_AXES) -> FloatRows:
+    """Shorten vectors (N, D) to sketches, whose products are upper bounds of the vectors' products.
+
+    A sketch has the vector's coordinates on the leading principal axes, and the length of the rest:
+    x·y = Px·Py + Rx·Ry ≤ Px·Py + |Rx| |Ry|, by Cauchy and Schwarz. Shape (N, min(num_axes, D) + 1).
+    """
+    sample = vectors[:: max(1, len(vectors) // _AXES_ROWS)]
+    _, axes = np.linalg.eigh(sample.T @ sample)  # ascending; any orthonormal axes keep the bound
+    leading = vectors @ axes[:, ::-1][:, :num_axes].astype(np.float32)
+    squared = np.einsum("ij,ij->i", vectors, vectors) - np.einsum("ij,ij->i", leading, leading)
+    return np.column_stack([leading, np.sqrt(np.maximum(squared, 0))])
+
+
+def multiply_rows(vectors: FloatRows, left: Indices, right: Indices) -> FloatRows:
+    """Compute the product of each pair of rows, shape (P,)."""
+    products = np.empty(len(left), np.float32)
+    for start in range(0, len(left), _BLOCK_COLUMNS):
+        part = slice(start, start + _BLOCK_COLUMNS)
+        np.einsum("ij,ij->i", vectors[left[part]], vectors[right[part]], out=products[part])
+    return products
+
+
+def iterate_candidates(
+    blocks: Sequence[Block], sketches: FloatRows, min_product: float
+) -> Iterator[tuple[Indices, Indices]]:
+    """Yield batches of the pairs in blocks that may reach a threshold, by their sketches."""
+    bound = min_product - _BOUND_SLACK
+    numbers = np.arange(len(sketches))
+    waiting: list[tuple[Indices, Indices]] = []
+    for rows, columns in blocks:
+        left, right = _find_reaching(sketches[rows], sketches[columns], bound)
+        left, right = numbers[rows][left], numbers[columns][right]
+        waiting.append((left[left != right], right[left != right]))
+        if sum(len(left) for left, _ in waiting) >= _BATCH_PAIRS:
+            yield _concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield _concatenate(waiting)
+
+
+def _concatenate(parts: list[tuple[Indices, Indices]]) -> tuple[Indices, Indices]:
+    left, right = zip(*parts, strict=True)
+    return np.concatenate(left), np.concatenate(right)
+
+
+def _find_reaching(left: FloatRows, right: FloatRows, bound: float) -> tuple[Indices, Indices]:
+    reaching = np.flatnonzero(left @ right.T >= bound)  # five times faster than nonzero in 2-D
+    rows, columns = np.divmod(reaching, len(right))
+    return rows, columns

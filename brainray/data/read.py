@@ -1,4 +1,4 @@
-"""Read one scan's encoded bytes, from a file or a row of a Parquet table, and open its slices."""
+"""Read a scan's encoded bytes from a file or a row of a Parquet table, and open its slices."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,7 +14,7 @@ TABLE_SUFFIX = ".parquet"
 
 
 def read_scan(uri: str, row_group: int, row: int, *, max_bytes: int | None = None) -> bytes:
-    """Read one scan's encoded bytes: a file, or a row of a Parquet table.
+    """Read one scan's encoded bytes: a file, an instance in a PACS, or a row of a Parquet table.
 
     ``max_bytes`` is that of :func:`brainray.storage.read_bytes`.
 
@@ -23,6 +23,10 @@ def read_scan(uri: str, row_group: int, row: int, *, max_bytes: int | None = Non
     RejectedImage
         ``missing`` or ``unreadable``.
     """
+    if storage.is_dicomweb(uri):
+        from brainray.io.dicomweb import read_instance  # files do without its libraries
+
+        return read_instance(uri, max_bytes=max_bytes)
     try:
         if row_group < 0:
             return storage.read_bytes(uri, max_bytes=max_bytes)
@@ -34,7 +38,7 @@ def read_scan(uri: str, row_group: int, row: int, *, max_bytes: int | None = Non
 
 
 def name_scan(uri: str, row_group: int, row: int) -> str:
-    """Return the ``scan_uri`` of a file, or of a row of a row group of a Parquet table."""
+    """Return the ``scan_uri`` of a file, or of a row of a Parquet table."""
     return uri if row_group < 0 else f"{uri}#row={_find_first_rows(uri)[row_group] + row}"
 
 
@@ -56,20 +60,12 @@ def _read_row_group(uri: str, row_group: int) -> pa.ChunkedArray:
 
 
 def open_named_slice(scan_uri: str, options: ReadOptions | None = None) -> tuple[ScanFile, int]:
-    """Open a slice again by the ``scan_uri`` of its row: a file, or ``FILE#frame=N``.
-
-    Returns
-    -------
-    file : ScanFile
-        What :func:`brainray.images.slices.open_slice` and
-        :func:`brainray.images.slices.show_slice` take.
-    index : int
-        Number of the slice in it.
+    """Open a slice by its ``scan_uri``, a file or ``FILE#frame=N``; return file and index.
 
     Raises
     ------
     RejectedImage
-        The file has vanished, cannot be read, or has no such slice any more.
+        The file is gone, cannot be read, or has no such slice.
     """
     options = options or ReadOptions()
     file_uri, frame = split_name(scan_uri)
@@ -78,23 +74,19 @@ def open_named_slice(scan_uri: str, options: ReadOptions | None = None) -> tuple
     except RejectedImage as rejection:
         if frame is None or rejection.reason != "missing":
             raise
-        # A file may have such a name itself.
+        # The name of a file may end like that of a slice.
         content, frame = read_named_scan(scan_uri, max_bytes=options.limits.max_bytes), None
     file = open_file(content, options)
-    if (frame or 0) >= len(file.slices):
-        raise RejectedImage("missing", f"The file has no frame {frame}. It was changed.")
-    return file, frame or 0
+    return file, find_slice(file, frame)
 
 
 def read_named_scan(scan_uri: str, *, max_bytes: int | None = None) -> bytes:
-    """Read a scan again by the ``scan_uri`` that its listing gave it.
-
-    ``max_bytes`` is that of :func:`brainray.storage.read_bytes`.
+    """Read a file or a row (``FILE#row=N``) by its ``scan_uri``.
 
     Raises
     ------
     RejectedImage
-        It has vanished or cannot be read.
+        The scan is gone, or cannot be read.
     """
     table, mark, number = scan_uri.rpartition("#row=")
     if not mark or not table.endswith(TABLE_SUFFIX):
@@ -113,19 +105,12 @@ def read_named_scan(scan_uri: str, *, max_bytes: int | None = None) -> bytes:
     raise RejectedImage("missing", f"No row {number} in '{table}'.")
 
 
-# ---- samples -------------------------------------------------------------------------------------
-
-
 class SampleReader:
-    """Opens the files of samples, and keeps the last one.
-
-    The slices of one file come one after the other in a sample table: a volume is read and unpacked
-    once for all of them.
-    """
+    """Opens the files of samples; keeps the last one, since slices of a file are neighbours."""
 
     def __init__(self, reading: ReadOptions, *, key: bytes | None = None) -> None:
         self._reading, self._key = reading, key
-        self._place: tuple[str, int, int] | None = None
+        self._location: tuple[str, int, int] | None = None
         self._content = b""
         self._file: ScanFile | None = None
 
@@ -137,50 +122,34 @@ class SampleReader:
         RejectedImage
             ``missing`` or ``unreadable``.
         """
-        if (uri, row_group, row) != self._place:
+        if (uri, row_group, row) != self._location:
             content = read_scan(uri, row_group, row)
-            self._place, self._content, self._file = (uri, row_group, row), content, None
+            self._location, self._content, self._file = (uri, row_group, row), content, None
         return self._content
 
     def open(
         self, uri: str, row_group: int, row: int, frame: int, *, content: bytes | None = None
     ) -> tuple[ScanFile, int]:
-        """Open a sample; return its file, and the index of its slice.
+        """Open a sample, of ``SAMPLE_SCHEMA``; return its file, and the index of its slice.
 
-        Parameters
-        ----------
-        uri, row_group, row, frame
-            Columns of :data:`brainray.data.labelled.SAMPLE_SCHEMA`.
-        content : bytes, optional
-            The file's bytes, where they are at hand.
+        `content` is the file's bytes, if they are available.
 
         Raises
         ------
         RejectedImage
-            It cannot be read, or its header cannot, or it has no such slice.
+            The file or its header cannot be read, or it has no such slice.
         """
         if content is None:
             content = self.read(uri, row_group, row)
-        elif (uri, row_group, row) != self._place:
-            self._place, self._content, self._file = (uri, row_group, row), content, None
+        elif (uri, row_group, row) != self._location:
+            self._location, self._content, self._file = (uri, row_group, row), content, None
         if self._file is None:
             self._file = open_file(content, self._reading, key=self._key)
         return self._file, find_slice(self._file, None if frame < 0 else frame)
 
 
 def open_rows(rows: pa.Table, reading: ReadOptions) -> Iterator[tuple[ScanFile, int]]:
-    """Open samples where they lie, one after the other: their files, and indices of their slices.
-
-    Parameters
-    ----------
-    rows : Table
-        Columns ``uri``, ``row_group``, ``row`` and ``frame`` of a sample table.
-
-    Raises
-    ------
-    RejectedImage
-        As of :meth:`SampleReader.open`.
-    """
+    """Yield the file of each sample (:meth:`SampleReader.open`), and the index of its slice."""
     reader = SampleReader(reading)
-    for place in rows.select(["uri", "row_group", "row", "frame"]).to_pylist():
-        yield reader.open(**place)
+    for row in rows.select(["uri", "row_group", "row", "frame"]).to_pylist():
+        yield reader.open(**row)

@@ -1,8 +1,8 @@
 """List the scans to classify: folders, globs, files, Parquet tables and lists of URIs.
 
-Nothing here opens an image. Every visible file is a scan until its bytes say otherwise, whatever
-its name, so that everything in an inbox gets a row. Listing is cut into :class:`ScanSource` objects:
-each is the work of one task, which lists for a bounded time and returns the places that are left.
+Nothing here opens an image. Every visible file counts as a scan, whatever its name, so that every
+file gets a row. Each :class:`ScanSource` is listed by one task for a bounded time. The task returns
+the sources that are left.
 """
 
 import csv
@@ -20,14 +20,18 @@ from wcmatch import glob
 from brainray import storage
 from brainray.data.labelled import is_hidden
 from brainray.data.read import TABLE_SUFFIX
-from brainray.errors import DataError, RejectedImage
+from brainray.errors import DataError, DicomWebError, RejectedImage
 
 LIST_SUFFIXES = (".txt", ".csv")
 LIST_COLUMNS = ("scan_uri", "uri", "path")
-"""Columns of a CSV list that may hold the URIs, the first one found counts; else its first."""
+"""Columns of a CSV list with the URIs; the first found is used, or else the first column."""
 
 MAX_ROWS_PER_TASK = 200_000
-"""A task that has listed as many scans returns what is left."""
+"""A task that has listed as many scans returns the rest."""
+
+UNCHANGED_NS = 0
+"""The time of every instance in a PACS, which tells none: what is answered is not fetched again. A
+change gives an instance a new UID (PS3.3, C.12.1.1)."""
 
 MAX_INDEX_BYTES = 64 * 2**20
 """Longest DICOMDIR that is read."""
@@ -38,70 +42,78 @@ _GLOB_FLAGS = glob.GLOBSTAR | glob.DOTGLOB | glob.FORCEUNIX
 LISTING_SCHEMA = pa.schema(
     [
         ("scan_uri", pa.string()),  # unique name of the scan
-        ("uri", pa.string()),  # file that holds the bytes
+        ("uri", pa.string()),  # file with the bytes
         ("row_group", pa.int32()),  # of a Parquet file; -1 for a file
         ("row", pa.int64()),  # within the row group; -1 for a file
-        ("size_bytes", pa.int64()),  # of the file; null where it is not known
-        ("modified_ns", pa.int64()),  # of the file; null where it is not known
-        ("reason", pa.string()),  # why it is rejected unopened; else null
+        ("size_bytes", pa.int64()),  # of the file; null if unknown
+        ("modified_ns", pa.int64()),  # of the file; null if unknown
+        ("reason", pa.string()),  # of a rejection without opening; else null
     ]
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ScanSource:
-    """Something to list: one `--scans-uri`, or a part of it."""
+    """One `--scans-uri`, or a part of it."""
 
-    kind: Literal["folder", "file", "table", "list", "index"]
-    """An index is a DICOMDIR, the list of the files of a medium."""
+    kind: Literal["folder", "file", "table", "list", "index", "dicomweb"]
+    """An index is a DICOMDIR, the list of the files of a medium; "dicomweb" is in a PACS."""
     uri: str
     root: str = ""
-    """Of a folder: the folder that was given, which globs and hidden names count from."""
+    """Of a folder: the given folder; globs and hidden names refer to paths below it."""
     pattern: str | None = None
-    """Of a folder: the glob that the path below ``root`` has to match."""
+    """Of a folder: the glob that paths below ``root`` must match."""
     first_row_group: int = 0
     """Of a table."""
     row_offset: int = 0
     """Of a table: rows before the first row group."""
     is_given: bool = True
-    """Of a table: whether it was named; one that lay in a folder may be no table of scans."""
+    """Of a table or what is in a PACS: whether it was named. What was found instead, and cannot be
+    listed, is one rejected scan."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What one task has listed."""
+    """Result of one task."""
 
     scans: pa.Table
     """Rows of :data:`LISTING_SCHEMA`."""
     rest: tuple[ScanSource, ...] = ()
-    """What it did not reach."""
+    """Sources that are left."""
     num_hidden: int = 0
     """Hidden files and folders skipped."""
     num_indices: int = 0
-    """Files named DICOMDIR skipped, which lay beside what they reference."""
+    """DICOMDIR files skipped in folders, whose files are listed anyway."""
 
 
 def find_sources(scans_uris: Sequence[str]) -> list[ScanSource]:
-    """Find out what each of some `--scans-uri` is.
+    """Determine the kind of each `--scans-uri`.
 
     Parameters
     ----------
     scans_uris : sequence of str
         Folders (everything below them), globs (``**`` for any depth), single files, Parquet
         tables with a column ``image_bytes``, a DICOMDIR for the files that it references, and
-        ``.txt`` or ``.csv`` lists of URIs; local, s3:// or gs://.
+        ``.txt`` or ``.csv`` lists of URIs; local, s3:// or gs://. Or scans in a PACS, as
+        :func:`brainray.io.dicomweb.parse_uri` has them.
 
     Raises
     ------
+    ConfigError
+        The address of scans in a PACS is malformed.
     DataError
-        There is nothing at one of them.
+        One does not exist.
     StorageError
-        One cannot be looked at.
+        One cannot be accessed.
     """
     return [_find_source(uri) for uri in scans_uris]
 
 
 def _find_source(scans_uri: str) -> ScanSource:
+    if storage.is_dicomweb(scans_uri):
+        from brainray.io.dicomweb import parse_uri  # files do without its libraries
+
+        return ScanSource("dicomweb", parse_uri(scans_uri).to_uri())
     uri = storage.make_absolute(scans_uri)
     if storage.is_folder(uri):
         return ScanSource("folder", uri, uri)
@@ -182,25 +194,28 @@ class _Rows:
 def list_source(
     source: ScanSource, *, leave_out: Sequence[str] = (), max_seconds: float = float("inf")
 ) -> Listing:
-    """List a place, or as much of it as the time and :data:`MAX_ROWS_PER_TASK` allow.
+    """List a source, up to a time and :data:`MAX_ROWS_PER_TASK`.
 
     Parameters
     ----------
-    source : Place
-        What to list.
+    source : ScanSource
     leave_out : sequence of str
-        Folders whose files are no scans: the job's own output.
+        Folders to exclude: the job's own output.
     max_seconds : float
-        After this time the folders that are left are returned as ``rest``.
+        After this time the remaining folders are returned as ``rest``.
 
     Raises
     ------
     DataError
-        A table that was named lacks ``image_bytes``, or cannot be read; a list is not UTF-8; a
-        DICOMDIR is damaged.
+        A table that was named lacks ``image_bytes``, or cannot be read; a list is not UTF-8, or
+        names scans in a PACS; a DICOMDIR is damaged.
+    DicomWebError
+        A PACS that was named does not answer, or refuses.
     """
     if source.kind == "folder":
         return _list_folder(source, leave_out, time.monotonic() + max_seconds)
+    if source.kind == "dicomweb":
+        return _list_dicomweb(source)
     rows = _Rows()
     if source.kind == "list":
         for uri in _read_list(source.uri):
@@ -211,7 +226,7 @@ def list_source(
             _add_referenced(rows, uri)
         return Listing(rows.build())
     file = storage.find_file(source.uri)
-    if file is None:  # it vanished
+    if file is None:  # deleted since
         rows.add(source.uri, reason="missing")
     elif source.kind == "file":
         rows.add_found(file)
@@ -258,8 +273,26 @@ def _list_folder(source: ScanSource, leave_out: Sequence[str], deadline: float) 
     return Listing(rows.build(), (*rest, *tables), num_hidden, num_indices)
 
 
+def _list_dicomweb(source: ScanSource) -> Listing:
+    """List the instances of a study or series; of a search its studies, each another source."""
+    from brainray.io.dicomweb import list_resources
+
+    rows = _Rows()
+    try:
+        found = list_resources(source.uri)
+    except DicomWebError:
+        if source.is_given:
+            raise
+        rows.add(source.uri, reason="unreadable")
+        return Listing(rows.build())
+    for uri in found.instances:
+        rows.add(uri, modified_ns=UNCHANGED_NS)
+    studies = (ScanSource("dicomweb", uri, is_given=False) for uri in found.studies)
+    return Listing(rows.build(), tuple(studies))
+
+
 def _matches(file: storage.FoundFile, root: str, pattern: str) -> bool:
-    """Tell whether a file's name, as it is or as its URI has it, matches."""
+    """Return whether a file's path, plain or encoded as in its URI, matches."""
     names = {file.relative_path, _name_below(file.uri, root)}
     return any(glob.globmatch(name, pattern, flags=_GLOB_FLAGS) for name in names)
 
@@ -269,7 +302,7 @@ def _name_below(uri: str, root: str) -> str:
 
 
 def _list_table(source: ScanSource, file: storage.FoundFile, rows: _Rows) -> Listing:
-    """List a table's rows; what lay in a folder and is no table of scans is one rejected scan."""
+    """List a table's rows. A table without scans in a folder is listed as one rejected scan."""
     try:
         metadata = _read_table_metadata(file.uri)
     except DataError:
@@ -303,30 +336,34 @@ def _read_table_metadata(uri: str) -> pq.FileMetaData:
 
 
 def _read_list(list_uri: str) -> Iterator[str]:
-    """Yield the URIs of a list; one that is not absolute counts from the list's folder."""
+    """Yield the URIs of a list; relative ones are below the list's folder."""
     try:
         text = storage.read_bytes(list_uri).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"Expected UTF-8 text in the list '{list_uri}': {error}") from error
     folder = list_uri.rpartition("/")[0]
     for entry in _read_entries(text, is_csv=list_uri.lower().endswith(".csv")):
+        if storage.is_dicomweb(entry):
+            raise DataError(
+                f"The list '{list_uri}' names scans in a PACS. Give their address as --scans-uri."
+            )
         is_absolute = "://" in entry or entry.startswith(("/", "~"))
         yield storage.make_absolute(entry) if is_absolute else storage.join(folder, entry)
 
 
 def _read_index(index_uri: str) -> list[str]:
     """Return the URIs of the files that a DICOMDIR references."""
-    from brainray.images.dicom_index import list_references  # pictures do without pydicom
+    from brainray.images.dicom_file import list_references  # imports pydicom
 
     try:
         content = storage.read_bytes(index_uri, max_bytes=MAX_INDEX_BYTES)
         references = list_references(content)
     except FileNotFoundError:
-        reason = "It has vanished."
+        reason = "It does not exist any more."
     except RejectedImage as rejection:
         reason = rejection.message
     else:
-        # A medium may be mounted with all of its names in lower case.
+        # Some systems mount a medium with all names in lower case.
         is_lower = storage.get_name(index_uri).islower()
         folder = index_uri.rpartition("/")[0]
         return [
@@ -337,10 +374,7 @@ def _read_index(index_uri: str) -> list[str]:
 
 
 def _add_referenced(rows: _Rows, uri: str) -> None:
-    """Add a file that an index names, with its size and time if it is local.
-
-    On an object store each would cost a request.
-    """
+    """Add a file of an index; with size and time only if local: an object store takes a request."""
     if "://" in uri:
         rows.add(uri)
     elif file := storage.find_file(uri):
@@ -363,17 +397,9 @@ def _read_entries(text: str, *, is_csv: bool) -> Iterator[str]:
 
 
 def list_scans(scans_uris: Sequence[str], *, leave_out: Sequence[str] = ()) -> pa.Table:
-    """List places in this process, as one table: for a few thousand scans.
+    """List a few thousand scans in this process, as rows of :data:`LISTING_SCHEMA`.
 
-    Parameters
-    ----------
-    scans_uris, leave_out
-        As for :func:`find_sources` and :func:`list_source`.
-
-    Returns
-    -------
-    Table
-        Rows of :data:`LISTING_SCHEMA`; a scan that is named twice has two.
+    A scan that is given twice has two rows.
     """
     waiting = find_sources(scans_uris)[::-1]
     tables = [LISTING_SCHEMA.empty_table()]

@@ -1,7 +1,7 @@
-"""Shortcuts: how well what has nothing to do with the brain predicts the class.
+"""Shortcuts: how well properties of the files, without their content, predict the class.
 
-A network that can tell the hospital by the size of its images need not look at the tumour. So
-a shallow decision tree is given one trait of the images at a time, and never their content.
+A network that recognises the hospital by the size of its images need not find the tumour. So a
+shallow decision tree is trained on one property of the images at a time.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ from brainray.metrics import compute_accuracy
 FloatArray = NDArray[np.float64]
 
 MAX_DEPTH = 4
-"""Depth of the trees: at most 16 leaves. What takes more is hardly a shortcut."""
+"""Depth of the trees: at most 16 leaves."""
 
 MIN_LEAF_SHARE = 0.005
-"""Share of the images that a leaf must hold, so that a tree cannot learn single images."""
+"""Smallest share of the images in a leaf, so that a tree cannot learn single images."""
 
 NUM_FOLDS = 5
 
 MAX_IMAGES = 50_000
-"""Images that are looked at, drawn by whole groups; more would not narrow what is said."""
+"""Most images used, drawn by whole groups; more would hardly narrow the intervals."""
 
 NUM_RESAMPLES = 1000
 
@@ -34,17 +34,17 @@ ALL_TOGETHER = "all together"
 
 
 def build_properties(scan: pa.Table) -> dict[str, FloatArray]:
-    """Turn a scan's columns into the numbers that each trait consists of.
+    """Compute the features of each property.
 
     Parameters
     ----------
     scan : pyarrow.Table
-        Columns of :data:`brainray.data.scan.TRAIT_TYPES`; without nulls.
+        Columns of :data:`brainray.data.fingerprint.PROPERTY_TYPES`; without nulls.
 
     Returns
     -------
     dict of str to ndarray of float64, shape (N, d)
-        By the trait's name, as a person would say it.
+        By the name of the property.
     """
 
     def stack(*columns: Any) -> FloatArray:  # noqa: ANN401 - whatever column_stack takes
@@ -66,7 +66,7 @@ def build_properties(scan: pa.Table) -> dict[str, FloatArray]:
 
 
 def _encode(names: Sequence[str]) -> FloatArray:
-    """Return a column of 0 and 1 for every name there is."""
+    """Return one column of 0 and 1 for each name."""
     kinds, index = np.unique(np.array(names), return_inverse=True)
     return np.asarray(np.eye(len(kinds))[index], dtype=np.float64)
 
@@ -78,7 +78,7 @@ def evaluate_shortcuts(
     *,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Measure how well each trait, and all of them together, predict the class.
+    """Measure how well each property, and all of them together, predict the class.
 
     Parameters
     ----------
@@ -90,16 +90,17 @@ def evaluate_shortcuts(
     Returns
     -------
     list of dict
-        For each: ``trait``; ``balanced_accuracy``, cross-validated, with its
-        ``balanced_accuracy_ci95`` over groups; ``chance``; ``is_constant`` (the same in every
-        image: chance, and no interval); ``is_above_chance`` (the whole interval is). Empty
-        where a class has fewer than two groups.
+        For each: ``property``; ``balanced_accuracy``, cross-validated, with its
+        ``balanced_accuracy_ci95`` over groups; ``chance``; ``is_constant`` (equal in all images,
+        so without an interval); ``is_above_chance`` (the whole interval is). Empty where a class
+        has fewer than two groups.
 
     References
     ----------
     .. [1] Breiman, Friedman, Olshen and Stone, "Classification and regression trees" (1984).
     .. [2] Zech et al., "Variable generalization performance of a deep learning model to detect
-       pneumonia in chest radiographs", PLOS Medicine 15 (2018): a network that told hospitals.
+       pneumonia in chest radiographs", PLOS Medicine 15 (2018): a network that recognised
+       hospitals.
     """
     kept = _draw_groups(groups, seed)
     labels, groups = labels[kept], groups[kept]
@@ -112,7 +113,7 @@ def evaluate_shortcuts(
     columns = {name: values[kept] for name, values in properties.items()}
     columns[ALL_TOGETHER] = np.hstack(list(columns.values()))
     return [
-        _evaluate_trait(name, values, labels, groups, parts, 1 / len(per_class), seed)
+        _evaluate_property(name, values, labels, groups, parts, 1 / len(per_class), seed)
         for name, values in columns.items()
     ]
 
@@ -127,7 +128,7 @@ def _draw_groups(groups: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     return np.flatnonzero(np.isin(groups, drawn))
 
 
-def _evaluate_trait(
+def _evaluate_property(
     name: str,
     values: FloatArray,
     labels: NDArray[np.int64],
@@ -138,7 +139,7 @@ def _evaluate_trait(
 ) -> dict[str, Any]:
     if (values == values[0]).all():
         return {
-            "trait": name,
+            "property": name,
             "n": len(labels),
             "balanced_accuracy": chance,
             "balanced_accuracy_ci95": None,
@@ -160,7 +161,7 @@ def _evaluate_trait(
     )
     interval = scores["balanced_accuracy_ci95"]
     return {
-        "trait": name,
+        "property": name,
         "n": scores["n"],
         "balanced_accuracy": scores["balanced_accuracy"],
         "balanced_accuracy_ci95": interval,

@@ -1,4 +1,4 @@
-"""What a DICOM or NIfTI file says of a slice, as columns of tables."""
+"""Metadata of slices as columns of tables."""
 
 from typing import Any
 
@@ -18,20 +18,10 @@ SLICE_FIELDS = (
     pa.field("flags", pa.list_(pa.string())),  # what is unknown or unusual
     pa.field("grey_range", pa.string()),  # brainray.images.slices.GreyRange; null if rejected
 )
-"""What a DICOM or NIfTI file says of a slice; all but ``grey_range`` are null for pictures."""
+"""Columns of DICOM and NIfTI slices; all but ``grey_range`` are null for pictures."""
 
 
 def describe_slice(info: SliceInfo, grey_range: GreyRange | None) -> dict[str, Any]:
     """Return the values of :data:`SLICE_FIELDS` for a slice; None where it was not decoded."""
-    return {
-        "frame": info.frame,
-        "patient": info.patient,
-        "study": info.study,
-        "series": info.series,
-        "sop_instance": info.sop_instance,
-        "plane": info.plane,
-        "position_mm": info.position_mm,
-        "orientation": info.orientation,
-        "flags": info.flags or None,
-        "grey_range": grey_range,
-    }
+    values = {column.name: getattr(info, column.name) for column in SLICE_FIELDS[:-1]}
+    return values | {"flags": info.flags or None, "grey_range": grey_range}

@@ -1,4 +1,4 @@
-"""Split a data set by groups, and write down who went where: the manifest."""
+"""Split a data set by groups; the manifest records the split of every image."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("label", pa.string()),
         ("group", pa.int64()),
         ("split", pa.string()),  # train, val, test or rejected
-        ("reason", pa.string()),  # why a scan was rejected; null otherwise
+        ("reason", pa.string()),  # of a rejection; else null
         ("nearest_correlation", pa.float32()),  # val: to train; test: to train and val
         ("nearest_label", pa.string()),
         ("thumbnail", pa.binary()),  # 576 grey bytes; null when rejected
@@ -33,18 +33,17 @@ def split_groups(
 
     Parameters
     ----------
-    labels : ndarray of int64, shape (N,)
-    groups : ndarray of int64, shape (N,)
+    labels, groups : ndarray of int64, shape (N,)
         Images of one group stay together.
     fraction : float
-        Share of the images to hold out, in (0, 0.5]; the nearest of 1/2, 1/3, 1/4 … is taken.
+        Share of the images to hold out, in (0, 0.5]; rounded to 1/2, 1/3, 1/4 …
     seed : int
         The same seed holds out the same groups.
 
     Returns
     -------
     ndarray of bool, shape (N,)
-        True where an image is held out.
+        True for a held-out image.
 
     Raises
     ------
@@ -57,9 +56,9 @@ def split_groups(
         present = len(np.unique(groups[labels == label]))
         if present < 2:
             raise DataError(
-                f"Class number {label} has {present} group of near-identical images or patients; "
-                f"at least 2 are needed to hold {fraction:.0%} out. Add images, or lower the group "
-                "threshold. Anonymised DICOM files may all name the same patient."
+                f"Class number {label} has {present} group of near duplicates or patients. "
+                f"Expected at least 2 to hold out {fraction:.0%}. Add images, or lower the "
+                "group threshold. Anonymised DICOM files may all name the same patient."
             )
     num_folds = min(num_folds, len(np.unique(groups)), int(counts.max()))
     folds = StratifiedGroupKFold(n_splits=num_folds, shuffle=True, random_state=seed)
@@ -85,15 +84,15 @@ def assign_splits(
     test_fraction: float,
     seed: int,
 ) -> NDArray[np.str_]:
-    """Give every image its split; what the data set says is kept.
+    """Assign a split to every image; splits of the data set are kept.
 
-    A data set without splits loses ``test_fraction`` of its images to a test set first.
-    Where no validation split is given, ``val_fraction`` of the training images becomes one.
+    In a data set without splits, ``test_fraction`` of the images becomes the test set. Without a
+    validation split, ``val_fraction`` of the training images becomes one.
 
     Parameters
     ----------
     given : sequence of str, length N
-        "train", "val", "test", or "" where nothing is said.
+        "train", "val", "test", or "" without a given split.
     labels, groups : ndarray of int64, shape (N,)
 
     Returns
@@ -131,7 +130,7 @@ def _hold_out(
 def assign_folds(
     labels: NDArray[np.int64], groups: NDArray[np.int64], num_folds: int, *, seed: int
 ) -> NDArray[np.int64]:
-    """Give every image a fold for cross-validation, stratified by class; groups stay whole.
+    """Assign a fold of cross-validation to every image, stratified by class; splits no group.
 
     Parameters
     ----------
@@ -154,7 +153,7 @@ def assign_folds(
         present = len(np.unique(groups[labels == label]))
         if present < num_folds:
             raise DataError(
-                f"Class number {label} has {present} groups of near-identical images or patients; "
+                f"Class number {label} has {present} groups of near duplicates or patients; "
                 f"{num_folds} folds need at least as many. Add images, or lower --folds."
             )
     splitter = StratifiedGroupKFold(n_splits=num_folds, shuffle=True, random_state=seed)
@@ -173,22 +172,21 @@ def assign_folds(
 def describe_balance(
     parts: NDArray[np.str_], names: Sequence[str], labels: NDArray[np.int64], num_classes: int
 ) -> list[dict[str, Any]]:
-    """Say how far the parts of a split are from the whole's class shares.
+    """Compare the class shares of each part with those of the whole.
 
     Parameters
     ----------
     parts : ndarray of str, shape (N,)
         Name of each image's part.
     names : sequence of str
-        The parts to describe; one without images is left out.
+        The parts to describe; those without images are omitted.
     labels : ndarray of int64, shape (N,)
 
     Returns
     -------
     list of dict
-        For each part: ``part``, ``n``, ``share`` of all images,
-        ``per_class`` counts, and ``imbalance``, the largest difference of a class's share in
-        the part from its share in the whole, in [0, 1].
+        For each part: ``part``, ``n``, ``share`` of all images, ``per_class`` counts, and
+        ``imbalance``, the largest difference between a class's shares in the part and in the whole.
     """
     whole = np.bincount(labels, minlength=num_classes) / len(labels)
     rows = []
@@ -209,7 +207,7 @@ def describe_balance(
 
 
 def hash_manifest(manifest: pa.Table) -> str:
-    """Compute the SHA-256 of what a manifest says, independent of how it is stored."""
+    """Compute the SHA-256 of a manifest's rows, independent of order and encoding."""
     columns = ("path", "content_sha256", "label", "group", "split")
     rows = zip(*(manifest[name].to_pylist() for name in columns), strict=True)
     digest = hashlib.sha256()

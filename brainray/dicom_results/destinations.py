@@ -1,5 +1,10 @@
-"""Where result objects go: a folder, or a PACS by DICOMweb. Each object is stored once."""
+"""Where result objects go: a folder, or a PACS by DICOMweb. Each object is stored once.
 
+What is stored is written down too, a small file for each series: so a later run neither opens its
+sources, which may be deleted by then, nor asks the PACS again.
+"""
+
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +16,12 @@ import pydicom
 from brainray import storage
 from brainray.dicom_results.objects import Kind
 from brainray.errors import DicomResultsError
-from brainray.io.deidentified import refuse_deidentified
 
 if TYPE_CHECKING:
     from brainray.dicom_results.dicomweb import DicomWeb
+
+
+RECORDS_FOLDER = ".dicom_results"
 
 
 class Target(NamedTuple):
@@ -30,6 +37,12 @@ class Target(NamedTuple):
 
 class Destination(Protocol):
     """Takes objects."""
+
+    def find_records(self, predictions_uri: str) -> str:
+        """Return the folder of the records of what this destination has of an output."""
+
+    def keeps(self, study: str, series: str, kinds: Sequence[Kind]) -> bool:
+        """Tell, without its sources, that nothing of a recorded series has been lost."""
 
     def check(self) -> None:
         """Find out, before any work, that nothing can be stored.
@@ -59,15 +72,22 @@ class FolderDestination:
 
     folder_uri: str
 
+    def find_records(self, predictions_uri: str) -> str:  # noqa: ARG002 - deleted with the objects
+        """See :meth:`Destination.find_records`."""
+        return storage.join(self.folder_uri, RECORDS_FOLDER)
+
+    def keeps(self, study: str, series: str, kinds: Sequence[Kind]) -> bool:
+        """See :meth:`Destination.keeps`."""
+        return all(storage.exists(self._name(study, series, kind)) for kind in kinds)
+
     def check(self) -> None:
         """See :meth:`Destination.check`."""
-        refuse_deidentified(self.folder_uri)
         storage.check_writable(self.folder_uri)
 
     def has(self, target: Target) -> bool:
         """See :meth:`Destination.has`; a file with an older result counts as absent."""
         try:
-            content = storage.read_bytes(self._name(target))
+            content = storage.read_bytes(self._name(target.study, target.series, target.kind))
             found = pydicom.dcmread(io.BytesIO(content), specific_tags=["SOPInstanceUID"])
         except (FileNotFoundError, pydicom.errors.InvalidDicomError):
             return False
@@ -76,11 +96,10 @@ class FolderDestination:
     def store(self, objects: Sequence[tuple[Target, bytes]]) -> None:
         """See :meth:`Destination.store`."""
         for target, content in objects:
-            storage.write_bytes(self._name(target), content)
+            storage.write_bytes(self._name(target.study, target.series, target.kind), content)
 
-    def _name(self, target: Target) -> str:
-        name = f"{target.kind}.dcm"
-        return storage.join(self.folder_uri, target.study, target.series, name)
+    def _name(self, study: str, series: str, kind: Kind) -> str:
+        return storage.join(self.folder_uri, study, series, f"{kind}.dcm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +109,15 @@ class PacsDestination:
     url: str
     token_env: str | None = None
     certificate_path: str | None = None
+
+    def find_records(self, predictions_uri: str) -> str:
+        """See :meth:`Destination.find_records`."""
+        name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        return storage.join(predictions_uri, RECORDS_FOLDER, name)
+
+    def keeps(self, study: str, series: str, kinds: Sequence[Kind]) -> bool:  # noqa: ARG002
+        """See :meth:`Destination.keeps`: a PACS is taken to keep what it has stored."""
+        return True
 
     def check(self) -> None:
         """See :meth:`Destination.check`."""
@@ -127,3 +155,27 @@ def connect_pacs(destination: PacsDestination) -> "DicomWeb":
         token_env=destination.token_env,
         certificate_path=destination.certificate_path,
     )
+
+
+# ---- records -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRecords:
+    """Which series have been stored, and with which content."""
+
+    folder_uri: str
+
+    def has(self, series: str, digest: str) -> bool:
+        """Tell whether a series has been stored with a content."""
+        try:
+            return bool(storage.read_json(self._name(series))["digest"] == digest)
+        except FileNotFoundError:
+            return False
+
+    def add(self, series: str, digest: str) -> None:
+        """Write down that a series is stored."""
+        storage.write_json(self._name(series), {"digest": digest})
+
+    def _name(self, series: str) -> str:
+        return storage.join(self.folder_uri, f"{series}.json")

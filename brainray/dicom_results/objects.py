@@ -5,16 +5,16 @@ nothing that highdicom says in a warning or an exception can hold a name.
 """
 
 import io
-from collections.abc import Iterable
 from typing import Any, Literal
 from uuid import UUID, uuid5
 
 import pydicom
+from pydicom.charset import python_encoding
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
-from pydicom.valuerep import DA, TM
+from pydicom.valuerep import DA, DT, TM
 
-from brainray.dicom_results.result import SeriesResult
+from brainray.dicom_results.result import SeriesResult, find_time_zone
 from brainray.dicom_results.source import Instance, SeriesSource
 from brainray.errors import DicomResultsError
 from brainray.provenance import collect_versions
@@ -71,9 +71,7 @@ def derive_series_uid(kind: Kind, study_uid: str, classifier_id: str) -> str:
     return derive_uid("series", kind, study_uid, classifier_id)
 
 
-def derive_object_uid(
-    kind: Kind, source_series_uid: str, classifier_id: str, digests: Iterable[str]
-) -> str:
+def derive_object_uid(kind: Kind, source_series_uid: str, classifier_id: str, digest: str) -> str:
     """Return the UID of an object: the same for the same source, classifier and content.
 
     Parameters
@@ -82,11 +80,11 @@ def derive_object_uid(
     source_series_uid : str
         Series Instance UID of the classified series.
     classifier_id : str
-    digests : iterable of str
+    digest : str
         Of what else the object depends on: a series with another slice gives another object, as
         DICOM demands.
     """
-    return derive_uid("object", kind, source_series_uid, classifier_id, *digests)
+    return derive_uid("object", kind, source_series_uid, classifier_id, digest)
 
 
 # ---- making an object ----------------------------------------------------------------------------
@@ -95,14 +93,12 @@ def derive_object_uid(
 def describe_object(kind: Kind, object_uid: str, result: SeriesResult) -> dict[str, Any]:
     """Return the arguments that highdicom's constructors have in common."""
     classifier_id = result.output.store.classifier_id
-    number = result.source.header.get("SeriesNumber")
-    is_number = str(number or "").strip().isdecimal()
     return {
         "series_instance_uid": derive_series_uid(kind, result.source.study_uid, classifier_id),
         "series_number": SERIES_NUMBERS[kind],
         "sop_instance_uid": object_uid,
         # All results of a study are one series: the number tells which series they are about.
-        "instance_number": max(1, int(number)) if is_number else 1,
+        "instance_number": result.source.series_number or 1,
         "manufacturer": MANUFACTURER,
         "manufacturer_model_name": MODEL_NAME,
         "software_versions": (get_version(result), classifier_id),
@@ -166,10 +162,10 @@ def encode_object(dataset: Dataset, result: SeriesResult) -> bytes:
     at = result.computed_at
     dataset.InstanceCreationDate = dataset.ContentDate = DA(at.date())
     dataset.InstanceCreationTime = dataset.ContentTime = TM(at.time())
-    for charset in (header.get("SpecificCharacterSet"), UNICODE):
-        if "SpecificCharacterSet" in dataset:
-            del dataset.SpecificCharacterSet
-        if charset:
+    for equipment in dataset.get("ContributingEquipmentSequence") or ():
+        equipment.ContributionDateTime = DT(at.replace(tzinfo=None))  # highdicom's is now
+    for charset in (_find_charset(header), UNICODE):
+        if charset is not None:
             dataset.SpecificCharacterSet = charset
         buffer = io.BytesIO()
         pydicom.dcmwrite(buffer, dataset, enforce_file_format=True)
@@ -180,6 +176,15 @@ def encode_object(dataset: Dataset, result: SeriesResult) -> bytes:
     raise DicomResultsError("The patient's name, or another text of the source, cannot be encoded.")
 
 
+def _find_charset(header: Dataset) -> str | list[str] | None:
+    """Return the source's character set, if any; UTF-8 where it is none of the standard's."""
+    value = header.get("SpecificCharacterSet")
+    if not value:
+        return None
+    words = [value] if isinstance(value, str) else list(value)
+    return words if all(word in python_encoding for word in words) else UNICODE
+
+
 def _copy_element(header: Dataset, dataset: Dataset, keyword: str) -> None:
     """Copy an element, unless its value is one that a valid object cannot have."""
     try:
@@ -188,13 +193,15 @@ def _copy_element(header: Dataset, dataset: Dataset, keyword: str) -> None:
         element = None
     if element is None:
         raise DicomResultsError(f"The {keyword} of the source cannot be read.")
-    if element.value and _is_valid(keyword, element):
+    if element.value and _is_valid(header, keyword, element):
         dataset[keyword] = element
 
 
-def _is_valid(keyword: str, element: DataElement) -> bool:
+def _is_valid(header: Dataset, keyword: str, element: DataElement) -> bool:
     if keyword == "PatientSex":
         return str(element.value) in _SEXES
+    if keyword == "TimezoneOffsetFromUTC":
+        return find_time_zone(header) is not None
     parse = {"DA": DA, "TM": TM}.get(element.VR, str)
     try:
         parse(str(element.value))

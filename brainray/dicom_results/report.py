@@ -1,9 +1,10 @@
-"""From a bulk output and its sources to DICOM objects: a report, key images and a summary a series.
+"""From a bulk output and its sources to DICOM objects: three for each series.
 
 Each series is done by itself: its files are opened again, its objects are built, and those that the
 destination has not are stored there. UIDs follow from source, classifier and content, so whoever
-does a series again finds its objects stored. A series that fails is listed, and the next one is
-done. A localizer, and a series without a classified slice, get no objects; they are counted.
+does a series again finds its objects stored; where that is written down, it is not done again. A
+series that fails is listed, and the next one is done. A localizer, and a series without a
+classified slice, get no objects; they are counted.
 
 Small outputs are done in this process. In larger ones, or where RAY_ADDRESS names a cluster, the
 slices of each study come together in hash partitions of Ray Data, and a task does the study.
@@ -30,6 +31,7 @@ from brainray.dicom_results.destinations import (
     Destination,
     FolderDestination,
     PacsDestination,
+    StoredRecords,
     Target,
 )
 from brainray.dicom_results.extra import import_highdicom
@@ -92,8 +94,11 @@ class ReportJob:
     """Key of the output's identifiers, if the bulk job was given one."""
     codes_file: str | None = None
     """TOML or JSON file with the site's codes; its entries replace those of the default table."""
-    kinds: tuple[Kind, ...] = KINDS
-    """Objects of each series: structured report, key object selection, secondary capture."""
+    kinds: tuple[Kind, ...] = ()
+    """Objects of each series: `sr`, structured report; `ko`, key object selection; `sc`, summary
+    as a secondary capture. All three, if not given; may be given several times."""
+    check_again: bool = False
+    """Ask the PACS, too, for objects that earlier runs stored, and store what it has lost."""
     num_tasks: int = 4
     """Studies at a time on Ray, so connections that a PACS sees at most."""
     limits: DecodeLimits = DecodeLimits()
@@ -102,8 +107,8 @@ class ReportJob:
     def __post_init__(self) -> None:
         if (self.output_uri is None) == (self.dicomweb_url is None):
             raise ConfigError("Expected either --output-uri FOLDER or --dicomweb-url URL.")
-        if not self.kinds or self.num_tasks < 1:
-            raise ConfigError("Expected at least one of --kinds, and --num-tasks of at least 1.")
+        if self.num_tasks < 1:
+            raise ConfigError(f"--num-tasks must be at least 1, got {self.num_tasks}.")
 
     def open_destination(self) -> Destination:
         """Return where the objects go."""
@@ -121,7 +126,9 @@ class ReportTask:
     reader: SourceReader
     codes: CodeTable
     destination: Destination
+    records: StoredRecords
     kinds: tuple[Kind, ...]
+    check_again: bool
     limits: DecodeLimits
 
 
@@ -173,8 +180,7 @@ def report_dicom(
     codes = read_codes(output.classes, job.codes_file)
     job.open_destination().check()
     counts = _Counts()
-    on_cluster = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
-    if on_cluster or output.num_slices > MAX_LOCAL_SLICES:
+    if os.environ.get("RAY_ADDRESS") or output.num_slices > MAX_LOCAL_SLICES:
         connect_ray(verbose=verbose)
         with raise_own_errors():
             counts.add_all(_report_on_ray(job, output, codes), log)
@@ -238,14 +244,17 @@ def _make_task(job: ReportJob, output: BulkOutput, codes: CodeTable) -> ReportTa
     if job.scans_uri:
         found = list_scans(job.scans_uri, leave_out=[job.predictions_uri])
         listed = name_scans(found, output.identifiers)
+    destination = job.open_destination()
     return ReportTask(
         output=output,
         reader=SourceReader(
             key=output.identifiers.key, listed=listed, max_bytes=job.limits.max_bytes
         ),
         codes=codes,
-        destination=job.open_destination(),
-        kinds=job.kinds,
+        destination=destination,
+        records=StoredRecords(destination.find_records(job.predictions_uri)),
+        kinds=job.kinds or KINDS,
+        check_again=job.check_again,
         limits=job.limits,
     )
 
@@ -274,7 +283,7 @@ def _report_on_ray(job: ReportJob, output: BulkOutput, codes: CodeTable) -> Iter
     files: Any = ray.data.from_items(store.list_files())
     slices = files.map_batches(read, batch_size=8, num_cpus=TASK_CPUS)
     num_partitions = max(
-        -(-output.num_slices // MAX_PARTITION_ROWS), min(output.num_series, 4 * job.num_tasks)
+        1, -(-output.num_slices // MAX_PARTITION_ROWS), min(output.num_series, 4 * job.num_tasks)
     )
     outcomes = slices.groupby("study", num_partitions=num_partitions).map_groups(
         report,
@@ -333,30 +342,38 @@ def report_series(rows: Sequence[Row], task: ReportTask) -> SeriesOutcome:
 
 def _store_missing(rows: Sequence[Row], task: ReportTask) -> int:
     """Store those of a series' objects that are not stored yet; return how many."""
-    output = task.output
-    used = choose_slices(rows, output.classes)
+    study, series = rows[0]["study"], rows[0]["series"]
+    digests = _compute_digests(rows, task)
+    recorded = json.dumps([task.output.store.classifier_id, digests], sort_keys=True)
+    is_recorded = not task.check_again and task.records.has(series, recorded)
+    if is_recorded and task.destination.keeps(study, series, task.kinds):
+        return 0
+    used = choose_slices(rows, task.output.classes)
     first = read_source(used[:1], task.reader)
-    digest = compute_digest(rows, output)
     targets = [
         Target(
             kind=kind,
-            study=rows[0]["study"],
-            series=rows[0]["series"],
+            study=study,
+            series=series,
             study_uid=first.study_uid,
             object_uid=derive_object_uid(
-                kind,
-                first.series_uid,
-                output.store.classifier_id,
-                [digest, task.codes.digest] if kind == "sr" else [digest],
+                kind, first.series_uid, task.output.store.classifier_id, digest
             ),
         )
-        for kind in task.kinds
+        for kind, digest in digests.items()
     ]
     missing = [target for target in targets if not task.destination.has(target)]
     if missing:
-        result = make_result(rows, output, task.reader, task.limits)
+        result = make_result(rows, task.output, task.reader, task.limits)
         task.destination.store([(target, _build(target, result, task.codes)) for target in missing])
+    task.records.add(series, recorded)
     return len(missing)
+
+
+def _compute_digests(rows: Sequence[Row], task: ReportTask) -> dict[Kind, str]:
+    """Return, by kind, a hash of what a series' objects depend on."""
+    digest = compute_digest(rows, task.output)
+    return {kind: digest + (task.codes.digest if kind == "sr" else "") for kind in task.kinds}
 
 
 def _build(target: Target, result: SeriesResult, codes: CodeTable) -> bytes:

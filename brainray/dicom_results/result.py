@@ -5,12 +5,13 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import datetime, tzinfo
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydicom.dataset import Dataset
 
 from brainray.dicom_results.source import (
     BulkOutput,
@@ -63,8 +64,6 @@ class SeriesResult:
     """Of these slices."""
     key_slices: tuple[KeySlice, ...] = field(repr=False)
     """The strongest first."""
-    digest: str
-    """Of what the result depends on; see :func:`compute_digest`."""
 
     @property
     def has_answer(self) -> bool:
@@ -81,15 +80,23 @@ class SeriesResult:
 
     @property
     def computed_at(self) -> datetime:
-        """When the last slice was classified, in this machine's time zone."""
+        """When the last slice was classified, in the source's time zone, else in this machine's."""
         latest: datetime = max(row["classified_at"] for row in self.slices)
-        return latest.astimezone()
+        return latest.astimezone(find_time_zone(self.source.header))
 
     @property
     def engine(self) -> str:
         """What computed, such as ``openvino bf16``."""
         found = sorted({f"{row['engine']} {row['precision']}" for row in self.slices})
         return ", ".join(found)
+
+
+def find_time_zone(header: Dataset) -> tzinfo | None:
+    """Return the time zone that a header says its times are of; None where it says none."""
+    try:
+        return datetime.strptime(str(header.get("TimezoneOffsetFromUTC")), "%z").tzinfo
+    except ValueError:
+        return None
 
 
 def list_tumours(classes: Sequence[str]) -> list[str]:
@@ -142,7 +149,7 @@ def make_result(
     Raises
     ------
     DicomResultsError
-        A file is missing, has changed, or cannot be decoded.
+        A file is missing, holds another object now, or cannot be decoded.
     """
     summary = summarise_series(rows, output.classes, output.rule)
     slices = choose_slices(rows, output.classes)
@@ -155,7 +162,6 @@ def make_result(
         slices=tuple(slices),
         source=source,
         key_slices=tuple(_draw(row, output, source, reader, limits) for row in keys),
-        digest=compute_digest(rows, output),
     )
 
 

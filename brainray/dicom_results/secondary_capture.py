@@ -36,6 +36,7 @@ def build_secondary_capture(result: SeriesResult, object_uid: str) -> Dataset:
         **describe_object("sc", object_uid, result),
     )
     page.PatientOrientation = None  # highdicom demands one, and a page of text has none
+    page.ConversionType = "WSD"  # drawn on a workstation; highdicom says digital interface
     page.BodyPartExamined = "BRAIN"
     page.BurnedInAnnotation = "NO"  # the page names nobody
     page.ImageComments = "Research use only. Not for diagnostic use."
@@ -45,8 +46,6 @@ def build_secondary_capture(result: SeriesResult, object_uid: str) -> Dataset:
         _reference(instance.sop_class_uid, instance.sop_instance_uid, frames)
         for instance, frames in group_frames(result).items()
     ]
-    if not result.key_slices:
-        del page.SourceImageSequence
     header = result.source.header
     if header.get("LossyImageCompression") == "01" and all(word in header for word in _LOSSY[:2]):
         for keyword in _LOSSY:

@@ -1,14 +1,14 @@
 """From a bulk output back to the DICOM instances that its series were made of.
 
-The output has keyed hashes of the UIDs. So the files are opened again, each is checked to be the
-one that was classified (by the hash of its bytes), and its UIDs to be those of its row.
+The output has keyed hashes of the UIDs. So the files are opened again, and the UIDs in each are
+checked to be those of its row. Its bytes may be others: a PACS corrects patients, and changes how
+pixels are encoded. Other pixels are another object, with another UID (PS3.3, C.12.1.1).
 """
 
 import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -149,19 +149,13 @@ class SourceReader:
         Raises
         ------
         DicomResultsError
-            It is missing, cannot be read, or is another one now.
+            It is missing, or cannot be read.
         """
         name = row["scan_uri"] if row["frame"] is None else split_name(row["scan_uri"])[0]
         try:
-            content = self._read(name)
+            return self._read(name)
         except RejectedImage as rejection:
             raise DicomResultsError(f"The source '{name}' is {rejection.reason}.") from None
-        if sha256(content).hexdigest() != row["content_sha256"]:
-            raise DicomResultsError(
-                f"The source '{name}' has changed since it was classified. "
-                "Run `brainray classify` again."
-            )
-        return content
 
     def _read(self, name: str) -> bytes:
         if self.listed is None:
@@ -204,6 +198,11 @@ class SeriesSource:
         """Series Instance UID."""
         return str(self.header.SeriesInstanceUID)
 
+    @property
+    def series_number(self) -> int | None:
+        """Series Number (0020,0011)."""
+        return _get_count(self.header, "SeriesNumber")
+
 
 def read_source(rows: Sequence[Row], reader: SourceReader) -> SeriesSource:
     """Read the headers of the files that some rows of one series were made from.
@@ -217,7 +216,7 @@ def read_source(rows: Sequence[Row], reader: SourceReader) -> SeriesSource:
     Raises
     ------
     DicomResultsError
-        A file is missing, has changed, or is of another series.
+        A file is missing, or holds another object now.
     """
     header: Dataset | None = None
     instances: dict[str, Instance] = {}
@@ -226,11 +225,10 @@ def read_source(rows: Sequence[Row], reader: SourceReader) -> SeriesSource:
             continue
         own = _read_header(row, reader)
         header = header or own
-        number = get_value(own, "InstanceNumber")
         instances[row["sop_instance"]] = Instance(
             str(own.SOPClassUID),
             str(own.SOPInstanceUID),
-            int(number) if str(number or "").strip().isdecimal() else None,
+            _get_count(own, "InstanceNumber"),
         )
     assert header is not None, "a series has at least one slice"
     return SeriesSource(header=header, instances=instances)
@@ -248,7 +246,8 @@ def _read_header(row: Row, reader: SourceReader) -> Dataset:
         value = str(get_value(header, keyword) or "")
         if not value or hash_identifier(value, reader.key) != row[column]:
             raise DicomResultsError(
-                f"The {keyword} of '{row['scan_uri']}' is not the one that was classified."
+                f"The source '{row['scan_uri']}' holds another object than the one that was "
+                f"classified: its {keyword} differs. Run `brainray classify` again."
             )
     if not get_value(header, "SOPClassUID"):
         raise DicomResultsError(
@@ -259,3 +258,9 @@ def _read_header(row: Row, reader: SourceReader) -> Dataset:
 
 def _parse_header(content: bytes) -> Dataset:
     return pydicom.dcmread(io.BytesIO(content), force=True, stop_before_pixels=True)
+
+
+def _get_count(header: Dataset, keyword: str) -> int | None:
+    """Return a number that counts; None where there is none, or another value."""
+    text = str(get_value(header, keyword) or "").strip()
+    return int(text) if text.isdecimal() else None

@@ -1,1 +1,1 @@
-"""Predictions beside the truth: metrics, comparison, audit."""
+"""Evaluation on labelled scans: metrics, comparison, audit."""

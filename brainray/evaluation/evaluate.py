@@ -1,4 +1,4 @@
-"""Judge a classifier on a labelled data set, without training anything."""
+"""Evaluate a classifier on a labelled data set."""
 
 import logging
 from collections.abc import Sequence
@@ -20,7 +20,6 @@ from brainray.data.near_duplicates import (
     merge_groups,
     standardise_thumbnails,
 )
-from brainray.data.run_blocks import run_blocks_on_ray
 from brainray.data.splits import hash_manifest
 from brainray.errors import DataError
 from brainray.evaluation.prepared import (
@@ -43,18 +42,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateJob:
-    """One evaluation: which classifier, on what, to where."""
+    """The classifier to evaluate, the data, and the output."""
 
     data_uri: str
-    """Labelled scans; where there are splits, the test split is judged."""
+    """Labelled scans. If they have splits, the test split is used."""
     classifier_uri: str = field(default_factory=find_default_classifier)
-    """A classifier bundle; `$BRAINRAY_CLASSIFIER`, else the one that comes with the
-    project, if not given."""
+    """A classifier bundle. The default is `$BRAINRAY_CLASSIFIER`, else the one that comes with
+    the project."""
     output_uri: str
-    """Where metrics, predictions and report go."""
+    """Folder for metrics, predictions and report."""
     manifest_uri: str | None = None
-    """Manifest of the training data, for near duplicates and the baseline; looked for beside the
-    classifier when not given."""
+    """Manifest of the training data, for near duplicates and the baseline. The default is the one
+    beside the classifier."""
     group_correlation: float = 0.96
     """Slices whose thumbnails correlate at least this much are of one group (0 to 1)."""
     engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions()
@@ -78,11 +77,11 @@ def evaluate(job: EvaluateJob, *, log: Log = logger.info, verbose: bool = False)
     storage.check_writable(job.output_uri)
     classifier = load_classifier(job.classifier_uri)
     found = find_samples(job.data_uri, classifier.classes, splits=("test",))
-    training = find_training_manifest(job, classifier.metadata, log)
+    training = _find_training_manifest(job, classifier.metadata, log)
     connect_ray(verbose=verbose)
     needs = [describe_gpu_need()] if job.engine.use_gpu else []
     check_fits(*needs)
-    data = prepare_evaluation_data(found, classifier, training, job)
+    data = _prepare_evaluation_data(found, classifier, training, job)
     with report_waiting(needs, log):
         return evaluate_and_report(
             data,
@@ -97,14 +96,10 @@ def evaluate(job: EvaluateJob, *, log: Log = logger.info, verbose: bool = False)
         )
 
 
-def find_training_manifest(job: EvaluateJob, metadata: dict[str, Any], log: Log) -> pa.Table | None:
-    """Return the manifest of the data that a classifier was trained on, if it can be had.
-
-    Raises
-    ------
-    DataError
-        ``manifest_uri`` was given and is missing, or is another classifier's.
-    """
+def _find_training_manifest(
+    job: EvaluateJob, metadata: dict[str, Any], log: Log
+) -> pa.Table | None:
+    """Return the manifest of the classifier's training data, if there is one."""
     beside = storage.make_absolute(job.classifier_uri).rpartition("/")[0]
     uri = job.manifest_uri or storage.join(beside, MANIFEST_FILE)
     try:
@@ -117,15 +112,15 @@ def find_training_manifest(job: EvaluateJob, metadata: dict[str, Any], log: Log)
     if hash_manifest(manifest) != metadata.get("data_manifest_sha256"):
         if job.manifest_uri:
             raise DataError(f"'{uri}' is not the manifest this classifier was trained with.")
-        log(f"{uri} is another run's: near duplicates and the baseline are left out.")
+        log(f"{uri} is of another run: near duplicates and the baseline are left out.")
         return None
     return manifest
 
 
-def prepare_evaluation_data(
+def _prepare_evaluation_data(
     found: FoundSamples, classifier: Classifier, training: pa.Table | None, job: EvaluateJob
 ) -> PreparedData:
-    """Scan and group the scans to judge, and look up their nearest training images."""
+    """Scan and group the data, and find the nearest training image of each scan."""
     data = group_samples(
         found,
         classifier.classes,
@@ -138,42 +133,33 @@ def prepare_evaluation_data(
         return split_samples(data, classifier.classes, splits)
     reference = training.filter(pc.is_in(training["split"], pa.array(["train", "val"])))
     known = standardise_thumbnails(stack_thumbnails(reference["thumbnail"]))
-    data = replace(data, groups=group_beside(data, known, reference["group"].to_pylist(), job))
-    prepared = split_samples(data, classifier.classes, splits)
-    nearest, correlation = find_nearest(data.standardised, known, run_blocks=run_blocks_on_ray)
+    groups = _group_with_training(
+        data, known, reference["group"].to_pylist(), job.group_correlation
+    )
+    prepared = split_samples(replace(data, groups=groups), classifier.classes, splits)
+    nearest, correlation = find_nearest(data.standardised, known)
     labels = reference["label"].take(pa.array(nearest)).to_pylist()
     return replace(
         prepared, manifest=write_nearest(prepared.manifest, data.kept, correlation, labels)
     )
 
 
-def group_beside(
-    data: GroupedData, known: NDArray[np.float32], known_groups: Sequence[int], job: EvaluateJob
+def _group_with_training(
+    data: GroupedData,
+    known: NDArray[np.float32],
+    known_groups: Sequence[int],
+    min_correlation: float,
 ) -> NDArray[np.int64]:
-    """Group scans as if they lay in one data set with the training images.
+    """Group scans as if they were in one data set with the training images.
 
-    Two that resemble one training image are of one group, as they are where a training run judges
-    its own test split: both give the same intervals. Which patients are in both is not known: the
-    manifest of the training data names none.
-
-    Parameters
-    ----------
-    known : ndarray of float32, shape (m, 576)
-        Standardised thumbnails of the training images.
-    known_groups : sequence of int, length m
-        Their groups.
-
-    Returns
-    -------
-    ndarray of int64, shape (n,)
-        Of the scans that could be opened.
+    Two scans that are similar to one training image get one group, as in a training run that
+    evaluates its own test split: both give the same intervals. Patients in both data sets are not
+    detected, because the training manifest names none.
     """
     near_duplicates = group_near_duplicates(
         np.concatenate([data.standardised, known]),
-        min_correlation=job.group_correlation,
-        run_blocks=run_blocks_on_ray,
+        min_correlation=min_correlation,
     )
     names = [f"own {group}" for group in data.groups]
-    return merge_groups(near_duplicates, names + [f"known {group}" for group in known_groups])[
-        : len(names)
-    ]
+    names += [f"known {group}" for group in known_groups]
+    return merge_groups(near_duplicates, names)[: len(data.groups)]

@@ -1,4 +1,4 @@
-"""The evaluation table: rows of the prediction table with labels beside them.
+"""The evaluation table: rows of the prediction table with their labels.
 
 ::
 
@@ -24,7 +24,7 @@ from brainray.model.calibration import Calibration
 def add_labels(
     rows: pa.Table, data: PreparedData, indices: NDArray[np.int64], calibration: Calibration
 ) -> pa.Table:
-    """Put the labels beside predictions.
+    """Add labels to predictions.
 
     Parameters
     ----------
@@ -36,9 +36,8 @@ def add_labels(
     Returns
     -------
     Table
-        ``probs`` are the calibrated probabilities of every image, in class order, also where
-        ``prob_<class>`` is null because the image is rejected as unlike the training images:
-        scores count every image.
+        ``probs`` are calibrated probabilities in class order. Scores count every image, so a
+        rejected image has them too, although its ``prob_<class>`` is null.
     """
     manifest = data.manifest.take(pa.array(indices))
     probs = calibration.calibrate(stack_lists(rows["logits"]))
@@ -59,9 +58,8 @@ def read_evaluation_rows(uri: str) -> pa.Table:
     Raises
     ------
     FileNotFoundError
-        There is none.
     DataError
-        It has no labels, or is of an earlier version.
+        It has no labels, or an earlier version wrote it.
     """
     rows = storage.read_table(uri)
     if "true_class" not in rows.column_names:
@@ -78,15 +76,14 @@ def read_evaluation_rows(uri: str) -> pa.Table:
     return rows
 
 
-def list_classes(rows: pa.Table) -> tuple[str, ...]:
+def list_classes(column_names: Sequence[str]) -> tuple[str, ...]:
     """Return the classes of a prediction table, in class order."""
-    names = rows.column_names
-    return tuple(name.removeprefix("prob_") for name in names if name.startswith("prob_"))
+    return tuple(name.removeprefix("prob_") for name in column_names if name.startswith("prob_"))
 
 
-def find_mistakes(rows: pa.Table, classes: Sequence[str], most: int) -> NDArray[np.int64]:
-    """Return the row numbers of an evaluation table's most confident mistakes, the worst first."""
+def find_mistakes(rows: pa.Table, classes: Sequence[str], limit: int) -> NDArray[np.int64]:
+    """Return the rows of an evaluation table with the most confident mistakes, the worst first."""
     probs = stack_lists(rows["probs"])
     top = probs.argmax(1)
     wrong = np.flatnonzero(np.array(classes)[top] != np.array(rows["true_class"].to_pylist()))
-    return wrong[np.argsort(-probs[wrong, top[wrong]], kind="stable")][:most]
+    return wrong[np.argsort(-probs[wrong, top[wrong]], kind="stable")][:limit]

@@ -1,4 +1,4 @@
-"""Judging a classifier on scans whose class is known: predictions, metrics, report."""
+"""Evaluate a classifier on a prepared data set: predictions, metrics, report, model card."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from brainray import storage
 from brainray.data.near_duplicates import NEAR_DUPLICATE_CORRELATION
 from brainray.errors import RejectedImage
-from brainray.evaluation.modelcard import write_model_card
 from brainray.evaluation.prepared import PreparedData
 from brainray.evaluation.rows import add_labels, find_mistakes
 from brainray.images.preprocess import Preprocessing
@@ -33,13 +32,14 @@ from brainray.model.classifier import (
     read_classifier_metadata,
 )
 from brainray.provenance import describe_versions, read_code_revision
-from brainray.reports.report import Mistake, render_report
+from brainray.reports.card import build_model_card, render_model_card
+from brainray.reports.evaluation import Mistake, render_evaluation_report
 from brainray.runlog import Log
 
 NUM_MISTAKES_SHOWN = 24
 METRICS_FILE = "metrics.json"
 METRICS_SCHEMA_VERSION = 2
-"""2 added ``runtime``: what computed the predictions."""
+MODEL_CARD_FILE = "MODEL_CARD.md"
 
 
 def evaluate_split(
@@ -48,15 +48,14 @@ def evaluate_split(
     probs: NDArray[np.float32],
     classes: Sequence[str],
 ) -> dict[str, Any]:
-    """Compute a split's metrics, with what they must be read beside.
+    """Compute a split's metrics, and the leak accounting that belongs to them.
 
     Returns
     -------
     dict
-        What :func:`brainray.metrics.compute_evaluation` gives; ``without_near_duplicates``, the same over
-        images without a near duplicate in training; and ``baseline_1nn``, the answers of the
-        nearest training thumbnail. The last two are absent where the training images are
-        not known.
+        What :func:`brainray.metrics.compute_evaluation` returns; ``without_near_duplicates``, the
+        same over images without a near duplicate in training; and ``baseline_1nn``, the scores of
+        the nearest training thumbnail. The last two are absent if the training images are unknown.
     """
     rows = data.manifest.take(pa.array(indices))
     labels, groups = data.labels[indices], rows["group"].to_numpy()
@@ -65,28 +64,19 @@ def evaluate_split(
     if np.isnan(correlation.astype(np.float64)).any():
         return metrics
     nearest = np.array([classes.index(name) for name in rows["nearest_label"].to_pylist()])
-    apart = correlation < NEAR_DUPLICATE_CORRELATION
+    baseline = compute_accuracy(labels, nearest, groups=groups)
     metrics["near_duplicate_correlation"] = NEAR_DUPLICATE_CORRELATION
-    metrics["without_near_duplicates"] = _evaluate_part(labels, probs, classes, groups, apart)
-    metrics["baseline_1nn"] = compute_accuracy(labels, nearest, groups=groups)
-    metrics["baseline_1nn"]["without_near_duplicates"] = (
-        compute_accuracy(labels[apart], nearest[apart], groups=groups[apart])
-        if apart.any()
-        else {"n": 0}
-    )
+    metrics["without_near_duplicates"] = baseline["without_near_duplicates"] = {"n": 0}
+    metrics["baseline_1nn"] = baseline
+    apart = correlation < NEAR_DUPLICATE_CORRELATION
+    if apart.any():
+        metrics["without_near_duplicates"] = compute_evaluation(
+            labels[apart], probs[apart], classes, groups=groups[apart]
+        )
+        baseline["without_near_duplicates"] = compute_accuracy(
+            labels[apart], nearest[apart], groups=groups[apart]
+        )
     return metrics
-
-
-def _evaluate_part(
-    labels: NDArray[np.int64],
-    probs: NDArray[np.float32],
-    classes: Sequence[str],
-    groups: NDArray[np.int64],
-    part: NDArray[np.bool_],
-) -> dict[str, Any]:
-    if not part.any():
-        return {"n": 0}
-    return compute_evaluation(labels[part], probs[part], classes, groups=groups[part])
 
 
 def evaluate_calibration(
@@ -96,33 +86,24 @@ def evaluate_calibration(
     calibration: Calibration,
     classes: Sequence[str],
 ) -> dict[str, Any]:
-    """Judge what a classifier says of its own answers.
+    """Evaluate calibration and selective prediction.
 
     Returns
     -------
     dict
         ``calibration``: log loss, Brier score and calibration error ``before`` (of the plain
         softmax) and ``after``; ``selective``: what
-        :func:`brainray.metrics.compute_risk_coverage` gives at the sealed threshold;
-        ``by_reason``: how many images any door would give no class.
+        :func:`brainray.metrics.compute_risk_coverage` returns at the classifier's threshold;
+        ``by_reason``: counts of images that get no class.
     """
-    plain, probs = (
-        Calibration.identity(len(classes)).calibrate(logits),
-        calibration.calibrate(logits),
-    )
-    scores = {
-        name: compute_evaluation(labels, values, classes, num_resamples=0)
-        for name, values in (("before", plain), ("after", probs))
-    }
+    scores = {}
+    for name, scaling in (("before", Calibration.identity(len(classes))), ("after", calibration)):
+        probs = scaling.calibrate(logits)
+        found = compute_evaluation(labels, probs, classes, num_resamples=0)
+        scores[name] = {score: found[score] for score in ("log_loss", "brier", "ece")}
     without_class = [reason for reason in reasons if reason]
     return {
-        "calibration": {
-            "method": calibration.facts.get("method", "none"),
-            **{
-                name: {score: found[score] for score in ("log_loss", "brier", "ece")}
-                for name, found in scores.items()
-            },
-        },
+        "calibration": {"method": calibration.facts.get("method", "none"), **scores},
         "selective": compute_risk_coverage(
             labels, probs, classes, min_confidence=calibration.min_confidence
         ),
@@ -130,28 +111,17 @@ def evaluate_calibration(
     }
 
 
-def add_class_maps(
-    rows: pa.Table,
-    stage: PredictStage,
-    data: PreparedData,
-    indices: NDArray[np.int64],
+def _add_class_maps(
+    rows: pa.Table, stage: PredictStage, data: PreparedData, indices: NDArray[np.int64]
 ) -> pa.Table:
-    """Fill the column ``class_map`` of an evaluation table for the mistakes that reports show.
-
-    Parameters
-    ----------
-    stage : PredictStage
-        What predicted the rows.
-    indices : ndarray of int64, shape (n,)
-        Sample numbers of the rows.
-    """
+    """Fill the column ``class_map`` for the mistakes that reports show."""
     worst = find_mistakes(rows, stage.classes, NUM_MISTAKES_SHOWN)
     if not len(worst):
         return rows
     explain = replace(stage, outputs=("class_maps",), pool=replace(stage.pool, num_engines=1))
     try:
         explained, _ = predict_samples(explain, data.store, data.scans, indices[worst])
-    except RejectedImage:  # vanished since it was predicted
+    except RejectedImage:  # the file is gone
         return rows
     class_maps: list[list[float] | None] = [None] * len(rows)
     for row, class_map in zip(worst, explained["class_map"].to_pylist(), strict=True):
@@ -161,21 +131,17 @@ def add_class_maps(
     return rows.set_column(column, field, pa.array(class_maps, field.type))
 
 
-def collect_mistakes(
-    data: PreparedData,
-    rows: pa.Table,
-    split: str,
-    classes: Sequence[str],
-    preprocessing: Preprocessing,
+def draw_mistakes(
+    data: PreparedData, rows: pa.Table, classes: Sequence[str], preprocessing: Preprocessing
 ) -> list[Mistake]:
-    """Draw the most confident mistakes of an evaluation table, and their class maps."""
+    """Draw the most confident mistakes of an evaluation table, with their class maps."""
     numbers = {path: number for number, path in enumerate(data.manifest["path"].to_pylist())}
     mistakes = []
     for row in rows.take(find_mistakes(rows, classes, NUM_MISTAKES_SHOWN)).to_pylist():
         try:
             ((file, index),) = data.store.open_slices([numbers[row["path"]]])
             image_png, overlay_png = draw_scan(file, index, row["class_map"], preprocessing)
-        except RejectedImage:  # vanished since it was predicted
+        except RejectedImage:  # the file is gone
             continue
         top = int(np.argmax(row["probs"]))
         mistakes.append(
@@ -186,7 +152,6 @@ def collect_mistakes(
                 confidence=row["probs"][top],
                 image_png=image_png,
                 overlay_png=overlay_png,
-                split=split,
             )
         )
     return mistakes
@@ -206,21 +171,24 @@ def evaluate_and_report(
     training: dict[str, Any] | None = None,
     records: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Predict, judge, and write predictions, report and metrics, in this order.
+    """Predict and evaluate; write predictions, report, model card and metrics, in this order.
 
     Parameters
     ----------
     splits : sequence of str
-        Splits to judge, the most telling last; the report's pictures are of that one.
+        Splits to evaluate; the report shows mistakes of the last one.
     engine : EngineOptions
         What predicts.
-    title, configuration, facts, training, records
-        For the report; ``training`` goes into the metrics too.
+    title, configuration, facts, records
+        As in :func:`brainray.reports.evaluation.render_evaluation_report`.
+    training : dict, optional
+        Summary of the training that just ended; the classifier bundle then gets metrics and a
+        model card.
 
     Returns
     -------
     dict
-        The content of metrics.json, whose presence says that all is done.
+        The content of metrics.json, which is written last: its presence marks a finished run.
     """
     metadata = read_classifier_metadata(classifier_uri)
     classes = tuple(metadata["classes"])
@@ -245,8 +213,8 @@ def evaluate_and_report(
         table = add_labels(rows.slice(0, len(indices)), data, indices, calibration)
         rows = rows.slice(len(indices))
         if split == list(members)[-1]:
-            table = add_class_maps(table, stage, data, indices)
-            mistakes = collect_mistakes(data, table, split, classes, stage.preprocessing)
+            table = _add_class_maps(table, stage, data, indices)
+            mistakes = draw_mistakes(data, table, classes, stage.preprocessing)
         storage.write_table(storage.join(output_uri, "predictions", f"{split}.parquet"), table)
         labels, probs = data.labels[indices], stack_lists(table["probs"])
         metrics[split] = evaluate_split(data, indices, probs, classes)
@@ -255,7 +223,7 @@ def evaluate_and_report(
             labels, stack_lists(table["logits"]), table["reason"].to_pylist(), calibration, classes
         )
         curves[split] = compute_curves(labels, probs, classes)
-    report = render_report(
+    report = render_evaluation_report(
         title=title,
         metrics=metrics,
         epochs=records,
@@ -272,9 +240,63 @@ def evaluate_and_report(
     )
     storage.write_bytes(storage.join(output_uri, "report.html"), report.encode())
     if training is not None:
-        amend_classifier_metadata(
-            classifier_uri, {"metrics": {split: metrics[split] for split in curves}}
-        )
+        scores = {split: metrics[split] for split in curves}
+        amend_classifier_metadata(classifier_uri, {"metrics": scores})
         write_model_card(classifier_uri, data, metrics, data_uri=facts["Data"])
     storage.write_json(storage.join(output_uri, METRICS_FILE), metrics)
     return metrics
+
+
+def write_model_card(
+    classifier_uri: str, data: PreparedData, metrics: dict[str, Any], *, data_uri: str
+) -> None:
+    """Write the model card of a trained classifier into its bundle, as Markdown and as JSON.
+
+    Of the data's URI, only the last name is written.
+    """
+    metadata = read_classifier_metadata(classifier_uri)
+    counted = {"name": storage.get_name(data_uri), **summarise_data(data, metadata["classes"])}
+    model_card = build_model_card(metadata, metrics, counted)
+    text = render_model_card(model_card)
+    storage.write_bytes(storage.join(classifier_uri, MODEL_CARD_FILE), text.encode())
+    amend_classifier_metadata(classifier_uri, {"model_card": model_card})
+
+
+def summarise_data(data: PreparedData, classes: Sequence[str]) -> dict[str, Any]:
+    """Count a data set's images by split, class and group.
+
+    Returns
+    -------
+    dict
+        ``num_scans``; ``rejected``, counts by reason, and ``rejected_per_class``; ``num_groups``;
+        ``num_shared_groups``, those that lie in more than one split; ``num_named``, scans whose
+        group or patient the data set names; and ``splits``: for each that has images ``n``,
+        ``num_groups``, ``per_class``, and ``given``, whether the data set gives the split.
+    """
+    groups, samples = data.manifest["group"].to_numpy(), data.found.samples
+    given = set(samples["split"].to_pylist())
+    members = {split: data.select(split) for split in ("train", "val", "test")}
+    found = {split: np.unique(groups[rows]) for split, rows in members.items() if len(rows)}
+    _, counts = np.unique(np.concatenate(list(found.values())), return_counts=True)
+
+    def count_classes(split: str) -> list[int]:
+        labels = data.labels[data.select(split)]
+        return [int(count) for count in np.bincount(labels, minlength=len(classes))]
+
+    return {
+        "num_scans": samples.num_rows,
+        "rejected": data.count_rejected(),
+        "rejected_per_class": count_classes("rejected"),
+        "num_groups": len(counts),
+        "num_shared_groups": int((counts > 1).sum()),
+        "num_named": data.num_named,
+        "splits": {
+            split: {
+                "n": len(members[split]),
+                "num_groups": len(numbers),
+                "per_class": count_classes(split),
+                "given": split in given,
+            }
+            for split, numbers in found.items()
+        },
+    }

@@ -1,18 +1,15 @@
-"""Fit the rule of slice evidence to series whose class is known, grouped by patient.
+"""Fit the rule of slice evidence to labelled series, in folds of patients.
 
-A rule is scored by what it does to series of each class: the share that gets the right class, less
-the share that gets a wrong one, averaged over the classes. An indeterminate series counts nothing.
-The scores that are reported beside the rule are out of fold: each series is answered by the rule
-that fits the series of other patients best.
+The score of a rule is the share of series that get the right class, minus the share that get a
+wrong one, averaged over the classes; an indeterminate series counts 0. The reported scores are out
+of fold: each series is answered by the rule that is best for the series of other patients.
 """
 
-import csv
-import io
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -24,8 +21,11 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from brainray import storage
 from brainray.errors import ConfigError, DataError
+from brainray.evaluation.rows import list_classes
+from brainray.inference.labels import read_label_table
 from brainray.inference.series import INDETERMINATE, SeriesRule, decide_series, summarise_series
 from brainray.inference.store import PREDICTIONS_FOLDER, PredictionStore
+from brainray.metrics.bootstrap import describe_score, resample
 from brainray.runlog import Log
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ MIN_RUNS = (1, 2, 3, 5)
 MIN_PATIENTS = 10
 """Patients that each labelled class needs: with fewer, nearly every rule fits."""
 LABELLED_BY = ("series", "study", "patient")
-"""Columns of the labels that may say what a label is of; the first one found counts."""
+"""Columns of the label table that may identify what is labelled; the first that exists is used."""
 
 _COLUMNS = (
     *("scan_uri", "reason", "classified_at", "frame", "patient", "study", "series"),
@@ -45,12 +45,12 @@ _COLUMNS = (
 )
 
 Answers = NDArray[np.int64]
-"""Class of each series, as an index into the class order; -1 where it is indeterminate."""
+"""Class of each series, as an index into the class order; -1 if it is indeterminate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrateSeriesJob:
-    """One fit: of the rule to what, and where it goes."""
+    """The predictions, their labels, and the output."""
 
     predictions_uri: str
     """Output folder of `brainray classify --scans-uri`, whose rows have series."""
@@ -60,37 +60,38 @@ class CalibrateSeriesJob:
     output_uri: str
     """JSON file to write."""
     classifier_id: str | None = None
-    """Whose predictions, where the folder has those of several classifiers."""
+    """Classifier to use, if the folder has predictions of several."""
     rule: SeriesRule = SeriesRule()
-    """What the fitted rule is compared with; its min_slices is kept."""
+    """Rule to compare the fitted rule with; its min_slices is kept."""
     folds: int = 5
     """Folds of patients."""
     num_resamples: int = 1000
     """Bootstrap resamples of patients."""
     seed: int = 0
-    """Seeds folds and resamples."""
+    """Seed of folds and resamples."""
 
     def __post_init__(self) -> None:
-        if self.folds < 2:
-            raise ConfigError(f"folds must be at least 2, got {self.folds}.")
+        for name, least in (("folds", 2), ("num_resamples", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledSeries:
-    """Series whose class is known, n of them, and what rules need of them."""
+    """The labelled series, n of them, and what the rules of the grid need of them."""
 
     labels: NDArray[np.int64]
     """Index into the class order, shape (n,)."""
     groups: NDArray[np.int64]
-    """Patients from 0, shape (n,); where no patient is known, studies, else series."""
+    """Patients from 0, shape (n,); without a known patient, studies, else series."""
     can_answer: NDArray[np.bool_]
     """False for localizers, and for series of too few slices, shape (n,)."""
     evidence: NDArray[np.float64]
     """For each of :data:`TOP_FRACTIONS`, shape (n, F, K)."""
     runs: NDArray[np.int64]
-    """For each of :data:`THRESHOLDS`, shape (n, T, K)."""
+    """Longest runs for each of :data:`THRESHOLDS`, shape (n, T, K)."""
     answers_before: Answers
-    """By the given rule."""
+    """By the job's rule."""
 
 
 def calibrate_series(job: CalibrateSeriesJob, *, log: Log = logger.info) -> dict[str, Any]:
@@ -99,33 +100,37 @@ def calibrate_series(job: CalibrateSeriesJob, *, log: Log = logger.info) -> dict
     Returns
     -------
     dict
-        The content of the JSON file: ``rule``, the values of
-        :class:`brainray.inference.series.SeriesRule` that fit all series best; ``rule_before``;
-        ``before`` and ``after``, what :func:`score_answers` gives of the given rule, and of the
-        fitted ones out of fold; ``fold_rules``; ``grid``; and what was counted.
+        The content of the JSON file: ``rule``, the
+        :class:`brainray.inference.series.SeriesRule` that is best for all series; ``rule_before``;
+        ``before`` and ``after``, the scores of the job's rule, and out of fold of the fitted rules:
+        ``score``, ``indeterminate`` (a share of all series), and ``per_class`` ``num_series``,
+        ``sensitivity`` and ``specificity``, with 95 % intervals; ``fold_rules``; ``grid``; counts.
 
     Raises
     ------
     UserError
         The predictions or labels cannot be used, or are too few.
     """
-    store = open_predictions(job)
-    classes, rows = store.classes, read_series_rows(store)
-    by, labels = read_series_labels(job.labels, classes)
-    chosen = [name in labels for name in rows[by].to_pylist()]
+    store = _open_predictions(job)
+    classes, rows = store.classes, _read_series_rows(store)
+    by, names = read_label_table(job.labels, LABELLED_BY, classes)
+    chosen = [name in names for name in rows[by].to_pylist()]
     if not any(chosen):
         raise DataError(
-            f"None of the {len(labels)} labels in '{job.labels}' names a {by} of the predictions. "
+            f"None of the {len(names)} labels in '{job.labels}' names a {by} of the predictions. "
             "Expected the hashes of this output: another key makes others."
         )
-    log(f"Putting together {sum(chosen):,} slices.")
-    labelled = measure_all(rows.filter(pa.array(chosen)), by, labels, classes, job.rule)
-    check_enough(labelled, classes, job)
-    rules = list_rules(job.rule)
-    answers = np.stack([answer_all(labelled, classes, rule) for rule in rules])
-    best = choose_rule(rules, answers, labelled.labels, job.rule)
-    after, fold_rules = answer_out_of_fold(rules, answers, labelled, job)
-    before = np.array(labelled.answers_before)
+    log(f"Combining {sum(chosen):,} slices.")
+    labels = {key: classes.index(name) for key, name in names.items()}
+    labelled = _measure_series(rows.filter(pa.array(chosen)), by, labels, classes, job.rule)
+    _check_enough(labelled, classes, job)
+    rules = [
+        replace(job.rule, threshold=threshold, top_fraction=top_fraction, min_run=min_run)
+        for threshold, top_fraction, min_run in product(THRESHOLDS, TOP_FRACTIONS, MIN_RUNS)
+    ]
+    answers = np.stack([_answer_all(labelled, classes, rule) for rule in rules])
+    best = _choose_rule(rules, answers, labelled.labels, job.rule)
+    after, fold_rules = _answer_out_of_fold(rules, answers, labelled, job)
     document = {
         "schema_version": CALIBRATION_SCHEMA_VERSION,
         "classifier_id": store.classifier_id,
@@ -142,24 +147,15 @@ def calibrate_series(job: CalibrateSeriesJob, *, log: Log = logger.info) -> dict
         "rule_before": asdict(job.rule),
         "rule": asdict(rules[best]),
         "fold_rules": [asdict(rules[one]) for one in fold_rules],
-        "before": score_answers(before, labelled, classes, job),
-        "after": score_answers(after, labelled, classes, job),
+        "before": _score_answers(labelled.answers_before, labelled, classes, job),
+        "after": _score_answers(after, labelled, classes, job),
     }
     storage.write_json(job.output_uri, document)
     return document
 
 
-# ---- predictions and labels ----------------------------------------------------------------------
-
-
-def open_predictions(job: CalibrateSeriesJob) -> PredictionStore:
-    """Find the predictions of one classifier below a bulk job's output.
-
-    Raises
-    ------
-    ConfigError
-        There are none, or those of several classifiers, or of an older schema.
-    """
+def _open_predictions(job: CalibrateSeriesJob) -> PredictionStore:
+    """Find the predictions of one classifier below a bulk job's output."""
     folder = storage.join(job.predictions_uri, PREDICTIONS_FOLDER)
     _, folders = storage.list_folder(folder, folder) if storage.is_folder(folder) else ([], [])
     found = [name.rpartition("classifier_id=")[2] for name in folders if "classifier_id=" in name]
@@ -168,35 +164,25 @@ def open_predictions(job: CalibrateSeriesJob) -> PredictionStore:
         known = ", ".join(sorted(found)) or "none"
         raise ConfigError(
             f"Expected predictions of one classifier in '{job.predictions_uri}', found {known}. "
-            "Give the output folder of `brainray classify --scans-uri`, and --classifier-id where "
+            "Give the output folder of `brainray classify --scans-uri`, and --classifier-id if "
             "it has several."
         )
     store = PredictionStore(output_uri=job.predictions_uri, classifier_id=chosen[0], classes=())
-    return _read_classes(store)
+    files = store.list_files()
+    if not files:
+        raise ConfigError(f"No predictions in '{store.output_uri}'. Classify scans first.")
+    filesystem, path = storage.resolve(files[0])
+    names = pq.read_schema(path, filesystem=filesystem).names
+    if not {"series", "patient"} <= set(names):
+        raise ConfigError(
+            f"The predictions in '{store.output_uri}' have no column series: an earlier "
+            "version wrote them. Classify again into another output."
+        )
+    return replace(store, classes=list_classes(names))
 
 
-def _read_classes(store: PredictionStore) -> PredictionStore:
-    """Return the same predictions, with their classes."""
-    for uri in store.list_files():
-        filesystem, path = storage.resolve(uri)
-        names = pq.read_schema(path, filesystem=filesystem).names
-        if not {"series", "patient"} <= set(names):
-            raise ConfigError(
-                f"The predictions in '{store.output_uri}' have no column series: an earlier "
-                "version wrote them. Classify again into another output."
-            )
-        return replace(store, classes=tuple(n[5:] for n in names if n.startswith("prob_")))
-    raise ConfigError(f"No predictions in '{store.output_uri}'. Classify scans first.")
-
-
-def read_series_rows(store: PredictionStore) -> pa.Table:
-    """Read the slices that are of a series, each once: the answer that was given last.
-
-    Raises
-    ------
-    DataError
-        There are none.
-    """
+def _read_series_rows(store: PredictionStore) -> pa.Table:
+    """Read the slices that belong to a series; of a slice with several predictions, the last."""
     columns = [*_COLUMNS, *(f"prob_{name}" for name in store.classes)]
     tables = [store.read(uri, columns) for uri in store.list_files()]
     rows = pa.concat_tables([table.filter(pc.field("series").is_valid()) for table in tables])
@@ -210,76 +196,15 @@ def read_series_rows(store: PredictionStore) -> pa.Table:
     return rows.take(pa.array(last.values()))
 
 
-def read_series_labels(labels_uri: str, classes: Sequence[str]) -> tuple[str, dict[str, int]]:
-    """Read the classes of series, studies or patients.
-
-    Returns
-    -------
-    by : str
-        Which of :data:`LABELLED_BY` is labelled.
-    labels : dict of str to int
-        Hash to index into the class order.
-
-    Raises
-    ------
-    DataError
-        A column is missing, a class is unknown, or one hash has two labels.
-    """
-    try:
-        text = storage.read_bytes(labels_uri).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"No labels at '{labels_uri}'. Check --labels.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"Expected UTF-8 text in '{labels_uri}': {error}") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    names = reader.fieldnames or ()
-    by = next((name for name in LABELLED_BY if name in names), None)
-    if by is None or "label" not in names:
-        raise DataError(
-            f"Expected the column label and one of {', '.join(LABELLED_BY)} in '{labels_uri}', "
-            f"found {', '.join(names) or 'none'}."
-        )
-    labels: dict[str, int] = {}
-    for number, row in enumerate(reader, 2):
-        if row["label"] not in classes:
-            raise DataError(
-                f"Unknown class '{row['label']}' in line {number} of '{labels_uri}'. "
-                f"Expected one of {', '.join(classes)}."
-            )
-        label = classes.index(row["label"])
-        if labels.setdefault(row[by], label) != label:
-            raise DataError(
-                f"Line {number} of '{labels_uri}' gives a {by} another label than a line before. "
-                "Give each one label."
-            )
-    return by, labels
-
-
-# ---- what rules need of series -------------------------------------------------------------------
-
-
-def measure_all(
-    rows: pa.Table,
-    by: str,
-    labels: dict[str, int],
-    classes: Sequence[str],
-    rule: SeriesRule,
+def _measure_series(
+    rows: pa.Table, by: str, labels: dict[str, int], classes: Sequence[str], rule: SeriesRule
 ) -> LabelledSeries:
-    """Put the slices of each series together, once for each threshold of the grid.
-
-    Parameters
-    ----------
-    rows : Table
-        Slices whose column ``by`` is among the labels.
-    rule : SeriesRule
-        Gives ``min_slices``.
-    """
+    """Summarise the slices of each series, whose column ``by`` is labelled, for the whole grid."""
     rows = rows.sort_by("series")
     names = np.array(rows["series"].to_pylist(), dtype=object)
-    starts = np.flatnonzero(np.append(True, names[1:] != names[:-1])).tolist()
-    ends = [*starts[1:], rows.num_rows]
+    bounds = [*np.flatnonzero(np.append(True, names[1:] != names[:-1])).tolist(), rows.num_rows]
     measured, classes_of, patients, can_answer, before = [], [], [], [], []
-    for start, end in zip(starts, ends, strict=True):
+    for start, end in pairwise(bounds):
         slices = rows.slice(start, end - start).to_pylist()
         first = slices[0]
         summary = summarise_series(slices, classes, rule)
@@ -303,16 +228,16 @@ def _measure(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return a series' evidence, (F, K), and longest runs, (T, K).
 
-    Evidence depends on the fraction alone and runs on the threshold alone, so that both grids are
-    walked at once.
+    Evidence depends on the fraction alone and runs on the threshold alone, so one pass over the
+    thresholds covers both grids.
     """
     evidence = np.zeros((len(TOP_FRACTIONS), len(classes)))
     runs = np.zeros((len(THRESHOLDS), len(classes)), np.int64)
     for number, threshold in enumerate(THRESHOLDS):
-        place = number % len(TOP_FRACTIONS)
-        changed = replace(rule, threshold=threshold, top_fraction=TOP_FRACTIONS[place])
+        fraction = number % len(TOP_FRACTIONS)
+        changed = replace(rule, threshold=threshold, top_fraction=TOP_FRACTIONS[fraction])
         summary = summarise_series(slices, classes, changed)
-        evidence[place] = [summary["evidence"][name] for name in classes]
+        evidence[fraction] = [summary["evidence"][name] for name in classes]
         runs[number] = [summary["longest_run"][name] for name in classes]
     return evidence, runs
 
@@ -321,19 +246,14 @@ def _find_class(answer: str, classes: Sequence[str]) -> int:
     return -1 if answer == INDETERMINATE else list(classes).index(answer)
 
 
-def check_enough(labelled: LabelledSeries, classes: Sequence[str], job: CalibrateSeriesJob) -> None:
-    """Refuse to fit a rule to a few patients.
-
-    Raises
-    ------
-    DataError
-        One class alone is labelled, or one has too few patients.
-    """
+def _check_enough(
+    labelled: LabelledSeries, classes: Sequence[str], job: CalibrateSeriesJob
+) -> None:
+    """Raise a DataError unless two classes are labelled, each with enough patients."""
     needed = max(MIN_PATIENTS, job.folds)
-    present = np.unique(labelled.labels)
     counts = {
         classes[label]: len(np.unique(labelled.groups[labelled.labels == label]))
-        for label in present
+        for label in np.unique(labelled.labels)
     }
     if len(counts) < 2 or min(counts.values()) < needed:
         found = ", ".join(f"{count} of {name}" for name, count in counts.items())
@@ -343,39 +263,23 @@ def check_enough(labelled: LabelledSeries, classes: Sequence[str], job: Calibrat
         )
 
 
-# ---- rules ---------------------------------------------------------------------------------------
-
-
-def list_rules(rule: SeriesRule) -> list[SeriesRule]:
-    """Return the rules that are tried: all combinations of the grid."""
-    return [
-        replace(rule, threshold=threshold, top_fraction=top_fraction, min_run=min_run)
-        for threshold, top_fraction, min_run in product(THRESHOLDS, TOP_FRACTIONS, MIN_RUNS)
-    ]
-
-
-def answer_all(labelled: LabelledSeries, classes: Sequence[str], rule: SeriesRule) -> Answers:
+def _answer_all(labelled: LabelledSeries, classes: Sequence[str], rule: SeriesRule) -> Answers:
     """Answer every series by a rule of the grid, shape (n,)."""
     evidence = labelled.evidence[:, TOP_FRACTIONS.index(rule.top_fraction)]
     runs = labelled.runs[:, THRESHOLDS.index(rule.threshold)].tolist()
     answers = np.full(len(runs), -1)
-    for place in np.flatnonzero(labelled.can_answer):
-        answer, _ = decide_series(evidence[place], runs[place], rule.min_slices, classes, rule)
-        answers[place] = _find_class(answer, classes)
+    for row in np.flatnonzero(labelled.can_answer):
+        answer, _ = decide_series(evidence[row], runs[row], rule.min_slices, classes, rule)
+        answers[row] = _find_class(answer, classes)
     return answers
 
 
-def choose_rule(
+def _choose_rule(
     rules: Sequence[SeriesRule], answers: Answers, labels: NDArray[np.int64], before: SeriesRule
 ) -> int:
-    """Return which rule has the best score; of equals, the one nearest to the rule before.
+    """Return the number of the rule with the best score; of equals, the nearest to ``before``.
 
-    Parameters
-    ----------
-    rules : sequence of SeriesRule, length R
-    answers : ndarray of int64, shape (R, n)
-    labels : ndarray of int64, shape (n,)
-    before : SeriesRule
+    ``answers`` has shape (R, n), a row for each rule, and ``labels`` has shape (n,).
     """
 
     def measure_change(rule: SeriesRule) -> float:
@@ -385,98 +289,73 @@ def choose_rule(
             + abs(rule.min_run - before.min_run)
         )
 
-    scores = np.round(_compute_scores(answers, labels), 9)
-    best: list[int] = np.flatnonzero(scores == scores.max()).tolist()
-    return min(best, key=lambda place: measure_change(rules[place]))
-
-
-def _compute_scores(answers: Answers, labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return each rule's share of right less wrong answers, averaged over classes, shape (R,)."""
     gains = np.where(answers == labels, 1.0, np.where(answers < 0, 0.0, -1.0))
     per_class = [gains[:, labels == label].mean(axis=1) for label in np.unique(labels)]
-    scores: NDArray[np.float64] = np.mean(per_class, axis=0)
-    return scores
+    scores = np.round(np.mean(per_class, axis=0), 9)
+    best: list[int] = np.flatnonzero(scores == scores.max()).tolist()
+    return min(best, key=lambda number: measure_change(rules[number]))
 
 
-def answer_out_of_fold(
+def _answer_out_of_fold(
     rules: Sequence[SeriesRule],
     answers: Answers,
     labelled: LabelledSeries,
     job: CalibrateSeriesJob,
 ) -> tuple[Answers, list[int]]:
-    """Answer each series by the rule that fits the series of other patients best.
+    """Answer each series by the rule that is best for the series of other patients.
 
-    Parameters
-    ----------
-    answers : ndarray of int64, shape (R, n)
-        Of each rule.
-
-    Returns
-    -------
-    answers : ndarray of int64, shape (n,)
-    chosen : list of int
-        Number of the rule of each fold.
+    ``answers`` has shape (R, n), a row for each rule. Return answers, shape (n,), and the number
+    of the rule of each fold.
     """
     folds = StratifiedGroupKFold(n_splits=job.folds, shuffle=True, random_state=job.seed)
     labels = labelled.labels
     out_of_fold, chosen = np.full(len(labels), -1), []
     for others, fold in folds.split(labels, labels, labelled.groups):
-        best = choose_rule(rules, answers[:, others], labels[others], job.rule)
+        best = _choose_rule(rules, answers[:, others], labels[others], job.rule)
         out_of_fold[fold] = answers[best, fold]
         chosen.append(best)
     return out_of_fold, chosen
 
 
-# ---- scores --------------------------------------------------------------------------------------
-
-
-def score_answers(
+def _score_answers(
     answers: Answers, labelled: LabelledSeries, classes: Sequence[str], job: CalibrateSeriesJob
 ) -> dict[str, Any]:
-    """Score answers, with 95 % intervals over patients.
+    """Score answers, with 95 % intervals of a bootstrap over patients.
 
-    Returns
-    -------
-    dict
-        ``score``, ``indeterminate`` (a share of all series), and ``per_class``: for each class
-        ``num_series``, ``sensitivity`` (share of its series that get it) and ``specificity`` (share
-        of the others that do not), None where there are no such series; each with ``_ci95``, the
-        percentiles of resamples of whole patients.
+    For each class, the sensitivity is the share of its series that get it, and the specificity the
+    share of other series that do not; None without such series.
     """
-    rng = np.random.default_rng(job.seed)
-    num_groups = int(labelled.groups.max()) + 1
-    draws = rng.multinomial(num_groups, np.full(num_groups, 1 / num_groups), job.num_resamples)
-    weights = np.vstack([np.ones(len(answers)), draws[:, labelled.groups]])
     labels = labelled.labels
+    is_class = np.eye(len(classes))[labels]  # (n, K)
+    gets_class = np.eye(len(classes) + 1)[answers][:, :-1]  # (n, K); -1 is the last column
+    present = np.unique(labels)
 
-    def share(holds: NDArray[np.bool_], among: NDArray[np.bool_]) -> NDArray[np.float64]:
+    def score(weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         with np.errstate(invalid="ignore"):
-            shares: NDArray[np.float64] = (weights @ (holds & among)) / (weights @ among)
-        return shares
+            sensitivity = (weights @ (gets_class * is_class)) / (weights @ is_class)
+            specificity = (weights @ ((1 - gets_class) * (1 - is_class))) / (
+                weights @ (1 - is_class)
+            )
+            answered = (weights @ (is_class * (answers >= 0)[:, None])) / (weights @ is_class)
+        return {
+            # right - wrong = right - (answered - right)
+            "score": (2 * sensitivity - answered)[:, present].mean(axis=1),
+            "indeterminate": (weights @ (answers < 0)) / weights.sum(axis=1),
+            "sensitivity": sensitivity,
+            "specificity": specificity,
+        }
 
-    right, wrong = answers == labels, (answers >= 0) & (answers != labels)
-    nets = [
-        share(right, labels == label) - share(wrong, labels == label) for label in np.unique(labels)
-    ]
-    everything = np.ones(len(labels), np.bool_)
+    num_groups = int(labelled.groups.max()) + 1
+    scores = resample(score, labelled.groups, num_groups, job.num_resamples, job.seed)
     return {
-        **_describe("score", np.mean(nets, axis=0)),
-        **_describe("indeterminate", share(answers < 0, everything)),
+        **describe_score("score", scores["score"]),
+        **describe_score("indeterminate", scores["indeterminate"]),
         "per_class": {
             name: {
                 "num_series": int((labels == label).sum()),
-                **_describe("sensitivity", share(answers == label, labels == label)),
-                **_describe("specificity", share(answers != label, labels != label)),
+                **describe_score("sensitivity", scores["sensitivity"][:, label]),
+                **describe_score("specificity", scores["specificity"][:, label]),
             }
             for label, name in enumerate(classes)
         },
     }
-
-
-def _describe(name: str, values: NDArray[np.float64]) -> dict[str, Any]:
-    """Return a score and its interval; ``values`` begins with the score of the data as they are."""
-    if np.isnan(values[0]):
-        return {name: None, f"{name}_ci95": None}
-    drawn = values[1:][~np.isnan(values[1:])]
-    interval = np.percentile(drawn, [2.5, 97.5]).tolist() if len(drawn) else None
-    return {name: float(values[0]), f"{name}_ci95": interval}

@@ -146,7 +146,7 @@ class Deidentifier:
         target.DeidentificationMethodCodeSequence = list(_describe_method(self.dates))
         is_shifted = self.dates == "shift"
         target.LongitudinalTemporalInformationModified = "MODIFIED" if is_shifted else "REMOVED"
-        target.SOPClassUID = image.instance.sop_class or MRImageStorage
+        target.SOPClassUID = image.sop_class or MRImageStorage
         if not target.get("SOPInstanceUID"):
             raise RejectedImage("corrupt", "The object has no SOP Instance UID (0008,0018).")
         _set_pixels(target, image)
@@ -165,7 +165,7 @@ def _describe_method(dates: Dates) -> Iterator[Dataset]:
 
 
 def _set_pixels(target: Dataset, image: DicomImage) -> None:
-    layout, num_frames = image.layout, len(image.instance.frames)
+    layout, num_frames = image.layout, len(image.slices)
     frames = np.stack([decode_stored(image, frame) for frame in range(num_frames)])
     data = frames.astype(frames.dtype.newbyteorder("<")).tobytes()
     target.SamplesPerPixel = 1

@@ -1,27 +1,28 @@
-"""Encoded bytes to grey samples: the one decoder, for training, bulk and HTTP alike.
+"""Decode pictures (JPEG, PNG, BMP, GIF, TIFF, WebP) to grey samples.
 
-The order of work is what makes it safe to point at strangers' bytes. The file's own header is read
-first (``headers``), in bounded time and without unpacking anything: size, frames, orientation,
-length. Only what passes is handed to Pillow, and without its metadata. So a decompression bomb
-costs a few microseconds, a text chunk or an EXIF block cannot hurt, and Pillow finds nothing to
-warn about. (``warnings.catch_warnings`` would not do: it swaps the process's filters, and threads
-share them.)
+Files may be hostile. So :mod:`brainray.images.headers` reads a file's header first, in
+bounded time and without unpacking pixels, and checks its size and length. Only then does Pillow get
+the file, without its metadata: a decompression bomb costs microseconds, and Pillow finds nothing to
+warn about. (``warnings.catch_warnings`` changes the filters of the whole process, and so of other
+threads.)
 """
 
 import io
-import sys
+import struct
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from brainray.errors import RejectedImage
-from brainray.images.headers import ACCEPTED, Header, read_header, recognise
+from brainray.images.headers import ACCEPTED, READERS, Header, recognise_picture
 from brainray.images.intensity import Samples, scale_to_8_bits
+from brainray.images.tiff import read_tiff
 
 REJECTION_REASONS: dict[str, str] = {
-    "missing": "There is no file at that place.",
+    "missing": "There is no file at this URI.",
     "unreadable": "The file exists but could not be read.",
     "empty": "The file has no bytes.",
     "truncated": "The file ends before its image does.",
@@ -29,53 +30,52 @@ REJECTION_REASONS: dict[str, str] = {
     "not_an_image": "The bytes are not an image in any known format.",
     "too_large": "The image is larger than the limits allow.",
     "unsupported": "The format, or this variant of it, is not supported.",
-    "multi_frame": "The file holds several images, and which is meant is ambiguous.",
+    "multi_frame": "The file has several images.",
     "not_an_image_object": "The DICOM object is a report or something else that is not an image.",
     "no_pixels": "The DICOM object has no pixel data.",
     "not_mr": "The DICOM image is not a magnetic resonance image.",
-    "other_body_part": "The DICOM header names a part of the body other than the head.",
+    "other_body_part": "The DICOM header names a body part other than the head.",
     "localizer": "The DICOM image is a localizer.",
     "projection": "The DICOM image is a projection or a reformatted image.",
     "derived_map": "The DICOM image is a computed map or a phase image.",
     "mosaic": "The DICOM frame is a mosaic of many slices.",
     "secondary_capture": "The DICOM object is a screen capture.",
     "colour": "The DICOM or NIfTI image has colours.",
-    "burned_in": "The DICOM header says that text is burned into the image.",
+    "burned_in": "The DICOM header says that the image has text burned in.",
     "little_tissue": "The slice of the volume has little or no tissue.",
 }
-"""Stable reason code to one sentence; what :class:`brainray.errors.RejectedImage` carries."""
+"""Stable codes of :class:`brainray.errors.RejectedImage`, each with a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeLimits:
-    """How large an image may be before it is refused unopened."""
+    """The largest files and images that are decoded."""
 
     max_bytes: int = 64 * 2**20
     """Largest encoded file, in bytes."""
 
     max_pixels: int = 50_000_000
-    """Largest image, width times height, in pixels. Unpacking takes 2 to 20 bytes for each. Above
-    Pillow's own limit (``PIL.Image.MAX_IMAGE_PIXELS``, 89 million) Pillow's limit holds."""
+    """Largest image, width times height, in pixels. Decoding takes 2 to 20 bytes for each. Pillow's
+    own limit (``PIL.Image.MAX_IMAGE_PIXELS``, 89 million) holds too."""
 
 
 _DEFAULT_LIMITS = DecodeLimits()
 
 
 def decode_image(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -> NDArray[np.uint8]:
-    """Decode one encoded image to 8-bit luminance.
+    """Decode one picture to 8-bit luminance.
 
-    As :func:`decode_samples`, and 16-bit samples are scaled by their full range, never clipped
-    [1]_.
+    As :func:`decode_samples`, with 16-bit samples scaled by the full range of their type [1]_.
 
     Returns
     -------
     ndarray of uint8, shape (height, width)
-        Luminance, 0 black to 255 white; C-contiguous and read-only (copy it to write to it).
+        C-contiguous and read-only.
 
     Raises
     ------
     RejectedImage
-        Whatever else the bytes may be; ``reason`` is a key of :data:`REJECTION_REASONS`.
+        ``reason`` is a key of :data:`REJECTION_REASONS`.
 
     References
     ----------
@@ -87,11 +87,11 @@ def decode_image(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -> 
 
 
 def decode_samples(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -> Samples:
-    """Decode one encoded image to luminance at the depth of its samples.
+    """Decode one picture to luminance at the depth of its samples.
 
-    Colour becomes luminance by ITU-R 601-2, as Pillow's ``convert("L")``; transparency shows black;
-    EXIF orientation is applied. Safe to call from many threads: it touches no global state and
-    raises no warnings.
+    Colour becomes luminance by ITU-R 601-2, as in Pillow's ``convert("L")``. Transparent pixels
+    become black. EXIF orientation is applied. Threads may call this at the same time: it changes no
+    global state and raises no warnings.
 
     Parameters
     ----------
@@ -102,40 +102,63 @@ def decode_samples(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -
 
     Returns
     -------
-    ndarray of uint16 where the file has 16-bit samples, else uint8, shape (height, width)
-        Luminance, 0 black to the type's greatest value white; C-contiguous and read-only.
+    ndarray of uint16 for files with 16-bit samples, else uint8, shape (height, width)
+        From 0 (black) to the highest value of the type (white); C-contiguous and read-only.
 
     Raises
     ------
     RejectedImage
-        Whatever else the bytes may be; ``reason`` is a key of :data:`REJECTION_REASONS`.
+        ``reason`` is a key of :data:`REJECTION_REASONS`.
     """
-    if not image_bytes:
-        raise RejectedImage("empty", f"{ACCEPTED}, got no bytes. Upload the file again.")
-    if len(image_bytes) > limits.max_bytes:
-        raise RejectedImage(
-            "too_large",
-            f"The file has {len(image_bytes):,} bytes, more than the {limits.max_bytes:,} allowed.",
-        )
-    name = recognise(image_bytes)
+    check_length(image_bytes, limits)
+    header = read_header(image_bytes, limits)
     try:
-        return _decode(read_header(name, image_bytes, limits.max_pixels))
+        return _decode(header)
     except RejectedImage:
         raise
     except (MemoryError, Image.DecompressionBombError) as error:
         raise RejectedImage(
-            "too_large", f"There is not enough memory to unpack this {name} image."
+            "too_large", f"There is not enough memory to decode this {header.format} image."
         ) from error
-    except Exception as error:  # any bytes get an answer; Pillow raises a dozen types for bad ones
-        raise _translate(name, error) from error
+    except Exception as error:  # Pillow raises a dozen types for damaged files
+        raise _translate(header.format, error) from error
+
+
+def check_length(content: bytes, limits: DecodeLimits) -> None:
+    """Reject a file that is empty or too large."""
+    if not content:
+        raise RejectedImage("empty", f"{ACCEPTED}, got no bytes. Send the file again.")
+    if len(content) > limits.max_bytes:
+        raise RejectedImage(
+            "too_large",
+            f"The file has {len(content):,} bytes, more than the {limits.max_bytes:,} allowed.",
+        )
+
+
+def read_header(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -> Header:
+    """Recognise a picture and read its header, without decoding it.
+
+    Raises
+    ------
+    RejectedImage
+        The file is truncated, damaged, too large, not supported, or has several frames.
+    """
+    name = recognise_picture(image_bytes)
+    read = read_tiff if name == "TIFF" else READERS[name]
+    try:
+        return read(image_bytes, limits.max_pixels)
+    except (IndexError, OverflowError, struct.error) as error:  # an offset beyond the file
+        raise RejectedImage(
+            "truncated", f"The {name} file ends inside its header. Send it again."
+        ) from error
 
 
 def _translate(name: str, error: Exception) -> RejectedImage:
-    """Sort an exception of Pillow's into truncated or corrupt."""
-    if "truncated" in str(error):
-        return RejectedImage("truncated", f"The {name} file ends before its image does. Resend it.")
+    """Make a rejection of an exception of Pillow's."""
+    if "truncated" in str(error).lower():
+        return RejectedImage("truncated", f"The {name} file ends inside its image. Send it again.")
     if isinstance(error, UnidentifiedImageError):  # its message is a memory address
-        if name == "TIFF":  # the directory was read and found whole, so it is Pillow that lacks it
+        if name == "TIFF":  # its directory is whole: Pillow does not support the layout
             return RejectedImage(
                 "unsupported", "This layout of TIFF samples is not supported. Save it as PNG."
             )
@@ -147,8 +170,8 @@ def _translate(name: str, error: Exception) -> RejectedImage:
 
 # ---- pixels --------------------------------------------------------------------------------------
 
-# EXIF orientation to the turn that makes the picture upright, as ImageOps.exif_transpose.
-_TURNS = {
+# Makes the picture upright, by its EXIF orientation; as ImageOps.exif_transpose.
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -162,55 +185,59 @@ _TURNS = {
 def _open(header: Header) -> ImageFile.ImageFile:
     image = Image.open(io.BytesIO(header.payload), formats=[header.format])
     if image.size != header.size:
-        raise RejectedImage(
-            "corrupt", f"The {header.format} file contradicts itself about its size."
-        )
+        raise RejectedImage("corrupt", f"The {header.format} file gives two different sizes.")
     return image
 
 
 def _decode(header: Header) -> Samples:
-    image = _open(header)
     if header.bits == 16:
-        grey = Image.fromarray(_decode_16(image, header))
+        grey = Image.fromarray(_decode_16(header))
     else:
+        image = _open(header)
         image.load()
-        if header.transparent is not None:  # Pillow forgets to stretch it to 8 bits
+        if header.transparent is not None:  # in the range of the samples
             image.info["transparency"] = (
                 header.transparent if image.mode == "RGB" else header.transparent[0]
             )
         grey = _to_grey(image)
     if header.orientation != 1:
-        grey = grey.transpose(_TURNS[header.orientation])
+        grey = grey.transpose(_TRANSPOSES[header.orientation])
     return np.asarray(grey)
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
-    """Turn a loaded image of 8-bit samples into mode L, over black where it is transparent."""
-    # A palette goes through RGB in any case: Pillow rounds P to L differently.
+    """Convert a loaded image of 8-bit samples to mode L, over black where it is transparent."""
+    # Convert palettes through RGB: Pillow rounds P to L differently.
     if image.mode != "La" and (image.mode == "P" or image.has_transparency_data):
         image = image.convert("RGBA").convert("LA").convert("La")
-    # La is grey times alpha, rounded: that is, over black.
+    # La is grey times alpha, rounded: the image over black.
     return image.getchannel(0) if image.mode == "La" else image.convert("L")
 
 
-def _decode_16(image: ImageFile.ImageFile, header: Header) -> NDArray[np.uint16]:
+def _decode_16(header: Header) -> NDArray[np.uint16]:
     """Decode 16-bit samples to luminance, over black where they are transparent."""
+    image = _open(header)
     if image.mode.startswith("I;16"):
         image.load()
         samples = np.asarray(image)
-    else:
-        samples = _load_colour_16(image, header)
+    else:  # Pillow reduces 16-bit colour to 8 bits
+        samples = cv2.imdecode(np.frombuffer(header.payload, np.uint8), cv2.IMREAD_UNCHANGED)
+        if samples is None or samples.dtype != np.uint16 or samples.shape[1::-1] != header.size:
+            raise RejectedImage(
+                "corrupt", f"The {header.format} data cannot be decoded. Export the image again."
+            )
+        samples = samples[..., [2, 1, 0, 3][: samples.shape[2]]]
     grey = _to_grey_16(samples)
     if header.white_is_zero:
         grey = np.invert(grey)
     if header.transparent is not None:
-        clear = np.atleast_3d(samples) == np.array(header.transparent)
-        grey *= ~clear.all(axis=-1)
+        bands = np.atleast_3d(samples)[..., : len(header.transparent)]
+        grey *= (bands != np.array(header.transparent)).any(axis=-1)
     return grey
 
 
 def _to_grey_16(samples: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """Turn 16-bit samples of one to four bands into luminance, by Pillow's weights [1]_.
+    """Convert 16-bit samples of one to four bands to luminance, by Pillow's weights [1]_.
 
     References
     ----------
@@ -231,41 +258,3 @@ def _to_grey_16(samples: NDArray[np.uint16]) -> NDArray[np.uint16]:
         grey += 32767
         grey //= 65535
     return grey.astype(np.uint16)
-
-
-def _load_colour_16(image: ImageFile.ImageFile, header: Header) -> NDArray[np.uint16]:
-    """Load 16-bit colour or grey with alpha, which Pillow has no mode for, at full depth.
-
-    Pillow keeps one byte of each such sample. Which one is the raw mode's choice, so reading once
-    in each byte order gives both; grey with alpha fits into one reading as four bytes.
-    """
-    raw_modes = {_get_raw_mode(tile) for tile in image.tile}
-    raw = raw_modes.pop()
-    if raw_modes or raw[:-1] not in ("RGB;16", "RGBA;16", "LA;16"):
-        raise RejectedImage(
-            "unsupported", f"This layout of 16-bit {header.format} samples is not supported."
-        )
-    if raw == "LA;16B":
-        _set_raw_mode(image, "RGBA")
-        image.load()
-        return np.asarray(image).view(">u2")
-    other = _open(header)
-    native_other = "B" if sys.byteorder == "little" else "L"
-    _set_raw_mode(other, raw[:-1] + {"B": "L", "L": "B", "N": native_other}[raw[-1]])
-    image.load()
-    other.load()
-    samples = np.asarray(image).astype(np.uint16)
-    samples <<= 8
-    samples |= np.asarray(other)
-    return samples
-
-
-def _get_raw_mode(tile: ImageFile._Tile) -> str:
-    return tile.args if isinstance(tile.args, str) else str((tile.args or ("",))[0])
-
-
-def _set_raw_mode(image: ImageFile.ImageFile, raw: str) -> None:
-    image.tile = [
-        tile._replace(args=raw if isinstance(tile.args, str) else (raw, *(tile.args or ())[1:]))
-        for tile in image.tile
-    ]

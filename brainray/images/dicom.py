@@ -1,23 +1,25 @@
-"""DICOM objects: what one is, where its slices lie, and its pixels if they are MR of a head.
+"""DICOM objects: what an object holds, the geometry of its slices, and why it may be rejected.
 
-:func:`read_header` stops before the pixels; :func:`open_dicom` keeps them for
-:mod:`brainray.images.dicom_pixels`. Neither returns, logs or raises anything that the file says of
-a person: identifiers leave only as keyed hashes, and messages name elements, never their values.
+Nothing here returns, logs or raises anything that identifies a person: identifiers become keyed
+hashes, and messages name elements, never their values.
+
+Headers are often incomplete and sometimes wrong. So an object is rejected only for what its header
+says. What the header does not say becomes a flag beside the answer. DERIVED alone is no reason to
+reject: lossy compression makes an image DERIVED too.
 """
 
 import hashlib
 import hmac
-import io
 import math
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydicom.dataset import Dataset
+from pydicom.uid import UID
 
 from brainray.errors import RejectedImage
-from brainray.images.decode import DecodeLimits
+from brainray.images.decode import DecodeLimits, check_length
 from brainray.images.dicom_file import (
     UNDEFINED_LENGTH,
     FunctionalGroups,
@@ -32,26 +34,24 @@ from brainray.images.dicom_file import (
     parse_file,
 )
 from brainray.images.dicom_frames import Span, find_frames
-from brainray.images.dicom_rules import (
-    find_frame_rejection,
-    find_image_rejection,
-    find_object_rejection,
-    find_sequence_flags,
-    is_head,
-    name_uid,
-    reject,
-)
-from brainray.images.headers.signatures import is_dicom
-
-Plane = Literal["axial", "coronal", "sagittal"]
+from brainray.images.headers import is_dicom
+from brainray.images.slices import Plane, SliceInfo
 
 _DEFAULT_LIMITS = DecodeLimits()
 
-_MAX_POSITION_MM = 1e6  # what is farther away is no scanner's
+_MAX_POSITION_MM = 1e6  # larger values are errors
 _NOT_DICOM = "Expected a DICOM file, got bytes of another format."
 
+_IDENTIFIERS = {
+    "patient": "PatientID",
+    "study": "StudyInstanceUID",
+    "series": "SeriesInstanceUID",
+    "sop_instance": "SOPInstanceUID",
+}
+"""Fields of a slice that are keyed hashes of elements."""
+
 MAX_FRAMES = 100_000
-"""Most frames of one object. Each costs some hundred bytes before any pixel is decoded."""
+"""Most frames of one object. Each takes some hundred bytes before any pixel is decoded."""
 
 PLUGINS: dict[str, str | None] = {
     "1.2.840.10008.1.2": None,  # implicit VR, little endian
@@ -71,48 +71,12 @@ PLUGINS: dict[str, str | None] = {
     "1.2.840.10008.1.2.4.203": "pylibjpeg",  # HTJ2K
     "1.2.840.10008.1.2.5": "pylibjpeg",  # RLE
 }
-"""Transfer syntaxes that are read, to the pydicom plugin that decodes them; None is uncompressed.
-One plugin each, so that pixels do not depend on what else is installed."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Frame:
-    """One slice of an object: where it lies, in the patient's coordinates (PS3.3, C.7.6.2)."""
-
-    orientation: tuple[float, ...] | None
-    """Direction cosines of a row, then of a column; None where the header gives none."""
-    position_mm: float | None
-    """Of the slice along its normal, in mm: what orders the slices of a series."""
-    spacing_mm: tuple[float, float] | None
-    """Between rows, then between columns, in mm."""
-    plane: Plane | None
-    """The anatomical plane that is nearest."""
-    rejection: str | None
-    """Why this frame is not to be classified, a key of REJECTION_REASONS; None if it may be."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Instance:
-    """What a DICOM image object is; nothing in it identifies a person without the key."""
-
-    transfer_syntax: str
-    """UID of how the pixels are encoded."""
-    sop_class: str | None
-    """UID of the kind of object; None where it is absent or private."""
-    rows: int
-    columns: int
-    frames: tuple[Frame, ...]
-    flags: tuple[str, ...]
-    """What is not known or is unusual, sorted; see docs/dicom.md."""
-    patient: str | None
-    """Keyed hash of Patient ID, as of the three below; None without a key or the element."""
-    study: str | None
-    series: str | None
-    sop_instance: str | None
+"""Supported transfer syntaxes, and the pydicom plugin that decodes each; None is uncompressed.
+Each has one plugin, so that pixels do not depend on what else is installed."""
 
 
 class PixelFormat(NamedTuple):
-    """How stored samples are laid out (PS3.3, C.7.6.3)."""
+    """Layout of stored samples (PS3.3, C.7.6.3)."""
 
     rows: int
     columns: int
@@ -121,25 +85,29 @@ class PixelFormat(NamedTuple):
     is_signed: bool
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class DicomImage:
-    """An object whose pixels can be decoded. Its repr shows the instance only."""
+    """An opened object, for :mod:`brainray.images.dicom_pixels`. Its repr identifies no person."""
 
-    instance: Instance
+    slices: tuple[SliceInfo, ...]
+    sop_class: str | None
+    """UID of the type of object; None where it is absent or private."""
+    transfer_syntax: str
+    """UID of the encoding of the pixels."""
     layout: PixelFormat = field(repr=False)
     dataset: Dataset = field(repr=False)
     pixels: PixelElement = field(repr=False)
     content: bytes = field(repr=False)
-    """The file, or what it inflates to."""
+    """The file, or the inflated data set of a deflated file."""
     fragments: tuple[tuple[Span, ...], ...] = field(repr=False)
-    """Of every frame, if the frames are compressed."""
+    """Of every frame, where frames are compressed."""
 
 
 def hash_identifier(value: str, key: bytes) -> str:
     """Return a keyed hash of an identifier: HMAC-SHA256, the first 32 hexadecimal digits.
 
-    UIDs hold times and serial numbers, and an unkeyed hash of a patient number is found by trying
-    all numbers. The same value and key give the same hash, so series can be put together.
+    UIDs contain times and serial numbers, and trying all numbers finds the patient number of an
+    unkeyed hash. The same value and key give the same hash, so that series can be grouped.
 
     Raises
     ------
@@ -151,18 +119,18 @@ def hash_identifier(value: str, key: bytes) -> str:
     return hmac.new(key, value.strip("\0 ").encode(), hashlib.sha256).hexdigest()[:32]
 
 
-def read_header(
-    source: bytes | Path,
+def open_dicom(
+    content: bytes,
     *,
     key: bytes | None = None,
     limits: DecodeLimits = _DEFAULT_LIMITS,
-) -> Instance:
-    """Read what an object is, and stop before its pixels.
+) -> DicomImage:
+    """Read an object's header, and find its frames.
 
     Parameters
     ----------
-    source : bytes or Path
-        A whole DICOM file, or a local path to one, of which only the header is read.
+    content : bytes
+        A whole DICOM file.
     key : bytes, optional
         Key of the identifiers' hashes, at least 16 bytes. Without it they are None.
     limits : DecodeLimits
@@ -174,101 +142,64 @@ def read_header(
         The object is not an MR image of a head that can be decoded; ``reason`` is a key of
         :data:`brainray.images.decode.REJECTION_REASONS`.
     """
-    if isinstance(source, bytes):
-        return _make_instance(_parse_bytes(source, limits), key, limits)
-    with source.open("rb") as file:
-        _check_start(file.read(132), source.stat().st_size, limits)
-        file.seek(0)
-        parsed = parse_file(file, source.stat().st_size, limits.max_bytes)
-    return _make_instance(parsed, key, limits)
-
-
-def open_dicom(
-    image_bytes: bytes,
-    *,
-    key: bytes | None = None,
-    limits: DecodeLimits = _DEFAULT_LIMITS,
-) -> DicomImage:
-    """Open an object to decode its frames; parameters and exceptions as of :func:`read_header`."""
-    parsed = _parse_bytes(image_bytes, limits)
-    instance = _make_instance(parsed, key, limits)
-    content = image_bytes if parsed.inflated is None else parsed.inflated
-    assert parsed.pixels is not None
-    fragments: tuple[tuple[Span, ...], ...] = ()
-    if PLUGINS[instance.transfer_syntax] is not None:
-        fragments = call_safely(find_frames, content, parsed.pixels.offset, len(instance.frames))
-    layout = _read_pixel_format(parsed.dataset, limits)
-    return DicomImage(instance, layout, parsed.dataset, parsed.pixels, content, fragments)
-
-
-def _parse_bytes(image_bytes: bytes, limits: DecodeLimits) -> ParsedFile:
-    _check_start(image_bytes[:132], len(image_bytes), limits)
-    return parse_file(io.BytesIO(image_bytes), len(image_bytes), limits.max_bytes)
-
-
-def _check_start(start: bytes, size_bytes: int, limits: DecodeLimits) -> None:
-    if not start:
-        raise RejectedImage("empty", "Expected a DICOM file, got no bytes. Send the file again.")
-    if size_bytes > limits.max_bytes:
-        raise RejectedImage(
-            "too_large",
-            f"The file has {size_bytes:,} bytes, more than the {limits.max_bytes:,} allowed.",
-        )
-    if not is_dicom(start):
+    check_length(content, limits)
+    if not is_dicom(content[:132]):
         raise RejectedImage("not_an_image", _NOT_DICOM)
+    parsed = parse_file(content, limits.max_bytes)
+    pixels = _check_object(parsed)
+    layout = _read_pixel_format(parsed.dataset, limits)
+    identifiers = {
+        name: _hash_element(parsed.dataset, keyword, key) for name, keyword in _IDENTIFIERS.items()
+    }
+    num_frames = _count_frames(parsed, pixels, layout)
+    slices = call_safely(_read_slices, parsed, num_frames, identifiers)
+    rejections = [one.rejection for one in slices if one.rejection]
+    if len(rejections) == num_frames:
+        raise rejections[0]
+    fragments: tuple[tuple[Span, ...], ...] = ()
+    if PLUGINS[parsed.transfer_syntax] is not None:
+        fragments = call_safely(find_frames, parsed.content, pixels.offset, num_frames)
+    return DicomImage(
+        slices=slices,
+        sop_class=parsed.sop_class if _name_uid(parsed.sop_class) == parsed.sop_class else None,
+        transfer_syntax=parsed.transfer_syntax,
+        layout=layout,
+        dataset=parsed.dataset,
+        pixels=pixels,
+        content=parsed.content,
+        fragments=fragments,
+    )
 
 
-# ---- from the header to an Instance --------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
-def _make_instance(parsed: ParsedFile, key: bytes | None, limits: DecodeLimits) -> Instance:
-    """Check a header in the order that gives the most useful reason."""
+def _check_object(parsed: ParsedFile) -> PixelElement:
+    """Check a header in the order that gives the most useful reason; return the pixel element."""
     dataset = parsed.dataset
     if not parsed.sop_class and "Modality" not in dataset and "Rows" not in dataset:
         raise RejectedImage("not_an_image", _NOT_DICOM)
-    if reason := find_object_rejection(dataset, parsed.sop_class):
+    if reason := _find_object_rejection(dataset, parsed.sop_class):
         raise reject(reason)
     if parsed.pixels is None:
         if parsed.ends_early:
-            raise RejectedImage("truncated", "The file ends before its pixels. Resend it.")
-        raise RejectedImage("no_pixels", "The object has no Pixel Data (7FE0,0010). Resend it.")
+            raise RejectedImage("truncated", "The file ends before its pixels. Send it again.")
+        raise RejectedImage("no_pixels", "The object has no Pixel Data (7FE0,0010). Send it again.")
     if not parsed.pixels.is_integer:
         raise reject("derived_map")
-    if reason := find_image_rejection(dataset):
+    if reason := _find_image_rejection(dataset):
         raise reject(reason)
     if parsed.transfer_syntax not in PLUGINS:
         raise RejectedImage(
             "unsupported",
-            f"Transfer syntax {name_uid(parsed.transfer_syntax)} is not supported. "
+            f"Transfer syntax {_name_uid(parsed.transfer_syntax)} is not supported. "
             "Convert the file to Explicit VR Little Endian.",
         )
-    layout = _read_pixel_format(dataset, limits)
-    num_frames = _count_frames(parsed, layout)
-    frames = call_safely(_read_frames, dataset, num_frames)
-    if all(frame.rejection for frame in frames):
-        raise reject(str(frames[0].rejection))
-    return Instance(
-        transfer_syntax=parsed.transfer_syntax,
-        sop_class=parsed.sop_class if name_uid(parsed.sop_class) == parsed.sop_class else None,
-        rows=layout.rows,
-        columns=layout.columns,
-        frames=frames,
-        flags=_find_flags(dataset, parsed.sop_class, frames),
-        patient=_hash_element(dataset, "PatientID", key),
-        study=_hash_element(dataset, "StudyInstanceUID", key),
-        series=_hash_element(dataset, "SeriesInstanceUID", key),
-        sop_instance=_hash_element(dataset, "SOPInstanceUID", key),
-    )
+    return parsed.pixels
 
 
 def _read_pixel_format(dataset: Dataset, limits: DecodeLimits) -> PixelFormat:
-    """Read and check how the samples are stored.
-
-    Raises
-    ------
-    RejectedImage
-        ``corrupt``, ``colour``, ``unsupported`` or ``too_large``.
-    """
+    """Read and check how the samples are stored."""
     rows, columns = get_int(dataset, "Rows"), get_int(dataset, "Columns")
     allocated = get_int(dataset, "BitsAllocated")
     stored = get_int(dataset, "BitsStored") or allocated
@@ -300,12 +231,11 @@ def _read_pixel_format(dataset: Dataset, limits: DecodeLimits) -> PixelFormat:
     return PixelFormat(rows, columns, allocated, stored, is_signed)
 
 
-def _count_frames(parsed: ParsedFile, layout: PixelFormat) -> int:
-    """Return the number of frames, if the file is long enough to hold them."""
-    assert parsed.pixels is not None
+def _count_frames(parsed: ParsedFile, pixels: PixelElement, layout: PixelFormat) -> int:
+    """Return the number of frames; check that the file is long enough for them."""
     claimed = get_int(parsed.dataset, "NumberOfFrames")
-    num_frames = 1 if claimed in (None, 0) else int(claimed)  # 0 is written for 1
-    length = parsed.pixels.length
+    num_frames = claimed or 1  # some writers give 0 for one frame
+    length = pixels.length
     is_native = PLUGINS[parsed.transfer_syntax] is None
     if num_frames < 0 or (is_native and length == UNDEFINED_LENGTH):
         raise RejectedImage(
@@ -313,15 +243,15 @@ def _count_frames(parsed: ParsedFile, layout: PixelFormat) -> int:
             "Number of Frames (0028,0008) or the length of Pixel Data (7FE0,0010) is impossible. "
             "Export the image again.",
         )
-    available = parsed.size_bytes - parsed.pixels.offset if length == UNDEFINED_LENGTH else length
+    available = len(parsed.content) - pixels.offset if length == UNDEFINED_LENGTH else length
     least = layout.rows * layout.columns * layout.bits_allocated // 8
     if not is_native:
         least = 8  # the header of a fragment
     if num_frames * least > available:
         raise RejectedImage(
             "truncated",
-            f"The header says {num_frames:,} frames, the pixel data have {available:,} bytes: too "
-            "few. Resend the file.",
+            f"The header says {num_frames:,} frames, but the pixel data have only {available:,} "
+            "bytes. Send the file again.",
         )
     if num_frames > MAX_FRAMES:
         raise RejectedImage(
@@ -335,23 +265,35 @@ def _hash_element(dataset: Dataset, keyword: str, key: bytes | None) -> str | No
     return None if key is None or value is None else hash_identifier(str(value), key)
 
 
-# ---- frames and flags ----------------------------------------------------------------------------
+# ---- slices --------------------------------------------------------------------------------------
 
 
-def _read_frames(dataset: Dataset, num_frames: int) -> tuple[Frame, ...]:
-    own_groups = get_value(dataset, "PerFrameFunctionalGroupsSequence")
-    if not own_groups:
-        return (_read_frame(dataset, 0),) * num_frames
-    if len(own_groups) != num_frames:
+def _read_slices(
+    parsed: ParsedFile, num_frames: int, identifiers: dict[str, Any]
+) -> tuple[SliceInfo, ...]:
+    dataset = parsed.dataset
+    groups = get_value(dataset, "PerFrameFunctionalGroupsSequence")
+    if groups and len(groups) != num_frames:
         raise RejectedImage(
             "corrupt",
-            f"The header says {num_frames:,} frames and describes {len(own_groups):,} "
-            "(5200,9230). Export the image again.",
+            f"The header says {num_frames:,} frames and describes {len(groups):,} (5200,9230). "
+            "Export the image again.",
         )
-    return tuple(_read_frame(dataset, index) for index in range(num_frames))
+    frames = [_read_frame(dataset, index) for index in range(num_frames if groups else 1)]
+    flags = _find_flags(dataset, parsed.sop_class, frames)
+    return tuple(
+        replace(
+            frames[index if groups else 0],
+            frame=index if num_frames > 1 else None,
+            flags=flags,
+            **identifiers,
+        )
+        for index in range(num_frames)
+    )
 
 
-def _read_frame(dataset: Dataset, index: int) -> Frame:
+def _read_frame(dataset: Dataset, index: int) -> SliceInfo:
+    """Read the geometry of a frame (PS3.3, C.7.6.2), and its reason for a rejection."""
     groups = FunctionalGroups(dataset, index)
     orientation = get_numbers(
         groups.find("PlaneOrientationSequence", "ImageOrientationPatient"),
@@ -362,12 +304,10 @@ def _read_frame(dataset: Dataset, index: int) -> Frame:
         groups.find("PlanePositionSequence", "ImagePositionPatient"), "ImagePositionPatient", 3
     )
     spacing = get_numbers(groups.find("PixelMeasuresSequence", "PixelSpacing"), "PixelSpacing", 2)
-    frame = Frame(
-        orientation=None,
-        position_mm=None,
+    reason = _find_frame_rejection(groups)
+    frame = SliceInfo(
         spacing_mm=(spacing[0], spacing[1]) if spacing and min(spacing) > 0 else None,
-        plane=None,
-        rejection=find_frame_rejection(groups),
+        rejection=reject(reason) if reason else None,
     )
     if orientation is None or not _is_orthonormal(orientation):
         return frame
@@ -383,17 +323,178 @@ def _read_frame(dataset: Dataset, index: int) -> Frame:
 
 
 def _is_orthonormal(orientation: tuple[float, ...]) -> bool:
-    """Tell whether these are two perpendicular unit vectors, rounding apart."""
+    """Return whether these are two perpendicular unit vectors, up to rounding."""
     if max(map(abs, orientation)) > 1.1:
         return False
     pair = np.reshape(orientation, (2, 3))
     return bool(np.abs(pair @ pair.T - np.eye(2)).max() < 0.1)
 
 
-def _find_flags(dataset: Dataset, sop_class: str, frames: tuple[Frame, ...]) -> tuple[str, ...]:
+# ---- rejections and flags ------------------------------------------------------------------------
+
+
+def _terms(text: str) -> frozenset[str]:
+    return frozenset(text.split("|"))
+
+
+_STORAGE = "1.2.840.10008.5.1.4.1.1."
+MR_IMAGE_CLASSES = frozenset(f"{_STORAGE}4{suffix}" for suffix in ("", ".1", ".3", ".4"))
+"""Classic, enhanced, enhanced colour and legacy converted enhanced MR images."""
+_PARAMETRIC_MAP = f"{_STORAGE}30"
+_SECONDARY_CAPTURE = f"{_STORAGE}7"
+_NO_IMAGE_CLASSES = tuple(
+    f"{_STORAGE}{suffix}"
+    # Spectra, waveforms, presentation states, raw data and segmentations, reports and key object
+    # selections, encapsulated documents, radiotherapy structures and plans.
+    for suffix in ("4.2", "9.", "11.", "66", "67", "68.", "88.", "104.", "481.3", "481.5", "481.8")
+)
+_DICOMDIR = "1.2.840.10008.1.3.10"
+_NO_IMAGE_MODALITIES = _terms("AU|DOC|ECG|FID|KO|PLAN|PR|REG|RTPLAN|RTRECORD|RTSTRUCT|SEG|SR")
+
+# Third and later values of Image Type: PS3.3, C.8.3.1.1.1 and C.8.13.3.1.1, and terms of the large
+# vendors.
+_PROJECTIONS = frozenset({"PROJECTION IMAGE", "MIP", "MINIP", "MPR", "CSA MPR", "MAX_IP", "MIN_IP"})
+_DERIVED_MAPS = _terms(
+    "ADC|EADC|FA|FRACTIONAL_ANISOTROPY|TENSOR|PHASE|PHASE MAP|PHASE_MAP|P|R|I|REAL|IMAGINARY|"
+    "VELOCITY|VELOCITY MAP|B0 MAP|FIELD MAP|T1 MAP|T2 MAP|T2_STAR MAP|CBF|CBV|RCBF|RCBV|MTT|TTP|"
+    "TMAX|KTRANS"
+)
+_NOT_MAGNITUDE = frozenset({"PHASE", "REAL", "IMAGINARY"})  # Complex Image Component
+
+# PS3.16, annex L. Parts next to the brain are accepted: head studies are filed under them too.
+_HEAD_PARTS = frozenset({"BRAIN", "HEAD", "HEADNECK", "SKULL", "ORBIT", "FACE", "PITUITARY", "IAC"})
+_OTHER_PARTS = _terms(
+    "ABDOMEN|ABDOMENPELVIS|ANKLE|AORTA|ARM|BLADDER|BREAST|CALF|CERVIX|CHEST|CHESTABDOMEN|CLAVICLE|"
+    "COCCYX|CSPINE|CTSPINE|ELBOW|EXTREMITY|FEMUR|FINGER|FOOT|FOREARM|HAND|HEART|HIP|HUMERUS|KIDNEY|"
+    "KNEE|LEG|LIVER|LOWERLIMB|LSPINE|LSSPINE|LUNG|PANCREAS|PELVIS|PROSTATE|RIB|SHOULDER|SPINE|"
+    "SPLEEN|SSPINE|STERNUM|TESTIS|THIGH|THORAX|TLSPINE|TSPINE|UPPERLIMB|UTERUS|WHOLEBODY|WRIST"
+)
+# Code values of Anatomic Region Sequence: SNOMED CT, then SNOMED RT.
+_HEAD_CODES = frozenset({"69536005", "12738006", "774007", "T-D1100", "T-A0100", "T-D1000"})
+_OTHER_CODES = _terms(
+    # chest, abdomen, pelvis, breast, heart, cervical, thoracic and lumbar spine, knee
+    "51185008|818981001|113345001|816092008|12921003|76752008|80891009|122494005|122495006|"
+    "122496007|72696002|T-D3000|T-D4000|T-D6000|T-04000|T-32000|T-11501|T-11502|T-11503|"
+    "T-D9200"
+)
+
+_CONTRASTS = _terms(
+    "DIFFUSION|FLOW_ENCODED|FLUID_ATTENUATED|PERFUSION|PROTON_DENSITY|STIR|TAGGING|T2|T2_STAR|TOF"
+)
+"""Defined terms of Acquisition Contrast, except T1: most of the public slices are T1."""
+
+_MESSAGES = {
+    "not_an_image_object": "The DICOM object is not an image. Send the MR images themselves.",
+    "not_mr": "The image is not MR by its modality (0008,0060) or SOP class. Send MR images.",
+    "other_body_part": "Body Part Examined (0018,0015) or Anatomic Region (0008,2218) names a part "
+    "other than the head. Send head images, or correct the header.",
+    "localizer": "Image Type (0008,0008) says that this is a localizer. Send the series itself.",
+    "projection": "The header says that this is a projection or a reformatted image. "
+    "Send the original slices.",
+    "derived_map": "The header says that this is a computed map or a phase image. "
+    "Send the magnitude images.",
+    "mosaic": "Image Type (0008,0008) says that this frame is a mosaic of many slices. "
+    "Convert it to one frame for each slice.",
+    "secondary_capture": "The object is a screen capture. Send the MR images themselves.",
+    "colour": "The image has colours. Send the grey MR images.",
+    "burned_in": "Burned In Annotation (0028,0301) is YES: text may identify the patient. "
+    "Send the image without it.",
+}
+
+
+def reject(reason: str) -> RejectedImage:
+    """Return the rejection for a reason found in a DICOM header."""
+    return RejectedImage(reason, _MESSAGES[reason])
+
+
+def _name_uid(uid: str) -> str:
+    """Return a registered UID; others may identify a device or a person."""
+    return uid if UID(uid).name != uid else "a private UID"
+
+
+def _find_object_rejection(dataset: Dataset, sop_class: str) -> str | None:
+    """Return the reason to reject a whole object, with or without pixels."""
+    modality = get_words(dataset, "Modality")[:1]
+    if (
+        sop_class.startswith(_NO_IMAGE_CLASSES)
+        or sop_class == _DICOMDIR
+        or (modality and modality[0] in _NO_IMAGE_MODALITIES)
+    ):
+        return "not_an_image_object"
+    if sop_class == _SECONDARY_CAPTURE or sop_class.startswith(f"{_SECONDARY_CAPTURE}."):
+        return "secondary_capture"
+    if sop_class == _PARAMETRIC_MAP:
+        return "derived_map"
+    is_other_class = sop_class not in MR_IMAGE_CLASSES and _name_uid(sop_class) == sop_class != ""
+    if is_other_class or modality not in ((), ("MR",)):
+        return "not_mr"
+    return None
+
+
+def _find_image_rejection(dataset: Dataset) -> str | None:
+    """Return the reason to reject all images of an MR object."""
+    photometric = get_words(dataset, "PhotometricInterpretation")
+    if photometric and photometric[0] not in ("MONOCHROME1", "MONOCHROME2"):
+        return "colour"
+    if get_words(dataset, "BurnedInAnnotation")[:1] == ("YES",):
+        return "burned_in"
+    if _is_head(dataset) is False:
+        return "other_body_part"
+    return None
+
+
+def _is_head(dataset: Dataset) -> bool | None:
+    """Return whether the header names the head; None where it names no body part."""
+    anatomy = FunctionalGroups(dataset, 0).find("FrameAnatomySequence", "AnatomicRegionSequence")
+    region = get_item(anatomy, "AnatomicRegionSequence")
+    code = None if region is None else get_value(region, "CodeValue")
+    part = "".join(get_words(dataset, "BodyPartExamined")[:1])
+    if code in _HEAD_CODES or part in _HEAD_PARTS:
+        return True
+    if code in _OTHER_CODES or part in _OTHER_PARTS:
+        return False
+    return None
+
+
+def _find_frame_rejection(groups: FunctionalGroups) -> str | None:
+    """Return the reason to reject one frame, by its image type."""
+    kind = "MRImageFrameTypeSequence"
+    types = get_words(groups.find(kind, "FrameType"), "FrameType")
+    types = types or get_words(groups.root, "ImageType")
+    words = frozenset(types[2:])
+    component = get_words(groups.find(kind, "ComplexImageComponent"), "ComplexImageComponent")
+    technique = get_words(
+        groups.find(kind, "VolumeBasedCalculationTechnique"), "VolumeBasedCalculationTechnique"
+    )
+    if "LOCALIZER" in words:
+        return "localizer"
+    if "MOSAIC" in words:
+        return "mosaic"
+    if "SCREEN SAVE" in words:
+        return "secondary_capture"
+    if words & _PROJECTIONS or not frozenset(technique) <= {"NONE", "MIXED"}:
+        return "projection"
+    if words & _DERIVED_MAPS or frozenset(component) & _NOT_MAGNITUDE:
+        return "derived_map"
+    return None
+
+
+def _find_sequence_flags(groups: FunctionalGroups) -> set[str]:
+    """Return flags of the MR sequence, from elements with enumerated terms."""
+    flags: set[str] = set()
+    contrast = get_words(
+        groups.find("MRImageFrameTypeSequence", "AcquisitionContrast"), "AcquisitionContrast"
+    )
+    flags.update(f"contrast_{word.lower()}" for word in contrast if word in _CONTRASTS)
+    if "EP" in get_words(groups.root, "ScanningSequence"):
+        flags.add("echo_planar")
+    return flags
+
+
+def _find_flags(dataset: Dataset, sop_class: str, frames: list[SliceInfo]) -> tuple[str, ...]:
     groups = FunctionalGroups(dataset, 0)
-    flags = find_sequence_flags(groups)
-    if is_head(dataset) is None:
+    flags = _find_sequence_flags(groups)
+    if _is_head(dataset) is None:
         flags.add("body_part_unknown")
     if not sop_class and not get_words(dataset, "Modality"):
         flags.add("modality_unknown")

@@ -1,10 +1,9 @@
-"""DICOM bytes to the few header elements that are used, and where the pixels begin.
+"""Parse DICOM headers: the few elements that are used, and the position of the pixels.
 
-pydicom parses. It is handed the list of elements to keep, so names, dates and free text are skipped
-unread, and it stops at the pixels. Its logger and its warnings quote what a file holds; both are
-off for the whole process from the import of this module on, because switching them for each call
-would not be safe among threads. It does not validate values either, so that it has little to quote
-where a program resets the warning filters.
+pydicom parses. It gets a list of the elements to keep, so that it skips names, dates and free text,
+and it stops at the pixels. Its logger and its warnings quote values of a file. Importing this
+module switches both off for the whole process: switching them for each call is not safe among
+threads. Validation of values is off too, since it would only make more warnings.
 """
 
 import io
@@ -14,11 +13,11 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pydicom.config
 from pydicom.dataset import Dataset
-from pydicom.filereader import read_dataset
+from pydicom.filereader import read_dataset, read_partial
 from pydicom.tag import Tag
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -46,8 +45,9 @@ MAX_ITEMS = 250_000
 MAX_VALUES = 500_000
 """Most values in a header: pydicom takes some microseconds and 200 bytes for each."""
 _FIRST_BYTES = 2**18  # enough for the header of a classic object
+_ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # little and big endian
 _COUNTED = (
-    ("sequence items", (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00"), MAX_ITEMS),
+    ("sequence items", _ITEM_TAGS, MAX_ITEMS),
     ("values", (b"\\",), MAX_VALUES),  # a backslash separates values
 )
 _PIXEL_DATA_TAGS = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")
@@ -63,8 +63,8 @@ _KEPT_ELEMENTS = (
     "StudyInstanceUID VOILUTFunction VOILUTSequence VolumeBasedCalculationTechnique WindowCenter "
     "WindowWidth"
 )
-"""Keywords of the only elements that are read. Real World Value Maps are not among them: they
-give quantities such as mm²/s, not grey values."""
+"""Keywords of the only elements that are read. Real World Value Maps are left out: they give
+quantities such as mm²/s, not grey values."""
 _KEPT_TAGS = [Tag(keyword) for keyword in _KEPT_ELEMENTS.split()]
 
 _Result = TypeVar("_Result")
@@ -83,10 +83,10 @@ class PixelElement(NamedTuple):
 
 
 class _Meta(NamedTuple):
-    """What precedes the data set."""
+    """The file meta information."""
 
     transfer_syntax: str
-    """Empty where the file does not say."""
+    """Empty where the element is absent."""
     sop_class: str
     end: int
     """Where the data set begins, in bytes."""
@@ -94,16 +94,14 @@ class _Meta(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ParsedFile:
-    """A DICOM file up to its pixels. Its repr shows nothing of it."""
+    """A DICOM file up to its pixels. Its repr shows no values."""
 
     dataset: Dataset
     sop_class: str
     transfer_syntax: str
     pixels: PixelElement | None
-    size_bytes: int
-    """Of the file, or of what it inflates to."""
-    inflated: bytes | None
-    """The data set of a deflated file; offsets count from its start."""
+    content: bytes
+    """The file, or the inflated data set of a deflated file; offsets count from its start."""
     ends_early: bool
     """The file ends inside the header of an element."""
 
@@ -112,10 +110,10 @@ class ParsedFile:
 
 
 def call_safely(function: Callable[..., _Result], *arguments: Any) -> _Result:  # noqa: ANN401
-    """Call a function on a stranger's bytes; whatever it raises becomes a rejection.
+    """Call a function on an untrusted file; its exceptions become rejections.
 
-    The rejection is raised outside of the ``except`` block: the exception of a library quotes the
-    values of the file, and must not hang on it as its context.
+    The rejection is raised outside of the ``except`` block: the exceptions of libraries quote
+    values of the file, and must not become the context of the rejection.
 
     Raises
     ------
@@ -129,43 +127,39 @@ def call_safely(function: Callable[..., _Result], *arguments: Any) -> _Result:  
     except MemoryError:
         reason, what = "too_large", "There is not enough memory to read this file."
     except (EOFError, OSError):
-        reason, what = "truncated", "The file ends inside an element. Resend it."
+        reason, what = "truncated", "The file ends inside an element. Send it again."
     except Exception as error:  # pydicom and the codecs raise a dozen types for bad bytes
         name = type(error).__name__
         reason, what = "corrupt", f"The file cannot be decoded ({name}). Export it again."
     except BaseException as error:
-        # pylibjpeg-rle 2.2 is written in Rust and panics where a segment is too long. A panic is no
-        # Exception in Python, and its type cannot be imported. Needed until that decoder raises.
+        # pylibjpeg-rle 2.2 is written in Rust and panics where a segment is too long. In Python a
+        # panic is not an Exception, and its type cannot be imported. Remove this when it raises.
         if type(error).__module__ != "pyo3_runtime":
             raise
         reason, what = "corrupt", "A run-length encoded frame is damaged. Export it again."
     raise RejectedImage(reason, what)
 
 
-def parse_file(file: BinaryIO, size_bytes: int, max_inflated_bytes: int) -> ParsedFile:
+def parse_file(content: bytes, max_inflated_bytes: int) -> ParsedFile:
     """Read the header of a DICOM file, with or without preamble and meta information.
 
     pydicom takes some 40 bytes of memory for each byte of a header made of empty elements, and 80
-    for each of one made of empty items. So it is handed the start of the file only, and no more
-    than :data:`MAX_HEADER_BYTES` and :data:`MAX_ITEMS` of it.
+    for each of one made of empty items. So it gets only the start of the file, with at most
+    :data:`MAX_HEADER_BYTES` and :data:`MAX_ITEMS`.
 
     Raises
     ------
     RejectedImage
         ``truncated``, ``corrupt`` or ``too_large``.
     """
-    meta = call_safely(_read_meta, file)
-    inflated = None
+    meta = call_safely(_read_meta, content)
     if meta.transfer_syntax == DeflatedExplicitVRLittleEndian:
-        file.seek(meta.end)
-        inflated = call_safely(_inflate, file.read(), max_inflated_bytes)
-        file, size_bytes, meta = io.BytesIO(inflated), len(inflated), meta._replace(end=0)
+        content = call_safely(_inflate, content[meta.end :], max_inflated_bytes)
+        meta = meta._replace(end=0)
     for num_bytes in (_FIRST_BYTES, MAX_HEADER_BYTES):
-        file.seek(0)
-        start = file.read(num_bytes)
-        is_whole = len(start) == size_bytes
+        is_whole = num_bytes >= len(content)
         try:
-            parsed = call_safely(_parse_start, start, meta, size_bytes, inflated)
+            parsed = call_safely(_parse_start, content, num_bytes, meta)
         except RejectedImage:
             if is_whole or num_bytes == MAX_HEADER_BYTES:
                 raise
@@ -177,8 +171,9 @@ def parse_file(file: BinaryIO, size_bytes: int, max_inflated_bytes: int) -> Pars
     )
 
 
-def _parse_start(start: bytes, meta: _Meta, size_bytes: int, inflated: bytes | None) -> ParsedFile:
+def _parse_start(content: bytes, num_bytes: int, meta: _Meta) -> ParsedFile:
     """Read the data set in the first bytes of a file."""
+    start = content[:num_bytes]
     _check_counts(start)
     file = io.BytesIO(start)
     file.seek(meta.end)
@@ -186,10 +181,10 @@ def _parse_start(start: bytes, meta: _Meta, size_bytes: int, inflated: bytes | N
     is_little_endian = syntax != ExplicitVRBigEndian
     if not syntax:  # the first element is in group 8
         is_little_endian = start[meta.end : meta.end + 2] != b"\x00\x08"
-    stop = _PixelStop(file, size_bytes)
+    stop = _PixelStop(file, len(content))
     dataset = read_dataset(
         file,
-        syntax in ("", ImplicitVRLittleEndian),  # pydicom finds explicit VRs by itself
+        syntax in ("", ImplicitVRLittleEndian),  # pydicom detects explicit VRs itself
         is_little_endian,
         stop_when=stop,
         specific_tags=list(_KEPT_TAGS),
@@ -198,15 +193,15 @@ def _parse_start(start: bytes, meta: _Meta, size_bytes: int, inflated: bytes | N
         is_implicit = dataset.original_encoding[0]
         little = ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
         syntax = str(little if is_little_endian else ExplicitVRBigEndian)
-    ends_early = stop.pixels is None and stop.end not in (None, size_bytes)
+    ends_early = stop.pixels is None and stop.end not in (None, len(content))
     sop_class = str(get_value(dataset, "SOPClassUID") or meta.sop_class)
-    return ParsedFile(dataset, sop_class, syntax, stop.pixels, size_bytes, inflated, ends_early)
+    return ParsedFile(dataset, sop_class, syntax, stop.pixels, content, ends_early)
 
 
 def _check_counts(start: bytes) -> None:
-    """Check how much a header holds, before pydicom takes memory and time for it."""
+    """Check the size of a header before pydicom takes memory and time for it."""
     end = max(map(start.rfind, _PIXEL_DATA_TAGS))
-    end = len(start) if end < 0 else end  # what follows is no header, and may hold such bytes
+    end = len(start) if end < 0 else end  # pixels may contain the counted bytes
     for what, marks, most in _COUNTED:
         if end > most and sum(start.count(mark, 0, end) for mark in marks) > most:
             raise RejectedImage(
@@ -214,9 +209,9 @@ def _check_counts(start: bytes) -> None:
             )
 
 
-def _read_meta(file: BinaryIO) -> _Meta:
-    """Read the elements of group 2, if any, and stop at the first of another group."""
-    start = io.BytesIO(file.read(_FIRST_BYTES))
+def _read_meta(content: bytes) -> _Meta:
+    """Read the elements of group 2, and stop at the first of another group."""
+    start = io.BytesIO(content[:_FIRST_BYTES])
     if start.read(132)[128:] != b"DICM":
         start.seek(0)
     meta = read_dataset(start, False, True, stop_when=lambda tag, _vr, _length: tag >> 16 != 2)
@@ -234,26 +229,27 @@ def _inflate(deflated: bytes, max_bytes: int) -> bytes:
             f"The file inflates to more than the {max_bytes:,} bytes allowed.",
         )
     if not inflater.eof:
-        raise RejectedImage("truncated", "The deflated file ends too early. Resend it.")
+        raise RejectedImage("truncated", "The deflated file ends too early. Send it again.")
     return inflated
 
 
 class _PixelStop:
-    """Stops pydicom at the pixels, and notices an element that is longer than the file."""
+    """Stops pydicom at the pixels; rejects a file that ends inside an element."""
 
-    def __init__(self, file: BinaryIO, size_bytes: int) -> None:
+    def __init__(self, file: io.BytesIO, size_bytes: int) -> None:
         self._file = file
         self._size_bytes = size_bytes
         self.pixels: PixelElement | None = None
         self.end: int | None = None
-        """Where the last element ends, in bytes; None where it does not say."""
+        """End of the last element, in bytes; None where its length is undefined."""
 
     def __call__(self, tag: int, vr: str | None, length: int) -> bool:
         at = self._file.tell()
         if length != UNDEFINED_LENGTH and at + length > self._size_bytes:
             raise RejectedImage(
                 "truncated",
-                f"The file ends inside element ({tag >> 16:04X},{tag & 0xFFFF:04X}). Resend it.",
+                f"The file ends inside element ({tag >> 16:04X},{tag & 0xFFFF:04X}). "
+                "Send it again.",
             )
         if tag in _PIXEL_TAGS:
             self.pixels = PixelElement(tag == _PIXEL_DATA, vr or "OW", at, length)
@@ -269,7 +265,7 @@ def get_value(dataset: Dataset, keyword: str) -> Any:  # noqa: ANN401 - as pydic
     """Return an element's value; None where it is absent, empty or malformed."""
     try:
         value = dataset.get(keyword)
-    except Exception:  # an element that cannot be read is as good as none
+    except Exception:  # treat an element that cannot be read as absent
         return None
     return None if value == "" else value
 
@@ -311,9 +307,9 @@ def get_int(dataset: Dataset, keyword: str) -> int | None:
 
 
 class FunctionalGroups:
-    """Elements of one frame: its own functional groups first, then the shared ones, then the root.
+    """Finds elements of one frame: in its own functional groups, the shared ones, or the root.
 
-    Enhanced objects keep there what classic ones keep in the root (PS3.3, C.7.6.16).
+    Enhanced objects have functional groups (PS3.3, C.7.6.16), classic ones use the root alone.
     """
 
     def __init__(self, dataset: Dataset, frame: int) -> None:
@@ -323,7 +319,7 @@ class FunctionalGroups:
         self._groups = (item, get_item(dataset, "SharedFunctionalGroupsSequence"))
 
     def find(self, sequence: str, keyword: str) -> Dataset:
-        """Return the data set that holds an element for this frame; the root where none does."""
+        """Return the data set with this frame's element; the root where no group has it."""
         for group in self._groups:
             item = get_item(group, sequence)
             if item is not None and keyword in item:
@@ -337,3 +333,54 @@ class FunctionalGroups:
         if centre is None or width is None or width[0] <= 0:
             return None
         return centre[0], width[0], item
+
+
+# ---- DICOMDIR ------------------------------------------------------------------------------------
+
+
+def list_references(content: bytes) -> list[tuple[str, ...]]:
+    """Return the files that a DICOMDIR references (PS3.3, annex F), in its order, each once.
+
+    Returns
+    -------
+    list of tuple of str
+        Path below the folder of the DICOMDIR: names of folders, then of the file.
+
+    Raises
+    ------
+    RejectedImage
+        The file is not a DICOMDIR, or references a file that is not below its folder.
+    """
+    return call_safely(_list_references, content)
+
+
+def _list_references(content: bytes) -> list[tuple[str, ...]]:
+    if content.count(_ITEM_TAGS[0]) > MAX_ITEMS:
+        raise RejectedImage("too_large", f"It has more than the {MAX_ITEMS:,} records allowed.")
+    file = io.BytesIO(content)
+
+    def check_length(_tag: int, _vr: str | None, length: int) -> bool:
+        if length != UNDEFINED_LENGTH and file.tell() + length > len(content):
+            raise RejectedImage("truncated", "It ends inside an element.")
+        return False
+
+    dataset = read_partial(
+        file, check_length, force=True, specific_tags=[Tag("DirectoryRecordSequence")]
+    )
+    records = get_value(dataset, "DirectoryRecordSequence")
+    if records is None:
+        raise RejectedImage("not_an_image", "Expected Directory Records (0004,1220), found none.")
+    found = dict.fromkeys(filter(None, map(_read_reference, records)))
+    return list(found)
+
+
+def _read_reference(record: Dataset) -> tuple[str, ...]:
+    value = get_value(record, "ReferencedFileID")
+    if value is None:
+        return ()
+    parts = (value,) if isinstance(value, str) else tuple(map(str, value))
+    if any(not part or "/" in part or "\0" in part or set(part) <= {"."} for part in parts):
+        raise RejectedImage(
+            "corrupt", "A Referenced File ID (0004,1500) does not name a file below its folder."
+        )
+    return parts

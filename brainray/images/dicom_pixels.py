@@ -1,18 +1,17 @@
-"""Frames of a DICOM object as grey values: the pixel chain of PS3.3, C.11.
+"""Pixels of DICOM objects as grey values: the steps of PS3.3, C.11.
 
-pydicom decodes the stored samples. The rest is done here, because pydicom applies rescaling from
-the root of an object only, and enhanced objects keep it in their functional groups:
+pydicom decodes the stored samples. The other steps are here, because pydicom takes rescaling from
+the root of an object only, and enhanced objects have it in their functional groups:
 
 1. stored samples, with unused bits cleared,
 2. Modality LUT, or Rescale Slope and Intercept of the frame: :func:`decode_frame` stops here,
 3. VOI LUT or window, to 8 bits: :func:`render_frame` only,
-4. inversion, where low values are to be shown bright,
+4. inversion, where the object shows low values bright,
 5. padding, which is not part of the image, to the darkest value.
 
-The network's input takes the values after step 2, inverted and masked, because its grey range is
-that of the percentiles of the slice's own samples: windows differ from slice to slice within one
-series. Only where a classifier's preprocessing takes 8-bit values as they are stored are the
-windowed values of :func:`render_frame` its input.
+Classifiers with ``intensity="percentile"`` take the values after step 2, because windows differ
+from slice to slice within a series. Classifiers with ``intensity="stored"`` take those of
+:func:`render_frame`.
 """
 
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import get_decoder
 
 from brainray.errors import RejectedImage
-from brainray.images.dicom import PLUGINS, DicomImage, PixelFormat
+from brainray.images.dicom import PLUGINS, DicomImage, PixelFormat, reject
 from brainray.images.dicom_file import (
     FunctionalGroups,
     call_safely,
@@ -35,8 +34,7 @@ from brainray.images.dicom_file import (
     get_numbers,
     get_words,
 )
-from brainray.images.dicom_rules import reject
-from brainray.images.headers.codestream import read_jpeg_2000_codestream, read_jpeg_codestream
+from brainray.images.dicom_frames import read_jpeg_2000_codestream, read_jpeg_codestream
 
 gdcm.Trace.WarningOff()  # it prints to standard error
 gdcm.Trace.ErrorOff()
@@ -45,7 +43,7 @@ GreyRange = Literal["voi_lut", "window", "samples"]
 
 _RLE_LOSSLESS = "1.2.840.10008.1.2.5"
 _PERCENTILES = (1, 99)
-"""Range shown where an object has no window."""
+"""Percentiles of the range shown where an object has no window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,32 +53,25 @@ class RenderedFrame:
     pixels: NDArray[np.uint8]
     """Shape (rows, columns), 0 black to 255 white."""
     grey_range: GreyRange
-    """Where the range of grey values came from: the object's VOI LUT, its window, or, where it has
-    neither, the 1st to the 99th percentile of the frame's own samples."""
+    """Source of the range of grey values: the object's VOI LUT, its window, or, without either, the
+    1st to the 99th percentile of the frame's own samples."""
 
 
 def decode_frame(image: DicomImage, frame: int = 0) -> NDArray[np.float32]:
     """Decode one frame to grey values at full depth, after the modality transform.
 
-    High is bright: where the object says that low values are to be shown bright, the values are
-    mirrored within their range. Padding has the lowest value of the rest.
-
-    Parameters
-    ----------
-    image : DicomImage
-        What :func:`brainray.images.dicom.open_dicom` returned.
-    frame : int
-        Index from 0.
+    High values are bright: where the object shows low values bright, they are inverted within their
+    range. Padding gets the lowest of the other values.
 
     Returns
     -------
     ndarray of float32, shape (rows, columns)
-        In the units of the modality transform, which for MR mean nothing across series.
+        In units of the modality transform; for MR they are not comparable across series.
 
     Raises
     ------
     RejectedImage
-        The frame cannot be decoded, or is not to be classified (``Frame.rejection``).
+        The frame cannot be decoded, or is rejected in ``image.slices``.
     IndexError
         There is no such frame.
     """
@@ -100,9 +91,9 @@ def decode_frame(image: DicomImage, frame: int = 0) -> NDArray[np.float32]:
 def render_frame(image: DicomImage, frame: int = 0) -> RenderedFrame:
     """Decode one frame to 8 bits for display, through its VOI LUT or window.
 
-    A VOI LUT comes before a window, and the first of several is taken. Width 0, which a linear
-    window must not have, counts as no window; a linear window narrower than 1 is taken as
-    LINEAR_EXACT, which scanners that rescale to small numbers mean.
+    A VOI LUT has precedence over a window, and the first of several is used. A window of width 0,
+    which the standard forbids, is ignored. A linear window narrower than 1 is read as LINEAR_EXACT:
+    scanners that rescale to small numbers write such windows.
 
     Parameters and exceptions are those of :func:`decode_frame`.
     """
@@ -148,11 +139,11 @@ class _Samples:
 
 
 def _load_samples(image: DicomImage, frame: int) -> _Samples:
-    num_frames = len(image.instance.frames)
+    num_frames = len(image.slices)
     if not 0 <= frame < num_frames:
         raise IndexError(f"Expected a frame from 0 to {num_frames - 1}, got {frame}.")
-    if reason := image.instance.frames[frame].rejection:
-        raise reject(reason)
+    if rejection := image.slices[frame].rejection:
+        raise reject(rejection.reason)  # a new exception: each keeps its traceback
     return call_safely(_decode_samples, image, frame)
 
 
@@ -169,7 +160,7 @@ def _decode_samples(image: DicomImage, frame: int) -> _Samples:
 
 
 def _is_inverted(dataset: Dataset) -> bool:
-    """Presentation LUT Shape counts before Photometric Interpretation (PS3.3, C.11.6.1.2)."""
+    """Presentation LUT Shape precedes Photometric Interpretation (PS3.3, C.11.6.1.2)."""
     shape = get_words(dataset, "PresentationLUTShape")[:1]
     if shape in (("INVERSE",), ("IDENTITY",)):
         return shape == ("INVERSE",)
@@ -181,11 +172,11 @@ def _is_inverted(dataset: Dataset) -> bool:
 
 def _decode_stored(image: DicomImage, frame: int) -> NDArray[Any]:
     """Return the stored samples of one frame, shape (rows, columns), an integer type."""
-    syntax = image.instance.transfer_syntax
+    syntax = image.transfer_syntax
     plugin = PLUGINS[syntax]
     source: bytes | memoryview
     if plugin is None:
-        source, index, num_frames = _view_frames(image), frame, len(image.instance.frames)
+        source, index, num_frames = _view_frames(image), frame, len(image.slices)
     else:
         encoded = b"".join(image.content[start:end] for start, end in image.fragments[frame])
         if syntax != _RLE_LOSSLESS:
@@ -199,7 +190,7 @@ def _decode_stored(image: DicomImage, frame: int) -> NDArray[Any]:
 
 
 def _describe_pixels(image: DicomImage) -> dict[str, Any]:
-    """Return the options by which pydicom decodes grey frames."""
+    """Return pydicom's options for decoding grey frames."""
     layout = image.layout
     return {
         "rows": layout.rows,
@@ -216,16 +207,16 @@ def _describe_pixels(image: DicomImage) -> dict[str, Any]:
 
 
 def _view_frames(image: DicomImage) -> memoryview:
-    """Return the uncompressed frames, without what may follow them; padded to an even length."""
+    """Return the uncompressed frames, padded to an even length, without later bytes."""
     layout = image.layout
-    num_bytes = len(image.instance.frames) * layout.rows * layout.columns
+    num_bytes = len(image.slices) * layout.rows * layout.columns
     num_bytes = num_bytes * layout.bits_allocated // 8
     start = image.pixels.offset
     return memoryview(image.content)[start : start + num_bytes + num_bytes % 2]
 
 
 def _check_codestream(encoded: bytes, plugin: str, layout: PixelFormat) -> bytes:
-    """Check that a compressed frame is what the header says, before memory is taken for it."""
+    """Check a compressed frame against the header, before a decoder allocates memory."""
     is_jpeg_2000 = plugin == "pylibjpeg"
     read = read_jpeg_2000_codestream if is_jpeg_2000 else read_jpeg_codestream
     frame = read(encoded)
@@ -246,10 +237,7 @@ def _check_codestream(encoded: bytes, plugin: str, layout: PixelFormat) -> bytes
 
 
 def _wrap(value: int, layout: PixelFormat) -> int:
-    """Return what a number becomes when it is stored as a sample.
-
-    Padding values are written with either sign, or with more bits than a sample has.
-    """
+    """Wrap a number to a sample: padding values have either sign, or more bits than a sample."""
     value &= (1 << layout.bits_stored) - 1
     if layout.is_signed and value >> (layout.bits_stored - 1):
         value -= 1 << layout.bits_stored
@@ -259,7 +247,7 @@ def _wrap(value: int, layout: PixelFormat) -> int:
 def _find_padding(
     stored: NDArray[Any], dataset: Dataset, layout: PixelFormat
 ) -> NDArray[np.bool_] | None:
-    """Return where samples are padding (PS3.3, C.7.5.1.1.2); None where the header has none."""
+    """Return a mask of padding (PS3.3, C.7.5.1.1.2); None where the header defines none."""
     values = get_numbers(dataset, "PixelPaddingValue", 1)
     if values is None:
         return None
@@ -283,7 +271,7 @@ def _apply_modality(
     slope = get_numbers(groups.find(sequence, "RescaleSlope"), "RescaleSlope", 1)
     intercept = get_numbers(groups.find(sequence, "RescaleIntercept"), "RescaleIntercept", 1)
     with np.errstate(over="ignore", invalid="ignore"):  # infinite values are rejected afterwards
-        if slope is not None and slope[0] not in (0.0, 1.0):  # 0 would leave nothing of the image
+        if slope is not None and slope[0] not in (0.0, 1.0):  # 0 would erase the image
             values *= np.float32(slope[0])
         if intercept is not None and intercept[0] != 0.0:
             values += np.float32(intercept[0])
@@ -301,7 +289,7 @@ def _apply_lut(
     num_entries = num_entries or 2**16
     if is_signed and first >= 2**15:
         first -= 2**16
-    raw = item.get_item("LUTData")  # pydicom would make a list of numbers of it
+    raw = item.get_item("LUTData")  # pydicom would convert it to a list of numbers
     data = (raw.value or b"") if isinstance(raw, RawDataElement) else b""
     width = 1 if len(data) < 2 * num_entries else 2
     order = "<" if item.original_encoding[1] else ">"
@@ -318,7 +306,7 @@ def _apply_voi(samples: _Samples) -> tuple[NDArray[np.uint8], GreyRange]:
     values, groups = samples.values, samples.groups
     lut = get_item(groups.root, "VOILUTSequence")
     if lut is not None:
-        # The first value of the descriptor has the sign of what goes into the table.
+        # The first mapped value has the sign of the values.
         shown, bits = _apply_lut(values, lut, bool(values.min() < 0))
         return _to_bytes(shown / (2.0**bits - 1)), "voi_lut"
     window = groups.find_window()
@@ -336,7 +324,7 @@ def _apply_voi(samples: _Samples) -> tuple[NDArray[np.uint8], GreyRange]:
 def _apply_window(
     values: NDArray[np.float32], centre: float, width: float, function: str
 ) -> NDArray[np.floating[Any]]:
-    """Apply a window (PS3.3, C.11.2.1.2 and C.11.2.1.3); return values whose 0 to 1 is shown."""
+    """Apply a window (PS3.3, C.11.2.1.2 and C.11.2.1.3); the range 0 to 1 is shown."""
     wide = values.astype(np.float64)
     if function == "SIGMOID":
         return 1 / (1 + np.exp(np.clip(-4 * (wide - centre) / width, -700, 700)))

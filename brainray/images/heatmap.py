@@ -1,4 +1,4 @@
-"""A scan as a picture for a person to look at, and over it where the evidence lies."""
+"""Render scans and class-evidence maps as PNG."""
 
 import io
 
@@ -10,17 +10,18 @@ from brainray.images.intensity import Samples, to_display
 from brainray.images.preprocess import Frame
 
 PICTURE_PX = 224
+"""Longer side of a picture of a scan, at most."""
 SHOWN_PX = 1024
-"""Longer side of a scan as shown under a heat map, at most; the map itself is far coarser."""
+"""Longer side of a scan with a heat map, at most; the map itself is far coarser."""
 
 GALLERY_OVERLAY_PX = 160
-"""Longer side of an overlay among many: in colour a picture takes twice the bytes."""
+"""Longer side of an overlay in a gallery: colour takes twice the bytes."""
 
 OVERLAY_ALPHA = 0.6
-"""Share of colour where the evidence is strongest; the scan stays visible under it."""
+"""Opacity of the strongest evidence; the scan stays visible under it."""
 
-# Inferno of matplotlib (van der Walt and Smith, 2015; CC0) at 2/9 to 9/9 of its length: from there
-# on it stands out from black, and its lightness still rises evenly.
+# Matplotlib's inferno (van der Walt and Smith, 2015; CC0) from 2/9 on: visible on black, with
+# evenly rising lightness.
 _INFERNO = ("4b0c6b", "781c6d", "a52c60", "cf4446", "ed6925", "fb9a06", "f7d03c", "fcffa4")
 
 
@@ -30,8 +31,7 @@ def render_picture(samples: Samples) -> bytes:
     Parameters
     ----------
     samples : ndarray of uint8 or uint16, shape (height, width)
-        16-bit samples are shown by the scan's own range: many hold 12 bits, which would be nearly
-        black.
+        16-bit samples are shown by the scan's own range.
     """
     image = Image.fromarray(to_display(samples))
     image.thumbnail((PICTURE_PX, PICTURE_PX))
@@ -42,10 +42,6 @@ def render_grey(pixels: NDArray[np.uint8]) -> bytes:
     """Render grey levels as a PNG of at most :data:`SHOWN_PX` on the longer side.
 
     A map or an overlay of the same slice has the same size.
-
-    Parameters
-    ----------
-    pixels : ndarray of uint8, shape (height, width)
     """
     height, width = _find_shown_size(pixels.shape, SHOWN_PX)
     image = Image.fromarray(pixels)
@@ -55,27 +51,25 @@ def render_grey(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def render_map(class_map: NDArray[np.float32], frame: Frame, stride_px: int) -> bytes:
-    """Render the evidence for a class as a PNG that is laid over the scan.
+    """Render the evidence for a class as a transparent PNG, to be laid over the scan.
 
-    Colour and opacity both rise with the evidence, relative to the strongest there is for this
-    class; where there is none, or evidence against it, the picture is transparent. So is the part
-    of the scan that the network does not see. What it sees beside the scan, in its padding, is not
-    shown, but counts as the strongest if it is.
+    Colour and opacity rise with the evidence, relative to its maximum. Pixels without evidence,
+    with evidence against the class, or outside of the network's input are transparent. Evidence in
+    the input's padding is not shown, but counts for the maximum.
 
     Parameters
     ----------
     class_map : ndarray of float32, shape (h, w)
         Evidence for one class in every cell of the network's last features.
     frame : Frame
-        Which part of the scan the network sees, and where in its square.
+        Part of the scan in the network's input, and its position there.
     stride_px : int
-        Pixels of that square from one cell to the next; cell i is centred on pixel i times this.
+        Distance of cells in pixels of the input; cell i is centred on pixel i * stride_px.
 
     Returns
     -------
     bytes
-        An RGBA PNG of the scan's size, or where that is larger, of its aspect ratio and
-        :data:`SHOWN_PX` on the longer side.
+        An RGBA PNG of the scan's size, reduced to :data:`SHOWN_PX` on the longer side.
     """
     levels = _compute_levels(class_map, frame, stride_px)
     return _encode(Image.fromarray(np.dstack([_COLOURS[levels], levels])))
@@ -115,7 +109,7 @@ def render_overlay(
 
 
 def _find_shown_size(shape: tuple[int, ...], shown_px: int) -> tuple[int, int]:
-    """Return height and width of what is shown of a scan of some height and width."""
+    """Return height and width of a scan as shown."""
     shrunk = min(1.0, shown_px / max(shape))
     height, width = (max(1, round(length * shrunk)) for length in shape)
     return height, width
@@ -124,14 +118,14 @@ def _find_shown_size(shape: tuple[int, ...], shown_px: int) -> tuple[int, int]:
 def _compute_levels(
     class_map: NDArray[np.float32], frame: Frame, stride_px: int, shown_px: int = SHOWN_PX
 ) -> NDArray[np.uint8]:
-    """Return the evidence at every pixel of the scan as shown: 0 none, 255 the strongest."""
+    """Return the evidence at every shown pixel, from 0 (none) to 255 (the maximum)."""
     height, width = _find_shown_size(frame.shape, shown_px)
     peak = float(class_map.max())
     if not peak > 0:
         return np.zeros((height, width), np.uint8)
     source, target = frame.source, frame.target
     num_rows, num_columns = class_map.shape
-    # Centres of the shown pixels, in pixels of the scan and then as shares of what is seen of it.
+    # Centres of the shown pixels, in pixels of the scan; below as shares of its part in the input.
     down = (np.arange(height) + 0.5) * (frame.shape[0] / height)
     across = (np.arange(width) + 0.5) * (frame.shape[1] / width)
     rows = _interpolate(
@@ -149,15 +143,15 @@ def _interpolate(
 ) -> NDArray[np.float32]:
     """Return the weight of every cell at every pixel of a line, shape (pixels, num_cells).
 
-    Catmull-Rom splines: smooth, and each cell keeps its value. Beyond the outermost centres the
-    evidence stays what it is there; at pixels that the network does not see all weights are 0.
+    Catmull-Rom splines are smooth and keep the value of each cell. Beyond the outermost centres the
+    evidence is constant. Pixels outside of the network's input have weights 0.
 
     Parameters
     ----------
     shares : ndarray of float64, shape (pixels,)
-        Where each pixel's centre is: 0 and 1 are the ends of what the network sees of the line.
+        Centres of the pixels; 0 and 1 are the ends of the line's part in the input.
     start, extent : int
-        Where that lies in the network's square.
+        Position and length of that part in the input.
     """
     positions = start + shares * extent - 0.5
     cells = (positions / stride_px).clip(0, num_cells - 1)
@@ -178,7 +172,7 @@ def _interpolate(
 
 
 def _build_colours() -> NDArray[np.uint8]:
-    """Return a colour for every level of evidence, shape (256, 3)."""
+    """Return a colour for every level, shape (256, 3)."""
     stops = np.array([list(bytes.fromhex(stop)) for stop in _INFERNO])
     positions = np.linspace(0, 1, len(stops))
     levels = np.linspace(0, 1, 256)

@@ -1,4 +1,4 @@
-"""Sample values to grey levels: an image's own range, percentiles, and 8 bits of what lies between.
+"""Ranges of sample values, and scaling to 8 bits.
 
 A range is a pair (low, high) of sample values with low < high, so that nothing divides by zero.
 """
@@ -15,34 +15,27 @@ Range = tuple[float, float]
 """Lowest and highest sample value of interest; the lowest is less than the highest."""
 
 OWN_RANGE = (0.005, 0.995)
-"""Share of an image's pixels below each end of its own range: one pixel in two hundred may be hot,
-dead or part of burnt-in text."""
+"""Quantiles of an image's own range: one pixel in two hundred may be hot, dead or burnt-in text."""
 HEAD_RANGE = (0.01, 0.99)
-"""Share of the head's pixels that become black at most, and of those that do not become white."""
+"""Quantiles of the head's pixels that become black and white."""
 DARK_SHARE = 8 / 255
-"""Up to this share of its own range a pixel is taken for air; a JPEG's black is rarely 0."""
+"""Pixels up to this share of the own range count as air; a JPEG's black is rarely 0."""
 
-cv2.setNumThreads(1)  # tasks and the service decode one image on each CPU already
+cv2.setNumThreads(1)  # every CPU already decodes an image of its own
 
 
 def to_unsigned(samples: NDArray[Any], *, fill_range: bool = False) -> Samples:
-    """Return samples of any real type as unsigned integers.
+    """Convert real samples (height, width) of any type to unsigned integers.
 
-    uint8 and uint16 are returned as they are. Whole numbers keep their steps where 16 bits hold
-    their range, and are shifted if they do not fit: so 12-bit samples have the same percentiles
-    whatever type a file has them in. Others are mapped linearly onto 0 … 65535, from their lowest
-    to their highest value. Values that float32 cannot hold (NaN, infinities) become the lowest.
-
-    Parameters
-    ----------
-    samples : ndarray of any real dtype, shape (height, width)
-    fill_range : bool
-        Map whole numbers linearly too.
+    uint8 and uint16 stay as they are. Integers whose range fits in 16 bits keep their steps, unless
+    `fill_range`, and are shifted where necessary: 12-bit samples have the same percentiles in every
+    type. Others are scaled linearly to 0 … 65535, from lowest to highest. Values that float32
+    cannot hold (NaN, infinities) become the lowest.
 
     Raises
     ------
     ValueError
-        Samples of other than two dimensions, without pixels, or not real.
+        Samples are not two-dimensional, not real, or empty.
     """
     if samples.ndim != 2 or not samples.size or samples.dtype.kind not in "buif":
         raise ValueError(
@@ -50,7 +43,7 @@ def to_unsigned(samples: NDArray[Any], *, fill_range: bool = False) -> Samples:
             f"{samples.dtype} of shape {samples.shape}. Pass one grey image at a time."
         )
     if samples.dtype in (np.uint8, np.uint16):
-        # OpenCV reads neither a foreign byte order nor columns that are not neighbours in memory.
+        # OpenCV needs native byte order and contiguous rows.
         return np.ascontiguousarray(samples, samples.dtype.newbyteorder("="))
     values = samples.astype(np.float64)
     is_measured = np.abs(values) <= np.finfo(np.float32).max  # False for NaN
@@ -65,10 +58,10 @@ def to_unsigned(samples: NDArray[Any], *, fill_range: bool = False) -> Samples:
 
 
 def find_own_range(samples: Samples) -> Range:
-    """Return the range that holds :data:`OWN_RANGE` of an image's pixels.
+    """Return the range between the :data:`OWN_RANGE` quantiles of an image.
 
-    12-bit data in a 16-bit file fill a sixteenth of their type's range, and a contrast may fill a
-    part of that: what is dark has to be said relative to the image's own range.
+    12-bit data fill a sixteenth of the range of their 16-bit type, or less. So thresholds are
+    relative to this range.
     """
     lowest, highest = cv2.minMaxLoc(samples)[:2]
     if lowest == highest:
@@ -78,15 +71,10 @@ def find_own_range(samples: Samples) -> Range:
 
 
 def find_head_range(samples: Samples, own: Range) -> Range:
-    """Return the range from the 1st to the 99th percentile of the pixels that are not air.
+    """Return the range from the 1st to the 99th percentile of pixels that are not air.
 
-    Parameters
-    ----------
-    samples : ndarray of uint8 or uint16, shape (height, width)
-        The scan, or the part of it that holds the head. Percentiles of a reduced scan are nearer to
-        those of what the network sees than a large scan's own, whose noise it averages away.
-    own : (float, float)
-        Of the whole scan, from :func:`find_own_range`.
+    `samples` are the reduced scan, or its part with the head: reducing averages noise as resizing
+    to the network's input does. `own` is the range of the whole scan.
     """
     lowest, highest = cv2.minMaxLoc(samples)[:2]
     first = max(lowest, np.floor(own[0] + DARK_SHARE * (own[1] - own[0])) + 1)
@@ -99,8 +87,8 @@ def find_head_range(samples: Samples, own: Range) -> Range:
 def _find_percentiles(
     samples: Samples, shares: tuple[float, float], lowest: float, highest: float
 ) -> Range:
-    """Return the values below which shares of the pixels within [lowest, highest] lie."""
-    num_bins = round(highest - lowest) + 1  # every value has its own
+    """Return two quantiles of the pixels within [lowest, highest]."""
+    num_bins = round(highest - lowest) + 1  # one for each value
     counts = cv2.calcHist([samples], [0], None, [num_bins], [lowest, highest + 1]).ravel()
     cumulative = np.cumsum(counts, dtype=np.float64)
     bins = np.searchsorted(cumulative, np.array(shares) * cumulative[-1])
@@ -109,10 +97,10 @@ def _find_percentiles(
 
 
 def stretch_range(samples: Samples, to_stretch: Range) -> NDArray[np.uint8]:
-    """Map a range linearly onto 0 … 255; what lies beside it becomes black or white."""
+    """Scale a range linearly to 0 … 255; values outside it become black or white."""
     low, high = to_stretch
     gain = 255 / (high - low)
-    raised = cv2.max(samples, low)  # as the next step takes absolute values
+    raised = cv2.max(samples, low)  # the next step takes absolute values
     stretched: NDArray[np.uint8] = cv2.convertScaleAbs(raised, alpha=gain, beta=-low * gain)
     return stretched
 
@@ -132,9 +120,9 @@ def scale_to_8_bits(samples: Samples) -> NDArray[np.uint8]:
 
 
 def to_display(samples: Samples) -> NDArray[np.uint8]:
-    """Return grey levels for a person to look at: 8 bits as they are, others by their own range.
+    """Convert samples to 8 bits for display: 16-bit samples by their own range.
 
-    By its type's full range 12-bit data in a 16-bit file would be nearly black.
+    By the full range of their type, 12-bit data would be nearly black.
     """
     if samples.dtype == np.uint8:
         return samples.view(np.uint8)

@@ -1,9 +1,8 @@
-"""NIfTI volumes to slices in radiological display orientation.
+"""Cut NIfTI volumes into slices in radiological display orientation.
 
-nibabel reads the header and tells the orientation; the voxels are taken from the file as a view,
-turned without resampling, and scaled one slice at a time. Of a file only what is needed is
-unpacked, and nothing before the header has said how much that is. The header's free text fields and
-its extensions, which may hold DICOM headers, are not read.
+nibabel reads the header and the orientation. The voxels are a view of the file, reoriented without
+resampling, and scaled one slice at a time. A gzipped file is unpacked no further than its header
+says. Free text fields and extensions of the header, which may hold DICOM headers, are not read.
 """
 
 import gzip
@@ -11,8 +10,7 @@ import io
 import math
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 import nibabel as nib
 import numpy as np
@@ -20,29 +18,27 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from brainray.errors import RejectedImage
-from brainray.images.decode import DecodeLimits
-
-Plane = Literal["axial", "coronal", "sagittal"]
+from brainray.images.decode import DecodeLimits, check_length
+from brainray.images.slices import Plane
 
 _DEFAULT_LIMITS = DecodeLimits()
 _GZIP_START = b"\x1f\x8b"
 _MAX_EXTENSION_BYTES = 16 * 2**20
-"""Most bytes between header and voxels that are skipped."""
+"""Most bytes between header and voxels."""
 
 TISSUE_LEVEL = 0.1
 """A voxel is tissue above this share of the way from the volume's 1st to its 99th percentile."""
 MIN_TISSUE_FRACTION = 0.05
 """A slice with a smaller share of tissue is skipped."""
 MAX_SLICES = 4096
-"""Most slices of a volume. A gzipped file of a few kilobytes can claim millions of one voxel."""
-_MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # metres and micrometres; all else is taken for millimetres
+"""Most slices of a volume: a gzipped file of a few kilobytes can have millions of one voxel."""
+_MM_PER_UNIT = {1: 1000.0, 3: 0.001}  # metres, micrometres; others count as mm
 _MAX_SPACING_MM = 1000.0
 _NUM_SAMPLED = 1_000_000
-"""About how many voxels the percentiles are taken from."""
+"""Approximate number of voxels for the percentiles."""
 
-# Of a volume whose axes point to the patient's right, front and top: the axis that the slices are
-# counted along, and the axes of a slice's columns and rows. Both are reversed for display: the
-# patient's right (front, in sagittal slices) is at the left of the image, the top at its top.
+# The axes (0 right, 1 front, 2 top of the patient) of slices, columns and rows. Columns and rows
+# are reversed for display: the patient's right (front, in sagittal slices) is at the image's left.
 _SLICE_AXES: dict[Plane, tuple[int, int, int]] = {
     "axial": (2, 0, 1),
     "coronal": (1, 0, 2),
@@ -52,92 +48,63 @@ _SLICE_AXES: dict[Plane, tuple[int, int, int]] = {
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Volume:
-    """A three-dimensional image whose slices are made on demand."""
+    """A three-dimensional image; its slices are computed on demand."""
 
     plane: Plane
     num_slices: int
-    """Of the whole volume along the normal of `plane`."""
+    """Slices of the whole volume along the normal of `plane`."""
     kept: tuple[int, ...]
-    """Indices of the slices with enough tissue, from the patient's left, back or bottom."""
+    """Indices of slices with enough tissue, from the patient's left, back or bottom."""
     spacing_mm: tuple[float, float] | None
     """Between rows, then between columns, of a slice, in mm; None where the header gives no
     positive numbers."""
     thickness_mm: float | None
     """Between slices, in mm; None likewise."""
     flags: tuple[str, ...]
-    """``orientation_unknown``: the header gives none, nibabel's default is assumed;
+    """``orientation_unknown``: the header has none, and nibabel's default is assumed;
     ``multi_volume``: only the first of several volumes is read."""
     _stored: NDArray[Any] = field(repr=False)
     """A view with axes (slice, row, column), as displayed."""
     _scale: tuple[float, float] = field(repr=False)
     """Slope and intercept."""
 
-    @property
-    def num_skipped(self) -> int:
-        """How many slices have too little tissue."""
-        return self.num_slices - len(self.kept)
-
     def get_slice(self, index: int) -> NDArray[np.float32]:
-        """Return a slice as displayed, scaled; voxels that are not numbers have its lowest value.
-
-        Returns
-        -------
-        ndarray of float32, shape (rows, columns)
-        """
+        """Return a scaled slice (rows, columns) as displayed; not finite voxels get the lowest."""
         return _scale_voxels(self._stored[index], self._scale)
 
 
 def read_nifti(
-    source: bytes | Path,
+    content: bytes,
     *,
     plane: Plane = "axial",
     limits: DecodeLimits = _DEFAULT_LIMITS,
 ) -> Volume:
-    """Read a NIfTI-1 or NIfTI-2 file, plain or gzipped.
+    """Read a NIfTI-1 or NIfTI-2 file, plain or gzipped, for slices of a plane.
 
-    Slices are kept if voxels above :data:`TISSUE_LEVEL` fill :data:`MIN_TISSUE_FRACTION` of them.
-
-    Parameters
-    ----------
-    source : bytes or Path
-        A whole ``.nii`` or ``.nii.gz`` file, or a local path to one.
-    plane : {"axial", "coronal", "sagittal"}
-        The plane of the slices, by the axis of the volume that is nearest.
-    limits : DecodeLimits
-        The largest file in bytes, and the largest volume in voxels (`max_pixels`).
+    The volume's nearest axis is the slices' normal. A slice is kept if at least
+    :data:`MIN_TISSUE_FRACTION` of its voxels are above :data:`TISSUE_LEVEL`. `limits` hold for the
+    file in bytes and for the volume in voxels (`max_pixels`).
 
     Raises
     ------
     RejectedImage
         ``reason`` is a key of :data:`brainray.images.decode.REJECTION_REASONS`.
     """
-    size_bytes = len(source) if isinstance(source, bytes) else source.stat().st_size
-    if size_bytes == 0:
-        raise RejectedImage("empty", "Expected a NIfTI file, got no bytes. Send the file again.")
-    if size_bytes > limits.max_bytes:
-        raise RejectedImage(
-            "too_large",
-            f"The file has {size_bytes:,} bytes, more than the {limits.max_bytes:,} allowed.",
-        )
-    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-        return _read_safely(file, plane, limits)
-
-
-def _read_safely(file: BinaryIO, plane: Plane, limits: DecodeLimits) -> Volume:
-    """Turn what gzip, nibabel and numpy raise into rejections, without their texts."""
+    check_length(content, limits)
+    file: BinaryIO = io.BytesIO(content)
+    if content.startswith(_GZIP_START):
+        file = cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    # Exceptions of gzip, nibabel and numpy become rejections without their texts.
     try:
-        is_gzipped = file.read(2) == _GZIP_START
-        file.seek(0)
-        stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if is_gzipped else file
-        return _read_volume(stream, plane, limits)
+        return _read_volume(file, plane, limits)
     except RejectedImage:
         raise
     except MemoryError:
         reason, message = "too_large", "There is not enough memory to unpack this NIfTI file."
     except EOFError:
-        reason, message = "truncated", "The gzip stream ends too early. Resend the file."
+        reason, message = "truncated", "The gzip stream ends too early. Send the file again."
     except (OSError, zlib.error):
-        reason, message = "corrupt", "The gzip stream is damaged. Resend the file."
+        reason, message = "corrupt", "The gzip stream is damaged. Send the file again."
     except Exception as error:  # nibabel raises half a dozen types for bad headers
         name = type(error).__name__
         reason, message = "corrupt", f"The NIfTI file cannot be read ({name}). Export it again."
@@ -150,11 +117,11 @@ def _read_volume(file: BinaryIO, plane: Plane, limits: DecodeLimits) -> Volume:
     flags: set[str] = set()
     if math.prod(header.get_data_shape()[3:]) > 1:
         flags.add("multi_volume")
-    turns = _find_orientation(header)
-    if turns is None:
+    orientation = _find_orientation(header)
+    if orientation is None:
         flags.add("orientation_unknown")
-        turns = nib.io_orientation(header.get_base_affine())
-    axes = np.argsort(turns[:, 0])  # the file's axis for each of the patient's
+        orientation = nib.io_orientation(header.get_base_affine())
+    axes = np.argsort(orientation[:, 0])  # the file's axis for each of the patient's
     slices, columns, rows = _SLICE_AXES[plane]
     if (num_slices := shape[axes[slices]]) > MAX_SLICES:
         raise RejectedImage(
@@ -163,8 +130,8 @@ def _read_volume(file: BinaryIO, plane: Plane, limits: DecodeLimits) -> Volume:
         )
     spacing = _find_spacing(header)
     stored = _read_voxels(file, header, shape, dtype)
-    turned = np.asarray(nib.apply_orientation(stored, turns))
-    shown = turned.transpose(slices, rows, columns)[:, ::-1, ::-1]
+    upright = np.asarray(nib.apply_orientation(stored, orientation))
+    shown = upright.transpose(slices, rows, columns)[:, ::-1, ::-1]
     scale = _find_scale(header)
     return Volume(
         plane=plane,
@@ -185,7 +152,7 @@ def _read_header(file: BinaryIO) -> nib.Nifti1Header:
     """Read a header of either version and byte order (nifti.nimh.nih.gov)."""
     start = file.read(348)
     if len(start) < 348:
-        raise RejectedImage("truncated", "The file ends inside its NIfTI header. Resend it.")
+        raise RejectedImage("truncated", "The file ends inside its NIfTI header. Send it again.")
     sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
     if 348 in sizes and start[344:347] == b"n+1":
         return nib.Nifti1Header(start, check=False)
@@ -201,7 +168,7 @@ def _read_header(file: BinaryIO) -> nib.Nifti1Header:
 def _check_voxels(
     header: nib.Nifti1Header, limits: DecodeLimits
 ) -> tuple[tuple[int, int, int], np.dtype[Any]]:
-    """Return the shape and type of the first volume, if it may be read."""
+    """Check and return the shape and type of the first volume."""
     dimensions = [int(size) for size in header.get_data_shape()]
     if not 2 <= len(dimensions) <= 7 or min(dimensions) < 1:
         raise RejectedImage(
@@ -227,7 +194,7 @@ def _check_voxels(
 def _read_voxels(
     file: BinaryIO, header: nib.Nifti1Header, shape: tuple[int, int, int], dtype: np.dtype[Any]
 ) -> NDArray[Any]:
-    """Read the first volume. A gzip stream is unpacked up to its end only, and checked there."""
+    """Read the first volume. Later bytes of a gzip stream are not unpacked."""
     at, offset = int(header["sizeof_hdr"]), float(header["vox_offset"])
     if not at <= offset <= at + _MAX_EXTENSION_BYTES:
         raise RejectedImage("corrupt", "The NIfTI header's vox_offset is impossible.")
@@ -237,14 +204,15 @@ def _read_voxels(
     if len(voxels) < num_bytes:
         raise RejectedImage(
             "truncated",
-            f"The NIfTI file has {len(voxels):,} of its {num_bytes:,} bytes of voxels. Resend it.",
+            f"The NIfTI file has {len(voxels):,} of its {num_bytes:,} bytes of voxels. "
+            "Send it again.",
         )
-    file.read(1)  # at its end, gzip compares the checksum
+    file.read(1)  # at the end of the stream, gzip verifies the checksum
     return np.frombuffer(voxels, dtype).reshape(shape, order="F")
 
 
 def _find_orientation(header: nib.Nifti1Header) -> NDArray[Any] | None:
-    """Return the turns to axes that point right, front and up; None where the header tells none."""
+    """Return nibabel's orientation of the axes; None where the header has none."""
     try:
         sform, sform_code = header.get_sform(coded=True)
         qform, qform_code = header.get_qform(coded=True)
@@ -253,12 +221,12 @@ def _find_orientation(header: nib.Nifti1Header) -> NDArray[Any] | None:
     affine = sform if sform_code else qform if qform_code else None
     if affine is None or not np.isfinite(affine).all():
         return None
-    turns = nib.io_orientation(affine)
-    return None if np.isnan(turns).any() else turns
+    orientation = nib.io_orientation(affine)
+    return None if np.isnan(orientation).any() else orientation
 
 
 def _find_spacing(header: nib.Nifti1Header) -> tuple[float, ...] | None:
-    """Return the spacing of the file's axes in mm; None unless all numbers are positive."""
+    """Return the spacing of the file's axes in mm; None unless all are positive."""
     units = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
     zooms = (*header.get_zooms()[:3], 1.0)[:3]  # a file of one slice may have no third
     spacing = tuple(abs(float(zoom)) * units for zoom in zooms)

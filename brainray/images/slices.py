@@ -1,14 +1,13 @@
-"""One scan file to its slices: the one reader of pictures, DICOM objects and NIfTI volumes.
+"""Open scan files of every format (pictures, DICOM, NIfTI) and decode their slices.
 
-A picture and a classic DICOM object have one slice, whose name is that of the file. An enhanced
-DICOM object and a NIfTI volume have many; each is named ``FILE#frame=N``, counted from 0.
+A picture and a classic DICOM object have one slice, named as the file. An enhanced DICOM object and
+a NIfTI volume have many, named ``FILE#frame=N``, counted from 0.
 
-The libraries for DICOM and NIfTI are imported when the first such file is opened: pictures need
-none of them, and importing them takes longer than decoding a hundred pictures.
+The libraries for DICOM and NIfTI are imported when the first such file is opened. Importing them
+takes longer than decoding a hundred pictures.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits, decode_image, decode_samples
-from brainray.images.headers.signatures import is_dicom, is_nifti
+from brainray.images.headers import is_dicom, is_nifti
 from brainray.images.intensity import to_display
 from brainray.images.preprocess import OpenedScan, Preprocessing, open_samples
 
@@ -29,13 +28,12 @@ if TYPE_CHECKING:
 Format = Literal["picture", "dicom", "nifti"]
 Plane = Literal["axial", "coronal", "sagittal"]
 GreyRange = Literal["stored", "percentile", "voi_lut", "window", "samples"]
-"""Where the grey range of the network's input came from: the `stored` range of the samples' type;
-the `percentile` rule of the classifier, on the slice's own samples at full depth; for classifiers
-that take grey levels as they are stored, the DICOM object's `voi_lut` or `window`, or where it has
-neither, the range of the slice's `samples`."""
+"""Source of the grey range of the network's input. Classifiers with ``intensity="percentile"``:
+`percentile`, of the slice's own samples at full depth. Others: the `stored` range of a picture's
+sample type, the DICOM object's `voi_lut` or `window`, or without them the slice's `samples`."""
 
 LITTLE_TISSUE = "little_tissue"
-"""Reason of a volume's slices above and below the head."""
+"""Reason code of a volume's slices above and below the head."""
 
 _FRAME = re.compile(r"(.*)#frame=(0|[1-9][0-9]*)", re.DOTALL)
 
@@ -45,46 +43,46 @@ class ReadOptions:
     """How scan files are read."""
 
     limits: DecodeLimits = DecodeLimits()
-    """What is too large to open."""
+    """The largest files and images that are opened."""
     plane: Plane = "axial"
     """Plane of the slices that a NIfTI volume is cut into."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SliceInfo:
-    """What a file says of one of its slices; nothing in it identifies a person without the key."""
+    """Metadata of one slice. Without the key nothing here identifies a person."""
 
     frame: int | None = None
     """Index within the file, from 0; None where the file has one slice."""
     rejection: RejectedImage | None = None
-    """Why this slice is not to be classified; None if it may be."""
+    """Why this slice is not classified; else None."""
     sop_instance: str | None = None
-    """Keyed hash of the DICOM object's UID, as of the three below; None without a key. Of a NIfTI
-    volume, the keyed hash of its content, here and as the series."""
+    """Keyed hash of the DICOM identifier, as the three below; None without a key. For a NIfTI
+    volume this and `series` are the keyed hash of its content."""
     series: str | None = None
     study: str | None = None
     patient: str | None = None
     plane: Plane | None = None
     position_mm: float | None = None
-    """Along the slice's normal: slices of a series are ordered by it."""
+    """Position along the slice's normal; orders the slices of a series."""
     orientation: tuple[float, ...] | None = None
     """Direction cosines of a row, then of a column, in the patient's coordinates."""
     spacing_mm: tuple[float, float] | None = None
     """Between rows, then between columns."""
     flags: tuple[str, ...] = ()
-    """What is unknown or unusual; docs/dicom.md has the list."""
+    """What is unknown or unusual; docs/dicom.md lists the flags."""
 
 
 class ScanFile(Protocol):
-    """A file whose header was read, and whose slices can be decoded."""
+    """An opened file: its header is read, its slices can be decoded."""
 
     @property
     def format(self) -> Format:
-        """What the bytes are."""
+        """The format of the file."""
 
     @property
     def slices(self) -> tuple[SliceInfo, ...]:
-        """In the order of the file, those that are not to be classified included."""
+        """All slices in the order of the file, rejected ones included."""
 
     def decode(self, index: int) -> NDArray[Any]:
         """Decode slice number ``index`` of :attr:`slices` to grey samples at full depth.
@@ -92,11 +90,11 @@ class ScanFile(Protocol):
         Raises
         ------
         RejectedImage
-            It cannot be decoded, or is not to be classified.
+            The slice cannot be decoded, or is not classified.
         """
 
     def render(self, index: int) -> tuple[NDArray[np.uint8], GreyRange]:
-        """Decode a slice to 8 bits for display, and say where the grey range came from.
+        """Decode a slice to 8 bits for display; return the source of the grey range too.
 
         Raises
         ------
@@ -108,7 +106,7 @@ class ScanFile(Protocol):
 def open_file(
     content: bytes, options: ReadOptions | None = None, *, key: bytes | None = None
 ) -> ScanFile:
-    """Recognise a file by its bytes, whatever its name, and read its header.
+    """Recognise a file by its bytes, not its name, and read its header.
 
     Parameters
     ----------
@@ -134,7 +132,7 @@ def open_file(
 
 
 def recognise_format(content: bytes) -> Format:
-    """Tell by its first bytes how a file is read; what is unknown is left to the pictures."""
+    """Recognise the format by the first bytes; unknown ones count as pictures."""
     start = content[:352]
     if is_dicom(start):
         return "dicom"
@@ -151,9 +149,9 @@ def open_slice(
 ) -> "OpenedSlice":
     """Decode one slice of a file and make the network's input of it.
 
-    Percentiles are taken from the samples after the modality transform, so that a slice gives the
-    same input alone, within its series, as DICOM, NIfTI or picture, whatever its window. A picture
-    keeps its depth: where grey levels are taken as they are stored, they are those of its file.
+    With ``intensity="percentile"`` the input is made of the samples after the modality transform.
+    So a slice gives the same input as DICOM, NIfTI or 16-bit picture, with any window. With
+    ``intensity="stored"`` it is made of the displayed grey levels.
 
     Parameters
     ----------
@@ -164,12 +162,12 @@ def open_slice(
     preprocessing : Preprocessing
         Of the classifier.
     decoded : ndarray, optional
-        What ``file.decode(index)`` gave, where it was called already.
+        Result of ``file.decode(index)``, where it is available.
 
     Raises
     ------
     RejectedImage
-        It cannot be decoded, or is not to be classified.
+        The slice cannot be decoded, or is not classified.
     """
     grey_range: GreyRange = "percentile" if preprocessing.intensity == "percentile" else "stored"
     if grey_range == "stored" and file.format != "picture":
@@ -180,15 +178,15 @@ def open_slice(
 
 
 def show_slice(file: ScanFile, index: int) -> NDArray[np.uint8]:
-    """Decode one slice to grey levels for a person to look at, shape (height, width).
+    """Decode one slice to grey levels for display, shape (height, width).
 
-    A DICOM object is shown through its own window; a picture of 16 bits by its own range, since
-    many hold 12 bits, which would be nearly black.
+    A DICOM object is shown through its window, a 16-bit picture by its own range: many have 12 bits
+    and would be nearly black.
 
     Raises
     ------
     RejectedImage
-        It cannot be decoded, or is not to be classified.
+        The slice cannot be decoded, or is not classified.
     """
     if file.format == "picture":
         return to_display(file.decode(index))
@@ -196,72 +194,43 @@ def show_slice(file: ScanFile, index: int) -> NDArray[np.uint8]:
 
 
 def find_slice(file: ScanFile, frame: int | None) -> int:
-    """Return the index of a slice in ``file.slices``, by its number within the file.
-
-    Parameters
-    ----------
-    file : ScanFile
-    frame : int or None
-        None for the only slice of a file with one.
+    """Return the index in ``file.slices`` of a frame; None is the only slice of a file.
 
     Raises
     ------
     RejectedImage
-        ``multi_frame``: the file has several, and none is named. ``missing``: it has no such slice.
+        ``multi_frame``: the file has several slices and `frame` is None. ``missing``: the file has
+        no such slice.
     """
     count = len(file.slices)
     if frame is None and count > 1:
         raise RejectedImage(
-            "multi_frame", f"The file has {count} slices, and none is named. Give its number."
+            "multi_frame", f"The file has {count} slices. Give the number of one: FILE#frame=N."
         )
     if not 0 <= (index := frame or 0) < count:
-        raise RejectedImage("missing", f"No slice {index} in this file: it has {count}.")
+        raise RejectedImage("missing", f"The file has {count} slices, but no frame {index}.")
     return index
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedSlice:
-    """A slice, what the network sees of it, and what its file says of it."""
+    """A decoded slice, its network input, and its metadata."""
 
     scan: OpenedScan
     info: SliceInfo
     grey_range: GreyRange
 
 
-def open_slices(
-    content: bytes,
-    preprocessing: Preprocessing,
-    options: ReadOptions | None = None,
-    *,
-    key: bytes | None = None,
-) -> Iterator[OpenedSlice | tuple[SliceInfo, RejectedImage]]:
-    """Yield every slice of a file in its order, opened, or with the reason why it is rejected.
-
-    Raises
-    ------
-    RejectedImage
-        The file as a whole cannot be classified.
-    """
-    file = open_file(content, options, key=key)
-    for index, info in enumerate(file.slices):
-        try:
-            yield open_slice(file, index, preprocessing)
-        except RejectedImage as rejection:
-            if info.frame is None:
-                raise
-            yield info, rejection
-
-
 # ---- names ---------------------------------------------------------------------------------------
 
 
 def name_slice(scan_uri: str, frame: int | None) -> str:
-    """Return the name of a slice: that of its file, and its number where the file has several."""
+    """Return the name of a slice: its file, and its number where the file has several."""
     return scan_uri if frame is None else f"{scan_uri}#frame={frame}"
 
 
 def split_name(slice_uri: str) -> tuple[str, int | None]:
-    """Return the file and the number that :func:`name_slice` made a name of."""
+    """Split a name of :func:`name_slice` into the file and the number."""
     match = _FRAME.fullmatch(slice_uri)
     return (match[1], int(match[2])) if match else (slice_uri, None)
 
@@ -271,7 +240,7 @@ def split_name(slice_uri: str) -> tuple[str, int | None]:
 
 @dataclass(eq=False)
 class _Picture:
-    """A picture: decoded when it is asked for, since its header says nothing beside its pixels."""
+    """A picture. It is decoded on demand, since it has no metadata beside its pixels."""
 
     content: bytes = field(repr=False)
     options: ReadOptions
@@ -296,7 +265,7 @@ class _Dicom:
         from brainray.images.dicom import open_dicom
 
         self._image: DicomImage = open_dicom(content, key=key, limits=options.limits)
-        self.slices = tuple(_list_frames(self._image))
+        self.slices = self._image.slices
 
     def decode(self, index: int) -> NDArray[np.float32]:
         from brainray.images.dicom_pixels import decode_frame
@@ -310,28 +279,8 @@ class _Dicom:
         return rendered.pixels, rendered.grey_range
 
 
-def _list_frames(image: "DicomImage") -> Iterator[SliceInfo]:
-    from brainray.images.dicom_rules import reject
-
-    instance = image.instance
-    for number, frame in enumerate(instance.frames):
-        yield SliceInfo(
-            frame=number if len(instance.frames) > 1 else None,
-            rejection=reject(frame.rejection) if frame.rejection else None,
-            sop_instance=instance.sop_instance,
-            series=instance.series,
-            study=instance.study,
-            patient=instance.patient,
-            plane=frame.plane,
-            position_mm=frame.position_mm,
-            orientation=frame.orientation,
-            spacing_mm=frame.spacing_mm,
-            flags=instance.flags,
-        )
-
-
 class _Nifti:
-    """A NIfTI volume, cut into slices of one plane; those with little tissue are rejected."""
+    """A NIfTI volume as slices of one plane. Slices with little tissue are rejected."""
 
     format: Literal["nifti"] = "nifti"
 
@@ -358,14 +307,14 @@ class _Nifti:
                 info,
                 frame=index,
                 position_mm=None if thickness is None else index * thickness,
-                rejection=None if index in kept else _find_little_tissue(),
+                rejection=None if index in kept else _reject_little_tissue(),
             )
             for index in range(volume.num_slices)
         )
 
     def decode(self, index: int) -> NDArray[np.float32]:
         if self.slices[index].rejection:
-            raise _find_little_tissue()  # a new one: an exception keeps the frames that raised it
+            raise _reject_little_tissue()  # a new exception: each keeps its traceback
         return self._volume.get_slice(index)
 
     def render(self, index: int) -> tuple[NDArray[np.uint8], GreyRange]:
@@ -374,5 +323,7 @@ class _Nifti:
         return np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8), "samples"
 
 
-def _find_little_tissue() -> RejectedImage:
-    return RejectedImage(LITTLE_TISSUE, "The slice has little tissue: it is above or below it.")
+def _reject_little_tissue() -> RejectedImage:
+    return RejectedImage(
+        LITTLE_TISSUE, "The slice has little tissue. It lies above or below the head."
+    )

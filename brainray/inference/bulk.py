@@ -1,13 +1,13 @@
-"""Classify in bulk on Ray Data: one row for every scan, and only what is new.
+"""Classify in bulk on Ray Data: write one row for every scan, and classify only new scans.
 
-A run is planned first (:mod:`brainray.inference.plan`), then predicted in waves. A wave is one
-execution of Ray Data over some of the plan's shards::
+A run makes a plan (:mod:`brainray.inference.plan`), which assigns scan files to shards, and then
+predicts in waves. A wave is one execution of Ray Data over some shards::
 
     shard numbers -> read and decode (tasks) -> predict (actors) -> write (tasks) -> statistics
 
-The slices of a shard's files pass through it as the rows of one block, which the worker that holds
-the predictions writes as one file. The driver gets each shard's statistics, and no row. When all
-waves are done, :mod:`brainray.inference.studies` puts slices together to series and studies.
+The slices of a shard are the rows of one block, which the last task writes as one file. The driver
+receives the statistics of each shard, and no rows. After all waves
+:mod:`brainray.inference.studies` summarises series and studies.
 """
 
 import logging
@@ -15,14 +15,12 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import ray
-import ray.data
-import tyro
 from ray.exceptions import RayError, RayTaskError
 
 from brainray import storage
@@ -34,7 +32,7 @@ from brainray.cluster import (
     raise_own_errors,
     report_waiting,
 )
-from brainray.data.scans import ScanSource, find_sources
+from brainray.data.scans import find_sources
 from brainray.errors import (
     BrainrayError,
     ClassificationError,
@@ -43,91 +41,36 @@ from brainray.errors import (
     RejectedImage,
 )
 from brainray.images.preprocess import Preprocessing
-from brainray.images.slices import LITTLE_TISSUE, ReadOptions
-from brainray.inference.engine import Engine, EngineOptions, prepare_engine
-from brainray.inference.labels import Labels, read_labels
+from brainray.images.slices import LITTLE_TISSUE
+from brainray.inference.engine import prepare_engine
+from brainray.inference.labels import read_labels
+from brainray.inference.options import ClassifyJob
 from brainray.inference.plan import Plan, PlanOptions, make_plan
 from brainray.inference.predict import EnginePool, PredictStage, plan_pool
 from brainray.inference.report import build_metrics, write_report
-from brainray.inference.series import SeriesRule
-from brainray.inference.shards import (
-    MAX_BLOCK_BYTES,
-    OPENED_FILE,
-    DoneShard,
-    WaveTask,
-    build_stream,
-)
-from brainray.inference.stats import (
-    Progress,
-    RunStats,
-    count_rejected,
-    watch_memory,
-)
+from brainray.inference.shards import MAX_BLOCK_BYTES, DoneShard, WaveTask, build_stream
+from brainray.inference.stats import Progress, RunStats, count_rejected, watch_memory
 from brainray.inference.store import PredictionStore, Wave
-from brainray.io.identifiers import Identifiers, hide_paths, open_identifiers
+from brainray.io.identifiers import hide_paths, open_identifiers
 from brainray.io.lock import OutputLock, hold_output
 from brainray.model.calibration import LOW_CONFIDENCE
-from brainray.model.classifier import find_default_classifier, read_classifier_metadata
+from brainray.model.classifier import read_classifier_metadata
 from brainray.runlog import Log
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
-"""Failures of a wave in a row, without a shard done between them, that end a run."""
+"""A run ends after a wave failed so often in a row without completing a shard."""
 SHARDS_PER_ENGINE = 128
-"""Shards of a wave for each engine. The driver grows by some 10 kB for each block of an execution,
-and gets that back with the next; starting an execution costs seconds."""
+"""Shards of a wave, per engine. The driver grows by some 10 kB for each block of an execution and
+reuses that memory in the next one; starting an execution takes seconds."""
 IMAGES_PER_THREAD_S = 25.0
-"""Images of 224 px that a CPU thread is expected to predict in a second, in bf16 on Zen 4 or 5; it
-only decides how many scans share a file."""
+"""Expected images of 224 px per second and CPU thread (bf16, Zen 4 and 5); it only determines how
+many scans share a file."""
 IMAGES_PER_GPU_S = 3_000.0
-"""The same of a GPU."""
-FIRST_SHARDS_PER_ENGINE = 16
-"""Shards of the first wave for each engine. It is opened before the plan is made; every shard that
-the plan has not costs a task."""
+"""Expected images per second and GPU, likewise."""
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassifyJob:
-    """One bulk run: which scans, by which classifier, to where."""
-
-    scans_uri: tuple[str, ...]
-    """Folder, glob, file, DICOMDIR, Parquet table with `image_bytes`, or a .txt or .csv list of
-    URIs; local, s3:// or gs://. May be given several times."""
-    classifier_uri: str = field(default_factory=find_default_classifier)
-    """A classifier bundle; `$BRAINRAY_CLASSIFIER`, else the one that comes with the project, if
-    not given."""
-    output_uri: str
-    """Where predictions, metrics and report go. The same command classifies what is new since."""
-    labels: str | None = None
-    """Where the true classes are: `folder` (the name of a scan's folder is its class), or a CSV
-    file with the columns scan_uri and label."""
-    explain: bool = False
-    """Write beside each prediction its class map: where the network found evidence."""
-    max_rejected: str = "100%"
-    """Exit with status 2, after everything is written, when more of the new slices than this
-    were rejected: a share (5%) or a number (20). Slices with little tissue do not count."""
-    engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions()
-    num_predictors: int | None = None
-    """Processes that hold the classifier; one for each GPU, or for four CPUs, if not given."""
-    gpus_per_predictor: float = 1.0
-    """Share of a GPU that each takes, with --use-gpu."""
-    num_decoders: int | None = None
-    """Tasks that read and decode at a time; as many as CPUs are left, if not given."""
-    part_s: float = 20.0
-    """Seconds of work in one file, about: what a kill can cost."""
-    reading: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions()
-    rule: SeriesRule = SeriesRule()
-    """When the slices of a series give it a class."""
-    id_key_file: str | None = None
-    """File whose bytes, at least 16, are the key of the hashes that stand for patients, studies,
-    series and objects. If not given, each output has a random key of its own beside the
-    predictions."""
-    redact_paths: bool = False
-    """Write keyed hashes in the place of all paths of scans, which may hold names. The report then
-    has no pictures."""
 
 
 def classify(
@@ -137,16 +80,15 @@ def classify(
     on_progress: Callable[[Progress], None] = lambda _: None,
     verbose: bool = False,
 ) -> dict[str, Any]:
-    """Classify every new scan, and write predictions, metrics and report.
+    """Classify all new scans, and write predictions, metrics and a report.
 
     Parameters
     ----------
     job : ClassifyJob
-        What to classify.
     log, on_progress : callable
-        Take a line for a person, and how far the run is.
+        Receive a line of text, and the progress after each shard.
     verbose : bool
-        Whether Ray's own lines are shown.
+        Whether to show Ray's log.
 
     Returns
     -------
@@ -156,35 +98,37 @@ def classify(
     Raises
     ------
     UserError
-        The scans, the classifier or the output cannot be used; or, when all is written, more
-        was rejected than ``max_rejected`` allows.
+        The scans, the classifier or the output cannot be used. Or everything was written, and more
+        scans were rejected than ``max_rejected`` allows.
     ClassificationError
-        The stream failed :data:`MAX_FAILURES` times in a row without a shard done.
+        A wave failed :data:`MAX_FAILURES` times in a row without completing a shard.
     LockLostError
-        Another run took the output over.
+        Another run took over the output.
     """
+    if any(map(storage.is_dicomweb, job.scans_uri)):
+        job = replace(job, redact_paths=True)  # UIDs, and the keys of a search, identify patients
     if job.redact_paths:
-        return _classify_unseen(job, log, on_progress, verbose)
+        return _classify_redacted(job, log, on_progress, verbose)
     return _classify(job, log, on_progress, verbose)
 
 
-def _classify_unseen(
+def _classify_redacted(
     job: ClassifyJob, log: Log, on_progress: Callable[[Progress], None], verbose: bool
 ) -> dict[str, Any]:
-    """Classify, and say and raise nothing that holds a path of a scan."""
+    """Classify without a path of a scan in any line of the log and any error."""
     paths = [path for path in (*job.scans_uri, job.labels, job.id_key_file) if path]
-    hidden: Exception
+    redacted: Exception
     try:
         return _classify(job, lambda line: log(hide_paths(line, paths)), on_progress, verbose)
     except BrainrayError as error:
         kind = ClassificationError if isinstance(error, RejectedImage) else type(error)
-        hidden = kind(hide_paths(str(error), paths))
+        redacted = kind(hide_paths(str(error), paths))
     except Exception as error:
-        hidden = ClassificationError(
-            f"The run failed with {type(error).__name__}. Its message may hold paths, which are "
-            "not to be seen. This is a defect of brainray; please report it."
+        redacted = ClassificationError(
+            f"The run failed with {type(error).__name__}. Its message is withheld, since it may "
+            "contain paths. This is a defect of brainray; please report it."
         )
-    raise hidden  # outside of the except block, so that the first error does not hang on it
+    raise redacted  # outside the except block, so that it has no reference to the first error
 
 
 def _classify(
@@ -194,25 +138,76 @@ def _classify(
     metadata = read_classifier_metadata(job.classifier_uri)
     labels = read_labels(job.labels, tuple(metadata["classes"]))
     sources = find_sources(job.scans_uri)
+    progress = Progress()
     with hold_output(job.output_uri) as lock, raise_own_errors():
         store = PredictionStore.of(job.output_uri, metadata)
         identifiers = open_identifiers(
             job.output_uri, job.id_key_file, redact_paths=job.redact_paths
         )
-        run = _Run(job, metadata, store, identifiers, lock, log, on_progress)
-        run.close_previous()
-        # Importing torch and exporting the network takes about as long as starting Ray.
+        _close_previous_run(store, lock, log)
+        # Preparing the engine takes about as long as starting Ray.
         engine = start_thread(prepare_engine, job.classifier_uri, job.engine)
         connect_ray(verbose=verbose)
         needs = describe_needs(job)
         check_fits(*needs)
         with watch_memory() as peak, report_waiting(needs, log):
             labels = labels and labels.rename(identifiers.name)
-            run.classify(sources, engine.result(), labels)
-        metrics = build_metrics(metadata, run.progress, run.pool, run.num_decoders, peak.bytes)
-        write_report(job, metadata, store, identifiers, run.id, run.progress.new, labels, metrics)
-    _check_rejected(run.progress.new, max_rejected, job.max_rejected)
+            pool = plan_pool(
+                job.engine, num_engines=job.num_predictors, gpus_per_engine=job.gpus_per_predictor
+            )
+            preprocessing = Preprocessing(**metadata["preprocessing"])
+            run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:6]}"
+            options = PlanOptions(
+                sources=tuple(sources),
+                store=store,
+                run=run,
+                max_shard_rows=choose_shard_rows(pool, preprocessing.size_px, job.part_s),
+                num_engines=pool.num_engines,
+                identifiers=identifiers,
+            )
+            plan = make_plan(options)
+            _check_plan(plan, [identifiers.name(uri) for uri in job.scans_uri], log)
+            progress.total = plan.num_scans
+            free_cpus = ray.cluster_resources().get("CPU", 1.0) - pool.num_engines * pool.cpus
+            num_decoders = job.num_decoders or max(1, round(free_cpus))
+            task = WaveTask(
+                store=store,
+                run=run,
+                preprocessing=preprocessing,
+                reading=job.reading,
+                key=identifiers.key,
+                labels=ray.put(labels),
+            )
+            outputs = ["class_maps"] if job.explain else []
+            stage = PredictStage.of(metadata, engine.result(), pool, outputs)
+            predictor = WavePredictor(task, stage, num_decoders, lock, progress, log, on_progress)
+            for wave in plan.list_waves(run, SHARDS_PER_ENGINE * pool.num_engines):
+                predictor.predict(wave)
+            lock.update({})
+            storage.delete_folder(store.plan_uri)
+            on_progress(progress)
+        metrics = build_metrics(metadata, progress, pool, num_decoders, peak.bytes)
+        write_report(job, metadata, store, identifiers, run, progress.new, labels, metrics)
+    _check_rejected(progress.new, max_rejected, job.max_rejected)
     return metrics
+
+
+def _close_previous_run(store: PredictionStore, lock: OutputLock, log: Log) -> None:
+    """Close the wave that an interrupted run left in the lock, and delete that run's plan."""
+    num_missing = store.close(lock.state)
+    if num_missing:
+        log(f"The last run was interrupted; {num_missing:,} of its files are left empty.")
+    lock.update({})
+    storage.delete_folder(store.plan_uri)
+
+
+def _check_plan(plan: Plan, scans: list[str], log: Log) -> None:
+    if not plan.num_listed:
+        raise DataError(f"No scans at {', '.join(scans)}: there is no visible file.")
+    if plan.num_hidden:
+        log(f"Skipped {plan.num_hidden:,} hidden files.")
+    if plan.num_indices:
+        log(f"Skipped {plan.num_indices:,} DICOMDIR, since the files beside them are listed.")
 
 
 def start_thread(function: Callable[..., Result], *arguments: object) -> "Future[Result]":
@@ -222,7 +217,7 @@ def start_thread(function: Callable[..., Result], *arguments: object) -> "Future
     def run() -> None:
         try:
             future.set_result(function(*arguments))
-        except BaseException as error:  # raised where the result is asked for
+        except BaseException as error:  # raised by future.result()
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True, name=function.__name__).start()
@@ -230,7 +225,7 @@ def start_thread(function: Callable[..., Result], *arguments: object) -> "Future
 
 
 def parse_max_rejected(text: str) -> Callable[[int], float]:
-    """Return what turns a number of scans into the number that may be rejected.
+    """Return a function from the number of scans to the number that may be rejected.
 
     Raises
     ------
@@ -263,14 +258,14 @@ def _check_rejected(new: RunStats, limit: Callable[[int], float], text: str) -> 
 
 
 def describe_needs(job: ClassifyJob) -> list[Need]:
-    """Say what the run cannot do without, besides a CPU."""
+    """Return the resources that the run needs besides a CPU."""
     if not job.engine.use_gpu:
         return []
     return [describe_gpu_need(job.gpus_per_predictor, job.num_predictors or 1)]
 
 
 def choose_shard_rows(pool: EnginePool, size_px: int, part_s: float) -> int:
-    """Choose how many slices share a file: about what one engine predicts in ``part_s`` seconds."""
+    """Return how many slices share a file: about ``part_s`` seconds of work for one engine."""
     if pool.gpus:
         rate = IMAGES_PER_GPU_S * pool.gpus
     else:
@@ -278,200 +273,75 @@ def choose_shard_rows(pool: EnginePool, size_px: int, part_s: float) -> int:
     return max(1, min(int(rate * part_s), MAX_BLOCK_BYTES // size_px**2))
 
 
-class _Run:
-    """One run: its plan, its waves, and what came of them."""
+@dataclass(frozen=True, slots=True)
+class WavePredictor:
+    """Predicts the waves of a run, and counts what they wrote."""
 
-    pool: EnginePool
+    task: WaveTask
+    stage: PredictStage
     num_decoders: int
+    lock: OutputLock
+    progress: Progress
+    log: Log
+    on_progress: Callable[[Progress], None]
 
-    def __init__(
-        self,
-        job: ClassifyJob,
-        metadata: dict[str, Any],
-        store: PredictionStore,
-        identifiers: Identifiers,
-        lock: OutputLock,
-        log: Log,
-        on_progress: Callable[[Progress], None],
-    ) -> None:
-        self._job, self._metadata, self._store, self._lock = job, metadata, store, lock
-        self._identifiers = identifiers
-        self._log, self._on_progress = log, on_progress
-        self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:6]}"
-        self._is_over = False
-        self.progress = Progress()
+    def predict(self, wave: Wave) -> None:
+        """Predict a wave; after a failure, continue with the shards that are not done.
 
-    @property
-    def _opened_uri(self) -> str:
-        return self._store.name_plan(self.id, OPENED_FILE)
-
-    def close_previous(self) -> None:
-        """Close what a run left that was cut short."""
-        num_missing = self._store.close(self._lock.state)
-        if num_missing:
-            self._log(f"The last run was cut short; {num_missing:,} of its files are left empty.")
-        self._lock.update({})
-        storage.delete_folder(self._store.plan_uri)
-
-    def classify(
-        self, sources: list[ScanSource], engine: Callable[[], Engine], labels: Labels | None
-    ) -> None:
-        """Plan and predict."""
-        job = self._job
-        self.pool = pool = plan_pool(
-            job.engine, num_engines=job.num_predictors, gpus_per_engine=job.gpus_per_predictor
-        )
-        free = ray.cluster_resources().get("CPU", 1.0) - pool.num_engines * pool.cpus
-        self.num_decoders = job.num_decoders or max(1, round(free))
-        preprocessing = Preprocessing(**self._metadata["preprocessing"])
-        self._wave_size = SHARDS_PER_ENGINE * pool.num_engines
-        storage.write_json(self._opened_uri, None)
-        planned = start_thread(
-            self._plan,
-            PlanOptions(
-                sources=tuple(sources),
-                store=self._store,
-                run=self.id,
-                max_shard_rows=choose_shard_rows(pool, preprocessing.size_px, job.part_s),
-                num_engines=pool.num_engines,
-                identifiers=self._identifiers,
-            ),
-        )
-        self._stage = PredictStage.of(
-            self._metadata, engine, pool, ["class_maps"] if job.explain else []
-        )
-        self._task = WaveTask(
-            store=self._store,
-            run=self.id,
-            preprocessing=preprocessing,
-            reading=job.reading,
-            key=self._identifiers.key,
-            labels=ray.put(labels),
-        )
-        try:
-            self._predict_all(planned)
-        finally:
-            self._is_over = True
-        self._lock.update({})
-        storage.delete_folder(self._store.plan_uri)
-
-    def _predict_all(self, planned: "Future[tuple[Plan, int]]") -> None:
-        # The first wave starts its engines while the plan is being made.
-        first_size = FIRST_SHARDS_PER_ENGINE * self.pool.num_engines
-        todo = self._predict(Wave(self.id, 0, 0, first_size), is_first=True)
-        plan, num_opened = planned.result()
-        if not plan.num_listed:
-            names = map(self._identifiers.name, self._job.scans_uri)
-            raise DataError(f"No scans at {', '.join(names)}: there is not one visible file.")
-        _check_complete(todo.intersection(range(num_opened)))
-        for part, num_shards in enumerate(plan.num_shards):
-            for first in range(0 if part else num_opened, num_shards, self._wave_size):
-                wave = Wave(self.id, part, first, min(self._wave_size, num_shards - first))
-                self._open(wave)
-                _check_complete(self._predict(wave))
-        if plan.num_hidden:
-            self._log(f"Skipped {plan.num_hidden:,} hidden files.")
-        if plan.num_indices:
-            self._log(
-                f"Skipped {plan.num_indices:,} DICOMDIR: the files beside them are scans by "
-                "themselves."
-            )
-        self._on_progress(self.progress)
-
-    def _plan(self, options: PlanOptions) -> tuple[Plan, int]:
-        """Plan, and open the first wave; runs in a thread beside it.
-
-        Returns
-        -------
-        Plan
-        int
-            Shards of the first wave. Where a plan has several parts it is empty, and over before
-            they are gathered: that needs the CPUs that the engines hold.
+        Raises
+        ------
+        ClassificationError
+            Ray failed :data:`MAX_FAILURES` times in a row, or lost shards.
+        LockLostError
+            Another run took over the output.
         """
-
-        def end_first_wave(num_parts: int) -> None:
-            if num_parts > 1:
-                storage.write_json(self._opened_uri, 0)
-
-        num_opened = 0
-        try:
-            plan = make_plan(options, end_first_wave)
-            self.progress.total = plan.num_scans
-            if len(plan.num_shards) == 1 and not self._is_over:
-                size = min(FIRST_SHARDS_PER_ENGINE * options.num_engines, plan.num_shards[0])
-                self._open(Wave(self.id, 0, 0, size))
-                num_opened = size  # where the lock is lost, nothing may be written
-            return plan, num_opened
-        finally:
-            try:
-                storage.write_json(self._opened_uri, num_opened)
-            except BaseException:  # as on a full disk: the first wave waits while the file is there
-                storage.delete_file(self._opened_uri)
-                raise
-
-    def _open(self, wave: Wave) -> None:
-        """Put a wave into the lock, before anything of it is written."""
-        self._lock.update(self._store.describe_wave(wave))
-
-    def _predict(self, wave: Wave, *, is_first: bool = False) -> set[int]:
-        """Predict a wave; what a failure left over is begun again under the same names.
-
-        Returns
-        -------
-        set of int
-            Shards that nothing came of.
-        """
+        # The next run closes the wave that it finds in the lock. So it must be there before the
+        # first file of the wave is written.
+        self.lock.update(self.task.store.describe_wave(wave))
         todo = set(wave.list_shards())
         failures = 0
         while True:
             before = len(todo)
             try:
-                for shard in self._stream(wave.part, sorted(todo), is_first):
-                    self._lock.check()
+                for shard in self.stream(wave.part, sorted(todo)):
+                    self.lock.check()
                     todo.discard(shard.number)
-                    self._take(shard)
-                return todo
-            except RayTaskError:  # it would fail again
-                self._lock.check()  # where the output is lost, that is why
+                    self._count(shard)
+                break
+            except RayTaskError:  # a second attempt would fail too
+                self.lock.check()  # the task may have failed because the lock is lost
                 raise
             except RayError as error:
+                first_line = str(error).strip().partition("\n")[0]
                 failures = 1 if len(todo) < before else failures + 1
                 if failures == MAX_FAILURES:
                     raise ClassificationError(
-                        f"The stream broke {failures} times without a new prediction: "
-                        f"{_first_line(error)} What was predicted is written."
+                        f"Ray failed {failures} times in a row without a new prediction: "
+                        f"{first_line} Predictions made so far are written."
                     ) from error
-                self._log(f"A process was lost ({_first_line(error)}); going on with what is left.")
+                self.log(f"Ray lost a process ({first_line}); continuing with the other shards.")
+        if todo:
+            raise ClassificationError(
+                f"Ray Data lost {len(todo):,} shards. Give the same command again; "
+                "this is a defect of brainray, please report it."
+            )
 
-    def _stream(self, part: int, shards: list[int], is_first: bool) -> "Iterator[DoneShard]":
+    def stream(self, part: int, shards: list[int]) -> Iterator[DoneShard]:
+        """Yield shards of one part of the plan as they are done."""
         if not shards:
             return
-        stream = build_stream(
-            self._task, self._stage, part, shards, self.num_decoders, is_first=is_first
-        )
+        stream = build_stream(self.task, self.stage, part, shards, self.num_decoders)
         batches: Any = stream.iter_batches(batch_size=None, batch_format="pyarrow")
         for batch in batches:
             for value in batch["done"].to_pylist():
-                yield pickle.loads(value)  # our own worker's
+                yield pickle.loads(value)  # pickled by our own task
 
-    def _take(self, shard: "DoneShard") -> None:
+    def _count(self, shard: DoneShard) -> None:
         if self.progress.runtime is None and shard.runtime is not None:
-            self._log(f"Predicting with {shard.runtime['description']}.")
+            self.log(f"Predicting with {shard.runtime['description']}.")
             if "int8_cost" in shard.runtime:
-                self._log(shard.runtime["int8_cost"])
+                self.log(shard.runtime["int8_cost"])
         self.progress.add(
             shard.stats, shard.num_files, shard.num_known, shard.stages_s, shard.runtime
         )
-        self._on_progress(self.progress)
-
-
-def _check_complete(todo: set[int]) -> None:
-    if todo:
-        raise ClassificationError(
-            f"Ray Data lost {len(todo):,} shards. Give the same command again; "
-            "this is a defect of brainray, please report it."
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+        self.on_progress(self.progress)

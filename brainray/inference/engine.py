@@ -1,10 +1,10 @@
 """The engines that compute predictions: OpenVINO or torch, in fp32, bf16 or int8.
 
-Evaluation, calibration, bulk jobs, the HTTP service and ``brainray classify FILE`` all predict with
-:func:`open_engine`. On a CPU, OpenVINO gives ResNet-50 at 224 px about twice the images per second
-of eager torch, and as many one at a time as in batches. On a GPU it is torch.
+Evaluation, calibration, bulk jobs, the HTTP service and ``brainray classify FILE`` all use
+:func:`open_engine`. On a CPU, OpenVINO predicts about twice as many images per second as eager
+torch (ResNet-50, 224 px), and as fast one at a time as in batches. On a GPU torch is used.
 
-torch and OpenVINO are imported when an engine is opened, not with this module.
+Opening an engine imports torch or OpenVINO; importing this module does not.
 """
 
 import math
@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainray.errors import ConfigError, RejectedImage
+from brainray.images.decode import DecodeLimits
 from brainray.images.preprocess import Preprocessing
-from brainray.images.slices import open_slice
+from brainray.images.slices import open_file, open_slice
 from brainray.model.calibration import Calibration, Outputs
 from brainray.model.explain import compute_class_maps, count_cells
 from brainray.model.precision import (
@@ -41,29 +42,29 @@ Value = TypeVar("Value")
 NUM_POOLED_FEATURES = 512 + 1024 + 2048
 """Channels of ResNet-50's last three stages."""
 NUM_CALIBRATION_IMAGES = 300
-"""Images that int8 ranges are taken from, at most; NNCF's own default."""
+"""Most images for the ranges of int8; the default of NNCF."""
 NUM_COMPARED_IMAGES = 128
 """Calibration images on which int8 is compared with fp32."""
 MAP_BATCH_SIZE = 16
-"""Images whose dense features, 6 MB each at 224 px, are held at once for class maps."""
+"""Images per batch of class maps; dense features take 6 MB per image at 224 px."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
-    """What computes predictions."""
+    """Options of an engine."""
 
     backend: Literal["auto", "torch", "openvino"] = "auto"
-    """`auto` takes openvino on a CPU and torch on a GPU."""
+    """`auto` is openvino on a CPU and torch on a GPU."""
     precision: AskedPrecision = "auto"
-    """`auto` takes bf16 where the processor or GPU has it natively, else fp32; int8 needs
+    """`auto` is bf16 if the processor or GPU has bf16 instructions, else fp32. int8 needs
     --calibration-uri."""
     num_threads: int | None = None
-    """CPU threads of one engine. By default a service and a bulk job share the CPUs out; elsewhere
-    as many as this process may use."""
+    """CPU threads of one engine. Default: all CPUs of this process; a service and a bulk job divide
+    the CPUs among their engines."""
     use_gpu: bool = False
     """Compute on a GPU."""
     calibration_uri: str | None = None
-    """For int8: a folder of some hundred scans, like those to classify and of every class."""
+    """For int8: a folder with some hundred scans of every class, similar to those to classify."""
 
     def __post_init__(self) -> None:
         if self.num_threads is not None and self.num_threads < 1:
@@ -72,21 +73,21 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What an engine computes of N images."""
+    """The predictions for N images."""
 
     probs: NDArray[np.float32]
     """Calibrated class probabilities, shape (N, K); rows sum to 1, columns in class order."""
     reasons: list[str | None]
-    """Why an image gets no class: a key of :data:`brainray.model.calibration.NO_CLASS_REASONS`; None where
-    it gets one."""
+    """For each image a key of :data:`brainray.model.calibration.NO_CLASS_REASONS`, or None if
+    it has a class."""
     logits: NDArray[np.float32] | None = None
-    """Before calibration, shape (N, K). None if not asked for."""
+    """Logits before calibration, shape (N, K), if requested."""
     features: NDArray[np.float32] | None = None
-    """Pooled features of the last three stages, shape (N, 3584). None if not asked for."""
+    """Pooled features of the last three stages, shape (N, 3584), if requested."""
     class_maps: NDArray[np.float32] | None = None
     """Class activation maps of :func:`brainray.model.explain.compute_class_maps`, in logits before
-    calibration, shape (N, K, h, w); a cell for every :data:`brainray.model.explain.STRIDE_PX`
-    pixels. None if not asked for."""
+    calibration, shape (N, K, h, w), if requested; a cell is
+    :data:`brainray.model.explain.STRIDE_PX` pixels wide."""
 
     def take(self, row: int) -> "Prediction":
         """Return the prediction of one of the images."""
@@ -97,14 +98,14 @@ class Prediction:
 
 
 class Engine(ABC):
-    """A classifier made ready to compute; several threads may call it at once."""
+    """A classifier that predicts; several threads may call it at once."""
 
     backend: Backend
     precision: Precision
     description: str
-    """One line for a person, as `OpenVINO 2026.4.1, bf16, 2 threads`."""
+    """Such as `OpenVINO 2026.4.1, bf16, 2 threads`."""
     int8_cost: str | None = None
-    """How far int8 is from fp32, in a sentence; None for other precisions."""
+    """The difference of int8 from fp32 in a sentence; None for other precisions."""
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ class Engine(ABC):
         self._weight, self._bias = head_weight, head_bias
 
     def describe(self) -> dict[str, str]:
-        """Return what computes, ready for JSON: ``backend``, ``precision``, ``description``."""
+        """Return ``backend``, ``precision``, ``description``, and ``int8_cost`` for int8."""
         about = {
             "backend": self.backend,
             "precision": self.precision,
@@ -129,26 +130,26 @@ class Engine(ABC):
         return about | ({"int8_cost": self.int8_cost} if self.int8_cost else {})
 
     def make_batch(self, count: int) -> NDArray[np.uint8]:
-        """Return a black batch of images as :meth:`predict` takes them."""
+        """Return a batch of black images for :meth:`predict`."""
         return np.zeros((count, self._preprocessing.size_px, self._preprocessing.size_px), np.uint8)
 
     def predict(self, images: NDArray[np.uint8], outputs: Collection[Output] = ()) -> Prediction:
-        """Predict class probabilities, and for which images they are not to be trusted.
+        """Predict class probabilities, and the images that get no class.
 
         Parameters
         ----------
         images : ndarray of uint8, shape (N, size_px, size_px)
-            From :func:`brainray.images.slices.open_slice`, with the classifier's
-            preprocessing; N may be 0.
+            From :func:`brainray.images.slices.open_slice` with the classifier's preprocessing; N
+            may be 0.
         outputs : collection of {"logits", "features", "class_maps"}
-            What else is wanted.
+            Additional outputs.
 
         Returns
         -------
         Prediction
-            Probabilities are computed in float32 whatever the precision of the network. Class maps
-            are computed by themselves, which takes several times as long; where the network
-            is int8, in fp32. The first call with them compiles the network again (OpenVINO).
+            Probabilities are computed in float32, whatever the precision of the network. Class maps
+            need a second pass, which takes several times as long as the first one; for an int8
+            network it uses fp32. Their first pass compiles another model (OpenVINO).
         """
         side = self._preprocessing.size_px
         assert images.dtype == np.uint8, images.dtype
@@ -194,19 +195,18 @@ class Engine(ABC):
 
 
 def open_engine(classifier: "Classifier", options: EngineOptions) -> Engine:
-    """Make a classifier ready to compute in this process.
+    """Open the engine of a classifier in this process.
 
     Parameters
     ----------
     classifier : Classifier
-        Stays as it is.
+        It is not changed.
     options : EngineOptions
-        What to compute with.
 
     Raises
     ------
     ConfigError
-        The options contradict each other, or ask for what this machine lacks.
+        The options contradict each other, or this machine does not support them.
     """
     if choose_backend(options) == "torch":
         from brainray.inference.engine_torch import TorchEngine
@@ -216,19 +216,19 @@ def open_engine(classifier: "Classifier", options: EngineOptions) -> Engine:
 
 
 def prepare_engine(classifier_uri: str, options: EngineOptions) -> Callable[[], Engine]:
-    """Do once what several processes need to open the same engine.
+    """Do the work once that several processes need to open the same engine.
 
     Parameters
     ----------
     classifier_uri : str
         A classifier bundle.
     options : EngineOptions
-        What to compute with. The precision is chosen where the engine is opened.
+        The precision is chosen in the process that opens the engine.
 
     Returns
     -------
     callable
-        Opens the engine; it can be pickled, and holds the weights, 94 MB in fp32.
+        Opens the engine. It is picklable and contains the weights, 94 MB in fp32.
 
     Raises
     ------
@@ -253,7 +253,7 @@ def _open_openvino(
 
 
 def _quantise(classifier: "Classifier", options: EngineOptions) -> "QuantisedModel | None":
-    """Quantise a network where int8 was asked for, and measure how far that is from fp32."""
+    """Quantise the network if the precision is int8, and compare it with fp32."""
     if options.precision != "int8":
         return None
     from brainray.inference.openvino_model import quantise
@@ -275,41 +275,41 @@ def _quantise(classifier: "Classifier", options: EngineOptions) -> "QuantisedMod
 
 
 def choose_backend(options: EngineOptions) -> Backend:
-    """Choose what computes on this machine.
+    """Choose the backend on this machine.
 
     Raises
     ------
     ConfigError
-        A GPU was asked for that is not here, or for OpenVINO.
+        A GPU is requested with OpenVINO, or torch finds none.
     """
     if not options.use_gpu:
         return "openvino" if options.backend == "auto" else options.backend
     if options.backend == "openvino":
         raise ConfigError(
-            "OpenVINO computes on the CPU here, but a GPU was asked for. "
+            "OpenVINO uses the CPU, but --use-gpu was given. "
             "Leave out --use-gpu, or pass --backend torch."
         )
     import torch
 
     if not torch.cuda.is_available():
         raise ConfigError(
-            "A GPU was asked for, but torch sees none on this machine. "
+            "--use-gpu was given, but torch finds no GPU on this machine. "
             "Leave out --use-gpu, or see `brainray doctor`."
         )
     return "torch"
 
 
 def check_precision(options: EngineOptions, backend: Backend) -> Precision:
-    """Choose the number format on this machine, and check that it can be computed here.
+    """Choose the precision, and check that this machine supports it.
 
     Raises
     ------
     ConfigError
-        The requested precision is not available with this backend, or on this machine.
+        The requested precision is not available with this backend or on this machine.
     """
     if options.precision == "int8" and backend == "torch":
         raise ConfigError(
-            "int8 is computed by OpenVINO on a CPU only. "
+            "int8 needs OpenVINO on a CPU. "
             "Pass --backend openvino without --use-gpu, or another --precision."
         )
     has_bf16 = has_native_bf16(use_gpu=options.use_gpu)
@@ -324,7 +324,7 @@ def check_precision(options: EngineOptions, backend: Backend) -> Precision:
 def read_calibration_images(
     calibration_uri: str | None, preprocessing: Preprocessing
 ) -> NDArray[np.uint8]:
-    """Read the images that int8 is calibrated on: at most 300, evenly spread over the folder.
+    """Read at most 300 images for the calibration of int8, evenly spaced in the folder.
 
     Returns
     -------
@@ -333,17 +333,17 @@ def read_calibration_images(
     Raises
     ------
     ConfigError
-        No folder is given, or not one image in it can be opened.
+        No folder is given, or no image in it can be opened.
     """
     if calibration_uri is None:
         raise ConfigError(
-            "int8 takes the range of each layer's values from images, and got none. "
+            "int8 needs images to measure the range of each layer's values. "
             "Pass --calibration-uri FOLDER with a few hundred scans, or another --precision."
         )
     from brainray.data.scans import list_scans
 
     found = list_scans([calibration_uri])["scan_uri"].to_pylist()
-    chosen = _spread(found, NUM_CALIBRATION_IMAGES)
+    chosen = _choose_evenly(found, NUM_CALIBRATION_IMAGES)
     most = math.ceil(NUM_CALIBRATION_IMAGES / max(1, len(chosen)))
     images = [image for uri in chosen for image in _load_slices(uri, preprocessing, most)]
     if not images:
@@ -354,21 +354,21 @@ def read_calibration_images(
 def _load_slices(
     scan_uri: str, preprocessing: Preprocessing, most: int
 ) -> Iterator[NDArray[np.uint8]]:
-    """Yield network inputs of a file's slices, evenly spread over it; none if it has no image."""
-    from brainray.data.read import open_named_slice
+    """Yield the network inputs of at most so many slices of a file, evenly spaced."""
+    from brainray.data.read import read_named_scan
 
     try:
-        file, _ = open_named_slice(scan_uri)
+        file = open_file(read_named_scan(scan_uri, max_bytes=DecodeLimits().max_bytes))
     except RejectedImage:
         return
     usable = [index for index, info in enumerate(file.slices) if info.rejection is None]
-    for index in _spread(usable, most):
+    for index in _choose_evenly(usable, most):
         with suppress(RejectedImage):
             yield open_slice(file, index, preprocessing).scan.image
 
 
-def _spread(values: Sequence[Value], most: int) -> list[Value]:
-    """Return at most so many of some values, evenly spread over all of them."""
+def _choose_evenly(values: Sequence[Value], most: int) -> list[Value]:
+    """Return at most so many values, evenly spaced."""
     positions = np.linspace(0, len(values) - 1, min(len(values), most)).round()
     return [values[position] for position in positions.astype(np.int64)]
 
@@ -376,7 +376,7 @@ def _spread(values: Sequence[Value], most: int) -> list[Value]:
 def measure_disagreement(
     reference_probs: NDArray[np.float32], probs: NDArray[np.float32]
 ) -> dict[str, Any]:
-    """Measure how far two engines' predictions of the same images are apart.
+    """Compare two engines' predictions for the same images.
 
     Parameters
     ----------

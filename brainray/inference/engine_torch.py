@@ -1,4 +1,4 @@
-"""The torch engine: GPUs, and CPUs where it is asked for."""
+"""The torch engine for GPUs, and CPUs on request."""
 
 import copy
 import itertools
@@ -10,16 +10,15 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from brainray.images.normalise import normalise_images
 from brainray.inference.engine import Engine, EngineOptions
 from brainray.model.calibration import Outputs
 from brainray.model.classifier import Classifier
-from brainray.model.network import pool_stages, split_head
+from brainray.model.network import normalise_images, pool_stages, split_head
 from brainray.model.precision import Precision
 from brainray.model.resnet50 import NUM_DENSE_STAGES
 
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
-"""Images computed at once; bounds the memory of a call of any size."""
+"""Images per batch; bounds the memory of a call."""
 
 
 class TorchEngine(Engine):
@@ -40,16 +39,16 @@ class TorchEngine(Engine):
         self.precision = precision
         self._device = torch.device("cuda" if options.use_gpu else "cpu")
         if options.num_threads is not None:
-            torch.set_num_threads(options.num_threads)  # torch has one pool for the process
+            torch.set_num_threads(options.num_threads)  # one pool for the whole process
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         network = fuse_batch_norm(classifier.build_network())
         network.to(self._device, self._dtype).to(memory_format=torch.channels_last)
         self._trunk, head = split_head(network)
-        # In bf16 a logit of 8 to 16 is a multiple of 1/16; the head costs too little for that.
+        # In bf16, logits between 8 and 16 are multiples of 1/16. The head is too small to need it.
         self._layer = head[-1].float()
         if options.use_gpu:
             where = torch.cuda.get_device_name(self._device)
-            # Else cuDNN computes convolutions of fp32 numbers in TF32, with 10 bits of mantissa.
+            # By default cuDNN computes fp32 convolutions in TF32, with 10 bits of mantissa.
             torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
         else:
             threads = torch.get_num_threads()
@@ -87,7 +86,7 @@ class TorchEngine(Engine):
 
 
 def make_dense(trunk: nn.Sequential) -> nn.Sequential:
-    """Return a copy without the strides of its last stages, see :mod:`brainray.model.explain`."""
+    """Return a copy without strides in the last stages, see :mod:`brainray.model.explain`."""
     dense, dilation = copy.deepcopy(trunk), 1
     for stage in list(dense)[-NUM_DENSE_STAGES:]:
         for number, block in enumerate(stage.children()):
@@ -100,12 +99,12 @@ def make_dense(trunk: nn.Sequential) -> nn.Sequential:
                 if isinstance(strided, nn.Conv2d):
                     strided.stride = (1, 1)
             if number == 0:
-                dilation *= stride  # what follows sees the cells that the stride would leave
+                dilation *= stride  # keeps the receptive field of the following blocks
     return dense
 
 
 def fuse_batch_norm(network: nn.Module) -> nn.Module:
-    """Return a copy whose convolutions hold the batch normalisation that follows each."""
+    """Return a copy with each batch normalisation fused into the convolution before it."""
     fused = copy.deepcopy(network).eval()
     for parent in list(fused.modules()):
         for (name, conv), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):

@@ -1,204 +1,103 @@
-"""`brainray classify FILE…`: predictions for a few files, without Ray and without a service.
+"""`brainray classify FILE …`: classify a few files in this process, without Ray.
 
-A file with many slices is summarised first: what its series says, and which slices to look at.
-
-Apart from the command line's other commands, so that Ray is not loaded: more than half of the
-time of this one is imports anyway.
+The output has a row for each slice, and before them the slice evidence of each series.
 """
 
-import json
-import logging
-import os
 import secrets
-import select
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import tyro
 from numpy.typing import NDArray
-from rich.console import Console
+from rich.console import RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from brainray import storage
 from brainray.data.slice_columns import describe_slice
-from brainray.errors import ConfigError, RejectedImage, StorageError, UserError
+from brainray.errors import RejectedImage, StorageError
 from brainray.images.decode import DecodeLimits
 from brainray.images.slices import ReadOptions, ScanFile, name_slice, open_file, open_slice
-from brainray.inference.engine import Engine, EngineOptions, open_engine
+from brainray.inference.engine import Engine, open_engine
+from brainray.inference.options import ClassifyJob
 from brainray.inference.schema import SCAN_SCHEMA, build_rows
 from brainray.inference.series import SeriesRule, summarise_series
 from brainray.io.identifiers import NUM_KEY_BYTES, read_key
-from brainray.model.classifier import Classifier, find_default_classifier, load_classifier
+from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.reasons import NOTICE, REASONS
-
-BULK_OPTION = "--scans-uri"
-EXIT_UNREAD = 141
-"""Exit status where nobody reads the output any more: 128 and SIGPIPE's number, as shells do."""
-FLAGS = tuple(
-    f"--{prefix}{name}"
-    for name in ("json", "slices", "verbose", "explain", "use-gpu", "redact-paths")
-    for prefix in ("", "no-")
-)
-"""Options of either `brainray classify` that no value follows."""
 
 BATCH_SIZE = 32
 """Slices of a file that are decoded and predicted at a time."""
-NUM_LINES = 20
-"""Slices of a file, more of which are listed only if they are asked for."""
+MAX_LISTED_SLICES = 20
+"""A file with more slices has one line in the table, unless all slices are asked for."""
 BAR_WIDTH = 14
-PIPED_WIDTH = 240
-"""Columns where there is no terminal, so that no line is folded."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilesJob:
-    """Classify a few files at once. With --scans-uri in place of files, classify in bulk."""
-
-    files: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Scans: pictures, DICOM files, NIfTI volumes; local, s3:// or gs://."""
-    classifier_uri: str = field(default_factory=find_default_classifier)
-    """A classifier bundle; `$BRAINRAY_CLASSIFIER`, else the one that comes with the project, if
-    not given."""
-    json: bool = False
-    """Print rows of the prediction table, and what each series says, as JSON instead of tables for
-    people."""
-    slices: bool = False
-    """List every slice of files with more than 20, too."""
-    id_key_file: str | None = None
-    """Key of the hashes that stand for identifiers, at least 16 bytes; random, and different each
-    time, if not given."""
-    rule: SeriesRule = SeriesRule()
-    """When the slices of a series give it a class."""
-    engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions()
-    reading: Annotated[ReadOptions, tyro.conf.arg(name="")] = ReadOptions()
-    """How the files are read."""
 
 
 @dataclass(frozen=True, slots=True)
-class FileAnswer:
-    """What is said of one file."""
+class FilePredictions:
+    """The predictions for one file."""
 
     file: str
-    """As it was given."""
+    """The name as given by the user."""
     rows: list[dict[str, Any]]
-    """A row of the prediction table for each slice; one for a file that is rejected as a whole."""
+    """Rows of the prediction table: one for each slice, or one for a file that was rejected."""
     details: list[str | None]
-    """Of each row: why the slice has no class, in words."""
+    """For each row, why it has no class."""
 
 
-def find_files(arguments: Sequence[str]) -> list[str]:
-    """Return the words of `brainray classify` that are neither options nor their values."""
-    files: list[str] = []
-    is_value = False
-    for place, word in enumerate(arguments):
-        if word == "--":
-            return files + list(arguments[place + 1 :])
-        if is_value:
-            is_value = False
-        elif word.startswith("-") and word != "-":
-            is_value = word.startswith("--") and "=" not in word and word not in FLAGS
-        else:
-            files.append(word)
-    return files
+@dataclass(frozen=True, slots=True)
+class FilesResult:
+    """The predictions for some files, and what computed them."""
+
+    files: list[FilePredictions]
+    classifier: Classifier
+    engine: dict[str, str]
+    """From :meth:`brainray.inference.engine.Engine.describe`."""
+    series: list[dict[str, Any]]
+    """From :func:`summarise_rows`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the details, ready for JSON."""
+        return {
+            "classifier_id": self.classifier.classifier_id,
+            "classes": list(self.classifier.classes),
+            "engine": self.engine,
+            "notice": NOTICE,
+            "predictions": [_to_json(row) for file in self.files for row in file.rows],
+            "series": self.series,
+        }
 
 
-def asks_for_bulk(arguments: Sequence[str]) -> bool:
-    """Tell whether `brainray classify` is to classify in bulk."""
-    return any(word.partition("=")[0] == BULK_OPTION for word in arguments)
+def classify_files(files: Iterable[str], job: ClassifyJob) -> FilesResult:
+    """Classify files.
 
-
-def stop_writing() -> bool:
-    """Discard further output if nobody reads it any more, as after `head`; return whether so."""
-    try:
-        stdout = sys.stdout.fileno()
-    except (AttributeError, ValueError, OSError):  # there is none, or it is no file
-        return False
-    poll = select.poll()
-    poll.register(stdout, 0)  # a pipe without a reader is an error whatever is asked
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
-    return True
-
-
-def run_files(arguments: Sequence[str]) -> None:
-    """Run `brainray classify FILE…`; exits with status 2 where the user can fix what is wrong."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        if asks_for_bulk(arguments):
-            raise ConfigError(
-                f"Got files and {BULK_OPTION}. Give files alone for a table of predictions, or "
-                f"{BULK_OPTION} alone to classify in bulk."
-            )
-        job = tyro.cli(FilesJob, args=arguments, prog="brainray classify")
-        classify_files(job)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        if not stop_writing():
-            raise
-        sys.exit(EXIT_UNREAD)
-    sys.stdout.flush()
-
-
-def classify_files(job: FilesJob) -> None:
-    """Predict every file, and print the predictions.
+    Parameters
+    ----------
+    files : iterable of str
+        Paths or URIs.
+    job : ClassifyJob
+        The fields in :data:`brainray.inference.options.FILE_OPTIONS` are used.
 
     Raises
     ------
     UserError
-        The classifier or the key cannot be opened, or not with these options.
+        The classifier or the key cannot be opened, or the options do not fit them.
     """
     key = secrets.token_bytes(NUM_KEY_BYTES)
     if job.id_key_file is not None:
         key = read_key(storage.make_absolute(job.id_key_file))
     classifier = load_classifier(job.classifier_uri)
     engine = open_engine(classifier, job.engine)
-    answers = predict_files(job.files, classifier, engine, job.reading, key=key)
-    if not job.json:
-        _print_tables(list(answers), classifier, engine, job)
-        return
-    rows = [row for answer in answers for row in answer.rows]
-    document = {
-        "classifier_id": classifier.classifier_id,
-        "classes": list(classifier.classes),
-        "engine": engine.describe(),
-        "notice": NOTICE,
-        "predictions": [_make_plain(row) for row in rows],
-        "series": summarise_rows(rows, classifier.classes, job.rule),
-    }
-    print(json.dumps(document, ensure_ascii=False, indent=2))
-
-
-def _print_tables(
-    answers: Sequence[FileAnswer], classifier: Classifier, engine: Engine, job: FilesJob
-) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = PIPED_WIDTH
-    rows = [row for answer in answers for row in answer.rows]
-    series = [
-        one for one in summarise_rows(rows, classifier.classes, job.rule) if one["num_slices"] > 1
-    ]
-    if series:
-        console.print(build_series_table(series))
-        console.print("Slice evidence: not calibrated for series or patients.\n", style="dim")
-    most = None if job.slices else NUM_LINES
-    console.print(build_table(answers, classifier.classes, most))
-    console.print(f"Classifier {classifier.classifier_id}, {engine.description}.", style="dim")
-    console.print(NOTICE, style="dim")
+    predicted = list(predict_files(files, classifier, engine, job.reading, key=key))
+    rows = [row for file in predicted for row in file.rows]
+    series = summarise_rows(rows, classifier.classes, job.rule)
+    return FilesResult(predicted, classifier, engine.describe(), series)
 
 
 def predict_files(
@@ -208,19 +107,18 @@ def predict_files(
     reading: ReadOptions,
     *,
     key: bytes | None = None,
-) -> Iterator[FileAnswer]:
-    """Yield the rows of every file, in order, whatever it holds.
+) -> Iterator[FilePredictions]:
+    """Yield the predictions for each file, in order; a file that cannot be read has a row too.
 
     Parameters
     ----------
     files : iterable of str
     classifier : Classifier
     engine : Engine
-        Of the classifier.
+        An engine of that classifier.
     reading : ReadOptions
-        How the files are read.
     key : bytes, optional
-        Of the hashes that stand for identifiers; without it there are none, and no series.
+        Key of the hashes of identifiers. Without a key there are no hashes and no series.
     """
     for file in files:
         scan: dict[str, Any] = dict.fromkeys(SCAN_SCHEMA.names)
@@ -233,11 +131,11 @@ def predict_files(
             detail or REASONS.get(row["reason"])
             for row, (_, _, detail) in zip(rows, slices, strict=True)
         ]
-        yield FileAnswer(file, rows, details)
+        yield FilePredictions(file, rows, details)
 
 
 _Opened = tuple[dict[str, Any], NDArray[np.uint8] | None, str | None]
-"""A slice's row of SCAN_SCHEMA, the network's input, and in words why there is none."""
+"""A row of SCAN_SCHEMA; the network input, None if rejected; and why it was rejected."""
 
 
 def _open_slices(
@@ -247,21 +145,22 @@ def _open_slices(
     reading: ReadOptions,
     key: bytes | None,
 ) -> Iterator[_Opened]:
-    """Yield what is known of each slice of a file; of the file where it cannot be opened."""
     try:
         content = _read(file, reading.limits)
         scan["size_bytes"] = len(content)
-        if len(content) <= reading.limits.max_bytes:  # else it was not read to its end
+        if len(content) <= reading.limits.max_bytes:  # a larger file was not read to its end
             scan["content_sha256"] = sha256(content).hexdigest()
         opened = open_file(content, reading, key=key)
     except RejectedImage as rejection:
         yield scan | {"reason": rejection.reason}, None, rejection.message
         return
     for index in range(len(opened.slices)):
-        yield _open_one(opened, index, scan, classifier)
+        yield _open_slice(opened, index, scan, classifier)
 
 
-def _open_one(file: ScanFile, index: int, scan: dict[str, Any], classifier: Classifier) -> _Opened:
+def _open_slice(
+    file: ScanFile, index: int, scan: dict[str, Any], classifier: Classifier
+) -> _Opened:
     info = file.slices[index]
     row = scan | {"scan_uri": name_slice(scan["scan_uri"], info.frame)}
     try:
@@ -291,12 +190,12 @@ def _predict(
 def summarise_rows(
     rows: Iterable[dict[str, Any]], classes: Sequence[str], rule: SeriesRule
 ) -> list[dict[str, Any]]:
-    """Return what :func:`brainray.inference.series.summarise_series` says of each series.
+    """Summarise each series among some rows of the prediction table.
 
     Parameters
     ----------
     rows : iterable of dict
-        Of the prediction table; those without a series are left out.
+        Rows without a series are left out.
     classes : sequence of str
         In class order.
     rule : SeriesRule
@@ -304,8 +203,8 @@ def summarise_rows(
     Returns
     -------
     list of dict
-        With the keyed hashes ``series``, ``study`` and ``patient`` before the rest; in the order in
-        which the series come first.
+        For each series, in order of its first row, the keyed hashes ``series``, ``study`` and
+        ``patient``, and the entries of :func:`brainray.inference.series.summarise_series`.
     """
     by_series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -322,39 +221,59 @@ def _read(file: str, limits: DecodeLimits) -> bytes:
     try:
         return storage.read_bytes(storage.make_absolute(file), max_bytes=limits.max_bytes)
     except FileNotFoundError as error:
-        raise RejectedImage("missing", "There is no file at this place.") from error
+        raise RejectedImage("missing", "The file does not exist.") from error
     except StorageError as error:
         if storage.is_folder(file):
             raise RejectedImage(
-                "unreadable", f"This is a folder. Give it as {BULK_OPTION} FOLDER --output-uri OUT."
+                "unreadable", "This is a folder. Give it as --scans-uri FOLDER --output-uri OUT."
             ) from error
         raise RejectedImage("unreadable", str(error)) from error
 
 
-def _make_plain(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row ready for JSON: times as text, a float32 with the digits that it has."""
-    plain = {}
+def _to_json(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with times as text and the shortest digits of each float32."""
+    converted = {}
     for name, value in row.items():
         if isinstance(value, datetime):
             value = value.isoformat()
         elif isinstance(value, float) and name != "position_mm":
             value = float(str(np.float32(value)))
-        plain[name] = value
-    return plain
+        converted[name] = value
+    return converted
 
 
-def build_table(
-    answers: Iterable[FileAnswer], classes: Sequence[str], most: int | None = None
-) -> Table:
-    """Build a table for a person, with a line for each slice.
+def build_tables(result: FilesResult, *, list_slices: bool) -> list[RenderableType]:
+    """Build the tables that the command line prints.
 
     Parameters
     ----------
-    answers : iterable of FileAnswer
+    result : FilesResult
+    list_slices : bool
+        List all slices of files that have more than :data:`MAX_LISTED_SLICES`.
+    """
+    series = [one for one in result.series if one["num_slices"] > 1]
+    shown: list[RenderableType] = []
+    if series:
+        note = "Slice evidence: not calibrated for series or patients.\n"
+        shown += [build_series_table(series), Text(note, "dim")]
+    most = None if list_slices else MAX_LISTED_SLICES
+    classifier = result.classifier
+    about = f"Classifier {classifier.classifier_id}, {result.engine['description']}.\n{NOTICE}"
+    return [*shown, build_table(result.files, classifier.classes, most), Text(about, "dim")]
+
+
+def build_table(
+    files: Iterable[FilePredictions], classes: Sequence[str], most: int | None = None
+) -> Table:
+    """Build a table with a line for each slice.
+
+    Parameters
+    ----------
+    files : iterable of FilePredictions
     classes : sequence of str
         In class order.
     most : int, optional
-        A file with more slices has one line, which counts them.
+        A file with more slices has one line with counts.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("scan", overflow="fold")
@@ -362,48 +281,42 @@ def build_table(
     table.add_column("", width=BAR_WIDTH, no_wrap=True)
     table.add_column("probability", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
-    for answer in answers:
-        if most is not None and len(answer.rows) > most:
-            counts = Counter(row["predicted_class"] or row["reason"] for row in answer.rows)
+    for file in files:
+        if most is not None and len(file.rows) > most:
+            counts = Counter(row["predicted_class"] or row["reason"] for row in file.rows)
             words = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-            title = f"{len(answer.rows)} slices"
+            title = f"{len(file.rows)} slices"
             line = (Text(title), Text(), Text(), Text(f"{words}; --slices lists them", "dim"))
-            table.add_row(Text(_escape(answer.file)), *line)
+            table.add_row(Text(_escape(file.file)), *line)
             continue
-        for row, detail in zip(answer.rows, answer.details, strict=True):
-            name = name_slice(answer.file, row["frame"])
+        for row, detail in zip(file.rows, file.details, strict=True):
+            name = name_slice(file.file, row["frame"])
             table.add_row(Text(_escape(name)), *_build_cells(row, detail, classes))
     return table
 
 
 def build_series_table(series: Iterable[dict[str, Any]]) -> Table:
-    """Build a table for a person of what :func:`summarise_rows` says."""
+    """Build a table with a line for each series of :func:`summarise_rows`."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("series", no_wrap=True)
     table.add_column("answer", no_wrap=True)
     for title in ("evidence", "slices", "key slices"):
         table.add_column(title, overflow="fold")
     for number, one in enumerate(series, 1):
-        is_given = one["reason"] is None
+        has_class = one["reason"] is None
         evidence = ", ".join(f"{name} {_percent(v)}" for name, v in one["evidence"].items())
         slices = f"{one['num_used']} of {one['num_slices']} used"
-        for reason, count in one["skipped"].items():
-            slices += f", {count} {reason}"
-        for flag in one["flags"]:
-            slices += f"; {flag}"
+        slices += "".join(f", {count} {reason}" for reason, count in one["skipped"].items())
+        slices += "".join(f"; {flag}" for flag in one["flags"])
+        names = [scan_uri.rpartition("/")[2] for scan_uri in one["key_slices"]]
         table.add_row(
             Text(str(number)),
-            Text(one["answer"], "bold" if is_given else "yellow"),
-            Text(evidence if is_given else f"{one['reason']}: {evidence}"),
+            Text(one["answer"], "bold" if has_class else "yellow"),
+            Text(evidence if has_class else f"{one['reason']}: {evidence}"),
             Text(slices),
-            Text(_escape(" ".join(map(_shorten, one["key_slices"])))),
+            Text(_escape(" ".join(names))),
         )
     return table
-
-
-def _shorten(scan_uri: str) -> str:
-    """Return the last part of a name."""
-    return scan_uri.rpartition("/")[2]
 
 
 def _build_cells(
@@ -415,12 +328,12 @@ def _build_cells(
     ordered = sorted(classes, key=lambda label: -row[f"prob_{label}"])
     most, *others = [f"{label} {_percent(row[f'prob_{label}'])}" for label in ordered[:3]]
     bar = ProgressBar(total=1, completed=row["confidence"], width=BAR_WIDTH, complete_style="cyan")
-    is_given = row["predicted_class"] is not None
+    has_class = row["predicted_class"] is not None
     return (
-        Text(row["predicted_class"] or row["status"], "bold" if is_given else "yellow"),
+        Text(row["predicted_class"] or row["status"], "bold" if has_class else "yellow"),
         bar,
         Text(_percent(row["confidence"])),
-        Text(f"then {', '.join(others)}" if is_given else f"most probable {most}", "dim"),
+        Text(f"then {', '.join(others)}" if has_class else f"most probable {most}", "dim"),
     )
 
 
@@ -429,5 +342,5 @@ def _percent(share: float) -> str:
 
 
 def _escape(text: str) -> str:
-    """Return text in which nothing moves the cursor or reorders what is beside it."""
+    """Escape the characters that move the cursor or reverse the direction of text."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""Pictures of scans for the reports' galleries."""
+"""Pictures of scans for the galleries of reports."""
 
 from collections.abc import Sequence
 
@@ -17,23 +17,22 @@ def draw_scan(
     class_map: Sequence[float] | None,
     preprocessing: Preprocessing,
 ) -> tuple[bytes, bytes | None]:
-    """Draw a slice of a scan file, and the same with a class map on it.
+    """Draw a slice, alone and under its class map.
 
     Parameters
     ----------
     file : ScanFile
-        From :func:`brainray.images.slices.open_file`.
     index : int
-        Number of the slice in it, from 0.
+        Index of the slice in the file.
     class_map : sequence of float, optional
-        As the prediction table has it.
+        Of the prediction table.
     preprocessing : Preprocessing
         Of the classifier.
 
     Returns
     -------
     bytes, bytes or None
-        PNGs; the second is None without a class map.
+        PNG files; the second is None without a class map.
 
     Raises
     ------

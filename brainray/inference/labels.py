@@ -1,8 +1,8 @@
-"""The true classes of scans, where they are known."""
+"""Labels: the true classes of scans."""
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from brainray import storage
@@ -14,76 +14,102 @@ FOLDER = "folder"
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """True classes by scan; may be sent to workers."""
+    """Labels of scans; picklable."""
 
     classes: tuple[str, ...]
     by_uri: Mapping[str, str] | None = field(default=None)
-    """None where the name of a scan's folder is its class."""
+    """None if the name of a scan's folder is its label."""
 
     def find(self, scan_uri: str) -> str | None:
-        """Return a scan's true class; None where it is not known.
-
-        A slice has its own label, else that of its file.
-        """
+        """Return the label of a slice, else of its file; None if there is none."""
         if self.by_uri is not None:
             return self.by_uri.get(scan_uri) or self.by_uri.get(split_name(scan_uri)[0])
         name = scan_uri.rsplit("/", 2)[-2] if scan_uri.count("/") > 1 else ""
         return name if name in self.classes else None
 
     def rename(self, name: Callable[[str], str]) -> "Labels":
-        """Return the same labels of scans that have other names.
+        """Return the labels with other names of the scans.
 
         Raises
         ------
         ConfigError
-            A scan's name would not tell its folder any more.
+            The labels are folder names, which the new names do not contain.
         """
         if self.by_uri is not None:
             return replace(self, by_uri={name(uri): label for uri, label in self.by_uri.items()})
         if name("") != "":
             raise ConfigError(
-                "The name of a scan's folder is not in its hash. Leave out --labels folder, or "
-                "--redact-paths, or give the labels as a CSV file."
+                "With --redact-paths the name of a scan's folder is not known. Leave out --labels "
+                "folder or --redact-paths, or give the labels as a CSV file."
             )
         return self
 
 
 def read_labels(labels: str | None, classes: tuple[str, ...]) -> Labels | None:
-    """Read the true classes of scans.
+    """Read the labels of scans.
 
     Parameters
     ----------
     labels : str or None
-        ``folder`` (the name of a scan's folder is its class), a CSV file with the columns
-        scan_uri and label, or None where no label is known.
+        ``folder`` (the name of a scan's folder is its label), a CSV file with the columns scan_uri
+        and label, or None.
     classes : tuple of str
-        The classes that a scan may have.
+        The classes of the classifier.
 
     Raises
     ------
     DataError
-        The CSV lacks a column, or names a class that the classifier does not know.
+        As in :func:`read_label_table`.
     """
     if labels is None:
         return None
     if labels == FOLDER:
         return Labels(classes)
+    _, by_uri = read_label_table(labels, ("scan_uri",), classes)
+    return Labels(classes, {storage.make_absolute(uri): name for uri, name in by_uri.items()})
+
+
+def read_label_table(
+    uri: str, keys: Sequence[str], classes: Sequence[str]
+) -> tuple[str, dict[str, str]]:
+    """Read a CSV file with the column ``label`` and at least one of the columns ``keys``.
+
+    Returns
+    -------
+    key : str
+        The first of the keys that the file has.
+    labels : dict of str to str
+        Class by the key's value.
+
+    Raises
+    ------
+    DataError
+        The file or a column is missing, a class is unknown, or one value has two labels.
+    """
     try:
-        text = storage.read_bytes(labels).decode("utf-8-sig")
+        text = storage.read_bytes(uri).decode("utf-8-sig")
     except FileNotFoundError:
-        raise DataError(f"No labels at '{labels}'. Give `folder` or a CSV file.") from None
+        raise DataError(f"No labels at '{uri}'. Check --labels.") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"Expected UTF-8 text in '{labels}': {error}") from error
+        raise DataError(f"Expected UTF-8 text in '{uri}': {error}") from error
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    if not {"scan_uri", "label"} <= set(reader.fieldnames or ()):
+    columns = reader.fieldnames or ()
+    key = next((name for name in keys if name in columns), None)
+    if key is None or "label" not in columns:
         raise DataError(
-            f"Expected the columns scan_uri and label in '{labels}', "
-            f"found {', '.join(reader.fieldnames or ['none'])}."
+            f"Expected the column label and {'one of ' if keys[1:] else ''}{', '.join(keys)} in "
+            f"'{uri}', found {', '.join(columns) or 'none'}."
         )
-    by_uri = {storage.make_absolute(row["scan_uri"]): row["label"] for row in reader}
-    unknown = sorted(set(by_uri.values()) - set(classes))
-    if unknown:
-        raise DataError(
-            f"Unknown class '{unknown[0]}' in '{labels}'. Expected one of {', '.join(classes)}."
-        )
-    return Labels(classes, by_uri)
+    labels: dict[str, str] = {}
+    for line, row in enumerate(reader, 2):
+        if row["label"] not in classes:
+            raise DataError(
+                f"Unknown class '{row['label']}' in line {line} of '{uri}'. "
+                f"Expected one of {', '.join(classes)}."
+            )
+        if labels.setdefault(row[key], row["label"]) != row["label"]:
+            raise DataError(
+                f"Line {line} of '{uri}' gives a {key} another label than a line before. "
+                "Give each one label."
+            )
+    return key, labels

@@ -1,4 +1,4 @@
-"""A classifier's network as an OpenVINO model, built from its weights without torch."""
+"""Build a classifier's network as an OpenVINO model, without torch."""
 
 import contextlib
 import importlib
@@ -30,36 +30,36 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 importing_lock = threading.Lock()
-"""Held while OpenVINO is imported, which changes the state of the whole process."""
+"""Held while OpenVINO is imported, since the import changes global state."""
 
 Weights = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
 class QuantisedModel:
-    """An int8 model as OpenVINO stores it."""
+    """An int8 model in OpenVINO's file format."""
 
     xml: bytes
     weights: bytes
     cost: str = ""
-    """How far it is from fp32, in a sentence."""
+    """The difference from fp32 in a sentence."""
 
 
 def build_model(weights: Weights, size_px: int) -> "openvino.Model":
-    """Build the network for one image at a time.
+    """Build the network with a batch size of one.
 
     Parameters
     ----------
     weights : mapping of str to ndarray of float32
-        By the names of torchvision's ResNet-50, with one input channel.
+        Names of torchvision's ResNet-50; one input channel.
     size_px : int
         Side of the image.
 
     Returns
     -------
     openvino.Model
-        Takes (1, 1, size_px, size_px), normalised. Gives logits, (1, K), and pooled features of the
-        last three stages, (1, 3584).
+        Input: a normalised image, (1, 1, size_px, size_px). Outputs: logits, (1, K), and pooled
+        features of the last three stages, (1, 3584).
     """
     image, stages = _build_stages(weights, size_px, num_dense=0)
     from openvino import Model
@@ -72,14 +72,14 @@ def build_model(weights: Weights, size_px: int) -> "openvino.Model":
 
 
 def build_dense_model(weights: Weights, size_px: int) -> "openvino.Model":
-    """Build the network that gives dense features, see :mod:`brainray.model.explain`.
+    """Build the network for dense features, see :mod:`brainray.model.explain`.
 
     Parameters are those of :func:`build_model`.
 
     Returns
     -------
     openvino.Model
-        Takes (1, 1, size_px, size_px), normalised; gives (1, 2048, h, w).
+        Input: a normalised image, (1, 1, size_px, size_px). Output: (1, 2048, h, w).
     """
     image, stages = _build_stages(weights, size_px, num_dense=NUM_DENSE_STAGES)
     from openvino import Model
@@ -90,7 +90,7 @@ def build_dense_model(weights: Weights, size_px: int) -> "openvino.Model":
 def _build_stages(
     weights: Weights, size_px: int, *, num_dense: int
 ) -> "tuple[openvino.Node, list[openvino.Output]]":
-    """Return the input, and what each stage gives; the last ``num_dense`` without their strides."""
+    """Return the input, and the output of each stage; the last ``num_dense`` have no stride."""
     with importing_lock, without_telemetry():
         from openvino import opset13 as ops
 
@@ -105,7 +105,7 @@ def _build_stages(
             stride = stage.stride if number == 0 and not is_dense else 1
             values = _add_block(values, weights, f"{stage.name}.{number}", stride, dilation)
             if number == 0 and is_dense:
-                dilation *= stage.stride  # what follows sees the cells that the stride would leave
+                dilation *= stage.stride  # keeps the receptive field of the following blocks
         stages.append(values)
     return image, stages
 
@@ -113,7 +113,7 @@ def _build_stages(
 def _add_block(
     values: "openvino.Output", weights: Weights, name: str, stride: int, dilation: int
 ) -> "openvino.Output":
-    """Add a bottleneck block: three convolutions beside a shortcut."""
+    """Add a bottleneck block: three convolutions and a shortcut."""
     from openvino import opset13 as ops
 
     shortcut = values
@@ -157,15 +157,15 @@ def _normalise(values: "openvino.Output", weights: Weights, name: str) -> "openv
 def quantise(classifier: Classifier, images: NDArray[np.uint8]) -> QuantisedModel:
     """Convert a classifier's network to int8, except for its first and last layers.
 
-    Weights are scaled per output channel; ranges of activations come from ``images``, and
-    biases are corrected for what rounding does to the mean of each channel.
+    Weights are scaled per output channel. Images give the ranges of activations, and a correction
+    of the biases for the rounding error of each channel's mean.
 
     Parameters
     ----------
     classifier : Classifier
-        Stays as it is.
+        It is not changed.
     images : ndarray of uint8, shape (M, size_px, size_px)
-        Like those to classify, of every class.
+        Images of every class, similar to those to classify.
 
     Raises
     ------
@@ -216,7 +216,7 @@ def _import_nncf() -> ModuleType:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep NNCF from printing bars and warnings, and from changing how others log."""
+    """Suppress the output of NNCF, and restore the logging configuration that it changes."""
     disabled, logger_class = logging.root.manager.disable, logging.getLoggerClass()
     logging.disable(logging.WARNING)
     try:
@@ -230,17 +230,17 @@ def _silence() -> Iterator[None]:
 
 @contextmanager
 def without_telemetry() -> Iterator[None]:
-    """Import OpenVINO or NNCF such that neither reports to its maker.
+    """Import OpenVINO or NNCF without their telemetry.
 
-    Each import and each conversion of theirs (OpenVINO 2026.4, NNCF 3.4) sends an event to
-    Google Analytics, and leaves an identifier in ``~/intel``. Both do without where the package
-    that sends is not installed, so it is hidden from them. Their own switch, ``opt_in_out
-    --opt_out``, is one for the user's whole home, and itself sends an event. Drop this when an
-    environment variable or an argument turns it off.
+    Each import and conversion (OpenVINO 2026.4, NNCF 3.4) sends an event to Google Analytics, and
+    writes an identifier into ``~/intel``. Neither happens if the package ``openvino_telemetry`` is
+    missing, so this hides it. The official switch, ``opt_in_out --opt_out``, changes the user's
+    home and itself sends an event. Remove this when an environment variable or an argument
+    disables telemetry.
     """
     sender = "openvino_telemetry"
     before = sys.modules.get(sender)
-    sys.modules[sender] = None  # type: ignore[assignment]  # importing it is an ImportError now
+    sys.modules[sender] = None  # type: ignore[assignment]  # its import raises ImportError
     try:
         yield
     finally:

@@ -1,15 +1,14 @@
-"""Plan a bulk job: list the scans, leave out what is answered, and cut the rest into shards.
+"""The plan of a bulk run: list the scans, drop those with predictions, divide the rest into shards.
 
-Listing, and the comparison with earlier predictions, run on the workers. The plan is written below
-the output, in parts of about a million scans; the driver learns how many scans and shards each part
-has, and no scan's name. A file is planned as one scan, whatever number of slices it has: nothing is
-opened for a plan.
+The workers list the scans and compare them with earlier predictions. They write the plan below the
+output, in parts of about a million scans. The driver receives the number of scans and shards of
+each part. Planning opens no file: a file counts as one scan, however many slices it has.
 """
 
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -29,53 +28,51 @@ from brainray.data.read import TABLE_SUFFIX
 from brainray.data.scans import LISTING_SCHEMA, Listing, ScanSource, list_source
 from brainray.errors import BrainrayError
 from brainray.inference.stats import hash_names
-from brainray.inference.store import KNOWN_SCHEMA, PredictionStore
+from brainray.inference.store import KNOWN_SCHEMA, PredictionStore, Wave
 from brainray.io.identifiers import Identifiers
 
 MAX_PART_ROWS = 1_000_000
-"""Scans, listed or answered, that one task compares."""
+"""Listed scans and earlier predictions that one task compares."""
 MAX_LISTING_S = 2.0
-"""A task that has listed for so long returns what is left, for other tasks."""
+"""After this time a listing task returns the folders that are left, for other tasks."""
 TABLE_ROWS_PER_PART = 65_536
-"""Consecutive rows of a table that stay in one part, so that a row group is read by few tasks."""
+"""Consecutive rows of a table that stay in one part, so that few tasks read a row group."""
 FIRST_SHARD_ROWS = 16
-"""The first shards are small, so that the first predictions come soon; each next one is twice as
-large."""
+"""The first shards are small, so that the first predictions come soon; sizes then double."""
 BYTES_PER_SLICE = 64 * 2**10
-"""Of a file that is no picture by its name: it may have a slice for each so many bytes, as a plan
-opens no file. An uncompressed slice of 256 x 256 has twice as many, a gzipped one about half."""
+"""Estimates the number of slices of DICOM and NIfTI files from their size. An uncompressed slice of
+256 x 256 has twice as many bytes, a gzipped one about half."""
 NOT_FINAL = ("missing", "unreadable")
-"""Reasons of scans that are tried again in every run."""
+"""Reasons of scans that every run tries again."""
 
 PLAN_SCHEMA = LISTING_SCHEMA.append(pa.field("known_contents", pa.list_(pa.string())))
-"""``known_contents``: content hashes (or reasons) that the scan is answered with already."""
+"""``known_contents``: content hashes (or reasons) for which the scan has rows already."""
 
 _PICTURE_NAME = f"(?i)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$"
 
 _ROWS_SCHEMA = pa.unify_schemas([LISTING_SCHEMA, KNOWN_SCHEMA])
-"""Listed scans, and answered ones, whose ``uri`` is null."""
+"""Listed scans, and earlier predictions, whose ``uri`` is null."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanOptions:
-    """What a plan is made of."""
+    """The input of a plan."""
 
     sources: tuple[ScanSource, ...]
     store: PredictionStore
     run: str
     max_shard_rows: int
-    """Slices of a shard, as far as sizes tell them."""
+    """Estimated slices of a shard, at most."""
     num_engines: int
     identifiers: Identifiers
-    """Names the scans."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much there is to do."""
+    """The size of a plan."""
 
     num_listed: int
-    """Scans of all places, as often as they are named."""
+    """Scans of all sources, with repetitions."""
     num_scans: int
     """Scans to open."""
     num_hidden: int
@@ -85,27 +82,26 @@ class Plan:
     num_indices: int = 0
     """Files named DICOMDIR that were skipped."""
 
+    def list_waves(self, run: str, max_shards: int) -> Iterator[Wave]:
+        """Yield the waves of a run, each with shards of one part."""
+        for part, num_shards in enumerate(self.num_shards):
+            for first in range(0, num_shards, max_shards):
+                yield Wave(run, part, first, min(max_shards, num_shards - first))
 
-def make_plan(options: PlanOptions, on_listed: Callable[[int], None] = lambda _: None) -> Plan:
-    """List, compare and write the plan of a run.
 
-    Parameters
-    ----------
-    options : PlanOptions
-    on_listed : callable
-        Takes the number of parts, before the parts are gathered. To gather several takes CPUs.
+def make_plan(options: PlanOptions) -> Plan:
+    """Make the plan of a run, and write it below the output.
 
     Raises
     ------
     DataError
-        A table that was named holds no scans; a list is not UTF-8.
+        A source is a table without images, or a list that is not UTF-8.
     StorageError
         Earlier predictions are damaged, or the plan cannot be written.
     """
     tables, found = list_all(options)
     known, num_known = _read_known(options.store)
     num_parts = math.ceil((found.num_scans + num_known) / MAX_PART_ROWS) or 1
-    on_listed(num_parts)
     planned = {
         int(part["part"]): part for part in _write_parts([*tables, *known], num_parts, options)
     }
@@ -121,7 +117,7 @@ def make_plan(options: PlanOptions, on_listed: Callable[[int], None] = lambda _:
 
 @dataclass(slots=True)
 class Found:
-    """What a listing found, in numbers."""
+    """Counts of a listing."""
 
     num_scans: int = 0
     num_hidden: int = 0
@@ -129,14 +125,13 @@ class Found:
 
 
 def list_all(options: PlanOptions) -> tuple[list[Any], Found]:
-    """List places in tasks, which pass on what they do not reach.
+    """List all sources in tasks; a task passes on the folders that it has no time for.
 
     Returns
     -------
     list of ObjectRef of Table
         Rows of :data:`_ROWS_SCHEMA`.
     Found
-        How many they are.
     """
     task: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(_list_source)
     num_at_once = max(2, int(ray.cluster_resources().get("CPU", 1)))
@@ -168,7 +163,7 @@ def _list_source(
 
 
 def name_scans(listed: pa.Table, identifiers: Identifiers) -> pa.Table:
-    """Give listed scans the names that their rows are to have; ``uri`` tells where they lie."""
+    """Replace scan_uri by its name in the output; ``uri`` keeps the path."""
     if not identifiers.redact_paths:
         return listed
     names = pa.array(map(identifiers.name, listed["scan_uri"].to_pylist()), pa.string())
@@ -176,7 +171,7 @@ def name_scans(listed: pa.Table, identifiers: Identifiers) -> pa.Table:
 
 
 def _complete(table: pa.Table) -> pa.Table:
-    """Add the columns of the other kind of rows, as nulls."""
+    """Add the missing columns of _ROWS_SCHEMA as nulls."""
     columns = [
         table[field.name]
         if field.name in table.column_names
@@ -187,7 +182,7 @@ def _complete(table: pa.Table) -> pa.Table:
 
 
 def _read_known(store: PredictionStore) -> tuple[list[Any], int]:
-    """Return references of the rows that are answered, and how many they are."""
+    """Return references to the scans with predictions, and their number."""
     files = store.list_files()
     if not files:
         return [], 0
@@ -202,9 +197,8 @@ def _read_known(store: PredictionStore) -> tuple[list[Any], int]:
 
 
 def _write_parts(tables: list[Any], num_parts: int, options: PlanOptions) -> list[dict[str, Any]]:
-    """Gather the rows of each part in one task, which writes the part's plan."""
-    if num_parts == 1:
-        # Ray Data would ask for a whole CPU, which the engines of the first wave may hold.
+    """Shuffle the rows to one task per part, which writes the part's plan."""
+    if num_parts == 1:  # a shuffle would take seconds
         task: Any = ray.remote(num_cpus=TASK_CPUS)(_write_only_part)
         whole: pa.Table = ray.get(task.remote(options, *tables))
         return list(whole.to_pylist())
@@ -227,9 +221,10 @@ def _write_only_part(options: PlanOptions, *tables: pa.Table) -> pa.Table:
 
 
 def find_neighbourhoods(scan_uris: Sequence[str]) -> list[str]:
-    """Return what the part of each scan is chosen by.
+    """Return for each scan the text whose hash chooses its part.
 
-    That is its URI; of a table's row, the table and which :data:`TABLE_ROWS_PER_PART` rows of it.
+    It is the scan's URI; for a row of a table, the table and the block of
+    :data:`TABLE_ROWS_PER_PART` rows.
     """
     mark = f"{TABLE_SUFFIX}#row="
     found = []
@@ -246,7 +241,7 @@ def write_part(table: pa.Table, part: int, options: PlanOptions) -> pa.Table:
     Parameters
     ----------
     table : Table
-        Rows of :data:`_ROWS_SCHEMA`: all that are listed or answered of some scans.
+        Rows of :data:`_ROWS_SCHEMA`: all rows of some scans.
 
     Returns
     -------
@@ -275,23 +270,20 @@ def name_part(part: int) -> str:
 
 
 def choose_new(table: pa.Table) -> pa.Table:
-    """Choose the scans that are to be opened.
-
-    Each once, and none that is answered with the same size and time; of the others, the contents
-    that they are answered with.
+    """Choose the scans to open: each once, and only if there are no rows for its size and time.
 
     Returns
     -------
     Table
-        Rows of :data:`PLAN_SCHEMA`, those of one file together.
+        Rows of :data:`PLAN_SCHEMA`, those of one file in sequence.
     """
     is_listed = table["uri"].is_valid()
     listed, known = table.filter(is_listed), table.filter(pc.invert(is_listed))
-    # Of a scan that is named twice, the row that knows the file's time: a list does not.
+    # Of the rows of one scan, prefer one with the file's time; rows from a list have none.
     count = listed.num_rows
-    sources = np.arange(count) + count * listed["modified_ns"].is_null().to_numpy()
-    once = pa.table([listed["scan_uri"], sources], ["scan_uri", "place"]).group_by("scan_uri")
-    first = once.aggregate([("place", "min")])["place_min"].to_numpy()
+    priorities = np.arange(count) + count * listed["modified_ns"].is_null().to_numpy()
+    once = pa.table([listed["scan_uri"], priorities], ["scan_uri", "priority"]).group_by("scan_uri")
+    first = once.aggregate([("priority", "min")])["priority_min"].to_numpy()
     listed = listed.take(pa.array(first % max(1, count)))
     listed = listed.select(LISTING_SCHEMA.names)
     contents = pa.nulls(listed.num_rows, pa.list_(pa.string()))
@@ -306,13 +298,13 @@ def choose_new(table: pa.Table) -> pa.Table:
 
 
 def _drop_unchanged(listed: pa.Table, known: pa.Table) -> pa.Table:
-    """Leave out the scans that are answered with the size and time that they have now."""
+    """Drop the scans that have rows for their present size and time."""
     keys = ["scan_uri", "size_bytes", "modified_ns"]
     is_final = pc.invert(pc.fill_null(pc.is_in(known["reason"], pa.array(NOT_FINAL)), False))
     final = known.filter(pc.and_(is_final, known["modified_ns"].is_valid())).select(keys)
     rows = pa.array(np.arange(listed.num_rows))
 
-    def complete(table: pa.Table) -> pa.Table:  # nulls equal nothing in a join
+    def complete(table: pa.Table) -> pa.Table:  # a join matches no nulls
         sizes = pc.fill_null(table["size_bytes"], -1)
         return table.set_column(table.schema.get_field_index("size_bytes"), "size_bytes", sizes)
 
@@ -322,7 +314,7 @@ def _drop_unchanged(listed: pa.Table, known: pa.Table) -> pa.Table:
 
 
 def weigh_files(files: pa.Table) -> NDArray[np.int64]:
-    """Return how many slices each file may have, shape (n,): 1 of pictures, else by its size.
+    """Estimate the slices of each file, shape (n,): 1 for pictures, else from its size.
 
     Parameters
     ----------
@@ -338,16 +330,16 @@ def weigh_files(files: pa.Table) -> NDArray[np.int64]:
 def list_shard_sizes(
     weights: NDArray[np.int64], max_weight: int, num_engines: int, *, is_first: bool
 ) -> list[int]:
-    """Cut files into shards: at least eight for each engine, small ones first.
+    """Divide files into shards: at least eight per engine, small ones first.
 
     Parameters
     ----------
     weights : ndarray of int64, shape (n,)
-        Slices that each file of a part may have, at least 1, in their order.
+        Estimated slices of each file of a part, at least 1.
     max_weight : int
-        Slices of a shard, at most, where it has more than one file.
+        Most slices of a shard that has more than one file.
     is_first : bool
-        Whether the run begins with this part.
+        Whether this is the first part of the run.
 
     Returns
     -------
@@ -378,5 +370,5 @@ def _open_part(plan_uri: str) -> pq.ParquetFile:
     try:
         content = storage.read_bytes(plan_uri)
     except FileNotFoundError as error:
-        raise BrainrayError(f"The plan at '{plan_uri}' has vanished while the job ran.") from error
+        raise BrainrayError(f"The plan at '{plan_uri}' was deleted while the job ran.") from error
     return pq.ParquetFile(pa.BufferReader(content))

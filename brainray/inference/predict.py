@@ -1,7 +1,6 @@
-"""The prediction stage on Ray Data, which bulk jobs, evaluation and calibration share.
+"""Predict on Ray Data: a pool of actors turns opened scans into rows of the prediction table.
 
-A stream of opened scans goes through a pool of actors that hold an engine, and comes out as rows of
-the prediction table.
+Bulk jobs, evaluation and calibration share it.
 """
 
 import json
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from ray.data import Dataset
 
 from brainray.cluster import TASK_CPUS, list_nodes, share_cpus
-from brainray.data.scan import view_pixels
+from brainray.data.scan_store import view_pixels
 from brainray.errors import BrainrayError
 from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import Engine, EngineOptions, Output, prepare_engine
@@ -27,17 +26,17 @@ from brainray.inference.schema import SCAN_SCHEMA, build_rows
 from brainray.model.classifier import read_classifier_metadata
 
 CPUS_PER_ENGINE = 4
-"""Threads of one engine on a CPU, where the machine has so many."""
+"""Most threads of one engine on a CPU."""
 GPU_BATCH_SIZE = 256
-"""Images of one call of an engine on a GPU. Ray Data wants a size there, and joins smaller blocks
-up to it; on a CPU each block is a call of its own."""
+"""Images per call of an engine on a GPU, where Ray Data requires a batch size and merges smaller
+blocks. On a CPU each block is one call."""
 WARM_UP_SIZE = 8
-"""Images predicted before the first ones: so many that the engine compiles what batches need."""
+"""Black images predicted first, enough for the engine to compile its model for batches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EnginePool:
-    """How many engines work at a time, and what each takes."""
+    """How many engines run, and the resources of each."""
 
     options: EngineOptions
     num_engines: int
@@ -48,7 +47,7 @@ class EnginePool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictStage:
-    """Everything that the prediction stage needs; may be sent to workers."""
+    """Configuration of the actors that predict; picklable."""
 
     classifier_id: str
     classes: tuple[str, ...]
@@ -62,12 +61,12 @@ class PredictStage:
     def open(
         cls, classifier_uri: str, pool: EnginePool, outputs: Sequence[Output] = ()
     ) -> "PredictStage":
-        """Prepare the engine of a classifier, and share it with the cluster.
+        """Prepare the engine of a classifier, and put it into the object store.
 
         Raises
         ------
         UserError
-            The classifier cannot be read, or not with these options.
+            The classifier cannot be read, or does not fit these options.
         """
         engine = prepare_engine(classifier_uri, pool.options)
         return cls.of(read_classifier_metadata(classifier_uri), engine, pool, outputs)
@@ -80,7 +79,7 @@ class PredictStage:
         pool: EnginePool,
         outputs: Sequence[Output] = (),
     ) -> "PredictStage":
-        """Share an engine that is prepared already."""
+        """Put a prepared engine into the object store."""
         return cls(
             classifier_id=str(metadata["classifier_id"]),
             classes=tuple(metadata["classes"]),
@@ -96,21 +95,20 @@ class PredictStage:
         Parameters
         ----------
         scans : Dataset
-            Columns of :data:`brainray.inference.schema.SCAN_SCHEMA`; ``image``, the network
-            input as bytes, null where there is a ``reason``; and further ones.
+            Columns of :data:`brainray.inference.schema.SCAN_SCHEMA`; ``image``, the network input
+            as bytes, null if there is a ``reason``; and any others.
 
         Returns
         -------
         Dataset
-            Rows of the prediction table, with the further columns; ``predict_s``, the row's share
-            of the engine's time; and ``runtime``, what computed, as JSON of
-            :meth:`brainray.inference.engine.Engine.describe`. All rows of a block stay in one
-            block.
+            Rows of the prediction table with the other columns; ``predict_s``, the row's share of
+            the engine's time; and ``runtime``, JSON of
+            :meth:`brainray.inference.engine.Engine.describe`. A block stays one block.
         """
         pool = self.pool
         with warnings.catch_warnings():
-            # Ray 2.60 deprecates `max_restarts` here and offers nothing in its place yet. Without
-            # it, an actor that a scan kills is started again without end.
+            # Ray 2.60 deprecates `max_restarts` here without a replacement. Without it Ray restarts
+            # an actor that a scan kills for ever.
             warnings.simplefilter("ignore", DeprecationWarning)
             predicted: Dataset = scans.map_batches(
                 _PredictBatch,
@@ -134,24 +132,24 @@ def pack_images(images: Sequence[NDArray[np.uint8] | None], size_px: int) -> pa.
 
 
 class _PredictBatch:
-    """Holds an engine, in a process of its own."""
+    """An actor with an engine."""
 
     def __init__(self, stage: PredictStage) -> None:
         self._stage = stage
-        self._refusal: BrainrayError | None = None
+        self._error: BrainrayError | None = None
         try:
             self._engine = ray.get(stage.engine)()
         except BrainrayError as error:
-            # Raised here, it would reach the driver as the text of an ActorDiedError (Ray 2.60).
-            self._refusal = error
+            # Raised here, the driver would only see the text of an ActorDiedError (Ray 2.60).
+            self._error = error
             return
         self._about = self._engine.describe()
         self._runtime = json.dumps(self._about)
         self._engine.predict(self._engine.make_batch(WARM_UP_SIZE), stage.outputs)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        if self._refusal is not None:
-            raise self._refusal
+        if self._error is not None:
+            raise self._error
         started = time.perf_counter()
         stage = self._stage
         images = view_pixels(batch["image"], stage.preprocessing.size_px)
@@ -177,16 +175,16 @@ def plan_pool(
     num_engines: int | None = None,
     gpus_per_engine: float = 1.0,
 ) -> EnginePool:
-    """Share the cluster's CPUs or GPUs out to engines; Ray is connected.
+    """Divide the cluster's CPUs or GPUs among engines; Ray must be connected.
 
     Parameters
     ----------
     options : EngineOptions
-        What to compute with; ``num_threads`` is chosen where it is not given.
+        ``num_threads`` is chosen if it is not given.
     num_engines : int, optional
-        Engines at a time; by default one for each GPU, or for four CPUs.
+        Default: one per GPU, or one per four CPUs.
     gpus_per_engine : float
-        Share of a GPU that each takes.
+        Share of a GPU of each engine.
     """
     nodes = list_nodes()
     sizes = [int(node.get("CPU", 0.0)) for node in nodes]
@@ -198,7 +196,7 @@ def plan_pool(
     most = max(1, min(CPUS_PER_ENGINE, max(sizes, default=1)))
     count = num_engines or sum(max(1, n // most) for n in sizes if n) or 1
     threads = options.num_threads or max(1, min(most, max(1, sum(sizes)) // count))
-    # One CPU of each engine's stays free for decoding, which needs a tenth as much.
+    # One CPU per engine stays free for decoding, which needs a tenth of the engine's time.
     cpus = share_cpus(count, nodes, wanted=max(0.5, threads - 1.0))
     return EnginePool(
         options=replace(options, num_threads=threads), num_engines=count, cpus=max(cpus, TASK_CPUS)

@@ -1,4 +1,4 @@
-"""The metrics and the report of a bulk run, from statistics: no table of predictions is read."""
+"""The metrics and the report of a bulk run, made from the statistics of its files."""
 
 import pickle
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ from brainray.reports.bulk import UncertainScan, render_bulk_report
 from brainray.reports.evaluation import Mistake
 
 if TYPE_CHECKING:
-    from brainray.inference.bulk import ClassifyJob
+    from brainray.inference.options import ClassifyJob
 
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
@@ -53,7 +53,7 @@ def build_metrics(
     num_decoders: int,
     memory_peak_bytes: int,
 ) -> dict[str, Any]:
-    """Build what metrics.json says of this run; :func:`write_report` adds the rest."""
+    """Build the part of metrics.json about this run; :func:`write_report` adds the rest."""
     new, wall_s = progress.new, progress.elapsed_s
     busy = progress.compute_busy(
         dict.fromkeys(STAGES, num_decoders) | {"predict": pool.num_engines}
@@ -77,7 +77,7 @@ def build_metrics(
             "stages_busy": busy,
             "bottleneck": find_bottleneck(busy)
             if progress.warm_s
-            else "too little was new to tell",
+            else "too few new scans to measure",
             "memory_peak_bytes": memory_peak_bytes,
             "timeline": [list(point) for point in progress.timeline],
         },
@@ -99,7 +99,7 @@ def write_report(
     Parameters
     ----------
     run : str
-        Name of this run, whose statistics ``new`` are; those of others are read from their files.
+        Name of this run, with the statistics ``new``; those of earlier runs are read from files.
     """
     stats = RunStats()
     stats.add(new)
@@ -132,7 +132,7 @@ def write_report(
 
 
 def describe_job(job: "ClassifyJob", identifiers: Identifiers) -> dict[str, Any]:
-    """Return a job's options for the report; where paths are not to be seen, their hashes."""
+    """Return a job's options for the report, with hashes in place of paths if they are redacted."""
     options = asdict(job)
     if identifiers.redact_paths:
         options["scans_uri"] = [identifiers.name(uri) for uri in job.scans_uri]
@@ -155,13 +155,13 @@ def _evaluate(
 
 
 def read_statistics(
-    store: PredictionStore, but_run: str, labels: Labels | None
+    store: PredictionStore, except_run: str, labels: Labels | None
 ) -> Iterator[RunStats]:
-    """Read the statistics of the files of other runs, on the workers.
+    """Read the statistics of other runs' files, on the workers.
 
-    Each file has its own in its metadata; where labels are asked for, they are computed anew.
+    They are in the files' metadata; if there are labels, they are computed again.
     """
-    files = [uri for uri in store.list_files() if f"/{but_run}-" not in uri]
+    files = [uri for uri in store.list_files() if f"/{except_run}-" not in uri]
     if not files:
         return
     shared = ray.put(labels)
@@ -175,7 +175,7 @@ def read_statistics(
 
     stream = ray.data.from_items(files).map_batches(read, batch_size=64, num_cpus=TASK_CPUS)
     for row in stream.iter_rows():
-        yield pickle.loads(row["statistics"])  # our own worker's
+        yield pickle.loads(row["statistics"])  # pickled by our own task
 
 
 def _read_file_statistics(store: PredictionStore, uri: str, labels: Labels | None) -> RunStats:
@@ -190,7 +190,7 @@ def _read_file_statistics(store: PredictionStore, uri: str, labels: Labels | Non
 def _draw(
     scan: dict[str, Any], preprocessing: Preprocessing, reading: ReadOptions
 ) -> tuple[bytes, bytes | None] | None:
-    """Draw a scan and its class map; None if it has vanished, or its row says not where it is."""
+    """Draw a scan and its class map; None if it cannot be read or its path is redacted."""
     if scan["scan_uri"].startswith(REDACTED):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Predict the samples of a data set: for evaluation, for calibration, for galleries."""
+"""Predict samples of a data set, for evaluation, calibration and galleries."""
 
 import json
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 
 from brainray.cluster import TASK_CPUS, find_own_error
-from brainray.data.scan import ScanStore
+from brainray.data.scan_store import ScanStore
 from brainray.images.preprocess import Preprocessing
 from brainray.inference.predict import PredictStage, pack_images
 
 PART_ROWS = 256
-"""Samples of one block: seconds of work on a CPU."""
+"""Samples of one block, some seconds of work on a CPU."""
 MAX_FAILURES = 3
-"""Times in a row that the stream may break, as when a node is lost, without a new prediction."""
+"""Failures of Ray in a row, as by the loss of a node, without a new prediction."""
 
 Runtime = dict[str, str]
-"""What computed: from :meth:`brainray.inference.engine.Engine.describe`."""
+"""From :meth:`brainray.inference.engine.Engine.describe`."""
 
 
 def predict_samples(
@@ -32,31 +32,31 @@ def predict_samples(
     scans: pa.Table,
     indices: NDArray[np.int64],
 ) -> tuple[pa.Table, Runtime]:
-    """Predict some samples of a data set with a stream of its own.
+    """Predict some samples of a data set.
 
     Parameters
     ----------
     stage : PredictStage
-        What predicts, and what it keeps of it.
+        The actors that predict.
     store : ScanStore
         Gives the samples' pixels.
     scans : Table
-        Rows of :data:`brainray.inference.schema.SCAN_SCHEMA` of all samples, in sample order.
+        Rows of :data:`brainray.inference.schema.SCAN_SCHEMA` for all samples, in sample order.
     indices : ndarray of int64, shape (n,)
-        Numbers of the samples to predict, each once, at least one; all of them can be opened.
+        Distinct indices of the samples to predict, at least one; all of them can be opened.
 
     Returns
     -------
     rows : Table
-        Of :func:`brainray.inference.schema.build_schema`, in the order of ``indices``.
+        Rows of :func:`brainray.inference.schema.build_schema`, in the order of ``indices``.
     runtime : dict of str to str
 
     Raises
     ------
     BrainrayError
-        A file has vanished, or the engine cannot be opened where it is to compute.
+        A file was deleted, or a worker cannot open the engine.
     RayError
-        The stream broke :data:`MAX_FAILURES` times in a row.
+        Ray failed :data:`MAX_FAILURES` times in a row.
     """
     assert len(indices)
     blocks: list[pa.Table] = []
@@ -75,9 +75,9 @@ def predict_samples(
             if failures == MAX_FAILURES:
                 raise
     rows = pa.concat_tables(blocks)
-    place = np.empty(len(scans), np.int64)
-    place[rows["index"].to_numpy()] = np.arange(len(rows))
-    rows = rows.take(pa.array(place[indices])).combine_chunks()
+    positions = np.empty(len(scans), np.int64)
+    positions[rows["index"].to_numpy()] = np.arange(len(rows))
+    rows = rows.take(pa.array(positions[indices])).combine_chunks()
     runtime: Runtime = json.loads(rows["runtime"][0].as_py())
     return rows.drop_columns(["index", "runtime", "predict_s"]), runtime
 

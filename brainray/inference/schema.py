@@ -1,7 +1,7 @@
-"""The prediction table: one row for one scan with one content.
+"""The prediction table: a row for each slice with one content.
 
-Bulk jobs, evaluation, cross-validation and ``brainray classify FILE --json`` have rows of this
-schema; what they add to it (labels, splits) follows in further columns.
+Bulk jobs, evaluation, cross-validation and ``brainray classify FILE --json`` all write this schema.
+Some of them append columns for labels and splits.
 """
 
 from collections.abc import Sequence
@@ -35,16 +35,16 @@ SCAN_SCHEMA = pa.schema(
         *SLICE_FIELDS,
     ]
 )
-"""What is known of a scan before it is predicted; ``reason`` is null where it has pixels."""
+"""Columns of a scan before prediction; ``reason`` is null if it could be opened."""
 
 
 def build_schema(classes: Sequence[str]) -> pa.Schema:
-    """Build the schema of the predictions for some classes, in class order."""
+    """Build the schema of the prediction table for some classes, in class order."""
     floats = pa.list_(pa.float32())
     return pa.schema(
         [
             pa.field("scan_uri", pa.string(), nullable=False),
-            pa.field("content_sha256", pa.string()),  # null when no byte could be read
+            pa.field("content_sha256", pa.string()),  # null if the file could not be read
             pa.field("status", pa.string(), nullable=False),  # model.reasons.Status
             pa.field("reason", pa.string()),  # a key of model.reasons.REASONS; null if classified
             pa.field("predicted_class", pa.string()),  # null unless classified
@@ -56,10 +56,10 @@ def build_schema(classes: Sequence[str]) -> pa.Schema:
             pa.field("engine", pa.string(), nullable=False),  # openvino or torch
             pa.field("precision", pa.string(), nullable=False),  # fp32, bf16 or int8
             pa.field("classified_at", pa.timestamp("us", tz="UTC"), nullable=False),
-            pa.field("size_bytes", pa.int64()),  # of the file; null where it was not known
-            pa.field("modified_ns", pa.int64()),  # of the file, since 1970; null likewise
+            pa.field("size_bytes", pa.int64()),  # of the file; null if unknown
+            pa.field("modified_ns", pa.int64()),  # of the file, since 1970; null if unknown
             *SLICE_FIELDS,
-            # Null unless asked for, and where a scan could not be opened.
+            # Null unless requested, and if a scan could not be opened.
             pa.field("class_map", floats),  # of the most probable class, in logits, row by row;
             # null for every rejected scan
             pa.field("logits", floats),  # in class order, before calibration
@@ -69,7 +69,7 @@ def build_schema(classes: Sequence[str]) -> pa.Schema:
 
 
 def describe_class_map(size_px: int) -> dict[str, int]:
-    """Return the shape of a class map, and the pixels of network input from cell to cell."""
+    """Return the shape of a class map, and its stride in pixels of network input."""
     side = count_cells(size_px)
     return {"height": side, "width": side, "stride_px": STRIDE_PX}
 
@@ -82,14 +82,14 @@ def build_rows(
     classifier_id: str,
     engine: dict[str, str],
 ) -> pa.Table:
-    """Build the rows of some scans.
+    """Build the rows of the prediction table for some scans.
 
     Parameters
     ----------
     scans : Table
-        Columns of :data:`SCAN_SCHEMA`; others are left out.
+        Columns of :data:`SCAN_SCHEMA`; others are dropped.
     prediction : Prediction
-        Of the scans whose ``reason`` is null, in their order.
+        Predictions for the scans whose ``reason`` is null, in their order.
     classes : sequence of str
         In class order.
     classifier_id : str
@@ -150,12 +150,12 @@ def build_rows(
 
 
 def stack_probs(rows: pa.Table, classes: Sequence[str]) -> NDArray[np.float32]:
-    """Return the probabilities of rows that have them, shape (n, K), in class order."""
+    """Return the probabilities of n rows, none of them null, shape (n, K), in class order."""
     return np.stack([rows[f"prob_{name}"].to_numpy() for name in classes], axis=1)
 
 
 def stack_lists(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    """Return a column of n lists of one length, none of them null, as an array with n rows."""
+    """Return a column of n lists of equal length, none of them null, as an array with n rows."""
     assert not column.null_count, "every row has a list"
     values: NDArray[np.float32] = column.combine_chunks().flatten().to_numpy()
     return values.reshape(len(column), -1) if len(column) else np.zeros((0, 0), np.float32)

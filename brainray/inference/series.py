@@ -1,15 +1,16 @@
-"""What the slices of a series say together: slice evidence, by one stated rule.
+"""Slice evidence: summarise the predictions for the slices of a series by one rule.
 
-A network that is wrong on one slice in a hundred gives a tumour to some slice of nearly every
-series, so neither the maximum of a series nor a product over its slices means anything. Here a
-class has evidence where a share of the series' slices agree on it, and where they are neighbours.
+A network that errs on one slice in a hundred predicts a tumour on some slice of nearly every
+series. So neither the maximum over slices nor the product of their probabilities is meaningful.
+The rule gives a series a class if the mean probability of its most probable slices is high, and if
+several neighbouring slices agree.
 
 Slices at one position, such as the volumes of a diffusion series, count once, with their mean
 probabilities. Slices are neighbours if they have one direction and no slice is missing between
-them; where the header gives no positions, the order of frames and names stands for them.
+them. If the header gives no positions, frame numbers and names define the order.
 
-The evidence is a mean of probabilities that are calibrated for slices. It is not a probability of
-the series or of the patient: ``brainray calibrate-series`` fits thresholds where labels are known.
+The evidence is a mean of probabilities that are calibrated for slices. It is not a probability for
+the series or the patient. ``brainray calibrate-series`` fits the thresholds to labelled series.
 """
 
 import math
@@ -25,43 +26,43 @@ from numpy.typing import NDArray
 from brainray.errors import ConfigError
 
 NO_TUMOUR = "notumor"
-"""The class that stands for the absence of the others."""
+"""The class without a tumour."""
 INDETERMINATE = "indeterminate"
 NUM_KEY_SLICES = 3
 DUPLICATE = "duplicate"
-"""Why a slice is not used: the series has the same object, or the same frame of it, already."""
+"""A slice is not used if the series already has the same object or frame."""
 
 MAX_LOCALIZER_SLICES = 30
-"""A series of several planes and at most so many slices is a localizer."""
+"""A series with several planes and at most so many slices is a localizer."""
 SAME_DIRECTION = math.cos(math.radians(5))
 """Least cosine between the rows, and between the columns, of slices of one direction."""
 SAME_PLANE = math.cos(math.radians(30))
 """Least cosine between the normals of slices of one plane."""
 SAME_POSITION_MM = 0.05
-"""Slices of one direction that are nearer than this lie at one position."""
+"""Slices of one direction closer than this have one position."""
 GAP = 1.5
-"""Times the usual distance between slices from which one is taken to be missing."""
+"""A slice is missing if a distance exceeds the median distance by this factor."""
 
 _Row = dict[str, Any]
 _Position = list[_Row]
 """Slices of one direction at one position."""
 _Stack = list[_Position]
-"""Neighbouring positions, in their order."""
+"""Neighbouring positions, in order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeriesRule:
-    """When the slices of a series give it a class."""
+    """The rule by which a series gets a class."""
 
     top_fraction: float = 0.1
-    """Share of the positions, those most probable of a class, whose mean probability is its
-    evidence (above 0, up to 1)."""
+    """A class's evidence is its mean probability over this share of the positions, those where it
+    is most probable (above 0, up to 1)."""
     threshold: float = 0.5
-    """Evidence, and probability at each position of a run, that counts for a class (0 to 1)."""
+    """Minimum evidence, and minimum probability at each position of a run (0 to 1)."""
     min_run: int = 3
-    """Neighbouring positions at or above the threshold that a class needs."""
+    """Neighbouring positions at or above the threshold that a class needs (a run)."""
     min_slices: int = 5
-    """Positions with probabilities that a series needs; with fewer it is indeterminate."""
+    """Positions with probabilities; with fewer a series is indeterminate."""
 
     def __post_init__(self) -> None:
         if not 0 < self.top_fraction <= 1:
@@ -76,7 +77,7 @@ class SeriesRule:
 def summarise_series(
     slices: Sequence[_Row], classes: Sequence[str], rule: SeriesRule | None = None
 ) -> dict[str, Any]:
-    """Put the answers to a series' slices together.
+    """Summarise the predictions for the slices of a series.
 
     Parameters
     ----------
@@ -94,9 +95,10 @@ def summarise_series(
     dict
         ``answer``, a class or "indeterminate"; ``reason``, why it is indeterminate, else None;
         ``evidence`` and ``longest_run`` (in positions), a number for each class; ``key_slices``,
-        at most :data:`NUM_KEY_SLICES` ``scan_uri`` of slices that are strongest for the most
-        evident class and no neighbours; ``num_slices``, ``num_used``, and ``num_positions`` of
-        those used; ``skipped``, a number for each reason; ``plane``; ``flags``, sorted.
+        the ``scan_uri`` of at most :data:`NUM_KEY_SLICES` slices with the highest probability of
+        the answer, or of the class with most evidence, none of them neighbours; ``num_slices``,
+        ``num_used`` and ``num_positions``; ``skipped``, a number for each reason; ``plane``;
+        ``flags``, sorted.
     """
     rule = rule or SeriesRule()
     used, skipped = _choose_slices(slices, classes)
@@ -135,22 +137,22 @@ def summarise_series(
 
 
 def summarise_study(series: Sequence[dict[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
-    """Put the answers to a study's series side by side; their slices are never mixed.
+    """Summarise the answers for the series of a study; slices of different series are not mixed.
 
     Parameters
     ----------
     series : sequence of dict
-        What :func:`summarise_series` returned of each series, and its ``series``.
+        Results of :func:`summarise_series`, each with ``series``.
     classes : sequence of str
         In class order.
 
     Returns
     -------
     dict
-        ``answer``, the class that all series give which have one, else "indeterminate", with the
-        ``reason`` ``no_answers`` or ``disagreement``; ``num_series``; ``num_answered``, the series
-        with a class; ``series`` and ``series_answers``, in one order; ``evidence``, the greatest of
-        any series for each class; and ``strongest_series``, which one that is.
+        ``answer``, the only class among the answers of the series, else "indeterminate" with the
+        ``reason`` ``no_answers`` or ``disagreement``; ``num_series``; ``num_answered``, the number
+        of series with a class; ``series`` and ``series_answers``, in the same order; ``evidence``,
+        each class's greatest evidence in any series; and ``strongest_series``, the series with it.
     """
     ordered = sorted(series, key=lambda one: str(one["series"]))
     answers = [str(one["answer"]) for one in ordered]
@@ -171,18 +173,18 @@ def summarise_study(series: Sequence[dict[str, Any]], classes: Sequence[str]) ->
 def _choose_slices(
     slices: Sequence[_Row], classes: Sequence[str]
 ) -> tuple[list[_Row], Counter[str]]:
-    """Return the slices with probabilities, each once; count the others by reason."""
+    """Return the distinct slices with probabilities; count the others by reason."""
 
-    def has_no_answer(row: _Row) -> bool:
+    def is_rejected(row: _Row) -> bool:
         return row[f"prob_{classes[0]}"] is None
 
     used, skipped, seen = [], Counter[str](), set()
-    # Of two copies, the one that has an answer is used, else the same one in every order of rows.
-    for row in sorted(slices, key=lambda row: (has_no_answer(row), str(row["scan_uri"]))):
+    # Of two duplicates use the one with probabilities, else the first by name.
+    for row in sorted(slices, key=lambda row: (is_rejected(row), str(row["scan_uri"]))):
         name = (row["sop_instance"], row["frame"])
         if row["sop_instance"] is not None and name in seen:
             skipped[DUPLICATE] += 1
-        elif has_no_answer(row):
+        elif is_rejected(row):
             skipped[str(row["reason"])] += 1
         else:
             used.append(row)
@@ -190,14 +192,14 @@ def _choose_slices(
     return used, skipped
 
 
-# ---- where slices lie ----------------------------------------------------------------------------
+# ---- positions of slices -------------------------------------------------------------------------
 
 
 def _group_by_direction(used: Sequence[_Row]) -> list[list[_Row]]:
-    """Put slices of one direction together; those without one are a group of their own."""
+    """Group slices by direction; those without a direction form one group."""
     without = [row for row in used if row["orientation"] is None]
     groups: list[list[_Row]] = []
-    # Of the first slice of each group: an array, since a client may send thousands of directions.
+    # Directions of the first slice of each group; an array, for thousands of directions.
     firsts = np.empty((len(used), 2, 3))
     for row in used:
         if row["orientation"] is None:
@@ -214,16 +216,16 @@ def _group_by_direction(used: Sequence[_Row]) -> list[list[_Row]]:
 
 
 def _make_stacks(groups: Sequence[Sequence[_Row]]) -> tuple[list[_Stack], bool]:
-    """Put slices of each direction in order; return stacks, and whether no slice is missing."""
+    """Order the slices of each direction; return stacks, and whether no slice is missing."""
 
-    def place(row: _Row) -> tuple[float, int, str]:
+    def order(row: _Row) -> tuple[float, int, str]:
         frame = -1 if row["frame"] is None else row["frame"]
         return row["position_mm"] or 0.0, frame, str(row["scan_uri"])
 
     stacks: list[_Stack] = []
     is_complete = True
     for group in groups:
-        ordered = sorted(group, key=place)
+        ordered = sorted(group, key=order)
         found = _cut_at_gaps(
             _group_by_position([row for row in ordered if row["position_mm"] is not None])
         )
@@ -285,16 +287,16 @@ def decide_series(
     classes: Sequence[str],
     rule: SeriesRule,
 ) -> tuple[str, str | None]:
-    """Return the class of a series, or "indeterminate" and why.
+    """Return the class of a series, or "indeterminate" and the reason.
 
     Parameters
     ----------
     evidence : ndarray of float64, shape (K,)
-        Mean probability of each class over its most probable positions.
+        Evidence of each class.
     runs : sequence of int, length K
-        Longest run of neighbours at or above the rule's threshold, of each class.
+        Longest run of each class.
     num_positions : int
-        What the rule's ``min_slices`` is compared with.
+        Positions with probabilities.
     classes : sequence of str
         The K names, in class order.
     rule : SeriesRule
@@ -314,13 +316,13 @@ def decide_series(
 
 
 def _find_most_evident(evidence: NDArray[np.float64], classes: Sequence[str]) -> str:
-    """Return the class that a reader would check first: a tumour where there is one."""
+    """Return the tumour class with the most evidence."""
     named = [k for k, name in enumerate(classes) if name != NO_TUMOUR] or range(len(classes))
     return classes[max(named, key=lambda k: evidence[k])]
 
 
 def _choose_key_positions(strongest: NDArray[np.intp], stack_of: NDArray[np.intp]) -> list[int]:
-    """Return the first of these indices that are no neighbours of earlier ones."""
+    """Return the first indices that are not neighbours of earlier ones."""
     chosen: list[int] = []
     for index in strongest.tolist():
         if len(chosen) == NUM_KEY_SLICES:
@@ -345,7 +347,7 @@ def _find_flags(groups: Sequence[Sequence[_Row]], positions: Sequence[_Position]
 
 
 def _is_localizer(slices: Sequence[_Row], groups: Sequence[Sequence[_Row]]) -> bool:
-    """Tell a localizer by its geometry: a few slices of several planes."""
+    """Return whether the series is a localizer: a few slices in several planes."""
     orientations = [group[0]["orientation"] for group in groups]
     normals = [np.cross(one[:3], one[3:]) for one in orientations if one is not None]
     return len(slices) <= MAX_LOCALIZER_SLICES and any(

@@ -1,7 +1,7 @@
-"""What Ray Data does with the shards of a bulk run: read, decode, predict, write, count.
+"""The tasks of a bulk run on Ray Data: read and decode a shard; write its predictions.
 
-A shard is some scan files that were chosen before any of them was predicted. Their slices pass
-through the stream as the rows of one block, and end as one file.
+A shard is a set of scan files, fixed by the plan. Its slices are the rows of one block of the
+stream, and of one output file.
 """
 
 import json
@@ -20,7 +20,6 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data import Dataset, ExecutionResources
 
-from brainray import storage
 from brainray.cluster import TASK_CPUS
 from brainray.data.read import read_scan
 from brainray.data.slice_columns import describe_slice
@@ -28,51 +27,47 @@ from brainray.errors import ClassificationError, RejectedImage
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions, name_slice, open_file, open_slice
 from brainray.inference.labels import Labels
-from brainray.inference.plan import PLAN_SCHEMA, name_part, read_shard
+from brainray.inference.plan import name_part, read_shard
 from brainray.inference.predict import PredictStage, pack_images
 from brainray.inference.schema import SCAN_SCHEMA
 from brainray.inference.stats import RunStats, compute_statistics
 from brainray.inference.store import PredictionStore
 
 MAX_BLOCK_BYTES = 128 * 2**20
-"""Network input of one shard, about: a file may have more slices than its size tells."""
+"""Approximate size of a shard's network input; files may have more slices than estimated."""
 MAX_FILE_BYTES = 2**30
-"""Network input of one file, at most: 21,399 slices at 224 px."""
-OPENED_FILE = "opened.json"
-"""In the plan's folder: how many shards the first wave has; null until the plan is made."""
-POLL_S, MAX_POLL_S = 0.05, 0.25
-"""Pause between two looks for the plan, at the start; each is longer than the one before."""
+"""Largest network input of one file: 21,399 slices at 224 px."""
 ALREADY_ANSWERED = "already_answered"
-"""Reason that a file has within the stream whose content has rows; it gets no other ones."""
+"""Reason, within the stream only, of a file whose content has rows already."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WaveTask:
-    """What the tasks of a run need to know."""
+    """Options of the tasks of a run."""
 
     store: PredictionStore
     run: str
     preprocessing: Preprocessing
     reading: ReadOptions
     key: bytes = field(repr=False)
-    """Of the identifiers' hashes."""
+    """Key of the hashes of identifiers."""
     labels: "ray.ObjectRef[Labels | None]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DoneShard:
-    """What the driver learns of a shard."""
+    """What the driver receives about a shard."""
 
     number: int
     num_files: int
-    """Scan files that it has."""
+    """Scan files of the shard."""
     num_known: int
-    """Those among them whose content had rows already."""
+    """Scan files among them whose content had rows already."""
     stats: RunStats
     stages_s: dict[str, float]
     """Seconds of work, by stage."""
     runtime: dict[str, str] | None
-    """What computed; None where nothing was written."""
+    """From :meth:`brainray.inference.engine.Engine.describe`; None if nothing was written."""
 
 
 def build_stream(
@@ -81,17 +76,13 @@ def build_stream(
     part: int,
     shards: list[int],
     num_decoders: int,
-    *,
-    is_first: bool = False,
 ) -> Dataset:
-    """Build the stream of a wave; nothing runs until it is read.
-
-    The first wave waits for its plan, and has fewer shards where that has.
+    """Build the stream of a wave, which runs when it is iterated.
 
     Returns
     -------
     Dataset
-        Column ``done``: a pickled :class:`DoneShard` for each shard that has scans.
+        Column ``done``: a pickled :class:`DoneShard` for each shard.
     """
     numbers = ray.data.from_items(
         [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
@@ -100,7 +91,7 @@ def build_stream(
         open_shard,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"task": task, "part": part, "is_first": is_first},
+        fn_kwargs={"task": task, "part": part},
         num_cpus=TASK_CPUS,
         compute=ray.data.TaskPoolStrategy(size=num_decoders),
     )
@@ -112,29 +103,25 @@ def build_stream(
         num_cpus=TASK_CPUS,
     )
     context = done.context
-    context.target_max_block_size = None  # a shard stays one block
+    context.target_max_block_size = None  # keep a shard in one block
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=(4 + 4 * stage.pool.num_engines) * MAX_BLOCK_BYTES
     )
     return done
 
 
-def open_shard(block: pa.Table, *, task: WaveTask, part: int, is_first: bool) -> pa.Table:
-    """Read the files of a shard, decode and resize their slices; runs as a Ray Data task.
+def open_shard(block: pa.Table, *, task: WaveTask, part: int) -> pa.Table:
+    """Read the files of a shard, and decode and resize their slices; runs as a Ray Data task.
 
     Returns
     -------
     Table
-        What :meth:`brainray.inference.predict.PredictStage.apply` takes, a row for each slice, with
-        ``shard``, ``shard_rows``, ``shard_files``, ``read_s`` and ``decode_s``; no rows for a shard
-        that the plan has not.
+        Input of :meth:`brainray.inference.predict.PredictStage.apply` with a row for each slice,
+        and ``shard``, ``shard_rows``, ``shard_files``, ``read_s`` and ``decode_s``.
     """
-    num_opened = _wait_for_plan(task) if is_first else None
     tables = []
     for shard in block["shard"].to_pylist():
-        is_planned = num_opened is None or shard < num_opened
-        plan_uri = task.store.name_plan(task.run, name_part(part))
-        files = read_shard(plan_uri, shard) if is_planned else PLAN_SCHEMA.empty_table()
+        files = read_shard(task.store.name_plan(task.run, name_part(part)), shard)
         opened = [row for file in files.to_pylist() for row in _open_file(file, task)]
         about = {"shard": shard, "shard_rows": len(opened), "shard_files": files.num_rows}
         rows = pa.Table.from_pylist([row.columns for row in opened], schema=SCAN_SCHEMA)
@@ -149,46 +136,32 @@ def open_shard(block: pa.Table, *, task: WaveTask, part: int, is_first: bool) ->
     return pa.concat_tables(tables)
 
 
-def _wait_for_plan(task: WaveTask) -> int:
-    """Wait until the plan is made, and return how many shards the first wave has."""
-    opened_uri = task.store.name_plan(task.run, OPENED_FILE)
-    pause_s = POLL_S
-    try:
-        while (num_opened := storage.read_json(opened_uri)) is None:
-            time.sleep(pause_s)
-            pause_s = min(1.5 * pause_s, MAX_POLL_S)
-    except FileNotFoundError:
-        return 0  # the plan failed; the driver says why
-    return int(num_opened)
-
-
 @dataclass(slots=True)
 class _OpenedRow:
-    """One row to be: a slice, opened or rejected, or a file that is rejected as a whole."""
+    """A slice, opened or rejected, or a file that is rejected as a whole."""
 
     columns: dict[str, Any]
-    """Of :data:`brainray.inference.schema.SCAN_SCHEMA`; what is left out is null."""
+    """Columns of :data:`brainray.inference.schema.SCAN_SCHEMA`; a missing one is null."""
     image: NDArray[np.uint8] | None = None
-    """Network input; None where it is rejected."""
+    """Network input; None if rejected."""
     read_s: float = 0.0
     decode_s: float = 0.0
 
 
 def _open_file(planned: dict[str, Any], task: WaveTask) -> list[_OpenedRow]:
-    """Open the slices of a file; whatever the file holds, it has at least one row.
-
-    Parameters
-    ----------
-    planned : dict
-        A row of :data:`brainray.inference.plan.PLAN_SCHEMA`.
-    """
+    """Open the slices of a row of PLAN_SCHEMA; every file has at least one row."""
     whole = _OpenedRow({name: planned[name] for name in ("scan_uri", "size_bytes", "modified_ns")})
     known = planned["known_contents"] or ()
     reason, started = planned["reason"], time.perf_counter()
     try:
         if reason is None:
-            content = _read_file(planned, task)
-            if len(content) <= task.reading.limits.max_bytes:  # else it was not read to its end
+            content = read_scan(
+                *(planned[name] for name in ("uri", "row_group", "row")),
+                max_bytes=task.reading.limits.max_bytes,
+            )
+            if (
+                len(content) <= task.reading.limits.max_bytes
+            ):  # a larger file was not read to its end
                 whole.columns["content_sha256"] = sha256(content).hexdigest()
             whole.read_s = time.perf_counter() - started
             if whole.columns.get("content_sha256") not in known:
@@ -201,13 +174,8 @@ def _open_file(planned: dict[str, Any], task: WaveTask) -> list[_OpenedRow]:
     return [whole]
 
 
-def _read_file(planned: dict[str, Any], task: WaveTask) -> bytes:
-    place = (planned["uri"], planned["row_group"], planned["row"])
-    return read_scan(*place, max_bytes=task.reading.limits.max_bytes)
-
-
 def _open_slices(content: bytes, whole: _OpenedRow, task: WaveTask) -> list[_OpenedRow]:
-    """Open a file's slices, each of which may be rejected by itself.
+    """Open a file's slices; each of them may be rejected.
 
     Raises
     ------
@@ -239,14 +207,14 @@ def _open_slices(content: bytes, whole: _OpenedRow, task: WaveTask) -> list[_Ope
 
 
 def write_shards(block: pa.Table, *, task: WaveTask, part: int) -> pa.Table:
-    """Write the predictions of whole shards, a file for each; runs as a Ray Data task."""
+    """Write one file for each shard; runs as a Ray Data task."""
     done = []
     for shard in pc.unique(block["shard"]).to_pylist():
         rows = block.filter(pc.equal(block["shard"], shard))
         expected = rows["shard_rows"][0].as_py()
         if rows.num_rows != expected:
             raise ClassificationError(
-                f"Ray Data cut a shard of {expected:,} slices: {rows.num_rows:,} came together. "
+                f"Ray Data split a shard: expected {expected:,} slices, got {rows.num_rows:,}. "
                 "This is a defect of brainray; please report it."
             )
         done.append(pickle.dumps(_write_shard(rows, task, part, shard)))
@@ -284,5 +252,5 @@ def _write_shard(rows: pa.Table, task: WaveTask, part: int, shard: int) -> DoneS
 
 @lru_cache(maxsize=1)
 def _get_labels(labels: "ray.ObjectRef[Labels | None]") -> Labels | None:
-    """Return the labels; unpickling a million of them for each shard would take a second."""
+    """Return the labels; cached, since unpickling a million of them takes a second."""
     return ray.get(labels)

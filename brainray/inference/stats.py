@@ -1,8 +1,8 @@
-"""Statistics of a bulk run, which add up: each shard's are computed where it is written.
+"""Additive statistics of a bulk run, which the task that writes a shard computes.
 
-They hold counts and histograms, the least certain scans and, where labels are known, the worst
-mistakes and the probabilities of at most :data:`MAX_LABELLED` scans. Their size does not grow with
-the number of scans.
+They contain counts and histograms, the least certain scans and, if there are labels, the most
+confident mistakes and the probabilities of at most :data:`MAX_LABELLED` scans. Their size does not
+grow with the number of scans.
 """
 
 import os
@@ -28,25 +28,24 @@ from brainray.io.repeat import repeat
 from brainray.model.calibration import LOW_CONFIDENCE
 
 NUM_SCANS_SHOWN = 24
-"""Scans of a gallery."""
+"""Scans in a gallery."""
 NUM_BINS = 20
-"""Of the histogram of confidences."""
+"""Bins of the histogram of confidences."""
 MAX_LABELLED = 100_000
-"""Labelled scans whose probabilities are kept; of more, a random sample of this size. The standard
-error of an accuracy near 0.97 is then 0.0005."""
+"""Largest sample of labelled scans. The standard error of an accuracy near 0.97 is then 0.0005."""
 MAX_TIMELINE = 401
-"""Points of a timeline, at which every second one is dropped; odd, so that the last one stays."""
+"""Points of a timeline at which every second one is dropped; odd, so that the last one stays."""
 MEMORY_INTERVAL_S = 3.0
 SATURATED = 0.8
-"""A stage that is busy for this share of the time is the bottleneck."""
+"""Busy share from which a stage is called the bottleneck."""
 
-IDLE = "nothing was new, so nothing was predicted"
+IDLE = "there were no new scans"
 STAGES = ("read", "decode", "predict", "write")
 REMEDIES = {
-    "read": "read-bound: the storage is the limit; bring the scans nearer",
+    "read": "read-bound: move the scans to faster storage",
     "decode": "decode-bound: add CPUs",
     "predict": "predict-bound: add predictors (CPUs or GPUs)",
-    "write": "write-bound: the output's storage is the limit",
+    "write": "write-bound: use faster storage for the output",
 }
 
 STATISTICS_COLUMNS = (
@@ -57,24 +56,24 @@ STATISTICS_COLUMNS = (
     "series",
     "class_map",
 )
-"""Columns that :func:`compute_statistics` needs beside the probabilities."""
+"""Columns that :func:`compute_statistics` needs besides the probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledSample:
-    """Labelled scans that have probabilities: all, or a uniform random sample of them.
+    """Labelled scans that have probabilities, or a uniform random sample of them.
 
-    The scans with the smallest hashes of their URIs are kept, so that samples can be joined in any
-    order, and a scan is in it or not whatever the others are.
+    The sample consists of the scans with the smallest hashes of their URIs. So samples can be
+    joined in any order.
     """
 
     hashes: NDArray[np.uint64]
     y_true: NDArray[np.int64]
     y_prob: NDArray[np.float32]
     total: int
-    """Scans that the sample stands for."""
+    """Number of scans that were sampled."""
     num_unlabelled: int
-    """Scans with probabilities and no label."""
+    """Scans with probabilities but without a label."""
 
     def add(self, other: "LabelledSample") -> "LabelledSample":
         """Join two samples of different scans."""
@@ -91,24 +90,24 @@ class LabelledSample:
 
 @dataclass(slots=True)
 class RunStats:
-    """Statistics of predictions; :meth:`add` joins those of different scans."""
+    """Statistics of predictions; :meth:`add` adds those of other scans."""
 
     num_rows: int = 0
     num_in_series: int = 0
-    """Those among them that are slices of a series."""
+    """Rows that are slices of a series."""
     reasons: Counter[str] = field(default_factory=Counter)
     classes: Counter[str] = field(default_factory=Counter)
     histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(NUM_BINS, np.int64))
-    """Of the confidences, in equal bins of [0, 1]."""
+    """Number of confidences in equal bins of [0, 1]."""
     least_certain: list[dict[str, Any]] = field(default_factory=list)
     """``scan_uri``, ``probs`` and ``class_map`` of the scans with the least confidence."""
     labelled: LabelledSample | None = None
-    """None where no labels were asked for."""
+    """None if there are no labels."""
     mistakes: list[dict[str, Any]] = field(default_factory=list)
-    """The same of the most confident mistakes, and ``true_class``."""
+    """The same for the most confident mistakes, with ``true_class``."""
 
     def add(self, other: "RunStats") -> None:
-        """Take in the statistics of other scans."""
+        """Add the statistics of other scans."""
         self.num_rows += other.num_rows
         self.num_in_series += other.num_in_series
         self.reasons.update(other.reasons)
@@ -121,7 +120,7 @@ class RunStats:
             self.labelled = joined
 
     def to_json(self) -> dict[str, Any]:
-        """Return what does not depend on labels, ready for JSON."""
+        """Return the statistics that need no labels, ready for JSON."""
         return {
             "num_rows": self.num_rows,
             "num_in_series": self.num_in_series,
@@ -133,7 +132,7 @@ class RunStats:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "RunStats":
-        """Return what :meth:`to_json` gave."""
+        """Invert :meth:`to_json`."""
         return cls(
             num_rows=document["num_rows"],
             num_in_series=document["num_in_series"],
@@ -177,7 +176,7 @@ def compute_statistics(
     classes : sequence of str
         In class order.
     labels : Labels, optional
-        Gives the true class of a scan where it is known.
+        Labels of scans, where known.
     """
     stats = RunStats(
         num_rows=rows.num_rows,
@@ -185,7 +184,7 @@ def compute_statistics(
         reasons=Counter(rows["reason"].drop_null().to_pylist()),
         classes=Counter(rows["predicted_class"].drop_null().to_pylist()),
     )
-    rows = rows.filter(pc.is_valid(rows["confidence"]))  # those that were abstained on as well
+    rows = rows.filter(pc.is_valid(rows["confidence"]))  # classified or abstained
     confidence = rows["confidence"].to_numpy()
     stats.histogram = np.histogram(confidence, NUM_BINS, (0.0, 1.0))[0].astype(np.int64)
     probs = stack_probs(rows, classes)
@@ -197,7 +196,7 @@ def compute_statistics(
 
 
 def _find_first(values: NDArray[np.float32], scan_uris: pa.ChunkedArray) -> list[int]:
-    """Find the scans to show: those with the smallest values; of equal ones, by their URIs."""
+    """Return the rows with the smallest values; ties are ordered by URI."""
     table = pa.table({"value": values, "scan_uri": scan_uris})
     order = pc.select_k_unstable(
         table, NUM_SCANS_SHOWN, [("value", "ascending"), ("scan_uri", "ascending")]
@@ -227,9 +226,8 @@ def _add_labelled(
     y_true = np.array([classes.index(str(given[row])) for row in known], np.int64)
     hashes = hash_names([uris[row] for row in known])
     sample = LabelledSample(hashes, y_true, probs[known], len(known), len(uris) - len(known))
-    stats.labelled = sample.add(
-        LabelledSample(hashes[:0], y_true[:0], probs[:0], 0, 0)
-    )  # cut to its size
+    empty = LabelledSample(hashes[:0], y_true[:0], probs[:0], 0, 0)
+    stats.labelled = sample.add(empty)  # keeps at most MAX_LABELLED
     top = probs[known].argmax(axis=1)
     wrong = np.flatnonzero(top != y_true)
     worst = _find_first(-probs[known[wrong], top[wrong]], rows["scan_uri"].take(known[wrong]))
@@ -240,33 +238,33 @@ def _add_labelled(
 
 
 def hash_names(names: Sequence[str]) -> NDArray[np.uint64]:
-    """Return a hash of each name, the same in every process, shape (n,)."""
+    """Hash each name, equally in every process, shape (n,)."""
     hashes: NDArray[np.uint64] = pd.util.hash_array(np.array(names, dtype=object), categorize=False)
     return hashes
 
 
 def count_rejected(reasons: "Counter[str]") -> int:
-    """Count the scans that were rejected: all that have a reason but low confidence."""
+    """Count rejected scans: those with a reason other than low confidence."""
     return sum(count for reason, count in reasons.items() if reason != LOW_CONFIDENCE)
 
 
 class Progress:
-    """How far a run is, and what it has seen so far."""
+    """The progress of a run, and the statistics so far."""
 
     def __init__(self) -> None:
         self.total: int | None = None
-        """Scan files to open; None until they are listed."""
+        """Scan files to open; None until the plan is made."""
         self.done = 0
-        """Scan files that are through, new or known."""
+        """Scan files that are done, new or known."""
         self.new = RunStats()
-        """Of the rows that this run wrote."""
+        """Statistics of the rows that this run wrote."""
         self.num_known = 0
-        """Scan files that were looked at again and whose content had rows."""
+        """Scan files that were opened although their content had rows already."""
         self.runtime: dict[str, str] | None = None
-        """What computes: from :meth:`brainray.inference.engine.Engine.describe`."""
+        """From :meth:`brainray.inference.engine.Engine.describe`."""
         self.stages_s = dict.fromkeys(STAGES, 0.0)
         self.timeline: list[tuple[float, int]] = []
-        """Seconds since the start, and scan files done; a bounded number of points."""
+        """Seconds since the start, and scan files done, at a bounded number of points."""
         self.started_at = datetime.now(UTC)
         self._started = time.perf_counter()
         self._first_s: float | None = None
@@ -286,21 +284,21 @@ class Progress:
 
     @property
     def warm_s(self) -> float:
-        """Seconds between the first shard's end and the last one's."""
+        """Seconds from the end of the first shard to the end of the last one."""
         return self.timeline[-1][0] - self._first_s if self._first_s is not None else 0.0
 
     @property
     def rate(self) -> float | None:
-        """Slices in a second since the first shard was done, a known file as one.
+        """Slices per second since the first shard was done; None before the second one.
 
-        None while that tells nothing.
+        A known file counts as one slice.
         """
         done = self.new.num_rows + self.num_known - self._rows_at_first
         return done / self.warm_s if done and self.warm_s else None
 
     @property
     def left_s(self) -> float | None:
-        """Seconds that the files which are left may take; None while that is not known."""
+        """Estimated seconds for the remaining files; None if unknown."""
         done = self.done - self._done_at_first
         if self.total is None or not done or not self.warm_s:
             return None
@@ -331,7 +329,13 @@ class Progress:
             self.timeline = self.timeline[::2]
 
     def compute_busy(self, capacity: dict[str, int]) -> dict[str, float]:
-        """Compute the busy share of every stage once warm, from how many work at it at a time."""
+        """Return each stage's busy share since the first shard.
+
+        Parameters
+        ----------
+        capacity : dict
+            Concurrent workers of each stage.
+        """
         if not self.warm_s:
             return dict.fromkeys(STAGES, 0.0)
         return {
@@ -344,7 +348,7 @@ class Progress:
 
 
 def find_bottleneck(busy: dict[str, float]) -> str:
-    """Say in words what limits a run, from the busy share of every stage."""
+    """Describe the bottleneck of a run, from the busy share of every stage."""
     stage = max(busy, key=lambda name: busy[name])
     if busy[stage] < SATURATED:
         return f"nothing is saturated (the busiest stage, {stage}, {busy[stage]:.0%} of the time)"
@@ -353,14 +357,14 @@ def find_bottleneck(busy: dict[str, float]) -> str:
 
 @dataclass
 class MemoryPeak:
-    """The most memory that this process and all below it had: Ray's too, where Ray runs here."""
+    """Peak memory of this process and its children, a local Ray cluster included."""
 
     bytes: int = 0
 
 
 @contextmanager
 def watch_memory() -> Iterator[MemoryPeak]:
-    """Measure the memory again and again until the block ends."""
+    """Measure the memory every few seconds until the block ends."""
     peak = MemoryPeak()
 
     def measure() -> None:
@@ -372,7 +376,7 @@ def watch_memory() -> Iterator[MemoryPeak]:
 
 
 def measure_memory_bytes(pid: int) -> int:
-    """Measure a process tree: every process's own memory, and what they share once."""
+    """Measure a process tree: the anonymous memory of each process, and shared memory once."""
     own, shared = 0, [0]
     root = psutil.Process(pid)
     for process in (root, *root.children(recursive=True)):

@@ -1,19 +1,19 @@
-"""The predictions of bulk jobs on disk: which files there are, what they hold, how one is written.
+"""The prediction files of bulk runs: list, read and write them.
 
 ::
 
     OUT/
-      predictions/classifier_id=<id>/<run>-<part>-<shard>.parquet   whole or absent
-      .plan/<run>/                                                  what the run is about to do
+      predictions/classifier_id=<id>/<run>-<part>-<shard>.parquet   complete or absent
+      .plan/<run>/                                                  plan of the present run
 
-A row is the prediction of one scan with one content. A file is never changed once it is there: it
-holds one shard, some scans that were chosen before any of them was predicted, under a name that was
-chosen then too. Whoever does a shard again writes the same name, and the first file stays. So a
-worker may be killed and its shard given to another, or may wake up when the shard is long done.
+A row is the prediction for one slice of a file with one content. A file holds one shard and never
+changes. The plan fixes the scans and the file name of a shard before any prediction. A second
+attempt at a shard uses the same name, and the first file stays. So a worker may be killed and its
+shard repeated, or a stalled worker may resume after its shard is done.
 
-A run that was cut short leaves shards without files. The next run writes an empty file in the place
-of each before it plans anything: a write that was under way then comes too late, and cannot add a
-second row for a scan that the next run predicts under another name.
+An interrupted run leaves shards without files. Before the next run makes its plan, it creates an
+empty file for each of them. A late write by a worker of the old run then fails. So it cannot add a
+second row for a scan that the next run predicts in another file.
 """
 
 import io
@@ -37,7 +37,7 @@ PREDICTIONS_FOLDER = "predictions"
 PLAN_FOLDER = ".plan"
 METADATA_KEY = b"brainray"
 NUM_WRITERS = 16
-"""Empty files written at a time, when a run that was cut short is closed."""
+"""Concurrent writes of empty files when an interrupted run is closed."""
 
 KNOWN_SCHEMA = pa.schema(
     [
@@ -52,9 +52,10 @@ KNOWN_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """Consecutive shards of one part of a plan, which are predicted in one execution of Ray Data.
+    """Consecutive shards of one part of a plan, predicted in one execution of Ray Data.
 
-    Written into the output's lock before its first file: the next run closes what it finds there.
+    A run writes the wave into the output's lock before the wave's first file. The next run closes
+    the wave that it finds there.
     """
 
     run: str
@@ -69,17 +70,17 @@ class Wave:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictionStore:
-    """The predictions of one classifier below one output; may be sent to workers."""
+    """The predictions of one classifier below one output; picklable."""
 
     output_uri: str
     classifier_id: str
     classes: tuple[str, ...]
     about: dict[str, Any] = field(default_factory=dict)
-    """What the files' metadata say of their classifier."""
+    """Provenance for the files' metadata."""
 
     @classmethod
     def of(cls, output_uri: str, metadata: dict[str, Any]) -> "PredictionStore":
-        """Open the predictions of a classifier.
+        """Open the predictions of a classifier below an output.
 
         Parameters
         ----------
@@ -111,7 +112,7 @@ class PredictionStore:
 
     @property
     def folder_uri(self) -> str:
-        """Where the files are: a partition in Hive's style."""
+        """Folder of the files, named like a Hive partition."""
         name = f"classifier_id={self.classifier_id}"
         return storage.join(self.output_uri, PREDICTIONS_FOLDER, name)
 
@@ -128,7 +129,7 @@ class PredictionStore:
         files, _ = storage.list_folder(folder, folder)
         is_older = any(file.uri.endswith(".parquet") for file in files)
         for uri in self.list_files()[:1]:
-            about = self.read_metadata(uri)  # of an empty file that closes a run, perhaps
+            about = self.read_metadata(uri)  # empty for a closed shard
             is_older |= about.get("schema_version", SCHEMA_VERSION) < SCHEMA_VERSION
         if is_older:
             raise ConfigError(
@@ -178,7 +179,7 @@ class PredictionStore:
             ) from error
 
     def read_metadata(self, uri: str) -> dict[str, Any]:
-        """Read what a file says of itself: see :meth:`write_shard`."""
+        """Read the metadata of a file, written by :meth:`write_shard`."""
         filesystem, path = storage.resolve(uri)
         try:
             schema = pq.read_schema(path, filesystem=filesystem)
@@ -189,13 +190,13 @@ class PredictionStore:
             ) from error
 
     def read_known(self, uri: str) -> pa.Table:
-        """Read which scan files a file is about, as rows of :data:`KNOWN_SCHEMA`.
+        """Read the scan files that have rows in a file, as rows of :data:`KNOWN_SCHEMA`.
 
-        Each scan file once with each content: its slices were all written with this file.
+        Each scan file is returned once with each content.
         """
         names = ["scan_uri", "frame", "size_bytes", "modified_ns", "reason", "content_sha256"]
         rows = self.read(uri, names)
-        # Only what was named as a slice: a file may have a name that looks like one.
+        # Only for rows with a frame: the name of a file may also end in "#frame=1".
         files = pc.replace_substring_regex(rows["scan_uri"], "#frame=[0-9]+$", "")
         files = pc.if_else(rows["frame"].is_valid(), files, rows["scan_uri"])
         content = pc.coalesce(rows["content_sha256"], rows["reason"])
@@ -213,7 +214,7 @@ class PredictionStore:
     def write_shard(
         self, uri: str, rows: pa.Table, engine: dict[str, str], statistics: dict[str, Any]
     ) -> pa.Table:
-        """Write a shard's file, unless it is there.
+        """Write the file of a shard unless it exists.
 
         Parameters
         ----------
@@ -224,44 +225,43 @@ class PredictionStore:
         engine : dict
             From :meth:`brainray.inference.engine.Engine.describe`.
         statistics : dict
-            Of these rows, for the report; ready for JSON.
+            Statistics of these rows for the report, ready for JSON.
 
         Returns
         -------
         Table
-            The rows of the file that is there now: these, or those of a worker that did the same
-            shard before.
+            The rows of the file: these, or those that another attempt at the shard wrote first.
 
         Raises
         ------
         LockLostError
-            The shard was closed: another run took the output over.
+            The shard is closed, because another run took over the output.
         StorageError
             It cannot be written.
         """
         about = self.about | {"runtime": engine, "statistics": statistics}
         if create_bytes(uri, self._encode(rows, about)):
             return rows
-        there = self.read(uri, self.file_schema.names)
-        if not there.num_rows:
+        existing = self.read(uri, self.file_schema.names)
+        if not existing.num_rows:
             raise LockLostError(
-                f"Another run has taken over '{self.output_uri}'. What was written stays; give "
-                "the same command again when that run has ended."
+                f"Another run has taken over '{self.output_uri}'. Predictions made so far are "
+                "kept; give the same command again when that run has ended."
             )
-        return there
+        return existing
 
     def close(self, state: dict[str, Any]) -> int:
-        """Close the shards that a run left which was cut short.
+        """Close the shards that an interrupted run did not write.
 
         Parameters
         ----------
         state : dict
-            What that run left in the lock: its wave, if one was open.
+            The state that the run left in the lock, with its wave if one was open.
 
         Returns
         -------
         int
-            Shards that had no file.
+            Number of shards without a file.
         """
         if "wave" not in state:
             return 0
@@ -284,7 +284,7 @@ class PredictionStore:
         return len(missing)
 
     def describe_wave(self, wave: Wave) -> dict[str, Any]:
-        """Return what goes into the lock before a wave begins; :meth:`close` takes it."""
+        """Return the lock's state while a wave is predicted; :meth:`close` reads it."""
         return {
             "classifier_id": self.classifier_id,
             "classes": list(self.classes),

@@ -1,12 +1,12 @@
-"""The series and studies of an output: slice evidence, from all predictions of its classifier.
+"""Tables of series and studies: slice evidence from all predictions of a classifier.
 
 ::
 
     OUT/series.parquet      a row for each series
     OUT/studies.parquet     a row for each study
 
-Both are written anew by each run, from the rows that lie in the predictions then. The slices of a
-study come together on the workers, in hash partitions of Ray Data; the driver gets counts.
+Each run replaces both, from all rows of the predictions. Workers collect the slices of a study in
+hash partitions of Ray Data; the driver receives counts.
 """
 
 import io
@@ -48,9 +48,9 @@ _SLICE_COLUMNS = (
     "classified_at",
 )
 _MAX_PARTITION_ROWS = 200_000
-"""Slices of one hash partition, about: some 60 MB."""
+"""Approximate slices of one hash partition, some 60 MB."""
 _GROUP = "group"
-"""Column by which slices come together: the study, or where the file names none, the series."""
+"""Column to group by: the study, or the series if the file names no study."""
 
 
 def build_series_schema(classes: Sequence[str]) -> pa.Schema:
@@ -95,21 +95,21 @@ def build_study_schema(classes: Sequence[str]) -> pa.Schema:
 
 
 def write_series(store: PredictionStore, rule: SeriesRule, num_slices: int) -> dict[str, Any]:
-    """Write both tables, in the place of those that are there.
+    """Replace both tables.
 
     Parameters
     ----------
     store : PredictionStore
-        All of whose predictions count.
+        The predictions to summarise.
     rule : SeriesRule
     num_slices : int
-        Rows with a series among them. Where there are none, there are no tables.
+        Number of rows with a series. If 0, there are no tables.
 
     Returns
     -------
     dict
-        ``series`` and ``studies``, for metrics.json: ``total`` and ``by_answer``; empty where there
-        are no tables.
+        ``series`` and ``studies`` for metrics.json, each with ``total`` and ``by_answer``; empty if
+        there are no tables.
 
     Raises
     ------
@@ -138,7 +138,7 @@ def write_series(store: PredictionStore, rule: SeriesRule, num_slices: int) -> d
 
 
 def _delete_tables(output_uri: str) -> None:
-    """Delete the tables of another classifier, which are not of this run's predictions."""
+    """Delete the tables of another classifier's predictions."""
     files, _ = storage.list_folder(output_uri, output_uri)
     for file in files:
         if file.relative_path in (SERIES_FILE, STUDIES_FILE):
@@ -146,13 +146,7 @@ def _delete_tables(output_uri: str) -> None:
 
 
 def read_slices(store: PredictionStore, uri: str) -> pa.Table:
-    """Read of a file of predictions the rows that are slices of a series.
-
-    Returns
-    -------
-    Table
-        What :func:`summarise_group` takes.
-    """
+    """Read the rows of a prediction file that belong to a series, for :func:`summarise_group`."""
     probs = [f"prob_{name}" for name in store.classes]
     rows = store.read(uri, [*_SLICE_COLUMNS, *probs])
     rows = rows.filter(rows["series"].is_valid())
@@ -160,18 +154,18 @@ def read_slices(store: PredictionStore, uri: str) -> pa.Table:
 
 
 def summarise_group(slices: pa.Table, store: PredictionStore, rule: SeriesRule) -> pa.Table:
-    """Summarise the series of one study.
+    """Summarise the series of a study.
 
     Parameters
     ----------
     slices : Table
-        Rows of :func:`read_slices`, all of one study, or of one series without a study.
+        All rows of one study, or of one series without a study.
 
     Returns
     -------
     Table
         One row: ``series``, a list of rows of :func:`build_series_schema`; ``study``, a row of
-        :func:`build_study_schema`, null where the file names no study.
+        :func:`build_study_schema`, null without a study.
     """
     latest = {row["scan_uri"]: row for row in slices.sort_by("classified_at").to_pylist()}
     rows_of: dict[str, list[dict[str, Any]]] = {}
@@ -192,7 +186,7 @@ def summarise_group(slices: pa.Table, store: PredictionStore, rule: SeriesRule) 
 
 
 def _name_group(rows: Sequence[dict[str, Any]], *, classifier_id: str) -> dict[str, Any]:
-    """Return whose the rows of a series or study are; the patient as most of them say."""
+    """Return the study, the most frequent patient, and the classifier of some rows."""
     patients = Counter(row["patient"] for row in rows if row["patient"] is not None)
     return {
         "study": rows[0]["study"],
@@ -202,7 +196,7 @@ def _name_group(rows: Sequence[dict[str, Any]], *, classifier_id: str) -> dict[s
 
 
 def _flatten(summary: dict[str, Any]) -> dict[str, Any]:
-    """Turn numbers and names by class into columns, and counts by reason into pairs."""
+    """Turn dicts by class into columns, and counts by reason into pairs."""
     flat: dict[str, Any] = {}
     for name, value in summary.items():
         if name == "skipped":
@@ -222,13 +216,7 @@ def _build_group_schema(classes: Sequence[str]) -> pa.Schema:
 def write_tables(
     groups: "Sequence[ray.ObjectRef[pa.Table]]", store: PredictionStore, rule: SeriesRule
 ) -> dict[str, Any]:
-    """Write both tables from what :func:`summarise_group` gave; runs as a Ray task.
-
-    Returns
-    -------
-    dict
-        As of :func:`write_series`.
-    """
+    """Write the rows of :func:`summarise_group` as two tables; runs as a Ray task."""
     about = store.about | {"rule": asdict(rule), "notice": NOT_CALIBRATED}
     metadata = {METADATA_KEY: json.dumps(about | {"schema_version": SCHEMA_VERSION})}
     schemas = {

@@ -1,1 +1,1 @@
-"""Below an output: who may write there."""
+"""Files of an output: locks, conditional writes, keyed identifiers."""

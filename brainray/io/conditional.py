@@ -1,7 +1,7 @@
-"""Write a file only if it is absent, or is the version that is expected.
+"""Write a file only if it does not exist, or only if it has the expected version.
 
-On a disk a file is created by a hard link. On object stores this goes through :mod:`obstore`, since
-pyarrow 26 has no conditional writes (``If-None-Match``, ``If-Match``; generations on Google's).
+On a disk a hard link creates the file. On object stores :mod:`obstore` sends the conditions
+(``If-None-Match``, ``If-Match``, or a generation), which pyarrow 26 cannot.
 """
 
 import errno
@@ -33,36 +33,35 @@ if TYPE_CHECKING:  # obstore has these in its stubs only
     from obstore.store import ClientConfig, RetryConfig, S3Credential, S3CredentialProvider
 
 KEYS_LIFE_S = 300.0
-"""Seconds after which boto3 is asked again for the keys of a profile or a role."""
+"""Time after which the keys of a profile or a role are read again."""
 
 _NO_CONDITIONS = (
-    "the service does not support conditional writes (If-None-Match and If-Match), without which "
-    "two runs cannot be kept apart. Update it, or give a place on another one."
+    "the service does not support conditional writes (If-None-Match and If-Match), which brainray "
+    "needs to exclude a second run. Update the service, or give a URI on another one."
 )
 
 
 def create_bytes(uri: str, content: bytes, *, mode: int = 0o666) -> bool:
-    """Write one file, whole or not at all, unless something is there already.
+    """Create one file, completely or not at all, unless it exists.
 
-    Of several that create the same file at once, one succeeds.
+    Of several concurrent calls for the same file one succeeds.
 
     Parameters
     ----------
     uri : str
     content : bytes
     mode : int
-        Permissions of a local file, from which the process's umask is taken.
+        Permissions of a local file, reduced by the process's umask.
 
     Returns
     -------
     bool
-        False where something was there, which is left as it is.
+        False if the file exists; it is not changed.
 
     Raises
     ------
     StorageError
-        The place cannot be written. On an object store the file may be there nevertheless, where
-        the service did not answer.
+        The file cannot be written. If an object store did not respond, it may exist nevertheless.
     """
     filesystem, path = storage.resolve(uri)
     if not isinstance(filesystem, fs.LocalFileSystem):
@@ -82,8 +81,8 @@ def _create_local(path: Path, content: bytes, mode: int) -> bool:
         try:
             os.link(partial, path)
         except FileExistsError:
-            # A server of NFS also says so if the answer to the first request was lost; then the
-            # file has both names.
+            # NFS also reports this if the response to the first request was lost. Then the file
+            # has both names.
             return partial.stat().st_nlink == 2
         except OSError as error:
             if error.errno not in _NO_HARD_LINKS:
@@ -93,10 +92,10 @@ def _create_local(path: Path, content: bytes, mode: int) -> bool:
 
 
 def _create_without_links(path: Path, partial: Path) -> bool:
-    """Create a file on FAT, or on a network's file system without hard links.
+    """Create a file on a file system without hard links, such as FAT.
 
-    An empty file under the final name decides who is first; then the whole one replaces it. A
-    process that is killed just between the two leaves the empty file.
+    Creating an empty file decides which process is first; the complete file then replaces it. A
+    process that is killed in between leaves the empty file.
     """
     try:
         path.touch(exist_ok=False)
@@ -111,34 +110,34 @@ def _create_without_links(path: Path, partial: Path) -> bool:
 
 
 _WRITE_ID = "brainray-write"
-"""The name under which an object keeps the id of the write that made it."""
-_TIMED_OUT = "kind: Timeout"  # in what obstore 0.12 says
+"""Attribute of an object with the id of the write that created it."""
+_TIMED_OUT = "kind: Timeout"  # in messages of obstore 0.12
 
 
 def write_object(
     uri: str, content: bytes, expected: "UpdateVersion | None"
 ) -> "UpdateVersion | None":
-    """Write one object of an object store, if it is as expected.
+    """Write one object if its present version is the expected one.
 
     Parameters
     ----------
     uri : str
         ``s3://`` or ``gs://``.
     content : bytes
-        The whole object; what has the same content as an older version may have its ETag, too.
+        Versions with the same content may have the same ETag.
     expected : UpdateVersion or None
-        The version that is to be replaced; None if nothing is to be there.
+        The version to replace; None if the object must not exist.
 
     Returns
     -------
     UpdateVersion or None
-        The version that was written; None if the object was not as expected, and was left alone.
+        The new version; None if the present version is another, which is not changed.
 
     Raises
     ------
     StorageError
-        The place cannot be written. Where the service did not answer, the object may have been
-        written, or may yet be, if it is as expected when the request arrives.
+        The object cannot be written. If the service did not respond, it may still execute the
+        request, under the same condition.
     """
     store, key = _open_store(uri, len(content))
     write_id = uuid.uuid4().hex
@@ -154,19 +153,19 @@ def write_object(
                 )
                 return _get_version(written)
             except (AlreadyExistsError, PreconditionError):
-                # This is also what the second attempt at a write is told if the first was done
-                # and its answer lost. Hence the id.
+                # This also happens if the first attempt was executed and its response was lost.
+                # The id tells.
                 found = _find_write(store, key)
                 if found is not None and found[0] == write_id:
                     return found[1]
                 if found is not None or expected is not None:
                     return None
-                # S3 also says so where another write is under way, and that one has failed.
+                # S3 also reports this during another write, which may have failed since.
                 if not left:
                     raise
             except BaseError as error:
-                # obstore itself repeats a write after other errors; not after a timeout, since the
-                # first attempt may yet be done. With a condition and an id that does no harm.
+                # obstore repeats a write after other errors, but not after a timeout, since the
+                # first attempt may still be executed. The condition and the id make that safe.
                 if _TIMED_OUT not in str(error) or not left:
                     raise
     except (BaseError, FileNotFoundError) as error:  # no such bucket
@@ -175,7 +174,7 @@ def write_object(
 
 
 def _find_write(store: S3Store | GCSStore, key: str) -> "tuple[object, UpdateVersion] | None":
-    """Return the id of the write that made an object, and its version; None if there is none."""
+    """Return the id of the write that created an object, and the version; None without object."""
     try:
         found = obstore.get(store, key, options={"head": True})
     except FileNotFoundError:
@@ -184,7 +183,7 @@ def _find_write(store: S3Store | GCSStore, key: str) -> "tuple[object, UpdateVer
 
 
 def _get_version(described: Any) -> "UpdateVersion":  # noqa: ANN401 - of a put or a get
-    """Take the version out of what obstore says; it takes no None where it takes a version."""
+    """Return the version; obstore accepts no None in it."""
     version: UpdateVersion = {"e_tag": described["e_tag"]}
     if described["version"] is not None:
         version["version"] = described["version"]
@@ -192,12 +191,12 @@ def _get_version(described: Any) -> "UpdateVersion":  # noqa: ANN401 - of a put 
 
 
 def read_object(uri: str) -> "tuple[bytes, UpdateVersion]":
-    """Read one object of an object store, and which version of it that is.
+    """Read one object and its version.
 
     Raises
     ------
     FileNotFoundError
-        Nothing is there.
+        The object does not exist.
     StorageError
         It cannot be read.
     """
@@ -212,16 +211,16 @@ def read_object(uri: str) -> "tuple[bytes, UpdateVersion]":
 
 
 def check_conditional_writes(uri: str, content: bytes) -> None:
-    """Make sure that a service heeds the conditions of :func:`write_object`.
+    """Check that a service applies the conditions of :func:`write_object`.
 
-    Some that speak the language of S3 do not, and say nothing.
+    Some services with the API of S3 ignore them without an error.
 
     Parameters
     ----------
     uri : str
-        An object that is there.
+        An existing object.
     content : bytes
-        What it holds; it is written once more where a condition is not heeded.
+        Its content, which is written again if the service ignores a condition.
 
     Raises
     ------
@@ -232,18 +231,18 @@ def check_conditional_writes(uri: str, content: bytes) -> None:
     other: UpdateVersion = {"e_tag": f'"{number.hex}"', "version": f"{number.int % 10**15}"}
     for expected in (None, other):
         if write_object(uri, content, expected) is not None:
-            raise StorageError(f"Cannot rely on '{uri}': {_NO_CONDITIONS}")
+            raise StorageError(f"Cannot use '{uri}': {_NO_CONDITIONS}")
 
 
 def _open_store(uri: str, size_bytes: int = 0) -> tuple[S3Store | GCSStore, str]:
-    """Open the bucket of a URI as :func:`brainray.storage.resolve` does; return the key as well.
+    """Open the bucket of a URI with the settings of :func:`brainray.storage.resolve`.
 
     Parameters
     ----------
     uri : str
         ``s3://`` or ``gs://``.
     size_bytes : int
-        What is to be written in one request: obstore's timeout is for all of it.
+        Size of the request; obstore's timeout is for the whole request.
     """
     filesystem, path = storage.resolve(uri)
     key = path.partition("/")[2]
@@ -269,8 +268,8 @@ def _open_s3(authority: str, query: str, endpoint: str, region: str, timeout_s: 
     credentials = _find_credentials(given)
     settings: dict[str, Any] = {"region": region, "skip_signature": credentials is None}
     if endpoint:
-        settings["aws_endpoint_url_s3"] = endpoint  # goes before all that the environment says
-    # pyarrow ignores HTTPS_PROXY and its like for S3; /0 is every address.
+        settings["aws_endpoint_url_s3"] = endpoint  # overrides the environment
+    # Ignore HTTPS_PROXY and the like, as pyarrow does for S3; /0 is every address.
     client = _describe_client(timeout_s, plain=endpoint.startswith("http://")) | {
         "proxy_url": "http://127.0.0.1",
         "proxy_excludes": "*,127.0.0.1/0,::1/0",
@@ -288,17 +287,17 @@ def _open_s3(authority: str, query: str, endpoint: str, region: str, timeout_s: 
 
 
 def _find_credentials(given: str) -> "S3CredentialProvider | None":
-    """Find credentials as AWS's own tools do, which obstore does not in all cases.
+    """Find credentials as AWS's tools do; obstore supports fewer sources.
 
     Parameters
     ----------
     given : str
-        ``key:secret`` of the URI, percent-encoded, or nothing.
+        ``key:secret`` of the URI, percent-encoded, or an empty string.
 
     Returns
     -------
     S3CredentialProvider or None
-        None where there are no credentials.
+        None without credentials.
 
     Raises
     ------
@@ -323,7 +322,7 @@ def _find_credentials(given: str) -> "S3CredentialProvider | None":
             return None
     except BotoCoreError as error:
         raise StorageError(f"Cannot use AWS's credentials: {error}") from error
-    # A new session each time: other tools renew the keys of a profile in its file.
+    # A new session each time, since other tools renew the keys in the profile's file.
     return lambda: Boto3CredentialProvider(ttl=timedelta(seconds=KEYS_LIFE_S))()
 
 
@@ -334,7 +333,7 @@ def _open_gcs(authority: str, query: str, timeout_s: float) -> GCSStore:
     scheme, endpoint = options.get("scheme", "https"), options.get("endpoint_override")
     settings: dict[str, Any] = {"base_url": f"{scheme}://{endpoint}"} if endpoint else {}
     limit_s = float(options.get("retry_limit_seconds", GCS_RETRY_S))
-    # With skip_signature, obstore 0.12 would still want credentials for writing.
+    # With skip_signature obstore 0.12 still requires credentials for writing.
     anonymous: Any = {"token": "", "expires_at": None}
     return GCSStore(
         bucket,
@@ -373,12 +372,12 @@ def _explain(action: str, uri: str, error: Exception) -> StorageError:
 
 
 def _describe(uri: str, error: Exception) -> str:
-    """Say what went wrong as :func:`describe_error` does; obstore's own message has many lines."""
+    """Describe an error like :func:`brainray.storage.describe_error`, in one line."""
     text = " ".join(str(error).partition("\n\nDebug source")[0].split())
     reason = text.rpartition(" - ")[2]
     if not uri.startswith("s3://"):
         return reason
-    # The service of the machine's role is the last that obstore asks for credentials.
+    # The last source of credentials that obstore tries is the metadata service.
     if _METADATA.search(text) or isinstance(error, UnauthenticatedError):
         return storage.DENIED
     if "Received redirect" in reason:

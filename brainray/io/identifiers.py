@@ -1,7 +1,7 @@
-"""The key of the hashes that stand for identifiers, and for paths that are not to be seen.
+"""Keyed hashes that replace the identifiers of patients, and paths if they are redacted.
 
-Whoever holds the key can test whether a guessed identifier is in a table; nobody else can. Hashes
-of one key can be joined, those of two cannot: so an output has one key for all of its runs.
+Only with the key can one test whether a guessed identifier is in a table. Hashes with the same key
+can be joined; so all runs of an output use one key.
 """
 
 import hmac
@@ -19,32 +19,32 @@ from brainray.io.deidentified import refuse_deidentified
 
 MIN_KEY_BYTES = 16
 NUM_KEY_BYTES = 32
-"""Of a key that is made here."""
+"""Size of a generated key."""
 KEY_FILE = ".identifier-key"
-"""Below an output: the key, where none is given."""
+"""The key below an output, if none is given."""
 CHECK_FILE = ".identifiers.json"
-"""Below an output: what tells whether a run has the key and the names of the runs before."""
+"""Below an output: a check that all runs use the same key and the same kind of names."""
 _GIVE_KEY = (
-    "Nothing could be joined with them. Give that key as --id-key-file, or another --output-uri."
+    "Its rows could not be joined with new ones. Give that key as --id-key-file, or another "
+    "--output-uri."
 )
 REDACTED = "redacted:"
-"""What the name of a scan begins with whose path is not to be seen."""
+"""Prefix of the names of scans with redacted paths."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identifiers:
-    """How the scans of an output, and what their files say of persons, are named."""
+    """How an output names scans and hashes identifiers."""
 
     key: bytes = field(repr=False)
-    """Of the identifiers' hashes."""
+    """Key of the hashes."""
     redact_paths: bool = False
-    """Whether hashes stand for paths, too."""
+    """Whether hashes replace paths too."""
 
     def name(self, uri: str) -> str:
-        """Return the name of a scan, or of another URI: itself, or its hash.
+        """Return the name of a scan or another URI: the URI, or its hash if paths are redacted.
 
-        The hash is that of all its characters. That of identifiers leaves spaces at the end out,
-        and would give two files one name.
+        The hash includes spaces at the end, which hashes of identifiers ignore.
         """
         if not self.redact_paths:
             return uri
@@ -52,12 +52,12 @@ class Identifiers:
 
 
 def read_key(key_uri: str) -> bytes:
-    """Read a key from a file, all of whose bytes count.
+    """Read a key: all bytes of a file.
 
     Raises
     ------
     ConfigError
-        There is none, or it is too short.
+        The file is missing or too short.
     StorageError
         It cannot be read.
     """
@@ -76,23 +76,23 @@ def read_key(key_uri: str) -> bytes:
 def open_identifiers(
     output_uri: str, key_uri: str | None = None, *, redact_paths: bool = False
 ) -> Identifiers:
-    """Find the key of an output, and make sure that its earlier runs had the same.
+    """Find the key of an output, and check that its earlier runs used the same.
 
     Parameters
     ----------
     output_uri : str
-        Folder of the output, which this process alone writes to.
+        Folder of the output; the caller holds its lock.
     key_uri : str, optional
-        File with the key. Without it the output's own is used, :data:`KEY_FILE`, which is made
-        from random bytes where there is none; on a disk only its owner may read it.
+        File with the key. Default: :data:`KEY_FILE` below the output, which is created from random
+        bytes if it does not exist; on a disk only its owner may read it.
     redact_paths : bool
-        Whether hashes stand for paths.
+        Whether hashes replace paths.
 
     Raises
     ------
     ConfigError
-        The key is too short, is not that of the runs before, or they named scans the other way;
-        or the folder holds a de-identified export.
+        The key is too short, earlier runs used another key or the other ``redact_paths``, or the
+        folder holds a de-identified export.
     StorageError
         The output cannot be written.
     """
@@ -106,7 +106,9 @@ def open_identifiers(
     if key_uri is None and earlier is None:
         create_bytes(own_uri, secrets.token_bytes(NUM_KEY_BYTES), mode=0o600)
     elif key_uri is None and not storage.exists(own_uri):
-        raise ConfigError(f"The key of this output's identifiers is not in it. {_GIVE_KEY}")
+        raise ConfigError(
+            f"This output's identifiers were hashed with a key outside of it. {_GIVE_KEY}"
+        )
     key = read_key(key_uri or own_uri)
     check = {
         "key_check": _compute_check(key),
@@ -120,7 +122,7 @@ def open_identifiers(
     if earlier["redact_paths"] != redact_paths:
         change = "Leave out" if redact_paths else "Give"
         raise ConfigError(
-            "An output has either paths or their hashes in all of its rows. "
+            "All rows of an output have either paths or hashes. "
             f"{change} --redact-paths, or give another --output-uri."
         )
     return Identifiers(key, redact_paths)
@@ -169,10 +171,10 @@ def _compute_check(key: bytes) -> str:
 
 
 def hide_paths(text: str, uris: Sequence[str]) -> str:
-    """Return a message without the paths that begin with some URIs.
+    """Replace the paths below some URIs in a message.
 
-    Each is cut out up to the last quotation mark behind it, or the end: a path may hold anything.
-    A pattern counts up to its first wild card.
+    Since a path may contain any character, everything from its start to the last quotation mark, or
+    else to the end, is replaced. A glob counts up to its first wild card.
     """
     roots = {re.split(r"[*?\[]", uri)[0].rstrip("/") or "/" for uri in uris}
     pattern = "|".join(map(re.escape, sorted(roots, key=len, reverse=True)))

@@ -1,24 +1,21 @@
-"""One run at a time writes below an output, and leaves a document for the next one.
+"""Locks: one run at a time writes below an output, and leaves its state for the next run.
 
 ::
 
-    O/
-      .lock         who writes; on an object store also the document, and when it was renewed
-      .state.json   the document; on a local disk only
+    OUT/
+      .lock         the holder; on an object store also the state and the time of renewal
+      .state.json   the state, on a local disk
 
-On a local disk the system locks a file, and forgets that with the process, however it ends.
+On a local disk the operating system locks a file, and releases it when the process ends.
 
-On an object store ``.lock`` is a lease: an object that its holder renews every LEASE_RENEWAL_S, and
-that another run may take over when that has not happened for LEASE_LIFE_S. It is never deleted, and
-every write of it names the version that it replaces (``If-Match``; ``If-None-Match`` for the
-first). So whoever writes knows what it replaces: it has read the document that was last written,
-and of a holder that was stopped, or of a request that was under way, while another took over,
-nothing is written any more.
+On an object store ``.lock`` is a lease. Its holder renews it every LEASE_RENEWAL_S; after
+LEASE_LIFE_S without renewal another run may take it over. The object is never deleted, and every
+write names the version that it replaces (``If-Match``, or ``If-None-Match`` for the first). So a
+new holder always has the last state, and no late write of a former holder succeeds.
 
-Whether a lease has expired is told by the clock of whoever wants it, against the time that the
-holder wrote down. Clocks that differ cannot break what is promised above; they only move the time
-at which a lease may be taken over. Where they differ by nearly LEASE_LIFE_S, a run that is alive
-may lose its output, and end.
+A run that wants the lease compares its own clock with the time that the holder wrote. If clocks
+differ, leases expire earlier or later, and a live run may lose its output; the guarantees above
+still hold.
 """
 
 import fcntl
@@ -52,14 +49,14 @@ STATE_FILE = ".state.json"
 
 LEASE_RENEWAL_S = 10.0
 LEASE_LIFE_S = 60.0
-"""A lease that was not renewed for so long may be taken over, and its holder takes it for lost."""
+"""After so long without renewal a lease may be taken over; its holder considers it lost."""
 
 MAX_ATTEMPTS = 5
-"""At a write that meets something else than expected, each after another look at it."""
+"""Attempts at a write that finds another version; each reads the lease again."""
 
 
 class OutputLock(ABC):
-    """What a run holds while it may write below an output."""
+    """The right to write below an output."""
 
     def __init__(self, output_uri: str) -> None:
         self._output_uri = output_uri
@@ -67,46 +64,40 @@ class OutputLock(ABC):
 
     @property
     def state(self) -> dict[str, Any]:
-        """A copy of the document: of the previous holder's until the first update; {} at first."""
+        """A copy of the state: the previous holder's until the first update, or {}."""
         return dict(json.loads(json.dumps(self._state)))
 
     @abstractmethod
     def update(self, state: dict[str, Any]) -> None:
-        """Replace the document, if the output is still held; the next holder finds it.
+        """Replace the state, which the next holder reads.
 
         Parameters
         ----------
         state : dict
-            JSON; NaN is refused.
+            JSON without NaN.
 
         Raises
         ------
         LockLostError
-            The output is no longer held. The document is as whoever holds it now left it.
+            Another run holds the output. The state is not changed.
         StorageError
-            The document cannot be written. Where a service did not answer, it may have been
-            replaced: the next holder finds the one or the other. The output is still held.
+            The state cannot be written. If the service did not respond, it may be replaced
+            nevertheless. The lock is still held.
         """
 
     @abstractmethod
     def check(self) -> None:
-        """Raise what :meth:`update` would, as far as that is known; asks nobody.
-
-        Raises
-        ------
-        LockLostError
-            The output is no longer held.
-        """
+        """Raise LockLostError if the lock is known to be lost; sends no request."""
 
 
 @contextmanager
 def hold_output(output_uri: str) -> Iterator[OutputLock]:
-    """Be the only run that writes below an output.
+    """Hold the lock of an output.
 
     Raises
     ------
     ConfigError
-        Another run holds it.
+        Another run holds the lock.
     StorageError
         The output cannot be written, or the service has no conditional writes.
     """
@@ -138,7 +129,7 @@ def _refuse(output_uri: str, holder: dict[str, Any]) -> ConfigError:
 def _lock_file(output_uri: str, path: Path, holder: dict[str, Any]) -> Iterator[OutputLock]:
     try:
         stream = path.open("a+")
-    except OSError as error:  # it may belong to another user
+    except OSError as error:  # such as the file of another user
         raise StorageError(f"Cannot open '{path}': {error}") from error
     with stream:
         try:
@@ -147,7 +138,7 @@ def _lock_file(output_uri: str, path: Path, holder: dict[str, Any]) -> Iterator[
             stream.seek(0)
             text = stream.read()
             raise _refuse(output_uri, json.loads(text) if text else {}) from None
-        except OSError as error:  # a network's file system whose server does not lock
+        except OSError as error:  # a network file system without locks
             raise StorageError(f"Cannot lock '{path}': {error}") from error
         stream.truncate(0)
         stream.write(json.dumps(holder))
@@ -160,7 +151,7 @@ def _lock_file(output_uri: str, path: Path, holder: dict[str, Any]) -> Iterator[
 
 
 class _FileLock(OutputLock):
-    """A file that the system locks: nobody takes it from a process that lives."""
+    """A file locked by the operating system."""
 
     def __init__(self, output_uri: str, path: Path) -> None:
         super().__init__(output_uri)
@@ -180,11 +171,11 @@ class _FileLock(OutputLock):
 
 
 def _report_released(output_uri: str) -> LockLostError:
-    return LockLostError(f"This run has given '{output_uri}' back.")
+    return LockLostError(f"This run has released '{output_uri}'.")
 
 
 class _Lease(OutputLock):
-    """An object that is renewed."""
+    """A lease on an object store."""
 
     def __init__(self, output_uri: str, holder: dict[str, Any]) -> None:
         super().__init__(output_uri)
@@ -198,7 +189,7 @@ class _Lease(OutputLock):
         self._lost: LockLostError | None = None
 
     def acquire(self) -> None:
-        """Create the lease, or take it over where it has expired or was given back."""
+        """Create the lease, or take it over if it has expired or was released."""
         for _ in range(MAX_ATTEMPTS):
             found, version = self._read()
             if _is_held(found):
@@ -206,18 +197,18 @@ class _Lease(OutputLock):
             if self._put(found.get("state", {}), version):
                 if found and not found.get("released"):
                     logger.warning(
-                        "%s is taken over from process %s on %s, which has not renewed its lease.",
+                        "Taking over %s from process %s on %s, which did not renew its lease.",
                         *(self._output_uri, found.get("pid"), found.get("host")),
                     )
                 return
         raise _refuse(self._output_uri, found)
 
     def check_service(self) -> None:
-        """Make sure that the service heeds conditions, without which this is no lock."""
+        """Check that the service applies conditions."""
         conditional.check_conditional_writes(self._uri, self._content)
 
     def renew(self) -> None:
-        """Write the lease once more; where that fails, there is time for another attempt or two."""
+        """Write the lease again; a failure leaves time for further attempts."""
         if self._lost is not None:
             return
         with self._writing:
@@ -228,26 +219,26 @@ class _Lease(OutputLock):
                 logger.warning("The lease on %s was not renewed: %s", self._output_uri, error)
 
     def update(self, state: dict[str, Any]) -> None:
-        copy = json.loads(json.dumps(state, allow_nan=False))  # renewals write it again
+        copy = json.loads(json.dumps(state, allow_nan=False))  # renewals write it too
         with self._writing:
             self.check()
             self._write(copy)
 
     def check(self) -> None:
-        # Not under the mutex: a renewal holds it for as long as the service does not answer.
+        # Without the mutex, which a renewal holds until the service responds.
         if self._lost is None and time.monotonic() - self._renewed_s > LEASE_LIFE_S:
             self._lose(f"It could not renew its lease for {LEASE_LIFE_S:.0f} s.")
         if self._lost is not None:
             raise self._lost
 
     def release(self) -> None:
-        """Let the next run begin at once; of a lease that was taken over nothing is written."""
+        """Let the next run start at once, unless another run took the lease over."""
         with self._writing:
             try:
                 self._write(self._state, released=True)
             except StorageError as error:
                 logger.warning(
-                    "%s was not given back, so it is held for %.0f s more: %s",
+                    "%s was not released; it stays locked for another %.0f s: %s",
                     *(self._output_uri, LEASE_LIFE_S, error),
                 )
             except LockLostError:
@@ -255,7 +246,7 @@ class _Lease(OutputLock):
             self._lost = _report_released(self._output_uri)
 
     def _write(self, state: dict[str, Any], *, released: bool = False) -> None:
-        """Replace what this lease has written last; the caller holds the mutex."""
+        """Replace the last version of this holder; the caller holds the mutex."""
         for _ in range(MAX_ATTEMPTS):
             if self._put(state, self._version, released=released):
                 return
@@ -264,17 +255,17 @@ class _Lease(OutputLock):
                 who = f"process {found.get('pid')} on {found.get('host')}"
                 self._lose(f"It was taken over by {who}." if found else "Its lock was deleted.")
                 break
-            # A write of our own, whose answer never came: nobody else writes our id.
+            # Our own write, whose response was lost: no other process writes our id.
             self._version = version
         if self._lost is not None:
             raise self._lost
-        raise StorageError(f"Cannot write '{self._uri}': another write is always under way.")
+        raise StorageError(f"Cannot write '{self._uri}': other writes conflict.")
 
     def _put(
         self, state: dict[str, Any], version: "UpdateVersion | None", *, released: bool = False
     ) -> bool:
-        """Write the lease if what is there has this version; tell whether it had."""
-        self._number += 1  # S3 makes ETags of the content, so that no two may be alike
+        """Write the lease if it has this version; return whether it had."""
+        self._number += 1  # ETags of S3 depend on the content, which must therefore differ
         started_s = time.monotonic()
         document = {
             **self._holder,
@@ -291,7 +282,7 @@ class _Lease(OutputLock):
         return True
 
     def _read(self) -> "tuple[dict[str, Any], UpdateVersion | None]":
-        """Read the lease, {} where there is none, and its version."""
+        """Read the lease, {} if there is none, and its version."""
         try:
             content, version = conditional.read_object(self._uri)
         except FileNotFoundError:
@@ -308,8 +299,8 @@ class _Lease(OutputLock):
 
     def _lose(self, why: str) -> None:
         self._lost = LockLostError(
-            f"This run has lost '{self._output_uri}'. {why} What it has written is kept; run the "
-            "same command again when no other run writes there."
+            f"This run has lost '{self._output_uri}'. {why} Its output is kept; give the same "
+            "command again when no other run writes there."
         )
 
 

@@ -1,4 +1,4 @@
-"""Something done again and again beside the main work."""
+"""Call a function periodically in a thread."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def repeat(action: Callable[[], object], every_s: float, name: str) -> Iterator[None]:
-    """Call an action in a thread of its own, at such intervals, until the block ends.
+    """Call an action every ``every_s`` seconds in a thread, until the block ends.
 
-    The first call is an interval after the beginning. The end waits for a call that is under way.
+    The first call is after one interval. The end of the block waits for a running call.
     """
     ended = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What the doors accept: labels, probabilities and groups, checked row by row."""
+"""Checks of labels, probabilities and groups."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from brainray.labels import check_classes
 from brainray.metrics.scores import FloatArray, IntArray
 
 ROW_SUM_TOLERANCE = 1e-3
-"""How far a row of probabilities may sum from 1: room for half precision, not for logits."""
+"""Largest distance of a row's sum from 1: enough for half precision, too little for logits."""
 
 
 def check_predictions(
@@ -33,37 +33,31 @@ def check_predictions(
             f"Expected y_prob of shape {(y_true.size, len(names))}, one row per image of y_true "
             f"and one column per class, got {prob.shape}."
         )
-    _check_distributions(prob)
+    sums = prob.sum(axis=1)
+    for bad, expected, remedy in (
+        (~np.isfinite(prob).all(axis=1), "finite y_prob", ""),
+        (
+            ((prob < 0) | (prob > 1)).any(axis=1),
+            "y_prob in [0, 1]",
+            " Pass probabilities (after softmax), not logits.",
+        ),
+        (
+            np.abs(sums - 1) > ROW_SUM_TOLERANCE,
+            f"each row of y_prob to sum to 1 within {ROW_SUM_TOLERANCE}",
+            " Pass the probabilities of all classes.",
+        ),
+    ):
+        if bad.any():
+            row = int(bad.argmax())
+            raise DataError(
+                f"Expected {expected}, got {prob[row].tolist()} (sum {sums[row]:.6g}) at row {row}."
+                f"{remedy}"
+            )
     return y_true, prob, names
 
 
-def _check_distributions(prob: FloatArray) -> None:
-    row = _find_first(~np.isfinite(prob).all(axis=1))
-    if row is not None:
-        raise DataError(f"Expected finite y_prob, got {prob[row].tolist()} at row {row}.")
-    row = _find_first(((prob < 0) | (prob > 1)).any(axis=1))
-    if row is not None:
-        raise DataError(
-            f"Expected y_prob in [0, 1], got {prob[row].tolist()} at row {row}. "
-            "Pass probabilities (after softmax), not logits."
-        )
-    sums = prob.sum(axis=1)
-    row = _find_first(np.abs(sums - 1) > ROW_SUM_TOLERANCE)
-    if row is not None:
-        raise DataError(
-            f"Expected each row of y_prob to sum to 1 within {ROW_SUM_TOLERANCE}, got "
-            f"{sums[row]:.6g} at row {row}. Pass the probabilities of all classes."
-        )
-
-
-def _find_first(bad: ArrayLike) -> int | None:
-    """Return the first row marked bad, if any."""
-    rows = np.flatnonzero(bad)
-    return int(rows[0]) if rows.size else None
-
-
 def check_indices(name: str, given: ArrayLike, size: int | None = None) -> IntArray:
-    """Return class indices as int64, shape (N,), N ≥ 1."""
+    """Return class indices as int64, shape (N,), N ≥ 1; or raise."""
     indices = np.asarray(given)
     if indices.size == 0:
         raise DataError(f"{name} is empty: expected at least one image to evaluate.")
@@ -83,7 +77,7 @@ def check_indices(name: str, given: ArrayLike, size: int | None = None) -> IntAr
 
 
 def number_groups(groups: ArrayLike | None, size: int) -> tuple[IntArray, int]:
-    """Return each image's group as 0 … G − 1, shape (N,), and G."""
+    """Return each image's group as 0 … G − 1, shape (N,), and G; or raise."""
     if groups is None:
         return np.arange(size, dtype=np.int64), size
     given = np.asarray(groups)

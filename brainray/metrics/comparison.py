@@ -1,4 +1,4 @@
-"""Two classifiers on the same images: differences with intervals, tests, and a verdict."""
+"""Compare two classifiers on the same images: differences with intervals, tests, verdicts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +8,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binom, norm, rankdata
 
 from brainray.errors import ConfigError
+from brainray.metrics.bootstrap import compute_interval, resample
 from brainray.metrics.checks import check_predictions, number_groups
-from brainray.metrics.intervals import Report, resample
-from brainray.metrics.scores import FloatArray, IntArray, build_scorer
+from brainray.metrics.scores import FloatArray, IntArray, Scores, add_macro_averages, build_scorer
 
 COMPARED = ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "log_loss")
 """Scores that are compared, as :func:`brainray.metrics.compute_evaluation` defines them."""
@@ -39,22 +39,17 @@ def compare_predictions(
 
     Parameters
     ----------
-    y_true : array-like of int, shape (N,)
+    y_true, classes, groups, seed
+        As in :func:`brainray.metrics.compute_evaluation`.
     prob_a, prob_b : array-like of float, shape (N, K)
-        Class probabilities of either, in class order.
-    classes : sequence of str
-        The K class names, in class order.
-    groups : array-like of int, shape (N,), optional
-        Images of one group are resampled together. By default each is its own.
+        Class probabilities of each, in class order.
     primary : str, optional
-        The one score of :data:`COMPARED` that decides; the others then get no verdict. By
-        default all do, and their p-values are corrected for there being several.
+        The one score of :data:`COMPARED` that gets a verdict. By default all do, and Holm's method
+        [2]_ corrects their p-values.
     num_resamples : int
         Bootstrap resamples, at least 100.
-    seed : int
-        Of the resampling.
     alpha : float
-        Probability of a wrong verdict, over all verdicts, that is put up with.
+        Accepted probability of a wrong verdict, over all verdicts.
 
     Returns
     -------
@@ -64,23 +59,22 @@ def compare_predictions(
         - ``n``, ``num_groups``, ``alpha``, ``correction`` (``holm`` or ``primary``), ``primary``.
         - ``scores``: for each name ``a``, ``b``, ``difference``, ``difference_ci95``,
           ``p_value``, ``p_adjusted`` and ``verdict``: better, worse, or cannot tell (None
-          where another score is the primary one).
+          if another score is the primary one).
         - ``mcnemar``: see :func:`compute_mcnemar`.
-        - ``auroc``: for each class what :func:`compute_delong_test` gives, with ``p_adjusted`` (by
-          Holm, over the classes) and ``verdict``; None where undefined.
+        - ``auroc``: for each class what :func:`compute_delong_test` returns, with ``p_adjusted``
+          (by Holm, over the classes) and ``verdict``; None where undefined.
 
     Raises
     ------
     DataError, ConfigError
-        As in :func:`brainray.metrics.compute_evaluation`; or an unknown ``primary``.
+        As in :func:`brainray.metrics.compute_evaluation`; or an option out of range.
 
     Notes
     -----
-    The same groups are drawn for both classifiers in every resample [1]_, so that what is hard
-    for both cancels. The p-value is twice the smaller share of resamples in which the difference
-    is on either side of 0 (each counted once more [1]_), so that it agrees with the interval.
-    McNemar's and DeLong's tests take every image as evidence of its own; where groups are large
-    they are too sure, and the bootstrap is what to believe.
+    Every resample draws the same groups for both classifiers [1]_, so that images that are hard
+    for both cancel. The p-value is twice the smaller share of resamples in which the difference
+    is on one side of 0, and so agrees with the interval. McNemar's and DeLong's tests take all
+    images as independent. If groups are large, their p-values are too small: use the bootstrap.
 
     References
     ----------
@@ -98,10 +92,12 @@ def compare_predictions(
     y_true, given_a, names = check_predictions(y_true, prob_a, classes)
     _, given_b, _ = check_predictions(y_true, prob_b, classes)
     group_of, num_groups = number_groups(groups, y_true.size)
-    drawn = [
-        resample(build_scorer(y_true, prob), group_of, num_groups, num_resamples, seed)
+    a, b = (
+        add_macro_averages(
+            resample(build_scorer(y_true, prob), group_of, num_groups, num_resamples, seed)
+        )
         for prob in (given_a, given_b)
-    ]
+    )
     return {
         "n": int(y_true.size),
         "num_groups": num_groups,
@@ -109,14 +105,14 @@ def compare_predictions(
         "alpha": alpha,
         "correction": "holm" if primary is None else "primary",
         "primary": primary,
-        "scores": _compare_scores(drawn[0], drawn[1], primary, alpha),
+        "scores": _compare_scores(a, b, primary, alpha),
         "mcnemar": compute_mcnemar(given_a.argmax(1) == y_true, given_b.argmax(1) == y_true),
         "auroc": _compare_auroc(y_true, given_a, given_b, names, alpha),
     }
 
 
-def _compare_scores(a: Report, b: Report, primary: str | None, alpha: float) -> dict[str, Any]:
-    scores = {name: _compare_score(name, a, b) for name in COMPARED}
+def _compare_scores(a: Scores, b: Scores, primary: str | None, alpha: float) -> dict[str, Any]:
+    scores = {name: _compare_score(a[name], b[name]) for name in COMPARED}
     tested = [name for name in COMPARED if primary in (None, name)]
     adjusted = adjust_holm([scores[name]["p_value"] for name in tested])
     for name, p_adjusted in zip(tested, adjusted, strict=True):
@@ -128,28 +124,26 @@ def _compare_scores(a: Report, b: Report, primary: str | None, alpha: float) -> 
     return scores
 
 
-def _compare_score(name: str, a: Report, b: Report) -> dict[str, Any]:
-    assert a.resamples is not None
-    assert b.resamples is not None
-    values = [float(report.get_overall(report.point, name)[0]) for report in (a, b)]
-    drawn = b.get_overall(b.resamples, name) - a.get_overall(a.resamples, name)
-    defined = drawn[~np.isnan(drawn)]
-    enough = not np.isnan(values).any() and 2 * defined.size >= drawn.size
+def _compare_score(a: FloatArray, b: FloatArray) -> dict[str, Any]:
+    """Compare the values of a score, shape (1 + R,), of the data and of R resamples."""
+    difference = b - a
+    interval = compute_interval(difference)
+    defined = difference[1:][~np.isnan(difference[1:])]
+    # Each side counts 0, and once more (Davison and Hinkley, section 4.4).
+    smaller = min(int((defined <= 0).sum()), int((defined >= 0).sum())) + 1
     return {
-        "a": None if np.isnan(values[0]) else values[0],
-        "b": None if np.isnan(values[1]) else values[1],
-        "difference": None if np.isnan(values).any() else values[1] - values[0],
-        "difference_ci95": np.percentile(defined, [2.5, 97.5]).tolist() if enough else None,
-        "p_value": _compute_bootstrap_p(defined) if enough else None,
+        "a": _to_json(a[0]),
+        "b": _to_json(b[0]),
+        "difference": _to_json(difference[0]),
+        "difference_ci95": interval,
+        "p_value": min(1.0, 2 * smaller / (defined.size + 1)) if interval else None,
         "p_adjusted": None,
         "verdict": None,
     }
 
 
-def _compute_bootstrap_p(drawn: FloatArray) -> float:
-    """Compute the two-sided p-value of no difference from resampled differences."""
-    below, above = int((drawn <= 0).sum()), int((drawn >= 0).sum())
-    return min(1.0, 2 * (min(below, above) + 1) / (drawn.size + 1))
+def _to_json(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def _choose_verdict(difference: float | None, p: float | None, alpha: float, sign: int = 1) -> str:
@@ -159,12 +153,7 @@ def _choose_verdict(difference: float | None, p: float | None, alpha: float, sig
 
 
 def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Adjust p-values by Holm's method for there being several; None stays None.
-
-    References
-    ----------
-    .. [1] Holm, Scandinavian Journal of Statistics 6 (1979).
-    """
+    """Adjust several p-values by Holm's method; None stays None."""
     given = sorted((p, at) for at, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     highest = 0.0
@@ -175,7 +164,7 @@ def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def compute_mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> dict[str, Any]:
-    """Test whether two classifiers are right equally often, by the images that tell them apart.
+    """Test whether two classifiers are right equally often, by McNemar's test.
 
     Parameters
     ----------
@@ -185,7 +174,7 @@ def compute_mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> d
     Returns
     -------
     dict
-        ``only_a`` and ``only_b``, images on which one alone is right; ``p_exact``, two-sided
+        ``only_a`` and ``only_b``, images on which only one is right; ``p_exact``, two-sided
         binomial; ``p_mid``, the same with half of the observed outcome's probability, which
         keeps closer to its level [1]_.
 

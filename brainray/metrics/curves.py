@@ -1,21 +1,22 @@
-"""ROC, precision–recall and reliability curves, thin enough to plot."""
+"""Curves to plot: ROC, precision–recall, reliability, risk–coverage."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from brainray.metrics.checks import check_predictions
 from brainray.metrics.scores import NUM_RELIABILITY_BINS, FloatArray, IntArray, find_bins
 
 MAX_CURVE_POINTS = 200
-"""Most points per plotted curve: about one for every two pixels of a small figure."""
+"""Most points of a curve: about one for every two pixels of a small figure."""
 
 
 def compute_curves(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str]) -> dict[str, Any]:
-    """Compute ROC, precision–recall and reliability curves, thin enough to plot.
+    """Compute ROC, precision–recall and reliability curves of at most 200 points.
 
     Parameters
     ----------
@@ -34,11 +35,6 @@ def compute_curves(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str])
         - ``reliability``: for each of 15 bins ``edges`` (16 numbers), ``count``,
           ``confidence`` (mean probability of the predicted class) and ``accuracy``; the
           last two None in an empty bin. The bins are those of the calibration error.
-
-    Raises
-    ------
-    DataError, ConfigError
-        As in :func:`compute_evaluation`.
 
     References
     ----------
@@ -101,3 +97,72 @@ def _build_reliability(y_true: IntArray, prob: FloatArray) -> dict[str, Any]:
         "confidence": average(confidence),
         "accuracy": average(correct.astype(np.float64)),
     }
+
+
+def compute_risk_coverage(
+    y_true: ArrayLike,
+    y_prob: ArrayLike,
+    classes: Sequence[str],
+    *,
+    min_confidence: float = 0.0,
+) -> dict[str, Any]:
+    """Compute the risk–coverage curve of selective prediction, and the risk at a threshold.
+
+    Coverage is the share of images that get their most probable class. Risk is the share of these
+    that is wrong. Images of equal confidence all get a class, or none does.
+
+    Parameters
+    ----------
+    y_true, y_prob, classes
+        As in :func:`compute_evaluation`.
+    min_confidence : float
+        Confidence below which an image gets no class.
+
+    Returns
+    -------
+    dict
+        Ready for ``json.dump``.
+
+        - ``min_confidence``, and there: ``coverage``, ``num_answered``, ``risk`` (None if no
+          image gets a class) and ``risk_ci95`` (Wilson's interval, which takes all images as
+          independent).
+        - ``aurc``: area under the curve [1]_, the mean risk over all coverages;
+          ``aurc_oracle``: the same if every right prediction had more confidence than any wrong.
+        - ``curve``: ``coverage`` and ``risk``, lists of at most 200 points by rising coverage.
+
+    References
+    ----------
+    .. [1] Geifman, Uziel and El-Yaniv, Bias-reduced uncertainty estimation for deep neural
+       classifiers, ICLR 2019.
+    """
+    y_true, prob, _ = check_predictions(y_true, y_prob, classes)
+    confidence = prob.max(axis=1)
+    is_wrong = prob.argmax(axis=1) != y_true
+    order = np.argsort(-confidence, kind="stable")
+    falling, count = confidence[order], np.arange(1, y_true.size + 1)
+    last = np.append(np.flatnonzero(falling[:-1] > falling[1:]), y_true.size - 1)
+    wrong = np.cumsum(is_wrong[order])[last]
+    risk, coverage = wrong / count[last], count[last] / y_true.size
+    widths = np.diff(coverage, prepend=0.0)
+
+    is_answered = confidence >= min_confidence
+    answered, errors = int(is_answered.sum()), int(is_wrong[is_answered].sum())
+    best = np.maximum(count - (y_true.size - is_wrong.sum()), 0) / count
+    sampled_coverage, sampled_risk = downsample_curve(coverage, risk)
+    return {
+        "min_confidence": min_confidence,
+        "coverage": answered / y_true.size,
+        "num_answered": answered,
+        "risk": errors / answered if answered else None,
+        "risk_ci95": _compute_wilson_interval(errors, answered),
+        "aurc": float((risk * widths).sum()),
+        "aurc_oracle": float(best.mean()),
+        "curve": {"coverage": sampled_coverage.tolist(), "risk": sampled_risk.tolist()},
+    }
+
+
+def _compute_wilson_interval(errors: int, answered: int) -> list[float] | None:
+    if not answered:
+        return None
+    found = binomtest(errors, answered).proportion_ci(0.95, method="wilson")
+    return [float(found.low), float(found.high)]

@@ -1,4 +1,4 @@
-"""What the doors ask of a classifier: every score with its interval, or a few without."""
+"""Evaluations of a classifier: all scores with intervals, or a few without."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,17 +6,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from brainray.metrics.bootstrap import describe_score, resample
 from brainray.metrics.checks import check_indices, check_predictions, number_groups
-from brainray.metrics.intervals import MACRO_OF, Report, resample
 from brainray.metrics.scores import (
+    MACRO_OF,
     FloatArray,
-    Values,
+    Scores,
+    add_macro_averages,
     build_scorer,
     compute_count_scores,
     count_columns,
 )
 
-_OVERALL_NAMES = ("mcc", "log_loss", "brier", "ece")
+OVERALL_SCORES = ("accuracy", *MACRO_OF, "mcc", "log_loss", "brier", "ece")
+CLASS_SCORES = ("precision", "sensitivity", "specificity", "f1", "auroc", "ap")
 
 
 def compute_evaluation(
@@ -33,33 +36,30 @@ def compute_evaluation(
     Parameters
     ----------
     y_true : array-like of int, shape (N,)
-        True class index of each image, in [0, K).
+        Class index of each image, in [0, K).
     y_prob : array-like of float, shape (N, K)
         Class probabilities, in class order. Rows sum to 1 within 1e-3 and are used as given.
         The prediction is the largest; of equal ones, the first.
     classes : sequence of str
         The K class names, in class order.
     groups : array-like of int, shape (N,), optional
-        Images of one group (near-duplicates, one patient) share a number and are resampled
+        Images of one group (near duplicates, one patient) share a number and are resampled
         together. By default every image is its own group.
     num_resamples : int
         Bootstrap resamples; 0 leaves every ``*_ci95`` key out.
     seed : int
-        Seed of the resampling. Same data in the same order and same seed, same intervals.
+        Seed of the resampling.
 
     Returns
     -------
     dict
-        Ready for ``json.dump``: floats, ints, lists, and None for what is undefined.
+        Ready for ``json.dump``; None is an undefined value.
 
         - ``n``, ``num_groups``.
-        - ``accuracy``, ``balanced_accuracy``, ``macro_precision``, ``macro_sensitivity``,
-          ``macro_specificity``, ``macro_f1``, ``macro_auroc``, ``macro_ap``, ``mcc``,
-          ``log_loss``, ``brier``, ``ece``, each also as ``<name>_ci95``: [lo, hi] or None.
-        - ``confusion``: K × K counts; row is the true class, column the predicted one.
-        - ``per_class``: for each name ``n`` (its images), and ``precision``,
-          ``sensitivity`` (recall), ``specificity``, ``f1``, ``auroc``, ``ap`` (one class
-          against the rest), each also as ``<name>_ci95``.
+        - :data:`OVERALL_SCORES`, each also as ``<name>_ci95``: [low, high] or None.
+        - ``confusion``: K × K counts; a row for each true class, a column for each predicted one.
+        - ``per_class``: for each name ``n`` (its images), and :data:`CLASS_SCORES` against the
+          rest, each also as ``<name>_ci95``.
 
     Raises
     ------
@@ -67,29 +67,26 @@ def compute_evaluation(
         Shapes do not match, there are no images, a label is out of range, or a row of
         ``y_prob`` is not a distribution.
     ConfigError
-        ``classes`` is no list of at least two different names, or ``num_resamples`` < 0.
+        ``classes`` has fewer than two different names, or ``num_resamples`` < 0.
 
     Notes
     -----
-    *Undefined values.* A class with no images has no sensitivity, AUROC or average
-    precision; one that is also never predicted has no precision or F1 either. A class that
-    has images and is never predicted has precision 0 (scikit-learn's default). Macro
-    averages are plain means over the classes for which the value is defined. The Matthews
-    coefficient [4]_ is undefined where all images are of one class, and 0 where all
+    *Undefined values.* A class without images has no sensitivity, AUROC or average precision; if
+    it is also never predicted, no precision or F1. A class with images that is never predicted has
+    precision 0, as in scikit-learn. Macro averages are plain means over the classes with a defined
+    value. The Matthews coefficient [4]_ is undefined if all images are of one class, and 0 if all
     predictions are.
 
-    *Scores.* AUROC counts a tie as half [1]_. Average precision is scikit-learn's step sum
-    over distinct thresholds. The Brier score sums the squared differences over classes
-    (0 to 2) and averages over images. The calibration error [2]_ has 15 equal-width bins,
-    closed on the right, on the probability of the predicted class.
+    *Scores.* AUROC counts a tie as half [1]_. Average precision is scikit-learn's step sum over
+    distinct thresholds. The Brier score sums squared differences over classes (0 to 2) and
+    averages over images. The calibration error [2]_ has 15 bins of equal width, closed on the
+    right, of the predicted class's probability.
 
-    *Intervals.* Percentiles 2.5 and 97.5 over resamples of whole groups, drawn with
-    replacement [3]_. A resample in which a value is undefined (for a macro average: the
-    value of any class it averages) is left out; where that is more than half, or where
-    there is a single group, the interval is None. The percentile bootstrap cannot see past
-    the sample: with no errors at all the interval of accuracy is [1, 1]. Resampling adds
-    noise that the calibration error counts as error, so in small, well calibrated data the
-    interval of ``ece`` leans high and may even lie above the value.
+    *Intervals.* Percentiles 2.5 and 97.5 over resamples of whole groups [3]_. Resamples with an
+    undefined value are left out; if they are more than half, or there is a single group, the
+    interval is None. The percentile bootstrap cannot see past the sample: without any error the
+    interval of accuracy is [1, 1]. Resampling adds noise that the calibration error counts as
+    error, so in small, well calibrated data the interval of ``ece`` may lie above the value.
 
     References
     ----------
@@ -101,23 +98,20 @@ def compute_evaluation(
     """
     y_true, prob, names = check_predictions(y_true, y_prob, classes)
     group_of, num_groups = number_groups(groups, y_true.size)
-    measure = build_scorer(y_true, prob)
-    report = resample(measure, group_of, num_groups, num_resamples, seed)
+    scorer = build_scorer(y_true, prob)
+    scores = add_macro_averages(resample(scorer, group_of, num_groups, num_resamples, seed))
 
-    predicted = prob.argmax(axis=1)
-    num_classes = len(names)
-    cells = np.bincount(y_true * num_classes + predicted, minlength=num_classes**2)
-    confusion = cells.reshape(num_classes, num_classes)
-    return {
-        "n": int(y_true.size),
-        "num_groups": num_groups,
-        **report.report_overall(["accuracy", *MACRO_OF, *_OVERALL_NAMES]),
-        "confusion": confusion.tolist(),
-        "per_class": {
-            name: {"n": int(confusion[k].sum()), **report.report_class(k)}
-            for k, name in enumerate(names)
-        },
-    }
+    cells = np.bincount(y_true * len(names) + prob.argmax(axis=1), minlength=len(names) ** 2)
+    confusion = cells.reshape(len(names), len(names))
+    document: dict[str, Any] = {"n": int(y_true.size), "num_groups": num_groups}
+    for score in OVERALL_SCORES:
+        document |= describe_score(score, scores[score])
+    document["confusion"] = confusion.tolist()
+    document["per_class"] = {name: {"n": int(confusion[k].sum())} for k, name in enumerate(names)}
+    for k, name in enumerate(names):
+        for score in CLASS_SCORES:
+            document["per_class"][name] |= describe_score(score, scores[score][:, k])
+    return document
 
 
 def compute_accuracy(
@@ -130,8 +124,8 @@ def compute_accuracy(
 ) -> dict[str, Any]:
     """Compute the scores that need only hard predictions, with 95 % intervals.
 
-    For a baseline that gives no probabilities. Definitions, intervals and undefined values
-    are those of :func:`compute_evaluation`; classes are the numbers found in either array.
+    For a baseline without probabilities. Definitions, intervals and undefined values are those
+    of :func:`compute_evaluation`; the classes are the numbers in either array.
 
     Parameters
     ----------
@@ -143,15 +137,8 @@ def compute_accuracy(
     Returns
     -------
     dict
-        ``n``, ``num_groups``, ``accuracy``, ``balanced_accuracy``, ``macro_f1``, and each
-        score's ``<name>_ci95``: [lo, hi] or None.
-
-    Raises
-    ------
-    DataError
-        Shapes do not match, there are no images, or a class index is negative.
-    ConfigError
-        ``num_resamples`` < 0.
+        ``n``, ``num_groups``, ``accuracy``, ``balanced_accuracy``, ``macro_f1``, and each score's
+        ``<name>_ci95``: [low, high] or None.
     """
     y_true = check_indices("y_true", y_true)
     predicted = check_indices("y_pred", y_pred, size=y_true.size)
@@ -161,36 +148,28 @@ def compute_accuracy(
 
     counts = count_columns(y_true, predicted, seen.size)
 
-    def measure(weights: FloatArray) -> Values:
+    def score(weights: FloatArray) -> Scores:
         return compute_count_scores(weights @ counts)
 
-    report = resample(measure, group_of, num_groups, num_resamples, seed)
-    names = ["accuracy", "balanced_accuracy", "macro_f1"]
-    return {"n": int(y_true.size), "num_groups": num_groups, **report.report_overall(names)}
+    scores = add_macro_averages(resample(score, group_of, num_groups, num_resamples, seed))
+    document: dict[str, Any] = {"n": int(y_true.size), "num_groups": num_groups}
+    for name in ("accuracy", "balanced_accuracy", "macro_f1"):
+        document |= describe_score(name, scores[name])
+    return document
 
 
 def summarise(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str]) -> dict[str, float]:
-    """Compute the few numbers worth a line per epoch; no intervals.
-
-    Parameters
-    ----------
-    y_true, y_prob, classes
-        As in :func:`compute_evaluation`.
+    """Compute the scores that training logs after each epoch; no intervals.
 
     Returns
     -------
     dict of str to float
         ``loss`` (log loss, nats), ``accuracy``, ``balanced_accuracy``, ``macro_f1``,
         ``macro_auroc``. Only the last can be undefined (all images of one class): NaN.
-
-    Raises
-    ------
-    DataError, ConfigError
-        As in :func:`compute_evaluation`.
     """
     y_true, prob, _ = check_predictions(y_true, y_prob, classes)
-    point = build_scorer(y_true, prob)(np.ones((1, y_true.size)))
-    report = Report(point=point, resamples=None)
-    names = ("log_loss", "accuracy", "balanced_accuracy", "macro_f1", "macro_auroc")
-    loss, *scores = (float(report.get_overall(point, name)[0]) for name in names)
-    return {"loss": loss, **dict(zip(names[1:], scores, strict=True))}
+    scores = add_macro_averages(build_scorer(y_true, prob)(np.ones((1, y_true.size))))
+    names = {"loss": "log_loss"} | {
+        name: name for name in ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc")
+    }
+    return {name: float(scores[score][0]) for name, score in names.items()}

@@ -1,4 +1,4 @@
-"""Scores, under many rows of image weights at once."""
+"""Scores under many rows of image weights at once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,51 +17,72 @@ LOG_LOSS_FLOOR = float(np.finfo(np.float64).eps)
 """Least probability whose logarithm is taken; scikit-learn's value for float64 input."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Values:
-    """Scores under R rows of weights; NaN where undefined."""
+Scores: TypeAlias = dict[str, FloatArray]
+"""Name to values under R rows of weights: shape (R,), or (R, K) for scores of each class. NaN where
+undefined."""
 
-    overall: dict[str, FloatArray]
-    """Name to shape (R,)."""
-    per_class: dict[str, FloatArray]
-    """Name to shape (R, K)."""
+MACRO_OF = {
+    "balanced_accuracy": "sensitivity",
+    "macro_precision": "precision",
+    "macro_sensitivity": "sensitivity",
+    "macro_specificity": "specificity",
+    "macro_f1": "f1",
+    "macro_auroc": "auroc",
+    "macro_ap": "ap",
+}
+"""Macro average to the score of each class that it averages."""
 
 
-Scorer: TypeAlias = Callable[[FloatArray], Values]
-"""Weights of shape (R, N), not negative, to scores."""
+def build_scorer(y_true: IntArray, prob: FloatArray) -> Callable[[FloatArray], Scores]:
+    """Return a function from weights, shape (R, N), not negative, to scores.
 
-
-def build_scorer(y_true: IntArray, prob: FloatArray) -> Scorer:
-    """Prepare what does not depend on the weights; return a function of them."""
+    What does not depend on the weights is computed once.
+    """
     num_classes = prob.shape[1]
-    predicted = prob.argmax(axis=1)
+    predicted, confidence = prob.argmax(axis=1), prob.max(axis=1)
+    bins = np.eye(NUM_RELIABILITY_BINS)[find_bins(confidence)]
     columns = [
         count_columns(y_true, predicted, num_classes),
         _compute_image_losses(y_true, prob),
-        _spread_over_bins(prob.max(axis=1), (y_true == predicted) - prob.max(axis=1)),
+        bins * ((y_true == predicted) - confidence)[:, None],
     ]
     ends = np.cumsum([block.shape[1] for block in columns])[:-1]
     stacked = np.hstack(columns)
-    rankings = [_rank(y_true == k, prob[:, k]) for k in range(num_classes)]
+    rankings = [rank(y_true == k, prob[:, k]) for k in range(num_classes)]
 
-    def score(weights: FloatArray) -> Values:
+    def score(weights: FloatArray) -> Scores:
         counts, losses, gaps = np.split(weights @ stacked, ends, axis=1)
         total = weights.sum(axis=1)
-        values = compute_count_scores(counts)
-        areas = np.array([_compute_areas(ranking, weights) for ranking in rankings])
+        areas = np.array([compute_areas(ranking, weights) for ranking in rankings])
         auroc, ap = areas.transpose(1, 2, 0)
-        overall = {
+        return compute_count_scores(counts) | {
             "log_loss": losses[:, 0] / total,
             "brier": losses[:, 1] / total,
             # Σ_b (n_b / n) |accuracy_b − confidence_b|; the n_b cancel.
             "ece": np.abs(gaps).sum(axis=1) / total,
+            "auroc": auroc,
+            "ap": ap,
         }
-        return Values(
-            overall=values.overall | overall,
-            per_class=values.per_class | {"auroc": auroc, "ap": ap},
-        )
 
     return score
+
+
+def add_macro_averages(scores: Scores) -> Scores:
+    """Add the macro averages of the scores of each class.
+
+    They are over the classes whose score is defined in row 0, the data themselves. So a resample
+    that lacks one of these classes is undefined, and not an average of the others.
+    """
+    averages = {}
+    for name, part in MACRO_OF.items():
+        if part in scores:
+            defined = ~np.isnan(scores[part][0])
+            averages[name] = (
+                scores[part][:, defined].mean(axis=1)
+                if defined.any()
+                else np.full(len(scores[part]), np.nan)
+            )
+    return scores | averages
 
 
 def count_columns(y_true: IntArray, predicted: IntArray, num_classes: int) -> FloatArray:
@@ -71,12 +92,8 @@ def count_columns(y_true: IntArray, predicted: IntArray, num_classes: int) -> Fl
     return np.hstack([is_true * is_predicted, is_true, is_predicted])
 
 
-def compute_count_scores(counts: FloatArray) -> Values:
-    """Turn weighed :func:`count_columns`, shape (R, 3 K), into scores.
-
-    Hits, images and predictions of each class are all that these scores need of a confusion
-    matrix.
-    """
+def compute_count_scores(counts: FloatArray) -> Scores:
+    """Compute the scores that need only weighted :func:`count_columns`, shape (R, 3 K)."""
     hits, support, predicted = np.split(counts, 3, axis=1)
     total = support.sum(axis=1, keepdims=True)
     precision = _divide(hits, predicted)
@@ -85,20 +102,19 @@ def compute_count_scores(counts: FloatArray) -> Values:
 
     # Gorodkin (2004), written with marginal sums as scikit-learn does.
     squared = total[:, 0] ** 2
-    spread_true = squared - (support**2).sum(axis=1)
-    spread_predicted = squared - (predicted**2).sum(axis=1)
+    variance_true = squared - (support**2).sum(axis=1)
+    variance_predicted = squared - (predicted**2).sum(axis=1)
     agreement = hits.sum(axis=1) * total[:, 0] - (support * predicted).sum(axis=1)
-    mcc = _divide(agreement, np.sqrt(spread_true * spread_predicted))
-    mcc[(spread_predicted == 0) & (spread_true > 0)] = 0.0
-    return Values(
-        overall={"accuracy": hits.sum(axis=1) / total[:, 0], "mcc": mcc},
-        per_class={
-            "precision": precision,
-            "sensitivity": _divide(hits, support),
-            "specificity": _divide(rest - predicted + hits, rest),
-            "f1": _divide(2 * hits, support + predicted),
-        },
-    )
+    mcc = _divide(agreement, np.sqrt(variance_true * variance_predicted))
+    mcc[(variance_predicted == 0) & (variance_true > 0)] = 0.0
+    return {
+        "accuracy": hits.sum(axis=1) / total[:, 0],
+        "mcc": mcc,
+        "precision": precision,
+        "sensitivity": _divide(hits, support),
+        "specificity": _divide(rest - predicted + hits, rest),
+        "f1": _divide(2 * hits, support + predicted),
+    }
 
 
 def _compute_image_losses(y_true: IntArray, prob: FloatArray) -> FloatArray:
@@ -114,17 +130,12 @@ def find_bins(confidence: FloatArray) -> IntArray:
     return np.searchsorted(inner, confidence, side="left").astype(np.int64)
 
 
-def _spread_over_bins(confidence: FloatArray, values: FloatArray) -> FloatArray:
-    """Return values in the column of their image's bin, shape (N, 15); 0 elsewhere."""
-    return np.eye(NUM_RELIABILITY_BINS)[find_bins(confidence)] * values[:, None]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Ranking:
-    """One class's scores, sorted once, for AUROC and average precision.
+class Ranking:
+    """Sorted scores of one class, for AUROC and average precision.
 
-    Both are sums over the distinct scores ("steps") that at least one image of the class
-    has, so other scores are not kept. Bounds are half-open ranges of ranks.
+    Both are sums over the distinct scores ("steps") that at least one image of the class has.
+    Bounds are half-open ranges of ranks.
     """
 
     order: IntArray
@@ -138,11 +149,12 @@ class _Ranking:
     """Rank bounds of the steps among images of the class, shape (S + 1,)."""
 
 
-def _rank(is_positive: NDArray[np.bool_], scores: FloatArray) -> _Ranking:
+def rank(is_positive: NDArray[np.bool_], scores: FloatArray) -> Ranking:
+    """Sort the scores of one class, shape (N,)."""
     order = np.argsort(-scores, kind="stable")
     negated, positive = -scores[order], is_positive[order]
     steps, counts = np.unique(negated[positive], return_counts=True)
-    return _Ranking(
+    return Ranking(
         order=order,
         first=np.searchsorted(negated, steps, side="left"),
         last=np.searchsorted(negated, steps, side="right"),
@@ -151,7 +163,7 @@ def _rank(is_positive: NDArray[np.bool_], scores: FloatArray) -> _Ranking:
     )
 
 
-def _compute_areas(ranking: _Ranking, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
+def compute_areas(ranking: Ranking, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Compute AUROC and average precision under each row of weights, both shape (R,).
 
     References
@@ -171,7 +183,7 @@ def _compute_areas(ranking: _Ranking, weights: FloatArray) -> tuple[FloatArray, 
     beaten = num_negative[:, None] - (false_before + false_after) / 2
     auroc = _divide((gained * beaten).sum(axis=1), num_positive * num_negative)
 
-    # A step that no drawn image reaches gains nothing: its precision may be anything.
+    # A step that no drawn image reaches gains nothing: its precision does not matter.
     precision = _divide(hits[:, 1:], above_after, otherwise=0.0)
     return auroc, _divide((gained * precision).sum(axis=1), num_positive)
 

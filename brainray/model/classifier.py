@@ -41,8 +41,10 @@ ARCHITECTURE = "resnet50"
 
 SCHEMA_VERSION = 4
 DEFAULT_VARIABLE = "BRAINRAY_CLASSIFIER"
-SHIPPED_FOLDER = Path(__file__).parents[2] / "models" / "brain-mri-resnet50"
-"""The classifier in a clone of the repository; an installed wheel has none."""
+_PACKAGED_FOLDER = Path(__file__).parents[1] / "default_classifier"  # in wheels of `make wheel`
+_REPOSITORY_FOLDER = Path(__file__).parents[2] / "models" / "brain-mri-resnet50"
+SHIPPED_FOLDER = _PACKAGED_FOLDER if _PACKAGED_FOLDER.is_dir() else _REPOSITORY_FOLDER
+"""The classifier that comes with a wheel, or with a clone of the repository."""
 WEIGHTS_FILE = "model.safetensors"
 OOD_FILE = "ood.safetensors"
 METADATA_FILE = "classifier.json"
@@ -185,7 +187,8 @@ def read_classifier_metadata(classifier_uri: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ClassifierError(
             f"No classifier at '{classifier_uri}': expected {METADATA_FILE} in it. "
-            "Give the folder that training wrote as <output>/classifier."
+            "Give the folder that training wrote, <output>/classifier, by --classifier-uri or "
+            f"${DEFAULT_VARIABLE}."
         ) from error
     except BrainrayError as error:
         raise ClassifierError(

@@ -17,6 +17,7 @@ from torchvision.models import ResNet50_Weights, resnet50
 
 from brainray import storage
 from brainray.errors import StorageError, WeightsError
+from brainray.images.preprocess import Preprocessing
 from brainray.model.resnet50 import NUM_FEATURES
 
 STAGE_WIDTHS = (512, 1024, NUM_FEATURES)
@@ -30,6 +31,26 @@ BatchNormMode = Literal["local", "sync", "frozen"]
 
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
 """Parts of the network from input to head, for learning rates by stage."""
+
+
+def standardise(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """Return ``(images - mean) / std`` of grey values in [0, 1], shape (N, 1, H, W)."""
+    return images.sub(preprocessing.mean).div_(preprocessing.std)
+
+
+def normalise_images(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """Convert grey uint8 images to network input, on their device.
+
+    Parameters
+    ----------
+    images : Tensor of uint8, shape (N, H, W)
+
+    Returns
+    -------
+    Tensor of float32, shape (N, 1, H, W)
+        ``(images / 255 - mean) / std``.
+    """
+    return standardise(images.unsqueeze(1).float().div_(255), preprocessing)
 
 
 def build_network(
@@ -137,7 +158,8 @@ def _read_weights(uri: str) -> StateDict:
     except Exception as error:  # torch raises several kinds for a file that is not its own
         raise WeightsError(
             f"'{uri}' is not a state dict that loads without running code "
-            f"({_describe_error(error)}). Expected .safetensors, or .pth saved from model.state_dict()."
+            f"({_describe_error(error)}). Expected .safetensors, or .pth saved from "
+            "model.state_dict()."
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(

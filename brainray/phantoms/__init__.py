@@ -1,22 +1,21 @@
 """Synthetic brain-MRI slices ("phantoms"): seeded, four classes, for the demo and the tests.
 
-A phantom looks the part and learns like the part, but it is nobody's scan. A *subject* is drawn
-once (anatomy, plane, contrast, scanner, mass) and then rendered slice by slice, so slices of one
-subject are near duplicates, as neighbouring slices of one patient are in the real data.
+A phantom resembles a scan, and a network can learn its class, but it shows no person. A *subject*
+is drawn once (anatomy, plane, contrast, scanner, mass) and rendered slice by slice. So slices of a
+subject are near duplicates, as neighbouring slices of a patient are.
 
 Drawings are in head units: the origin is the middle of the head, x points right, y down, and the
-head is about two units high. An anatomy is data: outlines through which smooth curves run. One
-rendering pass paints, from the outside in, scalp, bone, dura, cortex, deep structures and mass, and
-then puts the scanner on top: bias field, blur, noise, grey-scale window.
+head is about two units high. Smooth curves run through the points of each outline. A slice is
+painted from the outside in: scalp, bone, dura, cortex, deep structures, mass. Then the scanner's
+effects follow: bias field, noise, blur, grey-scale window.
 
-Read in this order: ``anatomy`` (parts and curves), ``views`` (the cuts), ``subjects`` (the rng),
-``canvas`` (tools), ``painter`` (one slice), ``folder`` (files), ``sheet`` (the README's picture).
+Modules in reading order: ``anatomy`` (parts and curves), ``views`` (the six cuts), ``subjects``
+(random parameters), ``canvas`` (layers and textures), ``painter`` (one slice), ``folder`` (files).
 """
 
 from brainray.phantoms.anatomy import PLANES, Plane
 from brainray.phantoms.folder import Phantom, iterate_phantoms, write_phantom_folder
 from brainray.phantoms.painter import draw_phantom, mark_lesion, render_slice
-from brainray.phantoms.sheet import draw_contact_sheet
 from brainray.phantoms.subjects import SubjectParameters, draw_subject
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "Phantom",
     "Plane",
     "SubjectParameters",
-    "draw_contact_sheet",
     "draw_phantom",
     "draw_subject",
     "iterate_phantoms",

@@ -1,4 +1,4 @@
-"""What a cut through a head is made of: its tissues, its parts, and the curves round them."""
+"""Tissues, parts and curves of a cut through the head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Points = Sequence[tuple[float, float]]
 Curve = NDArray[np.float64]
 
 PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
-"""Anatomical planes; every class is drawn in all three, equally often."""
+"""Anatomical planes; every class is drawn in all three with the same probability."""
 
 # Brightness of each tissue in [0, 1] under four sequences: T1, T1 after contrast agent, T2, FLAIR.
 # Chosen by eye against textbook slices; only the order within a sequence carries meaning.
@@ -43,7 +43,7 @@ TISSUES: dict[str, tuple[float, float, float, float]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)  # parts are told apart by identity
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)  # parts are cached by identity
 class Part:
     """One structure: a filled outline, or an open stroke where ``width`` is positive."""
 
@@ -61,30 +61,30 @@ class View:
     half_width: float
     head: Points
     cavity: Points
-    """Inside of the skull: what the dura lines and CSF fills."""
+    """Inside of the skull, lined by dura and filled with CSF."""
     cerebrum: Points
     fissures: tuple[Part, ...]
-    """Clefts cut out of the cerebrum; cortex lines them as it lines the surface."""
+    """Clefts in the cerebrum; cortex lines them like the surface."""
     cerebellum: Points
     face: Points
-    """Where fat and muscle intermix: face and neck; may be empty."""
+    """Face and neck, where fat and muscle mix; may be empty."""
     outside: tuple[Part, ...]
     inside: tuple[Part, ...]
     glioma_boxes: tuple[tuple[float, float, float, float], ...]
-    """Where a glioma may be centred: (x low, y low, x high, y high)."""
+    """Areas for a glioma's centre: (x low, y low, x high, y high)."""
     dura_spans: tuple[tuple[float, float], ...]
-    """Where a meningioma may sit, as fractions of the way round the cavity."""
+    """Ranges of positions of a meningioma, as shares of the cavity's outline."""
     sella: tuple[float, float] | None
-    """Where a pituitary mass grows; None in cuts that miss the sella."""
+    """Position of a pituitary mass; None in cuts without the sella."""
 
 
 def mirror(half: Points) -> Points:
-    """Close a right-hand outline, given from top to bottom midline, with its mirror image."""
+    """Close the right half of an outline, from top to bottom midline, with its mirror image."""
     return [*half, *((-x, y) for x, y in list(half)[-2:0:-1])]
 
 
 def oval(x: float, y: float, x_radius: float, y_radius: float, tilt: float = 0.0) -> Points:
-    """Outline an ellipse; ``tilt`` in radians."""
+    """Return points on an ellipse; ``tilt`` in radians."""
     angles = np.arange(10) * (2 * np.pi / 10)
     along, across = x_radius * np.cos(angles), y_radius * np.sin(angles)
     xs = x + along * np.cos(tilt) - across * np.sin(tilt)
@@ -96,7 +96,7 @@ _KNOT_STEPS = np.arange(6)[:, None, None] / 6.0
 
 
 def smooth(points: Points | Curve, *, closed: bool = True) -> Curve:
-    """Run a Catmull-Rom curve through the points; shape (N, 2) in and (6 N, 2) out."""
+    """Return a Catmull-Rom curve through points (N, 2), shape (6 N, 2)."""
     knots = np.asarray(points, dtype=np.float64)
     if not closed:
         knots = np.concatenate([knots[:1], knots, knots[-1:]])
@@ -117,5 +117,5 @@ def smooth(points: Points | Curve, *, closed: bool = True) -> Curve:
 
 @cache
 def smooth_part(part: Part) -> Curve:
-    """Run a curve through a part's points; each part once."""
+    """Return the curve through a part's points."""
     return smooth(part.points, closed=part.width == 0)

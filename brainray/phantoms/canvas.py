@@ -1,4 +1,4 @@
-"""What the painter paints with: head units on a canvas, smooth-edged layers, textures, blends."""
+"""Tools of the painter: head units on a canvas, layers with smooth edges, textures, blending."""
 
 from functools import lru_cache
 
@@ -14,7 +14,7 @@ Picture = NDArray[np.float32]
 
 
 class Frame:
-    """Where head units fall on the canvas."""
+    """Maps head units to pixels of the canvas."""
 
     def __init__(self, subject: SubjectParameters, offset: float) -> None:
         self.height, self.width = subject.height_px, subject.width_px
@@ -30,7 +30,7 @@ class Frame:
         self.warp = subject.warp
 
     def to_pixels(self, curve: Curve) -> Curve:
-        """Map head units, shape (N, 2), to canvas pixels, with the subject's deformation."""
+        """Map head units, shape (N, 2), to pixels, with the subject's deformation."""
         bent = curve + 0.02 * np.sin(3.1 * curve[:, ::-1] + self.warp[0])
         bent += 0.008 * np.sin(7.3 * curve[:, ::-1] + self.warp[1])
         placed: Curve = bent @ self.matrix.T + self.centre
@@ -47,7 +47,7 @@ class Frame:
         return columns * one + rows * two, columns * three + rows * four
 
     def sample(self, field: Picture) -> Picture:
-        """Lay a square field that spans head units [-1.5, 1.5] on the canvas."""
+        """Sample a square field over head units [-1.5, 1.5] at every pixel."""
         size = field.shape[0]
         inverse = np.linalg.inv(self.matrix) * (size / 3.0)
         origin = size / 2 - inverse @ self.centre
@@ -62,7 +62,7 @@ class Frame:
 
 
 _FULL = 200
-"""Eight-bit level of brightness or cover 1; leaves room for brightness up to 1.27."""
+"""Eight-bit level of brightness or cover 1; allows brightness up to 1.27."""
 
 
 def _mix_ink(value: float, cover: float) -> tuple[int, int, int]:
@@ -70,16 +70,16 @@ def _mix_ink(value: float, cover: float) -> tuple[int, int, int]:
 
 
 class Layer:
-    """A sheet painted at twice the canvas resolution, whose edges come out smooth.
+    """A layer of paint, drawn at twice the canvas resolution for smooth edges.
 
-    One RGB picture holds brightness times cover in its first band and cover in its second: Pillow
-    draws both in one go, and eight bits are ample under the noise.
+    An RGB image has brightness times cover in its first band and cover in its second, so that
+    Pillow draws both at once. Eight bits suffice, since noise is added.
     """
 
     def __init__(self, frame: Frame) -> None:
         self.frame = frame
-        self._sheet = Image.new("RGB", (2 * frame.width, 2 * frame.height))
-        self._pen = ImageDraw.Draw(self._sheet)
+        self._image = Image.new("RGB", (2 * frame.width, 2 * frame.height))
+        self._pen = ImageDraw.Draw(self._image)
 
     def fill(self, curve: Curve, value: float, cover: float = 1.0) -> None:
         """Fill a closed curve in head units."""
@@ -94,8 +94,8 @@ class Layer:
 
     def flatten(self, soft_px: float = 0.0) -> tuple[Picture, Picture]:
         """Return brightness times cover, and cover in [0, 1]; each of shape (H, W)."""
-        shrink = 4 if soft_px > 3 else 1  # a wide blur loses nothing at quarter size
-        bands = np.asarray(self._sheet.reduce(2 * shrink))
+        shrink = 4 if soft_px > 3 else 1  # a wide blur needs no full resolution
+        bands = np.asarray(self._image.reduce(2 * shrink))
         value, cover = (bands[..., band] * np.float32(1 / _FULL) for band in (0, 1))
         if soft_px:
             value, cover = (
@@ -113,7 +113,7 @@ class Layer:
     def over(
         self, picture: Picture, *, within: Picture | None = None, soft_px: float = 0.0
     ) -> Picture:
-        """Lay this sheet over a picture, where wanted only within a mask or with soft edges."""
+        """Lay this layer over a picture, optionally within a mask or with soft edges."""
         value, cover = self.flatten(soft_px)
         if within is not None:
             value, cover = value * within, cover * within
@@ -123,7 +123,7 @@ class Layer:
 
 @lru_cache(maxsize=8)  # slices of one subject follow each other
 def draw_textures(seed: int) -> tuple[Picture, Picture, Picture]:
-    """Draw the fields of the folds, the mottles and the swells."""
+    """Draw the fields of folds, mottles and swells."""
     rng = np.random.default_rng(seed)
     return (
         _draw_ring_noise(rng, 0.235, 0.22),
@@ -133,7 +133,7 @@ def draw_textures(seed: int) -> tuple[Picture, Picture, Picture]:
 
 
 def _draw_ring_noise(rng: np.random.Generator, wavelength: float, spread: float) -> Picture:
-    """Draw mottles of one wavelength (head units); shape (128, 128), unit variance."""
+    """Draw noise of one wavelength (head units); shape (128, 128), unit variance."""
     size = 128
     rows = np.fft.fftfreq(size, 3.0 / size)[:, None]
     columns = np.fft.rfftfreq(size, 3.0 / size)[None, :]
@@ -151,5 +151,5 @@ def ramp(values: Picture, low: float, high: float) -> Picture:
 
 
 def blend(under: Picture, over: NDArray[np.floating], cover: Picture) -> Picture:
-    """Lay one picture over another where ``cover`` says, from 0 to 1."""
+    """Lay one picture over another with opacity ``cover``, from 0 to 1."""
     return np.asarray(under + cover * (over - under), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""One slice of a subject: paint the head from the outside in, then put the scanner on top."""
+"""Paint one slice of a subject from the outside in, then apply the scanner's effects."""
 
 from collections.abc import Iterator
 
@@ -37,7 +37,7 @@ class Painter:
         self.cavity = self._mask(self.view.cavity)
 
     def paint(self) -> Picture:
-        """Paint everything that is in the head, shape (H, W)."""
+        """Paint the whole head, shape (H, W)."""
         picture = self._paint_outside()
         picture = self._paint_cortex(picture)
         picture = self._paint_cerebellum(picture)
@@ -50,7 +50,7 @@ class Painter:
         return layer.flatten()[1]
 
     def _place(self, part: Part, *, pushed: bool) -> Iterator[Curve]:
-        """Yield the part's curve, then its mirror image where it has one."""
+        """Yield the part's curve, and its mirror image if mirrored."""
         curve = smooth_part(part)
         for side in (1.0, -1.0) if part.mirrored else (1.0,):
             placed = curve * np.array([side, 1.0])
@@ -64,7 +64,7 @@ class Painter:
                 layer.fill(placed, self.shade[part.tissue])
 
     def _push(self, curve: Curve) -> Curve:
-        """Move deep structures away from a mass, as a real one does (mass effect)."""
+        """Move deep structures away from a mass (mass effect)."""
         mass = self.subject.mass
         if mass is None or self.subject.label == "pituitary":
             return curve
@@ -103,8 +103,8 @@ class Painter:
     def _paint_cortex(self, picture: Picture) -> Picture:
         """Paint the folded grey ribbon over white matter.
 
-        Sulci are zero crossings of a single-wavelength field, open near the surface only; the
-        ribbon follows them and the surface at one thickness.
+        Sulci are zero crossings of a field of one wavelength, near the surface only. The ribbon has
+        the same thickness along them and along the surface.
         """
         view, shade = self.view, self.shade
         layer = Layer(self.frame)
@@ -122,7 +122,7 @@ class Painter:
         tissue = shade["grey"] + (white - shade["grey"]) * ramp(ribbon, 0.02, 0.052)
         cleft = 0.85 * (1 - ramp(ribbon - opening, -0.008, 0.012))
         tissue = tissue + cleft * (shade["csf"] - tissue)
-        # Vessels run in the clefts; after contrast agent they are bright.
+        # Vessels in the clefts are bright after contrast agent.
         vessel = 0.7 * (1 - ramp(ribbon, 0.006, 0.016)) * ramp(self.mottle, 1.2, 1.7)
         tissue = tissue + vessel * (shade["vessel"] - tissue)
         return blend(picture, tissue, cerebrum)
@@ -179,14 +179,14 @@ class Painter:
         return painted * grain
 
     def _outline_mass(self, mass: Mass) -> Curve:
-        """Return the mass's outline around its centre; farther from its middle it is smaller."""
+        """Return the mass's outline around its centre, smaller in slices far from its middle."""
         outline: Curve = (
             smooth(mass.outline) * mass.radius * (1 - 0.07 * min(abs(self.offset), 4.0))
         )
         return outline
 
     def mark_mass(self) -> Picture:
-        """Return how far each pixel lies within the mass, its oedema left out; shape (H, W)."""
+        """Return each pixel's share within the mass, without oedema; shape (H, W)."""
         mass = self.subject.mass
         layer = Layer(self.frame)
         if mass is not None:
@@ -212,14 +212,14 @@ class Painter:
 
 
 def _scan(picture: Picture, subject: SubjectParameters, rng: np.random.Generator) -> Picture:
-    """Put the scanner on top: receive field, Rician noise, blur, grey-scale window."""
+    """Apply the scanner's receive field, Rician noise, blur and grey-scale window."""
     height, width = picture.shape
     x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     across, down, bowl = (np.float32(value) for value in subject.bias)
     field = 1 + across * x + down * y + bowl * (x * x + y * y - np.float32(0.6))
     if subject.view.plane != "axial":
-        field = field * (1 - 0.8 * np.clip((y - 0.35) / 0.65, 0, 1) ** 2)  # the coil ends there
+        field = field * (1 - 0.8 * np.clip((y - 0.35) / 0.65, 0, 1) ** 2)  # the coil ends here
     signal = picture * np.maximum(field, 0.2)
     real = signal + subject.noise * rng.standard_normal(picture.shape, dtype=np.float32)
     imaginary = subject.noise * rng.standard_normal(picture.shape, dtype=np.float32)
@@ -238,11 +238,10 @@ def render_slice(
     Parameters
     ----------
     subject : SubjectParameters
-        What the subject's slices share.
     offset : float
-        Slices away from the middle of the mass; near offsets give near-identical images.
+        Distance from the middle of the mass, in slices; near offsets give near duplicates.
     rng : Generator
-        Dice of this slice alone: its noise.
+        Source of this slice's noise.
 
     Returns
     -------
@@ -254,32 +253,18 @@ def render_slice(
 
 
 def mark_lesion(subject: SubjectParameters, offset: float) -> NDArray[np.bool_]:
-    """Return which pixels of :func:`render_slice` show the mass, without oedema, shape (H, W)."""
+    """Return the mask of the mass in :func:`render_slice`, without oedema, shape (H, W)."""
     return Painter(subject, offset).mark_mass() > 0.5
 
 
 def draw_phantom(
     label: str, rng: np.random.Generator, *, plane: Plane | None = None
 ) -> NDArray[np.uint8]:
-    """Draw one slice of a new subject.
-
-    Parameters
-    ----------
-    label : str
-        Class name, one of ``BRAIN_TUMOUR_CLASSES``.
-    rng : Generator
-        Source of the rng.
-    plane : {"axial", "coronal", "sagittal"}, optional
-        Drawn evenly where not given.
+    """Draw one slice of a new subject; parameters and exceptions of :func:`draw_subject`.
 
     Returns
     -------
     ndarray of uint8, shape (H, W)
         Grey levels; each side is between 160 and 320 px.
-
-    Raises
-    ------
-    ConfigError
-        An unknown class or plane.
     """
     return render_slice(draw_subject(label, rng, plane=plane), 0.0, rng)

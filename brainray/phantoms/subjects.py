@@ -1,4 +1,4 @@
-"""The dice of a subject: cut, canvas, contrast, scanner and mass, shared by all its slices."""
+"""Random parameters of a subject: cut, canvas, contrast, scanner and mass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ from brainray.phantoms.anatomy import (
 from brainray.phantoms.views import VIEWS
 
 _SEQUENCE_ODDS = (0.22, 0.52, 0.11, 0.15)
-"""How often each of ``SEQUENCES`` is drawn."""
+"""Probability of each of ``SEQUENCES``."""
 
 _SIDES_PX = (160, 176, 192, 208, 224, 256, 320)
 _SIDE_ODDS = (0.16, 0.18, 0.2, 0.16, 0.2, 0.07, 0.03)
-"""How often the shorter side of a canvas has each length."""
+"""Probability of each length of a canvas's shorter side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mass:
-    """A tumour's place and shape, in head units."""
+    """Position and shape of a tumour, in head units."""
 
     centre: tuple[float, float]
     radius: float
@@ -41,7 +41,7 @@ class Mass:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubjectParameters:
-    """What the slices of one phantom subject share; made by :func:`draw_subject`."""
+    """Parameters of all slices of a subject; made by :func:`draw_subject`."""
 
     label: str
     """Class name."""
@@ -54,9 +54,9 @@ class SubjectParameters:
     width_px: int
     """Canvas width."""
     fill: float
-    """Part of the canvas that the head takes, 1 for edge to edge."""
+    """Size of the head relative to the canvas; 1 reaches from edge to edge."""
     shift: tuple[float, float]
-    """Head centre off the canvas centre, (x, y), in head units."""
+    """Offset (x, y) of the head from the canvas centre, in head units."""
     rotation_rad: float
     """In-plane rotation."""
     flipped: bool
@@ -66,7 +66,7 @@ class SubjectParameters:
     warp: NDArray[np.float64]
     """Phases of the smooth deformation, radians, shape (2, 2)."""
     ventricles: float
-    """Opening of sulci relative to the average."""
+    """Width of sulci and ventricles relative to the average."""
     tissue_jitter: NDArray[np.float64]
     """Factor on each tissue's brightness, in the order of the tissue table."""
     bias: NDArray[np.float64]
@@ -80,17 +80,17 @@ class SubjectParameters:
     blur_px: float
     """Standard deviation of the point spread."""
     texture_seed: int
-    """Seed of the folds and mottles."""
+    """Seed of the textures."""
     mass: Mass | None
     """The tumour, if any."""
 
 
 def check_labels(classes: Sequence[str]) -> None:
-    """Raise ConfigError for a class that no phantom looks like."""
+    """Raise ConfigError for a class without phantoms."""
     unknown = [name for name in classes if name not in BRAIN_TUMOUR_CLASSES]
     if unknown:
         raise ConfigError(
-            f"No phantom looks like {', '.join(map(repr, unknown))}. "
+            f"There are no phantoms of class {', '.join(map(repr, unknown))}. "
             f"Expected classes among {', '.join(BRAIN_TUMOUR_CLASSES)}."
         )
 
@@ -107,7 +107,7 @@ def _draw_view(label: str, plane: Plane, rng: np.random.Generator) -> View:
 
 
 def _draw_outline(rng: np.random.Generator, *, raggedness: float, knots: int) -> Points:
-    """Draw a closed unit outline whose radius varies by ``raggedness`` (standard deviation)."""
+    """Draw a closed outline of radius 1, with standard deviation ``raggedness``."""
     angles = np.arange(knots) * (2 * np.pi / knots)
     radii = 1 + raggedness * np.clip(rng.standard_normal(knots), -1.8, 1.8)
     oval = 1 + rng.uniform(0, 0.18) * np.cos(2 * (angles - rng.uniform(0, np.pi)))
@@ -116,7 +116,7 @@ def _draw_outline(rng: np.random.Generator, *, raggedness: float, knots: int) ->
 
 
 def _draw_mass(label: str, view: View, rng: np.random.Generator) -> Mass | None:
-    """Draw the tumour that the class calls for."""
+    """Draw the tumour of the class."""
     if label == "notumor":
         return None
     brightness = float(rng.uniform(0.9, 1.1))
@@ -130,7 +130,7 @@ def _draw_mass(label: str, view: View, rng: np.random.Generator) -> Mass | None:
         curve = smooth(view.cavity)
         edge = curve[int(rng.uniform(*span) * len(curve)) % len(curve)]
         radius = float(rng.uniform(0.14, 0.25))
-        # Set in by less than the radius, the disc is cut by the skull: that is its broad base.
+        # The centre is less than a radius inside, so that the skull cuts the disc: a broad base.
         inward = np.array([0.0, -0.1]) - edge
         x, y = edge + inward / np.hypot(*inward) * radius * rng.uniform(0.35, 0.65)
         centre = (float(x), float(y))
@@ -147,16 +147,15 @@ def _draw_mass(label: str, view: View, rng: np.random.Generator) -> Mass | None:
 def draw_subject(
     label: str, rng: np.random.Generator, *, plane: Plane | None = None
 ) -> SubjectParameters:
-    """Draw what the slices of one subject share.
+    """Draw the parameters of one subject.
 
     Parameters
     ----------
     label : str
         Class name, one of ``BRAIN_TUMOUR_CLASSES``.
     rng : Generator
-        Source of the rng.
     plane : {"axial", "coronal", "sagittal"}, optional
-        Drawn evenly where not given.
+        By default each with the same probability.
 
     Raises
     ------

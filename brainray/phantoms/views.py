@@ -1,4 +1,4 @@
-"""The six cuts that phantoms are drawn on, in head units, and how often each is drawn."""
+"""The six cuts of phantoms, in head units, and their probabilities."""
 
 from brainray.phantoms.anatomy import Part, Plane, View, mirror, oval
 
@@ -291,7 +291,7 @@ _SAGITTAL = View(
     sella=(0.16, 0.08),
 )  # fmt: skip
 
-# Sellar cuts come often in every class, so that the cut alone does not tell of a pituitary mass.
+# Cuts through the sella are frequent in every class, so that they do not predict a pituitary mass.
 VIEWS: dict[Plane, tuple[tuple[View, float], ...]] = {
     "axial": ((_AXIAL_HIGH, 0.2), (_AXIAL_MID, 0.35), (_AXIAL_LOW, 0.45)),
     "coronal": ((_CORONAL_MID, 0.7), (_CORONAL_BACK, 0.3)),

@@ -1,1 +1,1 @@
-"""Evaluation results turned into something a person reads."""
+"""HTML reports, and the model card."""

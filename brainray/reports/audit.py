@@ -1,66 +1,42 @@
 """The report of a data audit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from brainray.images.decode import REJECTION_REASONS
-from brainray.reports import plots
-from brainray.reports.page import format_share, list_settings, render_page, select_sections
+from brainray.reports import charts
+from brainray.reports.html import format_percent, render_page
 
 _SPLITS = {"train": "Training", "val": "Validation", "test": "Test", "": "All"}
-_HELD_OUT = ("test", "val")  # the first one present makes the headline
 _GALLERIES = {
     "exact": (
-        "The same picture on both sides",
+        "Exact duplicates across splits",
         "Left a held-out scan, right a training scan with exactly the same pixels.",
     ),
     "near": (
         "Near duplicates across splits",
-        "Left a held-out scan, right the training scan most like it. From the least alike upwards.",
+        "Left a held-out scan, right its most similar training scan. The least similar first.",
     ),
-    "exact_duplicates": (
-        "The same picture twice",
-        "Two scans of the data set with exactly the same pixels.",
-    ),
+    "exact_duplicates": ("Exact duplicates", "Two scans with exactly the same pixels."),
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PicturedPair:
-    """Two scans to be shown side by side; of each field the left one's value, then the right's."""
+    """Two scans shown side by side: of each field the left scan's value, then the right's."""
 
     paths: tuple[str, str]
-    """Where the scans came from; may hold anything a file name may."""
+    """Any characters are shown safely."""
     labels: tuple[str, str]
-    """Names of their classes."""
-    splits: tuple[str, str]
-    """train, val, test, or empty."""
     images_png: tuple[bytes, bytes]
-    """The scans as encoded PNGs."""
     correlation: float
     """Of their thumbnails."""
-    is_copy: bool
+    is_exact: bool
     """The pixels are identical."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
-    """A score with its interval, as a row of a figure."""
-
-    label: str
-    """What was measured."""
-    note: str
-    """On what, or what it means."""
-    value: float | None
-    """In [0, 1]; None if unknown."""
-    interval: tuple[float, float] | None
-    """95 % interval; None if unknown."""
-    is_hollow: bool = False
-    """Drawn as a ring: of less weight."""
-
-
-def render_audit(
+def render_audit_report(
     *,
     title: str,
     document: Mapping[str, Any],
@@ -73,114 +49,75 @@ def render_audit(
     Parameters
     ----------
     title : str
-        Heading of the page.
     document : mapping
         Content of ``audit.json``.
     galleries : mapping of str to sequence of PicturedPair
-        Pairs to show: ``exact`` and ``near`` across splits, ``copies`` in a data set without
-        splits, and ``conflicts``.
+        ``exact`` and ``near`` across splits, ``exact_duplicates`` in a data set without splits,
+        and ``conflicts``.
     configuration : mapping
-        The full configuration; may be nested.
+        All settings; may be nested.
     facts : mapping of str to str
         Short labels and values for the header.
 
     Returns
     -------
     str
-        A whole HTML document, encodable as UTF-8 whatever the paths hold.
+        An HTML document.
     """
-    leaks = {split: document["leaks"][split] for split in _HELD_OUT if split in document["leaks"]}
-    page: dict[str, Any] = {
-        "title": title,
-        "facts": facts,
-        "audit": document,
-        "split_names": _SPLITS,
-        "reasons": REJECTION_REASONS,
-        "leaks": leaks,
-        "leak_heads": [_SPLITS[split] for split in leaks],
-        "balance_heads": [_SPLITS[split] for split in document["class_balance"]],
-        "held_out": next(iter(leaks), None),
-        "baselines": {split: _list_baseline(leak) for split, leak in leaks.items()},
-        "galleries": {
-            name: (*words, galleries.get(name, ()))
-            for name, words in _GALLERIES.items()
-            if galleries.get(name)
-        },
-        "conflicts": galleries.get("conflicts", ()),
-        "shortcuts": _list_shortcuts(document["shortcuts"]),
-        "strongest": _find_strongest(document["shortcuts"]),
-        "chance": next((row["chance"] for row in document["shortcuts"]), None),
-        "unit": plots.build_axis(0, 1),
-        "settings": list_settings({"All settings": configuration}),
-    }
-    has_conflicts = any(
-        document[name]["num_mixed"] for name in ("exact_duplicates", "near_duplicates", "groups")
+    found = document["leaks"]
+    leaks = {split: found[split] for split in ("test", "val") if split in found}
+    shortcuts = document["shortcuts"]
+    return render_page(
+        "audit.html.j2",
+        title=title,
+        facts=facts,
+        audit=document,
+        splits=_SPLITS,
+        reasons=REJECTION_REASONS,
+        leaks=leaks,
+        leak_names=[_SPLITS[split] for split in leaks],
+        balance_names=[_SPLITS[split] for split in document["class_balance"]],
+        held_out=next(iter(leaks), None),
+        baselines={split: list(_list_baseline(leak)) for split, leak in leaks.items()},
+        galleries=[
+            (*words, galleries[name]) for name, words in _GALLERIES.items() if galleries.get(name)
+        ],
+        conflicts=galleries.get("conflicts", ()),
+        shortcuts=list(_list_shortcuts(shortcuts)),
+        # The last row is all properties together.
+        strongest=max(shortcuts[:-1], key=lambda row: row["balanced_accuracy"], default=None),
+        chance=shortcuts[0]["chance"] if shortcuts else None,
+        unit=charts.build_axis(0, 1),
+        configuration=configuration,
     )
-    page["has_conflicts"] = has_conflicts
-    headings = {
-        "short": (True, "In short"),
-        "leaks": (leaks, "Twins across splits"),
-        "baseline": (leaks, "What memory alone would score"),
-        "groups": (True, "Copies and look-alikes"),
-        "pictures": (page["galleries"], "Pairs to look at"),
-        "conflicts": (has_conflicts, "Label conflicts"),
-        "shortcuts": (page["shortcuts"], "Shortcuts"),
-        "balance": (True, "Class balance"),
-        "resolution": (True, "Sizes and formats"),
-        "unreadable": (document["unreadable"], "Files that cannot be read"),
-        "split": (document.get("split"), "The new split"),
-        "configuration": (page["settings"], "Settings"),
-        "reading": (True, "How to read this"),
-    }
-    page["sections"] = select_sections(headings)
-    return render_page("audit.html.j2", page)
 
 
-def _list_baseline(leak: Mapping[str, Any]) -> list[Estimate]:
-    """List the accuracy of the nearest thumbnail's class, by how near that thumbnail is."""
-    rows = []
+def _list_baseline(leak: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """List the accuracy of the nearest thumbnail's class by the correlation with it."""
     for row in leak["baseline_1nn"]:
-        share = format_share(row["n"] / leak["n"])
-        rows.append(
-            Estimate(
-                label=_describe_bounds(row["low"], row["high"]),
-                note=f"{row['n']:,} scans" + ("" if row["n"] == leak["n"] else f", {share}"),
-                value=row["accuracy"],
-                interval=_interval(row["accuracy_ci95"]),
-                is_hollow=row["low"] is not None or row["high"] is not None,
-            )
-        )
-    return rows
+        low, high = row["low"], row["high"]
+        label = f"{low} to {high}"
+        if high is None:
+            label = "All held-out scans" if low is None else f"{low} or more: near duplicates"
+        elif low is None:
+            label = f"Below {high}"
+        share = "" if row["n"] == leak["n"] else f", {format_percent(row['n'] / leak['n'])}"
+        yield {
+            "label": label,
+            "note": f"{row['n']:,} scans{share}",
+            "value": row["accuracy"],
+            "interval": row["accuracy_ci95"],
+            "css": "" if low is None and high is None else "hollow",
+        }
 
 
-def _describe_bounds(low: float | None, high: float | None) -> str:
-    if low is None and high is None:
-        return "All held-out scans"
-    if high is None:
-        return f"{low} or more: a near duplicate"
-    return f"Below {high}" if low is None else f"{low} to {high}"
-
-
-def _interval(given: Sequence[float] | None) -> tuple[float, float] | None:
-    return (given[0], given[1]) if given else None
-
-
-def _list_shortcuts(rows: Sequence[Mapping[str, Any]]) -> list[Estimate]:
-    listed = []
+def _list_shortcuts(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in rows:
         note = "above chance" if row["is_above_chance"] else "no better than chance"
-        listed.append(
-            Estimate(
-                label=row["trait"].capitalize(),
-                note="the same in all scans" if row["is_constant"] else note,
-                value=row["balanced_accuracy"],
-                interval=_interval(row["balanced_accuracy_ci95"]),
-                is_hollow=not row["is_above_chance"],
-            )
-        )
-    return listed
-
-
-def _find_strongest(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the single trait that predicts best, all of them together aside."""
-    return max(rows[:-1], key=lambda row: row["balanced_accuracy"], default=None)
+        yield {
+            "label": row["property"].capitalize(),
+            "note": "the same in all scans" if row["is_constant"] else note,
+            "value": row["balanced_accuracy"],
+            "interval": row["balanced_accuracy_ci95"],
+            "css": "" if row["is_above_chance"] else "hollow quiet",
+        }

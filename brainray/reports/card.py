@@ -1,34 +1,28 @@
-"""The model card: what a training run knows of its classifier, as JSON and as Markdown.
+"""The model card of a trained classifier, as JSON and as Markdown.
 
-It says only what is known: what is not, it calls not known, or leaves open for people.
+It states what the training run knows. Everything else is "unknown", or open for people to answer.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from markupsafe import Markup
 
 from brainray import storage
 from brainray.model.reasons import INTENDED_USE, NOT_INTENDED_FOR, NOTICE
-from brainray.reports.guidelines import CLAIM, TRIPOD_AI
-from brainray.reports.page import (
+from brainray.reports.html import (
     MISSING,
     build_environment,
     flatten,
     format_number,
-    format_setting,
-    format_share,
+    format_percent,
     format_text,
 )
 
-INTENDED_USERS = (
-    "People who do research, and who can judge its answers against scans whose class they know."
-)
+INTENDED_USERS = "Researchers who can check its predictions against scans of known class."
 
-_SPLITS = {"test": "test", "val": "validation"}  # the most telling first
-_PARTS = {"all": "all images", "without_near_duplicates": "images without a near duplicate"}
-_BASELINES = {"all": "baseline_1nn", "without_near_duplicates": "baseline_1nn_no_near_duplicate"}
+_SPLITS = {"test": "test", "val": "validation"}
 _SCORES = {
     "accuracy": "Accuracy",
     "balanced_accuracy": "Balanced accuracy",
@@ -44,34 +38,43 @@ _CLASS_SCORES = {
     "specificity": "Specificity",
     "precision": "Precision",
 }
-_MARKS = re.compile(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_SELECTED = {
+    *("n", "num_groups", "confusion", "per_class", "near_duplicate_correlation"),
+    *("without_near_duplicates", "baseline_1nn", *_SCORES, *_CLASS_SCORES),
+}
+_MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """What Markdown could take for markup within a line; an underscore within a word is none."""
 
 
 def build_model_card(
     metadata: Mapping[str, Any], metrics: Mapping[str, Any], data: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Bring together what a training run knows of its classifier.
+    """Collect what a training run knows of its classifier.
 
     Parameters
     ----------
     metadata : mapping
-        Content of ``classifier.json``. Of ``calibration``, if it is there, the scalars are taken.
+        Content of ``classifier.json``.
     metrics : mapping
         Content of ``metrics.json``.
     data : mapping
-        What ``summarise_data`` counted, and the data set's ``name``.
+        What :func:`brainray.evaluation.scoring.summarise_data` counted, and the data set's
+        ``name``.
 
     Returns
     -------
     dict
-        Ready for JSON; None stands for what is not known.
+        Ready for JSON; None stands for what is unknown.
     """
-    judged = [split for split in _SPLITS if metrics.get(split)]
-    results = {split: _select_results(metrics[split]) for split in judged}
-    training = _describe_training(metadata.get("training") or {}, metrics.get("training") or {})
-    config = training["configuration"]
-    calibration = _select_scalars(metadata.get("calibration") or {})
+    training, summary = metadata.get("training") or {}, metrics.get("training") or {}
+    config = flatten(training.get("config") or {})
+    results = {split: _select(metrics[split]) for split in _SPLITS if metrics.get(split)}
+    calibration = {
+        name: value
+        for name, value in flatten(metadata.get("calibration") or {}).items()
+        if value is None or isinstance(value, (str, int, float))
+    }
+    best_epoch = summary.get("best_epoch")
     return {
         "notice": NOTICE,
         "use": {
@@ -93,39 +96,60 @@ def build_model_card(
             "fractions": {split: config.get(f"{split}_fraction") for split in _SPLITS},
             "seed": config.get("seed"),
         },
-        "training": training,
+        "training": {
+            "recipe": training.get("recipe"),
+            "num_epochs": summary.get("num_epochs"),
+            "exported_epoch": None if best_epoch is None else best_epoch + 1,
+            "monitor": summary.get("monitor"),
+            "best_score": summary.get("best_score"),
+            "time_s": summary.get("time_s"),
+            "num_workers": summary.get("world_size"),
+            "hardware": summary.get("hardware"),
+            "precision": training.get("precision"),
+            "configuration": {  # of a URI only the last name: no folder of the machine
+                name: storage.get_name(value) if name.endswith("_uri") and value else value
+                for name, value in config.items()
+            },
+        },
         "results": results,
         "engine": (metrics.get("runtime") or {}).get("description"),
         "calibration": calibration,
-        "limits": _list_limits(data, results, calibration, len(metadata["classes"])),
+        "limits": list(_list_limits(data, results, calibration, len(metadata["classes"]))),
         "software": {
             "versions": dict(metadata.get("versions") or {}),
             "code_revision": metadata.get("code_revision"),
         },
-        "guidelines": [CLAIM.describe(), TRIPOD_AI.describe()],
     }
 
 
 def render_model_card(model_card: Mapping[str, Any]) -> str:
-    """Render a model card as Markdown with the front matter of Hugging Face's model cards.
-
-    Parameters
-    ----------
-    model_card : mapping
-        What :func:`build_model_card` returned.
-    """
+    """Render what :func:`build_model_card` returned as a Markdown model card for Hugging Face."""
     environment = build_environment(escape_markdown)
-    environment.filters.update(estimate=format_estimate, setting=format_setting)
-    template = environment.get_template("card.md.j2")
-    names = {"splits": _SPLITS, "scores": _SCORES, "class_scores": _CLASS_SCORES}
-    return template.render(names=names, **model_card)
+    environment.filters["estimate"] = format_estimate
+    return environment.get_template("model_card.md.j2").render(
+        names={"splits": _SPLITS, "scores": _SCORES, "class_scores": _CLASS_SCORES},
+        columns={split: _list_columns(result) for split, result in model_card["results"].items()},
+        **model_card,
+    )
+
+
+def _list_columns(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """List headings and scores of the table of a split's results; without images, none."""
+    baseline = result.get("baseline_1nn") or {}
+    columns = {
+        "Classifier": result,
+        "Classifier, no near duplicate": result.get("without_near_duplicates"),
+        "Nearest thumbnail": baseline,
+        "Nearest thumbnail, no near duplicate": baseline.get("without_near_duplicates"),
+    }
+    return {heading: found for heading, found in columns.items() if found and found["n"]}
 
 
 def escape_markdown(value: object) -> Markup:
     """Write any value so that Markdown shows it as it is, on one line and in one table cell."""
     if isinstance(value, Markup):  # of a macro, whose values are escaped
         return value
-    text = _MARKS.sub(r"\\\g<0>", str(format_text(value)))
+    text = _MARKUP.sub(r"\\\g<0>", str(format_text(value)))
     return Markup(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
@@ -134,81 +158,23 @@ def format_estimate(found: Mapping[str, Any], name: str) -> str:
     if name not in found:
         return MISSING
     if found[name] is None:
-        return "not defined"
+        return "undefined"
     interval = found.get(f"{name}_ci95")
     ends = " to ".join(map(format_number, interval)) if interval else "no interval"
     return f"{format_number(float(found[name]))} ({ends})"
 
 
-def _select_results(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Select what the card shows of a split's metrics."""
-    without_near_duplicates, baseline = (
-        evaluation.get("without_near_duplicates"),
-        evaluation.get("baseline_1nn"),
-    )
-    return {
-        "n": evaluation["n"],
-        "near_duplicate_correlation": evaluation.get("near_duplicate_correlation"),
-        "near_duplicate_share": None
-        if without_near_duplicates is None
-        else 1 - without_near_duplicates["n"] / evaluation["n"],
-        "all": _select_scores(evaluation),
-        "without_near_duplicates": _select_scores(without_near_duplicates),
-        "baseline_1nn": _select_scores(baseline),
-        "baseline_1nn_no_near_duplicate": _select_scores(
-            (baseline or {}).get("without_near_duplicates")
-        ),
-        "confusion": evaluation.get("confusion"),
-    }
-
-
-def _select_scores(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Select the scores of some images; None where there are none."""
-    if not found or not found["n"]:
-        return None
-    kept = _keep(found, ("n", "num_groups"), _SCORES)
-    if "per_class" in found:
-        kept["per_class"] = {
-            name: _keep(scores, ("n",), _CLASS_SCORES)
-            for name, scores in found["per_class"].items()
-        }
-    return kept
-
-
-def _keep(
-    found: Mapping[str, Any], counts: Sequence[str], scores: Mapping[str, str]
-) -> dict[str, Any]:
-    """Keep counts, and scores with their intervals, of those that are there."""
-    names = [*counts, *(name for score in scores for name in (score, f"{score}_ci95"))]
-    return {name: found[name] for name in names if name in found}
-
-
-def _select_scalars(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """Select the scalars, under dotted names."""
-    scalar = (str, int, float, bool, type(None))
-    return {
-        name: value for name, value in flatten(calibration).items() if isinstance(value, scalar)
-    }
-
-
-def _describe_training(sealed: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Say how the classifier was trained; of a place, only the last name."""
-    best = summary.get("best_epoch")
-    return {
-        "recipe": sealed.get("recipe"),
-        "num_epochs": summary.get("num_epochs"),
-        "sealed_epoch": None if best is None else best + 1,
-        "monitor": summary.get("monitor"),
-        "best_score": summary.get("best_score"),
-        "time_s": summary.get("time_s"),
-        "num_workers": summary.get("world_size"),
-        "hardware": summary.get("hardware"),
-        "precision": sealed.get("precision"),
-        "configuration": {
-            name: storage.get_name(value) if name.endswith("_uri") and value else value
-            for name, value in flatten(sealed.get("config") or {}).items()
-        },
-    }
+def _select(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Select what the card shows of a split's metrics; the shape stays the same."""
+    selected = {}
+    for name, value in found.items():
+        if name == "per_class":
+            value = {name: _select(scores) for name, scores in value.items()}
+        elif isinstance(value, Mapping):
+            value = _select(value)
+        if name.removesuffix("_ci95") in _SELECTED:
+            selected[name] = value
+    return selected
 
 
 def _list_limits(
@@ -216,70 +182,67 @@ def _list_limits(
     results: Mapping[str, Mapping[str, Any]],
     calibration: Mapping[str, Any],
     num_classes: int,
-) -> list[str]:
-    """List the limits that hold for this run, in sentences."""
-    limits = [line for split in results for line in _list_leaks(_SPLITS[split], results[split])]
+) -> Iterator[str]:
+    """List the limitations of this run, in sentences."""
+    for split, result in results.items():
+        yield from _list_leaks(_SPLITS[split], result)
     if data["num_shared_groups"]:
-        limits.append(
+        yield (
             f"{data['num_shared_groups']:,} groups of near-identical slices lie in more than one "
-            "split, as the data set gives the splits."
+            "split, because the data set gives the splits."
         )
     if "test" not in results:
-        limits.append("There is no test split: no score is of images that chose nothing.")
+        yield "There is no test split: every score is of images that training used."
     if "val" in results:
-        limits.append(
-            "Validation scores chose the epoch that is sealed: they are a little flattered."
-        )
-    limits += [
-        _describe_patients(data),
-        "It sees one slice at a time, not a volume, and nothing else that is known of a patient.",
-        f"It knows {num_classes} classes, and has no name for anything else a scan may show.",
-        "All images are of one data set: how it does on other scanners, sequences, hospitals and "
-        "patients is not known.",
-        "Age, sex, scanner and sequence are not known: no subgroup was looked at.",
-        "It is one training run: how much another seed would change is not known.",
-    ]
-    if calibration.get("facts.method", "none") == "none":
-        limits.append("Its probabilities are not calibrated after training.")
-    if not calibration.get("min_confidence"):
-        limits.append("It never abstains: the most probable class is given, however improbable.")
-    if calibration.get("max_distance") is None:
-        limits.append("It does not know what is no brain MRI: every picture gets an answer.")
-    if data["rejected"]:
-        count = sum(data["rejected"].values())
-        limits.append(f"Scans that cannot be read ({count:,} here) are in no score.")
-    return limits
-
-
-def _describe_patients(data: Mapping[str, Any]) -> str:
-    named, total = data["num_named"], data["num_scans"]
-    stand_in = "groups of near-identical slices stand in for patients, and miss what looks unlike"
-    if not named:
-        return (
-            "No patient is known by name, so a patient's slices may lie on both sides of a split: "
-            f"{stand_in}."
-        )
-    return (
-        f"The data set names a group or a patient for {named:,} of {total:,} scans; "
-        f"for the others, if any, {stand_in}. What the names mean was not checked."
+        yield "Validation scores chose the exported epoch: they are slightly optimistic."
+    groups = (
+        "Groups of near-identical slices stand for patients, and miss slices that look different."
     )
-
-
-def _list_leaks(name: str, result: Mapping[str, Any]) -> list[str]:
-    """Say what of a split may be memory, and where a vote that learns nothing does better."""
-    lines = []
-    share = result["near_duplicate_share"]
-    if share:
-        lines.append(
-            f"{format_share(share)} of the {name} images have a near duplicate among those they are "
-            "held out from: scores on all images measure memory in part."
+    if data["num_named"]:
+        yield (
+            f"The data set names a group or patient for {data['num_named']:,} of "
+            f"{data['num_scans']:,} scans. Nobody checked these names. For other scans: {groups}"
         )
-    for part, words in _PARTS.items():
-        ours, theirs = result[part], result[_BASELINES[part]]
-        if ours and theirs and theirs["accuracy"] > ours["accuracy"]:
-            lines.append(
-                f"On the {name} split, {words}: the nearest thumbnail, which learns nothing, is "
-                f"right more often than the classifier (accuracy "
-                f"{format_number(theirs['accuracy'])} against {format_number(ours['accuracy'])})."
+    else:
+        yield f"No patient is known by name: one patient's slices may lie in two splits. {groups}"
+    yield "It sees single slices: no volume, and no other information about a patient."
+    yield f"It knows {num_classes} classes; it cannot name any other finding."
+    yield (
+        "All images are of one data set: its accuracy on other scanners, sequences, hospitals and "
+        "patients is unknown."
+    )
+    yield "Age, sex, scanner and sequence are unknown: no subgroup was evaluated."
+    yield "It is one training run: the variation with another seed is unknown."
+    if calibration.get("facts.method", "none") == "none":
+        yield "Its probabilities are not calibrated after training."
+    if not calibration.get("min_confidence"):
+        yield "It never abstains: it gives the most probable class at any confidence."
+    if calibration.get("max_distance") is None:
+        yield "It cannot detect images that are no brain MRI: every image gets a class."
+    if data["rejected"]:
+        yield f"{sum(data['rejected'].values()):,} scans that cannot be decoded are in no score."
+
+
+def _list_leaks(name: str, result: Mapping[str, Any]) -> Iterator[str]:
+    """State which scores memory may explain, and where the baseline is better."""
+    apart, baseline = result.get("without_near_duplicates"), result.get("baseline_1nn") or {}
+    if apart and apart["n"] < result["n"]:
+        yield (
+            f"{format_percent(1 - apart['n'] / result['n'])} of the {name} images have a near "
+            "duplicate among the images that they are held out from: memory explains a part of "
+            "the scores on all images."
+        )
+    for words, ours, theirs in (
+        ("all images", result, baseline),
+        (
+            "images without a near duplicate",
+            apart or {},
+            baseline.get("without_near_duplicates") or {},
+        ),
+    ):
+        if theirs.get("accuracy", 0) > ours.get("accuracy", 1):
+            yield (
+                f"On the {name} split, {words}: the nearest-thumbnail baseline is right more often "
+                f"than the classifier (accuracy {format_number(theirs['accuracy'])} against "
+                f"{format_number(ours['accuracy'])})."
             )
-    return lines

@@ -1,168 +1,231 @@
-"""What the pages show of an evaluation: scores, curves and mistakes (``evaluation.html.j2``)."""
+"""The report of a training run, an evaluation or a cross-validation."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
-from brainray.reports import plots
+from brainray.model.calibration import NO_CLASS_REASONS
+from brainray.reports import charts
+from brainray.reports.html import render_page
 
-_METRICS = {
-    "accuracy": "Accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "macro_precision": "Macro precision",
-    "macro_sensitivity": "Macro sensitivity (recall)",
-    "macro_specificity": "Macro specificity",
-    "macro_f1": "Macro F1",
-    "macro_auroc": "Macro AUROC",
-    "macro_ap": "Macro average precision",
-    "mcc": "Matthews correlation",
-    "log_loss": "Log loss",
-    "brier": "Brier score",
-    "ece": "Expected calibration error",
-}
-_LOWER_IS_BETTER = ("log_loss", "brier", "ece")
-_CLASS_METRICS = {
-    "precision": "Precision",
-    "sensitivity": "Sensitivity (recall)",
-    "specificity": "Specificity",
-    "f1": "F1",
-    "auroc": "AUROC",
-    "ap": "AP",
+_SPLITS = {  # name, and how a sentence calls it; the first that is present makes the headline
+    "cv": ("pooled", "the pooled folds"),
+    "test": ("test", "the test set"),
+    "val": ("validation", "the validation set"),
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mistake:
-    """One wrongly classified scan, to be shown as a picture."""
+    """A wrongly classified scan of a report's gallery."""
 
     path: str
-    """Where the scan came from; may hold anything a file name may."""
+    """Any characters are shown safely."""
     true_class: str
-    """Name of the class it belongs to."""
     predicted_class: str
-    """Name of the class it was taken for."""
     confidence: float
     """Probability of the predicted class, in [0, 1]."""
     image_png: bytes
     """The scan as an encoded PNG."""
     overlay_png: bytes | None = None
-    """The same, and on it where the network saw the predicted class; None if that is not known."""
-    split: str = ""
-    """The split it is from: ``val`` or ``test``; empty where there are no splits."""
+    """The scan with its class activation map, as an encoded PNG."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluatedSplit:
-    """Scans whose class is known, judged together."""
-
-    name: str
-    """What the page calls them: ``test``."""
-    place: str
-    """The same within a sentence: ``the test set``."""
-    evaluation: Mapping[str, Any]
-    """What :func:`brainray.metrics.compute_evaluation` returned."""
-    figures: Mapping[str, Markup]
-    """The figures ``roc``, ``pr`` and ``reliability``; empty if there are no curves."""
-
-
-def build_evaluated_split(
-    name: str, place: str, evaluation: Mapping[str, Any], curves: Mapping[str, Any] | None
-) -> EvaluatedSplit:
-    """Bring an evaluation together with the drawings of its curves.
-
-    Parameters
-    ----------
-    name, place, evaluation
-        As in :class:`EvaluatedSplit`.
-    curves : mapping or None
-        What :func:`brainray.metrics.compute_curves` returned, where known.
-    """
-    figures = _draw_curves(curves, place) if curves else {}
-    return EvaluatedSplit(name=name, place=place, evaluation=evaluation, figures=figures)
-
-
-def describe_evaluation(
-    judged: Sequence[EvaluatedSplit],
+def render_evaluation_report(
     *,
-    classes: Sequence[str],
-    columns: Mapping[str, Mapping[str, Any]],
+    title: str,
+    metrics: Mapping[str, Any],
+    epochs: Sequence[Mapping[str, Any]],
+    curves: Mapping[str, Mapping[str, Any]],
     mistakes: Sequence[Mistake],
-    splits: Mapping[str, str],
-) -> dict[str, Any]:
-    """Gather the variables of ``evaluation.html.j2``.
+    configuration: Mapping[str, Any],
+    facts: Mapping[str, str],
+) -> str:
+    """Render the report of a training run, an evaluation or a cross-validation.
 
     Parameters
     ----------
-    judged : sequence of EvaluatedSplit
-        The most telling first; may be empty.
-    classes : sequence of str
-        Class names, in class order.
-    columns : mapping of str to mapping
-        Columns of the table of all metrics, by heading.
+    title : str
+    metrics : mapping
+        Content of ``metrics.json``: ``classes``, and at least one of ``test``, ``val`` and ``cv``,
+        from :func:`brainray.evaluation.scoring.evaluate_split`. ``training`` is shown as a table,
+        as are ``folds`` with their ``spread``.
+    epochs : sequence of mapping
+        Records of ``metrics.jsonl``; empty for an evaluation. Of an epoch recorded twice, as
+        after a resume, the later record counts.
+    curves : mapping
+        What :func:`brainray.metrics.compute_curves` returned, by split.
     mistakes : sequence of Mistake
-        The worst mistakes, in the order in which they are to be shown.
-    splits : mapping of str to str
-        What the page calls the splits of the mistakes; empty where there are none.
+        In the order to show them.
+    configuration : mapping
+        All settings; may be nested.
+    facts : mapping of str to str
+        Short labels and values for the header.
+
+    Returns
+    -------
+    str
+        An HTML document.
     """
+    parts = [
+        describe_part(*names, metrics[split], curves.get(split))
+        for split, names in _SPLITS.items()
+        if metrics.get(split)
+    ]
+    estimates = _list_estimates(parts[0])
+    rejected = {
+        reason
+        for part in parts
+        for reason, count in (part["evaluation"].get("rejected") or {}).items()
+        if count
+    }
+    return render_page(
+        "evaluation.html.j2",
+        title=title,
+        facts=facts,
+        metrics=metrics,
+        classes=metrics["classes"],
+        parts=parts,
+        estimates=estimates,
+        axis=_build_accuracy_axis(
+            [end for e in estimates for end in (e["value"], *(e["interval"] or ())[:1])]
+        ),
+        columns=dict(column for part in parts for column in _list_columns(part)),
+        history=_draw_histories(epochs),
+        reasons=NO_CLASS_REASONS,
+        rejected=sorted(rejected),
+        mistakes=mistakes,
+        configuration=configuration,
+    )
+
+
+def describe_part(
+    name: str, phrase: str, evaluation: Mapping[str, Any], curves: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Describe an evaluated split for ``scores.html.j2``, with its figures.
+
+    Parameters
+    ----------
+    name, phrase : str
+        What the page calls the split, alone and in a sentence: ``test``, ``the test set``.
+    evaluation : mapping
+        What :func:`brainray.metrics.compute_evaluation` returned.
+    curves : mapping or None
+        What :func:`brainray.metrics.compute_curves` returned; None leaves its figures out.
+    """
+    figures: dict[str, Markup] = {}
+    if curves:
+        figures = _draw_curves(curves, phrase)
+    if evaluation.get("confidence"):
+        figures["risk"] = charts.draw_risk_coverage(
+            evaluation["confidence"]["selective"], title=f"Risk over coverage on {phrase}"
+        )
     return {
-        "judged": judged,
-        "splits": splits,
-        "classes": classes,
-        "columns": columns,
-        "mistakes": mistakes,
-        "metric_names": _METRICS,
-        "lower_is_better": _LOWER_IS_BETTER,
-        "class_metric_names": _CLASS_METRICS,
+        "name": name,
+        "phrase": phrase,
+        "evaluation": {"confidence": None, **evaluation},
+        "figures": figures,
+        "has_curves": bool(curves),
     }
 
 
-def list_contents(judged: Sequence[EvaluatedSplit]) -> dict[str, tuple[object, str]]:
-    """Give content and heading of the sections of ``evaluation.html.j2``, by anchor."""
-    figures = any(part.figures for part in judged)
+def _draw_curves(found: Mapping[str, Any], phrase: str) -> dict[str, Markup]:
+    def pair(curve: str, x: str, y: str) -> dict[str, charts.Points]:
+        return {
+            name: list(zip(one[curve][x], one[curve][y], strict=True))
+            for name, one in found["per_class"].items()
+        }
+
     return {
-        "confusion": (judged, "Confusion matrix"),
-        "classes": (judged, "Each class"),
-        "metrics": (judged, "All metrics"),
-        "curves": (figures, "ROC and precision-recall"),
-        "reliability": (figures, "Reliability of the confidence"),
-        "mistakes": (judged, "Worst mistakes"),
-    }
-
-
-def _draw_curves(found: Mapping[str, Any], place: str) -> dict[str, Markup]:
-    """Draw the ROC, PR and reliability figures."""
-    classes = found["per_class"]
-    roc = {
-        name: list(zip(c["roc"]["fpr"], c["roc"]["tpr"], strict=True))
-        for name, c in classes.items()
-    }
-    pr = {
-        name: list(zip(c["pr"]["recall"], c["pr"]["precision"], strict=True))
-        for name, c in classes.items()
-    }
-    reliability = found["reliability"]
-    return {
-        "roc": plots.draw_unit_curves(
-            roc,
-            title=f"ROC curve of each class on {place}",
+        "roc": charts.draw_unit_curves(
+            pair("roc", "fpr", "tpr"),
+            title=f"ROC curve of each class on {phrase}",
             x_label="1 \N{MINUS SIGN} specificity (false-positive rate)",
             y_label="sensitivity (recall)",
             zoom_left=True,
             chance=True,
         ),
-        "pr": plots.draw_unit_curves(
-            pr,
-            title=f"Precision-recall curve of each class on {place}",
+        "pr": charts.draw_unit_curves(
+            pair("pr", "recall", "precision"),
+            title=f"Precision-recall curve of each class on {phrase}",
             x_label="sensitivity (recall)",
             y_label="precision",
             zoom_left=False,
         ),
-        "reliability": plots.draw_reliability(
-            reliability["confidence"],
-            reliability["accuracy"],
-            reliability["count"],
-            title=f"Accuracy against confidence on {place}",
+        "reliability": charts.draw_reliability(
+            found["reliability"], title=f"Accuracy against confidence on {phrase}"
         ),
     }
+
+
+def _list_estimates(part: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List the accuracies of classifier and baseline, with and without near duplicates."""
+    evaluation = part["evaluation"]
+    rows = []
+    for name, scores, css in (
+        ("Classifier", evaluation, ""),
+        ("Nearest neighbour", evaluation.get("baseline_1nn"), "base"),
+    ):
+        apart = (scores or {}).get("without_near_duplicates")
+        for label, found, where, weight in (
+            ("all scans", scores, f"scans of {part['phrase']}", ""),
+            ("no near duplicate", apart, "scans without a near duplicate in training", " hollow"),
+        ):
+            rows.append(
+                {
+                    "label": f"{name}, {label}",
+                    "where": f"{found['n']:,} {where}"
+                    if found
+                    else "unknown: the training images were not available",
+                    "note": "",
+                    "value": found and found.get("accuracy"),
+                    "interval": found and found.get("accuracy_ci95"),
+                    "css": css + weight,
+                }
+            )
+    return rows
+
+
+def _list_columns(part: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """List headings and scores of the table of all metrics."""
+    name, evaluation = part["name"].capitalize(), part["evaluation"]
+    yield name, evaluation
+    for label, key in (
+        ("no near duplicate", "without_near_duplicates"),
+        ("nearest neighbour", "baseline_1nn"),
+    ):
+        if (evaluation.get(key) or {}).get("n"):
+            yield f"{name}, {label}", evaluation[key]
+
+
+def _build_accuracy_axis(values: Sequence[float | None]) -> charts.Axis:
+    """Build an axis that covers the values and ends at 1."""
+    return charts.build_axis(min([0.9, *(value for value in values if value is not None)]), 1.0)
+
+
+def _draw_histories(epochs: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:
+    """Draw the learning curves that the records have values for, by caption."""
+    records = {record["epoch"] + 1: record for record in epochs}
+    figures = {}
+    for quantity in ("loss", "accuracy"):
+        series = {
+            name: [
+                (epoch, record[key])
+                for epoch, record in sorted(records.items())
+                if record.get(key) is not None and math.isfinite(record[key])
+            ]
+            for name, key in (("validation", f"val_{quantity}"), ("training", f"train_{quantity}"))
+        }
+        values = [value for points in series.values() for _, value in points]
+        if values:
+            figures[quantity.capitalize()] = charts.draw_history(
+                series,
+                title=f"{quantity.capitalize()} of training and validation over the epochs",
+                y_axis=charts.build_axis(0.0, max(values))
+                if quantity == "loss"
+                else _build_accuracy_axis(values),
+            )
+    return figures

@@ -1,4 +1,4 @@
-"""The report of a search for a recipe's numbers."""
+"""The report of a hyperparameter search."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from brainray.reports import plots
-from brainray.reports.page import list_settings, render_page, select_sections
+from brainray.reports import charts
+from brainray.reports.html import render_page
 
-LABELS = {
+_LABELS = {
     "learning_rate": "learning rate",
     "weight_decay": "weight decay",
     "grey_strength": "grey augmentation, times the recipe's",
@@ -18,71 +18,39 @@ LABELS = {
 }
 
 
-def render_tuning(result: Mapping[str, Any]) -> str:
-    """Render the report of a search.
-
-    Parameters
-    ----------
-    result : mapping
-        What :func:`brainray.training.tune.tune` returns.
-
-    Returns
-    -------
-    str
-        A whole HTML document.
-    """
+def render_tuning_report(result: Mapping[str, Any]) -> str:
+    """Render what :func:`brainray.training.tune.tune` returned as an HTML document."""
     configurations = result["configurations"]
-    whole = [one for one in configurations if one["percent_done"] == 100]
-    page: dict[str, Any] = {
-        "title": "brainray tuning report",
-        "facts": {
+    complete = sum(one["percent_done"] == 100 for one in configurations)
+    return render_page(
+        "tune.html.j2",
+        title="brainray tuning report",
+        facts={
             "Recipe": result["recipe"],
             "Score": result["monitor"],
-            "Configurations": f"{len(configurations)}, of them trained to the end: {len(whole)}",
+            "Configurations": f"{len(configurations)}, of which {complete} trained to the end",
         },
-        "labels": LABELS,
-        "configurations": configurations,
-        "figures": draw_parameters(configurations),
-        "settings": list_settings({"All settings": result["options"]}),
-    }
-    headings = {
-        "table": (True, "Configurations"),
-        "figures": (page["figures"], "Score by parameter"),
-        "configuration": (page["settings"], "Configuration"),
-        "reading": (True, "How to read this"),
-    }
-    page["sections"] = select_sections(headings)
-    return render_page("tune.html.j2", page)
-
-
-def draw_parameters(configurations: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:
-    """Draw the score of each configuration by each parameter that varies, by its label."""
-    figures = {}
-    for name, label in LABELS.items():
-        points = [
-            (float(one["parameters"][name]), one["score"], one["percent_done"])
-            for one in configurations
-        ]
-        if len({value for value, _, _ in points}) > 1:
-            figures[label] = _draw_parameter(label, points)
-    return figures
-
-
-def _draw_parameter(label: str, points: Sequence[tuple[float, float, int]]) -> Markup:
-    values = [math.log10(value) for value, _, _ in points]
-    scores = [score for _, score, _ in points]
-    panel = plots.Panel(
-        x=plots.build_axis(min(values), max(values), f"{label} (log10)"),
-        y=plots.build_axis(min(scores), max(scores), "score"),
+        labels=_LABELS,
+        configurations=configurations,
+        figures={
+            label: _draw_scores(configurations, name, label)
+            for name, label in _LABELS.items()
+            if len({one["parameters"][name] for one in configurations}) > 1
+        },
+        options=result["options"],
     )
-    dots = [
-        panel.dot(
-            math.log10(value),
-            score,
-            "s0" if percent_done == 100 else "s1",
-            f"{label} {value:.3g}: {score:.4f}, {percent_done} % of the epochs",
-            4,
-        )
-        for value, score, percent_done in points
-    ]
-    return plots.draw_panel(f"Score by {label}", panel, dots)
+
+
+def _draw_scores(configurations: Sequence[Mapping[str, Any]], name: str, label: str) -> Markup:
+    values = [math.log10(one["parameters"][name]) for one in configurations]
+    scores = [one["score"] for one in configurations]
+    chart = charts.Chart(
+        f"Score by {label}",
+        charts.build_axis(min(values), max(values), f"{label} (log10)"),
+        charts.build_axis(min(scores), max(scores), "score"),
+    )
+    for one, value, score in zip(configurations, values, scores, strict=True):
+        done = one["percent_done"]
+        tip = f"{label} {10**value:.3g}: {score:.4f}, {done} % of the epochs"
+        chart.dot(value, score, "s0" if done == 100 else "s1", tip, 4)
+    return chart.render()

@@ -1,4 +1,4 @@
-"""From what came of uploaded files to the bodies of answers."""
+"""Bodies of answers, built from decoded and predicted slices."""
 
 import base64
 from collections import defaultdict
@@ -14,103 +14,64 @@ from brainray.images.slices import GreyRange, SliceInfo, name_slice, split_name
 from brainray.inference.series import summarise_series
 from brainray.model.reasons import REASONS, find_status
 from brainray.serving.schemas import (
+    MAX_COSINE,
+    MAX_POSITION_MM,
     AnswerBody,
-    ExplainedBody,
     PictureBody,
     SeriesBody,
     SliceBody,
     SliceName,
 )
 
-Result = TypeVar("Result")
-
-MAX_POSITION_MM, MAX_COSINE = 1e6, 1.01
-"""Numbers beyond these are no positions and no directions: headers hold anything."""
-_NOTHING_KNOWN = SliceInfo()
+Answer = TypeVar("Answer", bound=AnswerBody)
+SliceResult = TypeVar("SliceResult")
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessedFile(Generic[Result]):
-    """A file, and what came of the slices that were asked for."""
+class ProcessedFile(Generic[SliceResult]):
+    """A file and the results of the requested slices; a rejected file has one result."""
 
     name: str | None
     content_sha256: str
-    rejection: RejectedImage | None = None
-    """Why the file as a whole cannot be read."""
-    has_several: bool = False
-    slices: Sequence[tuple[SliceInfo, Result | RejectedImage]] = ()
+    info: SliceInfo
+    """Of the first slice."""
+    slices: Sequence[SliceResult]
 
 
-@dataclass(frozen=True, slots=True)
-class ExplainedSlice:
-    """The answer to a slice, and a picture of the evidence for its most probable class."""
+class ExplainedSlice(SliceBody):
+    """The answer to a slice, with its heat map."""
 
-    answer: SliceBody
-    explained_class: str | None = None
-    picture: bytes | None = None
+    explained_class: str | None
+    heat_map_png: str
 
 
-def build_answer(file: ProcessedFile[SliceBody]) -> AnswerBody:
-    """Build the answer to a file, with an answer for each slice where it has several."""
-    named: dict[str, Any] = {"name": file.name, "content_sha256": file.content_sha256}
-    if file.rejection is not None:
-        return AnswerBody(**named, **dict(build_rejection(file.rejection)))
-    info, first = file.slices[0]
-    named |= {"series": info.series, "sop_instance": info.sop_instance}
-    if not file.has_several:
-        return AnswerBody(**named, **dict(_complete(info, first)))
-    slices = [_complete(info, found) for info, found in file.slices]
-    return AnswerBody(**named, status="slices", slices=slices)
-
-
-def build_explained(file: ProcessedFile[ExplainedSlice]) -> ExplainedBody:
-    """Build the answer to the one slice of a file that was asked for."""
-    explained = next((one for _, one in file.slices if isinstance(one, ExplainedSlice)), None)
-    slices = [
-        (info, one.answer if isinstance(one, ExplainedSlice) else one) for info, one in file.slices
-    ]
-    answer = build_answer(
-        ProcessedFile(file.name, file.content_sha256, file.rejection, slices=slices)
-    )
-    if explained is None or explained.picture is None:
-        return ExplainedBody(**dict(answer))
-    return ExplainedBody(
-        **dict(answer),
-        explained_class=explained.explained_class,
-        heat_map_png=base64.b64encode(explained.picture).decode(),
-    )
-
-
-def build_pictures(upload: int, file: ProcessedFile[bytes]) -> list[PictureBody]:
-    """Build the pictures of a file's slices; one without a picture says why."""
-    found: Sequence[tuple[SliceInfo, bytes | RejectedImage]] = file.slices
-    if file.rejection is not None:
-        found = [(SliceInfo(), file.rejection)]
-    return [
-        PictureBody(upload=upload, frame=info.frame, reason=one.reason, detail=one.message)
-        if isinstance(one, RejectedImage)
-        else PictureBody(upload=upload, frame=info.frame, png=base64.b64encode(one).decode())
-        for info, one in found
-    ]
-
-
-def _complete(info: SliceInfo, found: SliceBody | RejectedImage) -> SliceBody:
-    return build_rejection(found, info) if isinstance(found, RejectedImage) else found
+def build_answer(body: type[Answer], file: ProcessedFile[SliceBody]) -> Answer:
+    """Build the answer to a file, with one for each slice if several were requested."""
+    known: dict[str, Any] = {
+        "name": file.name,
+        "content_sha256": file.content_sha256,
+        "series": file.info.series,
+        "sop_instance": file.info.sop_instance,
+    }
+    if len(file.slices) == 1:
+        return body(**known, **dict(file.slices[0]))
+    return body(**known, status="slices", slices=list(file.slices))
 
 
 def build_slice(
+    info: SliceInfo,
     shape: tuple[int, ...],
     classes: Sequence[str],
     probs: NDArray[np.float32],
     reason: str | None = None,
     *,
-    info: SliceInfo = _NOTHING_KNOWN,
     grey_range: GreyRange | None = None,
 ) -> SliceBody:
-    """Build the answer to a slice that was decoded and predicted.
+    """Build the answer to a slice that was predicted.
 
     Parameters
     ----------
+    info : SliceInfo
     shape : (int, int)
         Height and width of the slice, in pixels.
     classes : sequence of str
@@ -119,6 +80,7 @@ def build_slice(
         In class order.
     reason : str, optional
         Why no class is given: a key of :data:`brainray.model.calibration.NO_CLASS_REASONS`.
+    grey_range : str, optional
     """
     status, top = find_status(reason), int(probs.argmax())
     shown = [shorten(prob) for prob in probs]
@@ -138,11 +100,20 @@ def build_slice(
     )
 
 
-def build_rejection(rejection: RejectedImage, info: SliceInfo = _NOTHING_KNOWN) -> SliceBody:
-    """Build the answer to a slice that could not be decoded, or is not to be classified."""
+def build_rejection(info: SliceInfo, rejection: RejectedImage) -> SliceBody:
+    """Build the answer to a slice that is rejected before the network sees it."""
     return SliceBody(
         **_describe(info), status="rejected", reason=rejection.reason, detail=rejection.message
     )
+
+
+def build_picture(upload: int, info: SliceInfo, found: bytes | RejectedImage) -> PictureBody:
+    """Build the body of a slice that was rendered as a PNG, or could not be."""
+    if isinstance(found, RejectedImage):
+        return PictureBody(
+            upload=upload, frame=info.frame, reason=found.reason, detail=found.message
+        )
+    return PictureBody(upload=upload, frame=info.frame, png=base64.b64encode(found).decode())
 
 
 def _describe(info: SliceInfo) -> dict[str, Any]:
@@ -161,17 +132,14 @@ def _describe(info: SliceInfo) -> dict[str, Any]:
 
 
 def shorten(value: np.float32) -> float:
-    """Return the shortest decimal that a float32 is read back from: 0.9, not 0.8999999762."""
+    """Return the shortest decimal that reads back as this float32: 0.9, not 0.8999999762."""
     return float(str(value))
 
 
-# ---- series --------------------------------------------------------------------------------------
-
-
 def summarise_answers(answers: Sequence[AnswerBody], classes: Sequence[str]) -> list[SeriesBody]:
-    """Put the slices of answers together to series, in the order in which series begin.
+    """Summarise the slices of each series, in the order in which the series first occur.
 
-    What belongs to no series (a picture, an object that does not name one) is left out.
+    Answers without a series, such as pictures, are skipped.
     """
     series: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for upload, answer in enumerate(answers):
@@ -182,7 +150,7 @@ def summarise_answers(answers: Sequence[AnswerBody], classes: Sequence[str]) -> 
             row = {
                 **one.model_dump(include={"reason", "frame", "plane", "position_mm", "flags"}),
                 **{f"prob_{name}": probs[name] for name in classes},
-                "scan_uri": name_slice(f"{upload:09d}", one.frame),  # files in their order
+                "scan_uri": name_slice(f"{upload:09d}", one.frame),  # sorts as the files came
                 "sop_instance": answer.sop_instance,
                 "orientation": one.orientation,
             }
@@ -191,14 +159,8 @@ def summarise_answers(answers: Sequence[AnswerBody], classes: Sequence[str]) -> 
 
 
 def _summarise(name: str, rows: list[dict[str, Any]], classes: Sequence[str]) -> SeriesBody:
-    found = summarise_series(rows, classes)
-    key_slices = [split_name(uri) for uri in found["key_slices"]]
-    return SeriesBody(
-        series=name,
-        key_slices=[SliceName(upload=int(file), frame=frame) for file, frame in key_slices],
-        **{
-            member: found[member]
-            for member in SeriesBody.model_fields
-            if member not in ("series", "key_slices")
-        },
-    )
+    summary = summarise_series(rows, classes)
+    names = [split_name(uri) for uri in summary.pop("key_slices")]
+    key_slices = [SliceName(upload=int(file), frame=frame) for file, frame in names]
+    members = {member: summary[member] for member in SeriesBody.model_fields.keys() & summary}
+    return SeriesBody(series=name, key_slices=key_slices, **members)

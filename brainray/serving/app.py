@@ -1,7 +1,7 @@
-"""The Serve application: one deployment, whose replicas speak HTTP and hold the classifier.
+"""The Serve application: one deployment, whose replicas answer HTTP and hold the classifier.
 
-A second deployment would scale HTTP and model apart, for one more hop between processes of each
-request. ``serve deploy`` and ``serve run`` call :func:`build`.
+A second deployment could scale HTTP and model separately, but each request would pass through one
+more process. ``serve deploy`` and ``serve run`` call :func:`build`.
 """
 
 import os
@@ -16,36 +16,35 @@ from ray.serve.schema import LoggingConfig
 
 from brainray.inference.engine import EngineOptions
 from brainray.io.identifiers import NUM_KEY_BYTES, read_key
-from brainray.serving.access_log import AccessLog
-from brainray.serving.auth import read_token
 from brainray.serving.metrics import Metrics
+from brainray.serving.middleware import AccessLog, read_token
 from brainray.serving.options import ServiceConfig, read_arguments
 from brainray.serving.pipeline import MAX_BATCH_SIZE, MAX_GPU_BATCH_SIZE, Pipeline
 from brainray.serving.predictor import Predictor
 from brainray.serving.problem import RETRY_AFTER_S
 from brainray.serving.routes import build_app
 
-ROOM_FOR_HEALTH = 64
-"""Requests that a replica takes beyond ``limits.in_flight``, so that it refuses them itself, with a
-problem body, and answers health whatever the load."""
+SPARE_REQUESTS = 64
+"""Requests that Serve passes on beyond ``limits.in_flight``: the replica refuses them itself, with
+a problem body, and answers health checks under any load."""
 SELF_TEST_PERIOD_S = 10.0
-QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
-"""The service writes its own line for a request."""
+LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+"""Without Serve's access log, because the service writes its own."""
 
 
 @serve.deployment(
     name="Model",
-    max_surge_percent=100,  # a new classifier answers before the old one stops
+    max_surge_percent=100,  # replicas with a new classifier start before the old ones stop
     graceful_shutdown_timeout_s=60,
     graceful_shutdown_wait_loop_s=0.2,
     health_check_period_s=2,
     health_check_timeout_s=30,
     backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
-    logging_config=QUIET,
+    logging_config=LOGGING,
 )
 @serve.ingress()
 class Model:
-    """A replica: the ASGI application, and the classifier in the same process."""
+    """A replica: the ASGI application and the classifier in one process."""
 
     def __init__(self, config: ServiceConfig, id_key: bytes, use_ray_metrics: bool) -> None:
         self._config = config
@@ -69,12 +68,12 @@ class Model:
         )
 
     async def check_health(self) -> None:
-        """Run the self-test now and then; Serve replaces a replica that fails it three times."""
+        """Run the self-test periodically; Serve replaces a replica that fails it three times."""
         await self._pipeline.check_ready(SELF_TEST_PERIOD_S)
 
 
 def get_max_batch_size(engine: EngineOptions) -> int:
-    """Return how many images a replica computes together, at most; half of them keep it busy."""
+    """Return the largest batch of a replica; half of it keeps the replica busy."""
     return MAX_GPU_BATCH_SIZE if engine.use_gpu else MAX_BATCH_SIZE
 
 
@@ -84,15 +83,14 @@ def build_application(config: ServiceConfig, *, use_ray_metrics: bool) -> Applic
     Parameters
     ----------
     config : ServiceConfig
-        What answers.
     use_ray_metrics : bool
-        Whether replicas count with Ray's metrics beside those that ``/metrics`` shows.
+        Whether replicas count also with Ray's metrics; ``/metrics`` is there in any case.
     """
     engine, limits = config.model.engine, config.limits
     cpus = engine.num_threads or 1 if config.replica_cpus is None else config.replica_cpus
     deployment = Model.options(  # type: ignore[attr-defined]  # Serve's decorator is untyped
         ray_actor_options={"num_cpus": cpus, "num_gpus": 1 if engine.use_gpu else 0},
-        max_ongoing_requests=limits.in_flight + ROOM_FOR_HEALTH,
+        max_ongoing_requests=limits.in_flight + SPARE_REQUESTS,
         max_queued_requests=limits.in_flight,
         autoscaling_config={
             "min_replicas": config.min_replicas,
@@ -102,17 +100,17 @@ def build_application(config: ServiceConfig, *, use_ray_metrics: bool) -> Applic
             "downscale_delay_s": 120,
         },
     )
-    id_key = secrets.token_bytes(NUM_KEY_BYTES)  # the same in all replicas
+    id_key = secrets.token_bytes(NUM_KEY_BYTES)  # shared by all replicas
     application: Application = deployment.bind(config, id_key, use_ray_metrics)
     return application
 
 
 def build(arguments: dict[str, Any]) -> Application:
-    """Build the application from a config file's `args`; `serve deploy` and `serve run` call it.
+    """Build the application from the `args` of a Serve config file.
 
     Parameters
     ----------
     arguments : dict
-        Fields of :class:`ServiceConfig`; those of ``model`` and ``limits`` below their names.
+        Fields of :class:`ServiceConfig`, nested as there.
     """
     return build_application(read_arguments(arguments), use_ray_metrics=True)

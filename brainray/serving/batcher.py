@@ -1,9 +1,9 @@
-"""A queue before an engine: images that came while it computed are computed together.
+"""A queue in front of an engine: images that arrive while it computes form the next batch.
 
-``@serve.batch`` closes its next batch before the one under way has ended: with 16 clients 294 of
-320 images were computed alone. This queue made batches of 7 to 14 of the same load, and 1.13 to
-1.19 times the images per second (Ray 2.60, two CPUs). Use ``@serve.batch`` once it waits for the
-batch under way.
+``@serve.batch`` closes its next batch before the batch being computed has ended: with 16 clients
+294 of 320 images were computed alone. This queue made batches of 7 to 14 from the same load, and
+1.13 to 1.19 times the images per second (Ray 2.60, two CPUs). Replace it by ``@serve.batch`` when
+that waits for the batch being computed.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from brainray.inference.engine import Prediction
 from brainray.serving.problem import Problem
 
 Predict = Callable[[NDArray[np.uint8]], Prediction]
-"""Takes images, shape (N, size_px, size_px); returns the prediction of each. Runs in a thread."""
+"""Predicts images of shape (N, size_px, size_px); runs in a thread."""
 
 
 @dataclass(slots=True)
@@ -28,18 +28,9 @@ class _PendingImage:
 
 
 class Batcher:
-    """Calls a function with all images that wait, one call at a time.
+    """Calls a function with all waiting images, one call at a time.
 
-    An image never waits for others to come: one that finds the function idle is computed alone.
-
-    Parameters
-    ----------
-    predict : callable
-        Computes a batch.
-    max_batch_size : int
-        Images of one call.
-    max_queued : int
-        Images that may wait; a further one is refused.
+    An image that finds the function idle is computed at once, alone.
     """
 
     def __init__(self, predict: Predict, *, max_batch_size: int, max_queued: int) -> None:
@@ -50,44 +41,32 @@ class Batcher:
 
     @property
     def num_queued(self) -> int:
-        """Images that wait."""
+        """Number of waiting images."""
         return len(self._queue)
 
-    def check_disk_space(self, count: int) -> None:
-        """Check that so many more images may wait.
-
-        Raises
-        ------
-        Problem
-            ``too_busy``.
-        """
+    def check_capacity(self, count: int = 1) -> None:
+        """Check that the queue can take ``count`` more images."""
         if len(self._queue) + count > self._max_queued:
             raise Problem(
                 "too_busy",
                 f"{len(self._queue)} scans wait for the model, of at most {self._max_queued}. "
-                "Try again later, with fewer scans at a time.",
+                "Try again later, with fewer scans in a request.",
             )
 
     async def predict(self, image: NDArray[np.uint8]) -> Prediction:
-        """Return the prediction of one image, shape (size_px, size_px).
-
-        Raises
-        ------
-        Problem
-            ``too_busy``: as many images wait as may.
-        """
-        self.check_disk_space(1)
+        """Return the prediction of one image, shape (size_px, size_px)."""
+        self.check_capacity()
         pending = _PendingImage(image, asyncio.get_running_loop().create_future())
         self._queue.append(pending)
         if self._consumer is None:
             self._consumer = asyncio.create_task(self._consume())
-        return await pending.result  # a cancelled request cancels it, and is left out
+        return await pending.result  # cancelling the request cancels it; _take_batch skips it
 
     async def _consume(self) -> None:
         while batch := self._take_batch():
             try:
                 found = await asyncio.to_thread(self._predict, np.stack([p.image for p in batch]))
-            except Exception as error:  # each request of the batch fails with it
+            except Exception as error:  # fails every request of the batch
                 for pending in batch:
                     if not pending.result.done():
                         pending.result.set_exception(error)

@@ -1,6 +1,6 @@
-"""What a replica counts, for Prometheus; nothing of what was in a request."""
+"""Prometheus metrics of a replica: counts and times, nothing of a request's content."""
 
-from collections import Counter as Tally
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import prometheus_client as prometheus
@@ -10,20 +10,15 @@ from brainray.serving.schemas import AnswerBody
 CONTENT_TYPE = prometheus.exposition.CONTENT_TYPE_LATEST
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 REQUESTS = ("brainray_requests", "Requests answered.", ("path", "method", "status"))
-LATENCY = ("brainray_request_seconds", "From the headers of a request to its answer.", ("path",))
-ANSWERS = ("brainray_answers", "Scans answered.", ("status", "predicted_class", "reason"))
+LATENCY = ("brainray_request_seconds", "From a request's headers to its answer.", ("path",))
+ANSWERS = ("brainray_answers", "Slices answered.", ("status", "predicted_class", "reason"))
 
 
 class Metrics:
-    """Counts of one replica.
+    """Counts of one replica, which ``/metrics`` shows under its name.
 
-    Parameters
-    ----------
-    replica : str
-        Name of the replica; a label of every sample at ``/metrics``, which shows this replica.
-    use_ray : bool
-        Whether to count with ``ray.serve.metrics`` too, by which the metrics ports of Ray's nodes
-        show all replicas.
+    With ``use_ray`` it counts also with ``ray.serve.metrics``, which Ray's nodes export for all
+    replicas.
     """
 
     def __init__(self, replica: str, *, use_ray: bool = False) -> None:
@@ -50,9 +45,11 @@ class Metrics:
                 name, description=text, boundaries=list(LATENCY_BUCKETS_S), tag_keys=tags
             )
 
-    def watch(self, name: str, meaning: str, read: Callable[[], float]) -> None:
-        """Show a number that is read when ``/metrics`` is asked for."""
-        gauge = prometheus.Gauge(f"brainray_{name}", meaning, ("replica",), registry=self._registry)
+    def add_gauge(self, name: str, description: str, read: Callable[[], float]) -> None:
+        """Export a number that is read at each request to ``/metrics``."""
+        gauge = prometheus.Gauge(
+            f"brainray_{name}", description, ("replica",), registry=self._registry
+        )
         gauge.labels(self._replica).set_function(read)
 
     def count_request(self, path: str, method: str, status: int, seconds: float) -> None:
@@ -63,9 +60,9 @@ class Metrics:
             self._ray_latency.observe(seconds, tags={"path": path})
 
     def count_answers(self, answers: Iterable[AnswerBody]) -> None:
-        """Count the answers of a request, each slice for itself."""
+        """Count the answers to each slice of a request."""
         slices = (one for answer in answers for one in answer.slices or (answer,))
-        kinds = Tally((one.status, one.predicted_class or "", one.reason or "") for one in slices)
+        kinds = Counter((one.status, one.predicted_class or "", one.reason or "") for one in slices)
         for (status, name, reason), count in kinds.items():
             self._count(ANSWERS[0], count, status=status, predicted_class=name, reason=reason)
 

@@ -1,4 +1,4 @@
-"""What happens to every request: an id, a problem body, a line of log; the token; the limits.
+"""Work on every request: its id, problem body and log line; the token; the limits.
 
 Plain ASGI middleware, outermost first: :class:`RequestContext`, :class:`TokenAuth`,
 :class:`RequestLimits`.
@@ -7,50 +7,80 @@ Plain ASGI middleware, outermost first: :class:`RequestContext`, :class:`TokenAu
 import hashlib
 import hmac
 import logging
+import os
 import re
+import stat
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
+import orjson
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from brainray.serving.access_log import AccessLog
+from brainray.errors import ConfigError
 from brainray.serving.metrics import Metrics
 from brainray.serving.options import ServiceLimits
 from brainray.serving.problem import Problem, render_problem
 
-FAULT = "Something went wrong; the service's log says what, under the request_id."
+INTERNAL_ERROR = "The service's log has the error under this request_id."
 STATIC, OTHER = "/static/", "other"
-"""What logs call the files of the page, and paths and methods that the service does not have."""
+"""In logs and metrics: files of the page; paths and methods that the service does not have."""
 SAFE_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
 }
 HEALTH_PATHS = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
-"""Paths that a load balancer asks: they need no token."""
+"""A load balancer requests them without a token."""
 PAGE_PATHS = ("/", "/favicon.ico")
-"""The page, which asks for the token; with everything below /static/."""
-CLIENT_LEFT = 499
+"""The page, which prompts for the token; also everything below /static/."""
+CLIENT_DISCONNECTED = 499
 CLOSE = {"connection": "close"}
-"""The rest of a refused body is not read, so nothing else can follow on the connection."""
+"""The rest of a refused body is not read, so the connection cannot be reused."""
+LENGTH = re.compile(r"[0-9]{1,20}")
+"""Of a body. Python's `int` raises for more than 4,300 digits."""
 VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+TOKEN_VARIABLE = "BRAINRAY_API_TOKEN"
+MIN_TOKEN_CHARACTERS = 16
+STDERR = 2
 
 logger = logging.getLogger(__name__)
 
 
-class RequestContext:
-    """Gives a request its id, turns what is raised into a problem body, and counts and logs it.
+class AccessLog:
+    """Appends a line of JSON for each request to a file or a pipe, without ever blocking."""
 
-    Parameters
-    ----------
-    paths : collection of str
-        Paths that log and metrics name.
-    sends_request_id : bool
-        Whether to send the id back; Ray Serve does it by itself.
+    def __init__(self, path: str | None = None) -> None:
+        self.num_dropped = 0
+        """Lines that could not be written at once."""
+        self._file = STDERR
+        if path is not None:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+            try:
+                self._file = os.open(path, flags, 0o600)
+            except OSError as error:
+                raise ConfigError(
+                    f"Cannot write the log to '{path}' ({error.strerror}). Pass another --log-path."
+                ) from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write one line."""
+        try:
+            os.write(self._file, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        except OSError:  # a full pipe or disk must not fail the request
+            self.num_dropped += 1
+
+
+class RequestContext:
+    """Gives a request its id, turns exceptions into problem bodies, counts and logs it.
+
+    Log and metrics name only ``paths``. Ray Serve returns the request's id in a header itself;
+    elsewhere ``sends_request_id`` does it.
     """
 
     def __init__(
@@ -68,7 +98,7 @@ class RequestContext:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] == "websocket":  # there is none here
+        if scope["type"] == "websocket":  # not supported
             await send({"type": "websocket.close", "code": 1000})
             return
         if scope["type"] != "http":
@@ -78,33 +108,30 @@ class RequestContext:
         request_id = read_request_id(scope)
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, started=started, body_bytes=0, body_ms=0.0)
-        status = CLIENT_LEFT  # until an answer starts
+        status = CLIENT_DISCONNECTED  # until the response starts
 
-        async def send_answer(message: Message) -> None:
+        async def send_response(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._complete_headers(message, request_id)
+                headers = MutableHeaders(scope=message)
+                for name, value in SAFE_HEADERS.items():
+                    headers.setdefault(name, value)
+                if self._sends_request_id:
+                    headers["x-request-id"] = request_id
             await send(message)
 
         error: Exception | None = None
         try:
-            await self._app(scope, receive, send_answer)
+            await self._app(scope, receive, send_response)
         except ClientDisconnect:
             pass
         except Exception as raised:
             error = raised
-            if status == CLIENT_LEFT:
-                await make_response(raised, scope)(scope, receive, send_answer)
+            if status == CLIENT_DISCONNECTED:
+                await make_response(raised, scope)(scope, receive, send_response)
         finally:
             self._record(scope, status, error)
-
-    def _complete_headers(self, start: Message, request_id: str) -> None:
-        headers = MutableHeaders(scope=start)
-        for name, value in SAFE_HEADERS.items():
-            headers.setdefault(name, value)
-        if self._sends_request_id:
-            headers["x-request-id"] = request_id
 
     def _record(self, scope: Scope, status: int, error: Exception | None) -> None:
         state, path = scope["state"], scope["path"]
@@ -129,49 +156,71 @@ class RequestContext:
 
 
 def read_request_id(scope: Scope) -> str:
-    """Return the client's id for a request if it is short and plain, else a new one."""
+    """Return the client's request id if it is short and plain, else a new one."""
     given = Headers(scope=scope).get("x-request-id", "")
     return given if VALID_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def make_response(error: Exception, scope: Scope) -> Response:
-    """Return the problem body of what a request raised; what is no :class:`Problem` is logged."""
+    """Return the problem body for an exception; log it unless it is a :class:`Problem`."""
     request_id = scope["state"]["request_id"]
     if not isinstance(error, Problem):
         logger.error("Request %s failed.", request_id, exc_info=error)
-        error = Problem("internal", FAULT)
-    if scope["path"].startswith("/v2"):  # where that protocol's clients look for it
+        error = Problem("internal", INTERNAL_ERROR)
+    if scope["path"].startswith("/v2"):  # clients of the Open Inference Protocol read this member
         error.members["error"] = error.detail
     body, headers = render_problem(error, request_id)
     return Response(body, error.status, headers)
 
 
-class TokenAuth:
-    """Refuses requests without the token, in a time that tells nothing of it.
+# ---- the token -----------------------------------------------------------------------------------
 
-    Parameters
-    ----------
-    token : str, optional
-        Without one every request passes.
-    """
+
+def read_token(path: str | None, environment: Mapping[str, str]) -> str | None:
+    """Read the token from a file, else from the environment; return None if neither has one."""
+    if path is not None:
+        token, where = _read_file(path), f"'{path}'"
+    elif TOKEN_VARIABLE in environment:
+        token, where = environment[TOKEN_VARIABLE], f"${TOKEN_VARIABLE}"
+    else:
+        return None
+    token = token.strip()
+    if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or len(token.split()) != 1:
+        raise ConfigError(
+            f"Expected a token of at least {MIN_TOKEN_CHARACTERS} ASCII characters without spaces "
+            f"in {where}, got {len(token)} characters. Make one with `openssl rand -hex 32`."
+        )
+    return token
+
+
+def _read_file(path: str) -> str:
+    file = Path(path).expanduser()
+    try:
+        mode, content = file.stat().st_mode, file.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read the token file '{path}' ({error.strerror}). "
+            "Make one with `openssl rand -hex 32 > FILE; chmod 600 FILE`."
+        ) from error
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        logger.warning("Other users may read the token file %s: `chmod 600` it.", path)
+    return content.decode("ascii", errors="replace")
+
+
+class TokenAuth:
+    """Refuses requests without the token, in constant time; without a token it refuses none."""
 
     def __init__(self, app: ASGIApp, *, token: str | None) -> None:
         self._app = app
         self._digest = None if token is None else _hash(token.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request on.
-
-        Raises
-        ------
-        Problem
-            ``unauthorized``.
-        """
+        """Pass one request on."""
         if scope["type"] == "http" and self._digest and not is_public(scope["path"]):
             given = Headers(scope=scope).get("authorization", "").encode("latin-1")
             scheme, _, token = given.partition(b" ")
-            is_known = hmac.compare_digest(_hash(token.strip()), self._digest)
-            if scheme.lower() != b"bearer" or not is_known:
+            is_valid = hmac.compare_digest(_hash(token.strip()), self._digest)
+            if scheme.lower() != b"bearer" or not is_valid:
                 raise Problem(
                     "unauthorized",
                     "Expected the header `Authorization: Bearer TOKEN` with this service's token.",
@@ -181,7 +230,7 @@ class TokenAuth:
 
 
 def is_public(path: str) -> bool:
-    """Tell whether a path needs no token."""
+    """Return whether a path needs no token."""
     return path in HEALTH_PATHS or path in PAGE_PATHS or path.startswith(STATIC)
 
 
@@ -189,23 +238,20 @@ def _hash(token: bytes) -> bytes:
     return hashlib.sha256(token).digest()
 
 
+# ---- limits --------------------------------------------------------------------------------------
+
+
 class RequestLimits:
-    """Bounds requests in flight, the size of a body, and the bytes of all bodies in memory."""
+    """Bounds the requests in flight, the size of a body, and the bytes of all bodies in memory."""
 
     def __init__(self, app: ASGIApp, *, limits: ServiceLimits, metrics: Metrics) -> None:
         self._app, self._limits = app, limits
         self._in_flight = self._buffered_bytes = 0
-        metrics.watch("in_flight_requests", "Requests in flight.", lambda: self._in_flight)
-        metrics.watch("buffered_bytes", "Bytes of bodies held.", lambda: self._buffered_bytes)
+        metrics.add_gauge("in_flight_requests", "Requests in flight.", lambda: self._in_flight)
+        metrics.add_gauge("buffered_bytes", "Body bytes in memory.", lambda: self._buffered_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request on.
-
-        Raises
-        ------
-        Problem
-            ``too_busy`` or ``body_too_large``; the latter also from ``receive``.
-        """
+        """Pass one request on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -219,15 +265,15 @@ class RequestLimits:
             self._buffered_bytes -= state["body_bytes"]
 
     def _check_request(self, scope: Scope) -> None:
-        is_patient = scope["path"] in (*HEALTH_PATHS, "/metrics")  # answered whatever the load
-        if self._in_flight > self._limits.in_flight and not is_patient:
+        is_exempt = scope["path"] in (*HEALTH_PATHS, "/metrics")  # answered under any load
+        if self._in_flight > self._limits.in_flight and not is_exempt:
             raise Problem(
                 "too_busy",
-                f"{self._limits.in_flight} requests are in flight, the most at a time. "
+                f"{self._limits.in_flight} requests are in flight, which is the limit. "
                 "Try again later.",
             )
         declared = Headers(scope=scope).get("content-length", "0")
-        if not (declared.isascii() and declared.isdigit()):
+        if not LENGTH.fullmatch(declared):
             raise Problem("invalid_request", "Content-Length is not a number.", dict(CLOSE))
         self._check_size(int(declared))
 
@@ -246,7 +292,7 @@ class RequestLimits:
             size = len(message.get("body", b""))
             self._check_size(int(state["body_bytes"]) + size)
             if self._buffered_bytes + size > self._limits.buffered_bytes:
-                detail = "Too many bytes of requests are held. Try again later."
+                detail = "Too many bytes of request bodies are in memory. Try again later."
                 raise Problem("too_busy", detail, dict(CLOSE))
             state["body_bytes"] += size
             state["body_ms"] = (time.perf_counter() - state["started"]) * 1e3

@@ -1,7 +1,7 @@
 """The Open Inference Protocol, version 2 [1]_, with its binary data extension [2]_.
 
-The input ``image`` holds encoded images: in JSON each as base64; in binary data each as it is,
-after its length in four little-endian bytes. Outputs have one row for each image, in order.
+The input ``image`` holds encoded images: in JSON each as base64; in binary data each after its
+length in four little-endian bytes. Outputs have one row for each image, in order.
 
 References
 ----------
@@ -10,110 +10,94 @@ References
 """
 
 import base64
-import binascii
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
 
-from brainray.serving.pipeline import Pipeline
+from brainray.serving.middleware import LENGTH
 from brainray.serving.problem import Problem
-from brainray.serving.schemas import (
-    AnswerBody,
-    BaseRequest,
-    BinaryRequest,
-    InferenceRequest,
-    read_json,
-)
-from brainray.serving.uploads import Upload, too_many_files
+from brainray.serving.schemas import AnswerBody, InferenceRequest, read_json
+from brainray.serving.uploads import Upload
 
 MODEL_NAME = "brainray"
 LENGTH_HEADER = "inference-header-content-length"
 EXTENSIONS = ["binary_tensor_data"]
 OUTPUTS = {"probs": "FP32", "predicted_class": "BYTES", "status": "BYTES", "reason": "BYTES"}
-"""Name to datatype. The probabilities of a rejected image are 0, and texts it lacks are empty."""
+"""Name to datatype. A rejected image has probabilities of 0; missing texts are empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """A request that was understood."""
+    """A parsed request."""
 
     id: str | None
     uploads: list[Upload]
-    wanted: dict[str, bool]
-    """Name of each output wanted, and whether as binary data."""
+    outputs: dict[str, bool]
+    """Name of each requested output, and whether it is sent as binary data."""
 
 
-def read_inference(body: bytes, header_length: str | None, *, most: int) -> Inference:
-    """Read a request.
-
-    Parameters
-    ----------
-    header_length : str, optional
-        The header ``Inference-Header-Content-Length``: bytes of JSON before the binary data.
-    most : int
-        Images of one request.
-
-    Raises
-    ------
-    Problem
-        ``invalid_request``, ``too_many_files``.
-    """
+def read_inference(body: bytes, header_length: str | None) -> Inference:
+    """Parse a request; ``header_length`` is the header that binary data need."""
     header, binary = _split(body, header_length)
-    request: BaseRequest
-    if binary:
-        request = packed = read_json(BinaryRequest, header)
-        images = _unpack(binary, packed.inputs[0].parameters.binary_data_size)
+    request = read_json(InferenceRequest, header)
+    (tensor,) = request.inputs
+    size = (tensor.parameters or {}).get("binary_data_size")
+    if size is None and not binary:
+        images = [base64.b64decode(text) for text in tensor.data]
+    elif size == len(binary):
+        images = _unpack(binary)
     else:
-        request = plain = read_json(InferenceRequest, header)
-        if "binary_data_size" in (plain.inputs[0].parameters or {}):
-            raise _invalid("There are no binary data, and binary_data_size promises some.")
-        images = [_decode(text) for text in plain.inputs[0].data]
-    if len(images) > most:
-        raise too_many_files(most)
+        raise _invalid(f"binary_data_size is {size}; {len(binary)} bytes follow the JSON.")
+    if not images:
+        raise _invalid("The input `image` has no images.")
     default = bool((request.parameters or {}).get("binary_data_output", False))
-    wanted: dict[str, bool] = {
-        output.name: bool((output.parameters or {}).get("binary_data", default))
-        for output in request.outputs or ()
-    }
-    if request.outputs is None:
-        wanted = dict.fromkeys(OUTPUTS, default)
-    return Inference(request.id, [Upload(None, image) for image in images], wanted)
+    outputs = dict.fromkeys(OUTPUTS, default)
+    if request.outputs is not None:
+        outputs = {
+            output.name: bool((output.parameters or {}).get("binary_data", default))
+            for output in request.outputs
+        }
+    return Inference(request.id, [Upload(None, image) for image in images], outputs)
 
 
 def render_inference(
-    inference: Inference, pipeline: Pipeline, answers: Sequence[AnswerBody]
+    inference: Inference, answers: Sequence[AnswerBody], classes: Sequence[str], classifier_id: str
 ) -> tuple[bytes, int | None]:
-    """Write an answer.
+    """Render the response.
 
     Returns
     -------
     bytes
         The body.
     int or None
-        Bytes of JSON before binary data; None without binary data.
+        Bytes of JSON before the binary data; None if there are no binary data.
     """
-    count, classes = len(answers), pipeline.classes
-    none = dict.fromkeys(classes, 0.0)
-    probs = np.array([list((a.probs or none).values()) for a in answers], "<f4")
+    zeros = dict.fromkeys(classes, 0.0)
+    probs = np.array([list((answer.probs or zeros).values()) for answer in answers], "<f4")
     tensors: list[dict[str, Any]] = []
     binary: list[bytes] = []
-    for name, is_binary in inference.wanted.items():
-        texts = [] if name == "probs" else [getattr(a, name) or "" for a in answers]
-        shape = [count, len(classes)] if name == "probs" else [count]
-        tensor: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": shape}
-        if is_binary:
-            binary.append(probs.tobytes() if name == "probs" else _pack(t.encode() for t in texts))
-            tensor["parameters"] = {"binary_data_size": len(binary[-1])}
+    for name, is_binary in inference.outputs.items():
+        tensor: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": [len(answers)]}
+        data: Any
+        if name == "probs":
+            tensor["shape"] = list(probs.shape)
+            data, packed = probs.ravel(), probs.tobytes()
         else:
-            tensor["data"] = probs.ravel() if name == "probs" else texts
+            data = [getattr(answer, name) or "" for answer in answers]
+            packed = _pack(data)
+        if is_binary:
+            tensor["parameters"] = {"binary_data_size": len(packed)}
+            binary.append(packed)
+        else:
+            tensor["data"] = data
         tensors.append(tensor)
     document = {
         "model_name": MODEL_NAME,
-        "model_version": pipeline.classifier_id,
+        "model_version": classifier_id,
         **({} if inference.id is None else {"id": inference.id}),
         "outputs": tensors,
         "parameters": {"classes": ",".join(classes)},
@@ -122,26 +106,26 @@ def render_inference(
     return header + b"".join(binary), len(header) if binary else None
 
 
-def describe_model(pipeline: Pipeline) -> dict[str, Any]:
+def describe_model(classes: Sequence[str], classifier_id: str) -> dict[str, Any]:
     """Return the model's metadata."""
-    num_classes = len(pipeline.classes)
+    shapes = {"probs": [-1, len(classes)]}
     return {
         "name": MODEL_NAME,
-        "versions": [pipeline.classifier_id],
+        "versions": [classifier_id],
         "platform": "brainray",
         "inputs": [{"name": "image", "datatype": "BYTES", "shape": [-1]}],
         "outputs": [
-            {"name": name, "datatype": kind, "shape": [-1, num_classes][: 1 + (name == "probs")]}
-            for name, kind in OUTPUTS.items()
+            {"name": name, "datatype": datatype, "shape": shapes.get(name, [-1])}
+            for name, datatype in OUTPUTS.items()
         ],
-        "parameters": {"classes": ",".join(pipeline.classes)},
+        "parameters": {"classes": ",".join(classes)},
     }
 
 
 def _split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
     if header_length is None:
         return body, b""
-    if not header_length.isascii() or not header_length.isdigit():
+    if not LENGTH.fullmatch(header_length):
         raise _invalid(f"{LENGTH_HEADER} is not a number.")
     length = int(header_length)
     if length > len(body):
@@ -149,16 +133,7 @@ def _split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
     return body[:length], body[length:]
 
 
-def _decode(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise _invalid("An element of `image` is not base64.") from None
-
-
-def _unpack(binary: bytes, size: int) -> list[bytes]:
-    if size != len(binary):
-        raise _invalid(f"binary_data_size is {size}, with {len(binary)} bytes of binary data.")
+def _unpack(binary: bytes) -> list[bytes]:
     images, start = [], 0
     while start < len(binary):
         if start + 4 > len(binary):
@@ -171,8 +146,9 @@ def _unpack(binary: bytes, size: int) -> list[bytes]:
     return images
 
 
-def _pack(texts: Iterable[bytes]) -> bytes:
-    return b"".join(struct.pack("<I", len(text)) + text for text in texts)
+def _pack(texts: Sequence[str]) -> bytes:
+    encoded = [text.encode() for text in texts]
+    return b"".join(struct.pack("<I", len(one)) + one for one in encoded)
 
 
 def _invalid(detail: str) -> Problem:

@@ -1,4 +1,4 @@
-"""Refusals, as RFC 9457 has them; the one place that maps what went wrong to HTTP."""
+"""Refusals (RFC 9457): the one place that maps codes to HTTP statuses."""
 
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -10,31 +10,31 @@ PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_S = 1
 
 PROBLEMS: dict[str, tuple[int, str]] = {
-    "invalid_request": (400, "The request cannot be understood"),
-    "unauthorized": (401, "A token is needed"),
-    "not_found": (404, "There is nothing at this path"),
-    "method_not_allowed": (405, "This path does not know this method"),
-    "not_acceptable": (406, "None of the accepted formats can be given"),
+    "invalid_request": (400, "The request cannot be parsed"),
+    "unauthorized": (401, "The token is missing or wrong"),
+    "not_found": (404, "This path does not exist"),
+    "method_not_allowed": (405, "This path does not have this method"),
+    "not_acceptable": (406, "No accepted format is available"),
     "body_too_slow": (408, "The body did not arrive in time"),
     "body_too_large": (413, "The body is larger than the limit"),
-    "unsupported_media_type": (415, "The body is of a type that is not read here"),
-    "image_rejected": (422, "The image cannot be read"),
+    "unsupported_media_type": (415, "Bodies of this type are not supported"),
+    "image_rejected": (422, "The image cannot be classified"),
     "invalid_parameter": (422, "A parameter is not valid"),
-    "no_files": (422, "There is no file in the request"),
-    "too_many_files": (422, "There are more files than one request may have"),
-    "too_many_slices": (422, "There are more slices than one request may have"),
+    "no_files": (422, "The request has no files"),
+    "too_many_files": (422, "The request has too many files"),
+    "too_many_slices": (422, "The request has too many slices"),
     "several_slices": (422, "The file has several slices, and one is needed"),
-    "too_busy": (429, "There are more requests than can be answered"),
+    "too_busy": (429, "The service has too many requests"),
     "internal": (500, "The service failed"),
-    "model_unavailable": (503, "The model cannot answer now"),
+    "model_unavailable": (503, "The model is not available"),
     "timeout": (504, "The answer took too long"),
 }
 """Stable code to status and title."""
 
 
 @dataclass(slots=True)
-class Problem(Exception):  # noqa: N818 - RFC 9457 calls it so
-    """A request that gets no answer but a reason."""
+class Problem(Exception):  # noqa: N818 - the name in RFC 9457
+    """A request is refused."""
 
     code: str
     """A key of :data:`PROBLEMS`."""
@@ -68,9 +68,7 @@ def render_problem(problem: Problem, request_id: str) -> tuple[bytes, dict[str, 
     return orjson.dumps(body), headers
 
 
-def name_status(status: int) -> str:
-    """Return the code that stands for a status when nothing more is known."""
-    for code, (known, _) in PROBLEMS.items():
-        if known == status:
-            return code
-    return "invalid_request" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "internal"
+def find_code(status: int) -> str:
+    """Return the first code with this status, else the general one of its class."""
+    fallback = "invalid_request" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "internal"
+    return next((code for code, (known, _) in PROBLEMS.items() if known == status), fallback)

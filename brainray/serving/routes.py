@@ -1,54 +1,59 @@
-"""The paths of the service: each reads a request, asks the pipeline, and returns a body."""
+"""The paths of the service: each reads a request, calls the pipeline, and returns a body."""
 
 import base64
 import time
 from dataclasses import asdict
 from enum import Enum
+from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse
 
 import brainray
 from brainray.model.reasons import INTENDED_USE, NOT_INTENDED_FOR, NOTICE, REASONS
 from brainray.serving import open_inference
-from brainray.serving.access_log import AccessLog
 from brainray.serving.metrics import CONTENT_TYPE, Metrics
-from brainray.serving.middleware import RequestContext, RequestLimits, TokenAuth
+from brainray.serving.middleware import AccessLog, RequestContext, RequestLimits, TokenAuth
 from brainray.serving.openapi import (
-    ANSWERED_BODY,
-    INFERENCE_BODY,
-    PICTURE,
+    PNG,
     SCANS_BODY,
-    add_pages,
     describe_interface,
+    describe_json_body,
 )
 from brainray.serving.pipeline import Pipeline, Render
-from brainray.serving.problem import Problem, name_status
+from brainray.serving.problem import Problem, find_code
 from brainray.serving.schemas import (
     AnswerBody,
     AnsweredBody,
     AnswersBody,
     ExplainedAnswersBody,
     HealthBody,
-    InferenceResponse,
+    InferenceRequest,
     ModelBody,
-    ModelMetadata,
     PictureBody,
     PicturesBody,
     SeriesAnswersBody,
-    ServerBody,
     read_json,
 )
 from brainray.serving.uploads import OCTETS, read_body, read_uploads
 
+WEB = Path(str(files("brainray.serving") / "web"))
+PAGE_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
 MODEL_PATH = f"/v2/models/{open_inference.MODEL_NAME}"
-HEALTHY = HealthBody(status="ok")
 OPERATIONS: list[str | Enum] = ["operations"]
 ANSWERS: list[str | Enum] = ["answers"]
 PROTOCOL: list[str | Enum] = ["Open Inference Protocol"]
-"""Tags, by which the description of the interface groups paths."""
+"""Tags, by which the OpenAPI description groups paths."""
+HEALTHY = HealthBody(status="ok")
 
 router = APIRouter()
 
@@ -65,9 +70,9 @@ async def get_metrics(request: Request) -> Metrics:
     return metrics
 
 
-ThePipeline = Annotated[Pipeline, Depends(get_pipeline)]
-TheMetrics = Annotated[Metrics, Depends(get_metrics)]
-Frame = Annotated[
+PipelineParam = Annotated[Pipeline, Depends(get_pipeline)]
+MetricsParam = Annotated[Metrics, Depends(get_metrics)]
+FrameParam = Annotated[
     int | None,
     Query(ge=0, le=2**31 - 1, description="Number of a slice in its file, from 0."),
 ]
@@ -86,27 +91,23 @@ def build_app(
     Parameters
     ----------
     pipeline : Pipeline
-        Answers.
     token : str, optional
-        What requests need; without one they need none.
+        Required of requests if given.
     metrics : Metrics
-        Counts what this replica does.
     access_log : AccessLog
-        Takes a line for each request.
     sends_request_id : bool
-        Whether to send the request's id back; Ray Serve does it by itself.
+        Whether to return the request's id in a header. Ray Serve does so itself.
     """
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs loads no file from a third party
         title="brainray",
         version=brainray.__version__,
         description=f"Classifies slices of brain MRI. **{NOTICE}**",
-        docs_url=None,
         redoc_url=None,
-        openapi_url=None,
+        static_url="/static/swagger",
         redirect_slashes=False,
     )
-    metrics.watch("waiting_scans", "Scans waiting.", lambda: pipeline.predictions.num_queued)
-    metrics.watch("log_lines_dropped", "Unwritten log lines.", lambda: access_log.num_dropped)
+    metrics.add_gauge("waiting_scans", "Slices waiting.", lambda: pipeline.predictions.num_queued)
+    metrics.add_gauge("log_lines_dropped", "Lost log lines.", lambda: access_log.num_dropped)
     app.add_exception_handler(HTTPException, _refuse_http)
     app.add_exception_handler(RequestValidationError, _refuse_parameter)
     app.state.pipeline, app.state.metrics = pipeline, metrics
@@ -114,10 +115,11 @@ def build_app(
     document = describe_interface(
         app, pipeline.limits, pipeline.classes, needs_token=token is not None
     )
-    add_pages(app, document)
+    app.openapi = lambda: document  # type: ignore[method-assign]  # as FastAPI's docs have it
+    app.mount("/static", StaticFiles(directory=WEB))
     app.add_middleware(RequestLimits, limits=pipeline.limits, metrics=metrics)
     app.add_middleware(TokenAuth, token=token)
-    app.add_middleware(  # the last that is added is the first to see a request
+    app.add_middleware(  # the last one added is the first to receive a request
         RequestContext,
         paths=[*document["paths"], "/", "/docs", "/openapi.json"],
         metrics=metrics,
@@ -130,11 +132,11 @@ def build_app(
 async def _refuse_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     details = {
-        404: "There is nothing at this path. /docs lists what there is.",
-        405: f"{request.method} is not known here. The header Allow lists what is.",
+        404: "This path does not exist. /docs lists the paths.",
+        405: f"This path does not have {request.method}. The header Allow lists its methods.",
     }
     detail = details.get(error.status_code, str(error.detail))
-    raise Problem(name_status(error.status_code), detail, dict(error.headers or {}))
+    raise Problem(find_code(error.status_code), detail, dict(error.headers or {}))
 
 
 async def _refuse_parameter(request: Request, error: Exception) -> Response:
@@ -145,18 +147,27 @@ async def _refuse_parameter(request: Request, error: Exception) -> Response:
     raise Problem("invalid_parameter", f"{location}: {first['msg']}.")
 
 
+@router.get("/", include_in_schema=False)
+async def show_page() -> Response:
+    """Return the page."""
+    return FileResponse(WEB / "index.html", headers={"content-security-policy": PAGE_POLICY})
+
+
+# ---- operations ----------------------------------------------------------------------------------
+
+
 @router.get("/healthz", tags=OPERATIONS)
 @router.get("/v2/health/live", tags=PROTOCOL)
 async def healthz() -> HealthBody:
-    """Tell that this process answers; of the model it says nothing."""
+    """Report that this process answers. The model is not checked."""
     return HEALTHY
 
 
 @router.get("/readyz", tags=OPERATIONS)
 @router.get("/v2/health/ready", tags=PROTOCOL)
 @router.get(f"{MODEL_PATH}/ready", tags=PROTOCOL)
-async def readyz(pipeline: ThePipeline) -> HealthBody:
-    """Tell that a model is loaded and gives the right answers to images drawn for the test."""
+async def readyz(pipeline: PipelineParam) -> HealthBody:
+    """Report that a model is loaded and passes its self-test."""
     await pipeline.check_ready()
     return HEALTHY
 
@@ -167,42 +178,40 @@ async def readyz(pipeline: ThePipeline) -> HealthBody:
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
-async def show_metrics(metrics: TheMetrics) -> Response:
-    """Count requests, times and answers, and what waits, in Prometheus' text format.
-
-    They are those of one replica, named by the label `replica`.
-    """
+async def show_metrics(metrics: MetricsParam) -> Response:
+    """Return the metrics of one replica, named by the label `replica`, for Prometheus."""
     return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
+# ---- answers -------------------------------------------------------------------------------------
+
+
 @router.post("/v1/classify", tags=ANSWERS, openapi_extra=SCANS_BODY)
-async def classify(request: Request, pipeline: ThePipeline, metrics: TheMetrics) -> AnswersBody:
+async def classify(request: Request, pipeline: PipelineParam, metrics: MetricsParam) -> AnswersBody:
     """Classify scans: pictures, DICOM objects and NIfTI volumes.
 
-    Every file gets one answer, in order; one that cannot be read is answered `rejected` with a
-    reason. Only where the body itself is the scan, what cannot be read is a 422. The answer to a
-    file with several slices has an answer for each in `slices`. `series` puts the slices of each
-    series together.
+    Every file gets one answer, in order; an unreadable file is `rejected` with a reason. If the
+    body itself is the file, an unreadable file is a 422. The answer to a file with several slices
+    has an answer for each in `slices`. `series` has a summary of each series.
 
         curl -F files=@a.jpg -F files=@b.dcm http://127.0.0.1:8000/v1/classify
         curl --data-binary @a.jpg -H "Content-Type: image/jpeg" http://127.0.0.1:8000/v1/classify
     """
-    pipeline.predictions.check_disk_space(1)
+    pipeline.predictions.check_capacity()
     uploads, is_raw = await read_uploads(request, pipeline.limits)
     answers = await pipeline.classify(uploads)
     metrics.count_answers(answers)
-    if is_raw:
-        refuse_rejected(answers[0])
+    if is_raw and answers[0].status == "rejected":
+        raise image_rejected(answers[0])
     series = await pipeline.summarise(answers)
     return AnswersBody(**describe_request(request, pipeline), answers=answers, series=series)
 
 
-@router.post("/v1/series", tags=ANSWERS, openapi_extra=ANSWERED_BODY)
-async def summarise(request: Request, pipeline: ThePipeline) -> SeriesAnswersBody:
-    """Put the `answers` of several requests together to series.
+@router.post("/v1/series", tags=ANSWERS, openapi_extra=describe_json_body(AnsweredBody))
+async def summarise(request: Request, pipeline: PipelineParam) -> SeriesAnswersBody:
+    """Summarise the series among the `answers` of several requests.
 
-    For a series whose files are more than one request may have: send the answers to all of its
-    files, as they came.
+    For a series with more files than a request may have: send the answers to all of its files.
     """
     answered = read_json(AnsweredBody, await read_body(request, pipeline.limits))
     series = await pipeline.summarise(answered.answers)
@@ -213,33 +222,30 @@ async def summarise(request: Request, pipeline: ThePipeline) -> SeriesAnswersBod
     "/v1/explain",
     tags=ANSWERS,
     response_model=ExplainedAnswersBody,
-    responses={200: {"content": {"image/png": PICTURE}}},
+    responses={200: {"content": {"image/png": PNG}}},
     openapi_extra=SCANS_BODY,
 )
 async def explain(
     request: Request,
-    pipeline: ThePipeline,
-    metrics: TheMetrics,
-    render: Annotated[
-        Render,
-        Query(description="The map alone, to be laid over the scan, or the scan under it."),
-    ] = "map",
-    frame: Frame = None,
+    pipeline: PipelineParam,
+    metrics: MetricsParam,
+    render: Annotated[Render, Query(description="The heat map alone, or on the scan.")] = "map",
+    frame: FrameParam = None,
 ) -> ExplainedAnswersBody | Response:
-    """Classify one slice of each file, and show where in it the network saw its class.
+    """Classify one slice of each file, with a heat map of the evidence for its class.
 
-    With `Accept: image/png` and one raw body the answer is the picture itself. A file with several
-    slices needs `frame`.
+    With `Accept: image/png` and a file as the body, the response is the picture itself. A file with
+    several slices needs `frame`.
     """
-    pipeline.explanations.check_disk_space(1)
+    pipeline.explanations.check_capacity()
     uploads, is_raw = await read_uploads(request, pipeline.limits)
-    wants_picture = check_picture(request, is_raw=is_raw)
+    wants_png = check_accept(request, is_raw=is_raw)
     answers = await pipeline.explain(uploads, render, frame)
     metrics.count_answers(answers)
-    if is_raw:
-        refuse_rejected(answers[0])
-    if wants_picture:
-        return show_picture(answers[0].heat_map_png or "")
+    if is_raw and answers[0].status == "rejected":
+        raise image_rejected(answers[0])
+    if wants_png:
+        return respond_with_png(answers[0].heat_map_png)
     return ExplainedAnswersBody(**describe_request(request, pipeline), answers=answers)
 
 
@@ -247,57 +253,47 @@ async def explain(
     "/v1/render",
     tags=ANSWERS,
     response_model=PicturesBody,
-    responses={200: {"content": {"image/png": PICTURE}}},
+    responses={200: {"content": {"image/png": PNG}}},
     openapi_extra=SCANS_BODY,
 )
 async def render(
-    request: Request, pipeline: ThePipeline, frame: Frame = None
+    request: Request, pipeline: PipelineParam, frame: FrameParam = None
 ) -> PicturesBody | Response:
-    """Show slices as 8-bit pictures, through their window where they have one.
+    """Render slices as 8-bit pictures, through their window if they have one.
 
-    With `Accept: image/png` and one raw body the answer is the picture of one slice: `frame`, else
-    the first. Nothing of a header is shown.
+    With `Accept: image/png` and a file as the body, the response is the picture of slice `frame`,
+    or of the first. No text of a header is shown.
     """
     uploads, is_raw = await read_uploads(request, pipeline.limits)
-    wants_picture = check_picture(request, is_raw=is_raw)
-    if wants_picture and frame is None:
-        frame = 0
-    pictures = await pipeline.render(uploads, frame)
-    if wants_picture:
-        (picture,) = pictures
-        if picture.png is None:
-            raise refuse_image(picture)
-        return show_picture(picture.png)
-    return PicturesBody(request_id=request.state.request_id, pictures=pictures)
+    wants_png = check_accept(request, is_raw=is_raw)
+    pictures = await pipeline.render(uploads, 0 if wants_png and frame is None else frame)
+    if wants_png and pictures[0].png is None:
+        raise image_rejected(pictures[0])
+    if wants_png:
+        return respond_with_png(pictures[0].png)
+    return PicturesBody(**describe_request(request, pipeline), pictures=pictures)
 
 
-def check_picture(request: Request, *, is_raw: bool) -> bool:
-    """Tell whether a request wants a picture alone, which is given for one raw body."""
-    accepted = request.headers.get("accept", "*/*")
-    wants_picture = accepted.partition(";")[0].strip() == "image/png"
-    if wants_picture and not is_raw:
-        raise Problem("not_acceptable", "image/png is given for one scan as the body itself.")
-    return wants_picture
+def check_accept(request: Request, *, is_raw: bool) -> bool:
+    """Return whether the client wants a picture instead of JSON."""
+    wants_png = request.headers.get("accept", "").partition(";")[0].strip() == "image/png"
+    if wants_png and not is_raw:
+        raise Problem("not_acceptable", "image/png needs one file as the body itself.")
+    return wants_png
 
 
-def show_picture(png: str) -> Response:
-    """Return a picture, base64, as it is."""
-    return Response(base64.b64decode(png), headers={"content-type": "image/png"})
+def respond_with_png(png: str | None) -> Response:
+    """Return a picture, given in base64, as it is."""
+    return Response(base64.b64decode(png or ""), headers={"content-type": "image/png"})
 
 
-def refuse_rejected(answer: AnswerBody) -> None:
-    """Refuse a request whose body itself is the scan, and cannot be read."""
-    if answer.status == "rejected":
-        raise refuse_image(answer)
-
-
-def refuse_image(rejected: AnswerBody | PictureBody) -> Problem:
-    """Build the refusal of a scan that cannot be read."""
-    return Problem("image_rejected", rejected.detail or "", members={"reason": rejected.reason})
+def image_rejected(answer: AnswerBody | PictureBody) -> Problem:
+    """Build the refusal of a request whose one file was rejected."""
+    return Problem("image_rejected", answer.detail or "", members={"reason": answer.reason})
 
 
 def describe_request(request: Request, pipeline: Pipeline) -> dict[str, Any]:
-    """Return the members that an answer has beside those for its scans."""
+    """Return the members of :class:`~brainray.serving.schemas.ResponseBody`."""
     return {
         "request_id": request.state.request_id,
         "classifier_id": pipeline.classifier_id,
@@ -308,7 +304,7 @@ def describe_request(request: Request, pipeline: Pipeline) -> dict[str, Any]:
 
 
 @router.get("/v1/model", tags=ANSWERS)
-async def describe_model(pipeline: ThePipeline) -> ModelBody:
+async def describe_model(pipeline: PipelineParam) -> ModelBody:
     """Describe the classifier, its scores, its intended use, and the limits of requests."""
     metadata = pipeline.metadata
     return ModelBody(
@@ -326,38 +322,44 @@ async def describe_model(pipeline: ThePipeline) -> ModelBody:
     )
 
 
+# ---- Open Inference Protocol ---------------------------------------------------------------------
+
+
 @router.get("/v2", tags=PROTOCOL)
-async def describe_server(request: Request) -> ServerBody:
+async def describe_server(request: Request) -> dict[str, Any]:
     """Describe the server."""
     app: FastAPI = request.app
-    return ServerBody(name=app.title, version=app.version, extensions=open_inference.EXTENSIONS)
+    return {
+        "name": app.title,
+        "version": app.version,
+        "extensions": open_inference.EXTENSIONS,
+    }
 
 
-@router.get(MODEL_PATH, tags=PROTOCOL, response_model_exclude_none=True)
-async def describe_tensors(pipeline: ThePipeline) -> ModelMetadata:
+@router.get(MODEL_PATH, tags=PROTOCOL)
+async def describe_tensors(pipeline: PipelineParam) -> dict[str, Any]:
     """Describe the model's tensors."""
-    return ModelMetadata(**open_inference.describe_model(pipeline))
+    return open_inference.describe_model(pipeline.classes, pipeline.classifier_id)
 
 
 @router.post(
-    f"{MODEL_PATH}/infer",
-    tags=PROTOCOL,
-    response_model=InferenceResponse,
-    openapi_extra=INFERENCE_BODY,
+    f"{MODEL_PATH}/infer", tags=PROTOCOL, openapi_extra=describe_json_body(InferenceRequest)
 )
-async def infer(request: Request, pipeline: ThePipeline, metrics: TheMetrics) -> Response:
-    """Classify scans. The input `image` holds files with one slice, in JSON each as base64.
+async def infer(request: Request, pipeline: PipelineParam, metrics: MetricsParam) -> Response:
+    """Classify scans. The input `image` has files with one slice, in JSON as base64.
 
-    With the header `Inference-Header-Content-Length` the images may follow the JSON as they
-    are (the protocol's binary data extension), and outputs may be asked for in that way.
+    With the header `Inference-Header-Content-Length` binary data may follow the JSON (the
+    protocol's binary data extension); outputs may be requested in that form.
     """
-    pipeline.predictions.check_disk_space(1)
+    pipeline.predictions.check_capacity()
     body = await read_body(request, pipeline.limits)
     header_length = request.headers.get(open_inference.LENGTH_HEADER)
-    asked = open_inference.read_inference(body, header_length, most=pipeline.limits.files)
-    answers = await pipeline.classify(asked.uploads, one_slice=True)
+    inference = open_inference.read_inference(body, header_length)
+    answers = await pipeline.classify(inference.uploads, needs_one_slice=True)
     metrics.count_answers(answers)
-    content, length = open_inference.render_inference(asked, pipeline, answers)
+    content, length = open_inference.render_inference(
+        inference, answers, pipeline.classes, pipeline.classifier_id
+    )
     if length is None:
         return Response(content, headers={"content-type": "application/json"})
     headers = {"content-type": OCTETS, open_inference.LENGTH_HEADER: str(length)}

@@ -1,4 +1,4 @@
-"""The scans of a request: its body, or the files of a form."""
+"""The files of a request: its body, or the files of a form."""
 
 import asyncio
 import sys
@@ -17,13 +17,13 @@ from brainray.serving.problem import Problem
 FILES_FIELD = "files"
 MULTIPART, OCTETS = "multipart/form-data", "application/octet-stream"
 FILE_TYPES = (OCTETS, "application/dicom", "application/gzip", "application/x-gzip")
-"""Types of a body that is the scan itself, beside image/*. Its bytes say what it is."""
+"""Types of a body that is one file, beside image/*. The file's bytes determine its format."""
 MAX_NAME_CHARACTERS = 255
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One scan as it came."""
+    """One file of a request."""
 
     name: str | None
     content: bytes
@@ -31,17 +31,11 @@ class Upload:
 
 class _FormParser(MultiPartParser):
     spool_max_size = sys.maxsize
-    """Files stay in memory: scans of patients are not written to a disk."""
+    """Keeps files in memory: scans of patients are not written to a disk."""
 
 
 async def read_body(request: Request, limits: ServiceLimits) -> bytes:
-    """Read a whole body, in bounded time.
-
-    Raises
-    ------
-    Problem
-        ``body_too_slow``, or what :class:`~brainray.serving.middleware.RequestLimits` refuses.
-    """
+    """Read the whole body in bounded time."""
     try:
         async with limit_time(limits.body_s, "body_too_slow", "The body did not arrive"):
             return await request.body()
@@ -51,18 +45,11 @@ async def read_body(request: Request, limits: ServiceLimits) -> bytes:
 
 
 async def read_uploads(request: Request, limits: ServiceLimits) -> tuple[list[Upload], bool]:
-    """Read the scans of a request, and whether the body itself is the scan.
-
-    Raises
-    ------
-    Problem
-        ``unsupported_media_type``, ``invalid_request``, ``no_files``, ``too_many_files``, or what
-        :func:`read_body` raises.
-    """
+    """Read the files of a request; return also whether the body itself is the file."""
     kind = request.headers.get("content-type", OCTETS).partition(";")[0].strip().lower()
     if kind == MULTIPART:
-        await read_body(request, limits)  # the parser reads it from memory, all at once
-        return await parse_form(request, limits.files), False
+        await read_body(request, limits)  # the parser then reads it from memory
+        return await _parse_form(request, limits.files), False
     if kind.startswith("image/") or kind in FILE_TYPES:
         return [Upload(None, await read_body(request, limits))], True
     raise Problem(
@@ -71,79 +58,52 @@ async def read_uploads(request: Request, limits: ServiceLimits) -> tuple[list[Up
     )
 
 
-async def parse_form(request: Request, most: int) -> list[Upload]:
-    """Return the files of a form's field ``files``.
-
-    Parameters
-    ----------
-    request : Request
-        Whose body was read.
-    most : int
-        Files of one request.
-
-    Raises
-    ------
-    Problem
-        ``invalid_request``: it is no form; ``no_files``; ``too_many_files``.
-    """
+async def _parse_form(request: Request, max_files: int) -> list[Upload]:
     try:
-        form = await _FormParser(request.headers, request.stream(), max_files=most).parse()
+        form = await _FormParser(request.headers, request.stream(), max_files=max_files).parse()
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
-            raise too_many_files(most) from None
+            raise too_many_files(max_files) from None
         raise Problem(
-            "invalid_request", f"The body is no multipart form: {error.message}"
+            "invalid_request", f"The body is not a multipart form: {error.message}"
         ) from None
-    if not (await request.body()).rstrip().endswith(b"--"):  # the parser drops what was cut off
+    if not (await request.body()).rstrip().endswith(b"--"):  # the parser accepts a cut-off form
         raise Problem("invalid_request", "The multipart form ends before its last boundary.")
     uploads = [
         Upload(clean_name(file.filename or ""), await file.read())
         for file in form.getlist(FILES_FIELD)
         if isinstance(file, UploadFile)
-        if file.filename or file.size  # else a browser's form in which no file was chosen
+        if file.filename or file.size  # a browser sends an empty part if no file was chosen
     ]
     await form.close()
     if not uploads:
         raise Problem(
-            "no_files", f"Expected one or more parts named `{FILES_FIELD}`, found none with a file."
+            "no_files", f"Expected one or more parts named `{FILES_FIELD}` with a file, found none."
         )
     return uploads
 
 
 def clean_name(name: str) -> str:
-    """Return the last part of a file's name, as text that can be shown."""
+    """Return the last part of a file's path, without unprintable characters."""
     text = name.replace("\\", "/").rpartition("/")[2]
     return "".join(c if c.isprintable() else "\ufffd" for c in text)[:MAX_NAME_CHARACTERS]
 
 
-def too_many_files(most: int) -> Problem:
-    """Build the refusal of a request with more scans than it may have."""
+def too_many_files(limit: int) -> Problem:
+    """Build the refusal of a request with more files than the limit."""
     return Problem(
         "too_many_files",
-        f"The request has more than {most} files. Send the others in further requests.",
+        f"The request has more than {limit} files. Send the others in further requests.",
     )
 
 
 @asynccontextmanager
 async def limit_time(seconds: float, code: str, failure: str) -> AsyncIterator[None]:
-    """Bound the time of what is done inside.
-
-    Parameters
-    ----------
-    code : str
-        Of the problem.
-    failure : str
-        What did not come about in time, as the start of a sentence.
-
-    Raises
-    ------
-    Problem
-        It took longer.
-    """
+    """Raise a Problem if the block takes longer; its detail begins with ``failure``."""
     try:
         async with asyncio.timeout(seconds):
             yield
     except TimeoutError:
         raise Problem(
-            code, f"{failure} in {seconds:g} s. Try again later, with fewer scans at a time."
+            code, f"{failure} in {seconds:g} s. Try again later, with fewer files in a request."
         ) from None

@@ -23,14 +23,14 @@ from brainray.evaluation.rows import read_evaluation_rows
 from brainray.evaluation.scoring import (
     METRICS_FILE,
     METRICS_SCHEMA_VERSION,
-    collect_mistakes,
+    draw_mistakes,
     evaluate_split,
 )
 from brainray.inference.schema import stack_lists
 from brainray.metrics import compute_curves
 from brainray.model.network import fetch_weights
 from brainray.provenance import describe_versions, read_code_revision
-from brainray.reports.report import render_report
+from brainray.reports.evaluation import render_evaluation_report
 from brainray.runlog import Log
 from brainray.training.config import TrainConfig
 from brainray.training.fit import describe_training_needs
@@ -257,12 +257,12 @@ def evaluate_folds(
         POOLED: evaluate_split(data, indices, probs, classes) | {"rejected": data.count_rejected()},
     }
     time_s = sum(result["training"]["time_s"] for result in results)
-    report = render_report(
+    report = render_evaluation_report(
         title="brainray cross-validation report",
         metrics=metrics,
         epochs=(),
         curves={POOLED: compute_curves(data.labels[indices], probs, classes)},
-        mistakes=collect_mistakes(data, predictions, POOLED, classes, job.config.preprocessing),
+        mistakes=draw_mistakes(data, predictions, classes, job.config.preprocessing),
         configuration=describe_run(job)["config"],
         facts={
             "Recipe": job.recipe,

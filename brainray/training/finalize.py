@@ -13,11 +13,10 @@ from ray.train import Result
 from torch.optim.swa_utils import update_bn
 
 from brainray import runlog
-from brainray.data.scan import ScanStore
+from brainray.data.scan_store import ScanStore
 from brainray.data.splits import hash_manifest
 from brainray.errors import TrainingError
 from brainray.evaluation.prepared import PreparedData
-from brainray.images.normalise import normalise_images
 from brainray.inference.engine import EngineOptions
 from brainray.inference.predict import PredictStage, plan_pool
 from brainray.inference.samples import predict_samples
@@ -29,6 +28,7 @@ from brainray.model.network import (
     STAGE_WIDTHS,
     StateDict,
     build_network,
+    normalise_images,
     round_weights,
 )
 from brainray.model.precision import Precision

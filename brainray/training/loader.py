@@ -26,7 +26,7 @@ from ray.data import DataIterator, Dataset, RandomSeedConfig
 
 from brainray.cluster import TASK_CPUS
 from brainray.data.read import open_rows
-from brainray.data.scan import ScanStore
+from brainray.data.scan_store import ScanStore
 from brainray.errors import ConfigError, TrainingError
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions, open_slice

@@ -24,12 +24,12 @@ from torch.optim.swa_utils import update_bn
 
 from brainray import runlog
 from brainray.errors import TrainingError
-from brainray.images.normalise import normalise_images
 from brainray.model.network import (
     StateDict,
     build_network,
     choose_norm_layer,
     compute_features,
+    normalise_images,
     use_matrix_products,
 )
 from brainray.model.precision import AskedPrecision, Precision, choose_precision

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from brainray.images.normalise import standardise
+from brainray.model.network import standardise
 from brainray.model.precision import Precision
 from brainray.training.augment import augment_images, sample_params
 from brainray.training.config import TrainConfig

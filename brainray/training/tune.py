@@ -26,7 +26,7 @@ from brainray.data.splits import assign_folds
 from brainray.errors import TrainingError
 from brainray.evaluation.prepared import GroupedData, split_samples
 from brainray.model.network import StateDict, fetch_weights
-from brainray.reports.tune import render_tuning
+from brainray.reports.tune import render_tuning_report
 from brainray.runlog import Log
 from brainray.training.augment import LIMITS, Augmentation
 from brainray.training.config import RANGES, SearchSpace, TrainConfig, TuneOptions
@@ -109,7 +109,7 @@ def tune(
         raise TrainingError(
             f"No configuration finished on all folds. See the errors in {job.at(TRIALS_FOLDER)}."
         )
-    storage.write_bytes(job.at(REPORT_FILE), render_tuning(result).encode())
+    storage.write_bytes(job.at(REPORT_FILE), render_tuning_report(result).encode())
     storage.write_json(job.at(RESULT_FILE), result)
     return result
 

@@ -1,218 +1,207 @@
-// The page: scans come in, each is asked about, and what was answered stays until it is cleared.
-// Pictures are asked about one by one; DICOM and NIfTI files, which belong to series, together.
+// The page: files are queued, sent to the service one by one, and their answers stay until cleared.
 
 import { renderCsv } from "./csv.js";
-import { gatherDropped, hasFiles, holdsSlices } from "./gather.js";
-import { describeLimit, element, renderModel, renderModelCard } from "./model.js";
+import { element } from "./dom.js";
+import { collectDropped, isVolumeFormat } from "./files.js";
+import { describeLimit, renderModel } from "./model.js";
 import { Queue } from "./queue.js";
 import { Scan } from "./scan.js";
-import { Problem, explainScan, keepToken, readModel, readToken } from "./service.js";
-import { Study } from "./study.js";
-import { explainProblem, formatBytes, formatCount } from "./words.js";
+import { Series } from "./series.js";
+import { Problem, explainFile, readModel, readToken, storeToken } from "./service.js";
+import { formatBytes, formatCount } from "./words.js";
 
 const PARALLEL = 3;
-const MAX_TRIES = 7; // of a scan while the service is busy: about a minute, with the waits between
-const MAX_WAIT_S = 60; // longer, and a person decides
-const SPEAK_AFTER_MS = 400;
-const MOST_SPOKEN = 3; // more answers at once are counted, not read out
+const MAX_TRIES = 7; // of a busy service: about a minute, with the waits between
+const MAX_WAIT_S = 60; // before a retry; a longer wait counts as a failure
+const ANNOUNCE_AFTER_MS = 400;
+const MAX_ANNOUNCED = 3; // more answers at once are counted instead
 
 const $ = (id) => document.getElementById(id);
 
 let scans = [];
+let series = new Map(); // by the hash of their identifier
 let model = null;
-let visit = new AbortController(); // of all that is under way; aborted when the page is cleared
-const queue = new Queue((item) => (item instanceof Scan ? answerScan(item) : answerTask(item)), PARALLEL);
-const study = new Study({ onExplain: explainSlice, speak: reportWords });
+let session = new AbortController(); // aborted when the page is cleared
+const queue = new Queue(run, PARALLEL);
 
-// ---- scans in ----------------------------------------------------------------------------------
+// ---- files -------------------------------------------------------------------------------------
 
 async function addFiles(files) {
   if (!files.length) return;
-  const { signal } = visit;
-  const isOfSeries = await Promise.all(files.map(holdsSlices));
+  const { signal } = session;
+  const areVolumes = await Promise.all(files.map((file) => isVolumeFormat(file).catch(() => false)));
   if (signal.aborted) return;
-  const pictures = files.filter((_, at) => !isOfSeries[at]);
-  const added = pictures.map((file) => new Scan(file, { onOpen: openViewer, onAgain: retryScans }));
-  const batches = study.add(files.filter((_, at) => isOfSeries[at]), model?.limits);
+  const callbacks = { onRetry: retry, onSlices: addToSeries };
+  const added = files.map((file, index) => new Scan(file, areVolumes[index], callbacks));
   scans.push(...added);
   $("scans").append(...added.map((scan) => scan.item));
   document.body.classList.add("has-scans");
   $("answers").hidden = false;
-  showTally();
-  speak(`${formatCount(files.length, "scan")} added.`);
-  queue.add([...batches, ...added]);
+  showCounts();
+  announce(`${formatCount(files.length, "scan")} added.`);
+  queue.add(added);
+}
+
+function addToSeries(scan, pictures) {
+  const { series: hash, content_sha256: digest } = scan.answer;
+  const key = hash ?? digest;
+  if (!series.has(key)) {
+    series.set(key, new Series(series.size + 1, explainSlice));
+    $("series-list").append(series.get(key).item);
+  }
+  series.get(key).add(scan, pictures);
 }
 
 function listenForFiles() {
   for (const input of [$("files"), $("folder")]) {
     input.addEventListener("change", () => {
-      addFiles([...input.files].filter(({ name }) => input === $("files") || !name.startsWith(".")));
+      const isFolder = input === $("folder");
+      addFiles([...input.files].filter(({ name }) => !isFolder || !name.startsWith(".")));
       input.value = ""; // so that the same file can be chosen again
     });
   }
   document.addEventListener("paste", ({ clipboardData }) => addFiles([...clipboardData.files]));
-  let depth = 0; // drags enter a child before they leave its parent
-  const veil = (isOver) => { $("veil").hidden = !isOver; };
-  document.addEventListener("dragenter", (event) => {
-    if (hasFiles(event)) veil(++depth > 0);
-  });
-  document.addEventListener("dragleave", (event) => {
-    if (hasFiles(event)) veil(--depth > 0);
-  });
+  const hasFiles = ({ dataTransfer }) => dataTransfer?.types.includes("Files");
   document.addEventListener("dragover", (event) => {
-    if (hasFiles(event)) event.preventDefault();
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    $("drop-overlay").hidden = false;
+  });
+  document.addEventListener("dragleave", ({ relatedTarget }) => {
+    if (!relatedTarget) $("drop-overlay").hidden = true; // the pointer left the window
   });
   document.addEventListener("drop", async (event) => {
     if (!hasFiles(event)) return;
     event.preventDefault();
-    depth = 0;
-    veil(false);
-    addFiles(await gatherDropped(event.dataTransfer));
+    $("drop-overlay").hidden = true;
+    addFiles(await collectDropped(event.dataTransfer));
   });
 }
 
-// ---- answers out -------------------------------------------------------------------------------
+// ---- answers -----------------------------------------------------------------------------------
 
-async function answerScan(scan) {
-  const { signal } = visit;
+/** Get the answer to an item of the queue: a scan, or a series to summarise. */
+async function run(item) {
+  const { signal } = session;
   try {
-    await checkFile(scan.file);
-    await scan.draw();
+    if (item instanceof Scan) await checkFile(item.file);
+    await item.run(signal);
     if (signal.aborted) return;
-    scan.show("running", "Being answered");
-    const { answer, classifierId } = await explainScan(scan.file, scan, signal);
-    if (scan.isMisfit(answer)) {
-      scan.render = "overlay";
-      queue.addFirst(scan);
-      return;
-    }
-    await scan.showAnswer(answer, classifierId);
-    if (signal.aborted) return;
-    if (model && classifierId !== model.classifier_id) showModel(); // it was replaced meanwhile
+    const { classifierId } = item;
+    if (model && classifierId && classifierId !== model.classifier_id) showModel(); // a new one
   } catch (error) {
     if (signal.aborted) return;
     if (!(error instanceof Problem)) throw error;
-    if (postpone(scan, error)) return;
-    scan.showProblem(error);
+    if (postpone(item, error)) return;
+    item.fail(error);
   }
-  report(scan);
+  report(item);
+  if (scans.every((scan) => scan.isDone)) queue.add(takeUnsummarised());
 }
 
-/** Do what a study asks for: answer the files of one request, or put a series together. */
-async function answerTask(task) {
-  const { signal } = visit;
-  try {
-    await task.run(signal);
-  } catch (error) {
-    if (signal.aborted) return;
-    if (!(error instanceof Problem)) throw error;
-    const parts = task.split(error);
-    if (parts) {
-      queue.add(parts);
-      return;
-    }
-    if (postpone(task, error)) return;
-    task.fail(error);
-  }
-  if (signal.aborted) return;
-  queue.add(study.gather());
-  const { total, done } = study.progress;
-  reportWords(`${done} of ${formatCount(total, "file")} of series answered.`);
+function takeUnsummarised() {
+  const found = [...series.values()].filter((one) => !one.isSummarised);
+  for (const one of found) one.isSummarised = true;
+  return found;
 }
 
-/** Ask for the heat map of one slice; null where the page was cleared meanwhile. */
+/** Request the heat map of one slice; return its answer, or the problem. */
 async function explainSlice(file, frame) {
-  const { signal } = visit;
+  const { signal } = session;
   try {
-    return await explainScan(file, { frame }, signal);
-  } catch (error) {
-    if (signal.aborted) return null;
-    if (!(error instanceof Problem)) throw error;
-    if (error.status === 401) meetRefusal(error);
-    return { problem: error };
+    return await explainFile(file, { frame }, signal);
+  } catch (problem) {
+    if (signal.aborted) return {};
+    if (!(problem instanceof Problem)) throw problem;
+    if (problem.status === 401) handleUnauthorized(problem);
+    return { problem };
   }
 }
 
 async function checkFile(file) {
-  const most = model?.limits?.body_bytes;
-  if (most && file.size > most) {
-    const detail = `It has ${formatBytes(file.size)}; at most ${formatBytes(most)} are taken.`;
-    throw new Problem({ code: "body_too_large", detail });
+  const limit = model?.limits.body_bytes;
+  if (limit && file.size > limit) {
+    const title = "The file is larger than this service accepts";
+    const detail = `It has ${formatBytes(file.size)}; the limit is ${formatBytes(limit)}.`;
+    throw new Problem({ code: "body_too_large", title, detail });
   }
   try {
     await file.slice(0, 1).arrayBuffer();
   } catch {
-    throw new Problem({ code: "file_unreadable" });
+    const title = "The browser cannot read the file. Choose it again.";
+    throw new Problem({ code: "file_unreadable", title });
   }
 }
 
-/** Put off a scan that may be answered later; say whether it was. */
-function postpone(scan, problem) {
+/** Put an item back into the queue if a retry may succeed; return whether it was. */
+function postpone(item, problem) {
   if (problem.status === 401) {
-    meetRefusal(problem);
-    scan.show("waiting", "Waiting for the token");
-    queue.addFirst(scan);
+    handleUnauthorized(problem);
+    item.show("waiting", "Waiting for the token");
+    queue.addFirst(item);
     return true;
   }
-  scan.tries += 1;
-  const seconds = Math.max(problem.waitSeconds ?? 0, 2 ** (scan.tries - 1));
-  if (!problem.mayPass || scan.tries >= MAX_TRIES || seconds > MAX_WAIT_S) return false;
-  scan.show("waiting", `The service is busy; trying again in ${Math.max(1, Math.ceil(seconds))} s`);
+  item.numTries += 1;
+  const seconds = Math.max(problem.waitSeconds, 2 ** (item.numTries - 1));
+  if (!problem.isTemporary || item.numTries >= MAX_TRIES || seconds > MAX_WAIT_S) return false;
+  item.show("waiting", `The service is busy; trying again in ${Math.ceil(seconds)} s`);
   queue.pause(seconds);
-  queue.addFirst(scan);
+  queue.addFirst(item);
   return true;
 }
 
-function retryScans(...failed) {
+function retry(...failed) {
   for (const scan of failed) scan.reset();
-  showTally();
+  showCounts();
   queue.add(failed);
 }
 
-function showTally() {
+function showCounts() {
   const done = scans.filter((scan) => scan.isDone);
-  const counts = { classified: 0, abstained: 0, rejected: 0, unanswered: 0 };
-  const statuses = [...done.flatMap((scan) => scan.statuses), ...study.statuses];
-  for (const status of statuses) counts[status] += 1;
-  const failed = done.filter((scan) => scan.phase === "failed");
-  const { unanswered, ...answered } = counts;
-  const parts = Object.entries({ ...answered, "without an answer": failed.length + unanswered })
-    .filter(([, number]) => number)
-    .map(([word, number]) => `${number.toLocaleString("en")} ${word}`);
-  const total = scans.length + study.progress.total;
-  const numDone = done.length + study.progress.done;
-  const all = numDone === total;
-  const numSlices = statuses.length + failed.length;
-  $("tally").textContent = [
-    all ? formatCount(total, "scan") : `${numDone} of ${formatCount(total, "scan")}`,
-    ...(all && numSlices > total ? [formatCount(numSlices, "slice")] : []),
-    ...parts,
+  const statuses = done.flatMap((scan) => scan.rows.map(({ status }) => status));
+  const labels = { classified: "classified", abstained: "abstained", rejected: "rejected",
+    unanswered: "without an answer" };
+  const counts = Object.entries(labels)
+    .map(([status, label]) => [statuses.filter((one) => one === status).length, label])
+    .filter(([count]) => count)
+    .map(([count, label]) => `${count.toLocaleString("en")} ${label}`);
+  const isComplete = done.length === scans.length;
+  const total = formatCount(scans.length, "scan");
+  $("counts").textContent = [
+    isComplete ? total : `${done.length} of ${total}`,
+    ...(isComplete && statuses.length > scans.length ? [formatCount(statuses.length, "slice")] : []),
+    ...counts,
   ].join(" · ");
-  $("progress").max = Math.max(1, total);
-  $("progress").value = numDone;
-  $("progress").hidden = all;
-  $("download").disabled = !numDone;
-  $("retry").hidden = failed.length < 2;
-  $("retry").textContent = `Try ${failed.length} again`;
+  $("progress").max = Math.max(1, scans.length);
+  $("progress").value = done.length;
+  $("progress").hidden = isComplete;
+  $("download").disabled = !done.length;
+  const numFailed = findFailed().length;
+  $("retry").hidden = numFailed < 2;
+  $("retry").textContent = `Try ${numFailed} again`;
 }
 
-function clearScans() {
-  visit.abort();
-  visit = new AbortController();
+function findFailed() {
+  return scans.filter((scan) => scan.phase === "failed");
+}
+
+function clear() {
+  session.abort();
+  session = new AbortController();
   queue.clear();
-  for (const scan of scans) scan.remove();
+  for (const one of [...scans, ...series.values()]) one.remove();
   scans = [];
-  study.clear();
-  unspoken = [];
+  series = new Map();
+  news = [];
   $("answers").hidden = true;
   document.body.classList.remove("has-scans");
-  speak("Cleared.");
+  announce("Cleared.");
   $("files").focus();
 }
 
 function downloadCsv() {
+  const rows = scans.flatMap((scan) => scan.rows);
   const classes = new Set(model?.classes ?? []);
-  const rows = [...scans.map((scan) => scan.row), ...study.rows];
   for (const { probs } of rows) for (const name of Object.keys(probs ?? {})) classes.add(name);
   const text = renderCsv(rows, [...classes]);
   const link = element("a", "");
@@ -220,221 +209,124 @@ function downloadCsv() {
   link.download = "brainray-answers.csv";
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
-  speak("The answers were downloaded.");
+  announce("The answers were downloaded.");
 }
 
-// ---- what a screen reader says -----------------------------------------------------------------
+// ---- for screen readers --------------------------------------------------------------------------
 
-let unspoken = [];
-let speaking = null;
+let news = [];
+let announcing = null;
 
-function report(scan) {
-  reportWords(`${scan.name}: ${scan.summary}`);
+/** Announce an answer, together with others that come at the same time. */
+function report({ name, summary }) {
+  showCounts();
+  news.push(`${name}: ${summary}`.replace(/\.?$/, "."));
+  announcing ??= setTimeout(() => {
+    announcing = null;
+    if (!news.length) return;
+    const left = scans.filter((scan) => !scan.isDone).length;
+    const text = news.length > MAX_ANNOUNCED
+      ? `${formatCount(news.length, "more scan")} answered.` : news.join(" ");
+    announce(left ? `${text} ${left} left.` : `${text} All done.`);
+    news = [];
+  }, ANNOUNCE_AFTER_MS);
 }
 
-function reportWords(words) {
-  showTally();
-  unspoken.push(words);
-  speaking ??= setTimeout(() => {
-    speaking = null;
-    if (!unspoken.length) return;
-    const { total, done } = study.progress;
-    const left = scans.filter((one) => !one.isDone).length + total - done;
-    const news = unspoken.length > MOST_SPOKEN
-      ? `${formatCount(unspoken.length, "more scan")} answered.`
-      : unspoken.map((one) => (one.endsWith(".") ? one : `${one}.`)).join(" ");
-    speak(left ? `${news} ${left} to go.` : `${news} All done.`);
-    unspoken = [];
-  }, SPEAK_AFTER_MS);
-}
-
-function speak(words) {
-  $("live").textContent = words;
-}
-
-// ---- the heat map's opacity --------------------------------------------------------------------
-
-function listenForOpacity() {
-  const sliders = [$("opacity"), $("viewer-opacity")];
-  const apply = (value) => {
-    for (const slider of sliders) slider.value = value;
-    $("opacity-value").textContent = `${value} %`;
-    for (const slider of sliders) slider.setAttribute("aria-valuetext", `${value} %`);
-    document.documentElement.style.setProperty("--map-opacity", value / 100);
-  };
-  for (const slider of sliders) slider.addEventListener("input", () => apply(slider.value));
-  apply($("opacity").value);
-}
-
-// ---- one scan, large ---------------------------------------------------------------------------
-
-let viewed = null;
-
-function openViewer(scan) {
-  viewed = scan;
-  showViewed();
-  $("viewer").showModal();
-}
-
-function showViewed() {
-  const { pixels, map } = viewed.pictures;
-  $("viewer-name").textContent = viewed.name;
-  $("viewer-words").textContent = viewed.isDone ? viewed.summary : "Not answered yet";
-  $("viewer-pixels").src = pixels;
-  $("viewer-map").hidden = !map;
-  $("viewer-blend").hidden = !map;
-  if (map) $("viewer-map").src = map;
-  $("viewer-previous").disabled = !findNeighbour(-1);
-  $("viewer-next").disabled = !findNeighbour(1);
-}
-
-function findNeighbour(step) {
-  const shown = scans.filter((scan) => scan.pictures);
-  return shown[shown.indexOf(viewed) + step];
-}
-
-function turn(step) {
-  const neighbour = findNeighbour(step);
-  if (!neighbour) return;
-  viewed = neighbour;
-  showViewed();
-  speak(`${viewed.name}: ${$("viewer-words").textContent}`);
-}
-
-function listenForViewer() {
-  $("viewer-close").addEventListener("click", () => $("viewer").close());
-  $("viewer-previous").addEventListener("click", () => turn(-1));
-  $("viewer-next").addEventListener("click", () => turn(1));
-  $("viewer").addEventListener("click", ({ target }) => {
-    if (target === $("viewer")) $("viewer").close();
-  });
-  $("viewer").addEventListener("keydown", ({ key, target }) => {
-    if (target.type === "range") return;
-    if (key === "ArrowLeft") turn(-1);
-    if (key === "ArrowRight") turn(1);
-  });
+function announce(text) {
+  $("live").textContent = text;
 }
 
 // ---- the token ---------------------------------------------------------------------------------
 
-/** Ask for the token, unless that was done since the refused request began. */
-function meetRefusal(problem) {
+/** Prompt for the token, unless it was entered since the refused request began. */
+function handleUnauthorized(problem) {
   if (problem.token !== readToken()) return;
   queue.lock();
-  if (!$("token-dialog").open) askForToken(problem.token !== null);
+  if (!$("token-dialog").open) promptForToken(problem.token !== null);
 }
 
-function askForToken(wasRefused) {
-  keepToken(null);
-  $("token-button").hidden = false;
-  $("token-button").textContent = "Enter token";
+function promptForToken(wasRefused) {
+  storeToken(null);
+  showTokenButton();
   $("token-error").textContent = wasRefused
     ? "The service did not accept the token. Check it, and enter it again." : "";
   $("token").value = "";
   $("token-dialog").showModal();
-  $("token").focus();
+}
+
+function showTokenButton() {
+  $("token-button").hidden = false;
+  $("token-button").textContent = readToken() === null ? "Enter token" : "Forget token";
 }
 
 function listenForToken() {
+  if (readToken() !== null) showTokenButton();
   $("token-button").addEventListener("click", () => {
     if (readToken() === null) {
-      askForToken(false);
+      promptForToken(false);
       return;
     }
-    keepToken(null);
+    storeToken(null);
     queue.lock();
-    $("token-button").textContent = "Enter token";
-    speak("The token was forgotten.");
+    showTokenButton();
+    announce("The token is forgotten.");
   });
   $("token-cancel").addEventListener("click", () => $("token-dialog").close());
   $("token-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const token = $("token").value.trim();
     if (!/^[\x21-\x7E]+$/.test(token)) {
-      $("token-error").textContent = "A token is one word of plain letters, digits and signs.";
+      $("token-error").textContent = "Expected printable ASCII characters without spaces.";
       return;
     }
-    useToken(token);
+    storeToken(token);
+    $("token").value = "";
+    $("token-dialog").close();
+    showTokenButton();
+    showModel();
+    queue.unlock();
   });
-}
-
-function useToken(token) {
-  keepToken(token);
-  $("token").value = "";
-  $("token-dialog").close();
-  showTokenKept();
-  showModel();
-  queue.unlock();
-}
-
-function showTokenKept() {
-  if (readToken() === null) return;
-  $("token-button").hidden = false;
-  $("token-button").textContent = "Forget token";
 }
 
 // ---- the classifier ----------------------------------------------------------------------------
 
 async function showModel() {
-  const card = $("card");
-  card.setAttribute("aria-busy", "true");
+  const panel = $("model");
+  panel.setAttribute("aria-busy", "true");
   try {
     model = await readModel();
-    card.replaceChildren(...renderModel(model));
+    panel.replaceChildren(...renderModel(model));
     $("size-limit").textContent = describeLimit(model);
-    $("model-card-button").hidden = !model.model_card;
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
-    showMissingModel(error);
+    if (error.status === 401) {
+      panel.replaceChildren(element("p", "muted", "Shown after you enter the token."));
+      handleUnauthorized(error);
+      if (readToken() !== null) showModel(); // another token was entered meanwhile
+      return;
+    }
+    const again = element("button", "", "Try again");
+    again.type = "button";
+    again.addEventListener("click", showModel);
+    panel.replaceChildren(element("p", "wrong", error.title), again);
   } finally {
-    card.setAttribute("aria-busy", "false");
+    panel.setAttribute("aria-busy", "false");
   }
-}
-
-function listenForModelCard() {
-  const dialog = $("model-card");
-  $("model-card-button").addEventListener("click", () => {
-    $("model-card-id").textContent = model.classifier_id;
-    $("model-card-text").replaceChildren(...renderModelCard(model.model_card));
-    dialog.showModal();
-    $("model-card-text").focus(); // the arrow keys scroll it at once
-  });
-  $("model-card-close").addEventListener("click", () => dialog.close());
-  dialog.addEventListener("click", ({ target }) => {
-    if (target === dialog) dialog.close();
-  });
-}
-
-function showMissingModel(problem) {
-  if (problem.status === 401) {
-    $("card").replaceChildren(element("p", "muted", "Shown once there is a token."));
-    meetRefusal(problem);
-    if (readToken() !== null) showModel(); // another was entered meanwhile
-    return;
-  }
-  const again = element("button", "", "Ask again");
-  again.type = "button";
-  again.addEventListener("click", showModel);
-  $("card").replaceChildren(element("p", "wrong", explainProblem(problem)), again);
 }
 
 // ------------------------------------------------------------------------------------------------
 
 listenForFiles();
-listenForOpacity();
-listenForViewer();
 listenForToken();
-listenForModelCard();
-$("clear").addEventListener("click", clearScans);
+$("opacity").addEventListener("input", ({ target }) => {
+  $("opacity-value").textContent = `${target.value} %`;
+  target.setAttribute("aria-valuetext", `${target.value} %`);
+  document.documentElement.style.setProperty("--map-opacity", target.value / 100);
+});
+$("clear").addEventListener("click", clear);
 $("download").addEventListener("click", downloadCsv);
 $("retry").addEventListener("click", () => {
   $("scans-heading").focus();
-  retryScans(...scans.filter((scan) => scan.phase === "failed"));
+  retry(...findFailed());
 });
-$("left-out-retry").addEventListener("click", () => {
-  $("scans-heading").focus();
-  queue.add(study.add(study.takeFailed(), model?.limits));
-  showTally();
-});
-showTokenKept();
 showModel();

@@ -1,18 +1,17 @@
-// Work on many things, a few at a time; all of it waits when the service says so.
+// A queue that runs a few items at a time, and can be paused.
 
-/** Answers what is added, in order, at most `parallel` at once. */
+/** Runs the added items in order, at most `parallel` at a time. */
 export class Queue {
-  #work;
+  #run;
   #parallel;
   #waiting = [];
   #running = 0;
-  #timer = null;
   #resumeAt = 0;
-  #locked = false;
+  #isLocked = false;
 
-  /** @param {(item: object) => Promise<void>} work handles its own failures. */
-  constructor(work, parallel) {
-    this.#work = work;
+  /** @param {(item: object) => Promise<void>} run handles its own failures. */
+  constructor(run, parallel) {
+    this.#run = run;
     this.#parallel = parallel;
   }
 
@@ -21,43 +20,38 @@ export class Queue {
     this.#start();
   }
 
-  /** Put something back that must be done again before what still waits. */
+  /** Put an item back, before all that wait. */
   addFirst(item) {
     this.#waiting.unshift(item);
     this.#start();
   }
 
-  /** Start nothing for some time; the longest of several times counts. */
+  /** Start nothing for some time. */
   pause(seconds) {
-    const resumeAt = Date.now() + 1000 * seconds;
-    if (resumeAt <= this.#resumeAt) return;
-    this.#resumeAt = resumeAt;
-    clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => {
-      this.#timer = null;
-      this.#start();
-    }, 1000 * seconds);
+    this.#resumeAt = Math.max(this.#resumeAt, Date.now() + 1000 * seconds);
+    setTimeout(() => this.#start(), 1000 * seconds + 10);
   }
 
   /** Start nothing until unlocked. */
   lock() {
-    this.#locked = true;
+    this.#isLocked = true;
   }
 
   unlock() {
-    this.#locked = false;
+    this.#isLocked = false;
     this.#start();
   }
 
-  /** Forget what waits; what runs is for its owner to abort. */
+  /** Drop the waiting items. */
   clear() {
     this.#waiting = [];
   }
 
   #start() {
-    while (!this.#locked && !this.#timer && this.#running < this.#parallel && this.#waiting.length) {
+    while (!this.#isLocked && Date.now() >= this.#resumeAt && this.#running < this.#parallel
+      && this.#waiting.length) {
       this.#running += 1;
-      this.#work(this.#waiting.shift()).finally(() => {
+      this.#run(this.#waiting.shift()).finally(() => {
         this.#running -= 1;
         this.#start();
       });

@@ -1,0 +1,196 @@
+"""The folder that a receiver fills, and that a bulk job takes finished studies from.
+
+::
+
+    INBOX/
+      <study>/<round>/<object>.dcm     finished: what `brainray classify --scans-uri INBOX` reads
+      .receiving/<study>/<object>.dcm  still arriving; bulk jobs skip hidden folders
+      .receiving/.partial/             being written
+      .identifier-key                  key of the hashes that <study> and <object> are
+
+A file is written under another name and synchronised with the disk before it gets its own. A study
+is finished when nothing has come for a while; its folder is then moved, in one step, and that is
+the mark of it: nobody sees a part of it. What comes later of the same study is its next round. All
+of that is on the disk, and nothing in memory, so a receiver may be killed at any time.
+"""
+
+import fcntl
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from brainray.errors import ConfigError, StorageError
+from brainray.images.dicom import hash_identifier
+from brainray.io.identifiers import open_identifiers
+from brainray.storage import write_partial
+
+RECEIVING_FOLDER, PARTIAL_FOLDER = ".receiving", ".partial"
+LOCK_FILE = ".receiver.lock"
+FOLDER_MODE, FILE_MODE = 0o750, 0o640
+
+
+class FinishedRound(NamedTuple):
+    """What has become visible to bulk jobs."""
+
+    name: str
+    """Of its folder below the inbox."""
+    num_files: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InboxLimits:
+    """When an inbox finishes a study, and when it takes no more."""
+
+    quiet_s: float
+    """Seconds without a new object after which a study is finished."""
+    min_free_bytes: int
+    """Of the disk, which are left free."""
+
+
+@contextmanager
+def open_inbox(path: Path, key_uri: str | None, limits: InboxLimits) -> Iterator["Inbox"]:
+    """Open an inbox for one receiver alone, making it where it is not there.
+
+    Parameters
+    ----------
+    path : Path
+        On a local disk.
+    key_uri : str, optional
+        File with the key of the names; the inbox has a random one of its own, if not given.
+    limits : InboxLimits
+
+    Raises
+    ------
+    ConfigError
+        Another receiver has it, or its names were hashed with another key.
+    StorageError
+        It cannot be written.
+    """
+    try:
+        path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        lock = (path / LOCK_FILE).open("a")
+    except OSError as error:
+        raise StorageError(f"Cannot write to the inbox '{path}': {error.strerror}.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"Another receiver is writing to the inbox '{path}'. Stop it, or give another "
+                "--inbox-path."
+            ) from None
+        identifiers = open_identifiers(str(path), key_uri)
+        try:
+            inbox = Inbox(path, identifiers.key, limits)
+        except OSError as error:
+            raise StorageError(f"Cannot write to the inbox '{path}': {error.strerror}.") from error
+        yield inbox
+
+
+class Inbox:
+    """Stores objects, each once; threads may share it."""
+
+    def __init__(self, path: Path, key: bytes, limits: InboxLimits) -> None:
+        self._path, self._key, self._limits = path, key, limits
+        self._receiving = path / RECEIVING_FOLDER
+        self._partial = self._receiving / PARTIAL_FOLDER
+        self._moving = threading.Lock()
+        """Held while a file or a study gets its name."""
+        shutil.rmtree(self._partial, ignore_errors=True)  # of a receiver that was killed
+        _make_folder(self._receiving)
+        _make_folder(self._partial)
+
+    def has_room_for(self, num_bytes: int) -> bool:
+        """Tell whether the disk has as many bytes beyond those that are left free."""
+        free = shutil.disk_usage(self._path).free
+        return free - num_bytes >= self._limits.min_free_bytes
+
+    def store(self, study_uid: str, sop_instance_uid: str, content: bytes) -> bool:
+        """Store an object; when this returns, it is on the disk.
+
+        Parameters
+        ----------
+        study_uid, sop_instance_uid : str
+            Only their hashes are written.
+        content : bytes
+            The file.
+
+        Returns
+        -------
+        bool
+            False where a finished round has the same file, so that nothing is kept.
+
+        Raises
+        ------
+        OSError
+            It cannot be written; nothing of it is left.
+        """
+        study = hash_identifier(study_uid, self._key)
+        name = f"{hash_identifier(sop_instance_uid, self._key)}.dcm"
+        with write_partial(self._partial / name, content, FILE_MODE) as partial, self._moving:
+            if self._is_finished(study, name, content):
+                return False
+            folder = self._receiving / study
+            _make_folder(folder)
+            partial.replace(folder / name)
+            _synchronise(folder)
+        return True
+
+    def _is_finished(self, study: str, name: str, content: bytes) -> bool:
+        for file in (self._path / study).glob(f"*/{name}"):
+            if file.stat().st_size == len(content) and file.read_bytes() == content:
+                return True
+        return False
+
+    def finish_quiet_studies(self) -> list[FinishedRound]:
+        """Let bulk jobs see the studies that nothing has come of for a while.
+
+        Raises
+        ------
+        OSError
+            One cannot be moved; the next call tries again.
+        """
+        finished = []
+        for folder in sorted(self._receiving.iterdir()):
+            if folder == self._partial or not folder.is_dir():
+                continue
+            with self._moving:
+                # The time of a folder is that of the last file that came into it.
+                age_s = time.time() - folder.stat().st_mtime
+                num_files = sum(1 for _ in folder.iterdir())
+                # A time in the future is one of a clock that was put back.
+                if num_files and not 0 <= age_s < self._limits.quiet_s:
+                    finished.append(FinishedRound(self._finish(folder), num_files))
+        return finished
+
+    def _finish(self, folder: Path) -> str:
+        study = self._path / folder.name
+        _make_folder(study)
+        numbers = [int(one.name) for one in study.iterdir() if one.name.isdecimal()]
+        target = study / f"{max(numbers, default=0) + 1:04d}"
+        folder.rename(target)
+        _synchronise(study)
+        _synchronise(self._receiving)
+        return str(target.relative_to(self._path))
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder below one that is there, so that it survives a loss of power."""
+    if not path.is_dir():
+        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
+        _synchronise(path.parent)
+
+
+def _synchronise(folder: Path) -> None:
+    """Write a folder's names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

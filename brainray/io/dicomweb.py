@@ -1,0 +1,522 @@
+"""DICOMweb (PS3.18): the requests that reading from a PACS and storing into it are made of.
+
+The library dicomweb-client decodes every object that it receives and encodes every one that it
+sends. The bytes of a scan are to stay as they are, since its answer is tied to their hash. So this
+is written on requests.
+
+UIDs, and the keys of a search, identify patients. No message of an error here holds one, nor the
+text of another library's exception, which quotes the address; errors name the service alone.
+"""
+
+import json
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import requests
+
+from brainray.errors import ConfigError, DicomWebError, RejectedImage
+
+# At lower levels it quotes the address of every request, and so what was searched for.
+logging.getLogger("urllib3").setLevel(logging.ERROR)
+
+TOKEN_VARIABLE = "BRAINRAY_DICOMWEB_TOKEN"
+CERTIFICATE_VARIABLE = "BRAINRAY_DICOMWEB_CERTIFICATE"
+
+MAX_ATTEMPTS = 6
+"""Attempts at one request; the pauses between them double, to 15 s in all, about."""
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 30.0
+CONNECT_S, SILENCE_S = 10.0, 60.0
+"""Longest wait for a connection, and for the next bytes of an answer."""
+ANSWER_S = 600.0
+"""Longest time that one answer takes."""
+PAGE_SIZE = 500
+"""Results of one request of a search, if the service does not give fewer."""
+MAX_ANSWER_BYTES = 64 * 2**20
+"""Longest answer other than an instance."""
+MAX_INSTANCE_BYTES = 2 * 2**30
+
+SERIES_KEYS = (
+    *("Modality", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription"),
+    *("00080060", "0020000E", "00200011", "0008103E"),
+)
+"""Keys of a search that are about series; the others are about studies."""
+PAGING_KEYS = ("limit", "offset", "includefield")
+
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+"""Statuses after which the same request may succeed."""
+_MULTIPART_HEADER_BYTES = 2**16
+_JSON = "application/dicom+json"
+_UID = re.compile(r"[0-9.]{1,64}")
+_STUDY_UID, _SERIES_UID, _SOP_UID = "0020000D", "0020000E", "00080018"
+_URI = re.compile(
+    r"dicomweb\+(?P<root>https?://[^?#]+?)/studies"
+    r"(?:/(?P<study>[0-9.]+)(?:/series/(?P<series>[0-9.]+)(?:/instances/(?P<sop>[0-9.]+))?)?)?"
+    r"(?:\?(?P<query>[^#]*))?"
+)
+
+_Value = TypeVar("_Value")
+
+
+# ---- addresses -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """What a URI names: a search for studies, a study, a series or an instance."""
+
+    root: str
+    """Address of the service."""
+    uids: tuple[str, ...] = field(repr=False)
+    """Of the study, the series and the instance, as far as they are given."""
+    query: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+
+    @property
+    def path(self) -> str:
+        """Path below the service."""
+        names = ("studies", "series", "instances")
+        return "/".join(part for pair in zip(names, self.uids, strict=False) for part in pair)
+
+    def find_below(self, uid: str) -> "Resource":
+        """Return a study, series or instance of this; keys that are about series stay."""
+        kept = tuple(pair for pair in self.query if pair[0] in SERIES_KEYS)
+        return Resource(self.root, (*self.uids, uid), () if self.uids else kept)
+
+    def to_uri(self) -> str:
+        """Return the URI; :func:`parse_uri` is the inverse."""
+        query = f"?{urlencode(self.query)}" if self.query else ""
+        return f"dicomweb+{self.root}/{self.path or 'studies'}{query}"
+
+
+def parse_uri(uri: str) -> Resource:
+    """Take the URI of scans in a PACS apart.
+
+    Raises
+    ------
+    ConfigError
+        It is not of the form ``dicomweb+https://HOST/PATH/studies?KEY=VALUE``.
+    """
+    parts = _URI.fullmatch(uri.rstrip("/"))
+    if parts is None:
+        raise ConfigError(
+            "Expected scans in a PACS as dicomweb+https://HOST/PATH/studies?KEY=VALUE, or with "
+            "/studies/UID, /series/UID and /instances/UID at the end of the address."
+        )
+    query = tuple(parse_qsl(parts["query"] or "", keep_blank_values=True))
+    refused = {key for key, _ in query}.intersection(PAGING_KEYS)
+    if refused:
+        raise ConfigError(
+            f"The key '{min(refused)}' cannot be given in the address of scans: all results are "
+            "asked for, page after page. Leave it out."
+        )
+    uids = tuple(filter(None, (parts["study"], parts["series"], parts["sop"])))
+    return Resource(check_root(parts["root"]), uids, query)
+
+
+def check_root(url: str) -> str:
+    """Return the address of a service, without a slash at its end.
+
+    Raises
+    ------
+    ConfigError
+        It is no http:// or https:// address, or holds credentials or a query.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+        raise ConfigError(
+            "Expected the address of a DICOMweb service, such as https://pacs.example/dicom-web."
+        )
+    if "@" in parts.netloc:
+        raise ConfigError(
+            "The address of a DICOMweb service must not hold credentials: it would be seen in the "
+            f"list of processes. Give a token in ${TOKEN_VARIABLE}, or a name and a password in "
+            "~/.netrc."
+        )
+    return url.rstrip("/")
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+class FoundResources(NamedTuple):
+    """What a URI stands for."""
+
+    studies: list[str]
+    """URIs of studies that are to be listed."""
+    instances: list[str]
+    """URIs of instances."""
+
+
+def list_resources(uri: str) -> FoundResources:
+    """List one level: the studies of a search, or the instances of a study or series.
+
+    Parameters
+    ----------
+    uri : str
+
+    Raises
+    ------
+    DicomWebError
+        The service does not answer, or refuses.
+    """
+    resource = parse_uri(uri)
+    client = open_client(resource.root)
+    if not resource.uids:
+        keys = [pair for pair in resource.query if pair[0] not in SERIES_KEYS]
+        studies = client.search("studies", keys, _STUDY_UID)
+        return FoundResources([resource.find_below(uid).to_uri() for uid in studies], [])
+    if len(resource.uids) == 1:
+        found = client.search(f"{resource.path}/series", resource.query, _SERIES_UID)
+        series = [resource.find_below(uid) for uid in found]
+    else:
+        series = [resource]
+    if len(resource.uids) == 3:
+        return FoundResources([], [resource.to_uri()])
+    return FoundResources(
+        [],
+        [
+            one.find_below(uid).to_uri()
+            for one in series
+            for uid in client.search(f"{one.path}/instances", (), _SOP_UID)
+        ],
+    )
+
+
+def read_instance(uri: str, *, max_bytes: int | None = None) -> bytes:
+    """Read an instance as the service has it: a DICOM file.
+
+    Parameters
+    ----------
+    uri : str
+        From :func:`list_resources`.
+    max_bytes : int, optional
+        Read no more than one byte beyond this, which tells that there is more.
+
+    Raises
+    ------
+    RejectedImage
+        ``missing``, or ``unreadable`` where the service does not answer or refuses.
+    """
+    resource = parse_uri(uri)
+    try:
+        content = open_client(resource.root).fetch(resource.path, max_bytes or MAX_INSTANCE_BYTES)
+        reason, message = "missing", "The PACS no longer has this instance."
+    except DicomWebError as error:
+        content, reason, message = None, "unreadable", str(error)
+    if content is None:  # outside of the except block, as nothing of requests is to hang on it
+        raise RejectedImage(reason, message)
+    return content
+
+
+# ---- requests ------------------------------------------------------------------------------------
+
+
+class Answer(NamedTuple):
+    """Of a service."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+
+class _BearerToken(requests.auth.AuthBase):
+    """Without it requests prefers a name and a password in ~/.netrc to the token."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
+
+@lru_cache(maxsize=16)
+def open_client(
+    root: str, token_env: str | None = None, certificate_path: str | None = None
+) -> "DicomWebClient":
+    """Return this process's client of a service.
+
+    Parameters
+    ----------
+    root : str
+        Address of the service.
+    token_env : str, optional
+        Variable with a bearer token; :data:`TOKEN_VARIABLE`, where that is set, if not given.
+    certificate_path : str, optional
+        PEM file with a client's certificate and key; that of :data:`CERTIFICATE_VARIABLE`, where
+        that is set, if not given.
+
+    Raises
+    ------
+    ConfigError
+        The variable is not set, the file is not there, or a token would go unencrypted to another
+        machine.
+    """
+    check_root(root)
+    token = os.environ.get(token_env or TOKEN_VARIABLE, "").strip()
+    if token_env and not token:
+        raise ConfigError(f"Expected a bearer token in ${token_env}, which is not set.")
+    certificate = certificate_path or os.environ.get(CERTIFICATE_VARIABLE) or None
+    if certificate and not Path(certificate).is_file():
+        raise ConfigError(f"No client certificate at '{certificate}'. Check the path.")
+    if token and root.startswith("http://") and not _is_loopback(root):
+        raise ConfigError(
+            f"A token would go to {root} unencrypted. Give an https:// address, or no token."
+        )
+    return DicomWebClient(root, token or None, certificate)
+
+
+def _is_loopback(root: str) -> bool:
+    host = urlsplit(root).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class DicomWebClient:
+    """Sends requests to one service, again where that may help."""
+
+    def __init__(self, root: str, token: str | None, certificate_path: str | None) -> None:
+        self.root = root
+        self._session = requests.Session()
+        self._session.auth = None if token is None else _BearerToken(token)
+        self._session.cert = certificate_path
+        self._session.headers["Accept-Encoding"] = "identity"  # pixels are compressed already
+
+    def search(self, path: str, keys: Sequence[tuple[str, str]], uid_tag: str) -> Iterator[str]:
+        """Search by QIDO-RS, page after page; yield the UID of each result, once.
+
+        A service may give fewer results than a page has without saying so. So the last page is the
+        one without a new result.
+
+        Parameters
+        ----------
+        path : str
+            Below the service.
+        keys : sequence of (str, str)
+        uid_tag : str
+            Element that has the UID, such as ``0020000D``.
+
+        Raises
+        ------
+        DicomWebError
+            The service does not answer, refuses, or does not give the pages asked for.
+        """
+        seen: set[str] = set()
+        offset = 0
+        while True:
+            paging = [("limit", str(PAGE_SIZE)), ("offset", str(offset))]
+            answer = self.send("GET", path, params=[*keys, *paging], accept=_JSON)
+            uids = self.parse(_read_uids, answer.content, uid_tag)
+            new = [uid for uid in dict.fromkeys(uids) if uid not in seen]
+            if not new:
+                if uids and "additional results" in answer.headers.get("Warning", ""):
+                    raise DicomWebError(
+                        f"The DICOMweb service at {self.root} has more results than it gives, and "
+                        "gives the same ones for each offset. Narrow the search, by StudyDate for "
+                        "example."
+                    )
+                return
+            yield from new
+            seen.update(new)
+            offset += len(uids)
+
+    def fetch(self, path: str, max_bytes: int) -> bytes | None:
+        """Fetch an instance by WADO-RS, in the encoding that the service has it in.
+
+        Returns
+        -------
+        bytes or None
+            The file, or one byte more than `max_bytes` of it; None where it is not there.
+
+        Raises
+        ------
+        DicomWebError
+            The service does not answer, or refuses.
+        """
+        answer = self.send(
+            "GET",
+            path,
+            accept='multipart/related; type="application/dicom"; transfer-syntax=*',
+            max_bytes=max_bytes + _MULTIPART_HEADER_BYTES,
+            expected=(200, 404, 410),
+        )
+        if answer.status != 200:
+            return None
+        kind = answer.headers.get("Content-Type", "")
+        if not kind.lower().startswith("multipart/"):
+            return answer.content[: max_bytes + 1]
+        return self.parse(read_first_part, answer.content, kind, max_bytes)
+
+    def parse(self, read: Callable[..., _Value], *arguments: object) -> _Value:
+        """Call what reads an answer; its errors, which may quote the answer, become one of ours.
+
+        Raises
+        ------
+        DicomWebError
+            The answer is not what the standard says.
+        """
+        try:
+            return read(*arguments)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            pass
+        raise DicomWebError(
+            f"The DICOMweb service at {self.root} gave an answer that is not DICOMweb. Check the "
+            "address: it ends before /studies."
+        )
+
+    def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        accept: str,
+        params: Sequence[tuple[str, str]] = (),
+        body: bytes | None = None,
+        content_type: str | None = None,
+        max_bytes: int = MAX_ANSWER_BYTES,
+        expected: Sequence[int] = (200, 204),
+    ) -> Answer:
+        """Send a request, up to :data:`MAX_ATTEMPTS` times.
+
+        Every request may be sent again: objects that are stored keep their UIDs.
+
+        Raises
+        ------
+        DicomWebError
+            The service does not answer, or with another status than those expected.
+        """
+        headers = {"Accept": accept} | ({"Content-Type": content_type} if content_type else {})
+        pause_s, failure = FIRST_PAUSE_S, ""
+        for attempt in range(MAX_ATTEMPTS):
+            if attempt:
+                time.sleep(min(MAX_PAUSE_S, pause_s * random.uniform(0.75, 1.25)))
+                pause_s *= 2
+            try:
+                with self._session.request(
+                    method,
+                    f"{self.root}/{path}",
+                    params=list(params),
+                    data=body,
+                    headers=headers,
+                    stream=True,
+                    timeout=(CONNECT_S, SILENCE_S),
+                    allow_redirects=False,
+                ) as response:
+                    status = response.status_code
+                    if status in _BUSY:
+                        failure = f"HTTP status {status}"
+                        pause_s = max(pause_s, _read_retry_after(response))
+                        continue
+                    if status not in expected:
+                        failure = explain_status(status)
+                        break
+                    content = _read_up_to(response, max_bytes)
+                    return Answer(status, response.headers, content)
+            except requests.exceptions.SSLError:
+                failure = (
+                    "its certificate, or the client's, is refused. Name the file with its "
+                    "authority in $REQUESTS_CA_BUNDLE"
+                )
+                break
+            except (requests.ConnectionError, requests.Timeout) as error:
+                failure = _name_failure(error)
+            except requests.exceptions.ChunkedEncodingError:
+                failure = "an answer broke off"
+            except (requests.RequestException, OSError) as error:
+                failure = type(error).__name__
+                break
+        else:
+            failure += f", after {MAX_ATTEMPTS} attempts"
+        # Outside of the except block: what requests raises quotes the address.
+        raise DicomWebError(f"The DICOMweb service at {self.root} failed: {failure}.")
+
+
+def _name_failure(error: requests.RequestException) -> str:
+    is_slow = isinstance(error, requests.Timeout)
+    return "it does not answer" if is_slow else "it cannot be reached"
+
+
+def explain_status(status: int) -> str:
+    """Say what a status means for the user."""
+    if status in (401, 403):
+        return (
+            f"access is denied (HTTP status {status}). Give a token in ${TOKEN_VARIABLE}, a client "
+            f"certificate in ${CERTIFICATE_VARIABLE}, or a name and a password in ~/.netrc"
+        )
+    if status == 404:
+        return "it has no such address (HTTP status 404). Check it: it ends before /studies"
+    if 300 <= status < 400:
+        return f"it answers with another address (HTTP status {status}). Give that one"
+    return f"it refuses the request (HTTP status {status})"
+
+
+def _read_retry_after(response: requests.Response) -> float:
+    """Return the seconds that a service asks to wait; 0 where it does not say."""
+    text = response.headers.get("Retry-After", "")
+    return float(text) if text.isdecimal() else 0.0
+
+
+def _read_up_to(response: requests.Response, max_bytes: int) -> bytes:
+    """Read an answer, or one byte more of it than is allowed."""
+    deadline = time.monotonic() + ANSWER_S
+    parts, left = [], max_bytes + 1
+    for part in response.iter_content(2**16):
+        parts.append(part[:left])
+        left -= len(parts[-1])
+        if not left:
+            break
+        if time.monotonic() > deadline:
+            raise requests.Timeout
+    return b"".join(parts)
+
+
+def read_first_part(content: bytes, content_type: str, max_bytes: int) -> bytes:
+    """Return the first part of a multipart answer, or one byte more of it than is allowed.
+
+    Raises
+    ------
+    ValueError
+        It is damaged.
+    """
+    found = re.search(r'boundary="?([^";]+)"?', content_type, re.IGNORECASE)
+    if found is None:
+        raise ValueError("no boundary")
+    boundary = b"--" + found[1].strip().encode("latin-1")
+    header = content.index(boundary) + len(boundary)
+    start = content.index(b"\r\n\r\n", header) + 4
+    end = content.find(b"\r\n" + boundary, start)
+    if end < 0:
+        if len(content) - start <= max_bytes:
+            raise ValueError("no end")
+        end = len(content)
+    return content[start:end][: max_bytes + 1]
+
+
+def _read_uids(content: bytes, uid_tag: str) -> list[str]:
+    """Return the UID of each result of a search, in the DICOM JSON Model (PS3.18, annex F)."""
+    results = json.loads(content) if content.strip() else []
+    return [check_uid(result[uid_tag]["Value"][0]) for result in results]
+
+
+def check_uid(value: Any) -> str:  # noqa: ANN401 - what a service sent
+    """Return a UID that may stand in an address.
+
+    Raises
+    ------
+    ValueError
+        It is none.
+    """
+    if not isinstance(value, str) or _UID.fullmatch(value) is None:
+        raise ValueError("no UID")
+    return value
