@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = find_command(given)
     if command is None:
-        sys.exit(_print_overview(given))
+        sys.exit(exit_on_error(lambda: _print_overview(given)))
     words = given[len(command.name.split()) :]
     options, switches = exit_on_error(lambda: parse_options(command, words))
     with ConsoleReporter(**switches) as reporter:
@@ -487,7 +487,7 @@ _TABLE = (
         name="receive",
         group="Hospital",
         summary="Receive scans by DICOM C-STORE into an inbox of finished studies.",
-        example="brainray receive --inbox-path inbox/ --calling-ae-titles PACS",
+        example="brainray receive --inbox-path inbox/ --calling-ae-titles SCANNER1",
         options="brainray.dicom_results.receiver:ReceiveJob",
         run=run_receive,
         uses_ray=False,

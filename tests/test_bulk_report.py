@@ -145,8 +145,8 @@ def test_a_run_gives_what_these_tests_render() -> None:
     about = {"backend": "openvino", "precision": "bf16", "description": "OpenVINO"}
     progress.add(stats, 2, 1, dict.fromkeys(STAGES, 0.5), about)
     pool = EnginePool(options=EngineOptions(), num_engines=3, cpus=1.0)
-    card = {"classifier_id": "4fce01ab", "classes": list(CLASSES)}
-    found = report.build_metrics(card, progress, pool, 2, 123)
+    metadata = {"classifier_id": "4fce01ab", "classes": list(CLASSES)}
+    found = report.build_metrics(metadata, progress, pool, 2, 123)
 
     def list_keys(document: Any, above: str = "") -> set[str]:  # noqa: ANN401
         if not isinstance(document, dict):

@@ -332,7 +332,7 @@ def test_a_second_run_does_only_what_is_new(
     scans = list_scan_files(inbox)
     shutil.copy(scans[0], inbox / "new.jpg")  # a new name
     scans[1].write_bytes(scans[2].read_bytes())  # a new content
-    os.utime(scans[3])  # neither: looked at again
+    os.utime(scans[3])  # neither: opened again
     (inbox / "late.jpg").symlink_to(inbox / "later.jpg")
     metrics = classify(job)
     assert (metrics["run"]["num_new"], metrics["run"]["num_known"]) == (3, 1)
@@ -603,7 +603,7 @@ def test_an_inbox_without_a_visible_file_is_an_error(tiny_classifier: Path, tmp_
 def test_a_table_without_images_is_one_line_and_exit_2(
     tiny_classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is found out in a task of Ray's, whose traceback is of no use to a person."""
+    """A task of Ray finds it; its traceback is not shown."""
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
     words = ["classify", "--scans-uri", tmp_path / "other.parquet", "--output-uri", tmp_path / "o"]
     with pytest.raises(SystemExit) as ended:
@@ -736,10 +736,10 @@ def test_a_plan_of_several_parts_and_more_predictors_than_cpus(
 
 
 @pytest.mark.usefixtures("small_waves")
-def test_an_interrupted_run_is_closed_and_gone_on_with(
+def test_an_interrupted_run_is_closed_and_resumed(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
-    """Where a worker of the first run wakes up after the second, it cannot add a row."""
+    """A stalled worker of the first run cannot add a row after the second run."""
     output = tmp_path / "out"
     job = make_job(inbox, tiny_classifier, output)
 
@@ -784,10 +784,10 @@ def break_stream(
 
 
 @pytest.mark.usefixtures("fake_engine")
-def test_a_stream_that_breaks_goes_on_with_what_is_left(
+def test_a_failed_wave_continues_with_the_other_shards(
     inbox: Path, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a shard was written and its worker died before it could say so."""
+    """Also if a worker dies after it wrote a shard."""
     monkeypatch.setattr(bulk_module, "choose_shard_rows", lambda *_: 3)
     left = iter([1, 2])
 
@@ -808,7 +808,7 @@ def test_a_stream_that_breaks_goes_on_with_what_is_left(
 
 
 @pytest.mark.usefixtures("fake_engine")
-def test_a_stream_that_keeps_breaking_ends_in_an_error(
+def test_a_wave_that_keeps_failing_ends_in_an_error(
     inbox: Path, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
@@ -827,7 +827,7 @@ def test_a_stream_that_keeps_breaking_ends_in_an_error(
 def test_where_the_lock_is_lost_no_wave_is_begun(
     inbox: Path, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is not in the lock could not be closed by the run that holds the output now."""
+    """The next run can only close a wave that is in the lock."""
     opened: list[Wave] = []
     describe_wave = PredictionStore.describe_wave
 

@@ -252,7 +252,7 @@ def test_output_that_nobody_reads_ends_without_an_error() -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for command in ("train", "data fetch")
+        for command in ("", "train", "data fetch")
     }  # at the same time: each imports for seconds
     for process in processes.values():
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""The jobs on a Ray cluster of several nodes: submitted, short of room, robbed of nodes."""
+"""The jobs on a Ray cluster of several nodes: submission, missing resources, lost nodes."""
 
 import json
 import random
@@ -29,7 +29,7 @@ from tests.processes import finish, wait_for
 MAX_PACKAGE_BYTES = 5 * 2**20
 
 
-# Room
+# Resources
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])

@@ -44,11 +44,11 @@ def test_only_what_predicts_in_a_bulk_job_is_given_gpus(
         return map_batches(stream, work, **options)
 
     monkeypatch.setattr(Dataset, "map_batches", record)
-    card = read_classifier_metadata(str(tiny_classifier))
+    metadata = read_classifier_metadata(str(tiny_classifier))
     pool = EnginePool(options=EngineOptions(use_gpu=bool(gpus)), num_engines=1, cpus=0.5, gpus=gpus)
-    stage = PredictStage.of(card, prepare_fake_engine(str(tiny_classifier), pool.options), pool)
+    stage = PredictStage.of(metadata, prepare_fake_engine(str(tiny_classifier), pool.options), pool)
     task = WaveTask(
-        store=PredictionStore.of("nowhere", card),
+        store=PredictionStore.of("nowhere", metadata),
         run="run",
         preprocessing=stage.preprocessing,
         reading=ReadOptions(),

@@ -20,7 +20,7 @@ from werkzeug.serving import make_server
 from brainray import storage
 from brainray.errors import ConfigError, LockLostError, StorageError
 from brainray.io import conditional
-from brainray.io import lock as room
+from brainray.io import lock as lock_module
 from brainray.io.lock import OutputLock, hold_output
 from tests.object_store import (
     BUCKET,
@@ -102,11 +102,11 @@ def is_write(environ: Environ) -> bool:
 
 def expire(monkeypatch: pytest.MonkeyPatch, life_s: float = 0.0) -> None:
     """Have every lease be one that may be taken over."""
-    monkeypatch.setattr(room, "LEASE_LIFE_S", life_s)
+    monkeypatch.setattr(lock_module, "LEASE_LIFE_S", life_s)
 
 
 def keep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "LEASE_LIFE_S", LONG_S)
+    monkeypatch.setattr(lock_module, "LEASE_LIFE_S", LONG_S)
 
 
 def start_holder(place: str, life_s: float, renewal_s: float) -> "subprocess.Popen[str]":
@@ -151,7 +151,7 @@ def test_the_second_is_refused_and_the_state_is_handed_on(place: str) -> None:
 def test_what_was_handed_over_is_not_changed_by_who_goes_on_with_it(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "LEASE_RENEWAL_S", 0.01)
+    monkeypatch.setattr(lock_module, "LEASE_RENEWAL_S", 0.01)
     with hold_output(place) as held:
         mine = {"parts": ["a"]}
         held.update(mine)
@@ -209,7 +209,7 @@ def test_of_several_at_once_one_gets_it(store: ObjectStore, found: str) -> None:
             before.update({"wave": 1})
         if found == "expired":
             left = read_lease() | {"released": False}
-            left["renewed_unix_s"] -= room.LEASE_LIFE_S + 1
+            left["renewed_unix_s"] -= lock_module.LEASE_LIFE_S + 1
             store.put("out/.lock", json.dumps(left).encode())
     together = threading.Barrier(NUM_THREADS)
     refused = threading.Semaphore(0)
@@ -238,12 +238,12 @@ def test_a_lease_is_refused_while_it_is_renewed_and_taken_over_when_it_is_not(
 ) -> None:
     """Also the ones of releases before this, which had neither state nor release."""
     other = {"host": "far", "pid": 7, "id": "other"}
-    fresh = other | {"renewed_unix_s": time.time() - room.LEASE_LIFE_S + 10}
+    fresh = other | {"renewed_unix_s": time.time() - lock_module.LEASE_LIFE_S + 10}
     store.put("out/.lock", json.dumps(fresh).encode())
     with pytest.raises(ConfigError, match=r"\(process 7 on far\)"), hold_output(OUT):
         pass
     assert json.loads(read_content()) == fresh
-    stale = other | {"renewed_unix_s": time.time() - room.LEASE_LIFE_S - 1}
+    stale = other | {"renewed_unix_s": time.time() - lock_module.LEASE_LIFE_S - 1}
     store.put("out/.lock", json.dumps(stale).encode())
     with hold_output(OUT) as held:
         assert held.state == {}
@@ -255,7 +255,7 @@ def test_a_lease_is_refused_while_it_is_renewed_and_taken_over_when_it_is_not(
 def test_no_write_of_a_lease_is_unconditional_and_none_is_deleted(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "LEASE_RENEWAL_S", 0.05)
+    monkeypatch.setattr(lock_module, "LEASE_RENEWAL_S", 0.05)
     for wave in (1, 2):
         with hold_output(OUT) as held:
             held.update({"wave": wave})
@@ -284,7 +284,7 @@ def test_a_service_that_ignores_conditions_is_refused(store: ObjectStore, ignore
 def test_a_lease_is_renewed_through_a_fault(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "LEASE_RENEWAL_S", 0.05)
+    monkeypatch.setattr(lock_module, "LEASE_RENEWAL_S", 0.05)
     with hold_output(OUT) as held:
         began, before = time.monotonic(), read_lease()["renewed_unix_s"]
         store.fail = lambda _: (403, "AccessDenied")
@@ -298,7 +298,7 @@ def test_a_lease_is_renewed_through_a_fault(
             assert time.monotonic() < deadline, "the lease was not renewed after the fault"
             time.sleep(0.05)
         time.sleep(0.4)
-        monkeypatch.setattr(room, "LEASE_LIFE_S", time.monotonic() - began)
+        monkeypatch.setattr(lock_module, "LEASE_LIFE_S", time.monotonic() - began)
         held.check()  # it was renewed since it began
         held.update({"wave": 1})
         with pytest.raises(ConfigError), hold_output(OUT):
@@ -308,16 +308,16 @@ def test_a_lease_is_renewed_through_a_fault(
 def test_a_lease_that_cannot_be_renewed_is_lost_in_time(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "LEASE_RENEWAL_S", 0.05)
+    monkeypatch.setattr(lock_module, "LEASE_RENEWAL_S", 0.05)
     with hold_output(OUT) as held:
         held.update({"wave": 1})
-        monkeypatch.setattr(room, "LEASE_LIFE_S", 0.4)
+        monkeypatch.setattr(lock_module, "LEASE_LIFE_S", 0.4)
         store.fail = lambda environ: (403, "AccessDenied") if is_write(environ) else None
         started = time.monotonic()
         with pytest.raises(LockLostError, match="could not renew"):
             check_for(held, 10)
         assert time.monotonic() - started >= 0.3
-        assert isinstance(held, room._Lease)
+        assert isinstance(held, lock_module._Lease)
         with held._writing:  # no renewal is under way any more
             store.forget()
         keep(monkeypatch)
@@ -348,7 +348,7 @@ def test_who_was_taken_over_finds_out_and_changes_nothing(monkeypatch: pytest.Mo
             second.update({"wave": 2})
             before = read_content()
             first.check()  # it has not asked
-            assert isinstance(first, room._Lease)
+            assert isinstance(first, lock_module._Lease)
             first.renew()
             with pytest.raises(LockLostError, match=f"was taken over by process {os.getpid()}"):
                 first.check()
@@ -454,7 +454,7 @@ def test_a_write_that_is_under_way_while_another_takes_over_comes_too_late(
     keep(monkeypatch)
     with ExitStack() as former, ThreadPoolExecutor(1) as pool:
         lock = former.enter_context(hold_output(OUT))
-        assert isinstance(lock, room._Lease)
+        assert isinstance(lock, lock_module._Lease)
         lock.update({"wave": "first"})
         acts: dict[str, Callable[[], object]] = {
             "update": lambda: lock.update({"wave": "late"}),
@@ -481,7 +481,7 @@ def test_a_write_that_is_under_way_while_another_takes_over_comes_too_late(
 
 def test_a_renewal_that_is_under_way_does_not_undo_an_update(store: ObjectStore) -> None:
     with hold_output(OUT) as held, ThreadPoolExecutor(2) as pool:
-        assert isinstance(held, room._Lease)
+        assert isinstance(held, lock_module._Lease)
         held.update({"wave": 1})
         arrived, go_on = stall_a_write(store)
         renewing = pool.submit(held.renew)

@@ -420,7 +420,7 @@ DENIED = "access is denied. Give credentials with this permission: AWS_ACCESS_KE
 def test_what_the_service_refuses_is_said_with_its_remedy(
     store: ObjectStore, fault: Fault, listing: str, reading: str
 ) -> None:
-    """What S3 answers to HEAD has no body: there, keys and rights cannot be told apart."""
+    """Responses of S3 to HEAD have no body, so wrong keys and missing rights look alike."""
     store.fail = lambda _: fault
     for act, said in (
         (lambda: storage.list_files(place("x")), listing),

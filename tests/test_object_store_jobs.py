@@ -1,4 +1,4 @@
-"""Whole jobs whose every URI is in S3: trained, killed, gone on with, evaluated, classified."""
+"""Whole jobs with all URIs in S3: train, kill, resume, evaluate, classify."""
 
 import io
 import json
@@ -159,7 +159,7 @@ def check_rows(store: ObjectStore, output: str, uris: set[str]) -> None:
 def test_a_stalled_write_of_a_lost_run_cannot_add_a_row(
     store: ObjectStore, inbox: set[str], way: str
 ) -> None:
-    """A run hangs in the middle of a write; another takes its output over; then it goes on."""
+    """A run stalls during a write; another takes over its output; then the first resumes."""
     words = ("--scans-uri", "@many", "--classifier-uri", "@tiny", "--output-uri", f"@{way}")
     words += ("--part-s", "0.01")
 

@@ -46,7 +46,7 @@ def save(pixels: Image.Image, kind: str, **options: Any) -> bytes:  # noqa: ANN4
 @pytest.fixture(scope="module")
 def scans(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fill a folder with scans of many kinds, and with what is no scan."""
-    folder = tmp_path_factory.mktemp("doors") / "Testing"
+    folder = tmp_path_factory.mktemp("skew") / "Testing"
     for name in CLASSES:
         (folder / name).mkdir(parents=True)
         for file in sorted((phantom_folder / "Testing" / name).iterdir())[:3]:

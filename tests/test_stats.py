@@ -247,7 +247,7 @@ def test_a_timeline_is_bounded_and_keeps_its_first_and_last_point(count: int) ->
 
 
 def test_speed_is_measured_from_the_first_shard_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start, which has the import of torch in it, says nothing about the speed."""
+    """The rate excludes the start, with its imports."""
     progress = Progress()
     clock = [100.0]
     monkeypatch.setattr(Progress, "elapsed_s", property(lambda _: clock[0]))

@@ -47,10 +47,10 @@ def test_failing_write_leaves_the_old_file_whole(
     def fail(_: int) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = tmp_path / "card.json"
+    target = tmp_path / "document.json"
     storage.write_bytes(str(target), b"old")
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(StorageError, match=r"Cannot write '.*card\.json': .*No space left"):
+    with pytest.raises(StorageError, match=r"Cannot write '.*document\.json': .*No space left"):
         storage.write_bytes(str(target), b"new and longer")
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
