@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -229,7 +230,8 @@ def write_nearest(
     labels: Sequence[str],
 ) -> pa.Table:
     """Fill the columns on the nearest scan in some rows of a manifest."""
-    for name, values in (("nearest_correlation", correlation), ("nearest_label", labels)):
+    columns: dict[str, Any] = {"nearest_correlation": correlation, "nearest_label": labels}
+    for name, values in columns.items():
         column = np.array(manifest[name].to_pylist(), dtype=object)
         column[rows] = values
         field = MANIFEST_SCHEMA.field(name)
