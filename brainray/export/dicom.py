@@ -22,6 +22,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, UID_dictionary
+from pydicom.valuerep import format_number_as_ds
 
 from brainray.errors import RejectedImage
 from brainray.export.profile import EDITION, Action, read_profile
@@ -287,7 +288,7 @@ def _clean_unlisted(element: DataElement) -> DataElement | None:
         numbers = [int(value) if is_whole else float(value) for value in values]
         if not all(map(math.isfinite, numbers)):
             return None
-        shown = [pydicom.valuerep.format_number_as_ds(one) for one in numbers] if vr == "DS" else []
+        shown = [format_number_as_ds(one) for one in numbers] if vr == "DS" else []
         return _change(element, shown or numbers)
     if vr == "CS":
         words = [str(value).strip().upper() for value in values]
