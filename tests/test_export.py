@@ -1,6 +1,9 @@
 """De-identified exports: one outcome for each slice, pixels kept, identity gone, never mixed."""
 
 import json
+import re
+import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from datetime import date
@@ -13,6 +16,7 @@ import pyarrow.parquet as pq
 import pydicom
 import pytest
 from PIL import Image, ImageDraw
+from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 
 from brainray import cli
@@ -20,9 +24,12 @@ from brainray.dicom_results.destinations import FolderDestination
 from brainray.errors import ConfigError
 from brainray.export import job as job_module
 from brainray.export import profile
+from brainray.export.dicom import Dates, Deidentifier
 from brainray.export.job import ExportJob, export
+from brainray.export.pseudonyms import Pseudonyms
 from brainray.export.rows import KEPT_COLUMNS, LEFT_OUT_COLUMNS
 from brainray.export.text import has_text
+from brainray.images.decode import DecodeLimits
 from brainray.images.dicom import open_dicom
 from brainray.images.dicom_pixels import decode_stored
 from brainray.images.slices import open_file
@@ -256,6 +263,26 @@ def test_pixels_of_compressed_and_big_endian_objects(name: str, tmp_path: Path) 
     found = export_object(tmp_path, content)
     assert found.file_meta.TransferSyntaxUID == pydicom.uid.ExplicitVRLittleEndian
     np.testing.assert_array_equal(found.pixel_array, decode_stored(open_dicom(content)))
+
+
+def validate(path: Path) -> set[str]:
+    """Return the errors that dciodvfy finds, without the values that it quotes."""
+    found = subprocess.run(["dciodvfy", "-new", path], capture_output=True, check=False)
+    lines = (found.stdout + found.stderr).decode(errors="replace").splitlines()
+    return {re.sub(r"= <.*", "", line) for line in lines if line.startswith("Error")}
+
+
+@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dciodvfy is not installed")
+@pytest.mark.parametrize("name", ["MR_small.dcm", "emri_small.dcm", "MR2_UNCR.dcm"])
+@pytest.mark.parametrize("dates", ["remove", "shift"])
+def test_a_validator_finds_no_error_that_the_source_has_not(
+    name: str, dates: Dates, tmp_path: Path
+) -> None:
+    source = Path(get_testdata_file(name))
+    deidentifier = Deidentifier(pseudonyms=Pseudonyms.of(KEY, "test"), dates=dates)
+    written = tmp_path / "a.dcm"
+    written.write_bytes(deidentifier.convert(source.read_bytes(), DecodeLimits()))
+    assert validate(written) <= validate(source)
 
 
 def test_frames_of_an_enhanced_object(tmp_path: Path) -> None:

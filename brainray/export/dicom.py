@@ -22,6 +22,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, UID_dictionary
+from pydicom.valuerep import format_number_as_ds
 
 from brainray.errors import RejectedImage
 from brainray.export.profile import EDITION, Action, read_profile
@@ -72,6 +73,8 @@ _TERMS_TEXT = (
     "PITUITARY|IAC|ROW|COL|COLUMN|2D|3D|3D_TEMPORAL|DISTORTED|UNIFORM|HUMAN_CLASS|"
     # MR: sequences, options, coils, pulses
     "EP|GR|RM|SK|MTC|SS|TRSS|SP|MP|OSP|PER|RG|CG|PPG|FC|PFF|PFP|FS|SPIN|GRADIENT|BOTH|ECHO_PLANAR|"
+    "FULL|CYLINDRICAL|ELLIPSOIDAL|WEIGHTED|COSINE|COSINE_SQUARED|FERMI|GAUSSIAN|HAMMING|HANNING|"
+    "LORENTZIAN|LRNTZ_GSS_TRNSFM|RIESZ|TUKEY|USER_DEFINED|SLICE_AND_FREQ|PRODUCT|RESEARCH|SERVICE|"
     "RECTILINEAR|SPIRAL|RADIAL|LINEAR|REVERSE_LINEAR|CENTRIC|REVERSE_CENTRIC|SEGMENTED|PHASE|"
     "FREQUENCY|SLICE|SLICE_AND_FREQUENCY|SINGLE|PARTIAL|MULTIPLE|ON_RESONANCE|OFF_RESONANCE|WATER|"
     "FAT|WATER_AND_FAT|WATER_FAT|SILICON|FREE_PRECESSION|TRANSVERSE|LONGITUDINAL|RF|"
@@ -80,7 +83,7 @@ _TERMS_TEXT = (
     "BIPOLAR|QUANTITY|PARALLEL|SLICE_SELECT|CORONAL|SAGITTAL|AXIAL|OBLIQUE|IEC|FDA|NONSELECTIVE|"
     "FIRST_LEVEL|SECOND_LEVEL|NORMAL|STIMULATED|DB_DT|E_FIELD|WHOLE_BODY|PARTIAL_BODY|"
     # Pixels
-    "MONOCHROME1|MONOCHROME2|IDENTITY|INVERSE|LINEAR_EXACT|SIGMOID|US|HU|ISO_10918_1|ISO_14495_1|"
+    "MONOCHROME|MONOCHROME1|MONOCHROME2|IDENTITY|INVERSE|LINEAR_EXACT|SIGMOID|US|HU|ISO_10918_1|ISO_14495_1|"
     "ISO_15444_1|CONTRAST|SPATIAL|TEMPORAL|1H"
 )
 _TERMS = frozenset(_TERMS_TEXT.split("|"))
@@ -285,12 +288,12 @@ def _clean_unlisted(element: DataElement) -> DataElement | None:
         numbers = [int(value) if is_whole else float(value) for value in values]
         if not all(map(math.isfinite, numbers)):
             return None
-        shown = [pydicom.valuerep.format_number_as_ds(one) for one in numbers] if vr == "DS" else []
+        shown = [format_number_as_ds(one) for one in numbers] if vr == "DS" else []
         return _change(element, shown or numbers)
     if vr == "CS":
         words = [str(value).strip().upper() for value in values]
         return _change(element, [word if word in _TERMS else "OTHER" for word in words])
-    return _change(element, [REMOVED]) if vr in _TEXT and values else None
+    return _change(element, [REMOVED] if values else []) if vr in _TEXT else None
 
 
 # ---- codes ---------------------------------------------------------------------------------------

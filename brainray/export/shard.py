@@ -20,6 +20,7 @@ from hashlib import sha256
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pydicom
 
 from brainray import storage
@@ -83,8 +84,8 @@ class ShardCounts:
     @classmethod
     def parse(cls, document: dict[str, Any]) -> "ShardCounts":
         """Return the counts that ``asdict`` and JSON made a document of."""
-        counts = {name: Counter(document.pop(name)) for name in ("outcomes", "reasons")}
-        return cls(**counts, **document)
+        counts: dict[str, Any] = {name: Counter(document[name]) for name in ("outcomes", "reasons")}
+        return cls(**(document | counts))
 
     def add(self, other: "ShardCounts") -> None:
         """Add the counts of another shard."""
@@ -111,7 +112,7 @@ def export_shard(shard: int, rows: Iterable[Row], task: ShardTask) -> ShardCount
     counts, exported = ShardCounts(), []
     for name, slices in files.items():
         hidden = [hide_row(row, task.pseudonyms) for row in slices]
-        known = [earlier.get(row["slice_id"]) for row in hidden]
+        known: Sequence[Row | None] = [earlier.get(row["slice_id"]) for row in hidden]
         if not all(_is_final(row, old) for row, old in zip(hidden, known, strict=True)):
             known = _export_file(name, slices, hidden, sources, task)
             counts.num_new += len(slices)
@@ -181,7 +182,7 @@ class _Sources:
         self._listed: dict[str, Row] | None = None
         if task.listed is not None:
             own = task.listed.filter(
-                pa.compute.is_in(task.listed["scan_uri"], pa.array(list(names), pa.string()))
+                pc.is_in(task.listed["scan_uri"], pa.array(list(names), pa.string()))
             )
             self._listed = {row["scan_uri"]: row for row in own.to_pylist()}
 
