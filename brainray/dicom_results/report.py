@@ -290,7 +290,7 @@ def _report_on_ray(job: ReportJob, output: BulkOutput, codes: CodeTable) -> Iter
         report,
         batch_format="pyarrow",
         num_cpus=TASK_CPUS,
-        compute=ray.data.TaskPoolStrategy(size=job.num_tasks),
+        compute=ray.data.TaskPoolStrategy(size=min(job.num_tasks, num_partitions)),
     )
     for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
         for text in batch["outcome"].to_pylist():
