@@ -17,11 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import ray
 import ray.data
+import tyro
 
 from brainray import storage
 from brainray.cluster import TASK_CPUS, connect_ray, raise_own_errors
@@ -78,7 +79,7 @@ class ReportJob:
 
     predictions_uri: str
     """`--output-uri` of `brainray classify`; with --explain there, key slices have class maps."""
-    scans_uri: tuple[str, ...] = ()
+    scans_uri: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Where the scans lie, if they were moved or the output has redacted paths. May be given
     several times."""
     output_uri: str | None = None
@@ -94,7 +95,7 @@ class ReportJob:
     """Key of the output's identifiers, if the bulk job was given one."""
     codes_file: str | None = None
     """TOML or JSON file with the site's codes; its entries replace those of the default table."""
-    kinds: tuple[Kind, ...] = ()
+    kinds: Annotated[tuple[Kind, ...], tyro.conf.UseAppendAction] = ()
     """Objects of each series: `sr`, structured report; `ko`, key object selection; `sc`, summary
     as a secondary capture. All three, if not given; may be given several times."""
     check_again: bool = False
@@ -289,7 +290,7 @@ def _report_on_ray(job: ReportJob, output: BulkOutput, codes: CodeTable) -> Iter
         report,
         batch_format="pyarrow",
         num_cpus=TASK_CPUS,
-        compute=ray.data.TaskPoolStrategy(size=job.num_tasks),
+        compute=ray.data.TaskPoolStrategy(size=min(job.num_tasks, num_partitions)),
     )
     for batch in outcomes.iter_batches(batch_size=None, batch_format="pyarrow"):
         for text in batch["outcome"].to_pylist():
