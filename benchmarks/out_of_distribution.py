@@ -1,13 +1,13 @@
-"""Images that are no brain MRI slices: how many of them a classifier rejects.
+r"""Images that are not brain MRI slices: how many of them a classifier rejects.
 
     pip install matplotlib scikit-image pydicom pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg
-    python benchmarks/outsiders.py --classifier-uri C --scans-uri ../data/Testing
+    python benchmarks/out_of_distribution.py --classifier-uri C --scans-uri ../data/Testing \
+        --images-path pillow-13.0.0/Tests/images
 
-The outsiders are the samples that installed libraries bring (photographs, microscopy, chest
-X-rays, CT, ultrasound), and drawn charts, pages of text, blank and noise images. Beside the
-sealed distance stand other scores that need nothing more, by how well each tells outsiders from
-the scans (AUROC): a threshold of their own could be set on any of them. DICOM images of modality
-MR are left out; what else is in the folders of the libraries is taken whole.
+The images are the samples of installed libraries (photographs, microscopy, chest X-rays, CT,
+ultrasound; no DICOM images of modality MR), drawn charts, pages of text, blank and noise images,
+and a further folder. The scans are real slices, which should pass. Other scores that need no
+training are compared with the bundle's distance by their AUROC.
 """
 
 import io
@@ -38,12 +38,15 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".tif", ".tiff", ".bmp", ".we
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is judged."""
+    """What is measured."""
 
     classifier_uri: str
     """A classifier bundle."""
     scans_uri: str
     """Local folder of real scans."""
+    images_path: Path | None = None
+    """Local folder of further images that are not brain MRI, such as the test images of Pillow's
+    source package."""
 
 
 def find_library_images() -> Iterator[tuple[str, bytes]]:
@@ -122,7 +125,7 @@ def encode(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def compute_outputs(classifier: Classifier, contents: list[bytes]) -> tuple[list[int], Outputs]:
-    """Return the numbers of the images that can be read, and what the network gives for them."""
+    """Return the numbers of the readable images, and the network's outputs for them."""
     images, numbers = [], []
     for number, content in enumerate(contents):
         try:
@@ -140,7 +143,7 @@ def compute_outputs(classifier: Classifier, contents: list[bytes]) -> tuple[list
 
 
 def main(options: Options) -> None:
-    """Print what became of outsiders and of scans, and how well each score tells them apart."""
+    """Print the shares of rejected images and of passed scans, and the AUROC of each score."""
     classifier = load_classifier(options.classifier_uri)
     calibration = classifier.calibration
     scans = [
@@ -148,6 +151,9 @@ def main(options: Options) -> None:
     ]
     _, inside = compute_outputs(classifier, scans)
     found = [*find_library_images(), *find_dicom_images(), *draw_images()]
+    if options.images_path is not None:
+        paths = sorted(path for path in options.images_path.rglob("*") if path.is_file())
+        found += [(options.images_path.name, path.read_bytes()) for path in paths]
     numbers, outside = compute_outputs(classifier, [content for _, content in found])
     kinds = [found[number][0] for number in numbers]
 
@@ -158,12 +164,12 @@ def main(options: Options) -> None:
     by_kind: dict[str, list[bool]] = defaultdict(list)
     for kind, reason in zip(kinds, list_reasons(outside), strict=True):
         by_kind[kind].append(reason == UNLIKE_TRAINING)
-    print(f"{'outsiders':<16}{'n':>6}{'rejected':>10}")
+    print(f"{'images':<16}{'n':>6}{'rejected':>10}")
     for kind, rejected in by_kind.items():
         print(f"{kind:<16}{len(rejected):>6}{np.mean(rejected):>10.1%}")
     everything = np.concatenate(list(by_kind.values()))
     print(f"{'all':<16}{len(everything):>6}{everything.mean():>10.1%}")
-    print(f"could not be read: {len(found) - len(numbers)}")
+    print(f"rejected before the network: {len(found) - len(numbers)} more")
     passed = np.array([reason != UNLIKE_TRAINING for reason in list_reasons(inside)])
     print(f"scans that pass: {passed.mean():.1%} of {len(passed):,}")
 
@@ -173,7 +179,7 @@ def main(options: Options) -> None:
         np.concatenate([inside.features, outside.features]),
     )
     scores = {
-        "distance (sealed)": calibration.compute_distances(both.features),
+        "distance": calibration.compute_distances(both.features),
         "energy": compute_energy(both.logits),
         "1 - confidence": 1 - calibration.calibrate(both.logits).max(axis=1),
     }

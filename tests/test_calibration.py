@@ -237,12 +237,12 @@ def test_asking_for_nothing_changes_nothing() -> None:
 
 @pytest.mark.parametrize("change", [{"scale": None}, {"min_confidence": "much"}, {"facts": 3}])
 def test_damage_is_told(fitted: Calibration, change: dict[str, object]) -> None:
-    with pytest.raises(ClassifierError, match="cannot be understood"):
+    with pytest.raises(ClassifierError, match="is damaged"):
         Calibration.from_json(fitted.to_json() | change, fitted.ood_detector.to_arrays())
 
 
 def test_a_ood_detector_of_other_arrays_is_damage(fitted: Calibration) -> None:
-    with pytest.raises(ClassifierError, match="cannot be understood"):
+    with pytest.raises(ClassifierError, match="is damaged"):
         Calibration.from_json(fitted.to_json(), {"means": np.zeros((1, 2), np.float32)})
 
 

@@ -196,7 +196,7 @@ def edit(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ("preprocessing.size_px", "large", ["damaged"]),
         ("classes", ["a", "b"], ["do not fit", "2 classes"]),
         ("classes", ["a", "b", "c", "d"], ["do not fit", "4 classes"]),
-        ("classes", ["a", "b", "a"], ["damaged", "more than once: a"]),
+        ("classes", ["a", "b", "a"], ["damaged", "Repeated: a"]),
         ("classes", [1, 2, 3], ["damaged"]),
         ("weights.sha256", ..., ["have changed"]),
         ("weights", ..., ["lacks weights"]),

@@ -56,7 +56,7 @@ def test_optimisation_names_the_field_out_of_range(field: str, value: float) -> 
         ("group_correlation", 0.0, "group_correlation must be in .*, got 0.0"),
         ("group_correlation", 1.1, "group_correlation must be in .*, got 1.1"),
         ("classes", ("only",), "at least two classes"),
-        ("classes", ("a", "b", "a"), "more than once: a"),
+        ("classes", ("a", "b", "a"), "Repeated: a"),
     ],
 )
 def test_recipe_names_the_field_that_is_wrong(field: str, value: object, said: str) -> None:

@@ -18,16 +18,19 @@ import pytest
 from brainray import cli
 from brainray.data.slice_columns import describe_slice
 from brainray.errors import RejectedImage
+from brainray.export import dicom as export_dicom
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import OpenedSlice, name_slice
 from brainray.inference import bulk as bulk_module
 from brainray.inference.schema import SCAN_SCHEMA, build_rows
 from brainray.inference.series import summarise_series
+from tests.bulk_output import write_output
 from tests.conftest import CLASSES, REPOSITORY
 from tests.dicom_files import make_mr
 from tests.fakes import FakeEngine, prepare_fake_engine
 from tests.identities import (
     FILE_NAME,
+    NAME,
     TOKENS,
     find_tokens,
     find_tokens_in_folder,
@@ -279,3 +282,61 @@ def test_output_of_the_bulk_job(
     if not redacts:
         assert find_tokens_in_folder(output, and_file_names=True), "paths are kept by default"
     assert KEY not in b"".join(path.read_bytes() for path in output.rglob("*") if path.is_file())
+
+
+# ---- the de-identified export --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("redacts", [True, False])
+@pytest.mark.parametrize("images", ["png", "dicom", "none"])
+def test_deidentified_export(
+    named_folder: Path,
+    tmp_path: Path,
+    images: str,
+    redacts: bool,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Tables, images, settings and what is printed; then again, when sources have gone."""
+    caplog.set_level(logging.DEBUG)
+    files = sorted(named_folder.iterdir())
+    write_output(tmp_path / "predicted", files, redact_paths=redacts)
+    output = tmp_path / "research"
+    arguments = ["--deidentify", "--predictions-uri", tmp_path / "predicted"]
+    arguments += ["--output-uri", output, "--images", images, "--dates", "shift"]
+    arguments += ["--scans-uri", named_folder] * redacts
+    cli.run_export([str(argument) for argument in arguments])
+    rows = pa.parquet.read_table(output / "data").to_pylist()
+    assert sum(row["outcome"] == "exported" for row in rows) > 20
+    assert (images == "none") == (not list(output.glob("images/*/*")))
+    assert find_tokens_in_folder(output, and_file_names=True) == {}
+    for file in files[::2]:
+        file.unlink()
+    for table in output.glob("data/*"):
+        table.unlink()
+    cli.run_export([str(argument) for argument in arguments])
+    assert find_tokens_in_folder(output, and_file_names=True) == {}
+    assert find_tokens("".join(capfd.readouterr()), and_file_names=True) == []
+    check_logs(caplog)
+
+
+def test_deidentified_export_that_fails(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A library that quotes an object in its exception does not get it into an outcome."""
+
+    def fail(dataset: object) -> bytes:
+        raise ValueError(f"{NAME} {dataset}")
+
+    monkeypatch.setattr(export_dicom, "_encode", fail)
+    write_output(tmp_path / "predicted", sorted(folder.iterdir()))
+    output = tmp_path / "research"
+    arguments = ["--deidentify", "--images", "dicom", "--output-uri", str(output)]
+    cli.run_export([*arguments, "--predictions-uri", str(tmp_path / "predicted")])
+    rows = pa.parquet.read_table(output / "data").to_pylist()
+    assert {row["outcome"] for row in rows} == {"rejected"}
+    assert find_tokens_in_folder(output, and_file_names=True) == {}
+    assert find_tokens("".join(capfd.readouterr())) == []

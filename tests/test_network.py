@@ -249,7 +249,7 @@ def test_damaged_weights_are_refused_in_one_line(
 )
 def test_what_is_not_a_state_dict_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"w\.pth' does not hold a state dict"):
+    with pytest.raises(WeightsError, match=r"w\.pth' is not a state dict"):
         fetch_weights("none", str(tmp_path / "w.pth"))
 
 

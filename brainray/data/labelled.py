@@ -296,7 +296,9 @@ def _locate_rows(file: storage.FoundFile, metadata: pq.FileMetaData) -> dict[str
     """Return the columns of :data:`SAMPLE_SCHEMA` that locate the rows of a Parquet file."""
     columns: dict[str, Any] = {"uri": [file.uri] * metadata.num_rows}
     columns["frame"] = [-1] * metadata.num_rows
-    row_groups, rows, sizes = [], [], []
+    row_groups: list[int] = []
+    rows: list[int] = []
+    sizes: list[int] = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         chunks = map(group.column, range(group.num_columns))

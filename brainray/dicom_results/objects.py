@@ -93,14 +93,12 @@ def derive_object_uid(kind: Kind, source_series_uid: str, classifier_id: str, di
 def describe_object(kind: Kind, object_uid: str, result: SeriesResult) -> dict[str, Any]:
     """Return the arguments that highdicom's constructors have in common."""
     classifier_id = result.output.store.classifier_id
-    number = result.source.header.get("SeriesNumber")
-    is_number = str(number or "").strip().isdecimal()
     return {
         "series_instance_uid": derive_series_uid(kind, result.source.study_uid, classifier_id),
         "series_number": SERIES_NUMBERS[kind],
         "sop_instance_uid": object_uid,
         # All results of a study are one series: the number tells which series they are about.
-        "instance_number": max(1, int(number)) if is_number else 1,
+        "instance_number": result.source.series_number or 1,
         "manufacturer": MANUFACTURER,
         "manufacturer_model_name": MODEL_NAME,
         "software_versions": (get_version(result), classifier_id),

@@ -283,7 +283,7 @@ def _report_on_ray(job: ReportJob, output: BulkOutput, codes: CodeTable) -> Iter
     files: Any = ray.data.from_items(store.list_files())
     slices = files.map_batches(read, batch_size=8, num_cpus=TASK_CPUS)
     num_partitions = max(
-        -(-output.num_slices // MAX_PARTITION_ROWS), min(output.num_series, 4 * job.num_tasks)
+        1, -(-output.num_slices // MAX_PARTITION_ROWS), min(output.num_series, 4 * job.num_tasks)
     )
     outcomes = slices.groupby("study", num_partitions=num_partitions).map_groups(
         report,

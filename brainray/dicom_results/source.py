@@ -198,6 +198,11 @@ class SeriesSource:
         """Series Instance UID."""
         return str(self.header.SeriesInstanceUID)
 
+    @property
+    def series_number(self) -> int | None:
+        """Series Number (0020,0011)."""
+        return _get_count(self.header, "SeriesNumber")
+
 
 def read_source(rows: Sequence[Row], reader: SourceReader) -> SeriesSource:
     """Read the headers of the files that some rows of one series were made from.
@@ -220,11 +225,10 @@ def read_source(rows: Sequence[Row], reader: SourceReader) -> SeriesSource:
             continue
         own = _read_header(row, reader)
         header = header or own
-        number = get_value(own, "InstanceNumber")
         instances[row["sop_instance"]] = Instance(
             str(own.SOPClassUID),
             str(own.SOPInstanceUID),
-            int(number) if str(number or "").strip().isdecimal() else None,
+            _get_count(own, "InstanceNumber"),
         )
     assert header is not None, "a series has at least one slice"
     return SeriesSource(header=header, instances=instances)
@@ -254,3 +258,9 @@ def _read_header(row: Row, reader: SourceReader) -> Dataset:
 
 def _parse_header(content: bytes) -> Dataset:
     return pydicom.dcmread(io.BytesIO(content), force=True, stop_before_pixels=True)
+
+
+def _get_count(header: Dataset, keyword: str) -> int | None:
+    """Return a number that counts; None where there is none, or another value."""
+    text = str(get_value(header, keyword) or "").strip()
+    return int(text) if text.isdecimal() else None

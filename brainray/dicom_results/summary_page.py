@@ -97,7 +97,7 @@ def _draw_notice(draw: ImageDraw.ImageDraw) -> None:
 def _draw_answer(draw: ImageDraw.ImageDraw, result: SeriesResult, y: int) -> int:
     """Draw what the series says; return where the next part begins."""
     summary, rule = result.summary, result.output.rule
-    number = result.source.header.get("SeriesNumber")
+    number = result.source.series_number
     facts = [f"series {number}" if number is not None else "one series"]
     facts += [summary["plane"]] if summary["plane"] else []
     facts.append(f"{summary['num_used']} of {summary['num_slices']} slices used")

@@ -56,6 +56,8 @@ _SHIFTED = frozenset(
 )
 """Dates that are kept, moved; all others are removed."""
 _LUT_DATA = Tag("LUTData")
+_CHARACTER_SET = Tag("SpecificCharacterSet")
+"""Of no use: what is left is ASCII."""
 
 _TERMS_TEXT = (
     # Every element
@@ -144,7 +146,7 @@ class Deidentifier:
         target.DeidentificationMethodCodeSequence = list(_describe_method(self.dates))
         is_shifted = self.dates == "shift"
         target.LongitudinalTemporalInformationModified = "MODIFIED" if is_shifted else "REMOVED"
-        target.SOPClassUID = image.instance.sop_class or MRImageStorage
+        target.SOPClassUID = image.sop_class or MRImageStorage
         if not target.get("SOPInstanceUID"):
             raise RejectedImage("corrupt", "The object has no SOP Instance UID (0008,0018).")
         _set_pixels(target, image)
@@ -163,7 +165,7 @@ def _describe_method(dates: Dates) -> Iterator[Dataset]:
 
 
 def _set_pixels(target: Dataset, image: DicomImage) -> None:
-    layout, num_frames = image.layout, len(image.instance.frames)
+    layout, num_frames = image.layout, len(image.slices)
     frames = np.stack([decode_stored(image, frame) for frame in range(num_frames)])
     data = frames.astype(frames.dtype.newbyteorder("<")).tobytes()
     target.SamplesPerPixel = 1
@@ -202,7 +204,7 @@ class _Cleaning:
         """Return a data set of the elements that may be kept, changed where they must be."""
         target = Dataset()
         for tag in source.keys():  # noqa: SIM118 - its items would be read
-            if not _is_kept_group(tag):
+            if not _is_kept_group(tag) or tag == _CHARACTER_SET:
                 continue
             try:
                 cleaned = self._clean_element(source[tag])

@@ -265,7 +265,7 @@ class _Run:
             for uri in batch["item"]:
                 yield read_rows(store, str(uri), num_shards)
 
-        def export(rows: pa.Table) -> pa.Table:
+        def export_rows(rows: pa.Table) -> pa.Table:
             shard = int(rows["shard"][0].as_py())
             counts = export_shard(shard, rows.to_pylist(), _get_task(task))
             return pa.table({"counts": [json.dumps(asdict(counts))]})
@@ -274,7 +274,7 @@ class _Run:
         rows = files.map_batches(read, batch_size=8, num_cpus=TASK_CPUS)
         partitions = min(self.num_shards, 200)
         done = rows.groupby("shard", num_partitions=partitions).map_groups(
-            export,
+            export_rows,
             batch_format="pyarrow",
             num_cpus=TASK_CPUS,
             compute=ray.data.TaskPoolStrategy(size=self.job.num_tasks),

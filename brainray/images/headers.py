@@ -186,7 +186,9 @@ def _read_png(data: bytes, max_pixels: int) -> Header:
     .. [1] W3C, Portable Network Graphics (PNG) Specification (Third Edition), sections 5 and 11.
     """
     view = memoryview(data)
-    kept, packed, orientation = [view[:8]], [], 1
+    kept: list[memoryview] = [view[:8]]
+    packed: list[memoryview] = []
+    orientation = 1
     contents: dict[bytes, bytes] = {}
     for kind, start, length in _iterate_chunks(data):
         end = start + length

@@ -132,7 +132,7 @@ class Chart:
         self._marks.append(inset)
         self._add(box, "", *target)
         middle = target[0] + target[2] / 2
-        self._marks.append(_text(middle, target[1] + target[3] - 8, note, "middle", "note"))
+        self._marks.append(_text(middle, target[1] + target[3] + 13, note, "middle", "note"))
 
     def render(self) -> Markup:
         """Return the chart as an SVG element."""

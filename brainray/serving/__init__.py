@@ -1,1 +1,1 @@
-"""The service over HTTP: requests in, answers out, on Ray Serve."""
+"""The HTTP service, on Ray Serve."""
