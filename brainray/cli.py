@@ -177,7 +177,9 @@ def _make_absolute(value: Any) -> Any:  # noqa: ANN401 - a URI, several, or None
 def _print_overview(given: Sequence[str]) -> int:
     """Print the commands, a completion script or what a mistyped command may mean."""
     if PRINT_COMPLETION in given[:1]:
-        forms = {name: _import_options(command) for name, command in COMMANDS.items()}
+        forms: dict[str, Any] = {
+            name: _import_options(command) for name, command in COMMANDS.items()
+        }
         tyro.extras.subcommand_cli_from_dict(forms, prog="brainray", args=list(given))
     longer = [name for name in COMMANDS if given and name.startswith(f"{given[0]} ")]
     asked = bool({"-h", "--help"}.intersection(given[: 2 if longer else 1]))

@@ -30,7 +30,7 @@ MARK_OF_PLACE = {
     "test_cluster": "ray",
     "test_explain": "heavy",
     "test_faults": "ray",
-    "test_files::test_no_ray_is_loaded": "heavy",
+    "test_files::test_neither_ray_nor_torch_is_loaded": "heavy",
     "test_object_store": "heavy",
     "test_object_store_jobs": "ray",
     "test_dicom_results": "heavy",

@@ -178,8 +178,9 @@ def _classify(
                 key=identifiers.key,
                 labels=ray.put(labels),
             )
-            outputs = ["class_maps"] if job.explain else []
-            stage = PredictStage.of(metadata, engine.result(), pool, outputs)
+            stage = PredictStage.of(
+                metadata, engine.result(), pool, ["class_maps"] if job.explain else []
+            )
             predictor = WavePredictor(task, stage, num_decoders, lock, progress, log, on_progress)
             for wave in plan.list_waves(run, SHARDS_PER_ENGINE * pool.num_engines):
                 predictor.predict(wave)
