@@ -155,7 +155,7 @@ def describe_audit(document: dict[str, Any]) -> list[str]:
     if document["shortcuts"]:
         strongest = max(document["shortcuts"][:-1], key=lambda row: row["balanced_accuracy"])
         lines.append(
-            f"shortcut    {strongest['trait']} alone: balanced accuracy "
+            f"shortcut    {strongest['property']} alone: balanced accuracy "
             f"{strongest['balanced_accuracy']:.1%} (chance {strongest['chance']:.1%})"
         )
     return lines
