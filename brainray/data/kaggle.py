@@ -9,13 +9,12 @@ that of ``--sha256``, where given.
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from brainray.errors import DataError, StorageError
-from brainray.runlog import Log
 
 SUMS_FILE = "SHA256SUMS"
 MAX_NAMED = 3
@@ -65,7 +64,9 @@ class FetchJob:
     """Expected SHA-256 of the list of all files, as an earlier fetch printed it."""
 
 
-def fetch_kaggle_set(job: FetchJob, log: Log, kaggle_set: KaggleSet = BRAIN_TUMOUR_MRI) -> str:
+def fetch_kaggle_set(
+    job: FetchJob, log: Callable[[str], None], kaggle_set: KaggleSet = BRAIN_TUMOUR_MRI
+) -> str:
     """Fetch a data set into a new folder, whole or not at all; or check an existing folder.
 
     Parameters

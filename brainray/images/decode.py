@@ -221,12 +221,12 @@ def _decode_16(header: Header) -> NDArray[np.uint16]:
         image.load()
         samples = np.asarray(image)
     else:  # Pillow reduces 16-bit colour to 8 bits
-        samples = cv2.imdecode(np.frombuffer(header.payload, np.uint8), cv2.IMREAD_UNCHANGED)
-        if samples is None or samples.dtype != np.uint16 or samples.shape[1::-1] != header.size:
+        colours = cv2.imdecode(np.frombuffer(header.payload, np.uint8), cv2.IMREAD_UNCHANGED)
+        if colours is None or colours.dtype != np.uint16 or colours.shape[1::-1] != header.size:
             raise RejectedImage(
                 "corrupt", f"The {header.format} data cannot be decoded. Export the image again."
             )
-        samples = samples[..., [2, 1, 0, 3][: samples.shape[2]]]
+        samples = colours[..., [2, 1, 0, 3][: colours.shape[2]]]  # blue, green, red, alpha
     grey = _to_grey_16(samples)
     if header.white_is_zero:
         grey = np.invert(grey)
