@@ -60,7 +60,7 @@ def keep_aliases(
     args: str | None,
     _: object,
 ) -> tuple[None, None] | None:
-    """Stop numpydoc from giving a type alias the signature of its origin; autodoc 9.0 fails on it."""
+    """Keep numpydoc from giving an alias the signature of its origin, which autodoc 9 rejects."""
     return (None, None) if args is None else None
 
 
