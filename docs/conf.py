@@ -25,7 +25,11 @@ extensions = [
 ]
 templates_path = ["_templates"]
 html_theme = "pydata_sphinx_theme"
-html_theme_options = {"show_prev_next": False, "secondary_sidebar_items": ["page-toc"]}
+html_theme_options = {
+    "collapse_navigation": True,  # full navigation on 170 pages is slow
+    "secondary_sidebar_items": ["page-toc"],
+    "show_prev_next": False,
+}
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4
