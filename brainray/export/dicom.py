@@ -28,10 +28,9 @@ from brainray.errors import RejectedImage
 from brainray.export.profile import EDITION, Action, read_profile
 from brainray.export.pseudonyms import Pseudonyms
 from brainray.images.decode import DecodeLimits
-from brainray.images.dicom import DicomImage, open_dicom
+from brainray.images.dicom import DicomImage, name_uid, open_dicom
 from brainray.images.dicom_file import call_safely, get_value, get_words
 from brainray.images.dicom_pixels import decode_stored
-from brainray.images.dicom_rules import name_uid
 
 Dates = Literal["remove", "shift"]
 
