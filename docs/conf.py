@@ -29,7 +29,10 @@ html_theme_options = {"show_prev_next": False, "secondary_sidebar_items": ["page
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4
-suppress_warnings = ["misc.highlighting_failure"]  # console blocks that end in `…`
+suppress_warnings = [
+    "misc.highlighting_failure",  # console blocks that end in `…`
+    "ref.python",  # annotations whose short name two modules have
+]
 
 autosummary_generate = True
 autodoc_default_options = {"members": True, "show-inheritance": True}
@@ -48,6 +51,20 @@ def read_root_page(_app: Sphinx, name: str, source: list[str]) -> None:
     source[0] = text
 
 
+def keep_aliases(
+    _app: Sphinx,
+    _what: str,
+    _name: str,
+    _obj: object,
+    _options: object,
+    args: str | None,
+    _: object,
+) -> tuple[None, None] | None:
+    """Keep numpydoc from giving an alias the signature of its origin, which autodoc 9 rejects."""
+    return (None, None) if args is None else None
+
+
 def setup(app: Sphinx) -> None:
-    """Connect to the event at which pages are read."""
+    """Connect to Sphinx's events."""
     app.connect("source-read", read_root_page)
+    app.connect("autodoc-process-signature", keep_aliases, priority=400)  # before numpydoc's 500

@@ -413,7 +413,8 @@ def build_sketches(vectors: FloatRows, num_axes: int = NUM_AXES) -> FloatRows:
     """Shorten vectors (N, D) to sketches, whose products are upper bounds of the vectors' products.
 
     A sketch has the vector's coordinates on the leading principal axes, and the length of the rest:
-    x·y = Px·Py + Rx·Ry ≤ Px·Py + |Rx| |Ry|, by Cauchy and Schwarz. Shape (N, min(num_axes, D) + 1).
+    ``x·y = Px·Py + Rx·Ry ≤ Px·Py + |Rx| |Ry|``, by Cauchy and Schwarz.
+    Shape (N, min(num_axes, D) + 1).
     """
     sample = vectors[:: max(1, len(vectors) // _AXES_ROWS)]
     _, axes = np.linalg.eigh(sample.T @ sample)  # ascending; any orthonormal axes keep the bound

@@ -1,4 +1,4 @@
-"""The architecture of ResNet-50, as numbers: for what opens or builds it without torch.
+"""The architecture of ResNet-50, as numbers [1]_: for what opens or builds it without torch.
 
 References
 ----------

@@ -17,7 +17,7 @@ from brainray.serving.problem import Problem
 FILES_FIELD = "files"
 MULTIPART, OCTETS = "multipart/form-data", "application/octet-stream"
 FILE_TYPES = (OCTETS, "application/dicom", "application/gzip", "application/x-gzip")
-"""Types of a body that is one file, beside image/*. The file's bytes determine its format."""
+"""Types of a body that is one file, beside ``image/*``. The file's bytes determine its format."""
 MAX_NAME_CHARACTERS = 255
 
 
