@@ -139,7 +139,7 @@ class NoOptions:
 
 
 def _import_options(command: Command) -> type:
-    kind: Any = NoOptions
+    kind: type = NoOptions
     if command.options is not None:
         module, _, name = command.options.partition(":")
         kind = getattr(importlib.import_module(module), name)

@@ -49,6 +49,8 @@ class ConsoleReporter:
         self.verbose = verbose
         self._prints_json = json
         self._console = Console(highlight=False, soft_wrap=True, stderr=json)
+        if not self._console.is_terminal:
+            self._console.width = PIPED_WIDTH
         self._bar: rich.progress.Progress | None = None
         self._epoch, self._epoch_started_s = -1, 0.0
         self._printed_s = time.monotonic()
@@ -73,8 +75,7 @@ class ConsoleReporter:
             if isinstance(line, str):
                 self.log(line)
             else:
-                width = None if self._console.is_terminal else PIPED_WIDTH
-                self._console.print(line, soft_wrap=False, width=width)
+                self._console.print(line, soft_wrap=False)
 
     def on_step(self, message: dict[str, Any]) -> None:
         """Show the progress of an epoch."""

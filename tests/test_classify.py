@@ -204,7 +204,7 @@ def test_every_scan_has_its_row_and_the_rows_say_what_the_classifier_says(
     assert metrics == json.loads((output / "metrics.json").read_text())
     report = (output / "report.html").read_text()
     assert classifier.classifier_id in report
-    assert "Where the network saw" not in report
+    assert "Class activation map of" not in report
     assert {path.name for path in output.iterdir()} >= {"predictions", "report.html", ".lock"}
     assert not (output / ".plan").exists()
 
@@ -244,7 +244,7 @@ def test_explained_rows_have_the_map_of_their_class(
     )
     assert mistakes
     report = (output / "report.html").read_text()
-    assert report.count('alt="Where the network saw ') == len(rows) - 1 + mistakes
+    assert report.count('alt="Class activation map of ') == len(rows) - 1 + mistakes
 
     monkeypatch.setattr(bulk_module, "prepare_engine", prepare_fake_engine)
     shutil.copy(next(phantom_folder.glob("Training/*/*")), inbox / "new.jpg")

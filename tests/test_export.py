@@ -499,9 +499,13 @@ def test_an_output_without_paths_needs_the_scans(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("local_ray", "small_shards")
-def test_on_ray_the_export_is_the_same(tmp_path: Path) -> None:
+def test_on_ray_the_export_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_output(tmp_path / "bulk", make_series(tmp_path / "scans"))
-    export_here(tmp_path / "bulk", tmp_path / "out")
+    here = export_here(tmp_path / "bulk", tmp_path / "here")
+    monkeypatch.setattr(job_module, "MAX_LOCAL_SLICES", 0)
+    assert export_here(tmp_path / "bulk", tmp_path / "out") == here
+    by_id = {row["slice_id"]: row for row in read_rows(tmp_path / "here")}
+    assert {row["slice_id"]: row for row in read_rows(tmp_path / "out")} == by_id
     rows = read_rows(tmp_path / "out")
     assert len(rows) == len({row["slice_id"] for row in rows}) == 8
     assert {row["outcome"] for row in rows} == {"exported"}
@@ -555,11 +559,11 @@ def test_identity_is_left_out_only_when_it_is_asked_for(
     write_output(tmp_path / "bulk", make_series(tmp_path / "scans"))
     options = ["--predictions-uri", str(tmp_path / "bulk"), "--output-uri", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as ended:
-        cli.run_export(options)
+        cli.main(["export", *options])
     assert ended.value.code == 2
     assert "--deidentify" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    cli.run_export([*options, "--deidentify"])
+    cli.main(["export", *options, "--deidentify"])
     printed = capsys.readouterr().out
     assert "8 exported, 0 rejected" in printed
     assert "faces" in printed

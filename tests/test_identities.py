@@ -305,7 +305,7 @@ def test_deidentified_export(
     arguments = ["--deidentify", "--predictions-uri", tmp_path / "predicted"]
     arguments += ["--output-uri", output, "--images", images, "--dates", "shift"]
     arguments += ["--scans-uri", named_folder] * redacts
-    cli.run_export([str(argument) for argument in arguments])
+    cli.main(["export", *map(str, arguments)])
     rows = pa.parquet.read_table(output / "data").to_pylist()
     assert sum(row["outcome"] == "exported" for row in rows) > 20
     assert (images == "none") == (not list(output.glob("images/*/*")))
@@ -314,7 +314,7 @@ def test_deidentified_export(
         file.unlink()
     for table in output.glob("data/*"):
         table.unlink()
-    cli.run_export([str(argument) for argument in arguments])
+    cli.main(["export", *map(str, arguments)])
     assert find_tokens_in_folder(output, and_file_names=True) == {}
     assert find_tokens("".join(capfd.readouterr()), and_file_names=True) == []
     check_logs(caplog)
@@ -335,7 +335,7 @@ def test_deidentified_export_that_fails(
     write_output(tmp_path / "predicted", sorted(folder.iterdir()))
     output = tmp_path / "research"
     arguments = ["--deidentify", "--images", "dicom", "--output-uri", str(output)]
-    cli.run_export([*arguments, "--predictions-uri", str(tmp_path / "predicted")])
+    cli.main(["export", *arguments, "--predictions-uri", str(tmp_path / "predicted")])
     rows = pa.parquet.read_table(output / "data").to_pylist()
     assert {row["outcome"] for row in rows} == {"rejected"}
     assert find_tokens_in_folder(output, and_file_names=True) == {}

@@ -153,7 +153,7 @@ def test_the_loader_is_resident_where_the_pixels_fit(
     monkeypatch.setattr(fingerprint, "OBJECT_STORE_SHARE", 0.0)
     outside = scan(phantom_folder).store
     assert choose_loader("auto", outside, PREPROCESSING) == "stream"
-    with pytest.raises(ConfigError, match="--loader resident: expected pixels that fit"):
+    with pytest.raises(ConfigError, match="--loader resident: the pixels at 32 px do not fit"):
         choose_loader("resident", outside, PREPROCESSING)
 
 

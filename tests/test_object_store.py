@@ -410,7 +410,7 @@ DENIED = "access is denied. Give credentials with this permission: AWS_ACCESS_KE
         ((403, "AccessDenied"), DENIED, DENIED),
         ((403, "SignatureDoesNotMatch"), "the secret key does not match the access key", DENIED),
         ((403, "InvalidAccessKeyId"), "the service does not know the access key", DENIED),
-        ((400, "ExpiredToken"), "the credentials have expired", "Check AWS_REGION, and whether"),
+        ((400, "ExpiredToken"), "the credentials have expired", "Check AWS_REGION, and the age"),
         ((301, "PermanentRedirect"), "in another region. Set AWS_REGION", "in another region"),
         ((400, "AuthorizationHeaderMalformed"), "in another region", "Check AWS_REGION"),
         ((404, "NoSuchBucket"), "there is no such bucket. Check its name", "no such bucket"),

@@ -144,7 +144,7 @@ def test_the_classifier_has_a_model_card(
 ) -> None:
     job, metrics, _ = finished
     text = Path(job.at("classifier", "MODEL_CARD.md")).read_text()
-    found = load_classifier(job.at("classifier")).card["model_card"]
+    found = load_classifier(job.at("classifier")).metadata["model_card"]
     for split in ("test", "val"):
         accuracy = metrics[split]["accuracy"]
         assert found["results"][split]["accuracy"] == accuracy
@@ -264,7 +264,7 @@ def test_the_bundle_says_in_which_precision_it_was_trained(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
     job, metrics, _ = finished
-    card = load_classifier(job.at("classifier")).card
+    card = load_classifier(job.at("classifier")).metadata
     assert card["training"]["precision"] == "fp32" == metrics["training"]["precision"]
     assert card["model_card"]["training"]["precision"] == "fp32"
 
@@ -273,7 +273,7 @@ def test_calibration_is_fitted_to_what_the_engine_that_ships_predicts(
     finished: tuple[TrainJob, dict[str, Any], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, _, _ = finished
-    for module in ("training.finalize", "model.calibration"):
+    for module in ("training.finalize", "model.fit_calibration"):
         monkeypatch.setattr(f"brainray.{module}.MIN_IMAGES", 10)
     data = prepare_training_data(find_samples(job.data_uri, TINY.classes), TINY)
     calibration = calibrate_classifier(job, data, log=lambda _: None)
@@ -334,7 +334,7 @@ def test_the_report_shows_where_the_class_was_seen_that_a_scan_was_taken_for(
     expected = render_overlay(
         class_map, scan.samples, scan.frame, STRIDE_PX, shown_px=GALLERY_OVERLAY_PX
     )
-    assert images[1]["alt"] == f"Where the network saw {worst['predicted_class']}"
+    assert images[1]["alt"] == f"Class activation map of {worst['predicted_class']}"
     shown = base64.b64decode((images[1]["src"] or "").partition(",")[2])
     pictures = [np.asarray(Image.open(io.BytesIO(png)), int) for png in (shown, expected)]
     np.testing.assert_allclose(*pictures, atol=2)

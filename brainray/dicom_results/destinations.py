@@ -16,6 +16,7 @@ import pydicom
 from brainray import storage
 from brainray.dicom_results.objects import Kind
 from brainray.errors import DicomResultsError
+from brainray.io.deidentified import refuse_deidentified
 
 if TYPE_CHECKING:
     from brainray.dicom_results.dicomweb import DicomWeb
@@ -82,6 +83,7 @@ class FolderDestination:
 
     def check(self) -> None:
         """See :meth:`Destination.check`."""
+        refuse_deidentified(self.folder_uri)
         storage.check_writable(self.folder_uri)
 
     def has(self, target: Target) -> bool:

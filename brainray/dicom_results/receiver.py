@@ -264,7 +264,7 @@ def _read_uids(content: bytes) -> tuple[str, str]:
     """Return the study's and the object's UID, reading no further than to them."""
 
     def is_behind(tag: BaseTag, _vr: str | None, _length: int) -> bool:
-        return tag > _STUDY_UID
+        return bool(tag > _STUDY_UID)
 
     found: Dataset = read_partial(
         io.BytesIO(content), is_behind, specific_tags=[_STUDY_UID, _SOP_UID]
@@ -311,7 +311,7 @@ def _start_server(job: ReceiveJob, service: _Service, tls: ssl.SSLContext | None
     for uid in classes if job.all_classes else MR_CLASSES:
         entity.add_supported_context(uid, TRANSFER_SYNTAXES)
     try:
-        server = entity.make_server(
+        server: _Server = entity.make_server(
             (job.host, job.port),
             ssl_context=tls,
             evt_handlers=service.handlers,
@@ -348,7 +348,7 @@ class _Server(ThreadedAssociationServer):  # type: ignore[misc]  # it may be abs
 
     def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ANN401, ARG002
         """Close a connection at once where many wait for their association, or its refusal."""
-        return len(self.active_associations) < 2 * self.ae.maximum_associations
+        return bool(len(self.active_associations) < 2 * self.ae.maximum_associations)
 
     def finish_request(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
         """Agree on TLS, then start the association; runs in a thread of its own."""

@@ -171,9 +171,9 @@ def _draw_chart(page: Image.Image, draw: ImageDraw.ImageDraw, result: SeriesResu
         for number, key in enumerate(result.key_slices, 1)
     ]
     free = 0.0
-    for x, number in sorted(numbers):  # beside each other where the slices are too near
-        _write(draw, left + max(x, free), y + _CHART_PX + 4, str(number), 20, _INK, "ma")
-        free = max(x, free) + 18
+    for offset, number in sorted(numbers):  # side by side if the slices are close
+        _write(draw, left + max(offset, free), y + _CHART_PX + 4, str(number), 20, _INK, "ma")
+        free = max(offset, free) + 18
     text = f"{len(places)} slices in the order of their positions; numbers: key slices"
     _write(draw, left, y + _CHART_PX + 30, text, 20, _MUTED)
     return y + _CHART_PX + 54

@@ -21,14 +21,14 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, UID_dictionary
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 from pydicom.valuerep import format_number_as_ds
 
 from brainray.errors import RejectedImage
 from brainray.export.profile import EDITION, Action, read_profile
 from brainray.export.pseudonyms import Pseudonyms
 from brainray.images.decode import DecodeLimits
-from brainray.images.dicom import DicomImage, open_dicom
+from brainray.images.dicom import DicomImage, name_uid, open_dicom
 from brainray.images.dicom_file import call_safely, get_value, get_words
 from brainray.images.dicom_pixels import decode_stored
 
@@ -255,7 +255,7 @@ class _Cleaning:
         return _change(element, []) if action == "empty" else None
 
     def _map_uid(self, uid: str) -> str:
-        if UID(uid) in UID_dictionary:
+        if name_uid(uid) == uid:
             return uid
         return self.owner.pseudonyms.make_uid(uid)
 

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any
 
@@ -146,9 +146,8 @@ def export(
         fixed = {"num_shards": -(-num_slices // SLICES_PER_SHARD) or 1}
         fixed = claim_for_export(job.output_uri, settings, fixed, work_folder=WORK_FOLDER)
         run = _Run(job, store, identifiers, pseudonyms, int(fixed["num_shards"]))
-        on_cluster = bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
         total = ShardCounts()
-        if on_cluster or num_slices > MAX_LOCAL_SLICES:
+        if os.environ.get("RAY_ADDRESS") or num_slices > MAX_LOCAL_SLICES:
             connect_ray(verbose=verbose)
             done = run.export_on_ray()
         else:
@@ -268,7 +267,7 @@ class _Run:
         def export_rows(rows: pa.Table) -> pa.Table:
             shard = int(rows["shard"][0].as_py())
             counts = export_shard(shard, rows.to_pylist(), _get_task(task))
-            return pa.table({"counts": [json.dumps(asdict(counts))]})
+            return pa.table({"counts": [counts.encode()]})
 
         files: Any = ray.data.from_items(self.store.list_files())
         rows = files.map_batches(read, batch_size=8, num_cpus=TASK_CPUS)
@@ -281,7 +280,7 @@ class _Run:
         )
         for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
             for text in batch["counts"].to_pylist():
-                yield ShardCounts.parse(json.loads(text))
+                yield ShardCounts.decode(text)
         groups: Any = ray.remote(num_cpus=TASK_CPUS)(_Run.write_groups)
         ray.get(groups.remote(self))
 

@@ -15,7 +15,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -81,10 +81,15 @@ class ShardCounts:
     num_with_text: int = 0
     num_burned_in_unknown: int = 0
 
+    def encode(self) -> str:
+        """Return the counts as JSON; ``asdict`` would count the pairs of a Counter."""
+        return json.dumps({one.name: getattr(self, one.name) for one in fields(self)})
+
     @classmethod
-    def parse(cls, document: dict[str, Any]) -> "ShardCounts":
-        """Return the counts that ``asdict`` and JSON made a document of."""
-        counts: dict[str, Any] = {name: Counter(document[name]) for name in ("outcomes", "reasons")}
+    def decode(cls, text: str) -> "ShardCounts":
+        """Return the counts that :meth:`encode` made a text of."""
+        document = json.loads(text)
+        counts = {name: Counter(document[name]) for name in ("outcomes", "reasons")}
         return cls(**(document | counts))
 
     def add(self, other: "ShardCounts") -> None:

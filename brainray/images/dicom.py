@@ -161,7 +161,7 @@ def open_dicom(
         fragments = call_safely(find_frames, parsed.content, pixels.offset, num_frames)
     return DicomImage(
         slices=slices,
-        sop_class=parsed.sop_class if _name_uid(parsed.sop_class) == parsed.sop_class else None,
+        sop_class=parsed.sop_class if name_uid(parsed.sop_class) == parsed.sop_class else None,
         transfer_syntax=parsed.transfer_syntax,
         layout=layout,
         dataset=parsed.dataset,
@@ -192,7 +192,7 @@ def _check_object(parsed: ParsedFile) -> PixelElement:
     if parsed.transfer_syntax not in PLUGINS:
         raise RejectedImage(
             "unsupported",
-            f"Transfer syntax {_name_uid(parsed.transfer_syntax)} is not supported. "
+            f"Transfer syntax {name_uid(parsed.transfer_syntax)} is not supported. "
             "Convert the file to Explicit VR Little Endian.",
         )
     return parsed.pixels
@@ -407,7 +407,7 @@ def reject(reason: str) -> RejectedImage:
     return RejectedImage(reason, _MESSAGES[reason])
 
 
-def _name_uid(uid: str) -> str:
+def name_uid(uid: str) -> str:
     """Return a registered UID; others may identify a device or a person."""
     return uid if UID(uid).name != uid else "a private UID"
 
@@ -425,7 +425,7 @@ def _find_object_rejection(dataset: Dataset, sop_class: str) -> str | None:
         return "secondary_capture"
     if sop_class == _PARAMETRIC_MAP:
         return "derived_map"
-    is_other_class = sop_class not in MR_IMAGE_CLASSES and _name_uid(sop_class) == sop_class != ""
+    is_other_class = sop_class not in MR_IMAGE_CLASSES and name_uid(sop_class) == sop_class != ""
     if is_other_class or modality not in ((), ("MR",)):
         return "not_mr"
     return None

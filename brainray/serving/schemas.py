@@ -18,7 +18,6 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Millimetres = Annotated[float, Field(ge=-MAX_POSITION_MM, le=MAX_POSITION_MM, allow_inf_nan=False)]
 Cosine = Annotated[float, Field(ge=-MAX_COSINE, le=MAX_COSINE, allow_inf_nan=False)]
 IdentifierHash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-Reason = Literal[tuple(REASONS)]  # type: ignore[valid-type]
 OutputName = Literal["probs", "predicted_class", "status", "reason"]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -39,7 +38,7 @@ class SliceBody(Body):
         default=None, ge=0, description="Number of the slice in its file; null if it has one slice."
     )
     status: Status
-    reason: Reason | None = Field(
+    reason: Literal[tuple(REASONS)] | None = Field(  # type: ignore[valid-type]
         default=None, description="Stable code of why the slice has no class."
     )
     detail: str | None = Field(default=None, description="The reason in a sentence.")
@@ -99,7 +98,7 @@ class PictureBody(Body):
     upload: int = Field(ge=0, description="Number of the file in the request, from 0.")
     frame: int | None = Field(ge=0, description="Number of the slice in its file.")
     png: str | None = Field(default=None, description="8-bit grey PNG, base64.")
-    reason: Reason | None = None
+    reason: Literal[tuple(REASONS)] | None = None  # type: ignore[valid-type]
     detail: str | None = None
 
 
