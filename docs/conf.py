@@ -26,10 +26,11 @@ extensions = [
 templates_path = ["_templates"]
 html_theme = "pydata_sphinx_theme"
 html_theme_options = {
-    "collapse_navigation": True,  # full navigation on 170 pages is slow
+    "header_links_before_dropdown": 8,
     "secondary_sidebar_items": ["page-toc"],
     "show_prev_next": False,
 }
+html_sidebars = {"*": []}  # guides have no pages below them; those of the reference have
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4
@@ -42,6 +43,7 @@ autosummary_generate = True
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+add_module_names = False
 numpydoc_show_class_members = False
 
 
