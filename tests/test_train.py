@@ -215,7 +215,7 @@ def test_the_saved_statistics_are_of_training_images_as_they_are(
     norm = classifier.build_network().get_submodule("bn1")
     assert isinstance(norm, torch.nn.BatchNorm2d)
     torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
-    assert any(f"statistics on {len(images)} images" in line for line in lines)
+    assert any(f"statistics on {len(images)} unaugmented images" in line for line in lines)
 
 
 def test_predictions_are_those_of_the_saved_classifier(
@@ -384,7 +384,7 @@ def test_changed_data_are_refused(
     run = json.loads(Path(job.at("run.json")).read_text()) | {"data_uri": str(copy)}
     (output / "run.json").write_text(json.dumps(run))
     next((copy / "Training" / "glioma").iterdir()).unlink()
-    with pytest.raises(ConfigError, match="are not those that the run"):
+    with pytest.raises(ConfigError, match="have changed since the run"):
         train(build_job(copy, output))
 
 
@@ -469,9 +469,9 @@ def test_the_workers_agree_whether_all_have_bf16(tmp_path: Path) -> None:
     ("asked", "has_bf16", "taken", "said"),
     [
         ("auto", True, "bf16", None),
-        ("auto", False, "fp32", "Computing in fp32"),
+        ("auto", False, "fp32", "Training in fp32"),
         ("bf16", True, "bf16", None),
-        ("bf16", False, "bf16", "Computing in bf16, which is emulated"),
+        ("bf16", False, "bf16", "Training in bf16, which this machine emulates"),
         ("fp32", False, "fp32", None),
         ("fp32", True, "fp32", None),
     ],
