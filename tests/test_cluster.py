@@ -16,7 +16,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from brainray import cluster as cluster_room
+from brainray import cluster as cluster_module
 from brainray.cluster import Need, check_fits, count_fitting, find_lacking, share_cpus
 from brainray.cluster import report_waiting as tell
 from brainray.errors import ConfigError
@@ -74,9 +74,9 @@ def test_what_does_not_fit_is_said_with_what_there_is() -> None:
 def known_nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Stand in for the nodes that Ray knows, in a cluster that was joined."""
     nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"CPU": 1.0}, "Labels": {}}]
-    monkeypatch.setattr(cluster_room.ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(cluster_room, "JOINING_S", 0.5)
-    monkeypatch.setattr(cluster_room, "TELL_S", 0.02)
+    monkeypatch.setattr(cluster_module.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(cluster_module, "JOINING_S", 0.5)
+    monkeypatch.setattr(cluster_module, "WAIT_LOG_INTERVAL_S", 0.02)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     return nodes
 
@@ -87,7 +87,7 @@ TWO = Need(bundle={"CPU": 0.9}, count=2, what="worker", remedy="ask for less")
 def test_a_cluster_that_is_too_small_is_refused_unless_it_can_grow(
     known_nodes: list[dict[str, Any]],
 ) -> None:
-    with pytest.raises(ConfigError, match=r"resources for 1 .* The cluster has no autoscaler"):
+    with pytest.raises(ConfigError, match=r"1 fit on the cluster .* The cluster has no autoscaler"):
         check_fits(TWO)
     known_nodes[0]["Labels"] = {"ray.io/node-group": "head"}
     check_fits(TWO)

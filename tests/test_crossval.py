@@ -211,7 +211,7 @@ def test_what_was_finished_is_not_done_again(halved: Outcome) -> None:
     assert lines[0].startswith("Resuming the run in ")
     assert "Fold 1 of 2 is finished." in lines
     (second,) = [line for line in lines if line.startswith("Fold 2 of 2: ")]
-    assert "to choose the epoch" in second
+    assert "for validation" in second
     assert sum(line.startswith("epoch ") for line in lines) == TINY.num_epochs
 
 
