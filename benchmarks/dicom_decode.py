@@ -155,7 +155,7 @@ def main() -> None:
     for syntax in (*UNCOMPRESSED, *BY_PYDICOM, JPEGBaseline8Bit, *BY_GDCM):
         content = make_file(syntax)
         image = open_dicom(content)
-        assert image.instance.transfer_syntax == syntax
+        assert image.transfer_syntax == syntax
         opening = measure(lambda content=content: open_dicom(content))
         decoding = measure(lambda image=image: decode_frame(image))
         share = 100 * (opening + decoding) / network_ms
