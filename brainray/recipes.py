@@ -59,8 +59,8 @@ def cpu() -> TrainConfig:
 def cpu_long() -> TrainConfig:
     """Train on a few CPU cores for hours: 96 px, 56 epochs, stronger grey augmentation.
 
-    It takes 85 to 105 minutes on two Zen 4 cores. From random weights on the Kaggle set, one seed
-    has 0.973 on validation by groups and 0.982 on Testing (docs/results.md).
+    It took 103 minutes on two Zen 4 cores beside other work. From random weights on the Kaggle
+    set, one seed has 0.973 on validation by groups and 0.982 on Testing (docs/results.md).
     """
     short = cpu()
     return dataclasses.replace(

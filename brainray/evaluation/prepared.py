@@ -105,7 +105,7 @@ def group_samples(
     min_correlation : float
         Thumbnails of one group correlate at least this much, in (0, 1].
     with_properties : bool
-        As in :func:`brainray.data.scan.scan_samples`.
+        As in :func:`brainray.data.fingerprint.fingerprint_samples`.
 
     Raises
     ------
