@@ -274,11 +274,15 @@ def describe_error(error: Exception) -> str:
     return str(error)
 
 
-def _get_info(filesystem: fs.FileSystem, path: str) -> fs.FileInfo:
-    """Return the kind of a path; a missing bucket is an error."""
-    info = filesystem.get_file_info(path)
-    if info.type == fs.FileType.NotFound:
-        _check_bucket(filesystem)
+def _get_info(uri: str) -> fs.FileInfo:
+    """Return the type, size and time of a URI; a missing bucket is an error."""
+    filesystem, path = resolve(uri)
+    try:
+        info = filesystem.get_file_info(path)
+        if info.type == fs.FileType.NotFound:
+            _check_bucket(filesystem)
+    except (OSError, ValueError) as error:
+        raise explain("access", uri, error) from error
     return info
 
 
@@ -289,11 +293,7 @@ def _check_bucket(filesystem: fs.FileSystem) -> None:
 
 def exists(uri: str) -> bool:
     """Return whether a file or a folder exists."""
-    filesystem, path = resolve(uri)
-    try:
-        return bool(_get_info(filesystem, path).type != fs.FileType.NotFound)
-    except OSError as error:
-        raise explain("access", uri, error) from error
+    return bool(_get_info(uri).type != fs.FileType.NotFound)
 
 
 def is_folder(uri: str) -> bool:
@@ -301,11 +301,7 @@ def is_folder(uri: str) -> bool:
     local = _local_path(uri)
     if local is not None:
         return local.is_dir()
-    filesystem, path = resolve(uri)
-    try:
-        return bool(_get_info(filesystem, path).type == fs.FileType.Directory)
-    except OSError as error:
-        raise explain("access", uri, error) from error
+    return bool(_get_info(uri).type == fs.FileType.Directory)
 
 
 def list_files(uri: str) -> list[FoundFile]:
@@ -318,22 +314,36 @@ def list_files(uri: str) -> list[FoundFile]:
     StorageError
         The folder is missing, is a file, or is not readable.
     """
-    filesystem, root = resolve(uri)
-    base = make_absolute(uri)
-    try:
-        infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-    except FileNotFoundError as error:
-        raise StorageError(f"No folder at '{uri}'. Check the path, or mount it.") from error
-    except (OSError, UnicodeError) as error:
-        raise explain("list", uri, error) from error
-    prefix = root.rstrip("/") + "/"
+    base, prefix = make_absolute(uri), resolve(uri)[1].rstrip("/") + "/"
     found = [
         FoundFile(join(base, relative), relative, int(info.size or 0))
-        for info in infos
+        for info in _get_infos_below(uri, recursive=True)
         if info.type == fs.FileType.File
         for relative in [info.path.removeprefix(prefix)]
     ]
     return sorted(found, key=lambda file: file.relative_path)
+
+
+def list_folders(uri: str) -> list[str]:
+    """List the names of the folders directly below a folder, sorted.
+
+    Raises
+    ------
+    StorageError
+        The folder is missing, is a file, or is not readable.
+    """
+    infos = _get_infos_below(uri, recursive=False)
+    return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
+
+
+def _get_infos_below(uri: str, *, recursive: bool) -> list[fs.FileInfo]:
+    filesystem, path = resolve(uri)
+    try:
+        return list(filesystem.get_file_info(fs.FileSelector(path, recursive=recursive)))
+    except FileNotFoundError as error:
+        raise StorageError(f"No folder at '{uri}'. Check the path, or mount it.") from error
+    except (OSError, UnicodeError) as error:
+        raise explain("list", uri, error) from error
 
 
 def list_folder(uri: str, root: str) -> tuple[list[FoundFile], list[str]]:
@@ -422,33 +432,12 @@ def find_file(uri: str) -> FoundFile | None:
             if not os.path.lexists(local) or local.is_dir():
                 return None
             return FoundFile(absolute, name, *_measure(local))
-        filesystem, path = resolve(uri)
-        info = _get_info(filesystem, path)
-    except StorageError:
-        raise
     except (OSError, ValueError) as error:
         raise explain("access", uri, error) from error
+    info = _get_info(uri)
     if info.type != fs.FileType.File:
         return None
     return FoundFile(absolute, name, int(info.size or 0), int(info.mtime_ns or 0))
-
-
-def list_folders(uri: str) -> list[str]:
-    """List the names of the folders directly below a folder, sorted.
-
-    Raises
-    ------
-    StorageError
-        The folder is missing, is a file, or is not readable.
-    """
-    filesystem, root = resolve(uri)
-    try:
-        infos = filesystem.get_file_info(fs.FileSelector(root))
-    except FileNotFoundError as error:
-        raise StorageError(f"No folder at '{uri}'. Check the path, or mount it.") from error
-    except OSError as error:
-        raise explain("list", uri, error) from error
-    return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
 
 
 def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
@@ -514,17 +503,13 @@ def write_bytes(uri: str, content: bytes) -> None:
     try:
         if isinstance(filesystem, fs.LocalFileSystem):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            _write_local(Path(path), content)
+            with write_partial(Path(path), content) as partial:
+                partial.replace(path)
         else:
             with filesystem.open_output_stream(path) as stream:
                 stream.write(content)
     except OSError as error:
         raise explain("write", uri, error) from error
-
-
-def _write_local(path: Path, content: bytes) -> None:
-    with write_partial(path, content) as partial:
-        partial.replace(path)
 
 
 @contextmanager
