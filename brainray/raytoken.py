@@ -1,4 +1,4 @@
-"""The token of this user's Ray clusters: anyone who reads it can run code as this user."""
+"""Protect the token of Ray: whoever can read it can run code as this user."""
 
 import contextlib
 import os
@@ -7,15 +7,15 @@ import tempfile
 from pathlib import Path
 
 TOKEN_PATH = (".ray", "auth_token")
-"""Where Ray 2.60 keeps the token, below the home."""
+"""Path of Ray's token below the home directory (Ray 2.60)."""
 
 
 def protect_token_file() -> None:
-    """Create the token file if there is none, and make it readable by this user only.
+    """Create Ray's token file if it is missing, and set its permissions to 600.
 
-    Ray 2.60 would create it readable by all users under the usual umask. A token from the
-    environment (``RAY_AUTH_TOKEN``, ``RAY_AUTH_TOKEN_PATH``) is not changed. If the home directory
-    cannot be written, Ray reports it. Remove this function when Ray sets the mode.
+    Ray 2.60 creates the file with the permissions of the umask, so that usually all users can read
+    it. If the environment gives a token (``RAY_AUTH_TOKEN``, ``RAY_AUTH_TOKEN_PATH``), nothing is
+    changed. If the home directory is not writable, nothing is done; Ray reports the error.
     """
     if os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         return
@@ -23,11 +23,11 @@ def protect_token_file() -> None:
     try:
         file.parent.mkdir(mode=0o700, exist_ok=True)
         if not file.exists():
-            with tempfile.NamedTemporaryFile("w", dir=file.parent) as whole:  # of mode 600
-                whole.write(secrets.token_hex(32))
-                whole.flush()
-                with contextlib.suppress(FileExistsError):  # another process was first
-                    os.link(whole.name, file)
+            with tempfile.NamedTemporaryFile("w", dir=file.parent) as complete:  # mode 600
+                complete.write(secrets.token_hex(32))
+                complete.flush()
+                with contextlib.suppress(FileExistsError):  # another process created it
+                    os.link(complete.name, file)
         file.chmod(0o600)
     except OSError:
         return
