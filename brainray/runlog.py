@@ -13,11 +13,6 @@ Log = Callable[[str], None]
 """Receives one line of text, without a line break."""
 
 
-def encode_records(records: Sequence[Record]) -> bytes:
-    """Encode records as JSON lines."""
-    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
-
-
 def read_records(uri: str) -> list[Record]:
     """Read metrics.jsonl; a missing file gives an empty list."""
     try:
@@ -29,7 +24,8 @@ def read_records(uri: str) -> list[Record]:
 
 def write_records(uri: str, records: Sequence[Record]) -> None:
     """Replace metrics.jsonl, so that no reader sees half a line."""
-    storage.write_bytes(uri, encode_records(records))
+    lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+    storage.write_bytes(uri, "".join(lines).encode())
 
 
 def format_duration(seconds: float) -> str:
