@@ -1,4 +1,4 @@
-"""The mark of a folder without identity, so that nothing that has one is written into it."""
+"""Mark de-identified exports, so that results with identity are not written into them."""
 
 import json
 from typing import Any
@@ -8,20 +8,20 @@ from brainray.errors import ConfigError
 from brainray.io.conditional import create_bytes
 
 MARK_FILE = ".deidentified.json"
-"""In a de-identified export: how it was made."""
+"""File in a de-identified export with its settings."""
 
 
 def refuse_deidentified(folder_uri: str) -> None:
     """Raise if a folder holds a de-identified export.
 
-    Whatever writes paths, keys or DICOM objects with identity calls this first.
+    Call this before writing paths, keys or DICOM objects that identify patients.
 
     Raises
     ------
     ConfigError
         The folder holds one.
     StorageError
-        It cannot be looked at.
+        The folder cannot be read.
     """
     if storage.exists(storage.join(folder_uri, MARK_FILE)):
         raise ConfigError(
@@ -39,16 +39,16 @@ def claim_for_export(
     ----------
     folder_uri : str
     settings : dict
-        How the export is made; the same for all of its runs. Nothing in it identifies.
+        Options of the export; all runs must give the same. None may identify a patient.
     fixed : dict
-        What the first run decides for all others.
+        Values that the first run chooses for all later runs.
     work_folder : str
-        Name of the folder in it that may be there already.
+        Name of a subfolder that may already exist.
 
     Returns
     -------
     dict
-        ``fixed``, of the first run.
+        ``fixed`` of the first run.
 
     Raises
     ------

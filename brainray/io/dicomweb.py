@@ -1,11 +1,10 @@
-"""DICOMweb (PS3.18): the requests that reading from a PACS and storing into it are made of.
+"""A DICOMweb client (PS3.18) to read instances from a PACS and to store objects in it.
 
-The library dicomweb-client decodes every object that it receives and encodes every one that it
-sends. The bytes of a scan are to stay as they are, since its answer is tied to their hash. So this
-is written on requests.
+It uses requests and not dicomweb-client, which decodes each object that it receives and encodes
+each one that it sends. Predictions refer to the hash of a scan, so its bytes must not change.
 
-UIDs, and the keys of a search, identify patients. No message of an error here holds one, nor the
-text of another library's exception, which quotes the address; errors name the service alone.
+UIDs and the keys of a search identify patients. Error messages name only the service: they contain
+no UID, no key, and no text of an exception of requests, which quotes the URL.
 """
 
 import json
@@ -72,12 +71,12 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """What a URI names: a search for studies, a study, a series or an instance."""
+    """A search for studies, a study, a series or an instance, as a URI names it."""
 
     root: str
     """Address of the service."""
     uids: tuple[str, ...] = field(repr=False)
-    """Of the study, the series and the instance, as far as they are given."""
+    """UIDs of the study, the series and the instance; fewer if the URI names fewer levels."""
     query: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     @property
@@ -98,7 +97,7 @@ class Resource:
 
 
 def parse_uri(uri: str) -> Resource:
-    """Take the URI of scans in a PACS apart.
+    """Parse the URI of scans in a PACS.
 
     Raises
     ------
@@ -123,7 +122,7 @@ def parse_uri(uri: str) -> Resource:
 
 
 def check_root(url: str) -> str:
-    """Return the address of a service, without a slash at its end.
+    """Check the address of a service, and return it without a slash at its end.
 
     Raises
     ------
@@ -148,7 +147,7 @@ def check_root(url: str) -> str:
 
 
 class FoundResources(NamedTuple):
-    """What a URI stands for."""
+    """The studies or the instances that a URI names."""
 
     studies: list[str]
     """URIs of studies that are to be listed."""
@@ -212,7 +211,7 @@ def read_instance(uri: str, *, max_bytes: int | None = None) -> bytes:
         reason, message = "missing", "The PACS no longer has this instance."
     except DicomWebError as error:
         content, reason, message = None, "unreadable", str(error)
-    if content is None:  # outside of the except block, as nothing of requests is to hang on it
+    if content is None:  # raised outside the except block, so that no other error is chained to it
         raise RejectedImage(reason, message)
     return content
 
@@ -221,7 +220,7 @@ def read_instance(uri: str, *, max_bytes: int | None = None) -> bytes:
 
 
 class Answer(NamedTuple):
-    """Of a service."""
+    """The HTTP response of a service."""
 
     status: int
     headers: Mapping[str, str]
@@ -229,7 +228,7 @@ class Answer(NamedTuple):
 
 
 class _BearerToken(requests.auth.AuthBase):
-    """Without it requests prefers a name and a password in ~/.netrc to the token."""
+    """Send the token; in a plain header, requests would replace it by a password of ~/.netrc."""
 
     def __init__(self, token: str) -> None:
         self._token = token
@@ -359,7 +358,7 @@ class DicomWebClient:
         return self.parse(read_first_part, answer.content, kind, max_bytes)
 
     def parse(self, read: Callable[..., _Value], *arguments: object) -> _Value:
-        """Call what reads an answer; its errors, which may quote the answer, become one of ours.
+        """Parse an answer with a function, whose errors, which may quote it, become DicomWebError.
 
         Raises
         ------
@@ -429,8 +428,10 @@ class DicomWebClient:
                     "authority in $REQUESTS_CA_BUNDLE"
                 )
                 break
-            except (requests.ConnectionError, requests.Timeout) as error:
-                failure = _name_failure(error)
+            except requests.Timeout:
+                failure = "it does not answer"
+            except requests.ConnectionError:
+                failure = "it cannot be reached"
             except requests.exceptions.ChunkedEncodingError:
                 failure = "an answer broke off"
             except (requests.RequestException, OSError) as error:
@@ -438,13 +439,8 @@ class DicomWebClient:
                 break
         else:
             failure += f", after {MAX_ATTEMPTS} attempts"
-        # Outside of the except block: what requests raises quotes the address.
+        # Raised outside the except block: the chained error of requests would quote the URL.
         raise DicomWebError(f"The DICOMweb service at {self.root} failed: {failure}.")
-
-
-def _name_failure(error: requests.RequestException) -> str:
-    is_slow = isinstance(error, requests.Timeout)
-    return "it does not answer" if is_slow else "it cannot be reached"
 
 
 def explain_status(status: int) -> str:
@@ -510,12 +506,12 @@ def _read_uids(content: bytes, uid_tag: str) -> list[str]:
 
 
 def check_uid(value: Any) -> str:  # noqa: ANN401 - what a service sent
-    """Return a UID that may stand in an address.
+    """Check that a value is a UID that is safe in a URL, and return it.
 
     Raises
     ------
     ValueError
-        It is none.
+        It is not.
     """
     if not isinstance(value, str) or _UID.fullmatch(value) is None:
         raise ValueError("no UID")
