@@ -15,7 +15,8 @@ def protect_token_file() -> None:
 
     Ray 2.60 creates the file with the permissions of the umask, so that usually all users can read
     it. If the environment gives a token (``RAY_AUTH_TOKEN``, ``RAY_AUTH_TOKEN_PATH``), nothing is
-    changed. If the home directory is not writable, nothing is done; Ray reports the error.
+    changed. If the home directory is not writable, nothing is done; Ray reports the error. Remove
+    this function when Ray sets the mode.
     """
     if os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         return
