@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.uid import (
+    HTJ2K,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
@@ -255,6 +258,22 @@ def test_frames_are_separated(syntax: str) -> None:
     content = make_compressed(compress(frames, syntax), syntax, frames)
     for index, frame in enumerate(frames):
         np.testing.assert_array_equal(decode(content, index), frame)
+
+
+@pytest.mark.parametrize(
+    ("name", "syntax", "tolerance"),
+    [
+        ("lossless", HTJ2KLossless, 0),
+        ("lossless", HTJ2KLosslessRPCL, 0),
+        ("lossless", HTJ2K, 0),
+        ("lossy", HTJ2K, 8),
+    ],
+)
+def test_high_throughput_jpeg_2000(name: str, syntax: str, tolerance: int) -> None:
+    frame = (Path(__file__).parent / "data" / f"ramp-{name}.htj2k").read_bytes()
+    decoded = decode(make_compressed([frame], syntax))
+    np.testing.assert_allclose(decoded, RAMP, rtol=0, atol=tolerance)
+    reject(make_compressed([frame[: len(frame) // 2]], syntax), "corrupt")
 
 
 @pytest.mark.parametrize("num_frames", [1, 3])
