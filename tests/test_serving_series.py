@@ -191,6 +191,8 @@ def test_answers_of_several_requests_are_summarised_by_series(
     for name in ("series", "answer", "reason", "num_used", "skipped", "plane", "flags"):
         assert found[name] == whole[name]
     assert found["evidence"] == pytest.approx(whole["evidence"], abs=1e-5)
+    as_floats = [{**one, "frame": 0.0, "width_px": float(one["width_px"])} for one in answers]
+    assert send(app, "POST", "/v1/series", json={"answers": as_floats}).status_code == 200
     (reversed_order,) = send(app, "POST", "/v1/series", json={"answers": answers[::-1]}).json()[
         "series"
     ]
@@ -312,9 +314,10 @@ def test_a_slice_is_rendered_through_its_window(
         expected = render_frame(open_dicom(content), frame).pixels
         np.testing.assert_array_equal(np.asarray(picture), expected)
     answer = send(app, "POST", "/v1/render?frame=10", content=enhanced, headers=headers)
-    assert "0 to 9" in check_problem(answer, 422, "invalid_parameter")["detail"]
-    answer = send(app, "POST", "/v1/render", content=b"no", headers=headers)
-    assert check_problem(answer, 422, "image_rejected")["reason"] == "not_an_image"
+    assert "0 to 9" in check_problem(answer, 404, "slice_not_found")["detail"]
+    for kind in (headers, DICOM, {}):
+        answer = send(app, "POST", "/v1/render", content=b"no", headers=kind)
+        assert check_problem(answer, 422, "image_rejected")["reason"] == "not_an_image"
 
 
 def test_all_slices_of_a_form_are_rendered(

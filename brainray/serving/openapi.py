@@ -19,7 +19,8 @@ from brainray.serving.schemas import (
 )
 from brainray.serving.uploads import FILES_FIELD, MULTIPART
 
-SCANS_PATHS = ("/v1/classify", "/v1/explain", "/v1/render")
+FRAME_PATHS = ("/v1/explain", "/v1/render")
+SCANS_PATHS = ("/v1/classify", *FRAME_PATHS)
 GET_REFUSALS = (401, 429, 500, 503, 504)
 POST_REFUSALS = (*GET_REFUSALS, 400, 406, 408, 413, 415, 422)
 PNG: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
@@ -90,8 +91,10 @@ def describe_interface(
             form = operations["post"]["requestBody"]["content"][MULTIPART]["schema"]
             form["properties"][FILES_FIELD]["maxItems"] = limits.files
         for method, operation in operations.items():
-            refusals = describe_refusals(POST_REFUSALS if method == "post" else GET_REFUSALS)
-            operation["responses"].update(refusals)
+            statuses = POST_REFUSALS if method == "post" else GET_REFUSALS
+            if path in FRAME_PATHS:
+                statuses = (*statuses, 404)
+            operation["responses"].update(describe_refusals(statuses))
             if not needs_token or is_public(path):
                 del operation["responses"]["401"]
             if needs_token and is_public(path):

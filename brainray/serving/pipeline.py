@@ -313,7 +313,7 @@ def choose_slices(file: ScanFile, frame: int | None, *, needs_one_slice: bool) -
     if frame is not None:
         if frame >= count:
             raise Problem(
-                "invalid_parameter",
+                "slice_not_found",
                 f"frame: Expected a number from 0 to {count - 1}, got {frame}.",
             )
         return range(frame, frame + 1)

@@ -13,6 +13,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "invalid_request": (400, "The request cannot be parsed"),
     "unauthorized": (401, "The token is missing or wrong"),
     "not_found": (404, "This path does not exist"),
+    "slice_not_found": (404, "The file has no such slice"),
     "method_not_allowed": (405, "This path does not have this method"),
     "not_acceptable": (406, "No accepted format is available"),
     "body_too_slow": (408, "The body did not arrive in time"),

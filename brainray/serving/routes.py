@@ -267,7 +267,7 @@ async def render(
     uploads, is_raw = await read_uploads(request, pipeline.limits)
     wants_png = check_accept(request, is_raw=is_raw)
     pictures = await pipeline.render(uploads, 0 if wants_png and frame is None else frame)
-    if wants_png and pictures[0].png is None:
+    if is_raw and all(picture.png is None for picture in pictures):
         raise image_rejected(pictures[0])
     if wants_png:
         return respond_with_png(pictures[0].png)

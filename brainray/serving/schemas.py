@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from brainray.images.slices import GreyRange, Plane
 from brainray.model.reasons import REASONS, Status
@@ -18,6 +18,14 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Millimetres = Annotated[float, Field(ge=-MAX_POSITION_MM, le=MAX_POSITION_MM, allow_inf_nan=False)]
 Cosine = Annotated[float, Field(ge=-MAX_COSINE, le=MAX_COSINE, allow_inf_nan=False)]
 IdentifierHash = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+def _read_integer(value: Any) -> Any:  # noqa: ANN401 - of a JSON document
+    """Take 5.0 for 5: JSON Schema calls it an integer, pydantic's strict mode does not."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_read_integer)]
 OutputName = Literal["probs", "predicted_class", "status", "reason"]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -34,7 +42,7 @@ class Body(BaseModel):
 class SliceBody(Body):
     """The answer to one slice: classified, abstained, or rejected with a reason."""
 
-    frame: int | None = Field(
+    frame: Integer | None = Field(
         default=None, ge=0, description="Number of the slice in its file; null if it has one slice."
     )
     status: Status
@@ -49,8 +57,8 @@ class SliceBody(Body):
     probs: dict[str, Fraction] | None = Field(
         default=None, description="Probability of each class; null if the slice was rejected."
     )
-    width_px: int | None = Field(default=None, ge=1)
-    height_px: int | None = Field(default=None, ge=1)
+    width_px: Integer | None = Field(default=None, ge=1)
+    height_px: Integer | None = Field(default=None, ge=1)
     grey_range: GreyRange | None = Field(
         default=None, description="Where the grey range of the network's input came from."
     )
@@ -223,7 +231,7 @@ class InputTensor(BaseModel):
 
     name: Literal["image"]
     datatype: Literal["BYTES"]
-    shape: list[int] = Field(description="[N]; not used: the images are counted.")
+    shape: list[Integer] = Field(description="[N]; not used: the images are counted.")
     data: list[Annotated[str, Field(pattern=BASE64)]] = Field(
         default=[], min_length=1, description="N images: PNG, JPEG, …, base64."
     )
