@@ -26,6 +26,8 @@ def _read_integer(value: Any) -> Any:  # noqa: ANN401 - of a JSON document
 
 
 Integer = Annotated[int, BeforeValidator(_read_integer)]
+Index = Annotated[int, Field(ge=0), BeforeValidator(_read_integer)]
+Pixels = Annotated[int, Field(ge=1), BeforeValidator(_read_integer)]
 OutputName = Literal["probs", "predicted_class", "status", "reason"]
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -42,8 +44,8 @@ class Body(BaseModel):
 class SliceBody(Body):
     """The answer to one slice: classified, abstained, or rejected with a reason."""
 
-    frame: Integer | None = Field(
-        default=None, ge=0, description="Number of the slice in its file; null if it has one slice."
+    frame: Index | None = Field(
+        default=None, description="Number of the slice in its file; null if it has one slice."
     )
     status: Status
     reason: Literal[tuple(REASONS)] | None = Field(  # type: ignore[valid-type]
@@ -57,8 +59,8 @@ class SliceBody(Body):
     probs: dict[str, Fraction] | None = Field(
         default=None, description="Probability of each class; null if the slice was rejected."
     )
-    width_px: Integer | None = Field(default=None, ge=1)
-    height_px: Integer | None = Field(default=None, ge=1)
+    width_px: Pixels | None = None
+    height_px: Pixels | None = None
     grey_range: GreyRange | None = Field(
         default=None, description="Where the grey range of the network's input came from."
     )
