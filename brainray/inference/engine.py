@@ -228,13 +228,7 @@ def _quantise(classifier: "Classifier", options: EngineOptions) -> "QuantisedMod
 
 
 def choose_backend(options: EngineOptions) -> Backend:
-    """Choose the backend on this machine.
-
-    Raises
-    ------
-    ConfigError
-        A GPU is requested with OpenVINO, or torch finds none.
-    """
+    """Choose the backend; a GPU needs torch, and torch must find one."""
     if not options.use_gpu:
         return "openvino" if options.backend == "auto" else options.backend
     if options.backend == "openvino":
@@ -253,13 +247,7 @@ def choose_backend(options: EngineOptions) -> Backend:
 
 
 def check_precision(options: EngineOptions, backend: Backend) -> Precision:
-    """Choose the precision, and check that this machine supports it.
-
-    Raises
-    ------
-    ConfigError
-        The requested precision is not available with this backend or on this machine.
-    """
+    """Choose the precision, and check that the backend and this machine support it."""
     if options.precision == "int8" and backend == "torch":
         raise ConfigError(
             "int8 needs OpenVINO on a CPU. "
