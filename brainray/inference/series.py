@@ -240,9 +240,10 @@ def _make_stacks(group: Sequence[_Row]) -> list[_Stack]:
         else:
             positions.append([row])
     steps = np.diff([position[0]["position_mm"] for position in positions])
-    gaps = np.flatnonzero(steps > GAP * np.median(steps)) + 1 if len(steps) else []
-    ends = [0, *map(int, gaps), len(positions)]
-    stacks = [positions[start:end] for start, end in pairwise(ends)]
+    ends = [0]
+    if len(steps):
+        ends += (np.flatnonzero(steps > GAP * np.median(steps)) + 1).tolist()
+    stacks = [positions[start:end] for start, end in pairwise([*ends, len(positions)])]
     return [stack for stack in (*stacks, unknown) if stack]
 
 

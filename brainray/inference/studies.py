@@ -109,8 +109,8 @@ def write_series(store: PredictionStore, rule: SeriesRule, num_slices: int) -> d
         Predictions are damaged, or the output cannot be written.
     """
     if not num_slices:  # delete the tables of another classifier's predictions
-        files, _ = storage.list_folder(store.output_uri, store.output_uri)
-        for file in files:
+        there, _ = storage.list_folder(store.output_uri, store.output_uri)
+        for file in there:
             if file.relative_path in (SERIES_FILE, STUDIES_FILE):
                 storage.delete_file(file.uri)
         return {}
