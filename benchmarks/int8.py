@@ -19,14 +19,9 @@ from robustness import Options as Scans
 from robustness import choose_samples, read_scans
 
 from brainray.images.preprocess import Preprocessing, preprocess_image
-from brainray.inference.engine import (
-    NUM_CALIBRATION_IMAGES,
-    Engine,
-    EngineOptions,
-    measure_disagreement,
-)
+from brainray.inference.engine import Engine, EngineOptions
 from brainray.inference.engine_openvino import OpenVinoEngine
-from brainray.inference.openvino_model import quantise
+from brainray.inference.int8 import NUM_CALIBRATION_IMAGES, measure_disagreement, quantise
 from brainray.metrics import compute_evaluation
 from brainray.model.classifier import load_classifier
 from brainray.model.precision import choose_precision, has_native_bf16

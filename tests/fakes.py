@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import NUM_POOLED_FEATURES, Engine, EngineOptions
 from brainray.model.calibration import Calibration, Outputs
-from brainray.model.classifier import read_classifier_metadata
+from brainray.model.classifier import Classifier, read_classifier_metadata
 from brainray.model.explain import count_cells
 
 DELAY_VARIABLE = "BRAINRAY_TEST_DELAY_S"
@@ -30,9 +30,10 @@ class FakeEngine(Engine):
     description = "a fake engine"
 
     def __init__(self, classes: tuple[str, ...], preprocessing: Preprocessing) -> None:
-        num_classes = len(classes)
-        head = np.zeros((num_classes, 2048), np.float32), np.zeros(num_classes, np.float32)
-        super().__init__(classes, preprocessing, Calibration.identity(num_classes), *head)
+        weight = np.zeros((len(classes), 2048), np.float32)
+        head = {"fc.weight": weight, "fc.bias": weight[:, 0]}
+        calibration = Calibration.identity(len(classes))
+        super().__init__(Classifier(head, classes, preprocessing, calibration, {}))
         self._delay_s = float(os.environ.get(DELAY_VARIABLE, "0"))
 
     def _compute_outputs(self, images: NDArray[np.uint8]) -> Outputs:

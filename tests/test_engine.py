@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from brainray.errors import ConfigError
 from brainray.images.preprocess import Preprocessing
-from brainray.inference import engine_torch, openvino_model
+from brainray.inference import engine_torch, int8
 from brainray.inference.engine import (
     Engine,
     EngineOptions,
-    measure_disagreement,
     open_engine,
     prepare_engine,
 )
+from brainray.inference.int8 import measure_disagreement
 from brainray.model import precision as formats
 from brainray.model.classifier import (
     Classifier,
@@ -246,10 +246,8 @@ def test_int8_is_near_and_keeps_the_first_and_the_last_layer(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     models: list[Any] = []
-    serialise = openvino_model._serialise
-    monkeypatch.setattr(
-        openvino_model, "_serialise", lambda model: models.append(model) or serialise(model)
-    )
+    serialise = int8._serialise
+    monkeypatch.setattr(int8, "_serialise", lambda model: models.append(model) or serialise(model))
     engine = open_engine(classifier, ask_int8(phantom_folder / "Testing"))
     assert capfd.readouterr() == ("", "")
     assert (engine.backend, engine.precision) == ("openvino", "int8")
@@ -291,7 +289,7 @@ def test_int8_is_calibrated_on_images_of_every_class(
         raise Seen(chosen)
 
     monkeypatch.setattr(nncf, "Dataset", stop)
-    monkeypatch.setattr("brainray.inference.engine.NUM_CALIBRATION_IMAGES", 8)
+    monkeypatch.setattr("brainray.inference.int8.NUM_CALIBRATION_IMAGES", 8)
     with pytest.raises(Seen) as caught:
         open_engine(classifier, ask_int8(phantom_folder / "Testing"))
     (chosen,) = caught.value.args
@@ -401,7 +399,7 @@ before = sorted(Path.home().rglob("*"))
 opened = engine.open_engine(classifier, engine.EngineOptions())
 assert opened.predict(np.zeros((4, 32, 32), np.uint8)).probs.shape == (4, 4)
 if "nncf" in sys.argv:
-    from brainray.inference.openvino_model import _import_nncf
+    from brainray.inference.int8 import _import_nncf
     _import_nncf()
 assert "openvino" in sys.modules
 assert "torch" not in sys.modules, "OpenVINO needs no torch"

@@ -25,7 +25,6 @@ from ray.exceptions import RayError, RayTaskError
 
 from brainray import storage
 from brainray.cluster import (
-    Need,
     check_fits,
     connect_ray,
     describe_gpu_need,
@@ -42,13 +41,19 @@ from brainray.errors import (
 )
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import LITTLE_TISSUE
-from brainray.inference.engine import prepare_engine
+from brainray.inference.engine import Output, prepare_engine
 from brainray.inference.labels import read_labels
 from brainray.inference.options import ClassifyJob
 from brainray.inference.plan import Plan, PlanOptions, make_plan
-from brainray.inference.predict import EnginePool, PredictStage, plan_pool
+from brainray.inference.predict import (
+    MAX_FAILURES,
+    EnginePool,
+    PredictStage,
+    plan_pool,
+    retry_lost,
+)
 from brainray.inference.report import build_metrics, write_report
-from brainray.inference.shards import MAX_BLOCK_BYTES, DoneShard, WaveTask, build_stream
+from brainray.inference.shards import MAX_BLOCK_BYTES, WaveTask, build_stream
 from brainray.inference.stats import Progress, RunStats, count_rejected, watch_memory
 from brainray.inference.store import PredictionStore, Wave
 from brainray.io.identifiers import hide_paths, open_identifiers
@@ -59,8 +64,6 @@ from brainray.runlog import Log
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES = 3
-"""A run ends after a wave failed so often in a row without completing a shard."""
 SHARDS_PER_ENGINE = 128
 """Shards of a wave, per engine. The driver grows by some 10 kB for each block of an execution and
 reuses that memory in the next one; starting an execution takes seconds."""
@@ -101,7 +104,7 @@ def classify(
         The scans, the classifier or the output cannot be used. Or everything was written, and more
         scans were rejected than ``max_rejected`` allows.
     ClassificationError
-        A wave failed :data:`MAX_FAILURES` times in a row without completing a shard.
+        Ray failed several times in a row without completing a shard.
     LockLostError
         Another run took over the output.
     """
@@ -137,35 +140,41 @@ def _classify(
     max_rejected = parse_max_rejected(job.max_rejected)
     metadata = read_classifier_metadata(job.classifier_uri)
     labels = read_labels(job.labels, tuple(metadata["classes"]))
-    sources = find_sources(job.scans_uri)
+    sources = tuple(find_sources(job.scans_uri))
     progress = Progress()
     with hold_output(job.output_uri) as lock, raise_own_errors():
         store = PredictionStore.of(job.output_uri, metadata)
         identifiers = open_identifiers(
             job.output_uri, job.id_key_file, redact_paths=job.redact_paths
         )
-        _close_previous_run(store, lock, log)
+        if num_missing := store.close(lock.state):
+            log(f"The last run was interrupted; {num_missing:,} of its files are left empty.")
+        lock.update({})
+        storage.delete_folder(store.plan_uri)
         # Preparing the engine takes about as long as starting Ray.
         engine = start_thread(prepare_engine, job.classifier_uri, job.engine)
         connect_ray(verbose=verbose)
-        needs = describe_needs(job)
+        needs = []
+        if job.engine.use_gpu:
+            needs = [describe_gpu_need(job.gpus_per_predictor, job.num_predictors or 1)]
         check_fits(*needs)
-        with watch_memory() as peak, report_waiting(needs, log):
+        with watch_memory() as get_peak_bytes, report_waiting(needs, log):
             labels = labels and labels.rename(identifiers.name)
             pool = plan_pool(
                 job.engine, num_engines=job.num_predictors, gpus_per_engine=job.gpus_per_predictor
             )
             preprocessing = Preprocessing(**metadata["preprocessing"])
             run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid4().hex[:6]}"
-            options = PlanOptions(
-                sources=tuple(sources),
-                store=store,
-                run=run,
-                max_shard_rows=choose_shard_rows(pool, preprocessing.size_px, job.part_s),
-                num_engines=pool.num_engines,
-                identifiers=identifiers,
+            plan = make_plan(
+                PlanOptions(
+                    sources=sources,
+                    store=store,
+                    run=run,
+                    max_shard_rows=choose_shard_rows(pool, preprocessing.size_px, job.part_s),
+                    num_engines=pool.num_engines,
+                    identifiers=identifiers,
+                )
             )
-            plan = make_plan(options)
             _check_plan(plan, [identifiers.name(uri) for uri in job.scans_uri], log)
             progress.total = plan.num_scans
             free_cpus = ray.cluster_resources().get("CPU", 1.0) - pool.num_engines * pool.cpus
@@ -178,28 +187,18 @@ def _classify(
                 key=identifiers.key,
                 labels=ray.put(labels),
             )
-            stage = PredictStage.of(
-                metadata, engine.result(), pool, ["class_maps"] if job.explain else []
-            )
+            outputs: list[Output] = ["class_maps"] if job.explain else []
+            stage = PredictStage.of(metadata, engine.result(), pool, outputs)
             predictor = WavePredictor(task, stage, num_decoders, lock, progress, log, on_progress)
             for wave in plan.list_waves(run, SHARDS_PER_ENGINE * pool.num_engines):
                 predictor.predict(wave)
             lock.update({})
             storage.delete_folder(store.plan_uri)
             on_progress(progress)
-        metrics = build_metrics(metadata, progress, pool, num_decoders, peak.bytes)
+        metrics = build_metrics(metadata, progress, pool, num_decoders, get_peak_bytes())
         write_report(job, metadata, store, identifiers, run, progress.new, labels, metrics)
     _check_rejected(progress.new, max_rejected, job.max_rejected)
     return metrics
-
-
-def _close_previous_run(store: PredictionStore, lock: OutputLock, log: Log) -> None:
-    """Close the wave that an interrupted run left in the lock, and delete that run's plan."""
-    num_missing = store.close(lock.state)
-    if num_missing:
-        log(f"The last run was interrupted; {num_missing:,} of its files are left empty.")
-    lock.update({})
-    storage.delete_folder(store.plan_uri)
 
 
 def _check_plan(plan: Plan, scans: list[str], log: Log) -> None:
@@ -226,13 +225,7 @@ def start_thread(function: Callable[..., Result], *arguments: object) -> "Future
 
 
 def parse_max_rejected(text: str) -> Callable[[int], float]:
-    """Return a function from the number of scans to the number that may be rejected.
-
-    Raises
-    ------
-    ConfigError
-        The text is neither a share nor a number.
-    """
+    """Return a function from the number of scans to the number that may be rejected."""
     try:
         value = float(text.removesuffix("%"))
     except ValueError:
@@ -258,13 +251,6 @@ def _check_rejected(new: RunStats, limit: Callable[[int], float], text: str) -> 
         )
 
 
-def describe_needs(job: ClassifyJob) -> list[Need]:
-    """Return the resources that the run needs besides a CPU."""
-    if not job.engine.use_gpu:
-        return []
-    return [describe_gpu_need(job.gpus_per_predictor, job.num_predictors or 1)]
-
-
 def choose_shard_rows(pool: EnginePool, size_px: int, part_s: float) -> int:
     """Return how many slices share a file: about ``part_s`` seconds of work for one engine."""
     if pool.gpus:
@@ -287,48 +273,33 @@ class WavePredictor:
     on_progress: Callable[[Progress], None]
 
     def predict(self, wave: Wave) -> None:
-        """Predict a wave; after a failure, continue with the shards that are not done.
-
-        Raises
-        ------
-        ClassificationError
-            Ray failed :data:`MAX_FAILURES` times in a row, or lost shards.
-        LockLostError
-            Another run took over the output.
-        """
+        """Predict a wave; after a failure, continue with the shards that are not done."""
         # The next run closes the wave that it finds in the lock. So it must be there before the
         # first file of the wave is written.
         self.lock.update(self.task.store.describe_wave(wave))
         todo = set(wave.list_shards())
-        failures = 0
-        while True:
-            before = len(todo)
-            try:
-                for shard in self.stream(wave.part, sorted(todo)):
-                    self.lock.check()
-                    todo.discard(shard.number)
-                    self._count(shard)
-                break
-            except RayTaskError:  # a second attempt would fail too
-                self.lock.check()  # the task may have failed because the lock is lost
-                raise
-            except RayError as error:
-                first_line = str(error).strip().partition("\n")[0]
-                failures = 1 if len(todo) < before else failures + 1
-                if failures == MAX_FAILURES:
-                    raise ClassificationError(
-                        f"Ray failed {failures} times in a row without a new prediction: "
-                        f"{first_line} Predictions made so far are written."
-                    ) from error
-                self.log(f"Ray lost a process ({first_line}); continuing with the other shards.")
+        try:
+            for shard, counts in retry_lost(lambda: self.stream(wave.part, sorted(todo)), self.log):
+                self.lock.check()
+                todo.discard(shard)
+                self._count(counts)
+        except RayTaskError:
+            self.lock.check()  # the task may have failed because the lock is lost
+            raise
+        except RayError as error:
+            first_line = str(error).strip().partition("\n")[0]
+            raise ClassificationError(
+                f"Ray failed {MAX_FAILURES} times in a row without a new prediction: "
+                f"{first_line} Predictions made so far are written."
+            ) from error
         if todo:
             raise ClassificationError(
                 f"Ray Data lost {len(todo):,} shards. Give the same command again; "
                 "this is a defect of brainray, please report it."
             )
 
-    def stream(self, part: int, shards: list[int]) -> Iterator[DoneShard]:
-        """Yield shards of one part of the plan as they are done."""
+    def stream(self, part: int, shards: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the shards of one part of the plan as they are done, and what is counted."""
         if not shards:
             return
         stream = build_stream(self.task, self.stage, part, shards, self.num_decoders)
@@ -337,12 +308,11 @@ class WavePredictor:
             for value in batch["done"].to_pylist():
                 yield pickle.loads(value)  # pickled by our own task
 
-    def _count(self, shard: DoneShard) -> None:
-        if self.progress.runtime is None and shard.runtime is not None:
-            self.log(f"Predicting with {shard.runtime['description']}.")
-            if "int8_cost" in shard.runtime:
-                self.log(shard.runtime["int8_cost"])
-        self.progress.add(
-            shard.stats, shard.num_files, shard.num_known, shard.stages_s, shard.runtime
-        )
+    def _count(self, counts: dict[str, Any]) -> None:
+        runtime = counts["runtime"]
+        if self.progress.runtime is None and runtime is not None:
+            self.log(f"Predicting with {runtime['description']}.")
+            if "int8_cost" in runtime:
+                self.log(runtime["int8_cost"])
+        self.progress.add(**counts)
         self.on_progress(self.progress)

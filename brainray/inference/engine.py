@@ -7,22 +7,17 @@ torch (ResNet-50, 224 px), and as fast one at a time as in batches. On a GPU tor
 Opening an engine imports torch or OpenVINO; importing this module does not.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from brainray.errors import ConfigError, RejectedImage
-from brainray.images.decode import DecodeLimits
-from brainray.images.preprocess import Preprocessing
-from brainray.images.slices import open_file, open_slice
-from brainray.model.calibration import Calibration, Outputs
+from brainray.errors import ConfigError
+from brainray.model.calibration import Outputs
 from brainray.model.explain import compute_class_maps, count_cells
 from brainray.model.precision import (
     AskedPrecision,
@@ -32,19 +27,14 @@ from brainray.model.precision import (
 )
 
 if TYPE_CHECKING:
-    from brainray.inference.openvino_model import QuantisedModel
+    from brainray.inference.int8 import QuantisedModel
     from brainray.model.classifier import Classifier
 
 Backend = Literal["torch", "openvino"]
 Output = Literal["logits", "features", "class_maps"]
-Value = TypeVar("Value")
 
 NUM_POOLED_FEATURES = 512 + 1024 + 2048
 """Channels of ResNet-50's last three stages."""
-NUM_CALIBRATION_IMAGES = 300
-"""Most images for the ranges of int8; the default of NNCF."""
-NUM_COMPARED_IMAGES = 128
-"""Calibration images on which int8 is compared with fp32."""
 MAP_BATCH_SIZE = 16
 """Images per batch of class maps; dense features take 6 MB per image at 224 px."""
 
@@ -107,27 +97,17 @@ class Engine(ABC):
     int8_cost: str | None = None
     """The difference of int8 from fp32 in a sentence; None for other precisions."""
 
-    def __init__(
-        self,
-        classes: Sequence[str],
-        preprocessing: Preprocessing,
-        calibration: Calibration,
-        head_weight: NDArray[np.float32],
-        head_bias: NDArray[np.float32],
-    ) -> None:
-        self._num_classes = len(classes)
-        self._preprocessing = preprocessing
-        self._calibration = calibration
-        self._weight, self._bias = head_weight, head_bias
+    def __init__(self, classifier: "Classifier") -> None:
+        self._num_classes = len(classifier.classes)
+        self._preprocessing = classifier.preprocessing
+        self._calibration = classifier.calibration
+        self._weight = classifier.weights["fc.weight"]
+        self._bias = classifier.weights["fc.bias"]
 
     def describe(self) -> dict[str, str]:
         """Return ``backend``, ``precision``, ``description``, and ``int8_cost`` for int8."""
-        about = {
-            "backend": self.backend,
-            "precision": self.precision,
-            "description": self.description,
-        }
-        return about | ({"int8_cost": self.int8_cost} if self.int8_cost else {})
+        names = ("backend", "precision", "description", "int8_cost")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     def make_batch(self, count: int) -> NDArray[np.uint8]:
         """Return a batch of black images for :meth:`predict`."""
@@ -154,7 +134,7 @@ class Engine(ABC):
         side = self._preprocessing.size_px
         assert images.dtype == np.uint8, images.dtype
         assert images.shape[1:] == (side, side), images.shape
-        found = self._compute(images)
+        found = self._compute_outputs(images) if len(images) else self._allocate(0)
         probs = self._calibration.calibrate(found.logits)
         distances = self._calibration.compute_distances(found.features)
         return Prediction(
@@ -164,11 +144,6 @@ class Engine(ABC):
             found.features if "features" in outputs else None,
             self._compute_maps(images) if "class_maps" in outputs else None,
         )
-
-    def _compute(self, images: NDArray[np.uint8]) -> Outputs:
-        if len(images) == 0:
-            return self._allocate(0)
-        return self._compute_outputs(images)
 
     def _compute_maps(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         side = count_cells(self._preprocessing.size_px)
@@ -194,7 +169,9 @@ class Engine(ABC):
         """Return dense features, (N, 2048, h, w), of a few images."""
 
 
-def open_engine(classifier: "Classifier", options: EngineOptions) -> Engine:
+def open_engine(
+    classifier: "Classifier", options: EngineOptions, quantised: "QuantisedModel | None" = None
+) -> Engine:
     """Open the engine of a classifier in this process.
 
     Parameters
@@ -202,6 +179,8 @@ def open_engine(classifier: "Classifier", options: EngineOptions) -> Engine:
     classifier : Classifier
         It is not changed.
     options : EngineOptions
+    quantised : QuantisedModel, optional
+        The int8 network, if it is there already.
 
     Raises
     ------
@@ -212,23 +191,20 @@ def open_engine(classifier: "Classifier", options: EngineOptions) -> Engine:
         from brainray.inference.engine_torch import TorchEngine
 
         return TorchEngine(classifier, check_precision(options, "torch"), options)
-    return _open_openvino(classifier, options, _quantise(classifier, options))
+    from brainray.inference.engine_openvino import OpenVinoEngine
+
+    quantised = quantised or _quantise(classifier, options)
+    return OpenVinoEngine(classifier, check_precision(options, "openvino"), options, quantised)
 
 
 def prepare_engine(classifier_uri: str, options: EngineOptions) -> Callable[[], Engine]:
     """Do the work once that several processes need to open the same engine.
 
-    Parameters
-    ----------
-    classifier_uri : str
-        A classifier bundle.
-    options : EngineOptions
-        The precision is chosen in the process that opens the engine.
-
     Returns
     -------
     callable
-        Opens the engine. It is picklable and contains the weights, 94 MB in fp32.
+        Opens the engine, and chooses its precision. It is picklable and contains the weights, 94 MB
+        in fp32.
 
     Raises
     ------
@@ -238,50 +214,21 @@ def prepare_engine(classifier_uri: str, options: EngineOptions) -> Callable[[], 
     from brainray.model.classifier import load_classifier
 
     classifier = load_classifier(classifier_uri)
-    if options.use_gpu or options.backend == "torch":
-        return partial(open_engine, classifier, options)
-    return partial(_open_openvino, classifier, options, _quantise(classifier, options))
-
-
-def _open_openvino(
-    classifier: "Classifier", options: EngineOptions, quantised: "QuantisedModel | None"
-) -> Engine:
-    from brainray.inference.engine_openvino import OpenVinoEngine
-
-    precision = check_precision(options, "openvino")
-    return OpenVinoEngine(classifier, precision, options, quantised)
+    is_torch = options.use_gpu or options.backend == "torch"
+    quantised = None if is_torch else _quantise(classifier, options)
+    return partial(open_engine, classifier, options, quantised)
 
 
 def _quantise(classifier: "Classifier", options: EngineOptions) -> "QuantisedModel | None":
-    """Quantise the network if the precision is int8, and compare it with fp32."""
     if options.precision != "int8":
         return None
-    from brainray.inference.openvino_model import quantise
+    from brainray.inference.int8 import quantise_and_compare
 
-    images = read_calibration_images(options.calibration_uri, classifier.preprocessing)
-    quantised = quantise(classifier, images)
-    compared = images[:NUM_COMPARED_IMAGES]
-    exact = open_engine(classifier, replace(options, precision="fp32"))
-    found = measure_disagreement(
-        exact.predict(compared).probs,
-        _open_openvino(classifier, options, quantised).predict(compared).probs,
-    )
-    return replace(
-        quantised,
-        cost=f"int8 against fp32 on {found['n']} of the calibration images: "
-        f"{found['same_top_class']:.1%} have the same class, "
-        f"the largest difference of a probability is {found['largest_difference']:.3f}.",
-    )
+    return quantise_and_compare(classifier, options)
 
 
 def choose_backend(options: EngineOptions) -> Backend:
-    """Choose the backend on this machine.
-
-    Raises
-    ------
-    ConfigError
-        A GPU is requested with OpenVINO, or torch finds none.
-    """
+    """Choose the backend; a GPU needs torch, and torch must find one."""
     if not options.use_gpu:
         return "openvino" if options.backend == "auto" else options.backend
     if options.backend == "openvino":
@@ -300,13 +247,7 @@ def choose_backend(options: EngineOptions) -> Backend:
 
 
 def check_precision(options: EngineOptions, backend: Backend) -> Precision:
-    """Choose the precision, and check that this machine supports it.
-
-    Raises
-    ------
-    ConfigError
-        The requested precision is not available with this backend or on this machine.
-    """
+    """Choose the precision, and check that the backend and this machine support it."""
     if options.precision == "int8" and backend == "torch":
         raise ConfigError(
             "int8 needs OpenVINO on a CPU. "
@@ -319,81 +260,3 @@ def check_precision(options: EngineOptions, backend: Backend) -> Precision:
             "Leave out --precision, or pass --precision fp32."
         )
     return choose_precision(options.precision, has_bf16=has_bf16)
-
-
-def read_calibration_images(
-    calibration_uri: str | None, preprocessing: Preprocessing
-) -> NDArray[np.uint8]:
-    """Read at most 300 images for the calibration of int8, evenly spaced in the folder.
-
-    Returns
-    -------
-    ndarray of uint8, shape (n, size_px, size_px)
-
-    Raises
-    ------
-    ConfigError
-        No folder is given, or no image in it can be opened.
-    """
-    if calibration_uri is None:
-        raise ConfigError(
-            "int8 needs images to measure the range of each layer's values. "
-            "Pass --calibration-uri FOLDER with a few hundred scans, or another --precision."
-        )
-    from brainray.data.scans import list_scans
-
-    found = list_scans([calibration_uri])["scan_uri"].to_pylist()
-    chosen = _choose_evenly(found, NUM_CALIBRATION_IMAGES)
-    most = math.ceil(NUM_CALIBRATION_IMAGES / max(1, len(chosen)))
-    images = [image for uri in chosen for image in _load_slices(uri, preprocessing, most)]
-    if not images:
-        raise ConfigError(f"None of the {len(found)} files in '{calibration_uri}' is a scan.")
-    return np.stack(images)
-
-
-def _load_slices(
-    scan_uri: str, preprocessing: Preprocessing, most: int
-) -> Iterator[NDArray[np.uint8]]:
-    """Yield the network inputs of at most so many slices of a file, evenly spaced."""
-    from brainray.data.read import read_named_scan
-
-    try:
-        file = open_file(read_named_scan(scan_uri, max_bytes=DecodeLimits().max_bytes))
-    except RejectedImage:
-        return
-    usable = [index for index, info in enumerate(file.slices) if info.rejection is None]
-    for index in _choose_evenly(usable, most):
-        with suppress(RejectedImage):
-            yield open_slice(file, index, preprocessing).scan.image
-
-
-def _choose_evenly(values: Sequence[Value], most: int) -> list[Value]:
-    """Return at most so many values, evenly spaced."""
-    positions = np.linspace(0, len(values) - 1, min(len(values), most)).round()
-    return [values[position] for position in positions.astype(np.int64)]
-
-
-def measure_disagreement(
-    reference_probs: NDArray[np.float32], probs: NDArray[np.float32]
-) -> dict[str, Any]:
-    """Compare two engines' predictions for the same images.
-
-    Parameters
-    ----------
-    reference_probs, probs : ndarray of float32, shape (N, K)
-
-    Returns
-    -------
-    dict
-        ``largest_difference`` of any probability, in [0, 1]; ``same_top_class``, the fraction
-        of images with the same most probable class, in [0, 1]; ``n``, the number of images.
-        Both are NaN when there are none.
-    """
-    assert reference_probs.shape == probs.shape, (reference_probs.shape, probs.shape)
-    if len(probs) == 0:
-        return {"largest_difference": float("nan"), "same_top_class": float("nan"), "n": 0}
-    return {
-        "largest_difference": float(np.abs(reference_probs - probs).max()),
-        "same_top_class": float((reference_probs.argmax(1) == probs.argmax(1)).mean()),
-        "n": len(probs),
-    }

@@ -5,7 +5,7 @@ The output has a row for each slice, and before them the slice evidence of each 
 
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
@@ -13,20 +13,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from rich.console import RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from brainray import storage
-from brainray.data.slice_columns import describe_slice
 from brainray.errors import RejectedImage, StorageError
 from brainray.images.decode import DecodeLimits
-from brainray.images.slices import ReadOptions, ScanFile, name_slice, open_file, open_slice
+from brainray.images.slices import ReadOptions, name_slice, open_file
 from brainray.inference.engine import Engine, open_engine
 from brainray.inference.options import ClassifyJob
-from brainray.inference.schema import SCAN_SCHEMA, build_rows
+from brainray.inference.schema import SCAN_SCHEMA, SliceRow, build_rows, open_slices
 from brainray.inference.series import SeriesRule, summarise_series
 from brainray.io.identifiers import NUM_KEY_BYTES, read_key
 from brainray.model.classifier import Classifier, load_classifier
@@ -60,7 +58,8 @@ class FilesResult:
     engine: dict[str, str]
     """From :meth:`brainray.inference.engine.Engine.describe`."""
     series: list[dict[str, Any]]
-    """From :func:`summarise_rows`."""
+    """For each, the keyed hashes ``series``, ``study`` and ``patient``, and the entries of
+    :func:`brainray.inference.series.summarise_series`."""
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the details, ready for JSON."""
@@ -75,14 +74,7 @@ class FilesResult:
 
 
 def classify_files(files: Iterable[str], job: ClassifyJob) -> FilesResult:
-    """Classify files.
-
-    Parameters
-    ----------
-    files : iterable of str
-        Paths or URIs.
-    job : ClassifyJob
-        The fields in :data:`brainray.inference.options.FILE_OPTIONS` are used.
+    """Classify files, each a path or URI, with the fields in ``options.FILE_OPTIONS`` of a job.
 
     Raises
     ------
@@ -94,118 +86,51 @@ def classify_files(files: Iterable[str], job: ClassifyJob) -> FilesResult:
         key = read_key(storage.make_absolute(job.id_key_file))
     classifier = load_classifier(job.classifier_uri)
     engine = open_engine(classifier, job.engine)
-    predicted = list(predict_files(files, classifier, engine, job.reading, key=key))
+    predicted = [_predict_file(file, classifier, engine, job.reading, key) for file in files]
     rows = [row for file in predicted for row in file.rows]
-    series = summarise_rows(rows, classifier.classes, job.rule)
+    series = _summarise_series(rows, classifier.classes, job.rule)
     return FilesResult(predicted, classifier, engine.describe(), series)
 
 
-def predict_files(
-    files: Iterable[str],
-    classifier: Classifier,
-    engine: Engine,
-    reading: ReadOptions,
-    *,
-    key: bytes | None = None,
-) -> Iterator[FilePredictions]:
-    """Yield the predictions for each file, in order; a file that cannot be read has a row too.
-
-    Parameters
-    ----------
-    files : iterable of str
-    classifier : Classifier
-    engine : Engine
-        An engine of that classifier.
-    reading : ReadOptions
-    key : bytes, optional
-        Key of the hashes of identifiers. Without a key there are no hashes and no series.
-    """
-    for file in files:
-        scan: dict[str, Any] = dict.fromkeys(SCAN_SCHEMA.names)
-        scan["scan_uri"] = storage.make_absolute(file)
-        slices = list(_open_slices(file, scan, classifier, reading, key))
-        rows: list[dict[str, Any]] = []
-        for start in range(0, len(slices), BATCH_SIZE):
-            rows += _predict(slices[start : start + BATCH_SIZE], classifier, engine)
-        details = [
-            detail or REASONS.get(row["reason"])
-            for row, (_, _, detail) in zip(rows, slices, strict=True)
-        ]
-        yield FilePredictions(file, rows, details)
+def _predict_file(
+    file: str, classifier: Classifier, engine: Engine, reading: ReadOptions, key: bytes
+) -> FilePredictions:
+    slices = _open(file, classifier, reading, key)
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(slices), BATCH_SIZE):
+        batch = slices[start : start + BATCH_SIZE]
+        images = [row.image for row in batch if row.image is not None]
+        rows += build_rows(
+            pa.Table.from_pylist([row.columns for row in batch], schema=SCAN_SCHEMA),
+            engine.predict(np.stack(images) if images else engine.make_batch(0)),
+            classes=classifier.classes,
+            classifier_id=classifier.classifier_id,
+            engine=engine.describe(),
+        ).to_pylist()
+    details = [
+        opened.detail or REASONS.get(row["reason"])
+        for row, opened in zip(rows, slices, strict=True)
+    ]
+    return FilePredictions(file, rows, details)
 
 
-_Opened = tuple[dict[str, Any], NDArray[np.uint8] | None, str | None]
-"""A row of SCAN_SCHEMA; the network input, None if rejected; and why it was rejected."""
-
-
-def _open_slices(
-    file: str,
-    scan: dict[str, Any],
-    classifier: Classifier,
-    reading: ReadOptions,
-    key: bytes | None,
-) -> Iterator[_Opened]:
+def _open(file: str, classifier: Classifier, reading: ReadOptions, key: bytes) -> list[SliceRow]:
+    scan: dict[str, Any] = {"scan_uri": storage.make_absolute(file)}
     try:
         content = _read(file, reading.limits)
         scan["size_bytes"] = len(content)
         if len(content) <= reading.limits.max_bytes:  # a larger file was not read to its end
             scan["content_sha256"] = sha256(content).hexdigest()
         opened = open_file(content, reading, key=key)
+        return list(open_slices(opened, scan, classifier.preprocessing))
     except RejectedImage as rejection:
-        yield scan | {"reason": rejection.reason}, None, rejection.message
-        return
-    for index in range(len(opened.slices)):
-        yield _open_slice(opened, index, scan, classifier)
+        return [SliceRow(scan | {"reason": rejection.reason}, detail=rejection.message)]
 
 
-def _open_slice(
-    file: ScanFile, index: int, scan: dict[str, Any], classifier: Classifier
-) -> _Opened:
-    info = file.slices[index]
-    row = scan | {"scan_uri": name_slice(scan["scan_uri"], info.frame)}
-    try:
-        opened = open_slice(file, index, classifier.preprocessing)
-    except RejectedImage as rejection:
-        row |= describe_slice(info, None) | {"reason": rejection.reason}
-        return row, None, rejection.message
-    height, width = opened.scan.samples.shape
-    row |= describe_slice(info, opened.grey_range) | {"height_px": height, "width_px": width}
-    return row, opened.scan.image, None
-
-
-def _predict(
-    slices: Sequence[_Opened], classifier: Classifier, engine: Engine
-) -> list[dict[str, Any]]:
-    images = [image for _, image, _ in slices if image is not None]
-    rows: list[dict[str, Any]] = build_rows(
-        pa.Table.from_pylist([scan for scan, _, _ in slices], schema=SCAN_SCHEMA),
-        engine.predict(np.stack(images) if images else engine.make_batch(0)),
-        classes=classifier.classes,
-        classifier_id=classifier.classifier_id,
-        engine=engine.describe(),
-    ).to_pylist()
-    return rows
-
-
-def summarise_rows(
+def _summarise_series(
     rows: Iterable[dict[str, Any]], classes: Sequence[str], rule: SeriesRule
 ) -> list[dict[str, Any]]:
-    """Summarise each series among some rows of the prediction table.
-
-    Parameters
-    ----------
-    rows : iterable of dict
-        Rows without a series are left out.
-    classes : sequence of str
-        In class order.
-    rule : SeriesRule
-
-    Returns
-    -------
-    list of dict
-        For each series, in order of its first row, the keyed hashes ``series``, ``study`` and
-        ``patient``, and the entries of :func:`brainray.inference.series.summarise_series`.
-    """
+    """Summarise each series, in order of its first row."""
     by_series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["series"] is not None:
@@ -243,38 +168,22 @@ def _to_json(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_tables(result: FilesResult, *, list_slices: bool) -> list[RenderableType]:
-    """Build the tables that the command line prints.
-
-    Parameters
-    ----------
-    result : FilesResult
-    list_slices : bool
-        List all slices of files that have more than :data:`MAX_LISTED_SLICES`.
-    """
+    """Build the tables that the command line prints; ``list_slices`` lists them all."""
     series = [one for one in result.series if one["num_slices"] > 1]
     shown: list[RenderableType] = []
     if series:
         note = "Slice evidence: not calibrated for series or patients.\n"
-        shown += [build_series_table(series), Text(note, "dim")]
-    most = None if list_slices else MAX_LISTED_SLICES
+        shown += [_build_series_table(series), Text(note, "dim")]
     classifier = result.classifier
     about = f"Classifier {classifier.classifier_id}, {result.engine['description']}.\n{NOTICE}"
-    return [*shown, build_table(result.files, classifier.classes, most), Text(about, "dim")]
+    table = _build_table(result.files, classifier.classes, list_slices=list_slices)
+    return [*shown, table, Text(about, "dim")]
 
 
-def build_table(
-    files: Iterable[FilePredictions], classes: Sequence[str], most: int | None = None
+def _build_table(
+    files: Iterable[FilePredictions], classes: Sequence[str], *, list_slices: bool
 ) -> Table:
-    """Build a table with a line for each slice.
-
-    Parameters
-    ----------
-    files : iterable of FilePredictions
-    classes : sequence of str
-        In class order.
-    most : int, optional
-        A file with more slices has one line with counts.
-    """
+    """Build a table with a line for each slice, or one for a file that has many."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("scan", overflow="fold")
     table.add_column("prediction", no_wrap=True)
@@ -282,7 +191,7 @@ def build_table(
     table.add_column("probability", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for file in files:
-        if most is not None and len(file.rows) > most:
+        if len(file.rows) > MAX_LISTED_SLICES and not list_slices:
             counts = Counter(row["predicted_class"] or row["reason"] for row in file.rows)
             words = ", ".join(f"{count} {name}" for name, count in counts.most_common())
             title = f"{len(file.rows)} slices"
@@ -295,8 +204,7 @@ def build_table(
     return table
 
 
-def build_series_table(series: Iterable[dict[str, Any]]) -> Table:
-    """Build a table with a line for each series of :func:`summarise_rows`."""
+def _build_series_table(series: Iterable[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("series", no_wrap=True)
     table.add_column("answer", no_wrap=True)

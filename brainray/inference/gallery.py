@@ -17,17 +17,7 @@ def draw_scan(
     class_map: Sequence[float] | None,
     preprocessing: Preprocessing,
 ) -> tuple[bytes, bytes | None]:
-    """Draw a slice, alone and under its class map.
-
-    Parameters
-    ----------
-    file : ScanFile
-    index : int
-        Index of the slice in the file.
-    class_map : sequence of float, optional
-        Of the prediction table.
-    preprocessing : Preprocessing
-        Of the classifier.
+    """Draw a slice of a file, alone and under its class map of the prediction table.
 
     Returns
     -------

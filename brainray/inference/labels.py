@@ -28,13 +28,7 @@ class Labels:
         return name if name in self.classes else None
 
     def rename(self, name: Callable[[str], str]) -> "Labels":
-        """Return the labels with other names of the scans.
-
-        Raises
-        ------
-        ConfigError
-            The labels are folder names, which the new names do not contain.
-        """
+        """Return the labels with other names of the scans, which contain no folder names."""
         if self.by_uri is not None:
             return replace(self, by_uri={name(uri): label for uri, label in self.by_uri.items()})
         if name("") != "":
@@ -48,18 +42,8 @@ class Labels:
 def read_labels(labels: str | None, classes: tuple[str, ...]) -> Labels | None:
     """Read the labels of scans.
 
-    Parameters
-    ----------
-    labels : str or None
-        ``folder`` (the name of a scan's folder is its label), a CSV file with the columns scan_uri
-        and label, or None.
-    classes : tuple of str
-        The classes of the classifier.
-
-    Raises
-    ------
-    DataError
-        As in :func:`read_label_table`.
+    ``labels`` is ``folder`` (the name of a scan's folder is its label), a CSV file with the columns
+    scan_uri and label, or None. The errors are those of :func:`read_label_table`.
     """
     if labels is None:
         return None

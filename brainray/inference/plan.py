@@ -8,8 +8,9 @@ each part. Planning opens no file: a file counts as one scan, however many slice
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -25,7 +26,7 @@ from brainray import storage
 from brainray.cluster import TASK_CPUS
 from brainray.data.labelled import IMAGE_SUFFIXES
 from brainray.data.read import TABLE_SUFFIX
-from brainray.data.scans import LISTING_SCHEMA, Listing, ScanSource, list_source
+from brainray.data.scans import LISTING_SCHEMA, ScanSource, list_source
 from brainray.errors import BrainrayError
 from brainray.inference.stats import hash_names
 from brainray.inference.store import KNOWN_SCHEMA, PredictionStore, Wave
@@ -99,67 +100,51 @@ def make_plan(options: PlanOptions) -> Plan:
     StorageError
         Earlier predictions are damaged, or the plan cannot be written.
     """
-    tables, found = list_all(options)
+    listed, counts = _list_all(options)
     known, num_known = _read_known(options.store)
-    num_parts = math.ceil((found.num_scans + num_known) / MAX_PART_ROWS) or 1
-    planned = {
-        int(part["part"]): part for part in _write_parts([*tables, *known], num_parts, options)
-    }
-    counts = [planned.get(part, {"num_rows": 0, "num_shards": 0}) for part in range(num_parts)]
+    num_parts = math.ceil((counts["scans"] + num_known) / MAX_PART_ROWS) or 1
+    written = {part["part"]: part for part in _write_parts([*listed, *known], num_parts, options)}
+    parts = [written.get(part, {"num_rows": 0, "num_shards": 0}) for part in range(num_parts)]
     return Plan(
-        found.num_scans,
-        sum(int(part["num_rows"]) for part in counts),
-        found.num_hidden,
-        tuple(int(part["num_shards"]) for part in counts),
-        found.num_indices,
+        counts["scans"],
+        sum(part["num_rows"] for part in parts),
+        counts["hidden"],
+        tuple(part["num_shards"] for part in parts),
+        counts["indices"],
     )
 
 
-@dataclass(slots=True)
-class Found:
-    """Counts of a listing."""
-
-    num_scans: int = 0
-    num_hidden: int = 0
-    num_indices: int = 0
-
-
-def list_all(options: PlanOptions) -> tuple[list[Any], Found]:
+def _list_all(options: PlanOptions) -> tuple[list[Any], Counter[str]]:
     """List all sources in tasks; a task passes on the folders that it has no time for.
 
-    Returns
-    -------
-    list of ObjectRef of Table
-        Rows of :data:`_ROWS_SCHEMA`.
-    Found
+    Return references to rows of :data:`_ROWS_SCHEMA`, and counts.
     """
     task: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(_list_source)
     num_at_once = max(2, int(ray.cluster_resources().get("CPU", 1)))
     shared = ray.put((options.store.output_uri, options.identifiers))
     waiting = list(options.sources)[::-1]
     running: dict[Any, Any] = {}
-    tables, found = [], Found()
+    tables, counts = [], Counter[str]()
     while waiting or running:
         while waiting and len(running) < num_at_once:
             table, about = task.remote(waiting.pop(), shared)
             running[about] = table
         (about,), _ = ray.wait(list(running), num_returns=1)
         tables.append(running.pop(about))
-        listing, count = ray.get(about)
-        waiting += listing.rest[::-1]
-        found.num_scans += count
-        found.num_hidden += listing.num_hidden
-        found.num_indices += listing.num_indices
-    return tables, found
+        rest, found = ray.get(about)
+        waiting += rest[::-1]
+        counts.update(found)
+    return tables, counts
 
 
 def _list_source(
     source: ScanSource, shared: tuple[str, Identifiers]
-) -> tuple[pa.Table, tuple[Listing, int]]:
+) -> tuple[pa.Table, tuple[tuple[ScanSource, ...], dict[str, int]]]:
     output_uri, identifiers = shared
     found = list_source(source, leave_out=[output_uri], max_seconds=MAX_LISTING_S)
-    about = replace(found, scans=LISTING_SCHEMA.empty_table())
-    return _complete(name_scans(found.scans, identifiers)), (about, found.scans.num_rows)
+    counts = {"scans": found.scans.num_rows, "hidden": found.num_hidden}
+    counts["indices"] = found.num_indices
+    return _complete(name_scans(found.scans, identifiers)), (found.rest, counts)
 
 
 def name_scans(listed: pa.Table, identifiers: Identifiers) -> pa.Table:
@@ -172,13 +157,8 @@ def name_scans(listed: pa.Table, identifiers: Identifiers) -> pa.Table:
 
 def _complete(table: pa.Table) -> pa.Table:
     """Add the missing columns of _ROWS_SCHEMA as nulls."""
-    columns = [
-        table[field.name]
-        if field.name in table.column_names
-        else pa.nulls(table.num_rows, field.type)
-        for field in _ROWS_SCHEMA
-    ]
-    return pa.table(columns, schema=_ROWS_SCHEMA)
+    empty = _ROWS_SCHEMA.empty_table()
+    return pa.concat_tables([empty, table], promote_options="default").select(_ROWS_SCHEMA.names)
 
 
 def _read_known(store: PredictionStore) -> tuple[list[Any], int]:
@@ -199,9 +179,11 @@ def _read_known(store: PredictionStore) -> tuple[list[Any], int]:
 def _write_parts(tables: list[Any], num_parts: int, options: PlanOptions) -> list[dict[str, Any]]:
     """Shuffle the rows to one task per part, which writes the part's plan."""
     if num_parts == 1:  # a shuffle would take seconds
-        task: Any = ray.remote(num_cpus=TASK_CPUS)(_write_only_part)
-        whole: pa.Table = ray.get(task.remote(options, *tables))
-        return list(whole.to_pylist())
+        task: Any = ray.remote(num_cpus=TASK_CPUS)(
+            lambda *tables: write_part(pa.concat_tables(tables), 0, options)
+        )
+        whole: list[dict[str, Any]] = ray.get(task.remote(*tables)).to_pylist()
+        return whole
 
     def assign(table: pa.Table) -> pa.Table:
         hashes = hash_names(find_neighbourhoods(table["scan_uri"].to_pylist()))
@@ -216,37 +198,25 @@ def _write_parts(tables: list[Any], num_parts: int, options: PlanOptions) -> lis
     return list(shuffled.map_groups(write, batch_format="pyarrow").take_all())
 
 
-def _write_only_part(options: PlanOptions, *tables: pa.Table) -> pa.Table:
-    return write_part(pa.concat_tables(tables), 0, options)
-
-
 def find_neighbourhoods(scan_uris: Sequence[str]) -> list[str]:
     """Return for each scan the text whose hash chooses its part.
 
     It is the scan's URI; for a row of a table, the table and the block of
     :data:`TABLE_ROWS_PER_PART` rows.
     """
-    mark = f"{TABLE_SUFFIX}#row="
-    found = []
-    for uri in scan_uris:
-        table, sign, number = uri.rpartition(mark)
-        is_row = bool(sign) and number.isdecimal()
-        found.append(f"{table}#{int(number) // TABLE_ROWS_PER_PART}" if is_row else uri)
-    return found
+    row_name = re.compile(rf"(.*{re.escape(TABLE_SUFFIX)})#row=(\d+)", re.DOTALL)
+    matches = [row_name.fullmatch(uri) for uri in scan_uris]
+    return [
+        f"{match[1]}#{int(match[2]) // TABLE_ROWS_PER_PART}" if match else uri
+        for match, uri in zip(matches, scan_uris, strict=True)
+    ]
 
 
 def write_part(table: pa.Table, part: int, options: PlanOptions) -> pa.Table:
-    """Write a part of the plan: a Parquet file with a row group for each shard.
+    """Write a part of the plan, a Parquet file with a row group for each shard.
 
-    Parameters
-    ----------
-    table : Table
-        Rows of :data:`_ROWS_SCHEMA`: all rows of some scans.
-
-    Returns
-    -------
-    Table
-        ``part``, ``num_rows`` and ``num_shards``.
+    ``table`` has all rows of :data:`_ROWS_SCHEMA` of some scans. Return ``part``, ``num_rows`` and
+    ``num_shards``.
     """
     new = choose_new(table)
     sizes = list_shard_sizes(
@@ -272,10 +242,7 @@ def name_part(part: int) -> str:
 def choose_new(table: pa.Table) -> pa.Table:
     """Choose the scans to open: each once, and only if there are no rows for its size and time.
 
-    Returns
-    -------
-    Table
-        Rows of :data:`PLAN_SCHEMA`, those of one file in sequence.
+    Return rows of :data:`PLAN_SCHEMA`, those of one file in sequence.
     """
     is_listed = table["uri"].is_valid()
     listed, known = table.filter(is_listed), table.filter(pc.invert(is_listed))
@@ -299,27 +266,24 @@ def choose_new(table: pa.Table) -> pa.Table:
 
 def _drop_unchanged(listed: pa.Table, known: pa.Table) -> pa.Table:
     """Drop the scans that have rows for their present size and time."""
-    keys = ["scan_uri", "size_bytes", "modified_ns"]
     is_final = pc.invert(pc.fill_null(pc.is_in(known["reason"], pa.array(NOT_FINAL)), False))
-    final = known.filter(pc.and_(is_final, known["modified_ns"].is_valid())).select(keys)
-    rows = pa.array(np.arange(listed.num_rows))
+    final = known.filter(pc.and_(is_final, known["modified_ns"].is_valid()))
 
-    def complete(table: pa.Table) -> pa.Table:  # a join matches no nulls
+    def get_keys(table: pa.Table) -> pa.Table:  # a join matches no nulls
         sizes = pc.fill_null(table["size_bytes"], -1)
-        return table.set_column(table.schema.get_field_index("size_bytes"), "size_bytes", sizes)
+        columns = [table["scan_uri"], sizes, table["modified_ns"]]
+        return pa.table(columns, ["scan_uri", "size_bytes", "modified_ns"])
 
-    left = complete(listed.select(keys)).append_column("row", rows)
-    kept = left.join(complete(final), keys=keys, join_type="left anti")["row"]
-    return listed.take(kept)
+    rows = pa.array(np.arange(listed.num_rows))
+    left = get_keys(listed).append_column("row", rows)
+    keys = ["scan_uri", "size_bytes", "modified_ns"]
+    return listed.take(left.join(get_keys(final), keys=keys, join_type="left anti")["row"])
 
 
 def weigh_files(files: pa.Table) -> NDArray[np.int64]:
-    """Estimate the slices of each file, shape (n,): 1 for pictures, else from its size.
+    """Estimate the slices of each file from ``uri`` and ``size_bytes``, shape (n,).
 
-    Parameters
-    ----------
-    files : Table
-        ``uri`` and ``size_bytes``; a file of unknown size counts as one slice.
+    A picture, and a file of unknown size, count as one.
     """
     is_picture = pc.match_substring_regex(files["uri"], _PICTURE_NAME).to_numpy()
     sizes = pc.fill_null(files["size_bytes"], 0).to_numpy()
@@ -330,7 +294,7 @@ def weigh_files(files: pa.Table) -> NDArray[np.int64]:
 def list_shard_sizes(
     weights: NDArray[np.int64], max_weight: int, num_engines: int, *, is_first: bool
 ) -> list[int]:
-    """Divide files into shards: at least eight per engine, small ones first.
+    """Return the number of files of each shard: at least eight shards per engine, small ones first.
 
     Parameters
     ----------
@@ -340,11 +304,6 @@ def list_shard_sizes(
         Most slices of a shard that has more than one file.
     is_first : bool
         Whether this is the first part of the run.
-
-    Returns
-    -------
-    list of int
-        Number of files of each shard.
     """
     ends = np.cumsum(weights)
     total = int(ends[-1]) if len(ends) else 0

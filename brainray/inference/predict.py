@@ -6,9 +6,9 @@ Bulk jobs, evaluation and calibration share it.
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 from ray.data import Dataset
+from ray.exceptions import RayError, RayTaskError
 
 from brainray.cluster import TASK_CPUS, list_nodes, share_cpus
 from brainray.data.scan_store import view_pixels
@@ -24,14 +25,19 @@ from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import Engine, EngineOptions, Output, prepare_engine
 from brainray.inference.schema import SCAN_SCHEMA, build_rows
 from brainray.model.classifier import read_classifier_metadata
+from brainray.runlog import Log
 
 CPUS_PER_ENGINE = 4
 """Most threads of one engine on a CPU."""
 GPU_BATCH_SIZE = 256
 """Images per call of an engine on a GPU, where Ray Data requires a batch size and merges smaller
 blocks. On a CPU each block is one call."""
+MAX_FAILURES = 3
+"""Failures of Ray in a row, as by the loss of a node, without a new prediction."""
 WARM_UP_SIZE = 8
 """Black images predicted first, enough for the engine to compile its model for batches."""
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,13 +67,7 @@ class PredictStage:
     def open(
         cls, classifier_uri: str, pool: EnginePool, outputs: Sequence[Output] = ()
     ) -> "PredictStage":
-        """Prepare the engine of a classifier, and put it into the object store.
-
-        Raises
-        ------
-        UserError
-            The classifier cannot be read, or does not fit these options.
-        """
+        """Prepare the engine of a classifier, and put it into the object store."""
         engine = prepare_engine(classifier_uri, pool.options)
         return cls.of(read_classifier_metadata(classifier_uri), engine, pool, outputs)
 
@@ -125,6 +125,33 @@ class PredictStage:
         return predicted
 
 
+def retry_lost(start: Callable[[], Iterator[Item]], log: Log = lambda _: None) -> Iterator[Item]:
+    """Yield from a stream of Ray Data; after Ray lost a process, start another for what is left.
+
+    Raises
+    ------
+    RayTaskError
+        A task failed; a second attempt would fail too.
+    RayError
+        Ray failed :data:`MAX_FAILURES` times in a row.
+    """
+    failures = 0
+    while True:
+        try:
+            for item in start():
+                failures = 0
+                yield item
+            return
+        except RayTaskError:
+            raise
+        except RayError as error:
+            failures += 1
+            if failures == MAX_FAILURES:
+                raise
+            first_line = str(error).strip().partition("\n")[0]
+            log(f"Ray lost a process ({first_line}); continuing with the other shards.")
+
+
 def pack_images(images: Sequence[NDArray[np.uint8] | None], size_px: int) -> pa.Array:
     """Return network inputs, (size_px, size_px) each, as the column ``image``."""
     values = [None if image is None else image.tobytes() for image in images]
@@ -143,15 +170,13 @@ class _PredictBatch:
             # Raised here, the driver would only see the text of an ActorDiedError (Ray 2.60).
             self._error = error
             return
-        self._about = self._engine.describe()
-        self._runtime = json.dumps(self._about)
         self._engine.predict(self._engine.make_batch(WARM_UP_SIZE), stage.outputs)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         if self._error is not None:
             raise self._error
         started = time.perf_counter()
-        stage = self._stage
+        stage, about = self._stage, self._engine.describe()
         images = view_pixels(batch["image"], stage.preprocessing.size_px)
         opened = np.flatnonzero(batch["image"].is_valid().to_numpy())
         rows = build_rows(
@@ -159,32 +184,23 @@ class _PredictBatch:
             self._engine.predict(images[opened], stage.outputs),
             classes=stage.classes,
             classifier_id=stage.classifier_id,
-            engine=self._about,
+            engine=about,
         )
         for name in batch.column_names:
             if name not in SCAN_SCHEMA.names and name != "image":
                 rows = rows.append_column(name, batch[name])
         seconds = (time.perf_counter() - started) / max(1, batch.num_rows)
         rows = rows.append_column("predict_s", pa.array([seconds] * batch.num_rows, pa.float32()))
-        return rows.append_column("runtime", pa.array([self._runtime] * batch.num_rows))
+        return rows.append_column("runtime", pa.array([json.dumps(about)] * batch.num_rows))
 
 
 def plan_pool(
-    options: EngineOptions,
-    *,
-    num_engines: int | None = None,
-    gpus_per_engine: float = 1.0,
+    options: EngineOptions, *, num_engines: int | None = None, gpus_per_engine: float = 1.0
 ) -> EnginePool:
     """Divide the cluster's CPUs or GPUs among engines; Ray must be connected.
 
-    Parameters
-    ----------
-    options : EngineOptions
-        ``num_threads`` is chosen if it is not given.
-    num_engines : int, optional
-        Default: one per GPU, or one per four CPUs.
-    gpus_per_engine : float
-        Share of a GPU of each engine.
+    The default of ``num_engines`` is one per GPU, or one per four CPUs. Each has the share
+    ``gpus_per_engine`` of a GPU. ``options.num_threads`` is chosen if it is not given.
     """
     nodes = list_nodes()
     sizes = [int(node.get("CPU", 0.0)) for node in nodes]

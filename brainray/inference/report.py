@@ -1,8 +1,9 @@
 """The metrics and the report of a bulk run, made from the statistics of its files."""
 
 import pickle
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ from brainray.inference.stats import (
     NUM_BINS,
     STAGES,
     STATISTICS_COLUMNS,
-    LabelledSample,
     Progress,
     RunStats,
     compute_statistics,
@@ -55,9 +55,9 @@ def build_metrics(
 ) -> dict[str, Any]:
     """Build the part of metrics.json about this run; :func:`write_report` adds the rest."""
     new, wall_s = progress.new, progress.elapsed_s
-    busy = progress.compute_busy(
-        dict.fromkeys(STAGES, num_decoders) | {"predict": pool.num_engines}
-    )
+    capacity = dict.fromkeys(STAGES, num_decoders) | {"predict": pool.num_engines}
+    busy = progress.compute_busy(capacity)
+    bottleneck = find_bottleneck(busy) if progress.warm_s else "too few new scans to measure"
     idle = {"backend": "none", "precision": "none", "description": IDLE}
     return {
         "schema_version": METRICS_SCHEMA_VERSION,
@@ -75,9 +75,7 @@ def build_metrics(
             "images_per_s_warm": progress.rate and round(progress.rate, 3),
             "stages_s": {name: round(spent, 3) for name, spent in progress.stages_s.items()},
             "stages_busy": busy,
-            "bottleneck": find_bottleneck(busy)
-            if progress.warm_s
-            else "too few new scans to measure",
+            "bottleneck": bottleneck,
             "memory_peak_bytes": memory_peak_bytes,
             "timeline": [list(point) for point in progress.timeline],
         },
@@ -96,30 +94,34 @@ def write_report(
 ) -> None:
     """Add the statistics of all predictions of this classifier; write tables, report and metrics.
 
-    Parameters
-    ----------
-    run : str
-        Name of this run, with the statistics ``new``; those of earlier runs are read from files.
+    The run has the statistics ``new``; those of earlier runs are read from files.
     """
     stats = RunStats()
     stats.add(new)
-    for earlier in read_statistics(store, run, labels):
+    for earlier in _read_statistics(store, run, labels):
         stats.add(earlier)
     edges = np.linspace(0.0, 1.0, NUM_BINS + 1).tolist()
     metrics["counts"] = stats.describe_counts()
     metrics["confidence_histogram"] = {"edges": edges, "counts": stats.histogram.tolist()}
     curves = None
     if stats.labelled is not None and len(stats.labelled.y_true):
-        metrics["evaluation"], curves = _evaluate(stats.labelled, store.classes)
+        from brainray.metrics import compute_curves, compute_evaluation  # a second of imports
+
+        sample = stats.labelled
+        evaluation = compute_evaluation(sample.y_true, sample.y_prob, store.classes)
+        evaluation["num_labelled"] = sample.total
+        evaluation["num_without_truth"] = sample.num_unlabelled
+        metrics["evaluation"] = evaluation
+        curves = compute_curves(sample.y_true, sample.y_prob, store.classes)
     metrics |= write_series(store, job.rule, stats.num_in_series)
-    preprocessing = Preprocessing(**metadata["preprocessing"])
+    gallery = Gallery(store.classes, Preprocessing(**metadata["preprocessing"]), job.reading)
     page = render_bulk_report(
         title="brainray classification report",
         metrics=metrics,
-        uncertain=list(_draw_least_certain(stats, store.classes, preprocessing, job.reading)),
-        configuration=describe_job(job, identifiers),
+        uncertain=list(gallery.draw_uncertain(stats.least_certain)),
+        configuration=_describe_job(job, identifiers),
         curves=curves,
-        mistakes=list(_draw_mistakes(stats, store.classes, preprocessing, job.reading)),
+        mistakes=list(gallery.draw_mistakes(stats.mistakes)),
         facts={
             "Classifier": metadata["classifier_id"],
             "Scans": ", ".join(map(identifiers.name, job.scans_uri)),
@@ -131,7 +133,7 @@ def write_report(
     storage.write_json(storage.join(job.output_uri, METRICS_FILE), metrics)
 
 
-def describe_job(job: "ClassifyJob", identifiers: Identifiers) -> dict[str, Any]:
+def _describe_job(job: "ClassifyJob", identifiers: Identifiers) -> dict[str, Any]:
     """Return a job's options for the report, with hashes in place of paths if they are redacted."""
     options = asdict(job)
     if identifiers.redact_paths:
@@ -143,24 +145,10 @@ def describe_job(job: "ClassifyJob", identifiers: Identifiers) -> dict[str, Any]
     return options
 
 
-def _evaluate(
-    sample: LabelledSample, classes: tuple[str, ...]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    from brainray.metrics import compute_curves, compute_evaluation  # a second of imports
-
-    evaluation = compute_evaluation(sample.y_true, sample.y_prob, classes)
-    evaluation["num_labelled"] = sample.total
-    evaluation["num_without_truth"] = sample.num_unlabelled
-    return evaluation, compute_curves(sample.y_true, sample.y_prob, classes)
-
-
-def read_statistics(
+def _read_statistics(
     store: PredictionStore, except_run: str, labels: Labels | None
 ) -> Iterator[RunStats]:
-    """Read the statistics of other runs' files, on the workers.
-
-    They are in the files' metadata; if there are labels, they are computed again.
-    """
+    """Read the statistics of other runs' files, on the workers."""
     files = [uri for uri in store.list_files() if f"/{except_run}-" not in uri]
     if not files:
         return
@@ -179,6 +167,7 @@ def read_statistics(
 
 
 def _read_file_statistics(store: PredictionStore, uri: str, labels: Labels | None) -> RunStats:
+    """Read them from a file's metadata; if there are labels, compute them again."""
     if labels is None:
         about = store.read_metadata(uri)
         return RunStats() if about.get("closed") else RunStats.from_json(about["statistics"])
@@ -187,51 +176,47 @@ def _read_file_statistics(store: PredictionStore, uri: str, labels: Labels | Non
     return compute_statistics(rows, store.classes, labels)
 
 
-def _draw(
-    scan: dict[str, Any], preprocessing: Preprocessing, reading: ReadOptions
-) -> tuple[bytes, bytes | None] | None:
-    """Draw a scan and its class map; None if it cannot be read or its path is redacted."""
-    if scan["scan_uri"].startswith(REDACTED):
-        return None
-    try:
-        file, index = open_named_slice(scan["scan_uri"], reading)
-        return draw_scan(file, index, scan["class_map"], preprocessing)
-    except RejectedImage:
-        return None
+@dataclass(frozen=True, slots=True)
+class Gallery:
+    """Draws the scans of statistics, without those that cannot be read or are redacted."""
 
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    reading: ReadOptions
 
-def _draw_least_certain(
-    stats: RunStats, classes: tuple[str, ...], preprocessing: Preprocessing, reading: ReadOptions
-) -> Iterator[UncertainScan]:
-    for scan in stats.least_certain:
-        drawn = _draw(scan, preprocessing, reading)
-        if drawn is None:
-            continue
-        first, second = np.argsort(scan["probs"])[::-1][:2]
-        yield UncertainScan(
-            scan_uri=scan["scan_uri"],
-            predicted_class=classes[first],
-            confidence=scan["probs"][first],
-            second_class=classes[second],
-            second_confidence=scan["probs"][second],
-            image_png=drawn[0],
-            overlay_png=drawn[1],
-        )
+    def _draw(
+        self, scans: Iterable[dict[str, Any]]
+    ) -> Iterator[tuple[dict[str, Any], tuple[bytes, bytes | None]]]:
+        for scan in scans:
+            if scan["scan_uri"].startswith(REDACTED):
+                continue
+            with suppress(RejectedImage):
+                file, index = open_named_slice(scan["scan_uri"], self.reading)
+                yield scan, draw_scan(file, index, scan["class_map"], self.preprocessing)
 
+    def draw_uncertain(self, scans: Iterable[dict[str, Any]]) -> Iterator[UncertainScan]:
+        """Draw the least certain scans."""
+        for scan, (image_png, overlay_png) in self._draw(scans):
+            first, second = np.argsort(scan["probs"])[::-1][:2]
+            yield UncertainScan(
+                scan_uri=scan["scan_uri"],
+                predicted_class=self.classes[first],
+                confidence=scan["probs"][first],
+                second_class=self.classes[second],
+                second_confidence=scan["probs"][second],
+                image_png=image_png,
+                overlay_png=overlay_png,
+            )
 
-def _draw_mistakes(
-    stats: RunStats, classes: tuple[str, ...], preprocessing: Preprocessing, reading: ReadOptions
-) -> Iterator[Mistake]:
-    for scan in stats.mistakes:
-        drawn = _draw(scan, preprocessing, reading)
-        if drawn is None:
-            continue
-        top = int(np.argmax(scan["probs"]))
-        yield Mistake(
-            path=scan["scan_uri"],
-            true_class=scan["true_class"],
-            predicted_class=classes[top],
-            confidence=scan["probs"][top],
-            image_png=drawn[0],
-            overlay_png=drawn[1],
-        )
+    def draw_mistakes(self, scans: Iterable[dict[str, Any]]) -> Iterator[Mistake]:
+        """Draw the most confident mistakes."""
+        for scan, (image_png, overlay_png) in self._draw(scans):
+            top = int(np.argmax(scan["probs"]))
+            yield Mistake(
+                path=scan["scan_uri"],
+                true_class=scan["true_class"],
+                predicted_class=self.classes[top],
+                confidence=scan["probs"][top],
+                image_png=image_png,
+                overlay_png=overlay_png,
+            )

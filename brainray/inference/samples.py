@@ -10,34 +10,27 @@ import pyarrow as pa
 import ray
 import ray.data
 from numpy.typing import NDArray
-from ray.exceptions import RayError, RayTaskError
 
-from brainray.cluster import TASK_CPUS, find_own_error
+from brainray.cluster import TASK_CPUS, raise_own_errors
 from brainray.data.scan_store import ScanStore
 from brainray.images.preprocess import Preprocessing
-from brainray.inference.predict import PredictStage, pack_images
+from brainray.inference.predict import PredictStage, pack_images, retry_lost
 
 PART_ROWS = 256
 """Samples of one block, some seconds of work on a CPU."""
-MAX_FAILURES = 3
-"""Failures of Ray in a row, as by the loss of a node, without a new prediction."""
 
 Runtime = dict[str, str]
 """From :meth:`brainray.inference.engine.Engine.describe`."""
 
 
 def predict_samples(
-    stage: PredictStage,
-    store: ScanStore,
-    scans: pa.Table,
-    indices: NDArray[np.int64],
+    stage: PredictStage, store: ScanStore, scans: pa.Table, indices: NDArray[np.int64]
 ) -> tuple[pa.Table, Runtime]:
     """Predict some samples of a data set.
 
     Parameters
     ----------
     stage : PredictStage
-        The actors that predict.
     store : ScanStore
         Gives the samples' pixels.
     scans : Table
@@ -56,24 +49,14 @@ def predict_samples(
     BrainrayError
         A file was deleted, or a worker cannot open the engine.
     RayError
-        Ray failed :data:`MAX_FAILURES` times in a row.
+        Ray failed several times in a row.
     """
-    assert len(indices)
     blocks: list[pa.Table] = []
     found = np.zeros(len(scans), np.bool_)
-    failures = 0
-    while not found[indices].all():
-        before = len(blocks)
-        try:
-            for block in _stream(stage, store, scans, indices[~found[indices]]):
-                blocks.append(block)
-                found[block["index"].to_numpy()] = True
-        except RayTaskError as error:
-            raise find_own_error(error) or error from None
-        except RayError:
-            failures = 1 if len(blocks) > before else failures + 1
-            if failures == MAX_FAILURES:
-                raise
+    with raise_own_errors():
+        for block in retry_lost(lambda: _stream(stage, store, scans, indices[~found[indices]])):
+            blocks.append(block)
+            found[block["index"].to_numpy()] = True
     rows = pa.concat_tables(blocks)
     positions = np.empty(len(scans), np.int64)
     positions[rows["index"].to_numpy()] = np.arange(len(rows))
@@ -83,18 +66,15 @@ def predict_samples(
 
 
 def _stream(
-    stage: PredictStage,
-    store: ScanStore,
-    scans: pa.Table,
-    indices: NDArray[np.int64],
+    stage: PredictStage, store: ScanStore, scans: pa.Table, indices: NDArray[np.int64]
 ) -> Iterator[pa.Table]:
+    if not len(indices):
+        return
     chosen = scans.take(pa.array(indices)).append_column("index", pa.array(indices))
-    starts = range(0, len(indices), PART_ROWS)
-    parts = [chosen.slice(start, PART_ROWS) for start in starts]
+    parts = [chosen.slice(start, PART_ROWS) for start in range(0, len(indices), PART_ROWS)]
     num_cpus = max(1, int(ray.cluster_resources()["CPU"]))
-    load: Any = partial(
-        _load_part, store=store, preprocessing=stage.preprocessing
-    )  # Ray's hint knows no partial
+    # Ray's hint knows no partial.
+    load: Any = partial(_load_part, store=store, preprocessing=stage.preprocessing)
     opened = ray.data.from_arrow(parts).map_batches(
         load,
         batch_size=None,

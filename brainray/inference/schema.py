@@ -4,7 +4,9 @@ Bulk jobs, evaluation, cross-validation and ``brainray classify FILE --json`` al
 Some of them append columns for labels and splits.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,8 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from brainray.data.slice_columns import SLICE_FIELDS
-from brainray.errors import ClassifierError
+from brainray.data.slice_columns import SLICE_FIELDS, describe_slice
+from brainray.errors import ClassifierError, RejectedImage
+from brainray.images.preprocess import Preprocessing
+from brainray.images.slices import ScanFile, name_slice, open_slice
 from brainray.inference.engine import Prediction
 from brainray.model.explain import STRIDE_PX, count_cells
 from brainray.model.reasons import find_status
@@ -36,6 +40,42 @@ SCAN_SCHEMA = pa.schema(
     ]
 )
 """Columns of a scan before prediction; ``reason`` is null if it could be opened."""
+
+
+@dataclass(slots=True)
+class SliceRow:
+    """A slice before prediction, opened or rejected; or a file that is rejected as a whole."""
+
+    columns: dict[str, Any]
+    """Columns of :data:`SCAN_SCHEMA`; a missing one is null."""
+    image: NDArray[np.uint8] | None = None
+    """Network input, shape (size_px, size_px); None if rejected."""
+    detail: str | None = None
+    """Why it is rejected."""
+    decode_s: float = 0.0
+
+
+def open_slices(
+    file: ScanFile, scan: dict[str, Any], preprocessing: Preprocessing
+) -> Iterator[SliceRow]:
+    """Yield the slices of an opened file; each of them may be rejected.
+
+    ``scan`` has the columns of the file, such as ``scan_uri`` and ``content_sha256``.
+    """
+    for index, info in enumerate(file.slices):
+        started = time.perf_counter()
+        name = name_slice(scan["scan_uri"], info.frame)
+        row = SliceRow(scan | {"scan_uri": name} | describe_slice(info, None))
+        try:
+            opened = open_slice(file, index, preprocessing)
+            height, width = opened.scan.samples.shape
+            row.columns |= {"height_px": height, "width_px": width}
+            row.columns["grey_range"] = opened.grey_range
+            row.image = opened.scan.image
+        except RejectedImage as rejection:
+            row.columns["reason"], row.detail = rejection.reason, rejection.message
+        row.decode_s = time.perf_counter() - started
+        yield row
 
 
 def build_schema(classes: Sequence[str]) -> pa.Schema:
@@ -90,9 +130,6 @@ def build_rows(
         Columns of :data:`SCAN_SCHEMA`; others are dropped.
     prediction : Prediction
         Predictions for the scans whose ``reason`` is null, in their order.
-    classes : sequence of str
-        In class order.
-    classifier_id : str
     engine : dict
         From :meth:`brainray.inference.engine.Engine.describe`.
 
@@ -102,8 +139,8 @@ def build_rows(
         A probability is not a number.
     """
     count, num_classes = scans.num_rows, len(classes)
-    opened = np.flatnonzero(scans["reason"].is_null().to_numpy())
-    assert len(opened) == len(prediction.probs), (len(opened), len(prediction.probs))
+    is_opened = scans["reason"].is_null().to_numpy()
+    opened = np.flatnonzero(is_opened)
     if not np.isfinite(prediction.probs).all():
         raise ClassifierError("The classifier gives probabilities that are not numbers.")
     probs = np.zeros((count, num_classes), np.float32)
@@ -143,8 +180,8 @@ def build_rows(
         "precision": [engine["precision"]] * count,
         "classified_at": pa.array([datetime.now(UTC)] * count, pa.timestamp("us", tz="UTC")),
         "class_map": build_lists(class_maps, ~is_rejected),
-        "logits": build_lists(prediction.logits, np.ones(count, np.bool_)),
-        "features": build_lists(prediction.features, np.ones(count, np.bool_)),
+        "logits": build_lists(prediction.logits, is_opened),
+        "features": build_lists(prediction.features, is_opened),
     }
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 

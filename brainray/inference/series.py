@@ -17,7 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations, groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -103,21 +103,27 @@ def summarise_series(
     rule = rule or SeriesRule()
     used, skipped = _choose_slices(slices, classes)
     groups = _group_by_direction(used)
-    stacks, is_complete = _make_stacks(groups)
+    stacks_of = [_make_stacks(group) for group in groups]
+    stacks = [stack for found in stacks_of for stack in found]
     positions = [position for stack in stacks for position in stack]
     stack_of = np.repeat(np.arange(len(stacks)), [len(stack) for stack in stacks])
-    probs = np.array([_average_probs(position, classes) for position in positions], np.float64)
-    probs = probs.reshape(len(positions), len(classes))
-    evidence = _compute_evidence(probs, rule.top_fraction)
+    probs = np.zeros((len(positions), len(classes)))
+    for index, position in enumerate(positions):
+        values = [[row[f"prob_{name}"] for name in classes] for row in position]
+        probs[index] = np.mean(values, axis=0, dtype=np.float64)
+    evidence = np.zeros(len(classes))
+    if positions:
+        count = max(1, math.ceil(rule.top_fraction * len(positions) - 1e-9))
+        evidence = np.sort(probs, axis=0)[-count:].mean(axis=0)
     runs = [_find_longest_run(column >= rule.threshold, stack_of) for column in probs.T]
     answer, reason = decide_series(evidence, runs, len(positions), classes, rule)
     if _is_localizer(slices, groups):
         answer, reason = INDETERMINATE, "localizer"
-    shown = answer if answer in classes else _find_most_evident(evidence, classes)
+    shown = answer
+    if answer not in classes:  # the tumour with the most evidence
+        tumours = [k for k, name in enumerate(classes) if name != NO_TUMOUR] or range(len(classes))
+        shown = classes[max(tumours, key=lambda k: evidence[k])]
     strongest = np.argsort(-probs[:, list(classes).index(shown)], kind="stable")
-    planes = Counter(row["plane"] for row in used)
-    flags = {flag for row in used for flag in row["flags"] or ()}
-    flags |= _find_flags(groups, positions)
     return {
         "answer": answer,
         "reason": reason,
@@ -131,8 +137,8 @@ def summarise_series(
         "num_used": len(used),
         "num_positions": len(positions),
         "skipped": dict(sorted(skipped.items())),
-        "plane": planes.most_common(1)[0][0] if used else None,
-        "flags": sorted(flags if is_complete else flags | {"incomplete"}),
+        "plane": Counter(row["plane"] for row in used).most_common(1)[0][0] if used else None,
+        "flags": sorted(_find_flags(used, groups, stacks_of)),
     }
 
 
@@ -143,8 +149,6 @@ def summarise_study(series: Sequence[dict[str, Any]], classes: Sequence[str]) ->
     ----------
     series : sequence of dict
         Results of :func:`summarise_series`, each with ``series``.
-    classes : sequence of str
-        In class order.
 
     Returns
     -------
@@ -215,69 +219,41 @@ def _group_by_direction(used: Sequence[_Row]) -> list[list[_Row]]:
     return groups + ([without] if without else [])
 
 
-def _make_stacks(groups: Sequence[Sequence[_Row]]) -> tuple[list[_Stack], bool]:
-    """Order the slices of each direction; return stacks, and whether no slice is missing."""
+def _make_stacks(group: Sequence[_Row]) -> list[_Stack]:
+    """Order the slices of a direction, and cut them where one is missing.
+
+    Those without a position come last, as a stack of their own.
+    """
 
     def order(row: _Row) -> tuple[float, int, str]:
         frame = -1 if row["frame"] is None else row["frame"]
         return row["position_mm"] or 0.0, frame, str(row["scan_uri"])
 
-    stacks: list[_Stack] = []
-    is_complete = True
-    for group in groups:
-        ordered = sorted(group, key=order)
-        found = _cut_at_gaps(
-            _group_by_position([row for row in ordered if row["position_mm"] is not None])
-        )
-        is_complete &= len(found) <= 1
-        stacks += found
-        if others := [[row] for row in ordered if row["position_mm"] is None]:
-            stacks.append(others)
-    return stacks, is_complete
-
-
-def _group_by_position(ordered: Sequence[_Row]) -> list[_Position]:
     positions: list[_Position] = []
-    for row in ordered:
-        if positions and row["position_mm"] - positions[-1][0]["position_mm"] < SAME_POSITION_MM:
+    unknown: _Stack = []
+    for row in sorted(group, key=order):
+        place = row["position_mm"]
+        if place is None:
+            unknown.append([row])
+        elif positions and place - positions[-1][0]["position_mm"] < SAME_POSITION_MM:
             positions[-1].append(row)
         else:
             positions.append([row])
-    return positions
-
-
-def _cut_at_gaps(positions: list[_Position]) -> list[_Stack]:
     steps = np.diff([position[0]["position_mm"] for position in positions])
-    gaps = np.flatnonzero(steps > GAP * np.median(steps)) if len(steps) else steps
-    ends = [*(int(gap) + 1 for gap in gaps), len(positions)]
-    return [positions[start:end] for start, end in pairwise([0, *ends]) if start < end]
-
-
-def _average_probs(position: _Position, classes: Sequence[str]) -> NDArray[np.float64]:
-    probs = [[row[f"prob_{name}"] for name in classes] for row in position]
-    average: NDArray[np.float64] = np.mean(probs, axis=0, dtype=np.float64)
-    return average
+    ends = [0]
+    if len(steps):
+        ends += (np.flatnonzero(steps > GAP * np.median(steps)) + 1).tolist()
+    stacks = [positions[start:end] for start, end in pairwise([*ends, len(positions)])]
+    return [stack for stack in (*stacks, unknown) if stack]
 
 
 # ---- the rule ------------------------------------------------------------------------------------
 
 
-def _compute_evidence(probs: NDArray[np.float64], top_fraction: float) -> NDArray[np.float64]:
-    if not len(probs):
-        return np.zeros(probs.shape[1])
-    count = max(1, math.ceil(top_fraction * len(probs) - 1e-9))
-    evidence: NDArray[np.float64] = np.sort(probs, axis=0)[-count:].mean(axis=0)
-    return evidence
-
-
 def _find_longest_run(holds: NDArray[np.bool_], stack_of: NDArray[np.intp]) -> int:
-    longest = current = 0
-    previous = None
-    for is_in_run, stack in zip(holds.tolist(), stack_of.tolist(), strict=True):
-        before = current if stack == previous else 0
-        current = before + 1 if is_in_run else 0
-        longest, previous = max(longest, current), stack
-    return longest
+    """Return the most neighbouring positions, all in one stack, at which something holds."""
+    runs = groupby(zip(holds.tolist(), stack_of.tolist(), strict=True))
+    return max((len(list(run)) for (is_run, _), run in runs if is_run), default=0)
 
 
 def decide_series(
@@ -289,17 +265,7 @@ def decide_series(
 ) -> tuple[str, str | None]:
     """Return the class of a series, or "indeterminate" and the reason.
 
-    Parameters
-    ----------
-    evidence : ndarray of float64, shape (K,)
-        Evidence of each class.
-    runs : sequence of int, length K
-        Longest run of each class.
-    num_positions : int
-        Positions with probabilities.
-    classes : sequence of str
-        The K names, in class order.
-    rule : SeriesRule
+    ``evidence`` and ``runs`` have the evidence and the longest run of each class, in class order.
     """
     if num_positions < rule.min_slices:
         return INDETERMINATE, "too_few_slices"
@@ -313,12 +279,6 @@ def decide_series(
     if strong | long or NO_TUMOUR not in classes:
         return INDETERMINATE, "weak_evidence"
     return NO_TUMOUR, None
-
-
-def _find_most_evident(evidence: NDArray[np.float64], classes: Sequence[str]) -> str:
-    """Return the tumour class with the most evidence."""
-    named = [k for k, name in enumerate(classes) if name != NO_TUMOUR] or range(len(classes))
-    return classes[max(named, key=lambda k: evidence[k])]
 
 
 def _choose_key_positions(strongest: NDArray[np.intp], stack_of: NDArray[np.intp]) -> list[int]:
@@ -335,14 +295,20 @@ def _choose_key_positions(strongest: NDArray[np.intp], stack_of: NDArray[np.intp
 # ---- flags ---------------------------------------------------------------------------------------
 
 
-def _find_flags(groups: Sequence[Sequence[_Row]], positions: Sequence[_Position]) -> set[str]:
-    flags = set()
+def _find_flags(
+    used: Sequence[_Row], groups: Sequence[Sequence[_Row]], stacks_of: Sequence[Sequence[_Stack]]
+) -> set[str]:
+    flags = {flag for row in used for flag in row["flags"] or ()}
     if sum(group[0]["orientation"] is not None for group in groups) > 1:
         flags.add("mixed")
-    if any(position[0]["position_mm"] is None for position in positions):
-        flags.add("position_unknown")
-    if any(len(position) > 1 for position in positions):
-        flags.add("repeated_positions")
+    for stacks in stacks_of:
+        placed = [stack for stack in stacks if stack[0][0]["position_mm"] is not None]
+        if len(placed) > 1:
+            flags.add("incomplete")
+        if len(placed) < len(stacks):
+            flags.add("position_unknown")
+        if any(len(position) > 1 for stack in placed for position in stack):
+            flags.add("repeated_positions")
     return flags
 
 

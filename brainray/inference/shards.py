@@ -12,24 +12,21 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
-from numpy.typing import NDArray
 from ray.data import Dataset, ExecutionResources
 
 from brainray.cluster import TASK_CPUS
 from brainray.data.read import read_scan
-from brainray.data.slice_columns import describe_slice
 from brainray.errors import ClassificationError, RejectedImage
 from brainray.images.preprocess import Preprocessing
-from brainray.images.slices import ReadOptions, name_slice, open_file, open_slice
+from brainray.images.slices import ReadOptions, open_file
 from brainray.inference.labels import Labels
 from brainray.inference.plan import name_part, read_shard
 from brainray.inference.predict import PredictStage, pack_images
-from brainray.inference.schema import SCAN_SCHEMA
+from brainray.inference.schema import SCAN_SCHEMA, SliceRow, open_slices
 from brainray.inference.stats import RunStats, compute_statistics
 from brainray.inference.store import PredictionStore
 
@@ -54,35 +51,13 @@ class WaveTask:
     labels: "ray.ObjectRef[Labels | None]"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DoneShard:
-    """What the driver receives about a shard."""
-
-    number: int
-    num_files: int
-    """Scan files of the shard."""
-    num_known: int
-    """Scan files among them whose content had rows already."""
-    stats: RunStats
-    stages_s: dict[str, float]
-    """Seconds of work, by stage."""
-    runtime: dict[str, str] | None
-    """From :meth:`brainray.inference.engine.Engine.describe`; None if nothing was written."""
-
-
 def build_stream(
-    task: WaveTask,
-    stage: PredictStage,
-    part: int,
-    shards: list[int],
-    num_decoders: int,
+    task: WaveTask, stage: PredictStage, part: int, shards: list[int], num_decoders: int
 ) -> Dataset:
     """Build the stream of a wave, which runs when it is iterated.
 
-    Returns
-    -------
-    Dataset
-        Column ``done``: a pickled :class:`DoneShard` for each shard.
+    Its column ``done`` has for each shard a pickle of its number and of the arguments of
+    :meth:`brainray.inference.stats.Progress.add`.
     """
     numbers = ray.data.from_items(
         [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
@@ -116,93 +91,59 @@ def open_shard(block: pa.Table, *, task: WaveTask, part: int) -> pa.Table:
     Returns
     -------
     Table
-        Input of :meth:`brainray.inference.predict.PredictStage.apply` with a row for each slice,
-        and ``shard``, ``shard_rows``, ``shard_files``, ``read_s`` and ``decode_s``.
+        Input of :meth:`brainray.inference.predict.PredictStage.apply` with a row for each slice.
+        ``shard``, ``shard_rows``, ``shard_files``, ``read_s`` and ``decode_s`` are those of the
+        whole shard.
     """
     tables = []
     for shard in block["shard"].to_pylist():
         files = read_shard(task.store.name_plan(task.run, name_part(part)), shard)
-        opened = [row for file in files.to_pylist() for row in _open_file(file, task)]
-        about = {"shard": shard, "shard_rows": len(opened), "shard_files": files.num_rows}
-        rows = pa.Table.from_pylist([row.columns for row in opened], schema=SCAN_SCHEMA)
+        opened, read_s = [], 0.0
+        for file in files.to_pylist():
+            rows, seconds = _open_file(file, task)
+            opened += rows
+            read_s += seconds
+        table = pa.Table.from_pylist([row.columns for row in opened], schema=SCAN_SCHEMA)
         images = pack_images([row.image for row in opened], task.preprocessing.size_px)
-        rows = rows.append_column("image", images)
+        table = table.append_column("image", images)
+        about = {"shard": shard, "shard_rows": len(opened), "shard_files": files.num_rows}
+        about |= {"read_s": read_s, "decode_s": sum(row.decode_s for row in opened)}
         for name, number in about.items():
-            rows = rows.append_column(name, pa.array([number] * len(opened), pa.int64()))
-        for name in ("read_s", "decode_s"):
-            seconds = pa.array([getattr(row, name) for row in opened], pa.float32())
-            rows = rows.append_column(name, seconds)
-        tables.append(rows)
+            table = table.append_column(name, pa.array([number] * len(opened)))
+        tables.append(table)
     return pa.concat_tables(tables)
 
 
-@dataclass(slots=True)
-class _OpenedRow:
-    """A slice, opened or rejected, or a file that is rejected as a whole."""
-
-    columns: dict[str, Any]
-    """Columns of :data:`brainray.inference.schema.SCAN_SCHEMA`; a missing one is null."""
-    image: NDArray[np.uint8] | None = None
-    """Network input; None if rejected."""
-    read_s: float = 0.0
-    decode_s: float = 0.0
-
-
-def _open_file(planned: dict[str, Any], task: WaveTask) -> list[_OpenedRow]:
-    """Open the slices of a row of PLAN_SCHEMA; every file has at least one row."""
-    whole = _OpenedRow({name: planned[name] for name in ("scan_uri", "size_bytes", "modified_ns")})
+def _open_file(planned: dict[str, Any], task: WaveTask) -> tuple[list[SliceRow], float]:
+    """Open a file of PLAN_SCHEMA; return its slices, or one row, and the seconds of reading."""
+    scan = {name: planned[name] for name in ("scan_uri", "size_bytes", "modified_ns")}
     known = planned["known_contents"] or ()
-    reason, started = planned["reason"], time.perf_counter()
+    max_bytes = task.reading.limits.max_bytes
+    reason, read_s, started = planned["reason"], 0.0, time.perf_counter()
     try:
         if reason is None:
-            content = read_scan(
-                *(planned[name] for name in ("uri", "row_group", "row")),
-                max_bytes=task.reading.limits.max_bytes,
-            )
-            if (
-                len(content) <= task.reading.limits.max_bytes
-            ):  # a larger file was not read to its end
-                whole.columns["content_sha256"] = sha256(content).hexdigest()
-            whole.read_s = time.perf_counter() - started
-            if whole.columns.get("content_sha256") not in known:
-                return _open_slices(content, whole, task)
+            location = [planned[name] for name in ("uri", "row_group", "row")]
+            content = read_scan(*location, max_bytes=max_bytes)
+            if len(content) <= max_bytes:  # a larger file was not read to its end
+                scan["content_sha256"] = sha256(content).hexdigest()
+            read_s = time.perf_counter() - started
+            if scan.get("content_sha256") not in known:
+                return _open_slices(content, scan, task), read_s
     except RejectedImage as rejection:
         reason = rejection.reason
-    if (whole.columns.get("content_sha256") or reason) in known:
+    if (scan.get("content_sha256") or reason) in known:
         reason = ALREADY_ANSWERED
-    whole.columns["reason"] = reason
-    return [whole]
+    return [SliceRow(scan | {"reason": reason})], read_s
 
 
-def _open_slices(content: bytes, whole: _OpenedRow, task: WaveTask) -> list[_OpenedRow]:
-    """Open a file's slices; each of them may be rejected.
-
-    Raises
-    ------
-    RejectedImage
-        The file as a whole is rejected.
-    """
+def _open_slices(content: bytes, scan: dict[str, Any], task: WaveTask) -> list[SliceRow]:
     started = time.perf_counter()
     file = open_file(content, task.reading, key=task.key)
-    num_bytes = len(file.slices) * task.preprocessing.size_px**2
-    if num_bytes > MAX_FILE_BYTES:
+    if len(file.slices) * task.preprocessing.size_px**2 > MAX_FILE_BYTES:
         raise RejectedImage("too_large", f"The file has {len(file.slices):,} slices, too many.")
-    rows = []
-    for index, info in enumerate(file.slices):
-        name = name_slice(whole.columns["scan_uri"], info.frame)
-        row = _OpenedRow(whole.columns | {"scan_uri": name} | describe_slice(info, None))
-        try:
-            opened = open_slice(file, index, task.preprocessing)
-            height, width = opened.scan.samples.shape
-            row.columns |= {"height_px": height, "width_px": width}
-            row.columns["grey_range"] = opened.grey_range
-            row.image = opened.scan.image
-        except RejectedImage as rejection:
-            row.columns["reason"] = rejection.reason
-        ended = time.perf_counter()
-        row.decode_s, started = ended - started, ended
-        rows.append(row)
-    rows[0].read_s = whole.read_s
+    opening_s = time.perf_counter() - started
+    rows = list(open_slices(file, scan, task.preprocessing))
+    rows[0].decode_s += opening_s
     return rows
 
 
@@ -221,33 +162,34 @@ def write_shards(block: pa.Table, *, task: WaveTask, part: int) -> pa.Table:
     return pa.table({"done": pa.array(done, pa.binary())})
 
 
-def _write_shard(rows: pa.Table, task: WaveTask, part: int, shard: int) -> DoneShard:
+def _write_shard(
+    rows: pa.Table, task: WaveTask, part: int, shard: int
+) -> tuple[int, dict[str, Any]]:
     started = time.perf_counter()
     store = task.store
-    stages_s = {
-        name: float(pc.sum(rows[f"{name}_s"]).as_py()) for name in ("read", "decode", "predict")
-    }
     is_known = pc.fill_null(pc.equal(rows["reason"], ALREADY_ANSWERED), False)
     new = rows.filter(pc.invert(is_known))
     stats, runtime = RunStats(), None
     if new.num_rows:
         runtime = json.loads(new["runtime"][0].as_py())
-        counted = compute_statistics(new, store.classes)
+        stats = compute_statistics(new, store.classes)
         uri = store.name_file(task.run, part, shard)
-        there = store.write_shard(uri, new, runtime, counted.to_json())
+        there = store.write_shard(uri, new, runtime, stats.to_json())
         labels = _get_labels(task.labels)
         if labels is not None or there is not new:
-            counted = compute_statistics(there, store.classes, labels)
-        stats = counted
-    stages_s["write"] = time.perf_counter() - started
-    return DoneShard(
-        number=shard,
-        num_files=rows["shard_files"][0].as_py(),
-        num_known=rows.num_rows - new.num_rows,
-        stats=stats,
-        stages_s=stages_s,
-        runtime=runtime,
-    )
+            stats = compute_statistics(there, store.classes, labels)
+    return shard, {
+        "stats": stats,
+        "num_files": rows["shard_files"][0].as_py(),
+        "num_known": rows.num_rows - new.num_rows,
+        "stages_s": {
+            "read": rows["read_s"][0].as_py(),
+            "decode": rows["decode_s"][0].as_py(),
+            "predict": pc.sum(rows["predict_s"]).as_py(),
+            "write": time.perf_counter() - started,
+        },
+        "runtime": runtime,
+    }
 
 
 @lru_cache(maxsize=1)

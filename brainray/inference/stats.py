@@ -5,10 +5,9 @@ confident mistakes and the probabilities of at most :data:`MAX_LABELLED` scans. 
 grow with the number of scans.
 """
 
-import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -48,14 +47,15 @@ REMEDIES = {
     "write": "write-bound: use faster storage for the output",
 }
 
-STATISTICS_COLUMNS = (
-    "scan_uri",
-    "reason",
-    "predicted_class",
-    "confidence",
-    "series",
-    "class_map",
+_WITHOUT_LABELS = (
+    "num_rows",
+    "num_in_series",
+    "reasons",
+    "classes",
+    "histogram",
+    "least_certain",
 )
+STATISTICS_COLUMNS = ("scan_uri", "reason", "predicted_class", "confidence", "series", "class_map")
 """Columns that :func:`compute_statistics` needs besides the probabilities."""
 
 
@@ -121,26 +121,17 @@ class RunStats:
 
     def to_json(self) -> dict[str, Any]:
         """Return the statistics that need no labels, ready for JSON."""
-        return {
-            "num_rows": self.num_rows,
-            "num_in_series": self.num_in_series,
-            "reasons": dict(self.reasons),
-            "classes": dict(self.classes),
-            "histogram": self.histogram.tolist(),
-            "least_certain": self.least_certain,
+        return {name: getattr(self, name) for name in _WITHOUT_LABELS} | {
+            "histogram": self.histogram.tolist()
         }
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> "RunStats":
         """Invert :meth:`to_json`."""
-        return cls(
-            num_rows=document["num_rows"],
-            num_in_series=document["num_in_series"],
-            reasons=Counter(document["reasons"]),
-            classes=Counter(document["classes"]),
-            histogram=np.array(document["histogram"], np.int64),
-            least_certain=document["least_certain"],
-        )
+        stats = cls(**{name: document[name] for name in _WITHOUT_LABELS})
+        stats.reasons, stats.classes = Counter(stats.reasons), Counter(stats.classes)
+        stats.histogram = np.array(stats.histogram, np.int64)
+        return stats
 
     def describe_counts(self) -> dict[str, Any]:
         """Return counts by status, reason and class, as metrics.json has them."""
@@ -159,24 +150,16 @@ class RunStats:
 
 
 def _keep_first(shown: list[dict[str, Any]], *, sign: int) -> list[dict[str, Any]]:
-    return sorted(shown, key=lambda scan: (sign * max(scan["probs"]), scan["scan_uri"]))[
-        :NUM_SCANS_SHOWN
-    ]
+    ordered = sorted(shown, key=lambda scan: (sign * max(scan["probs"]), scan["scan_uri"]))
+    return ordered[:NUM_SCANS_SHOWN]
 
 
 def compute_statistics(
     rows: pa.Table, classes: Sequence[str], labels: Labels | None = None
 ) -> RunStats:
-    """Compute the statistics of some rows.
+    """Compute the statistics of some rows, which have :data:`STATISTICS_COLUMNS` and probabilities.
 
-    Parameters
-    ----------
-    rows : Table
-        :data:`STATISTICS_COLUMNS` and the probabilities.
-    classes : sequence of str
-        In class order.
-    labels : Labels, optional
-        Labels of scans, where known.
+    ``classes`` are in class order; ``labels`` are those of scans, where known.
     """
     stats = RunStats(
         num_rows=rows.num_rows,
@@ -188,29 +171,26 @@ def compute_statistics(
     confidence = rows["confidence"].to_numpy()
     stats.histogram = np.histogram(confidence, NUM_BINS, (0.0, 1.0))[0].astype(np.int64)
     probs = stack_probs(rows, classes)
-    order = _find_first(confidence, rows["scan_uri"])
-    stats.least_certain = [_describe_scan(rows, row, probs) for row in order]
+    stats.least_certain = _describe_first(rows, confidence, probs)
     if labels is not None:
         _add_labelled(stats, rows, probs, classes, labels)
     return stats
 
 
-def _find_first(values: NDArray[np.float32], scan_uris: pa.ChunkedArray) -> list[int]:
-    """Return the rows with the smallest values; ties are ordered by URI."""
-    table = pa.table({"value": values, "scan_uri": scan_uris})
-    order = pc.select_k_unstable(
-        table, NUM_SCANS_SHOWN, [("value", "ascending"), ("scan_uri", "ascending")]
-    )
-    rows: list[int] = order.to_pylist()
-    return rows
-
-
-def _describe_scan(rows: pa.Table, row: int, probs: NDArray[np.float32]) -> dict[str, Any]:
-    return {
-        "scan_uri": rows["scan_uri"][row].as_py(),
-        "probs": probs[row].tolist(),
-        "class_map": rows["class_map"][row].as_py(),
-    }
+def _describe_first(
+    rows: pa.Table, values: NDArray[np.float32], probs: NDArray[np.float32]
+) -> list[dict[str, Any]]:
+    """Describe the rows with the smallest values; ties are ordered by URI."""
+    table = pa.table({"value": values, "scan_uri": rows["scan_uri"]})
+    order = [("value", "ascending"), ("scan_uri", "ascending")]
+    return [
+        {
+            "scan_uri": rows["scan_uri"][row].as_py(),
+            "probs": probs[row].tolist(),
+            "class_map": rows["class_map"][row].as_py(),
+        }
+        for row in pc.select_k_unstable(table, NUM_SCANS_SHOWN, order).to_pylist()
+    ]
 
 
 def _add_labelled(
@@ -220,20 +200,20 @@ def _add_labelled(
     classes: Sequence[str],
     labels: Labels,
 ) -> None:
-    uris = rows["scan_uri"].to_pylist()
-    given = [labels.find(uri) for uri in uris]
-    known = np.flatnonzero([label is not None for label in given])
-    y_true = np.array([classes.index(str(given[row])) for row in known], np.int64)
-    hashes = hash_names([uris[row] for row in known])
-    sample = LabelledSample(hashes, y_true, probs[known], len(known), len(uris) - len(known))
-    empty = LabelledSample(hashes[:0], y_true[:0], probs[:0], 0, 0)
-    stats.labelled = sample.add(empty)  # keeps at most MAX_LABELLED
-    top = probs[known].argmax(axis=1)
-    wrong = np.flatnonzero(top != y_true)
-    worst = _find_first(-probs[known[wrong], top[wrong]], rows["scan_uri"].take(known[wrong]))
+    given = [labels.find(uri) for uri in rows["scan_uri"].to_pylist()]
+    known = np.array([label is not None for label in given], np.bool_)
+    rows, probs = rows.filter(pa.array(known)), probs[known]
+    y_true = np.array([classes.index(label) for label in given if label is not None], np.int64)
+    hashes = hash_names(rows["scan_uri"].to_pylist())
+    kept = np.argsort(hashes, kind="stable")[:MAX_LABELLED]
+    stats.labelled = LabelledSample(
+        hashes[kept], y_true[kept], probs[kept], len(y_true), len(given) - len(y_true)
+    )
+    is_wrong = probs.argmax(axis=1) != y_true
+    rows, probs = rows.filter(pa.array(is_wrong)), probs[is_wrong]
     stats.mistakes = [
-        _describe_scan(rows, int(known[row]), probs) | {"true_class": classes[y_true[row]]}
-        for row in wrong[worst]
+        scan | {"true_class": labels.find(scan["scan_uri"])}
+        for scan in _describe_first(rows, -probs.max(axis=1), probs)
     ]
 
 
@@ -267,8 +247,6 @@ class Progress:
         """Seconds since the start, and scan files done, at a bounded number of points."""
         self.started_at = datetime.now(UTC)
         self._started = time.perf_counter()
-        self._first_s: float | None = None
-        self._done_at_first = 0
         self._rows_at_first = 0
         self._stages_at_first_s: dict[str, float] = {}
 
@@ -285,7 +263,7 @@ class Progress:
     @property
     def warm_s(self) -> float:
         """Seconds from the end of the first shard to the end of the last one."""
-        return self.timeline[-1][0] - self._first_s if self._first_s is not None else 0.0
+        return self.timeline[-1][0] - self.timeline[0][0] if self.timeline else 0.0
 
     @property
     def rate(self) -> float | None:
@@ -299,7 +277,7 @@ class Progress:
     @property
     def left_s(self) -> float | None:
         """Estimated seconds for the remaining files; None if unknown."""
-        done = self.done - self._done_at_first
+        done = self.done - self.timeline[0][1] if self.timeline else 0
         if self.total is None or not done or not self.warm_s:
             return None
         return (self.total - self.done) * self.warm_s / done
@@ -312,39 +290,29 @@ class Progress:
         stages_s: dict[str, float],
         runtime: dict[str, str] | None,
     ) -> None:
-        """Count one shard."""
+        """Count one shard: its files, those that were known, and the work of each stage."""
         self.new.add(stats)
         self.done += num_files
         self.num_known += num_known
         self.runtime = self.runtime or runtime
         for name, seconds in stages_s.items():
             self.stages_s[name] += seconds
-        seconds = round(self.elapsed_s, 2)
-        if self._first_s is None:
-            self._first_s, self._done_at_first = seconds, self.done
+        if not self.timeline:
             self._rows_at_first = self.new.num_rows + self.num_known
             self._stages_at_first_s = dict(self.stages_s)
-        self.timeline.append((seconds, self.done))
+        self.timeline.append((round(self.elapsed_s, 2), self.done))
         if len(self.timeline) == MAX_TIMELINE:
             self.timeline = self.timeline[::2]
 
     def compute_busy(self, capacity: dict[str, int]) -> dict[str, float]:
-        """Return each stage's busy share since the first shard.
-
-        Parameters
-        ----------
-        capacity : dict
-            Concurrent workers of each stage.
-        """
+        """Return each stage's busy share since the first shard; it has so many workers at once."""
         if not self.warm_s:
             return dict.fromkeys(STAGES, 0.0)
-        return {
-            name: round(
-                min(1.0, (spent - self._stages_at_first_s[name]) / (capacity[name] * self.warm_s)),
-                4,
-            )
-            for name, spent in self.stages_s.items()
-        }
+        busy = {}
+        for name, spent in self.stages_s.items():
+            share = (spent - self._stages_at_first_s[name]) / (capacity[name] * self.warm_s)
+            busy[name] = round(min(1.0, share), 4)
+        return busy
 
 
 def find_bottleneck(busy: dict[str, float]) -> str:
@@ -355,30 +323,27 @@ def find_bottleneck(busy: dict[str, float]) -> str:
     return REMEDIES[stage]
 
 
-@dataclass
-class MemoryPeak:
-    """Peak memory of this process and its children, a local Ray cluster included."""
-
-    bytes: int = 0
-
-
 @contextmanager
-def watch_memory() -> Iterator[MemoryPeak]:
-    """Measure the memory every few seconds until the block ends."""
-    peak = MemoryPeak()
+def watch_memory() -> Iterator[Callable[[], int]]:
+    """Measure the memory every few seconds until the block ends; yield what returns the peak.
+
+    It is that of this process and its children, a local Ray cluster included, in bytes.
+    """
+    peak = 0
 
     def measure() -> None:
-        peak.bytes = max(peak.bytes, measure_memory_bytes(os.getpid()))
+        nonlocal peak
+        peak = max(peak, _measure_memory_bytes())
 
     measure()
     with repeat(measure, MEMORY_INTERVAL_S, "memory"):
-        yield peak
+        yield lambda: peak
 
 
-def measure_memory_bytes(pid: int) -> int:
-    """Measure a process tree: the anonymous memory of each process, and shared memory once."""
+def _measure_memory_bytes() -> int:
+    """Measure this process tree: the anonymous memory of each process, and shared memory once."""
     own, shared = 0, [0]
-    root = psutil.Process(pid)
+    root = psutil.Process()
     for process in (root, *root.children(recursive=True)):
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()

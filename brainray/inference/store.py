@@ -18,8 +18,9 @@ second row for a scan that the next run predicts in another file.
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -80,13 +81,7 @@ class PredictionStore:
 
     @classmethod
     def of(cls, output_uri: str, metadata: dict[str, Any]) -> "PredictionStore":
-        """Open the predictions of a classifier below an output.
-
-        Parameters
-        ----------
-        output_uri : str
-        metadata : dict
-            From :func:`brainray.model.classifier.read_classifier_metadata`.
+        """Open the predictions of a classifier, given its metadata, below an output.
 
         Raises
         ------
@@ -126,8 +121,7 @@ class PredictionStore:
         folder = storage.join(self.output_uri, PREDICTIONS_FOLDER)
         if not storage.is_folder(folder):
             return
-        files, _ = storage.list_folder(folder, folder)
-        is_older = any(file.uri.endswith(".parquet") for file in files)
+        is_older = bool(_list_parquet(folder))
         for uri in self.list_files()[:1]:
             about = self.read_metadata(uri)  # empty for a closed shard
             is_older |= about.get("schema_version", SCHEMA_VERSION) < SCHEMA_VERSION
@@ -139,15 +133,7 @@ class PredictionStore:
 
     def list_files(self) -> list[str]:
         """Return the URIs of this classifier's files."""
-        if not storage.is_folder(self.folder_uri):
-            return []
-        files, _ = storage.list_folder(self.folder_uri, self.folder_uri)
-        names = [file.relative_path for file in files]
-        return [
-            storage.join(self.folder_uri, name)
-            for name in names
-            if name.endswith(".parquet") and not name.startswith(".")
-        ]
+        return _list_parquet(self.folder_uri) if storage.is_folder(self.folder_uri) else []
 
     def name_file(self, run: str, part: int, shard: int) -> str:
         """Return the URI of a shard's file."""
@@ -170,46 +156,39 @@ class PredictionStore:
         StorageError
             It is damaged, or cannot be read.
         """
-        try:
+        with _name_damaged(uri):
             content = pa.BufferReader(storage.read_bytes(uri))
             return pq.read_table(content, columns=list(columns))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise StorageError(
-                f"'{uri}' is damaged: {error}. Delete it; its scans are classified again."
-            ) from error
 
     def read_metadata(self, uri: str) -> dict[str, Any]:
         """Read the metadata of a file, written by :meth:`write_shard`."""
         filesystem, path = storage.resolve(uri)
-        try:
+        with _name_damaged(uri):
             schema = pq.read_schema(path, filesystem=filesystem)
             return dict(json.loads((schema.metadata or {})[METADATA_KEY]))
-        except (OSError, pa.ArrowInvalid, KeyError) as error:
-            raise StorageError(
-                f"'{uri}' is damaged: {error}. Delete it; its scans are classified again."
-            ) from error
 
     def read_known(self, uri: str) -> pa.Table:
         """Read the scan files that have rows in a file, as rows of :data:`KNOWN_SCHEMA`.
 
-        Each scan file is returned once with each content.
+        Each scan file with slices is returned once with each content.
         """
         names = ["scan_uri", "frame", "size_bytes", "modified_ns", "reason", "content_sha256"]
         rows = self.read(uri, names)
         # Only for rows with a frame: the name of a file may also end in "#frame=1".
+        is_slice = rows["frame"].is_valid()
         files = pc.replace_substring_regex(rows["scan_uri"], "#frame=[0-9]+$", "")
-        files = pc.if_else(rows["frame"].is_valid(), files, rows["scan_uri"])
-        content = pc.coalesce(rows["content_sha256"], rows["reason"])
         known = pa.table(
-            [files, rows["size_bytes"], rows["modified_ns"], rows["reason"], content],
+            {
+                "scan_uri": pc.if_else(is_slice, files, rows["scan_uri"]),
+                "size_bytes": rows["size_bytes"],
+                "modified_ns": rows["modified_ns"],
+                # The file of a slice was read, whatever the slice was rejected for.
+                "reason": pc.if_else(is_slice, pa.scalar(None, pa.string()), rows["reason"]),
+                "content": pc.coalesce(rows["content_sha256"], rows["reason"]),
+            },
             schema=KNOWN_SCHEMA,
         )
-        is_slice = rows["frame"].is_valid()
-        keys = [name for name in KNOWN_SCHEMA.names if name != "reason"]
-        slices = known.filter(is_slice).group_by(keys).aggregate([])
-        slices = slices.append_column("reason", pa.nulls(slices.num_rows, pa.string()))
-        whole = known.filter(pc.invert(is_slice))
-        return pa.concat_tables([whole, slices.select(KNOWN_SCHEMA.names).cast(KNOWN_SCHEMA)])
+        return known.group_by(KNOWN_SCHEMA.names, use_threads=False).aggregate([])
 
     def write_shard(
         self, uri: str, rows: pa.Table, engine: dict[str, str], statistics: dict[str, Any]
@@ -225,7 +204,7 @@ class PredictionStore:
         engine : dict
             From :meth:`brainray.inference.engine.Engine.describe`.
         statistics : dict
-            Statistics of these rows for the report, ready for JSON.
+            From :meth:`brainray.inference.stats.RunStats.to_json`, of these rows.
 
         Returns
         -------
@@ -251,36 +230,24 @@ class PredictionStore:
         return existing
 
     def close(self, state: dict[str, Any]) -> int:
-        """Close the shards that an interrupted run did not write.
+        """Close the shards that an interrupted run did not write; return their number.
 
-        Parameters
-        ----------
-        state : dict
-            The state that the run left in the lock, with its wave if one was open.
-
-        Returns
-        -------
-        int
-            Number of shards without a file.
+        ``state`` is what the run left in the lock, with its wave if one was open.
         """
         if "wave" not in state:
             return 0
-        wave = Wave(**state["wave"])
-        store = (
-            self
-            if state["classifier_id"] == self.classifier_id
-            else PredictionStore(
+        wave, store = Wave(**state["wave"]), self
+        if state["classifier_id"] != self.classifier_id:
+            store = PredictionStore(
                 output_uri=self.output_uri,
                 classifier_id=state["classifier_id"],
                 classes=tuple(state["classes"]),
             )
-        )
         uris = {store.name_file(wave.run, wave.part, shard) for shard in wave.list_shards()}
         missing = sorted(uris.difference(store.list_files()))
         content = store._encode(store.file_schema.empty_table(), store.about | {"closed": True})
         with ThreadPoolExecutor(NUM_WRITERS) as pool:
-            for _ in pool.map(lambda uri: create_bytes(uri, content), missing):
-                pass
+            list(pool.map(lambda uri: create_bytes(uri, content), missing))
         return len(missing)
 
     def describe_wave(self, wave: Wave) -> dict[str, Any]:
@@ -297,3 +264,23 @@ class PredictionStore:
         sink = io.BytesIO()
         pq.write_table(rows, sink, compression="zstd")
         return sink.getvalue()
+
+
+def _list_parquet(folder_uri: str) -> list[str]:
+    files, _ = storage.list_folder(folder_uri, folder_uri)
+    names = [file.relative_path for file in files]
+    return [
+        storage.join(folder_uri, name)
+        for name in names
+        if name.endswith(".parquet") and not name.startswith(".")
+    ]
+
+
+@contextmanager
+def _name_damaged(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise StorageError(
+            f"'{uri}' is damaged: {error}. Delete it; its scans are classified again."
+        ) from error

@@ -95,29 +95,24 @@ def build_study_schema(classes: Sequence[str]) -> pa.Schema:
 
 
 def write_series(store: PredictionStore, rule: SeriesRule, num_slices: int) -> dict[str, Any]:
-    """Replace both tables.
-
-    Parameters
-    ----------
-    store : PredictionStore
-        The predictions to summarise.
-    rule : SeriesRule
-    num_slices : int
-        Number of rows with a series. If 0, there are no tables.
+    """Replace both tables by those of all predictions, with ``num_slices`` rows in series.
 
     Returns
     -------
     dict
         ``series`` and ``studies`` for metrics.json, each with ``total`` and ``by_answer``; empty if
-        there are no tables.
+        there are no tables, since there are no series.
 
     Raises
     ------
     StorageError
         Predictions are damaged, or the output cannot be written.
     """
-    if not num_slices:
-        _delete_tables(store.output_uri)
+    if not num_slices:  # delete the tables of another classifier's predictions
+        there, _ = storage.list_folder(store.output_uri, store.output_uri)
+        for file in there:
+            if file.relative_path in (SERIES_FILE, STUDIES_FILE):
+                storage.delete_file(file.uri)
         return {}
 
     def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
@@ -132,17 +127,9 @@ def write_series(store: PredictionStore, rule: SeriesRule, num_slices: int) -> d
     num_partitions = math.ceil(num_slices / _MAX_PARTITION_ROWS)
     groups = slices.groupby(_GROUP, num_partitions=num_partitions)
     found = groups.map_groups(summarise, batch_format="pyarrow", num_cpus=TASK_CPUS).materialize()
-    task: Any = ray.remote(num_cpus=TASK_CPUS)(write_tables)
+    task: Any = ray.remote(num_cpus=TASK_CPUS)(_write_tables)
     counts: dict[str, Any] = ray.get(task.remote(found.to_arrow_refs(), store, rule))
     return counts
-
-
-def _delete_tables(output_uri: str) -> None:
-    """Delete the tables of another classifier's predictions."""
-    files, _ = storage.list_folder(output_uri, output_uri)
-    for file in files:
-        if file.relative_path in (SERIES_FILE, STUDIES_FILE):
-            storage.delete_file(file.uri)
 
 
 def read_slices(store: PredictionStore, uri: str) -> pa.Table:
@@ -154,12 +141,7 @@ def read_slices(store: PredictionStore, uri: str) -> pa.Table:
 
 
 def summarise_group(slices: pa.Table, store: PredictionStore, rule: SeriesRule) -> pa.Table:
-    """Summarise the series of a study.
-
-    Parameters
-    ----------
-    slices : Table
-        All rows of one study, or of one series without a study.
+    """Summarise the series of a study, from all of its rows; or one series without a study.
 
     Returns
     -------
@@ -172,26 +154,26 @@ def summarise_group(slices: pa.Table, store: PredictionStore, rule: SeriesRule) 
     for row in latest.values():
         rows_of.setdefault(row["series"], []).append(row)
     found = [
-        _name_group(rows, classifier_id=store.classifier_id)
-        | {"series": series}
-        | summarise_series(rows, store.classes, rule)
+        _name_group(rows, store) | {"series": series} | summarise_series(rows, store.classes, rule)
         for series, rows in sorted(rows_of.items())
     ]
     study = None
     if found[0]["study"] is not None:
-        named = _name_group(list(latest.values()), classifier_id=store.classifier_id)
+        named = _name_group(list(latest.values()), store)
         study = _flatten(named | summarise_study(found, store.classes))
     row = {"series": [_flatten(one) for one in found], "study": study}
-    return pa.Table.from_pylist([row], schema=_build_group_schema(store.classes))
+    schemas = build_series_schema(store.classes), build_study_schema(store.classes)
+    types = pa.list_(pa.struct(schemas[0])), pa.struct(schemas[1])
+    return pa.Table.from_pylist([row], pa.schema(zip(("series", "study"), types, strict=True)))
 
 
-def _name_group(rows: Sequence[dict[str, Any]], *, classifier_id: str) -> dict[str, Any]:
+def _name_group(rows: Sequence[dict[str, Any]], store: PredictionStore) -> dict[str, Any]:
     """Return the study, the most frequent patient, and the classifier of some rows."""
     patients = Counter(row["patient"] for row in rows if row["patient"] is not None)
     return {
         "study": rows[0]["study"],
         "patient": max(sorted(patients), key=patients.__getitem__, default=None),
-        "classifier_id": classifier_id,
+        "classifier_id": store.classifier_id,
     }
 
 
@@ -208,42 +190,30 @@ def _flatten(summary: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _build_group_schema(classes: Sequence[str]) -> pa.Schema:
-    series, study = build_series_schema(classes), build_study_schema(classes)
-    return pa.schema([("series", pa.list_(pa.struct(series))), ("study", pa.struct(study))])
-
-
-def write_tables(
+def _write_tables(
     groups: "Sequence[ray.ObjectRef[pa.Table]]", store: PredictionStore, rule: SeriesRule
 ) -> dict[str, Any]:
     """Write the rows of :func:`summarise_group` as two tables; runs as a Ray task."""
     about = store.about | {"rule": asdict(rule), "notice": NOT_CALIBRATED}
     metadata = {METADATA_KEY: json.dumps(about | {"schema_version": SCHEMA_VERSION})}
-    schemas = {
-        "series": build_series_schema(store.classes).with_metadata(metadata),
-        "studies": build_study_schema(store.classes).with_metadata(metadata),
-    }
-    sinks = {name: io.BytesIO() for name in schemas}
-    answers: dict[str, Counter[str]] = {name: Counter() for name in schemas}
-    writers = {
-        name: pq.ParquetWriter(sinks[name], schema, compression="zstd")
-        for name, schema in schemas.items()
-    }
-    for group in groups:
-        table = ray.get(group)
-        structs = {
-            "series": pc.list_flatten(table["series"]),
-            "studies": table["study"].drop_null(),
-        }
-        for name, column in structs.items():
-            rows = pa.Table.from_struct_array(column).cast(schemas[name])
-            answers[name].update(rows["answer"].to_pylist())
-            if rows.num_rows:
-                writers[name].write_table(rows)
-    for name, file in (("series", SERIES_FILE), ("studies", STUDIES_FILE)):
-        writers[name].close()
-        storage.write_bytes(storage.join(store.output_uri, file), sinks[name].getvalue())
-    return {
-        name: {"total": found.total(), "by_answer": dict(sorted(found.items()))}
-        for name, found in answers.items()
-    }
+    counts = {}
+    for name, file, schema in (
+        ("series", SERIES_FILE, build_series_schema(store.classes)),
+        ("studies", STUDIES_FILE, build_study_schema(store.classes)),
+    ):
+        answers, sink = Counter[str](), io.BytesIO()
+        with pq.ParquetWriter(sink, schema.with_metadata(metadata), compression="zstd") as writer:
+            for group in groups:
+                table = ray.get(group)
+                structs = (
+                    pc.list_flatten(table["series"])
+                    if name == "series"
+                    else table["study"].drop_null()
+                )
+                rows = pa.Table.from_struct_array(structs).cast(writer.schema)
+                answers.update(rows["answer"].to_pylist())
+                if rows.num_rows:
+                    writer.write_table(rows)
+        storage.write_bytes(storage.join(store.output_uri, file), sink.getvalue())
+        counts[name] = {"total": answers.total(), "by_answer": dict(sorted(answers.items()))}
+    return counts
