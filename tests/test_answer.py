@@ -10,7 +10,7 @@ from brainray.inference.engine import Prediction
 from brainray.inference.schema import SCAN_SCHEMA, build_rows, build_schema, stack_lists
 from brainray.model.calibration import LOW_CONFIDENCE, UNLIKE_TRAINING
 from brainray.model.reasons import REASONS
-from brainray.serving.answers import ProcessedFile, build_answer, build_rejection, build_slice
+from brainray.serving.pipeline import ProcessedFile, build_answer, build_rejection, build_slice
 from brainray.serving.schemas import AnswerBody
 
 CLASSES = ("x", "y")

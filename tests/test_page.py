@@ -30,8 +30,7 @@ from brainray.images.decode import decode_image
 from brainray.model.calibration import LOW_CONFIDENCE, UNLIKE_TRAINING
 from brainray.model.reasons import REASONS
 from brainray.phantoms import draw_phantom
-from brainray.serving.middleware import INTERNAL_ERROR
-from brainray.serving.problem import Problem
+from brainray.serving.problem import INTERNAL_ERROR, Problem
 from brainray.serving.routes import WEB
 from tests.conftest import CLASSES
 from tests.dicom_files import make_mr

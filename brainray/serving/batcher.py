@@ -7,9 +7,7 @@ that waits for the batch being computed.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,26 +15,23 @@ from numpy.typing import NDArray
 from brainray.inference.engine import Prediction
 from brainray.serving.problem import Problem
 
-Predict = Callable[[NDArray[np.uint8]], Prediction]
-"""Predicts images of shape (N, size_px, size_px); runs in a thread."""
-
-
-@dataclass(slots=True)
-class _PendingImage:
-    image: NDArray[np.uint8]
-    result: "asyncio.Future[Prediction]"
-
 
 class Batcher:
-    """Calls a function with all waiting images, one call at a time.
+    """Calls ``predict`` in a thread with all waiting images, one call at a time.
 
-    An image that finds the function idle is computed at once, alone.
+    An image that finds it idle is computed at once, alone.
     """
 
-    def __init__(self, predict: Predict, *, max_batch_size: int, max_queued: int) -> None:
+    def __init__(
+        self,
+        predict: Callable[[NDArray[np.uint8]], Prediction],
+        *,
+        max_batch_size: int,
+        max_queued: int,
+    ) -> None:
         self._predict = predict
         self._max_batch_size, self._max_queued = max_batch_size, max_queued
-        self._queue: deque[_PendingImage] = deque()
+        self._queue: list[tuple[NDArray[np.uint8], asyncio.Future[Prediction]]] = []
         self._consumer: asyncio.Task[None] | None = None
 
     @property
@@ -56,30 +51,24 @@ class Batcher:
     async def predict(self, image: NDArray[np.uint8]) -> Prediction:
         """Return the prediction of one image, shape (size_px, size_px)."""
         self.check_capacity()
-        pending = _PendingImage(image, asyncio.get_running_loop().create_future())
-        self._queue.append(pending)
+        result: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
+        self._queue.append((image, result))
         if self._consumer is None:
             self._consumer = asyncio.create_task(self._consume())
-        return await pending.result  # cancelling the request cancels it; _take_batch skips it
+        return await result  # cancelling the request cancels it, and it is not computed
 
     async def _consume(self) -> None:
-        while batch := self._take_batch():
+        while waiting := [pending for pending in self._queue if not pending[1].done()]:
+            batch, self._queue = waiting[: self._max_batch_size], waiting[self._max_batch_size :]
+            images, results = zip(*batch, strict=True)
             try:
-                found = await asyncio.to_thread(self._predict, np.stack([p.image for p in batch]))
+                found = await asyncio.to_thread(self._predict, np.stack(images))
             except Exception as error:  # fails every request of the batch
-                for pending in batch:
-                    if not pending.result.done():
-                        pending.result.set_exception(error)
+                for result in results:
+                    if not result.done():
+                        result.set_exception(error)
             else:
-                for row, pending in enumerate(batch):
-                    if not pending.result.done():
-                        pending.result.set_result(found.take(row))
-        self._consumer = None
-
-    def _take_batch(self) -> list[_PendingImage]:
-        batch: list[_PendingImage] = []
-        while self._queue and len(batch) < self._max_batch_size:
-            pending = self._queue.popleft()
-            if not pending.result.done():
-                batch.append(pending)
-        return batch
+                for row, result in enumerate(results):
+                    if not result.done():
+                        result.set_result(found.take(row))
+        self._queue, self._consumer = [], None

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from brainray.serving.middleware import LENGTH
-from brainray.serving.problem import Problem
+from brainray.serving.problem import LENGTH, Problem
 from brainray.serving.schemas import AnswerBody, InferenceRequest, read_json
 from brainray.serving.uploads import Upload
 

@@ -1,6 +1,6 @@
 """The OpenAPI description of the service."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,8 +21,9 @@ from brainray.serving.uploads import FILES_FIELD, MULTIPART
 
 FRAME_PATHS = ("/v1/explain", "/v1/render")
 SCANS_PATHS = ("/v1/classify", *FRAME_PATHS)
-GET_REFUSALS = (401, 429, 500, 503, 504)
-POST_REFUSALS = (*GET_REFUSALS, 400, 406, 408, 413, 415, 422)
+GET_REFUSALS = {401, 429, 500, 503, 504}
+POST_REFUSALS = {400, 406, 408, 413, 415, 422} | GET_REFUSALS
+SCHEMAS = "#/components/schemas/"
 PNG: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 SCANS_BODY: dict[str, Any] = {
     "requestBody": {
@@ -48,34 +49,10 @@ SCANS_BODY: dict[str, Any] = {
 }
 
 
-def refer_to(model: type) -> dict[str, Any]:
-    """Return a reference to a schema of the document."""
-    return {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
-
-
 def describe_json_body(model: type) -> dict[str, Any]:
     """Describe a request body of JSON that the service parses itself."""
-    return {
-        "requestBody": {"required": True, "content": {"application/json": refer_to(model)}},
-    }
-
-
-def describe_refusals(statuses: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Describe the refusals of a path."""
-    titles: dict[int, list[str]] = {status: [] for status in statuses}
-    for status, title in PROBLEMS.values():
-        titles.get(status, []).append(title)
-    described: dict[str, dict[str, Any]] = {
-        str(status): {
-            "description": "; or: ".join(found),
-            "content": {PROBLEM_TYPE: refer_to(ProblemBody)},
-        }
-        for status, found in titles.items()
-    }
-    seconds = {"type": "string", "pattern": "^[0-9]+$"}
-    retry_after = {"description": "Seconds to wait.", "required": True, "schema": seconds}
-    described["429"]["headers"] = {"Retry-After": retry_after}
-    return described
+    content = {"application/json": {"schema": {"$ref": SCHEMAS + model.__name__}}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def describe_interface(
@@ -93,10 +70,10 @@ def describe_interface(
         for method, operation in operations.items():
             statuses = POST_REFUSALS if method == "post" else GET_REFUSALS
             if path in FRAME_PATHS:
-                statuses = (*statuses, 404)
-            operation["responses"].update(describe_refusals(statuses))
+                statuses = statuses | {404}
             if not needs_token or is_public(path):
-                del operation["responses"]["401"]
+                statuses = statuses - {401}
+            operation["responses"].update(_describe_refusals(statuses))
             if needs_token and is_public(path):
                 operation["security"] = []
     if needs_token:
@@ -105,15 +82,25 @@ def describe_interface(
     return document
 
 
+def _describe_refusals(statuses: Collection[int]) -> dict[str, dict[str, Any]]:
+    described: dict[str, dict[str, Any]] = {}
+    for status in statuses:
+        titles = [title for known, title in PROBLEMS.values() if known == status]
+        content = {PROBLEM_TYPE: {"schema": {"$ref": f"{SCHEMAS}ProblemBody"}}}
+        described[str(status)] = {"description": "; or: ".join(titles), "content": content}
+    seconds = {"type": "string", "pattern": "^[0-9]+$"}
+    retry_after = {"description": "Seconds to wait.", "required": True, "schema": seconds}
+    described["429"]["headers"] = {"Retry-After": retry_after}
+    return described
+
+
 def _complete_schemas(
     schemas: dict[str, Any], limits: ServiceLimits, classes: Sequence[str]
 ) -> None:
     """Add the bodies that FastAPI does not see, and what only this service knows."""
     for model in (ProblemBody, InferenceRequest, AnsweredBody):
-        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        for name, inner in schema.pop("$defs", {}).items():
-            schemas.setdefault(name, inner)
-        schemas[model.__name__] = schema
+        schema = model.model_json_schema(ref_template=SCHEMAS + "{model}")
+        schemas |= {**schema.pop("$defs", {}), **schemas, model.__name__: schema}
     tensor = schemas["InputTensor"]
     tensor["required"].append("data")  # without the binary data extension
     tensor["properties"]["data"]["maxItems"] = limits.files

@@ -35,14 +35,7 @@ class Predictor:
     """A classifier bundle, ready to predict; several threads may call it at once.
 
     ``metadata`` is the bundle's metadata, ``preprocessing`` its preprocessing, and ``runtime``
-    names backend and precision.
-
-    Raises
-    ------
-    UserError
-        The classifier cannot be loaded, or not with these options.
-    ServingError
-        It fails its self-test.
+    names backend and precision. A classifier that fails its self-test is a ServingError.
     """
 
     def __init__(self, options: ModelOptions) -> None:

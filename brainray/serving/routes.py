@@ -19,7 +19,7 @@ import brainray
 from brainray.model.reasons import INTENDED_USE, NOT_INTENDED_FOR, NOTICE, REASONS
 from brainray.serving import open_inference
 from brainray.serving.metrics import CONTENT_TYPE, Metrics
-from brainray.serving.middleware import AccessLog, RequestContext, RequestLimits, TokenAuth
+from brainray.serving.middleware import AccessLog, ServiceMiddleware
 from brainray.serving.openapi import (
     PNG,
     SCANS_BODY,
@@ -27,7 +27,7 @@ from brainray.serving.openapi import (
     describe_json_body,
 )
 from brainray.serving.pipeline import Pipeline, Render
-from brainray.serving.problem import Problem, find_code
+from brainray.serving.problem import PROBLEMS, Problem
 from brainray.serving.schemas import (
     AnswerBody,
     AnsweredBody,
@@ -58,20 +58,16 @@ HEALTHY = HealthBody(status="ok")
 router = APIRouter()
 
 
-async def get_pipeline(request: Request) -> Pipeline:
-    """Return the application's pipeline."""
-    pipeline: Pipeline = request.app.state.pipeline
-    return pipeline
+async def _get_pipeline(request: Request) -> Any:  # noqa: ANN401 - as the state has it
+    return request.app.state.pipeline
 
 
-async def get_metrics(request: Request) -> Metrics:
-    """Return the application's metrics."""
-    metrics: Metrics = request.app.state.metrics
-    return metrics
+async def _get_metrics(request: Request) -> Any:  # noqa: ANN401
+    return request.app.state.metrics
 
 
-PipelineParam = Annotated[Pipeline, Depends(get_pipeline)]
-MetricsParam = Annotated[Metrics, Depends(get_metrics)]
+PipelineParam = Annotated[Pipeline, Depends(_get_pipeline)]
+MetricsParam = Annotated[Metrics, Depends(_get_metrics)]
 FrameParam = Annotated[
     int | None,
     Query(ge=0, le=2**31 - 1, description="Number of a slice in its file, from 0."),
@@ -86,18 +82,7 @@ def build_app(
     access_log: AccessLog,
     sends_request_id: bool = True,
 ) -> FastAPI:
-    """Build the ASGI application.
-
-    Parameters
-    ----------
-    pipeline : Pipeline
-    token : str, optional
-        Required of requests if given.
-    metrics : Metrics
-    access_log : AccessLog
-    sends_request_id : bool
-        Whether to return the request's id in a header. Ray Serve does so itself.
-    """
+    """Build the ASGI application; its requests need the token, if one is given."""
     app = FastAPIOffline(  # /docs loads no file from a third party
         title="brainray",
         version=brainray.__version__,
@@ -107,7 +92,6 @@ def build_app(
         redirect_slashes=False,
     )
     metrics.add_gauge("waiting_scans", "Slices waiting.", lambda: pipeline.predictions.num_queued)
-    metrics.add_gauge("log_lines_dropped", "Lost log lines.", lambda: access_log.num_dropped)
     app.add_exception_handler(HTTPException, _refuse_http)
     app.add_exception_handler(RequestValidationError, _refuse_parameter)
     app.state.pipeline, app.state.metrics = pipeline, metrics
@@ -117,11 +101,11 @@ def build_app(
     )
     app.openapi = lambda: document  # type: ignore[method-assign]  # as FastAPI's docs have it
     app.mount("/static", StaticFiles(directory=WEB))
-    app.add_middleware(RequestLimits, limits=pipeline.limits, metrics=metrics)
-    app.add_middleware(TokenAuth, token=token)
-    app.add_middleware(  # the last one added is the first to receive a request
-        RequestContext,
+    app.add_middleware(
+        ServiceMiddleware,
         paths=[*document["paths"], "/", "/docs", "/openapi.json"],
+        token=token,
+        limits=pipeline.limits,
         metrics=metrics,
         access_log=access_log,
         sends_request_id=sends_request_id,
@@ -135,8 +119,9 @@ async def _refuse_http(request: Request, error: Exception) -> Response:
         404: "This path does not exist. /docs lists the paths.",
         405: f"This path does not have {request.method}. The header Allow lists its methods.",
     }
+    codes = [code for code, (status, _) in PROBLEMS.items() if status == error.status_code]
     detail = details.get(error.status_code, str(error.detail))
-    raise Problem(find_code(error.status_code), detail, dict(error.headers or {}))
+    raise Problem(codes[0] if codes else "invalid_request", detail, error.headers or {})
 
 
 async def _refuse_parameter(request: Request, error: Exception) -> Response:
