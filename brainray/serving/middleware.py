@@ -68,12 +68,21 @@ class AccessLog:
 
 def read_token(path: str | None, environment: Mapping[str, str]) -> str | None:
     """Read the token from a file, else from the environment; return None if neither has one."""
-    if path is not None:
-        token, where = _read_file(path), f"'{path}'"
-    elif TOKEN_VARIABLE in environment:
+    if path is None and TOKEN_VARIABLE not in environment:
+        return None
+    if path is None:
         token, where = environment[TOKEN_VARIABLE], f"${TOKEN_VARIABLE}"
     else:
-        return None
+        file, where = Path(path).expanduser(), f"'{path}'"
+        try:
+            mode, token = file.stat().st_mode, file.read_bytes().decode("ascii", errors="replace")
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot read the token file '{path}' ({error.strerror}). "
+                "Make one with `openssl rand -hex 32 > FILE; chmod 600 FILE`."
+            ) from error
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            logger.warning("Other users may read the token file %s: `chmod 600` it.", path)
     token = token.strip()
     if len(token) < MIN_TOKEN_CHARACTERS or not token.isascii() or len(token.split()) != 1:
         raise ConfigError(
@@ -81,20 +90,6 @@ def read_token(path: str | None, environment: Mapping[str, str]) -> str | None:
             f"in {where}, got {len(token)} characters. Make one with `openssl rand -hex 32`."
         )
     return token
-
-
-def _read_file(path: str) -> str:
-    file = Path(path).expanduser()
-    try:
-        mode, content = file.stat().st_mode, file.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot read the token file '{path}' ({error.strerror}). "
-            "Make one with `openssl rand -hex 32 > FILE; chmod 600 FILE`."
-        ) from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        logger.warning("Other users may read the token file %s: `chmod 600` it.", path)
-    return content.decode("ascii", errors="replace")
 
 
 def is_public(path: str) -> bool:

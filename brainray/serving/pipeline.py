@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from time import monotonic
@@ -44,9 +44,8 @@ from brainray.inference.series import summarise_series
 from brainray.io.identifiers import NUM_KEY_BYTES
 from brainray.model.explain import STRIDE_PX
 from brainray.model.reasons import REASONS, find_status
-from brainray.serving.batcher import Batcher
 from brainray.serving.options import ServiceLimits
-from brainray.serving.predictor import Predictor
+from brainray.serving.predictor import Batcher, Predictor
 from brainray.serving.problem import Problem, limit_time
 from brainray.serving.schemas import (
     MAX_COSINE,
@@ -56,12 +55,10 @@ from brainray.serving.schemas import (
     ExplainedBody,
     PictureBody,
     SeriesBody,
-    SliceName,
 )
 from brainray.serving.uploads import Upload, too_many_files
 
 Render = Literal["map", "overlay"]
-Answer = TypeVar("Answer", bound=AnswerBody)
 Result = TypeVar("Result")
 Members = dict[str, Any]
 """Members of a body."""
@@ -78,17 +75,6 @@ SELF_TEST_VALID_S = 2.0
 SELF_TEST_TIMEOUT_S = 5.0
 NUM_DECODERS = 2
 NO_SAMPLES = np.empty((0, 0), np.uint8)
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessedFile:
-    """A file and the results of the requested slices; a rejected file has one result."""
-
-    name: str | None
-    content_sha256: str
-    info: SliceInfo
-    """Of the first slice."""
-    slices: list[Members]
 
 
 class Pipeline:
@@ -123,29 +109,25 @@ class Pipeline:
         self._tested_at = -math.inf
 
     async def classify(
-        self, uploads: Sequence[Upload], *, needs_one_slice: bool = False
-    ) -> list[AnswerBody]:
+        self,
+        uploads: Sequence[Upload],
+        *,
+        render: Render | None = None,
+        frame: int | None = None,
+        needs_one_slice: bool = False,
+    ) -> list[ExplainedBody]:
         """Answer every file, in order, with an answer for each slice if it has several.
 
         An unreadable file gets the answer `rejected`. A request beyond the limits raises a Problem.
+        With ``render`` an answer has the heat map of its most probable class. ``needs_one_slice``
+        refuses files with several slices, unless ``frame`` chooses one.
         """
-        self.predictions.check_capacity(min(len(uploads), self._max_decoded))
-        decode = partial(decode_slice, self._predictor.preprocessing, is_shown=False)
-        files = await self._process(uploads, decode, self._predict, needs_one_slice=needs_one_slice)
-        return [build_answer(AnswerBody, file) for file in files]
-
-    async def explain(
-        self, uploads: Sequence[Upload], render: Render, frame: int | None = None
-    ) -> list[ExplainedBody]:
-        """Answer one slice of every file, with a heat map of its most probable class.
-
-        ``frame`` is required if a file has several slices.
-        """
-        self.explanations.check_capacity(min(len(uploads), self._max_decoded))
-        decode = partial(decode_slice, self._predictor.preprocessing, is_shown=True)
-        finish = partial(self._explain, render)
-        files = await self._process(uploads, decode, finish, frame=frame, needs_one_slice=True)
-        return [build_answer(ExplainedBody, file) for file in files]
+        batcher = self.predictions if render is None else self.explanations
+        batcher.check_capacity(min(len(uploads), self._max_decoded))
+        decode = partial(decode_slice, self._predictor.preprocessing, render is not None)
+        finish = partial(self._predict, batcher, render)
+        files = await self._process(uploads, decode, finish, frame, needs_one_slice=needs_one_slice)
+        return [build_answer(file, slices) for file, slices in files]
 
     async def render(
         self, uploads: Sequence[Upload], frame: int | None = None
@@ -164,12 +146,15 @@ class Pipeline:
                 )
             return {"frame": info.frame, "png": base64.b64encode(png).decode()}
 
-        files = await self._process(uploads, render_slice, finish, frame=frame)
+        def decode(file: ScanFile, index: int) -> bytes:
+            return render_grey(show_slice(file, index))
+
+        files = await self._process(uploads, decode, finish, frame, needs_one_slice=False)
         names = PictureBody.model_fields.keys()
         return [
             PictureBody(upload=upload, **{name: one[name] for name in names & one.keys()})
-            for upload, file in enumerate(files)
-            for one in file.slices
+            for upload, (_, slices) in enumerate(files)
+            for one in slices
         ]
 
     async def summarise(self, answers: Sequence[AnswerBody]) -> list[SeriesBody]:
@@ -199,18 +184,38 @@ class Pipeline:
     def _limit_time(self) -> AbstractAsyncContextManager[None]:
         return limit_time(self.limits.request_s, "timeout", "The answer was not complete")
 
+    async def _predict(
+        self, batcher: Batcher, render: Render | None, info: SliceInfo, opened: OpenedSlice
+    ) -> Members:
+        scan = opened.scan
+        found = await batcher.predict(scan.image)
+        probs, reason = found.probs[0], found.reasons[0]
+        answer = build_slice(info, scan.frame.shape, self.classes, probs, reason, opened.grey_range)
+        if render is None or answer["status"] == "rejected":
+            return answer
+        assert found.class_maps is not None
+        top = int(probs.argmax())
+        class_map = found.class_maps[0, top]
+        if render == "overlay":
+            drawing = partial(render_overlay, class_map, scan.samples, scan.frame, STRIDE_PX)
+        else:
+            drawing = partial(render_map, class_map, scan.frame, STRIDE_PX)
+        png = base64.b64encode(await self._run_in_decoder(drawing)).decode()
+        return answer | {"explained_class": self.classes[top], "heat_map_png": png}
+
     async def _process(
         self,
         uploads: Sequence[Upload],
         decode: Callable[[ScanFile, int], Any],
         finish: Callable[[SliceInfo, Any], Awaitable[Members]],
+        frame: int | None,
         *,
-        frame: int | None = None,
-        needs_one_slice: bool = False,
-    ) -> list[ProcessedFile]:
+        needs_one_slice: bool,
+    ) -> list[tuple[Members, list[Members]]]:
         """Process all files at the same time; the first failure cancels the others.
 
-        ``decode`` runs in a decoder thread; ``finish`` makes the result of what it returns.
+        ``decode`` runs in a decoder thread; ``finish`` makes the result of what it returns. Each
+        file gets its own members, and the results of the requested slices, one if it is rejected.
         """
         slots = asyncio.Semaphore(self._max_decoded)  # from decoding to result: bounds memory
         num_slices = 0
@@ -223,16 +228,16 @@ class Pipeline:
             finally:
                 slots.release()
 
-        async def process_file(upload: Upload) -> ProcessedFile:
+        async def process_file(upload: Upload) -> tuple[Members, list[Members]]:
             nonlocal num_slices
             is_picture = recognise_format(upload.content) == "picture"  # opening decodes nothing
             async with nullcontext() if is_picture else self._open_files:
                 digest, file = await self._run_in_decoder(
                     open_upload, upload.content, self.limits, self._id_key
                 )
+                members: Members = {"name": upload.name, "content_sha256": digest}
                 if isinstance(file, RejectedImage):
-                    info = SliceInfo()
-                    return ProcessedFile(upload.name, digest, info, [build_rejection(info, file)])
+                    return members, [build_rejection(SliceInfo(), file)]
                 indices = choose_slices(file, frame, needs_one_slice=needs_one_slice)
                 num_slices += len(indices)
                 if num_slices > self.limits.slices:
@@ -240,12 +245,16 @@ class Pipeline:
                 started = []
                 for index in indices:
                     await slots.acquire()  # finish_slice releases it
-                    decoded = await self._run_in_decoder(try_decode, decode, file, index)
+                    try:
+                        decoded = await self._run_in_decoder(decode, file, index)
+                    except RejectedImage as rejection:
+                        decoded = rejection
                     finishing = finish_slice(file.slices[index], decoded)
                     started.append(tasks.create_task(finishing))
                 info = file.slices[indices[0]]
+                members |= {"series": info.series, "sop_instance": info.sop_instance}
                 del file  # a large file need not stay in memory while its slices wait for the model
-            return ProcessedFile(upload.name, digest, info, [await one for one in started])
+            return members, [await one for one in started]
 
         if len(uploads) > self.limits.files:
             raise too_many_files(self.limits.files)
@@ -255,28 +264,6 @@ class Pipeline:
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [file.result() for file in files]
-
-    async def _predict(self, info: SliceInfo, opened: OpenedSlice) -> Members:
-        found = await self.predictions.predict(opened.scan.image)
-        shape, reason = opened.scan.frame.shape, found.reasons[0]
-        return build_slice(info, shape, self.classes, found.probs[0], reason, opened.grey_range)
-
-    async def _explain(self, render: Render, info: SliceInfo, opened: OpenedSlice) -> Members:
-        scan = opened.scan
-        found = await self.explanations.predict(scan.image)
-        probs, reason = found.probs[0], found.reasons[0]
-        answer = build_slice(info, scan.frame.shape, self.classes, probs, reason, opened.grey_range)
-        if answer["status"] == "rejected":
-            return answer
-        assert found.class_maps is not None
-        top = int(probs.argmax())
-        class_map = found.class_maps[0, top]
-        if render == "overlay":
-            drawing = partial(render_overlay, class_map, scan.samples, scan.frame, STRIDE_PX)
-        else:
-            drawing = partial(render_map, class_map, scan.frame, STRIDE_PX)
-        png = base64.b64encode(await self._run_in_decoder(drawing)).decode()
-        return answer | {"explained_class": self.classes[top], "heat_map_png": png}
 
     async def _run_in_decoder(self, function: Callable[..., Result], *arguments: object) -> Result:
         loop = asyncio.get_running_loop()
@@ -288,10 +275,8 @@ def choose_slices(file: ScanFile, frame: int | None, *, needs_one_slice: bool) -
     count = len(file.slices)
     if frame is not None:
         if frame >= count:
-            raise Problem(
-                "slice_not_found",
-                f"frame: Expected a number from 0 to {count - 1}, got {frame}.",
-            )
+            detail = f"frame: Expected a number from 0 to {count - 1}, got {frame}."
+            raise Problem("slice_not_found", detail)
         return range(frame, frame + 1)
     if needs_one_slice and count > 1:
         raise Problem(
@@ -326,18 +311,8 @@ def open_upload(
         return digest, rejection
 
 
-def try_decode(
-    decode: Callable[[ScanFile, int], Result], file: ScanFile, index: int
-) -> Result | RejectedImage:
-    """Decode one slice, or return its rejection."""
-    try:
-        return decode(file, index)
-    except RejectedImage as rejection:
-        return rejection
-
-
 def decode_slice(
-    preprocessing: Preprocessing, file: ScanFile, index: int, *, is_shown: bool
+    preprocessing: Preprocessing, is_shown: bool, file: ScanFile, index: int
 ) -> OpenedSlice:
     """Decode one slice to the network's input.
 
@@ -350,24 +325,13 @@ def decode_slice(
     return replace(opened, scan=replace(opened.scan, samples=samples))
 
 
-def render_slice(file: ScanFile, index: int) -> bytes:
-    """Render one slice as an 8-bit grey PNG, through its window if it has one."""
-    return render_grey(show_slice(file, index))
-
-
 # ---- bodies --------------------------------------------------------------------------------------
 
 
-def build_answer(body: type[Answer], file: ProcessedFile) -> Answer:
+def build_answer(file: Members, slices: list[Members]) -> ExplainedBody:
     """Build the answer to a file, with one for each slice if several were requested."""
-    members: Members = {
-        "name": file.name,
-        "content_sha256": file.content_sha256,
-        "series": file.info.series,
-        "sop_instance": file.info.sop_instance,
-    }
-    several = {"status": "slices", "slices": file.slices}
-    return body(**members, **(file.slices[0] if len(file.slices) == 1 else several))
+    several = {"status": "slices", "slices": slices}
+    return ExplainedBody(**file, **(slices[0] if len(slices) == 1 else several))
 
 
 def build_slice(
@@ -426,7 +390,7 @@ def summarise_answers(answers: Sequence[AnswerBody], classes: Sequence[str]) -> 
 
     Answers without a series, such as pictures, are skipped.
     """
-    series: dict[str, list[Members]] = defaultdict(list)
+    rows: dict[str, list[Members]] = defaultdict(list)
     for upload, answer in enumerate(answers):
         if answer.series is None:
             continue
@@ -439,13 +403,12 @@ def summarise_answers(answers: Sequence[AnswerBody], classes: Sequence[str]) -> 
                 "sop_instance": answer.sop_instance,
                 "orientation": one.orientation,
             }
-            series[answer.series].append(row)
-    return [_summarise(name, rows, classes) for name, rows in series.items()]
-
-
-def _summarise(name: str, rows: list[Members], classes: Sequence[str]) -> SeriesBody:
-    summary = summarise_series(rows, classes)
-    names = [split_name(uri) for uri in summary.pop("key_slices")]
-    key_slices = [SliceName(upload=int(file), frame=frame) for file, frame in names]
-    members = {member: summary[member] for member in SeriesBody.model_fields.keys() & summary}
-    return SeriesBody(series=name, key_slices=key_slices, **members)
+            rows[answer.series].append(row)
+    bodies = []
+    for series, slices in rows.items():
+        summary = summarise_series(slices, classes) | {"series": series}
+        names = [split_name(uri) for uri in summary["key_slices"]]
+        summary["key_slices"] = [{"upload": int(file), "frame": frame} for file, frame in names]
+        members = {name: summary[name] for name in SeriesBody.model_fields}
+        bodies.append(SeriesBody(**members))
+    return bodies
