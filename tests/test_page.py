@@ -407,7 +407,7 @@ def test_a_busy_service_gets_the_request_again_after_its_wait(
 ) -> None:
     page.open(service)
     page.choose(scans / "busy.png")
-    until(lambda: "busy; trying again in 2 s" in page.all(".scan .state")[0].text)
+    until(lambda: "busy; trying again in 2 s" in page.all(".scan")[0].text)
     until(lambda: page.count_done() == 1)
     assert "glioma" in page.all(".scan")[0].text
     first, second = service.requested_at
@@ -444,7 +444,7 @@ def test_the_page_prompts_for_the_token_and_keeps_it_in_the_tab(
     assert page.focused() == "token"
     page.press(Keys.ESCAPE)
     page.choose(scans / "glioma.png")
-    assert "Waiting" in page.all(".scan .state")[0].text
+    assert "Waiting" in page.all(".scan")[0].text
     page.by_id("token-button").click()
     page.press("wrong-token", Keys.ENTER)
     until(lambda: "did not accept the token" in page.by_id("token-error").text)

@@ -158,19 +158,15 @@ function findFailed() {
 function showCounts() {
   const done = scans.filter((scan) => scan.isDone);
   const statuses = done.flatMap((scan) => scan.rows.map(({ status }) => status));
-  const labels = { classified: "classified", abstained: "abstained", rejected: "rejected",
-    unanswered: "without an answer" };
-  const counts = Object.entries(labels)
-    .map(([status, label]) => [statuses.filter((one) => one === status).length, label])
-    .filter(([count]) => count)
-    .map(([count, label]) => `${count.toLocaleString("en")} ${label}`);
   const isComplete = done.length === scans.length;
   const total = formatCount(scans.length, "scan");
-  $("counts").textContent = [
-    isComplete ? total : `${done.length} of ${total}`,
-    ...(isComplete && statuses.length > scans.length ? [formatCount(statuses.length, "slice")] : []),
-    ...counts,
-  ].join(" · ");
+  const parts = [isComplete ? total : `${done.length} of ${total}`];
+  if (isComplete && statuses.length > scans.length) parts.push(formatCount(statuses.length, "slice"));
+  for (const status of ["classified", "abstained", "rejected", "unanswered"]) {
+    const count = statuses.filter((one) => one === status).length;
+    if (count) parts.push(`${count.toLocaleString("en")} ${status}`);
+  }
+  $("counts").textContent = parts.join(" · ");
   $("progress").max = Math.max(1, scans.length);
   $("progress").value = done.length;
   $("progress").hidden = isComplete;
