@@ -300,7 +300,7 @@ async def explain(
     if is_raw and answers[0].status == "rejected":
         raise _image_rejected(answers[0])
     if wants_png:
-        return _respond_with_png(answers[0].heat_map_png)
+        return Response(base64.b64decode(answers[0].heat_map_png or ""), media_type="image/png")
     return ExplainedAnswersBody(**_describe_request(request, pipeline), answers=answers)
 
 
@@ -324,7 +324,7 @@ async def render(
     if is_raw and all(picture.png is None for picture in pictures):
         raise _image_rejected(pictures[0])
     if wants_png:
-        return _respond_with_png(pictures[0].png)
+        return Response(base64.b64decode(pictures[0].png or ""), media_type="image/png")
     return PicturesBody(**_describe_request(request, pipeline), pictures=pictures)
 
 
@@ -334,10 +334,6 @@ def _check_accept(request: Request, *, is_raw: bool) -> bool:
     if wants_png and not is_raw:
         raise Problem("not_acceptable", "image/png needs one file as the body itself.")
     return wants_png
-
-
-def _respond_with_png(png: str | None) -> Response:
-    return Response(base64.b64decode(png or ""), headers={"content-type": "image/png"})
 
 
 def _image_rejected(answer: AnswerBody | PictureBody) -> Problem:
@@ -411,6 +407,6 @@ async def infer(request: Request, pipeline: PipelineParam, metrics: MetricsParam
         inference, answers, pipeline.classes, pipeline.classifier_id
     )
     if length is None:
-        return Response(content, headers={"content-type": "application/json"})
-    headers = {"content-type": OCTETS, open_inference.LENGTH_HEADER: str(length)}
-    return Response(content, headers=headers)
+        return Response(content, media_type="application/json")
+    headers = {open_inference.LENGTH_HEADER: str(length)}
+    return Response(content, headers=headers, media_type=OCTETS)
