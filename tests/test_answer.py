@@ -10,8 +10,7 @@ from brainray.inference.engine import Prediction
 from brainray.inference.schema import SCAN_SCHEMA, build_rows, build_schema, stack_lists
 from brainray.model.calibration import LOW_CONFIDENCE, UNLIKE_TRAINING
 from brainray.model.reasons import REASONS
-from brainray.serving.answers import ProcessedFile, build_answer, build_rejection, build_slice
-from brainray.serving.schemas import AnswerBody
+from brainray.serving.pipeline import build_answer, build_rejection, build_slice
 
 CLASSES = ("x", "y")
 PROBS = np.array([[0.25, 0.75], [0.6, 0.4], [0.9, 0.1]], np.float32)
@@ -81,10 +80,9 @@ def test_the_service_says_of_a_scan_what_the_table_says(row: int) -> None:
     expected = build(PREDICTION).to_pylist()[row]
     number = [0, None, 1, 2][row]
     reason = expected["reason"]
-    info = SliceInfo()
-    found = build_slice(info, (2, 3), CLASSES, PROBS[number], reason)
-    file = ProcessedFile("a", expected["content_sha256"], info, [found])
-    answer = build_answer(AnswerBody, file)
+    found = build_slice(SliceInfo(), (2, 3), CLASSES, PROBS[number], reason)
+    file = {"name": "a", "content_sha256": expected["content_sha256"]}
+    answer = build_answer(file, [found])
     same = ("status", "reason", "predicted_class", "width_px", "height_px", "content_sha256")
     for name in same:
         assert getattr(answer, name) == expected[name], name
@@ -97,9 +95,8 @@ def test_the_service_says_of_a_scan_what_the_table_says(row: int) -> None:
 
 
 def test_a_rejection_says_why() -> None:
-    info = SliceInfo()
-    rejected = build_rejection(info, RejectedImage("truncated", "It ends too soon."))
-    answer = build_answer(AnswerBody, ProcessedFile("a", "b" * 64, info, [rejected]))
+    rejected = build_rejection(SliceInfo(), RejectedImage("truncated", "It ends too soon."))
+    answer = build_answer({"name": "a", "content_sha256": "b" * 64}, [rejected])
     assert (answer.status, answer.reason, answer.detail) == (
         *("rejected", "truncated", "It ends too soon."),
     )

@@ -22,12 +22,11 @@ from brainray.images.preprocess import Preprocessing
 from brainray.inference.engine import Prediction
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.network import build_network
-from brainray.serving.batcher import Batcher
 from brainray.serving.middleware import read_token
 from brainray.serving.open_inference import read_inference, render_inference
 from brainray.serving.options import ServiceLimits, read_arguments
 from brainray.serving.pipeline import Pipeline
-from brainray.serving.predictor import Predictor
+from brainray.serving.predictor import Batcher, Predictor
 from brainray.serving.problem import Problem
 from brainray.serving.uploads import Upload, read_uploads
 from tests.conftest import CLASSES

@@ -78,14 +78,7 @@ def get_max_batch_size(engine: EngineOptions) -> int:
 
 
 def build_application(config: ServiceConfig, *, use_ray_metrics: bool) -> Application:
-    """Build the application that `serve.run` takes.
-
-    Parameters
-    ----------
-    config : ServiceConfig
-    use_ray_metrics : bool
-        Whether replicas count also with Ray's metrics; ``/metrics`` is there in any case.
-    """
+    """Build the application that `serve.run` takes; ``/metrics`` does not need Ray's metrics."""
     engine, limits = config.model.engine, config.limits
     cpus = engine.num_threads or 1 if config.replica_cpus is None else config.replica_cpus
     deployment = Model.options(  # type: ignore[attr-defined]  # Serve's decorator is untyped
@@ -106,11 +99,5 @@ def build_application(config: ServiceConfig, *, use_ray_metrics: bool) -> Applic
 
 
 def build(arguments: dict[str, Any]) -> Application:
-    """Build the application from the `args` of a Serve config file.
-
-    Parameters
-    ----------
-    arguments : dict
-        Fields of :class:`ServiceConfig`, nested as there.
-    """
+    """Build the application from the `args` of a Serve config file: a nested ServiceConfig."""
     return build_application(read_arguments(arguments), use_ray_metrics=True)

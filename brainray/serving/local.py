@@ -38,15 +38,7 @@ PRODUCTION_VARIABLES = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_
 
 
 def serve_here(job: ServeJob, *, log: Log, verbose: bool = False) -> None:
-    """Serve until SIGTERM or Ctrl-C.
-
-    Parameters
-    ----------
-    job : ServeJob
-    log : callable
-        Takes a line of progress.
-    verbose : bool
-        Whether to show Ray's own log.
+    """Serve until SIGTERM or Ctrl-C; ``verbose`` shows Ray's own log.
 
     Raises
     ------
@@ -94,7 +86,7 @@ def check_job(job: ServeJob) -> None:
         raise ConfigError(
             f"--production listens on every interface, and there is no token. {give_token}."
         )
-    if token is None and not job.insecure and not is_loopback(job.host):
+    if token is None and not job.insecure and not _is_loopback(job.host):
         raise ConfigError(
             f"Other machines can reach {job.host}, and there is no token. {give_token}, "
             "or pass --insecure to accept requests from anyone."
@@ -116,12 +108,9 @@ def check_job(job: ServeJob) -> None:
             ) from error
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach an address."""
-    if host == "localhost":
-        return True
+def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).is_loopback
     except ValueError:
         return False
 
@@ -149,9 +138,8 @@ def divide_cpus(config: ServiceConfig, num_cpus: int) -> ServiceConfig:
     that a replacement can start beside each replica.
     """
     threads = config.model.engine.num_threads or max(1, num_cpus // config.max_replicas)
-    reserved = config.replica_cpus
-    if reserved is None:
-        reserved = round(num_cpus / (2 * config.max_replicas), 3)
+    half = round(num_cpus / (2 * config.max_replicas), 3)
+    reserved = half if config.replica_cpus is None else config.replica_cpus
     engine = replace(config.model.engine, num_threads=threads)
     return replace(config, model=replace(config.model, engine=engine), replica_cpus=reserved)
 

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from brainray.serving.middleware import LENGTH
-from brainray.serving.problem import Problem
+from brainray.serving.problem import LENGTH, Problem
 from brainray.serving.schemas import AnswerBody, InferenceRequest, read_json
 from brainray.serving.uploads import Upload
 
@@ -42,8 +41,12 @@ class Inference:
 
 def read_inference(body: bytes, header_length: str | None) -> Inference:
     """Parse a request; ``header_length`` is the header that binary data need."""
-    header, binary = _split(body, header_length)
-    request = read_json(InferenceRequest, header)
+    length = len(body)
+    if header_length is not None:
+        if not LENGTH.fullmatch(header_length) or int(header_length) > length:
+            raise _invalid(f"Expected {LENGTH_HEADER} to be a number up to {length}.")
+        length = int(header_length)
+    request, binary = read_json(InferenceRequest, body[:length]), body[length:]
     (tensor,) = request.inputs
     size = (tensor.parameters or {}).get("binary_data_size")
     if size is None and not binary:
@@ -120,17 +123,6 @@ def describe_model(classes: Sequence[str], classifier_id: str) -> dict[str, Any]
         ],
         "parameters": {"classes": ",".join(classes)},
     }
-
-
-def _split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
-    if header_length is None:
-        return body, b""
-    if not LENGTH.fullmatch(header_length):
-        raise _invalid(f"{LENGTH_HEADER} is not a number.")
-    length = int(header_length)
-    if length > len(body):
-        raise _invalid(f"{LENGTH_HEADER} is {length}, more than the body's {len(body)} bytes.")
-    return body[:length], body[length:]
 
 
 def _unpack(binary: bytes) -> list[bytes]:

@@ -7,16 +7,18 @@ import asyncio
 import base64
 import math
 import secrets
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from time import monotonic
-from typing import Any, Generic, Literal, TypeVar, TypeVarTuple
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from brainray.errors import RejectedImage
 from brainray.images import (  # noqa: F401 - import the slow libraries now, not in a request
@@ -26,45 +28,40 @@ from brainray.images import (  # noqa: F401 - import the slow libraries now, not
 from brainray.images.heatmap import render_grey, render_map, render_overlay
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import (
+    GreyRange,
     OpenedSlice,
     ReadOptions,
     ScanFile,
     SliceInfo,
+    name_slice,
     open_file,
     open_slice,
     recognise_format,
     show_slice,
+    split_name,
 )
+from brainray.inference.series import summarise_series
 from brainray.io.identifiers import NUM_KEY_BYTES
 from brainray.model.explain import STRIDE_PX
-from brainray.serving.answers import (
-    ExplainedSlice,
-    ProcessedFile,
-    build_answer,
-    build_picture,
-    build_rejection,
-    build_slice,
-    summarise_answers,
-)
-from brainray.serving.batcher import Batcher
+from brainray.model.reasons import REASONS, find_status
 from brainray.serving.options import ServiceLimits
-from brainray.serving.predictor import Predictor
-from brainray.serving.problem import Problem
+from brainray.serving.predictor import Batcher, Predictor
+from brainray.serving.problem import Problem, limit_time
 from brainray.serving.schemas import (
+    MAX_COSINE,
+    MAX_POSITION_MM,
     MAX_SERIES_SLICES,
     AnswerBody,
     ExplainedBody,
     PictureBody,
     SeriesBody,
-    SliceBody,
 )
-from brainray.serving.uploads import Upload, limit_time, too_many_files
+from brainray.serving.uploads import Upload, too_many_files
 
 Render = Literal["map", "overlay"]
-Rendered = tuple[SliceInfo, bytes | RejectedImage]
-Decoded = TypeVar("Decoded")
 Result = TypeVar("Result")
-Arguments = TypeVarTuple("Arguments")
+Members = dict[str, Any]
+"""Members of a body."""
 
 MAX_BATCH_SIZE, MAX_GPU_BATCH_SIZE = 16, 64
 """Images of one call. A CPU computes them one after another, and gains little beyond a few."""
@@ -78,31 +75,6 @@ SELF_TEST_VALID_S = 2.0
 SELF_TEST_TIMEOUT_S = 5.0
 NUM_DECODERS = 2
 NO_SAMPLES = np.empty((0, 0), np.uint8)
-
-
-@dataclass(frozen=True, slots=True)
-class _Job(Generic[Decoded, Result]):
-    """The steps by which a request's slices become results."""
-
-    decode: Callable[[ScanFile, int], Decoded]
-    """Runs in a decoder thread."""
-    finish: Callable[[SliceInfo, Decoded], Awaitable[Result]]
-    reject: Callable[[SliceInfo, RejectedImage], Result]
-    frame: int | None = None
-    """Number of the one slice to process of each file; all slices if None."""
-    needs_one_slice: bool = False
-    """Refuse a file with several slices if ``frame`` is None."""
-
-
-@dataclass(slots=True)
-class _Request(Generic[Decoded, Result]):
-    """The state of one request."""
-
-    job: _Job[Decoded, Result]
-    tasks: asyncio.TaskGroup
-    slots: asyncio.Semaphore
-    """One for each slice from its decoding to its result, which bounds memory."""
-    num_slices: int = 0
 
 
 class Pipeline:
@@ -137,29 +109,25 @@ class Pipeline:
         self._tested_at = -math.inf
 
     async def classify(
-        self, uploads: Sequence[Upload], *, needs_one_slice: bool = False
-    ) -> list[AnswerBody]:
+        self,
+        uploads: Sequence[Upload],
+        *,
+        render: Render | None = None,
+        frame: int | None = None,
+        needs_one_slice: bool = False,
+    ) -> list[ExplainedBody]:
         """Answer every file, in order, with an answer for each slice if it has several.
 
         An unreadable file gets the answer `rejected`. A request beyond the limits raises a Problem.
+        With ``render`` an answer has the heat map of its most probable class. ``needs_one_slice``
+        refuses files with several slices, unless ``frame`` chooses one.
         """
-        self.predictions.check_capacity(min(len(uploads), self._max_decoded))
-        decode = partial(decode_slice, preprocessing=self._predictor.preprocessing)
-        job = _Job(decode, self._predict, build_rejection, needs_one_slice=needs_one_slice)
-        return [build_answer(AnswerBody, file) for file in await self._process(uploads, job)]
-
-    async def explain(
-        self, uploads: Sequence[Upload], render: Render, frame: int | None = None
-    ) -> list[ExplainedBody]:
-        """Answer one slice of every file, with a heat map of its most probable class.
-
-        ``frame`` is required if a file has several slices.
-        """
-        self.explanations.check_capacity(min(len(uploads), self._max_decoded))
-        decode = partial(decode_displayed, preprocessing=self._predictor.preprocessing)
-        finish = partial(self._explain, render)
-        job = _Job(decode, finish, build_rejection, frame=frame, needs_one_slice=True)
-        return [build_answer(ExplainedBody, file) for file in await self._process(uploads, job)]
+        batcher = self.predictions if render is None else self.explanations
+        batcher.check_capacity(min(len(uploads), self._max_decoded))
+        decode = partial(decode_slice, self._predictor.preprocessing, render is not None)
+        finish = partial(self._predict, batcher, render)
+        files = await self._process(uploads, decode, finish, frame, needs_one_slice=needs_one_slice)
+        return [build_answer(file, slices) for file, slices in files]
 
     async def render(
         self, uploads: Sequence[Upload], frame: int | None = None
@@ -167,7 +135,7 @@ class Pipeline:
         """Render every slice of every file as a picture, or one slice of each."""
         num_bytes = 0
 
-        async def count(info: SliceInfo, png: bytes) -> Rendered:
+        async def finish(info: SliceInfo, png: bytes) -> Members:
             nonlocal num_bytes
             num_bytes += len(png)
             if num_bytes > self.limits.body_bytes:
@@ -176,16 +144,17 @@ class Pipeline:
                     f"The pictures have more than {self.limits.body_bytes:,} bytes. Send fewer "
                     "files, or request one slice with ?frame=N.",
                 )
-            return info, png
+            return {"frame": info.frame, "png": base64.b64encode(png).decode()}
 
-        def reject(info: SliceInfo, rejection: RejectedImage) -> Rendered:
-            return info, rejection
+        def decode(file: ScanFile, index: int) -> bytes:
+            return render_grey(show_slice(file, index))
 
-        files = await self._process(uploads, _Job(render_slice, count, reject, frame=frame))
+        files = await self._process(uploads, decode, finish, frame, needs_one_slice=False)
+        names = PictureBody.model_fields.keys()
         return [
-            build_picture(upload, info, found)
-            for upload, file in enumerate(files)
-            for info, found in file.slices
+            PictureBody(upload=upload, **{name: one[name] for name in names & one.keys()})
+            for upload, (_, slices) in enumerate(files)
+            for one in slices
         ]
 
     async def summarise(self, answers: Sequence[AnswerBody]) -> list[SeriesBody]:
@@ -215,67 +184,14 @@ class Pipeline:
     def _limit_time(self) -> AbstractAsyncContextManager[None]:
         return limit_time(self.limits.request_s, "timeout", "The answer was not complete")
 
-    async def _process(
-        self, uploads: Sequence[Upload], job: _Job[Decoded, Result]
-    ) -> list[ProcessedFile[Result]]:
-        """Process all files at the same time; the first failure cancels the others."""
-        if len(uploads) > self.limits.files:
-            raise too_many_files(self.limits.files)
-        try:
-            async with self._limit_time(), asyncio.TaskGroup() as tasks:
-                request = _Request(job, tasks, asyncio.Semaphore(self._max_decoded))
-                files = [tasks.create_task(self._process_file(one, request)) for one in uploads]
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        return [file.result() for file in files]
-
-    async def _process_file(
-        self, upload: Upload, request: _Request[Decoded, Result]
-    ) -> ProcessedFile[Result]:
-        job, started = request.job, []
-        async with self._limit_open_files(upload.content):
-            digest, file = await self._run_in_decoder(
-                open_upload, upload.content, self.limits, self._id_key
-            )
-            if isinstance(file, RejectedImage):
-                info = SliceInfo()
-                return ProcessedFile(upload.name, digest, info, [job.reject(info, file)])
-            indices = choose_slices(file, job.frame, needs_one_slice=job.needs_one_slice)
-            request.num_slices += len(indices)
-            if request.num_slices > self.limits.slices:
-                raise too_many_slices(self.limits.slices)
-            for index in indices:
-                await request.slots.acquire()  # _finish releases it
-                decoded = await self._run_in_decoder(try_decode, job.decode, file, index)
-                finishing = _finish(request, file.slices[index], decoded)
-                started.append(request.tasks.create_task(finishing))
-            info = file.slices[indices[0]]
-            del file  # a large file need not stay in memory while its slices wait for the model
-        return ProcessedFile(upload.name, digest, info, [await one for one in started])
-
-    def _limit_open_files(self, content: bytes) -> AbstractAsyncContextManager[Any]:
-        """Wait until another file may be open. Pictures need no limit: opening decodes nothing."""
-        return nullcontext() if recognise_format(content) == "picture" else self._open_files
-
-    async def _predict(self, info: SliceInfo, opened: OpenedSlice) -> SliceBody:
-        found = await self.predictions.predict(opened.scan.image)
-        return build_slice(
-            info,
-            opened.scan.frame.shape,
-            self.classes,
-            found.probs[0],
-            found.reasons[0],
-            grey_range=opened.grey_range,
-        )
-
-    async def _explain(self, render: Render, info: SliceInfo, opened: OpenedSlice) -> SliceBody:
+    async def _predict(
+        self, batcher: Batcher, render: Render | None, info: SliceInfo, opened: OpenedSlice
+    ) -> Members:
         scan = opened.scan
-        found = await self.explanations.predict(scan.image)
+        found = await batcher.predict(scan.image)
         probs, reason = found.probs[0], found.reasons[0]
-        answer = build_slice(
-            info, scan.frame.shape, self.classes, probs, reason, grey_range=opened.grey_range
-        )
-        if answer.status == "rejected":
+        answer = build_slice(info, scan.frame.shape, self.classes, probs, reason, opened.grey_range)
+        if render is None or answer["status"] == "rejected":
             return answer
         assert found.class_maps is not None
         top = int(probs.argmax())
@@ -284,27 +200,74 @@ class Pipeline:
             drawing = partial(render_overlay, class_map, scan.samples, scan.frame, STRIDE_PX)
         else:
             drawing = partial(render_map, class_map, scan.frame, STRIDE_PX)
-        return ExplainedSlice(
-            **dict(answer),
-            explained_class=self.classes[top],
-            heat_map_png=base64.b64encode(await self._run_in_decoder(drawing)).decode(),
-        )
+        png = base64.b64encode(await self._run_in_decoder(drawing)).decode()
+        return answer | {"explained_class": self.classes[top], "heat_map_png": png}
 
-    def _run_in_decoder(
-        self, function: Callable[[*Arguments], Result], *arguments: *Arguments
-    ) -> "asyncio.Future[Result]":
-        return asyncio.get_running_loop().run_in_executor(self._decoders, function, *arguments)
+    async def _process(
+        self,
+        uploads: Sequence[Upload],
+        decode: Callable[[ScanFile, int], Any],
+        finish: Callable[[SliceInfo, Any], Awaitable[Members]],
+        frame: int | None,
+        *,
+        needs_one_slice: bool,
+    ) -> list[tuple[Members, list[Members]]]:
+        """Process all files at the same time; the first failure cancels the others.
 
+        ``decode`` runs in a decoder thread; ``finish`` makes the result of what it returns. Each
+        file gets its own members, and the results of the requested slices, one if it is rejected.
+        """
+        slots = asyncio.Semaphore(self._max_decoded)  # from decoding to result: bounds memory
+        num_slices = 0
 
-async def _finish(
-    request: _Request[Decoded, Result], info: SliceInfo, decoded: Decoded | RejectedImage
-) -> Result:
-    try:
-        if isinstance(decoded, RejectedImage):
-            return request.job.reject(info, decoded)
-        return await request.job.finish(info, decoded)
-    finally:
-        request.slots.release()
+        async def finish_slice(info: SliceInfo, decoded: Any) -> Members:  # noqa: ANN401
+            try:
+                if isinstance(decoded, RejectedImage):
+                    return build_rejection(info, decoded)
+                return await finish(info, decoded)
+            finally:
+                slots.release()
+
+        async def process_file(upload: Upload) -> tuple[Members, list[Members]]:
+            nonlocal num_slices
+            is_picture = recognise_format(upload.content) == "picture"  # opening decodes nothing
+            async with nullcontext() if is_picture else self._open_files:
+                digest, file = await self._run_in_decoder(
+                    open_upload, upload.content, self.limits, self._id_key
+                )
+                members: Members = {"name": upload.name, "content_sha256": digest}
+                if isinstance(file, RejectedImage):
+                    return members, [build_rejection(SliceInfo(), file)]
+                indices = choose_slices(file, frame, needs_one_slice=needs_one_slice)
+                num_slices += len(indices)
+                if num_slices > self.limits.slices:
+                    raise too_many_slices(self.limits.slices)
+                started = []
+                for index in indices:
+                    await slots.acquire()  # finish_slice releases it
+                    try:
+                        decoded = await self._run_in_decoder(decode, file, index)
+                    except RejectedImage as rejection:
+                        decoded = rejection
+                    finishing = finish_slice(file.slices[index], decoded)
+                    started.append(tasks.create_task(finishing))
+                info = file.slices[indices[0]]
+                members |= {"series": info.series, "sop_instance": info.sop_instance}
+                del file  # a large file need not stay in memory while its slices wait for the model
+            return members, [await one for one in started]
+
+        if len(uploads) > self.limits.files:
+            raise too_many_files(self.limits.files)
+        try:
+            async with self._limit_time(), asyncio.TaskGroup() as tasks:
+                files = [tasks.create_task(process_file(upload)) for upload in uploads]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [file.result() for file in files]
+
+    async def _run_in_decoder(self, function: Callable[..., Result], *arguments: object) -> Result:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._decoders, function, *arguments)
 
 
 def choose_slices(file: ScanFile, frame: int | None, *, needs_one_slice: bool) -> range:
@@ -312,10 +275,8 @@ def choose_slices(file: ScanFile, frame: int | None, *, needs_one_slice: bool) -
     count = len(file.slices)
     if frame is not None:
         if frame >= count:
-            raise Problem(
-                "slice_not_found",
-                f"frame: Expected a number from 0 to {count - 1}, got {frame}.",
-            )
+            detail = f"frame: Expected a number from 0 to {count - 1}, got {frame}."
+            raise Problem("slice_not_found", detail)
         return range(frame, frame + 1)
     if needs_one_slice and count > 1:
         raise Problem(
@@ -350,30 +311,104 @@ def open_upload(
         return digest, rejection
 
 
-def try_decode(
-    decode: Callable[[ScanFile, int], Decoded], file: ScanFile, index: int
-) -> Decoded | RejectedImage:
-    """Decode one slice, or return its rejection."""
-    try:
-        return decode(file, index)
-    except RejectedImage as rejection:
-        return rejection
+def decode_slice(
+    preprocessing: Preprocessing, is_shown: bool, file: ScanFile, index: int
+) -> OpenedSlice:
+    """Decode one slice to the network's input.
 
-
-def decode_slice(file: ScanFile, index: int, preprocessing: Preprocessing) -> OpenedSlice:
-    """Decode one slice to the network's input; drop its samples, which may be large."""
+    Its samples, which may be large, are dropped, or replaced by the grey levels for display.
+    """
     opened = open_slice(file, index, preprocessing)
-    return replace(opened, scan=replace(opened.scan, samples=NO_SAMPLES))
-
-
-def decode_displayed(file: ScanFile, index: int, preprocessing: Preprocessing) -> OpenedSlice:
-    """Decode one slice to the network's input, with its grey levels for display as samples."""
-    opened = open_slice(file, index, preprocessing)
-    if file.format == "picture":  # displayed as stored
+    if is_shown and file.format == "picture":  # displayed as stored
         return opened
-    return replace(opened, scan=replace(opened.scan, samples=show_slice(file, index)))
+    samples = show_slice(file, index) if is_shown else NO_SAMPLES
+    return replace(opened, scan=replace(opened.scan, samples=samples))
 
 
-def render_slice(file: ScanFile, index: int) -> bytes:
-    """Render one slice as an 8-bit grey PNG, through its window if it has one."""
-    return render_grey(show_slice(file, index))
+# ---- bodies --------------------------------------------------------------------------------------
+
+
+def build_answer(file: Members, slices: list[Members]) -> ExplainedBody:
+    """Build the answer to a file, with one for each slice if several were requested."""
+    several = {"status": "slices", "slices": slices}
+    return ExplainedBody(**file, **(slices[0] if len(slices) == 1 else several))
+
+
+def build_slice(
+    info: SliceInfo,
+    shape: tuple[int, ...],
+    classes: Sequence[str],
+    probs: NDArray[np.float32],
+    reason: str | None,
+    grey_range: GreyRange | None = None,
+) -> Members:
+    """Build the answer to a slice of (height, width) pixels that was predicted.
+
+    ``probs`` has shape (K,), in class order. ``reason`` is a key of
+    :data:`brainray.model.calibration.NO_CLASS_REASONS` if no class is given.
+    """
+    status, top = find_status(reason), int(probs.argmax())
+    # The shortest decimal that reads back as the float32: 0.9, not 0.8999999762.
+    shown = [float(str(prob)) for prob in probs]
+    is_rejected = status == "rejected"
+    return _describe(info) | {
+        "grey_range": grey_range,
+        "status": status,
+        "reason": reason,
+        "detail": None if reason is None else REASONS[reason],
+        "predicted_class": classes[top] if status == "classified" else None,
+        "confidence": None if is_rejected else shown[top],
+        "probs": None if is_rejected else dict(zip(classes, shown, strict=True)),
+        "width_px": shape[1],
+        "height_px": shape[0],
+    }
+
+
+def build_rejection(info: SliceInfo, rejection: RejectedImage) -> Members:
+    """Build the answer to a slice that is rejected before the network sees it."""
+    rejected = {"status": "rejected", "reason": rejection.reason, "detail": rejection.message}
+    return _describe(info) | rejected
+
+
+def _describe(info: SliceInfo) -> Members:
+    position, orientation = info.position_mm, info.orientation
+    if position is None or not abs(position) <= MAX_POSITION_MM:
+        position = None
+    if orientation is None or not all(abs(cosine) <= MAX_COSINE for cosine in orientation):
+        orientation = None
+    return {
+        "frame": info.frame,
+        "plane": info.plane,
+        "position_mm": position,
+        "orientation": None if orientation is None else list(orientation),
+        "flags": list(info.flags),
+    }
+
+
+def summarise_answers(answers: Sequence[AnswerBody], classes: Sequence[str]) -> list[SeriesBody]:
+    """Summarise the slices of each series, in the order in which the series first occur.
+
+    Answers without a series, such as pictures, are skipped.
+    """
+    rows: dict[str, list[Members]] = defaultdict(list)
+    for upload, answer in enumerate(answers):
+        if answer.series is None:
+            continue
+        for one in answer.slices or (answer,):
+            probs = one.probs or dict.fromkeys(classes)
+            row = {
+                **one.model_dump(include={"reason", "frame", "plane", "position_mm", "flags"}),
+                **{f"prob_{name}": probs[name] for name in classes},
+                "scan_uri": name_slice(f"{upload:09d}", one.frame),  # sorts as the files came
+                "sop_instance": answer.sop_instance,
+                "orientation": one.orientation,
+            }
+            rows[answer.series].append(row)
+    bodies = []
+    for series, slices in rows.items():
+        summary = summarise_series(slices, classes) | {"series": series}
+        names = [split_name(uri) for uri in summary["key_slices"]]
+        summary["key_slices"] = [{"upload": int(file), "frame": frame} for file, frame in names]
+        members = {name: summary[name] for name in SeriesBody.model_fields}
+        bodies.append(SeriesBody(**members))
+    return bodies

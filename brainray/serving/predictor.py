@@ -1,5 +1,7 @@
-"""A classifier that is ready to predict: loaded, warmed up, and compared with eager fp32."""
+"""A classifier that is ready to predict, and the queue in front of it."""
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -13,6 +15,7 @@ from brainray.inference.engine import EngineOptions, Prediction, open_engine
 from brainray.model.classifier import find_default_classifier, load_classifier
 from brainray.model.precision import Precision
 from brainray.phantoms.painter import draw_phantom
+from brainray.serving.problem import Problem
 
 TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.5}
 """Largest difference of a probability from fp32 in the self-test. bf16 differed by 0.02 on a barely
@@ -32,17 +35,10 @@ class ModelOptions:
 
 
 class Predictor:
-    """A classifier bundle, ready to predict; several threads may call it at once.
+    """A classifier bundle: loaded, warmed up, and compared with eager fp32.
 
-    ``metadata`` is the bundle's metadata, ``preprocessing`` its preprocessing, and ``runtime``
-    names backend and precision.
-
-    Raises
-    ------
-    UserError
-        The classifier cannot be loaded, or not with these options.
-    ServingError
-        It fails its self-test.
+    Several threads may call it at once. ``runtime`` names backend and precision. A classifier that
+    fails its self-test is a ServingError.
     """
 
     def __init__(self, options: ModelOptions) -> None:
@@ -86,3 +82,67 @@ def _check_finite(found: Prediction) -> Prediction:
     if not np.isfinite(found.probs).all():
         raise ServingError("The classifier's probabilities are not finite.")
     return found
+
+
+class Batcher:
+    """Calls ``predict`` in a thread with all waiting images, one call at a time.
+
+    An image that finds it idle is computed at once, alone. Images that arrive while it computes
+    form the next batch.
+
+    ``@serve.batch`` closes its next batch before the batch being computed has ended: with 16
+    clients 294 of 320 images were computed alone. This queue made batches of 7 to 14 from the same
+    load, and 1.13 to 1.19 times the images per second (Ray 2.60, two CPUs). Replace it by
+    ``@serve.batch`` when that waits for the batch being computed.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[NDArray[np.uint8]], Prediction],
+        *,
+        max_batch_size: int,
+        max_queued: int,
+    ) -> None:
+        self._predict = predict
+        self._max_batch_size, self._max_queued = max_batch_size, max_queued
+        self._queue: list[tuple[NDArray[np.uint8], asyncio.Future[Prediction]]] = []
+        self._consumer: asyncio.Task[None] | None = None
+
+    @property
+    def num_queued(self) -> int:
+        """Number of waiting images."""
+        return len(self._queue)
+
+    def check_capacity(self, count: int = 1) -> None:
+        """Check that the queue can take ``count`` more images."""
+        if len(self._queue) + count > self._max_queued:
+            raise Problem(
+                "too_busy",
+                f"{len(self._queue)} scans wait for the model, of at most {self._max_queued}. "
+                "Try again later, with fewer scans in a request.",
+            )
+
+    async def predict(self, image: NDArray[np.uint8]) -> Prediction:
+        """Return the prediction of one image, shape (size_px, size_px)."""
+        self.check_capacity()
+        result: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
+        self._queue.append((image, result))
+        if self._consumer is None:
+            self._consumer = asyncio.create_task(self._consume())
+        return await result  # cancelling the request cancels it, and it is not computed
+
+    async def _consume(self) -> None:
+        while waiting := [pending for pending in self._queue if not pending[1].done()]:
+            batch, self._queue = waiting[: self._max_batch_size], waiting[self._max_batch_size :]
+            images, results = zip(*batch, strict=True)
+            try:
+                found = await asyncio.to_thread(self._predict, np.stack(images))
+            except Exception as error:  # fails every request of the batch
+                for result in results:
+                    if not result.done():
+                        result.set_exception(error)
+            else:
+                for row, result in enumerate(results):
+                    if not result.done():
+                        result.set_result(found.take(row))
+        self._queue, self._consumer = [], None

@@ -1,13 +1,24 @@
 """Refusals (RFC 9457): the one place that maps codes to HTTP statuses."""
 
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from typing import Any
 
 import orjson
+from starlette.responses import Response
+from starlette.types import Scope
 
 PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_S = 1
+CLOSE = {"connection": "close"}
+"""The rest of a refused body is not read, so the connection cannot be reused."""
+LENGTH = re.compile(r"[0-9]{1,20}")
+"""A length in a header. Python's `int` raises for more than 4,300 digits."""
+INTERNAL_ERROR = "The service's log has the error under this request_id."
 
 PROBLEMS: dict[str, tuple[int, str]] = {
     "invalid_request": (400, "The request cannot be parsed"),
@@ -32,6 +43,8 @@ PROBLEMS: dict[str, tuple[int, str]] = {
 }
 """Stable code to status and title."""
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(slots=True)
 class Problem(Exception):  # noqa: N818 - the name in RFC 9457
@@ -41,35 +54,43 @@ class Problem(Exception):  # noqa: N818 - the name in RFC 9457
     """A key of :data:`PROBLEMS`."""
     detail: str
     """What was expected, what was found, and the remedy."""
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
     members: dict[str, Any] = field(default_factory=dict)
     """Further members of the body."""
 
-    @property
-    def status(self) -> int:
-        """HTTP status."""
-        return PROBLEMS[self.code][0]
 
-
-def render_problem(problem: Problem, request_id: str) -> tuple[bytes, dict[str, str]]:
-    """Return the body and the headers of a refusal."""
-    status, title = PROBLEMS[problem.code]
+def make_response(error: Exception, scope: Scope) -> Response:
+    """Return the problem body for an exception; log it unless it is a :class:`Problem`."""
+    request_id = scope["state"]["request_id"]
+    if not isinstance(error, Problem):
+        logger.error("Request %s failed.", request_id, exc_info=error)
+        error = Problem("internal", INTERNAL_ERROR)
+    status, title = PROBLEMS[error.code]
     body = {
-        "type": f"urn:brainray:problem:{problem.code}",
+        "type": f"urn:brainray:problem:{error.code}",
         "title": title,
         "status": status,
-        "detail": problem.detail,
-        "code": problem.code,
+        "detail": error.detail,
+        "code": error.code,
         "request_id": request_id,
-        **problem.members,
+        **error.members,
     }
-    headers = {"content-type": PROBLEM_TYPE, **problem.headers}
+    if scope["path"].startswith("/v2"):  # clients of the Open Inference Protocol read this member
+        body["error"] = error.detail
+    headers = {"content-type": PROBLEM_TYPE, **error.headers}
     if status in (429, 503):
         headers.setdefault("retry-after", str(RETRY_AFTER_S))
-    return orjson.dumps(body), headers
+    return Response(orjson.dumps(body), status, headers)
 
 
-def find_code(status: int) -> str:
-    """Return the first code with this status, else the general one of its class."""
-    fallback = "invalid_request" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "internal"
-    return next((code for code, (known, _) in PROBLEMS.items() if known == status), fallback)
+@asynccontextmanager
+async def limit_time(
+    seconds: float, code: str, failure: str, headers: Mapping[str, str] | None = None
+) -> AsyncIterator[None]:
+    """Raise a Problem if the block takes longer; its detail begins with ``failure``."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        detail = f"{failure} in {seconds:g} s. Try again later, with fewer files in a request."
+        raise Problem(code, detail, headers or {}) from None

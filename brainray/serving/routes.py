@@ -1,77 +1,108 @@
-"""The paths of the service: each reads a request, calls the pipeline, and returns a body."""
+"""The paths of the service: each reads a request, calls the pipeline, and returns a body.
+
+Their docstrings and bodies are what OpenAPI describes.
+"""
 
 import base64
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
-from enum import Enum
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, PlainTextResponse
 
 import brainray
 from brainray.model.reasons import INTENDED_USE, NOT_INTENDED_FOR, NOTICE, REASONS
 from brainray.serving import open_inference
 from brainray.serving.metrics import CONTENT_TYPE, Metrics
-from brainray.serving.middleware import AccessLog, RequestContext, RequestLimits, TokenAuth
-from brainray.serving.openapi import (
-    PNG,
-    SCANS_BODY,
-    describe_interface,
-    describe_json_body,
-)
+from brainray.serving.middleware import AccessLog, ServiceMiddleware, is_public
+from brainray.serving.options import ServiceLimits
 from brainray.serving.pipeline import Pipeline, Render
-from brainray.serving.problem import Problem, find_code
+from brainray.serving.problem import PROBLEM_TYPE, PROBLEMS, Problem
 from brainray.serving.schemas import (
     AnswerBody,
     AnsweredBody,
     AnswersBody,
     ExplainedAnswersBody,
+    ExplainedBody,
     HealthBody,
     InferenceRequest,
     ModelBody,
     PictureBody,
     PicturesBody,
+    ProblemBody,
     SeriesAnswersBody,
+    SliceBody,
     read_json,
 )
-from brainray.serving.uploads import OCTETS, read_body, read_uploads
+from brainray.serving.uploads import FILES_FIELD, MULTIPART, OCTETS, read_body, read_uploads
 
-WEB = Path(str(files("brainray.serving") / "web"))
+WEB = Path(__file__).with_name("web")
 PAGE_POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
     "form-action 'self'; frame-ancestors 'none'"
 )
 MODEL_PATH = f"/v2/models/{open_inference.MODEL_NAME}"
-OPERATIONS: list[str | Enum] = ["operations"]
-ANSWERS: list[str | Enum] = ["answers"]
-PROTOCOL: list[str | Enum] = ["Open Inference Protocol"]
-"""Tags, by which the OpenAPI description groups paths."""
-HEALTHY = HealthBody(status="ok")
-
-router = APIRouter()
+SCHEMAS = "#/components/schemas/"
 
 
-async def get_pipeline(request: Request) -> Pipeline:
-    """Return the application's pipeline."""
-    pipeline: Pipeline = request.app.state.pipeline
-    return pipeline
+def describe_refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe refusals with problem bodies."""
+    described: dict[int | str, dict[str, Any]] = {}
+    for status in statuses:
+        titles = [title for known, title in PROBLEMS.values() if known == status]
+        content = {PROBLEM_TYPE: {"schema": {"$ref": f"{SCHEMAS}ProblemBody"}}}
+        described[status] = {"description": "; or: ".join(titles), "content": content}
+    if 429 in described:
+        seconds = {"type": "string", "pattern": "^[0-9]+$"}
+        retry_after = {"description": "Seconds to wait.", "required": True, "schema": seconds}
+        described[429]["headers"] = {"Retry-After": retry_after}
+    return described
 
 
-async def get_metrics(request: Request) -> Metrics:
-    """Return the application's metrics."""
-    metrics: Metrics = request.app.state.metrics
-    return metrics
+def describe_json_body(model: type) -> dict[str, Any]:
+    """Describe a request body of JSON that the service parses itself."""
+    content = {"application/json": {"schema": {"$ref": SCHEMAS + model.__name__}}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
-PipelineParam = Annotated[Pipeline, Depends(get_pipeline)]
-MetricsParam = Annotated[Metrics, Depends(get_metrics)]
+PNG: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+SCANS_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "Scans as JPEG, PNG, BMP, GIF, TIFF, WebP, DICOM or NIfTI files: one file "
+        "as the body itself (image/*, application/dicom, application/gzip or "
+        "application/octet-stream; its bytes determine the format), or several in a form.",
+        # application/octet-stream is only in the description: a schema would promise that any bytes
+        # are accepted, and bytes that are no image are a 422.
+        "content": {MULTIPART: {"schema": {"$ref": f"{SCHEMAS}ScansForm"}}, "image/*": PNG},
+    }
+}
+POST_REFUSALS = describe_refusals(400, 406, 408, 413, 415, 422)
+FRAME_RESPONSES = POST_REFUSALS | describe_refusals(404) | {200: {"content": {"image/png": PNG}}}
+REFUSALS = describe_refusals(401, 429, 500, 503, 504)
+operations = APIRouter(tags=["operations"], responses=REFUSALS)
+scans = APIRouter(tags=["answers"], responses=REFUSALS)
+protocol = APIRouter(tags=["Open Inference Protocol"], responses=REFUSALS)
+
+
+async def _get_pipeline(request: Request) -> Any:  # noqa: ANN401 - as the state has it
+    return request.app.state.pipeline
+
+
+async def _get_metrics(request: Request) -> Any:  # noqa: ANN401
+    return request.app.state.metrics
+
+
+PipelineParam = Annotated[Pipeline, Depends(_get_pipeline)]
+MetricsParam = Annotated[Metrics, Depends(_get_metrics)]
 FrameParam = Annotated[
     int | None,
     Query(ge=0, le=2**31 - 1, description="Number of a slice in its file, from 0."),
@@ -86,18 +117,7 @@ def build_app(
     access_log: AccessLog,
     sends_request_id: bool = True,
 ) -> FastAPI:
-    """Build the ASGI application.
-
-    Parameters
-    ----------
-    pipeline : Pipeline
-    token : str, optional
-        Required of requests if given.
-    metrics : Metrics
-    access_log : AccessLog
-    sends_request_id : bool
-        Whether to return the request's id in a header. Ray Serve does so itself.
-    """
+    """Build the ASGI application; its requests need the token, if one is given."""
     app = FastAPIOffline(  # /docs loads no file from a third party
         title="brainray",
         version=brainray.__version__,
@@ -107,26 +127,66 @@ def build_app(
         redirect_slashes=False,
     )
     metrics.add_gauge("waiting_scans", "Slices waiting.", lambda: pipeline.predictions.num_queued)
-    metrics.add_gauge("log_lines_dropped", "Lost log lines.", lambda: access_log.num_dropped)
     app.add_exception_handler(HTTPException, _refuse_http)
     app.add_exception_handler(RequestValidationError, _refuse_parameter)
     app.state.pipeline, app.state.metrics = pipeline, metrics
-    app.include_router(router)
-    document = describe_interface(
-        app, pipeline.limits, pipeline.classes, needs_token=token is not None
-    )
+    for router in (operations, scans, protocol):
+        app.include_router(router)
+    document = _describe(app, pipeline.limits, pipeline.classes, needs_token=token is not None)
     app.openapi = lambda: document  # type: ignore[method-assign]  # as FastAPI's docs have it
     app.mount("/static", StaticFiles(directory=WEB))
-    app.add_middleware(RequestLimits, limits=pipeline.limits, metrics=metrics)
-    app.add_middleware(TokenAuth, token=token)
-    app.add_middleware(  # the last one added is the first to receive a request
-        RequestContext,
+    app.add_middleware(
+        ServiceMiddleware,
         paths=[*document["paths"], "/", "/docs", "/openapi.json"],
+        token=token,
+        limits=pipeline.limits,
         metrics=metrics,
         access_log=access_log,
         sends_request_id=sends_request_id,
     )
     return app
+
+
+def _describe(
+    app: FastAPI, limits: ServiceLimits, classes: Sequence[str], *, needs_token: bool
+) -> dict[str, Any]:
+    """Add to the OpenAPI document what FastAPI does not see, and what only this service knows."""
+    document = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes
+    )
+    components = document["components"]
+    schemas = components["schemas"]
+    for model in (ProblemBody, InferenceRequest, AnsweredBody):
+        schema = model.model_json_schema(ref_template=SCHEMAS + "{model}")
+        schemas |= {**schema.pop("$defs", {}), **schemas, model.__name__: schema}
+    uploads = {"type": "array", "minItems": 1, "maxItems": limits.files, "items": PNG["schema"]}
+    schemas["ScansForm"] = {
+        "type": "object",
+        "required": [FILES_FIELD],
+        "properties": {FILES_FIELD: uploads},
+    }
+    tensor = schemas["InputTensor"]
+    tensor["required"].append("data")  # without the binary data extension
+    tensor["properties"]["data"]["maxItems"] = limits.files
+    del tensor["properties"]["data"]["default"]
+    for body in (SliceBody, AnswerBody, ExplainedBody):
+        probs, _ = schemas[body.__name__]["properties"]["probs"]["anyOf"]
+        fraction = probs.pop("additionalProperties")
+        probs |= {
+            "properties": dict.fromkeys(classes, fraction),
+            "required": list(classes),
+            "additionalProperties": False,
+        }
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            if not needs_token or is_public(path):
+                del operation["responses"]["401"]
+            if needs_token and is_public(path):
+                operation["security"] = []
+    if needs_token:
+        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"token": []}]
+    return document
 
 
 async def _refuse_http(request: Request, error: Exception) -> Response:
@@ -135,8 +195,9 @@ async def _refuse_http(request: Request, error: Exception) -> Response:
         404: "This path does not exist. /docs lists the paths.",
         405: f"This path does not have {request.method}. The header Allow lists its methods.",
     }
+    codes = [code for code, (status, _) in PROBLEMS.items() if status == error.status_code]
     detail = details.get(error.status_code, str(error.detail))
-    raise Problem(find_code(error.status_code), detail, dict(error.headers or {}))
+    raise Problem(codes[0] if codes else "invalid_request", detail, error.headers or {})
 
 
 async def _refuse_parameter(request: Request, error: Exception) -> Response:
@@ -147,7 +208,7 @@ async def _refuse_parameter(request: Request, error: Exception) -> Response:
     raise Problem("invalid_parameter", f"{location}: {first['msg']}.")
 
 
-@router.get("/", include_in_schema=False)
+@operations.get("/", include_in_schema=False)
 async def show_page() -> Response:
     """Return the page."""
     return FileResponse(WEB / "index.html", headers={"content-security-policy": PAGE_POLICY})
@@ -156,28 +217,23 @@ async def show_page() -> Response:
 # ---- operations ----------------------------------------------------------------------------------
 
 
-@router.get("/healthz", tags=OPERATIONS)
-@router.get("/v2/health/live", tags=PROTOCOL)
+@operations.get("/healthz")
+@protocol.get("/v2/health/live")
 async def healthz() -> HealthBody:
     """Report that this process answers. The model is not checked."""
-    return HEALTHY
+    return HealthBody(status="ok")
 
 
-@router.get("/readyz", tags=OPERATIONS)
-@router.get("/v2/health/ready", tags=PROTOCOL)
-@router.get(f"{MODEL_PATH}/ready", tags=PROTOCOL)
+@operations.get("/readyz")
+@protocol.get("/v2/health/ready")
+@protocol.get(f"{MODEL_PATH}/ready")
 async def readyz(pipeline: PipelineParam) -> HealthBody:
     """Report that a model is loaded and passes its self-test."""
     await pipeline.check_ready()
-    return HEALTHY
+    return HealthBody(status="ok")
 
 
-@router.get(
-    "/metrics",
-    tags=OPERATIONS,
-    response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-)
+@operations.get("/metrics", response_class=PlainTextResponse)
 async def show_metrics(metrics: MetricsParam) -> Response:
     """Return the metrics of one replica, named by the label `replica`, for Prometheus."""
     return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
@@ -186,7 +242,7 @@ async def show_metrics(metrics: MetricsParam) -> Response:
 # ---- answers -------------------------------------------------------------------------------------
 
 
-@router.post("/v1/classify", tags=ANSWERS, openapi_extra=SCANS_BODY)
+@scans.post("/v1/classify", responses=POST_REFUSALS, openapi_extra=SCANS_BODY)
 async def classify(request: Request, pipeline: PipelineParam, metrics: MetricsParam) -> AnswersBody:
     """Classify scans: pictures, DICOM objects and NIfTI volumes.
 
@@ -202,12 +258,12 @@ async def classify(request: Request, pipeline: PipelineParam, metrics: MetricsPa
     answers = await pipeline.classify(uploads)
     metrics.count_answers(answers)
     if is_raw and answers[0].status == "rejected":
-        raise image_rejected(answers[0])
+        raise _image_rejected(answers[0])
     series = await pipeline.summarise(answers)
-    return AnswersBody(**describe_request(request, pipeline), answers=answers, series=series)
+    return AnswersBody(**_describe_request(request, pipeline), answers=list(answers), series=series)
 
 
-@router.post("/v1/series", tags=ANSWERS, openapi_extra=describe_json_body(AnsweredBody))
+@scans.post("/v1/series", responses=POST_REFUSALS, openapi_extra=describe_json_body(AnsweredBody))
 async def summarise(request: Request, pipeline: PipelineParam) -> SeriesAnswersBody:
     """Summarise the series among the `answers` of several requests.
 
@@ -215,14 +271,13 @@ async def summarise(request: Request, pipeline: PipelineParam) -> SeriesAnswersB
     """
     answered = read_json(AnsweredBody, await read_body(request, pipeline.limits))
     series = await pipeline.summarise(answered.answers)
-    return SeriesAnswersBody(**describe_request(request, pipeline), series=series)
+    return SeriesAnswersBody(**_describe_request(request, pipeline), series=series)
 
 
-@router.post(
+@scans.post(
     "/v1/explain",
-    tags=ANSWERS,
     response_model=ExplainedAnswersBody,
-    responses={200: {"content": {"image/png": PNG}}},
+    responses=FRAME_RESPONSES,
     openapi_extra=SCANS_BODY,
 )
 async def explain(
@@ -239,21 +294,20 @@ async def explain(
     """
     pipeline.explanations.check_capacity()
     uploads, is_raw = await read_uploads(request, pipeline.limits)
-    wants_png = check_accept(request, is_raw=is_raw)
-    answers = await pipeline.explain(uploads, render, frame)
+    wants_png = _check_accept(request, is_raw=is_raw)
+    answers = await pipeline.classify(uploads, render=render, frame=frame, needs_one_slice=True)
     metrics.count_answers(answers)
     if is_raw and answers[0].status == "rejected":
-        raise image_rejected(answers[0])
+        raise _image_rejected(answers[0])
     if wants_png:
-        return respond_with_png(answers[0].heat_map_png)
-    return ExplainedAnswersBody(**describe_request(request, pipeline), answers=answers)
+        return Response(base64.b64decode(answers[0].heat_map_png or ""), media_type="image/png")
+    return ExplainedAnswersBody(**_describe_request(request, pipeline), answers=answers)
 
 
-@router.post(
+@scans.post(
     "/v1/render",
-    tags=ANSWERS,
     response_model=PicturesBody,
-    responses={200: {"content": {"image/png": PNG}}},
+    responses=FRAME_RESPONSES,
     openapi_extra=SCANS_BODY,
 )
 async def render(
@@ -265,16 +319,16 @@ async def render(
     or of the first. No text of a header is shown.
     """
     uploads, is_raw = await read_uploads(request, pipeline.limits)
-    wants_png = check_accept(request, is_raw=is_raw)
+    wants_png = _check_accept(request, is_raw=is_raw)
     pictures = await pipeline.render(uploads, 0 if wants_png and frame is None else frame)
     if is_raw and all(picture.png is None for picture in pictures):
-        raise image_rejected(pictures[0])
+        raise _image_rejected(pictures[0])
     if wants_png:
-        return respond_with_png(pictures[0].png)
-    return PicturesBody(**describe_request(request, pipeline), pictures=pictures)
+        return Response(base64.b64decode(pictures[0].png or ""), media_type="image/png")
+    return PicturesBody(**_describe_request(request, pipeline), pictures=pictures)
 
 
-def check_accept(request: Request, *, is_raw: bool) -> bool:
+def _check_accept(request: Request, *, is_raw: bool) -> bool:
     """Return whether the client wants a picture instead of JSON."""
     wants_png = request.headers.get("accept", "").partition(";")[0].strip() == "image/png"
     if wants_png and not is_raw:
@@ -282,17 +336,11 @@ def check_accept(request: Request, *, is_raw: bool) -> bool:
     return wants_png
 
 
-def respond_with_png(png: str | None) -> Response:
-    """Return a picture, given in base64, as it is."""
-    return Response(base64.b64decode(png or ""), headers={"content-type": "image/png"})
-
-
-def image_rejected(answer: AnswerBody | PictureBody) -> Problem:
-    """Build the refusal of a request whose one file was rejected."""
+def _image_rejected(answer: AnswerBody | PictureBody) -> Problem:
     return Problem("image_rejected", answer.detail or "", members={"reason": answer.reason})
 
 
-def describe_request(request: Request, pipeline: Pipeline) -> dict[str, Any]:
+def _describe_request(request: Request, pipeline: Pipeline) -> dict[str, Any]:
     """Return the members of :class:`~brainray.serving.schemas.ResponseBody`."""
     return {
         "request_id": request.state.request_id,
@@ -303,7 +351,7 @@ def describe_request(request: Request, pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/model", tags=ANSWERS)
+@scans.get("/v1/model")
 async def describe_model(pipeline: PipelineParam) -> ModelBody:
     """Describe the classifier, its scores, its intended use, and the limits of requests."""
     metadata = pipeline.metadata
@@ -325,25 +373,23 @@ async def describe_model(pipeline: PipelineParam) -> ModelBody:
 # ---- Open Inference Protocol ---------------------------------------------------------------------
 
 
-@router.get("/v2", tags=PROTOCOL)
+@protocol.get("/v2")
 async def describe_server(request: Request) -> dict[str, Any]:
     """Describe the server."""
     app: FastAPI = request.app
-    return {
-        "name": app.title,
-        "version": app.version,
-        "extensions": open_inference.EXTENSIONS,
-    }
+    return {"name": app.title, "version": app.version, "extensions": open_inference.EXTENSIONS}
 
 
-@router.get(MODEL_PATH, tags=PROTOCOL)
+@protocol.get(MODEL_PATH)
 async def describe_tensors(pipeline: PipelineParam) -> dict[str, Any]:
     """Describe the model's tensors."""
     return open_inference.describe_model(pipeline.classes, pipeline.classifier_id)
 
 
-@router.post(
-    f"{MODEL_PATH}/infer", tags=PROTOCOL, openapi_extra=describe_json_body(InferenceRequest)
+@protocol.post(
+    f"{MODEL_PATH}/infer",
+    responses=POST_REFUSALS,
+    openapi_extra=describe_json_body(InferenceRequest),
 )
 async def infer(request: Request, pipeline: PipelineParam, metrics: MetricsParam) -> Response:
     """Classify scans. The input `image` has files with one slice, in JSON as base64.
@@ -361,6 +407,6 @@ async def infer(request: Request, pipeline: PipelineParam, metrics: MetricsParam
         inference, answers, pipeline.classes, pipeline.classifier_id
     )
     if length is None:
-        return Response(content, headers={"content-type": "application/json"})
-    headers = {"content-type": OCTETS, open_inference.LENGTH_HEADER: str(length)}
-    return Response(content, headers=headers)
+        return Response(content, media_type="application/json")
+    headers = {open_inference.LENGTH_HEADER: str(length)}
+    return Response(content, headers=headers, media_type=OCTETS)

@@ -160,7 +160,7 @@ class ResponseBody(Body):
 class AnswersBody(ResponseBody):
     """One answer for each file, in order, all by one classifier."""
 
-    answers: list[AnswerBody]
+    answers: list[AnswerBody]  # of an ExplainedBody only these members are sent
     series: list[SeriesBody] = Field(description="One summary for each series among the files.")
 
 

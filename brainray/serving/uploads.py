@@ -1,18 +1,14 @@
 """The files of a request: its body, or the files of a form."""
 
-import asyncio
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from brainray.serving.middleware import CLOSE
 from brainray.serving.options import ServiceLimits
-from brainray.serving.problem import Problem
+from brainray.serving.problem import CLOSE, Problem, limit_time
 
 FILES_FIELD = "files"
 MULTIPART, OCTETS = "multipart/form-data", "application/octet-stream"
@@ -36,12 +32,8 @@ class _FormParser(MultiPartParser):
 
 async def read_body(request: Request, limits: ServiceLimits) -> bytes:
     """Read the whole body in bounded time."""
-    try:
-        async with limit_time(limits.body_s, "body_too_slow", "The body did not arrive"):
-            return await request.body()
-    except Problem as problem:
-        problem.headers.update(CLOSE)
-        raise
+    async with limit_time(limits.body_s, "body_too_slow", "The body did not arrive", CLOSE):
+        return await request.body()
 
 
 async def read_uploads(request: Request, limits: ServiceLimits) -> tuple[list[Upload], bool]:
@@ -64,26 +56,24 @@ async def _parse_form(request: Request, max_files: int) -> list[Upload]:
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
             raise too_many_files(max_files) from None
-        raise Problem(
-            "invalid_request", f"The body is not a multipart form: {error.message}"
-        ) from None
+        detail = f"The body is not a multipart form: {error.message}"
+        raise Problem("invalid_request", detail) from None
     if not (await request.body()).rstrip().endswith(b"--"):  # the parser accepts a cut-off form
         raise Problem("invalid_request", "The multipart form ends before its last boundary.")
     uploads = [
-        Upload(clean_name(file.filename or ""), await file.read())
+        Upload(_clean_name(file.filename or ""), await file.read())
         for file in form.getlist(FILES_FIELD)
         if isinstance(file, UploadFile)
         if file.filename or file.size  # a browser sends an empty part if no file was chosen
     ]
     await form.close()
     if not uploads:
-        raise Problem(
-            "no_files", f"Expected one or more parts named `{FILES_FIELD}` with a file, found none."
-        )
+        detail = f"Expected one or more parts named `{FILES_FIELD}` with a file, found none."
+        raise Problem("no_files", detail)
     return uploads
 
 
-def clean_name(name: str) -> str:
+def _clean_name(name: str) -> str:
     """Return the last part of a file's path, without unprintable characters."""
     text = name.replace("\\", "/").rpartition("/")[2]
     return "".join(c if c.isprintable() else "\ufffd" for c in text)[:MAX_NAME_CHARACTERS]
@@ -95,15 +85,3 @@ def too_many_files(limit: int) -> Problem:
         "too_many_files",
         f"The request has more than {limit} files. Send the others in further requests.",
     )
-
-
-@asynccontextmanager
-async def limit_time(seconds: float, code: str, failure: str) -> AsyncIterator[None]:
-    """Raise a Problem if the block takes longer; its detail begins with ``failure``."""
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError:
-        raise Problem(
-            code, f"{failure} in {seconds:g} s. Try again later, with fewer files in a request."
-        ) from None

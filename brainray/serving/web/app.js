@@ -1,9 +1,9 @@
 // The page: files are queued, sent to the service one by one, and their answers stay until cleared.
 
 import { renderCsv } from "./csv.js";
-import { element } from "./dom.js";
+import { element, makeButton } from "./dom.js";
 import { collectDropped, isVolumeFormat } from "./files.js";
-import { describeLimit, renderModel } from "./model.js";
+import { renderModel } from "./model.js";
 import { Queue } from "./queue.js";
 import { Scan } from "./scan.js";
 import { Series } from "./series.js";
@@ -43,8 +43,7 @@ async function addFiles(files) {
 }
 
 function addToSeries(scan, pictures) {
-  const { series: hash, content_sha256: digest } = scan.answer;
-  const key = hash ?? digest;
+  const key = scan.answer.series ?? scan.answer.content_sha256;
   if (!series.has(key)) {
     series.set(key, new Series(series.size + 1, explainSlice));
     $("series-list").append(series.get(key).item);
@@ -96,13 +95,10 @@ async function run(item) {
     item.fail(error);
   }
   report(item);
-  if (scans.every((scan) => scan.isDone)) queue.add(takeUnsummarised());
-}
-
-function takeUnsummarised() {
-  const found = [...series.values()].filter((one) => !one.isSummarised);
-  for (const one of found) one.isSummarised = true;
-  return found;
+  if (!scans.every((scan) => scan.isDone)) return;
+  const unsummarised = [...series.values()].filter((one) => !one.isSummarised);
+  for (const one of unsummarised) one.isSummarised = true;
+  queue.add(unsummarised);
 }
 
 /** Request the heat map of one slice; return its answer, or the problem. */
@@ -138,15 +134,14 @@ function postpone(item, problem) {
   if (problem.status === 401) {
     handleUnauthorized(problem);
     item.show("waiting", "Waiting for the token");
-    queue.addFirst(item);
+    queue.putBack(item);
     return true;
   }
   item.numTries += 1;
   const seconds = Math.max(problem.waitSeconds, 2 ** (item.numTries - 1));
   if (!problem.isTemporary || item.numTries >= MAX_TRIES || seconds > MAX_WAIT_S) return false;
   item.show("waiting", `The service is busy; trying again in ${Math.ceil(seconds)} s`);
-  queue.pause(seconds);
-  queue.addFirst(item);
+  queue.putBack(item, seconds);
   return true;
 }
 
@@ -156,22 +151,22 @@ function retry(...failed) {
   queue.add(failed);
 }
 
+function findFailed() {
+  return scans.filter((scan) => scan.phase === "failed");
+}
+
 function showCounts() {
   const done = scans.filter((scan) => scan.isDone);
   const statuses = done.flatMap((scan) => scan.rows.map(({ status }) => status));
-  const labels = { classified: "classified", abstained: "abstained", rejected: "rejected",
-    unanswered: "without an answer" };
-  const counts = Object.entries(labels)
-    .map(([status, label]) => [statuses.filter((one) => one === status).length, label])
-    .filter(([count]) => count)
-    .map(([count, label]) => `${count.toLocaleString("en")} ${label}`);
   const isComplete = done.length === scans.length;
   const total = formatCount(scans.length, "scan");
-  $("counts").textContent = [
-    isComplete ? total : `${done.length} of ${total}`,
-    ...(isComplete && statuses.length > scans.length ? [formatCount(statuses.length, "slice")] : []),
-    ...counts,
-  ].join(" · ");
+  const parts = [isComplete ? total : `${done.length} of ${total}`];
+  if (isComplete && statuses.length > scans.length) parts.push(formatCount(statuses.length, "slice"));
+  for (const status of ["classified", "abstained", "rejected", "unanswered"]) {
+    const count = statuses.filter((one) => one === status).length;
+    if (count) parts.push(`${count.toLocaleString("en")} ${status}`);
+  }
+  $("counts").textContent = parts.join(" · ");
   $("progress").max = Math.max(1, scans.length);
   $("progress").value = done.length;
   $("progress").hidden = isComplete;
@@ -181,18 +176,12 @@ function showCounts() {
   $("retry").textContent = `Try ${numFailed} again`;
 }
 
-function findFailed() {
-  return scans.filter((scan) => scan.phase === "failed");
-}
-
 function clear() {
   session.abort();
   session = new AbortController();
   queue.clear();
   for (const one of [...scans, ...series.values()]) one.remove();
-  scans = [];
-  series = new Map();
-  news = [];
+  [scans, series, news] = [[], new Map(), []];
   $("answers").hidden = true;
   document.body.classList.remove("has-scans");
   announce("Cleared.");
@@ -201,9 +190,8 @@ function clear() {
 
 function downloadCsv() {
   const rows = scans.flatMap((scan) => scan.rows);
-  const classes = new Set(model?.classes ?? []);
-  for (const { probs } of rows) for (const name of Object.keys(probs ?? {})) classes.add(name);
-  const text = renderCsv(rows, [...classes]);
+  const named = rows.flatMap(({ probs }) => Object.keys(probs ?? {}));
+  const text = renderCsv(rows, [...new Set([...model?.classes ?? [], ...named])]);
   const link = element("a", "");
   link.href = URL.createObjectURL(new Blob([text], { type: "text/csv;charset=utf-8" }));
   link.download = "brainray-answers.csv";
@@ -241,50 +229,42 @@ function announce(text) {
 /** Prompt for the token, unless it was entered since the refused request began. */
 function handleUnauthorized(problem) {
   if (problem.token !== readToken()) return;
-  queue.lock();
+  queue.isLocked = true;
   if (!$("token-dialog").open) promptForToken(problem.token !== null);
 }
 
 function promptForToken(wasRefused) {
-  storeToken(null);
-  showTokenButton();
+  setToken(null);
   $("token-error").textContent = wasRefused
     ? "The service did not accept the token. Check it, and enter it again." : "";
   $("token").value = "";
   $("token-dialog").showModal();
 }
 
-function showTokenButton() {
+function setToken(token) {
+  storeToken(token);
   $("token-button").hidden = false;
-  $("token-button").textContent = readToken() === null ? "Enter token" : "Forget token";
+  $("token-button").textContent = token === null ? "Enter token" : "Forget token";
 }
 
 function listenForToken() {
-  if (readToken() !== null) showTokenButton();
+  if (readToken() !== null) setToken(readToken());
   $("token-button").addEventListener("click", () => {
     if (readToken() === null) {
       promptForToken(false);
       return;
     }
-    storeToken(null);
-    queue.lock();
-    showTokenButton();
+    queue.isLocked = true;
+    setToken(null);
     announce("The token is forgotten.");
   });
   $("token-cancel").addEventListener("click", () => $("token-dialog").close());
-  $("token-form").addEventListener("submit", (event) => {
-    event.preventDefault();
-    const token = $("token").value.trim();
-    if (!/^[\x21-\x7E]+$/.test(token)) {
-      $("token-error").textContent = "Expected printable ASCII characters without spaces.";
-      return;
-    }
-    storeToken(token);
+  $("token-form").addEventListener("submit", () => { // the browser then closes the dialog
+    setToken($("token").value.trim());
     $("token").value = "";
-    $("token-dialog").close();
-    showTokenButton();
     showModel();
-    queue.unlock();
+    queue.isLocked = false;
+    queue.start();
   });
 }
 
@@ -292,11 +272,11 @@ function listenForToken() {
 
 async function showModel() {
   const panel = $("model");
-  panel.setAttribute("aria-busy", "true");
+  panel.ariaBusy = "true";
   try {
     model = await readModel();
     panel.replaceChildren(...renderModel(model));
-    $("size-limit").textContent = describeLimit(model);
+    $("size-limit").textContent = `, up to ${formatBytes(model.limits.body_bytes)} each`;
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
     if (error.status === 401) {
@@ -305,12 +285,9 @@ async function showModel() {
       if (readToken() !== null) showModel(); // another token was entered meanwhile
       return;
     }
-    const again = element("button", "", "Try again");
-    again.type = "button";
-    again.addEventListener("click", showModel);
-    panel.replaceChildren(element("p", "wrong", error.title), again);
+    panel.replaceChildren(element("p", "wrong", error.title), makeButton(showModel, "Try again"));
   } finally {
-    panel.setAttribute("aria-busy", "false");
+    panel.ariaBusy = "false";
   }
 }
 

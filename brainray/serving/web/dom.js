@@ -1,12 +1,19 @@
 // Building the page: elements, templates, and the parts that show an answer.
 
-import { STATUS_LABELS, formatShare } from "./words.js";
+import { formatShare } from "./words.js";
 
 /** Build an element with a class and children; text stays text, never markup. */
 export function element(tag, className, ...children) {
   const made = document.createElement(tag);
   if (className) made.className = className;
   made.append(...children);
+  return made;
+}
+
+export function makeButton(onClick, ...children) {
+  const made = element("button", "", ...children);
+  made.type = "button";
+  made.addEventListener("click", onClick);
   return made;
 }
 
@@ -17,39 +24,37 @@ export function copyTemplate(id) {
   return { item, parts: Object.fromEntries(named) };
 }
 
-/** Set an element's text; hide it if there is none. */
-export function setText(part, text) {
-  part.textContent = text ?? "";
-  part.hidden = !text;
+/** Show a PNG in base64; without one hide the image. */
+export function setPicture(image, base64) {
+  if (base64) image.src = `data:image/png;base64,${base64}`;
+  else image.removeAttribute("src");
 }
 
-/** Show status, class, reason and probabilities of an answer. */
-export function showAnswer({ state, verdict, name, share, detail, probs }, answer) {
-  setText(state, STATUS_LABELS[answer.status]);
-  verdict.hidden = answer.status !== "classified";
-  if (!verdict.hidden) {
-    name.textContent = answer.predicted_class;
-    share.textContent = formatShare(answer.confidence);
+/** Build the status or class, the reason and the probabilities of an answer. */
+export function renderAnswer({ status, predicted_class: name, confidence, detail, probs }) {
+  const parts = [
+    status === "classified"
+      ? element("p", "verdict", element("span", "class", name), " ",
+        element("span", "share", formatShare(confidence)))
+      : element("p", `state ${status}`, status === "abstained" ? "Abstained" : "Rejected"),
+  ];
+  if (detail) parts.push(element("p", "detail", detail));
+  if (probs) {
+    const bars = element("ul", "probs", ...renderBars(probs, name));
+    bars.ariaLabel = "Probabilities";
+    parts.push(bars);
   }
-  setText(detail, answer.detail);
-  showBars(probs, answer.probs, answer.predicted_class);
+  return parts;
 }
 
-/** Show a bar for each class. */
-export function showBars(list, shares, predicted) {
-  list.hidden = !shares;
-  list.replaceChildren(...Object.entries(shares ?? {}).map(([name, share]) => {
+/** Build a list item with a bar for each class. */
+export function renderBars(shares, predicted) {
+  return Object.entries(shares).map(([name, share]) => {
     const bar = element("i", "");
     bar.style.setProperty("--share", share);
     const track = element("span", "track", bar);
-    track.setAttribute("aria-hidden", "true");
+    track.ariaHidden = "true";
     return element("li", name === predicted ? "predicted" : "",
       element("span", "label", name), track, element("span", "number", formatShare(share)));
-  }));
-}
-
-/** Make a URL of a PNG in base64. */
-export function makeUrl(base64) {
-  const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-  return URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
+  });
 }

@@ -11,14 +11,11 @@ export async function collectDropped(transfer) {
 async function collectEntry(entry) {
   if (entry.name.startsWith(".")) return [];
   try {
-    return entry.isFile ? [await openFile(entry)] : await collectFolder(entry);
+    if (entry.isDirectory) return await collectFolder(entry);
+    return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
   } catch { // not readable: an empty file in its place gets an answer, so it is not lost silently
     return [new File([], entry.name)];
   }
-}
-
-function openFile(entry) {
-  return new Promise((resolve, reject) => entry.file(resolve, reject));
 }
 
 async function collectFolder(entry) {

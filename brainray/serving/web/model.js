@@ -1,7 +1,6 @@
 // The classifier: what it is, and how accurate it was measured to be.
 
 import { element } from "./dom.js";
-import { formatBytes } from "./words.js";
 
 /** Build the description of the classifier from GET /v1/model. */
 export function renderModel(model) {
@@ -12,13 +11,13 @@ export function renderModel(model) {
     ["Input", size && `${size} × ${size} px, grey`],
     ["Engine", model.runtime?.description],
   ].filter(([, value]) => value);
-  const texts = [["Intended use", model.intended_use], ["Not intended for", model.not_intended_for]];
   const parts = [
     renderAccuracy(model.metrics),
     element("dl", "facts", ...facts.flatMap(([term, value]) => [
       element("dt", "", term), element("dd", "", value),
     ])),
-    ...texts.flatMap(([title, text]) => [element("h3", "", title), element("p", "", text)]),
+    element("h3", "", "Intended use"), element("p", "", model.intended_use),
+    element("h3", "", "Not intended for"), element("p", "", model.not_intended_for),
   ];
   if (model.model_card) {
     const text = element("pre", "", JSON.stringify(model.model_card, null, 2));
@@ -28,18 +27,14 @@ export function renderModel(model) {
   return parts;
 }
 
-/** Describe the largest file that the service accepts. */
-export function describeLimit(model) {
-  return `, up to ${formatBytes(model.limits.body_bytes)} each`;
-}
-
 /** Show the accuracy on the test images, else on the validation images. */
 function renderAccuracy(metrics) {
   const named = { test: metrics?.test, validation: metrics?.val, labelled: metrics };
-  const [name, scores] = Object.entries(named).find(([, one]) => isNumber(one?.accuracy)) ?? [];
+  const [name, scores] = Object.entries(named)
+    .find(([, one]) => Number.isFinite(one?.accuracy)) ?? [];
   if (!scores) return element("p", "unmeasured", "The accuracy of this classifier is not known.");
   const { accuracy, accuracy_ci95: interval, n, without_near_duplicates: rest } = scores;
-  const images = isNumber(n) ? `${n.toLocaleString("en")} ${name} images` : `${name} images`;
+  const images = `${Number.isFinite(n) ? `${n.toLocaleString("en")} ` : ""}${name} images`;
   const box = element("div", "accuracy",
     element("p", "figure", formatPercent(accuracy), element("small", "", "accuracy")));
   if (interval) {
@@ -49,15 +44,11 @@ function renderAccuracy(metrics) {
   } else {
     box.append(element("p", "", `On ${images}; no interval.`));
   }
-  if (isNumber(rest?.accuracy)) {
+  if (Number.isFinite(rest?.accuracy)) {
     const text = "on those without a near duplicate in the training images.";
     box.append(element("p", "", `${formatPercent(rest.accuracy)} ${text}`));
   }
   return box;
-}
-
-function isNumber(value) {
-  return typeof value === "number" && Number.isFinite(value);
 }
 
 function formatPercent(fraction) {

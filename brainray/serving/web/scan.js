@@ -1,49 +1,35 @@
 // One file on the page: its picture, its progress, and its answer.
 
-import { copyTemplate, makeUrl, setText, showAnswer } from "./dom.js";
+import { copyTemplate, element, renderAnswer, setPicture } from "./dom.js";
 import { classifyFile, explainFile, renderFile } from "./service.js";
-import { summariseAnswer } from "./words.js";
-
-let count = 0;
+import { joinFacts, summariseAnswer } from "./words.js";
 
 /** A file, and the list item that shows it until its slices are shown in a series. */
 export class Scan {
-  /** @type {"waiting" | "running" | "answered" | "failed"} */
-  phase = "waiting";
+  phase = "waiting"; // then "running", and "answered" or "failed"
   numTries = 0;
   answer = null;
   classifierId = null;
   problem = null;
   #render = "map"; // or "overlay", if the browser cannot draw the file
-  #callbacks;
-  #urls = [];
-  #parts;
+  #url = null;
 
   /**
    * @param {boolean} isVolumeFormat whether it is DICOM or NIfTI.
    * @param {{onSlices: Function, onRetry: Function}} callbacks
    */
-  constructor(file, isVolumeFormat, callbacks) {
-    this.file = file;
-    this.isVolumeFormat = isVolumeFormat;
-    this.#callbacks = callbacks;
-    const { item, parts } = copyTemplate("scan-template");
-    this.item = item;
-    this.#parts = parts;
-    count += 1;
-    const { title, picture, again } = parts;
-    title.id = `scan-${count}`;
-    title.textContent = file.name;
-    title.title = file.name;
-    item.firstElementChild.setAttribute("aria-labelledby", title.id);
-    picture.setAttribute("aria-label", `Enlarge ${file.name}`);
+  constructor(file, isVolumeFormat, { onSlices, onRetry }) {
+    Object.assign(this, { file, isVolumeFormat, onSlices }, copyTemplate("scan-template"));
+    const { card, title, picture, again } = this.parts;
+    card.ariaLabel = title.textContent = title.title = file.name;
+    picture.ariaLabel = `Enlarge ${file.name}`;
     picture.addEventListener("click", () => {
       if (document.fullscreenElement) document.exitFullscreen();
       else picture.requestFullscreen();
     });
     again.addEventListener("click", () => {
       title.focus({ preventScroll: true });
-      callbacks.onRetry(this);
+      onRetry(this);
     });
     this.show("waiting", "Waiting");
   }
@@ -73,9 +59,8 @@ export class Scan {
 
   /** Show its progress. */
   show(phase, text) {
-    this.phase = phase;
-    this.item.dataset.phase = phase;
-    setText(this.#parts.state, text);
+    this.phase = this.item.dataset.phase = phase;
+    this.parts.result.replaceChildren(element("p", "state", text));
   }
 
   /** Get the answer, and show it. */
@@ -86,10 +71,9 @@ export class Scan {
 
   async #classify(signal) {
     this.show("running", "Being classified");
-    const { answer, classifierId } = await classifyFile(this.file, signal);
-    Object.assign(this, { answer, classifierId, problem: null });
-    if (answer.status === "rejected" && answer.width_px === null) {
-      await this.#showAnswer(answer);
+    Object.assign(this, await classifyFile(this.file, signal), { problem: null });
+    if (this.answer.status === "rejected" && this.answer.width_px === null) {
+      await this.#showAnswer();
       return;
     }
     let pictures = [];
@@ -100,97 +84,84 @@ export class Scan {
     }
     this.phase = "answered";
     this.item.remove();
-    this.#callbacks.onSlices(this, pictures);
+    this.onSlices(this, pictures);
   }
 
   async #explain(signal) {
-    await this.#draw();
-    this.show("running", "Being classified");
-    let { answer, classifierId } = await explainFile(this.file, { render: this.#render }, signal);
-    if (this.#isDrawnDifferently(answer)) {
-      this.#render = "overlay";
-      ({ answer, classifierId } = await explainFile(this.file, { render: "overlay" }, signal));
+    const { pixels } = this.parts;
+    if (!pixels.hasAttribute("src")) { // the service draws what the browser cannot
+      this.#url ??= URL.createObjectURL(this.file);
+      pixels.src = this.#url;
+      if (!await this.#decode(pixels)) this.#render = "overlay";
     }
-    Object.assign(this, { answer, classifierId, problem: null });
-    await this.#showAnswer(answer);
+    this.show("running", "Being classified");
+    let found = await explainFile(this.file, { render: this.#render }, signal);
+    const { width_px: width, height_px: height } = found.answer;
+    const isSame = pixels.naturalWidth === width && pixels.naturalHeight === height;
+    if (this.#render === "map" && width !== null && !isSame) { // the browser turns or scales it
+      this.#render = "overlay";
+      found = await explainFile(this.file, { render: "overlay" }, signal);
+    }
+    Object.assign(this, found, { problem: null });
+    await this.#showAnswer();
   }
 
-  /** Draw the file; the service draws what the browser cannot. */
-  async #draw() {
-    const { pixels } = this.#parts;
-    if (!pixels.hidden) return;
-    this.#urls.push(URL.createObjectURL(this.file));
-    if (!await this.#load(pixels, this.#urls.at(-1))) this.#render = "overlay";
-  }
-
-  /** Whether the heat map would not match the scan as the browser draws it, turned or scaled. */
-  #isDrawnDifferently({ width_px: width, height_px: height }) {
-    const { pixels } = this.#parts;
-    return this.#render === "map" && width !== null
-      && (pixels.naturalWidth !== width || pixels.naturalHeight !== height);
-  }
-
-  async #showAnswer(answer) {
-    const { pixels, map, blank } = this.#parts;
+  async #showAnswer() {
+    const { pixels, map, result, facts, blank } = this.parts;
+    const { answer } = this;
+    const { status, reason, width_px: width, height_px: height } = answer;
+    const isDrawn = this.#render === "overlay";
     if (answer.heat_map_png) {
-      this.#urls.push(makeUrl(answer.heat_map_png));
-      await this.#load(this.#render === "overlay" ? pixels : map, this.#urls.at(-1));
+      const image = isDrawn ? pixels : map;
+      setPicture(image, answer.heat_map_png);
+      await this.#decode(image);
       answer.heat_map_png = null; // the image has it now
     }
-    this.show("answered", null);
-    showAnswer(this.#parts, answer);
-    setText(this.#parts.facts, this.#describe(answer));
-    blank.textContent = answer.status === "rejected" ? "Not readable" : "No picture";
-    this.item.dataset.status = answer.status;
+    this.phase = this.item.dataset.phase = "answered";
+    this.item.dataset.status = status;
+    result.replaceChildren(...renderAnswer(answer));
+    facts.textContent = joinFacts(
+      width && `${width} × ${height} px`,
+      reason,
+      status === "abstained" && `heat map of ${answer.explained_class}`,
+      status !== "rejected" && isDrawn && "drawn by the service, with the heat map",
+    );
+    blank.textContent = status === "rejected" ? "Not readable" : "No picture";
   }
 
   /** Show a failure. */
   fail(problem) {
-    const { detail, again, blank } = this.#parts;
+    const { result, again, blank } = this.parts;
     Object.assign(this, { problem, answer: null });
-    setText(detail, [problem.title, problem.detail].filter(Boolean).join(". "));
+    this.show("failed", "No answer");
+    const text = [problem.title, problem.detail].filter(Boolean).join(". ");
+    result.append(element("p", "detail", text));
     blank.textContent = "No answer";
     again.hidden = problem.code === "body_too_large"; // a retry would fail as well
-    this.show("failed", "No answer");
   }
 
   /** Forget a failure before a retry. */
   reset() {
-    const { detail, again, blank } = this.#parts;
     Object.assign(this, { problem: null, numTries: 0 });
-    setText(detail, null);
-    blank.textContent = "";
-    again.hidden = true;
+    this.parts.blank.textContent = "";
+    this.parts.again.hidden = true;
     this.show("waiting", "Waiting");
   }
 
   remove() {
     this.item.remove();
-    for (const url of this.#urls) URL.revokeObjectURL(url);
+    if (this.#url) URL.revokeObjectURL(this.#url);
   }
 
-  async #load(image, url) {
-    image.src = url;
+  /** Wait for an image; hide it if the browser cannot draw it, and return whether it can. */
+  async #decode(image) {
     try {
       await image.decode();
     } catch {
       image.removeAttribute("src");
       return false;
     }
-    image.hidden = false;
-    this.#parts.blank.hidden = true;
-    this.#parts.picture.disabled = false;
+    this.parts.picture.disabled = false;
     return true;
-  }
-
-  #describe(answer) {
-    const facts = [];
-    if (answer.width_px) facts.push(`${answer.width_px} × ${answer.height_px} px`);
-    if (answer.reason) facts.push(answer.reason);
-    if (answer.status === "abstained") facts.push(`heat map of ${answer.explained_class}`);
-    if (answer.status !== "rejected" && this.#render === "overlay") {
-      facts.push("drawn by the service, with the heat map");
-    }
-    return facts.join(" · ");
   }
 }

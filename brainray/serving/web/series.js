@@ -1,8 +1,8 @@
 // One series on the page: its summary, its slices to scroll through, and the answer to each.
 
-import { copyTemplate, element, makeUrl, setText, showAnswer, showBars } from "./dom.js";
+import { copyTemplate, element, makeButton, renderAnswer, renderBars, setPicture } from "./dom.js";
 import { summariseSeries } from "./service.js";
-import { explainSeries, formatCount, spellOut, summariseAnswer } from "./words.js";
+import { explainSeries, formatCount, joinFacts, spellOut, summariseAnswer } from "./words.js";
 
 const REST_MS = 300; // on a slice, before its heat map is requested
 const WHEEL_PX = 40; // of a wheel's movement, for one slice
@@ -12,34 +12,35 @@ export class Series {
   numTries = 0;
   isSummarised = false;
   #scans = [];
-  #slices = [];
+  #slices = []; // {scan, answer, picture, map}: the heat map is null until it was requested
   #index = 0;
-  #isChosen = false; // whether a person or a key slice has chosen the slice
+  #isChosen = false; // whether a person has chosen the slice
   #summary = null;
   #wheel = 0;
   #resting = null;
-  #onExplain;
-  #parts;
 
-  constructor(number, onExplain) {
-    const { item, parts } = copyTemplate("series-template");
-    this.item = item;
-    this.#parts = parts;
-    this.#onExplain = onExplain;
-    this.name = `Series ${number}`;
-    const { title, slider, ticks } = parts;
-    title.id = `series-${number}`;
-    title.textContent = this.name;
-    item.setAttribute("aria-labelledby", title.id);
-    slider.setAttribute("aria-label", `Slice of series ${number}`);
-    ticks.id = `series-${number}-ticks`;
+  /** @param {Function} explain requests the heat map of a slice: {answer}, or {problem}. */
+  constructor(number, explain) {
+    Object.assign(this, { explain, name: `Series ${number}` }, copyTemplate("series-template"));
+    const { title, slider, ticks, stage, previous, next, heat } = this.parts;
+    this.item.ariaLabel = title.textContent = this.name;
+    slider.ariaLabel = `Slice of series ${number}`;
+    ticks.id = `ticks-${number}`;
     slider.setAttribute("list", ticks.id);
-    this.#listen();
+    slider.addEventListener("input", () => this.#choose(Number(slider.value)));
+    previous.addEventListener("click", () => this.#choose(this.#index - 1));
+    next.addEventListener("click", () => this.#choose(this.#index + 1));
+    stage.addEventListener("click", () => slider.focus({ preventScroll: true })); // for its keys
+    stage.addEventListener("wheel", (event) => this.#turnWheel(event), { passive: false });
+    heat.addEventListener("click", () => {
+      heat.ariaPressed = String(heat.ariaPressed !== "true");
+      this.#showSlice();
+    });
   }
 
   /** The summary in one line. */
   get summary() {
-    return `${this.#parts.answer.textContent}, by slice evidence`;
+    return `${this.parts.answer.textContent}, by slice evidence`;
   }
 
   /** Add the slices of a file that can be shown; the summary counts the others. */
@@ -47,19 +48,15 @@ export class Series {
     this.#scans.push(scan);
     this.isSummarised = false;
     const pngs = new Map(pictures.map(({ frame, png }) => [frame, png]));
+    const shown = this.#slices[this.#index];
     for (const answer of scan.answer.slices ?? [scan.answer]) {
       if (answer.width_px === null) continue;
-      const png = pngs.get(answer.frame);
-      this.#slices.push({ scan, answer, picture: png ? makeUrl(png) : null, map: null });
+      this.#slices.push({ scan, answer, picture: pngs.get(answer.frame), map: null });
     }
-    const shown = this.#slices[this.#index];
     this.#slices.sort(compareSlices);
     const middle = Math.floor(this.#slices.length / 2);
     this.#index = this.#isChosen ? Math.max(0, this.#slices.indexOf(shown)) : middle;
-    this.#parts.slider.max = Math.max(0, this.#slices.length - 1);
-    setText(this.#parts.facts, this.#describe());
-    this.#showKeySlices();
-    this.#showSlice();
+    this.#showAll();
   }
 
   /** Summarise the slices, and show the summary. */
@@ -70,17 +67,15 @@ export class Series {
       return;
     }
     this.#summary = summary;
-    const { answer, reason, evidence, facts } = this.#parts;
+    const { answer, reason, evidence } = this.parts;
     const isGiven = summary.answer !== "indeterminate";
     this.item.dataset.answer = isGiven ? "given" : "indeterminate";
     answer.textContent = isGiven ? summary.answer : "Indeterminate";
-    setText(reason, explainSeries(summary));
-    showBars(evidence, summary.evidence, summary.answer);
-    setText(facts, this.#describe());
-    const [first] = this.#findKeySlices();
-    if (first && !this.#isChosen) this.#index = this.#slices.indexOf(first);
-    this.#showKeySlices();
-    this.#showSlice();
+    reason.textContent = explainSeries(summary);
+    evidence.replaceChildren(...renderBars(summary.evidence, summary.answer));
+    const [strongest] = this.#findKeySlices();
+    if (strongest !== undefined && !this.#isChosen) this.#index = strongest;
+    this.#showAll();
   }
 
   show() {}
@@ -92,30 +87,12 @@ export class Series {
   remove() {
     clearTimeout(this.#resting);
     this.item.remove();
-    for (const { picture, map } of this.#slices) {
-      for (const url of [picture, map]) if (url) URL.revokeObjectURL(url);
-    }
   }
 
   #showMissing(text) {
     this.item.dataset.answer = "missing";
-    this.#parts.answer.textContent = "No answer for the series";
-    setText(this.#parts.reason, text);
-  }
-
-  // ---- scrolling -------------------------------------------------------------------------------
-
-  #listen() {
-    const { slider, stage, previous, next, heat } = this.#parts;
-    slider.addEventListener("input", () => this.#go(Number(slider.value)));
-    previous.addEventListener("click", () => this.#go(this.#index - 1));
-    next.addEventListener("click", () => this.#go(this.#index + 1));
-    stage.addEventListener("click", () => slider.focus({ preventScroll: true })); // for its keys
-    stage.addEventListener("wheel", (event) => this.#turnWheel(event), { passive: false });
-    heat.addEventListener("click", () => {
-      heat.setAttribute("aria-pressed", heat.getAttribute("aria-pressed") !== "true");
-      this.#showSlice();
-    });
+    this.parts.answer.textContent = "No answer for the series";
+    this.parts.reason.textContent = text;
   }
 
   #turnWheel(event) {
@@ -126,54 +103,50 @@ export class Series {
     this.#wheel -= steps * WHEEL_PX;
     if (steps && target === this.#index) return; // beyond either end the page scrolls
     event.preventDefault();
-    this.#go(target);
+    this.#choose(target);
   }
 
-  #go(index) {
+  #choose(index) {
     if (!this.#slices[index]) return;
     this.#isChosen = true;
     this.#index = index;
     this.#showSlice();
   }
 
-  // ---- what is shown ---------------------------------------------------------------------------
+  /** Find the positions of the summary's key slices. */
+  #findKeySlices() {
+    return (this.#summary?.key_slices ?? []).map(({ upload, frame }) => this.#slices.findIndex(
+      ({ scan, answer }) => scan === this.#scans[upload] && answer.frame === frame,
+    )).filter((index) => index >= 0);
+  }
 
-  #describe() {
+  #showAll() {
+    const { slider, facts, keys, ticks } = this.parts;
     const { skipped = {}, flags = [] } = this.#summary ?? {};
     const numFiles = this.#scans.length;
     const planes = new Set(this.#slices.map(({ answer }) => answer.plane).filter(Boolean));
-    return [
+    slider.max = Math.max(0, this.#slices.length - 1);
+    facts.textContent = joinFacts(
       formatCount(this.#slices.length, "slice"),
       numFiles === 1 ? this.#scans[0].name : formatCount(numFiles, "file"),
       ...(planes.size === 1 ? planes : []),
       ...Object.entries(skipped).map(([reason, count]) => `${count} not used: ${spellOut(reason)}`),
       ...flags.map(spellOut),
-    ].join(" · ");
-  }
-
-  #findKeySlices() {
-    return (this.#summary?.key_slices ?? []).map(({ upload, frame }) => this.#slices.find(
-      ({ scan, answer }) => scan === this.#scans[upload] && answer.frame === frame,
-    )).filter(Boolean);
-  }
-
-  #showKeySlices() {
-    const { keys, ticks } = this.#parts;
-    const found = this.#findKeySlices().map((slice) => [this.#slices.indexOf(slice), slice]);
-    ticks.replaceChildren(...found.map(([index]) => new Option("", index)));
+    );
+    const found = this.#findKeySlices();
+    ticks.replaceChildren(...found.map((index) => new Option("", index)));
     keys.hidden = !found.length;
-    keys.replaceChildren("Key slices", ...found.map(([index, { answer }]) => {
-      const text = summariseAnswer(answer);
-      const button = element("button", "", `${index + 1}`, element("small", "", text));
-      button.type = "button";
-      button.setAttribute("aria-label", `Key slice ${index + 1}: ${text}`);
-      button.addEventListener("click", () => this.#go(index));
+    keys.replaceChildren("Key slices", ...found.map((index) => {
+      const text = summariseAnswer(this.#slices[index].answer);
+      const button = makeButton(() => this.#choose(index), index + 1, element("small", "", text));
+      button.ariaLabel = `Key slice ${index + 1}: ${text}`;
       return button;
     }));
+    this.#showSlice();
   }
 
   #showSlice() {
-    const { slider, pixels, blank, previous, next, number, slice: panel, about } = this.#parts;
+    const { slider, pixels, previous, next, number, result, about } = this.parts;
     const slice = this.#slices[this.#index];
     if (!slice) return;
     const { scan, answer, picture } = slice;
@@ -182,42 +155,34 @@ export class Series {
     next.disabled = this.#index === this.#slices.length - 1;
     number.textContent = `Slice ${this.#index + 1} of ${this.#slices.length}`;
     slider.setAttribute("aria-valuetext", `${number.textContent}: ${summariseAnswer(answer)}`);
-    pixels.hidden = !picture;
-    blank.hidden = Boolean(picture);
-    if (picture) pixels.src = picture;
-    panel.dataset.status = answer.status;
-    showAnswer(this.#parts, answer);
-    const position = answer.position_mm === null ? null : `${answer.position_mm.toFixed(1)} mm`;
-    setText(about, [
+    setPicture(pixels, picture);
+    result.replaceChildren(...renderAnswer(answer));
+    about.textContent = joinFacts(
       scan.name,
-      answer.frame === null ? null : `frame ${answer.frame}`,
+      answer.frame !== null && `frame ${answer.frame}`,
       `${answer.width_px} × ${answer.height_px} px`,
-      position,
+      answer.position_mm !== null && `${answer.position_mm.toFixed(1)} mm`,
       answer.reason,
-    ].filter(Boolean).join(" · "));
+    );
     this.#showMap(slice);
   }
 
-  // ---- heat maps -------------------------------------------------------------------------------
-
   #showMap(slice) {
-    const { map, heat, note } = this.#parts;
+    const { map, heat, note } = this.parts;
     clearTimeout(this.#resting);
-    const isWanted = heat.getAttribute("aria-pressed") === "true"
-      && slice.answer.status !== "rejected";
-    map.hidden = !isWanted || !slice.map;
-    if (!map.hidden) map.src = slice.map;
+    const isWanted = heat.ariaPressed === "true" && slice.answer.status !== "rejected";
     const isMissing = isWanted && slice.map === null;
-    setText(note, isMissing ? "The heat map is being computed …" : "");
+    setPicture(map, isWanted && slice.map);
+    note.textContent = isMissing ? "The heat map is being computed …" : "";
     if (isMissing) this.#resting = setTimeout(() => this.#requestMap(slice), REST_MS);
   }
 
   async #requestMap(slice) {
-    const { answer, problem } = await this.#onExplain(slice.scan.file, slice.answer.frame);
-    if (answer) slice.map = answer.heat_map_png ? makeUrl(answer.heat_map_png) : "";
+    const { answer, problem } = await this.explain(slice.scan.file, slice.answer.frame);
+    if (answer) slice.map = answer.heat_map_png ?? "";
     if (slice !== this.#slices[this.#index]) return;
     if (answer) this.#showMap(slice);
-    else setText(this.#parts.note, problem?.title);
+    else this.parts.note.textContent = problem?.title ?? "";
   }
 }
 

@@ -2,7 +2,6 @@
 
 const TOKEN_KEY = "brainray-token"; // in sessionStorage: of this tab, until it is closed
 const REQUEST_TIME_MS = 120_000;
-const RETRY_LATER = [429, 503];
 
 /** A refused or failed request: the members of RFC 9457, the time to wait, and the token used. */
 export class Problem extends Error {
@@ -13,7 +12,7 @@ export class Problem extends Error {
 
   /** Whether the same request may succeed later. */
   get isTemporary() {
-    return RETRY_LATER.includes(this.status);
+    return this.status === 429 || this.status === 503;
   }
 }
 
@@ -33,10 +32,8 @@ export async function readModel() {
 
 /**
  * Classify and explain a picture, or one slice of a file.
- * @param {File} file
  * @param {{render: "map" | "overlay", frame: ?number}} options the heat map alone or on the scan;
  *   the number of the slice, if the file has several.
- * @returns {Promise<{answer: object, classifierId: string}>}
  */
 export async function explainFile(file, { render = "map", frame = null }, signal) {
   const query = new URLSearchParams({ render, ...(frame !== null && { frame }) });
@@ -66,9 +63,9 @@ function readAnswer({ answers, classifier_id: classifierId }) {
 }
 
 function postFile(path, file, signal) {
-  const form = new FormData();
-  form.append("files", file, file.name);
-  return request(path, { method: "POST", body: form, signal });
+  const body = new FormData();
+  body.append("files", file, file.name);
+  return request(path, { method: "POST", body, signal });
 }
 
 async function request(path, { signal, headers = {}, ...options }) {
@@ -91,9 +88,10 @@ async function request(path, { signal, headers = {}, ...options }) {
     throw new Problem({ ...(body?.code ? body : notUnderstood(status)), status, waitSeconds, token });
   } catch (error) {
     if (error instanceof Problem || signal?.aborted) throw error;
-    const title = timeout.aborted ? "The answer took too long. Try again later."
-      : "The service cannot be reached. Check the connection, and whether it runs.";
-    throw new Problem({ code: timeout.aborted ? "timeout" : "unreachable", title });
+    throw new Problem(timeout.aborted
+      ? { code: "timeout", title: "The answer took too long. Try again later." }
+      : { code: "unreachable",
+        title: "The service cannot be reached. Check the connection, and whether it runs." });
   }
 }
 

@@ -1,7 +1,5 @@
 // Text for people: numbers, statuses, and why a series has no class.
 
-export const STATUS_LABELS = { classified: "", abstained: "Abstained", rejected: "Rejected" };
-
 const INDETERMINATE = {
   too_few_slices: "The series has too few classified slices.",
   several_classes: "The slices are evidence for several classes.",
@@ -10,24 +8,28 @@ const INDETERMINATE = {
 };
 
 /** Summarise an answer in one line. */
-export function summariseAnswer(answer) {
-  const { status, predicted_class: name, confidence, detail } = answer;
-  if (status === "slices") return formatCount(answer.slices.length, "slice");
+export function summariseAnswer({ status, slices, predicted_class: name, confidence, detail, probs }) {
+  if (status === "slices") return formatCount(slices.length, "slice");
   if (status === "classified") return `${name}, ${formatShare(confidence)}`;
   if (status === "rejected") return `rejected. ${detail}`;
-  const [top, share] = Object.entries(answer.probs).sort((a, b) => b[1] - a[1])[0];
+  const [top, share] = Object.entries(probs).sort((a, b) => b[1] - a[1])[0];
   return `abstained; most probable ${top}, ${formatShare(share)}`;
 }
 
-/** Explain why a series has no class; null if it has one. */
+/** Explain why a series has no class; empty if it has one. */
 export function explainSeries({ answer, reason }) {
-  if (answer !== "indeterminate") return null;
+  if (answer !== "indeterminate") return "";
   return INDETERMINATE[reason] ?? "The slices do not agree on a class.";
 }
 
-/** Turn the name of a flag, a reason or a field into words. */
+/** Turn the name of a flag or a reason into words. */
 export function spellOut(name) {
   return name.replaceAll("_", " ");
+}
+
+/** Join the facts that there are. */
+export function joinFacts(...facts) {
+  return facts.filter(Boolean).join(" · ");
 }
 
 /** Format a probability; only exactly 0 or 1 is shown as such. */
@@ -37,16 +39,11 @@ export function formatShare(fraction) {
   return `${(100 * fraction).toFixed(1)} %`;
 }
 
-/** Format a number of bytes. */
 export function formatBytes(bytes) {
   const units = ["B", "KiB", "MiB", "GiB"];
-  let power = 0;
-  while (bytes >= 1024 && power < units.length - 1) {
-    bytes /= 1024;
-    power += 1;
-  }
-  const digits = bytes < 10 && !Number.isInteger(bytes) ? 1 : 0;
-  return `${bytes.toFixed(digits)} ${units[power]}`;
+  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  const number = bytes / 1024 ** power;
+  return `${number.toFixed(number < 10 && !Number.isInteger(number) ? 1 : 0)} ${units[power]}`;
 }
 
 /** Format a count with its noun: 1 scan, 2 scans. */
