@@ -25,7 +25,7 @@ from brainray.evaluation.rows import list_classes
 from brainray.inference.labels import read_label_table
 from brainray.inference.series import INDETERMINATE, SeriesRule, decide_series, summarise_series
 from brainray.inference.store import PREDICTIONS_FOLDER, PredictionStore
-from brainray.metrics.bootstrap import describe_score, resample
+from brainray.metrics.scores import describe_score, resample
 from brainray.runlog import Log
 
 logger = logging.getLogger(__name__)
@@ -345,8 +345,7 @@ def _score_answers(
             "specificity": specificity,
         }
 
-    num_groups = int(labelled.groups.max()) + 1
-    scores = resample(score, labelled.groups, num_groups, job.num_resamples, job.seed)
+    scores = resample(score, labelled.groups, job.num_resamples, job.seed)
     return {
         **describe_score("score", scores["score"]),
         **describe_score("indeterminate", scores["indeterminate"]),

@@ -8,9 +8,17 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binom, norm, rankdata
 
 from brainray.errors import ConfigError
-from brainray.metrics.bootstrap import compute_interval, resample
-from brainray.metrics.checks import check_predictions, number_groups
-from brainray.metrics.scores import FloatArray, IntArray, Scores, add_macro_averages, build_scorer
+from brainray.metrics.evaluation import check_predictions, number_groups
+from brainray.metrics.scores import (
+    FloatArray,
+    IntArray,
+    Scores,
+    add_macro_averages,
+    build_scorer,
+    compute_interval,
+    describe_score,
+    resample,
+)
 
 COMPARED = ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "log_loss")
 """Scores that are compared, as :func:`brainray.metrics.compute_evaluation` defines them."""
@@ -91,16 +99,14 @@ def compare_predictions(
         raise ConfigError(f"Expected alpha in (0, 1), got {alpha}.")
     y_true, given_a, names = check_predictions(y_true, prob_a, classes)
     _, given_b, _ = check_predictions(y_true, prob_b, classes)
-    group_of, num_groups = number_groups(groups, y_true.size)
+    group_of = number_groups(groups, y_true.size)
     a, b = (
-        add_macro_averages(
-            resample(build_scorer(y_true, prob), group_of, num_groups, num_resamples, seed)
-        )
+        add_macro_averages(resample(build_scorer(y_true, prob), group_of, num_resamples, seed))
         for prob in (given_a, given_b)
     )
     return {
-        "n": int(y_true.size),
-        "num_groups": num_groups,
+        "n": y_true.size,
+        "num_groups": int(group_of.max()) + 1,
         "num_resamples": num_resamples,
         "alpha": alpha,
         "correction": "holm" if primary is None else "primary",
@@ -117,10 +123,11 @@ def _compare_scores(a: Scores, b: Scores, primary: str | None, alpha: float) -> 
     adjusted = adjust_holm([scores[name]["p_value"] for name in tested])
     for name, p_adjusted in zip(tested, adjusted, strict=True):
         sign = -1 if name in LOWER_IS_BETTER else 1
-        scores[name]["p_adjusted"] = p_adjusted
-        scores[name]["verdict"] = _choose_verdict(
-            scores[name]["difference"], p_adjusted, alpha, sign
-        )
+        row = scores[name]
+        row |= {
+            "p_adjusted": p_adjusted,
+            "verdict": _choose_verdict(row["difference"], p_adjusted, alpha, sign),
+        }
     return scores
 
 
@@ -132,18 +139,14 @@ def _compare_score(a: FloatArray, b: FloatArray) -> dict[str, Any]:
     # Each side counts 0, and once more (Davison and Hinkley, section 4.4).
     smaller = min(int((defined <= 0).sum()), int((defined >= 0).sum())) + 1
     return {
-        "a": _to_json(a[0]),
-        "b": _to_json(b[0]),
-        "difference": _to_json(difference[0]),
+        **describe_score("a", a[:1]),
+        **describe_score("b", b[:1]),
+        **describe_score("difference", difference[:1]),
         "difference_ci95": interval,
         "p_value": min(1.0, 2 * smaller / (defined.size + 1)) if interval else None,
         "p_adjusted": None,
         "verdict": None,
     }
-
-
-def _to_json(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
 
 
 def _choose_verdict(difference: float | None, p: float | None, alpha: float, sign: int = 1) -> str:
@@ -166,10 +169,7 @@ def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
 def compute_mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> dict[str, Any]:
     """Test whether two classifiers are right equally often, by McNemar's test.
 
-    Parameters
-    ----------
-    right_a, right_b : ndarray of bool, shape (N,)
-        Whether each is right on each image.
+    ``right_a`` and ``right_b``, shape (N,), tell whether each is right on each image.
 
     Returns
     -------
@@ -213,13 +213,7 @@ def _compare_auroc(
 def compute_delong_test(
     is_positive: NDArray[np.bool_], scores: FloatArray
 ) -> dict[str, Any] | None:
-    """Test whether two AUROCs on the same images differ, by DeLong's method.
-
-    Parameters
-    ----------
-    is_positive : ndarray of bool, shape (N,)
-    scores : ndarray of float64, shape (2, N)
-        Of classifier A, and of B.
+    """Test whether the AUROCs of the scores (2, N) of A and B differ, by DeLong's method.
 
     Returns
     -------
@@ -261,19 +255,9 @@ def compute_delong_test(
 def compute_delong(
     is_positive: NDArray[np.bool_], scores: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
-    """Compute AUROCs on the same images, and their covariance.
+    """Compute AUROCs of scores (C, N), shape (C,), and their covariance, shape (C, C).
 
-    Parameters
-    ----------
-    is_positive : ndarray of bool, shape (N,)
-    scores : ndarray of float64, shape (C, N)
-        Higher means more likely positive; a tie counts half.
-
-    Returns
-    -------
-    areas : ndarray of float64, shape (C,)
-    covariance : ndarray of float64, shape (C, C)
-        Both NaN where there are fewer than two positives or negatives.
+    Both are NaN where there are fewer than two positives or negatives. A tie counts half.
     """
     num_positive, num_negative = int(is_positive.sum()), int((~is_positive).sum())
     count = len(scores)
