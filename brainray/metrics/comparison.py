@@ -1,6 +1,6 @@
 """Compare two classifiers on the same images: differences with intervals, tests, verdicts."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,6 @@ from brainray.errors import ConfigError
 from brainray.metrics.evaluation import check_predictions, number_groups
 from brainray.metrics.scores import (
     FloatArray,
-    IntArray,
-    Scores,
     add_macro_averages,
     build_scorer,
     compute_interval,
@@ -45,17 +43,15 @@ def compare_predictions(
 ) -> dict[str, Any]:
     """Compare two classifiers' predictions for the same images.
 
+    Arguments and errors are those of :func:`brainray.metrics.compute_evaluation`, and:
+
     Parameters
     ----------
-    y_true, classes, groups, seed
-        As in :func:`brainray.metrics.compute_evaluation`.
-    prob_a, prob_b : array-like of float, shape (N, K)
-        Class probabilities of each, in class order.
     primary : str, optional
         The one score of :data:`COMPARED` that gets a verdict. By default all do, and Holm's method
         [2]_ corrects their p-values.
     num_resamples : int
-        Bootstrap resamples, at least 100.
+        At least 100.
     alpha : float
         Accepted probability of a wrong verdict, over all verdicts.
 
@@ -71,11 +67,6 @@ def compare_predictions(
         - ``mcnemar``: see :func:`compute_mcnemar`.
         - ``auroc``: for each class what :func:`compute_delong_test` returns, with ``p_adjusted``
           (by Holm, over the classes) and ``verdict``; None where undefined.
-
-    Raises
-    ------
-    DataError, ConfigError
-        As in :func:`brainray.metrics.compute_evaluation`; or an option out of range.
 
     Notes
     -----
@@ -104,6 +95,14 @@ def compare_predictions(
         add_macro_averages(resample(build_scorer(y_true, prob), group_of, num_resamples, seed))
         for prob in (given_a, given_b)
     )
+    scores = {name: _compare_score(a[name], b[name]) for name in COMPARED}
+    tested = {name: row for name, row in scores.items() if primary in (None, name)}
+    add_verdicts(tested, alpha, LOWER_IS_BETTER)
+    auroc = {
+        name: compute_delong_test(y_true == k, np.stack([given_a[:, k], given_b[:, k]]))
+        for k, name in enumerate(names)
+    }
+    add_verdicts({name: row for name, row in auroc.items() if row}, alpha)
     return {
         "n": y_true.size,
         "num_groups": int(group_of.max()) + 1,
@@ -111,24 +110,10 @@ def compare_predictions(
         "alpha": alpha,
         "correction": "holm" if primary is None else "primary",
         "primary": primary,
-        "scores": _compare_scores(a, b, primary, alpha),
+        "scores": scores,
         "mcnemar": compute_mcnemar(given_a.argmax(1) == y_true, given_b.argmax(1) == y_true),
-        "auroc": _compare_auroc(y_true, given_a, given_b, names, alpha),
+        "auroc": auroc,
     }
-
-
-def _compare_scores(a: Scores, b: Scores, primary: str | None, alpha: float) -> dict[str, Any]:
-    scores = {name: _compare_score(a[name], b[name]) for name in COMPARED}
-    tested = [name for name in COMPARED if primary in (None, name)]
-    adjusted = adjust_holm([scores[name]["p_value"] for name in tested])
-    for name, p_adjusted in zip(tested, adjusted, strict=True):
-        sign = -1 if name in LOWER_IS_BETTER else 1
-        row = scores[name]
-        row |= {
-            "p_adjusted": p_adjusted,
-            "verdict": _choose_verdict(row["difference"], p_adjusted, alpha, sign),
-        }
-    return scores
 
 
 def _compare_score(a: FloatArray, b: FloatArray) -> dict[str, Any]:
@@ -149,10 +134,16 @@ def _compare_score(a: FloatArray, b: FloatArray) -> dict[str, Any]:
     }
 
 
-def _choose_verdict(difference: float | None, p: float | None, alpha: float, sign: int = 1) -> str:
-    if difference is None or p is None or p > alpha or difference == 0:
-        return UNDECIDED
-    return BETTER if sign * difference > 0 else WORSE
+def add_verdicts(
+    tests: dict[str, Any], alpha: float, lower_is_better: Collection[str] = ()
+) -> None:
+    """Add ``p_adjusted``, by Holm's method over the tests, and the ``verdict`` to each."""
+    adjusted = adjust_holm([row["p_value"] for row in tests.values()])
+    for (name, row), p in zip(tests.items(), adjusted, strict=True):
+        difference, verdict = row["difference"], UNDECIDED
+        if p is not None and p <= alpha and difference:
+            verdict = BETTER if (difference > 0) != (name in lower_is_better) else WORSE
+        row |= {"p_adjusted": p, "verdict": verdict}
 
 
 def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -169,14 +160,9 @@ def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
 def compute_mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> dict[str, Any]:
     """Test whether two classifiers are right equally often, by McNemar's test.
 
-    ``right_a`` and ``right_b``, shape (N,), tell whether each is right on each image.
-
-    Returns
-    -------
-    dict
-        ``only_a`` and ``only_b``, images on which only one is right; ``p_exact``, two-sided
-        binomial; ``p_mid``, the same with half of the observed outcome's probability, which
-        keeps closer to its level [1]_.
+    ``right_a`` and ``right_b``, shape (N,), tell whether each is right on each image. ``only_a``
+    and ``only_b`` are the images on which only one is right; ``p_exact`` is two-sided binomial;
+    ``p_mid`` has half of the observed outcome's probability, and keeps closer to its level [1]_.
 
     References
     ----------
@@ -195,33 +181,15 @@ def compute_mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> d
     }
 
 
-def _compare_auroc(
-    y_true: IntArray, a: FloatArray, b: FloatArray, names: Sequence[str], alpha: float
-) -> dict[str, Any]:
-    found = {
-        name: compute_delong_test(y_true == k, np.stack([a[:, k], b[:, k]]))
-        for k, name in enumerate(names)
-    }
-    adjusted = adjust_holm([one["p_value"] if one else None for one in found.values()])
-    for one, p_adjusted in zip(found.values(), adjusted, strict=True):
-        if one is not None:
-            one["p_adjusted"] = p_adjusted
-            one["verdict"] = _choose_verdict(one["difference"], p_adjusted, alpha)
-    return found
-
-
 def compute_delong_test(
     is_positive: NDArray[np.bool_], scores: FloatArray
 ) -> dict[str, Any] | None:
     """Test whether the AUROCs of the scores (2, N) of A and B differ, by DeLong's method.
 
-    Returns
-    -------
-    dict or None
-        ``a``, ``b``, ``difference`` (B − A), ``difference_ci95``, ``z`` and ``p_value``
-        (two-sided, normal). ``z`` is None where the difference has no variance; equal curves
-        then have a p-value of 1, others None. None where there are fewer than two images of
-        the class, or of the rest.
+    Return ``a``, ``b``, ``difference`` (B − A), ``difference_ci95``, ``z`` and ``p_value``
+    (two-sided, normal). ``z`` is None where the difference has no variance; equal curves then have
+    a p-value of 1, others None. None where there are fewer than two images of the class, or of the
+    rest.
 
     References
     ----------

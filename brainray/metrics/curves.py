@@ -26,12 +26,11 @@ def compute_curves(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str])
         Ready for ``json.dump``.
 
         - ``per_class``: for each name ``roc`` (``fpr``, ``tpr``) and ``pr`` (``recall``,
-          ``precision``), lists of at most 200 points, the abscissa not decreasing. Lists
-          are empty where the curve is undefined: a class without images, and for ROC also
-          a class that is all the images.
-        - ``reliability``: for each of 15 bins ``edges`` (16 numbers), ``count``,
-          ``confidence`` (mean probability of the predicted class) and ``accuracy``; the
-          last two None in an empty bin. The bins are those of the calibration error.
+          ``precision``), the abscissa not decreasing. Lists are empty where the curve is undefined:
+          a class without images, and for ROC also a class that is all the images.
+        - ``reliability``: for each of 15 bins, those of the calibration error, ``edges``
+          (16 numbers), ``count``, ``confidence`` (mean probability of the predicted class) and
+          ``accuracy``; the last two None in an empty bin.
 
     References
     ----------

@@ -68,11 +68,8 @@ def compute_evaluation(
 
     Raises
     ------
-    DataError
-        Shapes do not match, there are no images, a label is out of range, or a row of
-        ``y_prob`` is not a distribution.
-    ConfigError
-        ``classes`` has fewer than two different names, or ``num_resamples`` < 0.
+    DataError, ConfigError
+        What does not fit: shapes, labels, rows that are not distributions, class names.
 
     Notes
     -----

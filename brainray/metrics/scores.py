@@ -169,7 +169,9 @@ def _accumulate(weights: FloatArray) -> FloatArray:
 
 def _divide(over: FloatArray, under: FloatArray, otherwise: float = np.nan) -> FloatArray:
     """Divide; where the divisor is 0, ``otherwise``."""
-    return np.divide(over, under, out=np.full(over.shape, otherwise), where=under != 0)
+    quotient: FloatArray = np.full(over.shape, otherwise)
+    np.divide(over, under, out=quotient, where=under != 0)
+    return quotient
 
 
 # ---- bootstrap -----------------------------------------------------------------------------------
