@@ -203,24 +203,19 @@ def _measure_series(
     rows = rows.sort_by("series")
     names = np.array(rows["series"].to_pylist(), dtype=object)
     bounds = [*np.flatnonzero(np.append(True, names[1:] != names[:-1])).tolist(), rows.num_rows]
-    measured, classes_of, patients, can_answer, before = [], [], [], [], []
+    series = []
     for start, end in pairwise(bounds):
         slices = rows.slice(start, end - start).to_pylist()
         first = slices[0]
         summary = summarise_series(slices, classes, rule)
-        measured.append(_measure(slices, classes, rule))
-        classes_of.append(labels[first[by]])
-        patients.append(first["patient"] or first["study"] or first["series"])
-        can_answer.append(summary["reason"] not in ("localizer", "too_few_slices"))
-        before.append(_find_class(summary["answer"], classes))
-    return LabelledSeries(
-        labels=np.array(classes_of, np.int64),
-        groups=np.unique(patients, return_inverse=True)[1].astype(np.int64),
-        can_answer=np.array(can_answer),
-        evidence=np.stack([evidence for evidence, _ in measured]),
-        runs=np.stack([runs for _, runs in measured]),
-        answers_before=np.array(before, np.int64),
-    )
+        evidence, runs = _measure(slices, classes, rule)
+        patient = first["patient"] or first["study"] or first["series"]
+        can_answer = summary["reason"] not in ("localizer", "too_few_slices")
+        before = _find_class(summary["answer"], classes)
+        series.append((labels[first[by]], patient, can_answer, evidence, runs, before))
+    labels_of, patients, *others = zip(*series, strict=True)
+    groups = np.unique(patients, return_inverse=True)[1]
+    return LabelledSeries(np.array(labels_of), groups, *map(np.array, others))
 
 
 def _measure(
