@@ -49,7 +49,7 @@ def split_groups(
             )
     largest = int(np.unique(labels, return_counts=True)[1].max())
     num_folds = min(max(2, round(1 / fraction)), len(np.unique(groups)), largest)
-    held_out = _divide_groups(labels, groups, num_folds, seed) == 0
+    held_out: NDArray[np.bool_] = _divide_groups(labels, groups, num_folds, seed) == 0
     for part in (held_out, ~held_out):
         absent = np.setdiff1d(labels, labels[part])
         if len(absent):
