@@ -34,7 +34,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from brainray import storage
-from brainray.data.expand import expand_files
+from brainray.data.fingerprint import expand_files
 from brainray.data.labelled import find_samples
 from brainray.data.read import SampleReader
 from brainray.errors import ConfigError, DataError, RejectedImage

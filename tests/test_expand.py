@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from brainray.data import read
-from brainray.data.expand import count_slices
-from brainray.data.fingerprint import measure_properties
+from brainray.data.fingerprint import count_slices, measure_properties
 from brainray.data.labelled import find_samples
 from brainray.data.read import SampleReader, open_rows
 from brainray.errors import RejectedImage
@@ -225,6 +224,6 @@ def test_properties_of_dicom_and_nifti(content: bytes, name: str, share: int) ->
     file = open_file(content)
     pixels = show_slice(file, share // 2)
     properties = measure_properties(content, file, pixels, DecodeLimits())
-    assert (properties.format, properties.mode) == (name, "grey")
-    assert properties.size_bytes == len(content) // share
-    assert (properties.height_px, properties.width_px) == pixels.shape
+    assert (properties["format"], properties["mode"]) == (name, "grey")
+    assert properties["size_bytes"] == len(content) // share
+    assert (properties["height_px"], properties["width_px"]) == pixels.shape

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from brainray.data import fingerprint
-from brainray.data.expand import expand_files
+from brainray.data.fingerprint import expand_files
 from brainray.data.labelled import find_samples
 from brainray.data.splits import assign_folds, hash_manifest
 from brainray.evaluation.audit import AuditJob, audit

@@ -15,7 +15,6 @@ from sklearn.exceptions import UndefinedMetricWarning
 
 from brainray.errors import ConfigError, DataError
 from brainray.metrics import (
-    bootstrap,
     compute_accuracy,
     compute_curves,
     compute_evaluation,
@@ -302,8 +301,8 @@ def test_same_seed_same_interval_whatever_the_chunks(monkeypatch: pytest.MonkeyP
     assert other["accuracy"] == first["accuracy"]
     assert other["accuracy_ci95"] != first["accuracy_ci95"]
 
-    monkeypatch.setattr(bootstrap, "WEIGHTS_PER_CHUNK", 7 * 300)
-    chunks = list(bootstrap.draw_weights(np.arange(300), 300, 60, 3))
+    monkeypatch.setattr(scores, "WEIGHTS_PER_CHUNK", 7 * 300)
+    chunks = list(scores.draw_weights(np.arange(300), 60, 3))
     assert [chunk.shape for chunk in chunks] == [(7, 300)] * 8 + [(4, 300)]
     chunked = compute_evaluation(*data, CLASSES, num_resamples=60, seed=3)
     for name in OVERALL:
@@ -324,7 +323,7 @@ def test_resamples_without_a_rare_class_are_left_out() -> None:
 @pytest.mark.parametrize(("undefined", "want"), [(5, [1.0, 1.0]), (6, None)])
 def test_interval_needs_half_of_the_resamples(undefined: int, want: list[float] | None) -> None:
     values = np.array([1.0] + [np.nan] * undefined + [1.0] * (10 - undefined))
-    assert bootstrap.compute_interval(values) == want
+    assert scores.compute_interval(values) == want
 
 
 def test_one_group_gives_no_interval() -> None:
@@ -481,7 +480,7 @@ def test_ranking_scores_depend_on_order_alone(seed: int) -> None:
     weights = np.random.default_rng(seed).poisson(1, (3, 40)).astype(float)
     is_positive = y_true == 0
     plain, squared, reversed_ = (
-        scores.compute_areas(scores.rank(is_positive, values), weights)
+        scores.build_area_scorer(is_positive, values)(weights)
         for values in (y_prob[:, 0], y_prob[:, 0] ** 2, -y_prob[:, 0])
     )
     np.testing.assert_array_equal(plain, squared)

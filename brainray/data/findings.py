@@ -4,11 +4,12 @@ Functions take arrays with a row for each image that could be opened, and return
 of rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from brainray.data.near_duplicates import NEAR_DUPLICATE_CORRELATION, find_nearest
@@ -54,27 +55,21 @@ class Nearest:
 
 def number_exact_duplicates(pixel_hashes: Sequence[str]) -> Indices:
     """Return a number from 0 for each set of images with identical pixels; −1 without a copy."""
-    _, first, kind, counts = np.unique(
-        np.array(pixel_hashes), return_index=True, return_inverse=True, return_counts=True
-    )
-    repeated = np.flatnonzero(counts > 1)
-    numbers = np.full(len(counts), -1)
-    numbers[repeated[np.argsort(first[repeated])]] = np.arange(len(repeated))
-    return numbers[kind].astype(np.int64)
+    hashes = pd.Series(pixel_hashes, dtype=str)
+    return np.asarray(pd.factorize(hashes.where(hashes.duplicated(keep=False)))[0], np.int64)
 
 
 def describe_groups(groups: Indices, labels: Indices) -> dict[str, Any]:
     """Count groups (−1 is none): all, those with several images, those with several labels."""
-    member = groups >= 0
-    _, group_of, sizes = np.unique(groups[member], return_inverse=True, return_counts=True)
-    mixed = _find_mixed(group_of, labels[member], len(sizes))
+    found = pd.Series(labels[groups >= 0]).groupby(groups[groups >= 0])
+    sizes, is_mixed = found.size(), found.nunique() > 1
     return {
         "num_groups": len(sizes),
         "num_repeated": int((sizes > 1).sum()),
         "num_images_in_repeated": int(sizes[sizes > 1].sum()),
-        "largest": int(sizes.max(initial=0)),
-        "num_mixed": int(mixed.sum()),
-        "num_images_in_mixed": int(sizes[mixed].sum()),
+        "largest": int(sizes.max()) if len(sizes) else 0,
+        "num_mixed": int(is_mixed.sum()),
+        "num_images_in_mixed": int(sizes[is_mixed].sum()),
     }
 
 
@@ -89,14 +84,6 @@ def count_sizes(groups: Indices) -> list[dict[str, Any]]:
     return rows
 
 
-def _find_mixed(group_of: Indices, labels: Indices, num_groups: int) -> NDArray[np.bool_]:
-    low = np.full(num_groups, np.iinfo(np.int64).max)
-    high = np.full(num_groups, -1)
-    np.minimum.at(low, group_of, labels)
-    np.maximum.at(high, group_of, labels)
-    return np.asarray(high > low)
-
-
 def find_conflicts(
     groups: Indices, labels: Indices, standardised: NDArray[np.float32]
 ) -> list[Pair]:
@@ -104,32 +91,31 @@ def find_conflicts(
 
     The most similar pair comes first.
     """
-    names, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    mixed = _find_mixed(group_of, labels, len(names)) & (names >= 0)
-    members = np.split(np.argsort(group_of, kind="stable"), np.cumsum(sizes)[:-1])
     pairs = []
-    for group in np.flatnonzero(mixed):
-        rows = members[group][:_MAX_MEMBERS]
+    for group, rows in pd.Series(labels).groupby(groups).indices.items():
+        rows = rows[:_MAX_MEMBERS]
+        if group < 0 or len(set(labels[rows])) < 2:
+            continue
         similarity = standardised[rows] @ standardised[rows].T
         similarity[labels[rows][:, None] == labels[rows]] = -np.inf
         left, right = np.unravel_index(similarity.argmax(), similarity.shape)
-        if np.isfinite(similarity[left, right]):
-            pairs.append(_pair(int(rows[left]), int(rows[right]), similarity[left, right]))
+        pairs.append(_pair(rows[left], rows[right], similarity[left, right]))
     return sorted(pairs, key=lambda pair: -pair.correlation)
 
 
 def _pair(left: int, right: int, correlation: np.float32 | float) -> Pair:
-    return Pair(left=left, right=right, correlation=min(1.0, float(correlation)))
+    return Pair(left=int(left), right=int(right), correlation=min(1.0, float(correlation)))
 
 
 def find_nearest_references(
-    splits: NDArray[np.str_], standardised: NDArray[np.float32]
+    splits: NDArray[np.str_],
+    standardised: NDArray[np.float32],
+    references: Mapping[str, Sequence[str]] = REFERENCES,
 ) -> dict[str, Nearest]:
-    """Find each held-out image's most similar image in the splits of :data:`REFERENCES`."""
+    """Find each held-out image's most similar image in the reference splits of its split."""
     found = {}
-    for split, references in REFERENCES.items():
-        rows = np.flatnonzero(splits == split)
-        pool = np.flatnonzero(np.isin(splits, references))
+    for split, others in references.items():
+        rows, pool = np.flatnonzero(splits == split), np.flatnonzero(np.isin(splits, others))
         if len(rows) and len(pool):
             nearest, correlation = find_nearest(standardised[rows], standardised[pool])
             found[split] = Nearest(rows=rows, nearest=pool[nearest], correlation=correlation)
@@ -145,15 +131,7 @@ def measure_leak(
 ) -> dict[str, Any]:
     """Measure how much of a held-out split has duplicates in its reference splits.
 
-    Parameters
-    ----------
-    found : Nearest
-        Of the held-out split.
-    references : ndarray of bool, shape (n,)
-        Images of the reference splits.
-    exact_duplicates, groups, labels : ndarray of int64, shape (n,)
-        From :func:`number_exact_duplicates`,
-        :func:`brainray.data.near_duplicates.group_near_duplicates`, and the data set.
+    ``references`` are the images of its reference splits, shape (n,).
 
     Returns
     -------
@@ -202,18 +180,12 @@ def evaluate_baseline(
             inside &= correlation >= low
         if high is not None:
             inside &= correlation < high
-        scores: dict[str, Any] = {"accuracy": None, "accuracy_ci95": None}
+        row: dict[str, Any] = {"low": low, "high": high, "n": int(inside.sum())}
+        row |= {"accuracy": None, "accuracy_ci95": None}
         if inside.any():
             scores = compute_accuracy(labels[inside], answers[inside], groups=groups[inside])
-        rows.append(
-            {
-                "low": low,
-                "high": high,
-                "n": int(inside.sum()),
-                "accuracy": scores["accuracy"],
-                "accuracy_ci95": scores["accuracy_ci95"],
-            }
-        )
+            row |= {name: scores[name] for name in ("accuracy", "accuracy_ci95")}
+        rows.append(row)
     return rows
 
 
@@ -221,16 +193,11 @@ def list_crossing_exact_duplicates(
     exact_duplicates: Indices, found: Nearest, references: NDArray[np.bool_], limit: int
 ) -> list[Pair]:
     """Pair held-out images with a copy in the references; one pair for each set of copies."""
-    first: dict[int, int] = {}
-    for row in np.flatnonzero(references & (exact_duplicates >= 0)):
-        first.setdefault(int(exact_duplicates[row]), int(row))
-    pairs, seen = [], set()
-    for row in found.rows[is_shared(exact_duplicates, found.rows, references)]:
-        name = int(exact_duplicates[row])
-        if name not in seen:
-            seen.add(name)
-            pairs.append(_pair(int(row), first[name], 1.0))
-    return _downsample(pairs, limit)
+    rows = np.flatnonzero(references)
+    first = pd.Series(rows, exact_duplicates[rows]).groupby(level=0).first()
+    shared = found.rows[is_shared(exact_duplicates, found.rows, references)]
+    names = pd.Series(exact_duplicates[shared], shared).drop_duplicates()
+    return _downsample([_pair(row, first[name], 1.0) for row, name in names.items()], limit)
 
 
 def list_crossing_near_duplicates(
@@ -240,18 +207,14 @@ def list_crossing_near_duplicates(
     left, right = exact_duplicates[found.rows], exact_duplicates[found.nearest]
     chosen = (found.correlation >= NEAR_DUPLICATE_CORRELATION) & ((left < 0) | (left != right))
     order = np.flatnonzero(chosen)[np.argsort(found.correlation[chosen], kind="stable")]
-    pairs = [
-        _pair(int(found.rows[at]), int(found.nearest[at]), found.correlation[at]) for at in order
-    ]
-    return _downsample(pairs, limit)
+    columns = (found.rows[order], found.nearest[order], found.correlation[order])
+    return _downsample([_pair(*row) for row in zip(*columns, strict=True)], limit)
 
 
 def list_exact_duplicates(exact_duplicates: Indices, limit: int) -> list[Pair]:
     """Pair two images of each set of copies."""
-    rows = np.flatnonzero(exact_duplicates >= 0)
-    order = rows[np.argsort(exact_duplicates[rows], kind="stable")]
-    starts = np.flatnonzero(np.diff(exact_duplicates[order], prepend=-1))
-    pairs = [_pair(int(order[at]), int(order[at + 1]), 1.0) for at in starts]
+    sets = pd.Series(exact_duplicates).groupby(exact_duplicates).indices
+    pairs = [_pair(rows[0], rows[1], 1.0) for name, rows in sets.items() if name >= 0]
     return _downsample(pairs, limit)
 
 

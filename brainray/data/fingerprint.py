@@ -1,13 +1,14 @@
 """Fingerprint every scan: open it once for its hash, thumbnail and properties, or its rejection.
 
-The same pass keeps in Ray's object store what fits there: the encoded bytes of files with one
-slice, so that they are not read again, and the network's inputs, so that no epoch decodes again.
+Files with several slices are expanded first: a row for each slice. The same pass keeps in Ray's
+object store what fits there: the encoded bytes of files with one slice, so that they are not read
+again, and the network's inputs, so that no epoch decodes again.
 """
 
 import io
 import secrets
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
@@ -18,15 +19,19 @@ import ray.data
 from numpy.typing import NDArray
 from PIL import Image
 
+from brainray.data.labelled import IMAGE_SUFFIXES, FoundSamples
 from brainray.data.near_duplicates import THUMBNAIL_PX, compute_thumbnail
-from brainray.data.read import SampleReader, name_scan
+from brainray.data.read import SampleReader, name_scan, read_scan
 from brainray.data.scan_store import ScanStore, locate_scans, name_pixels
 from brainray.data.slice_columns import SLICE_FIELDS, describe_slice
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits, read_header
 from brainray.images.intensity import scale_to_8_bits, to_display, to_unsigned
 from brainray.images.preprocess import Preprocessing
-from brainray.images.slices import ReadOptions, ScanFile, name_slice, open_slice
+from brainray.images.slices import ReadOptions, ScanFile, name_slice, open_file, open_slice
+
+FILES_PER_TASK = 16
+"""Files whose slices a task counts: some seconds of work for volumes."""
 
 ROWS_PER_TASK = 256
 """Approximate number of scans of a task: a tenth of a second of work for 224-px JPEGs."""
@@ -55,33 +60,18 @@ kept, else null. The key of the identifiers' hashes is not kept: they tell which
 patient, study or series, and are to be deleted after that."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageProperties:
-    """Properties of an image besides its content; they may reveal its source."""
-
-    pixel_sha256: str
-    """Of the decoded grey pixels and their shape; does not depend on the file format."""
-    width_px: int
-    height_px: int
-    """After EXIF orientation is applied."""
-    mode: str
-    """Pillow's mode of the file (L, RGB, P, …), with the depth unless 8 bits; "grey" for DICOM and
-    NIfTI."""
-    format: str
-    """JPEG, PNG, …, DICOM, NIfTI."""
-    size_bytes: int
-    """Length of the encoded file, divided by its number of slices."""
-    mean_grey: float
-    """Mean of all pixels, 0 to 255."""
-    border_grey: float
-    """Mean of the border, 0 to 255."""
-    border_dark_share: float
-    """Share of the border's pixels that are black, in [0, 1]."""
-
-
-_ARROW_TYPES: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float32()}
-PROPERTY_TYPES = {field.name: _ARROW_TYPES[field.type] for field in fields(ImageProperties)}
-"""Columns of :class:`ImageProperties`."""
+PROPERTY_TYPES = {
+    "pixel_sha256": pa.string(),  # of the decoded grey pixels and their shape, whatever the format
+    "width_px": pa.int64(),  # after EXIF orientation is applied, as height_px
+    "height_px": pa.int64(),
+    "mode": pa.string(),  # Pillow's (L, RGB, P, …), with the depth unless 8 bits; "grey" for slices
+    "format": pa.string(),  # JPEG, PNG, …, DICOM, NIfTI
+    "size_bytes": pa.int64(),  # of the encoded file, divided by its number of slices
+    "mean_grey": pa.float32(),  # of all pixels, 0 to 255
+    "border_grey": pa.float32(),  # mean of the border, 0 to 255
+    "border_dark_share": pa.float32(),  # share of the border's pixels that are black, in [0, 1]
+}
+"""Properties of an image besides its content; they may reveal its source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +85,50 @@ class Fingerprints:
     """Opens any scan again."""
 
 
+def expand_files(found: FoundSamples, reading: ReadOptions) -> FoundSamples:
+    """Count the slices of files that may have several, and give each slice a row.
+
+    Files are opened, except those with a picture's suffix, scans in Parquet tables, and rows that
+    name a slice. A slice's ``path`` is :func:`brainray.images.slices.name_slice` of its file's.
+    Rejected slices have a row too; :func:`fingerprint_samples` gives the reason.
+    """
+    samples = found.samples
+    is_file = (samples["row_group"].to_numpy() < 0) & (samples["frame"].to_numpy() < 0)
+    is_picture = [uri.lower().endswith(IMAGE_SUFFIXES) for uri in samples["uri"].to_pylist()]
+    to_open = is_file & ~np.array(is_picture, np.bool_)
+    if not to_open.any():
+        return found
+    numbered = samples.append_column("number", pa.array(np.arange(samples.num_rows)))
+    files = numbered.filter(pa.array(to_open))
+    parts = [files.slice(at, FILES_PER_TASK) for at in range(0, files.num_rows, FILES_PER_TASK)]
+    expanded = ray.data.from_arrow(parts).map_batches(
+        _expand_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"reading": reading},
+    )
+    tables = [numbered.filter(pa.array(~to_open)), *ray.get(expanded.to_arrow_refs())]
+    whole = pa.concat_tables(tables).sort_by([("number", "ascending"), ("frame", "ascending")])
+    return replace(found, samples=whole.drop_columns("number"))
+
+
+def _expand_batch(batch: pa.Table, *, reading: ReadOptions) -> pa.Table:
+    rows = []
+    for row in batch.to_pylist():
+        frames = range(count_slices(row["uri"], reading))
+        rows += [row | {"path": name_slice(row["path"], n), "frame": n} for n in frames] or [row]
+    return pa.Table.from_pylist(rows, batch.schema)
+
+
+def count_slices(uri: str, reading: ReadOptions) -> int:
+    """Return the number of numbered slices; 0 for a picture, or a file that cannot be opened."""
+    try:
+        slices = open_file(read_scan(uri, -1, -1), reading).slices
+    except RejectedImage:
+        return 0
+    return 0 if slices[0].frame is None else len(slices)
+
+
 def fingerprint_samples(
     samples: pa.Table,
     *,
@@ -104,23 +138,19 @@ def fingerprint_samples(
 ) -> Fingerprints:
     """Open every scan once, in parallel Ray Data tasks.
 
-    Parameters
-    ----------
-    samples : pyarrow.Table
-        From :func:`brainray.data.labelled.find_samples`, with a row for each slice: see
-        :func:`brainray.data.expand.expand_files`.
-    reading : ReadOptions
-        Options for reading the files.
-    keep : collection of Preprocessing
-        Keep the network's inputs for these in the object store, if they fit there.
-    with_properties : bool
-        Measure :class:`ImageProperties` too.
+    ``samples`` are from :func:`expand_files`. The network's inputs for the preprocessings ``keep``
+    are kept in the object store, if they fit there. ``with_properties`` measures
+    :data:`PROPERTY_TYPES` too.
     """
     is_alone = samples["frame"].to_numpy() < 0
     num_bytes = int(samples["size_bytes"].to_numpy()[is_alone].sum())
     num_pixels = samples.num_rows * sum(one.size_px**2 for one in keep)
     fits = bytes_fit_object_store(num_bytes)
     kept = tuple(keep) if bytes_fit_object_store(num_bytes + num_pixels) else ()
+    types = {"index": pa.int64(), **FINGERPRINT_TYPES, "thumbnail": pa.binary(THUMBNAIL_PX**2)}
+    types |= PROPERTY_TYPES if with_properties else {}
+    stored = {"image_bytes": pa.binary()} if fits else {}
+    stored |= {name_pixels(one): pa.binary(one.size_px**2) for one in kept}
     indexed = samples.append_column("index", pa.array(range(samples.num_rows), pa.int64()))
     scanned = (
         ray.data.from_arrow(_cut_between_files(indexed))
@@ -129,22 +159,20 @@ def fingerprint_samples(
             batch_size=None,
             batch_format="pyarrow",
             fn_kwargs={
+                "types": types | stored,
                 "reading": reading,
                 "key": secrets.token_bytes(32),
-                "keep_bytes": fits,
                 "keep": kept,
                 "with_properties": with_properties,
             },
         )
         .materialize()
     )
-    names = FINGERPRINT_TYPES | (PROPERTY_TYPES if with_properties else {})
-    findings = scanned.select_columns(["index", "thumbnail", *names])
-    table = pa.concat_tables(ray.get(findings.to_arrow_refs())).sort_by("index")
-    store = ScanStore(ray.put(samples), reading)
-    if fits:
-        blocks = scanned.to_arrow_refs()
-        store = ScanStore(ray.put(samples), reading, blocks, ray.put(locate_scans(blocks)), kept)
+    refs = scanned.select_columns(list(types)).to_arrow_refs()
+    table = pa.concat_tables(ray.get(refs)).sort_by("index")
+    blocks = scanned.to_arrow_refs() if fits else ()
+    positions = ray.put(locate_scans(blocks)) if fits else None
+    store = ScanStore(ray.put(samples), reading, blocks, positions, kept)
     return Fingerprints(table, store)
 
 
@@ -176,76 +204,58 @@ def bytes_fit_object_store(num_bytes: int) -> bool:
 def _fingerprint_batch(
     batch: pa.Table,
     *,
+    types: dict[str, pa.DataType],
     reading: ReadOptions,
     key: bytes,
-    keep_bytes: bool,
     keep: Sequence[Preprocessing],
     with_properties: bool,
 ) -> pa.Table:
-    types = {"index": pa.int64(), **FINGERPRINT_TYPES, "thumbnail": pa.binary(THUMBNAIL_PX**2)}
-    types |= {"image_bytes": pa.binary()} if keep_bytes else {}
-    types |= {name_pixels(one): pa.binary(one.size_px**2) for one in keep}
-    types |= PROPERTY_TYPES if with_properties else {}
-    fingerprinter = _Fingerprinter(reading, key, keep, with_properties)
+    reader = SampleReader(reading, key=key)
+    hashes: dict[tuple[Any, ...], str] = {}  # slices of a file share one
+
+    def read(index: int, frame: int, **location: Any) -> dict[str, Any]:  # noqa: ANN401
+        number = None if frame < 0 else frame
+        found: dict[str, Any] = {"index": index, "scan_uri": location["uri"], "frame": number}
+        try:
+            content = reader.read(**location)
+            found["scan_uri"] = name_slice(name_scan(**location), number)
+            file_key = tuple(location.values())
+            hashes[file_key] = hashes.get(file_key) or sha256(content).hexdigest()
+            found["content_sha256"] = hashes[file_key]
+            found["size_bytes"] = len(content)
+            file, position = reader.open(**location, frame=frame)
+            found |= describe_slice(file.slices[position], None)
+            decoded, pixels = _decode(file, position, keep)
+            if with_properties:
+                decoded |= measure_properties(content, file, pixels, reading.limits)
+        except RejectedImage as rejection:
+            return found | {"reason": rejection.reason}
+        # The bytes of a file with several slices would be kept with each of them.
+        return found | decoded | {"image_bytes": content if number is None else None}
+
     columns = ["index", "uri", "row_group", "row", "frame"]
-    rows = [fingerprinter.read(**row) for row in batch.select(columns).to_pylist()]
-    return pa.table(
+    rows = [read(**row) for row in batch.select(columns).to_pylist()]
+    return pa.table(  # absent values are null
         {name: pa.array([row.get(name) for row in rows], kind) for name, kind in types.items()}
     )
 
 
-class _Fingerprinter:
-    """Reads scans one after another; each becomes a row, in which absent values are null."""
-
-    def __init__(
-        self,
-        reading: ReadOptions,
-        key: bytes,
-        keep: Sequence[Preprocessing],
-        with_properties: bool,
-    ) -> None:
-        self._reading, self._keep, self._with_properties = reading, keep, with_properties
-        self._reader = SampleReader(reading, key=key)
-        self._hashed: tuple[bytes, str] = (b"", "")
-
-    def read(self, index: int, uri: str, row_group: int, row: int, frame: int) -> dict[str, Any]:
-        number = None if frame < 0 else frame
-        found: dict[str, Any] = {"index": index, "scan_uri": uri, "frame": number}
-        try:
-            content = self._reader.read(uri, row_group, row)
-            found["scan_uri"] = name_slice(name_scan(uri, row_group, row), number)
-            found["content_sha256"] = self._hash(content)
-            found["size_bytes"] = len(content)
-            file, position = self._reader.open(uri, row_group, row, frame)
-            found |= describe_slice(file.slices[position], None)
-            found |= self._decode(content, file, position)
-        except RejectedImage as rejection:
-            return found | {"reason": rejection.reason}
-        # The bytes of a file with several slices would be kept with each of them.
-        return found | {"image_bytes": content if number is None else None}
-
-    def _decode(self, content: bytes, file: ScanFile, index: int) -> dict[str, Any]:
-        samples = to_unsigned(file.decode(index))
-        # Pictures by the full range of 8 or 16 bits; others have only the range of their samples.
-        pixels = scale_to_8_bits(samples) if file.format == "picture" else to_display(samples)
-        opened = {one: open_slice(file, index, one, samples) for one in self._keep}
-        height, width = pixels.shape
-        found: dict[str, Any] = {
-            "height_px": height,
-            "width_px": width,
-            "grey_range": next((one.grey_range for one in opened.values()), None),
-            "thumbnail": compute_thumbnail(pixels).tobytes(),
-        }
-        found |= {name_pixels(one): kept.scan.image.tobytes() for one, kept in opened.items()}
-        if self._with_properties:
-            found |= asdict(measure_properties(content, file, pixels, self._reading.limits))
-        return found
-
-    def _hash(self, content: bytes) -> str:
-        """Return the SHA-256 of a file, computed once for all of its slices."""
-        if content is not self._hashed[0]:
-            self._hashed = (content, sha256(content).hexdigest())
-        return self._hashed[1]
+def _decode(
+    file: ScanFile, index: int, keep: Sequence[Preprocessing]
+) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+    """Return the columns that depend on the decoded pixels, and the grey levels."""
+    samples = to_unsigned(file.decode(index))
+    # Pictures by the full range of 8 or 16 bits; others have only the range of their samples.
+    pixels = scale_to_8_bits(samples) if file.format == "picture" else to_display(samples)
+    opened = {one: open_slice(file, index, one, samples) for one in keep}
+    found = {
+        "height_px": pixels.shape[0],
+        "width_px": pixels.shape[1],
+        "grey_range": next((one.grey_range for one in opened.values()), None),
+        "thumbnail": compute_thumbnail(pixels).tobytes(),
+        **{name_pixels(one): kept.scan.image.tobytes() for one, kept in opened.items()},
+    }
+    return found, pixels
 
 
 # ---- properties ----------------------------------------------------------------------------------
@@ -253,22 +263,25 @@ class _Fingerprinter:
 
 def measure_properties(
     image_bytes: bytes, file: ScanFile, pixels: NDArray[np.uint8], limits: DecodeLimits
-) -> ImageProperties:
-    """Measure the properties of one slice; `pixels` are its decoded grey levels."""
+) -> dict[str, Any]:
+    """Measure the :data:`PROPERTY_TYPES` of one slice; `pixels` are its decoded grey levels."""
     mode, name = _find_mode(image_bytes, file, limits)
     height, width = pixels.shape
-    border = _cut_border(pixels)
-    return ImageProperties(
-        pixel_sha256=hash_pixels(pixels),
-        width_px=width,
-        height_px=height,
-        mode=mode,
-        format=name,
-        size_bytes=len(image_bytes) // len(file.slices),
-        mean_grey=float(pixels.mean()),
-        border_grey=float(border.mean()),
-        border_dark_share=float((border <= DARK_GREY).mean()),
-    )
+    margin = max(1, round(BORDER_SHARE * min(pixels.shape)))
+    is_border = np.ones(pixels.shape, np.bool_)
+    is_border[margin:-margin, margin:-margin] = False
+    border = pixels[is_border]
+    return {
+        "pixel_sha256": hash_pixels(pixels),
+        "width_px": width,
+        "height_px": height,
+        "mode": mode,
+        "format": name,
+        "size_bytes": len(image_bytes) // len(file.slices),
+        "mean_grey": float(pixels.mean()),
+        "border_grey": float(border.mean()),
+        "border_dark_share": float((border <= DARK_GREY).mean()),
+    }
 
 
 def _find_mode(image_bytes: bytes, file: ScanFile, limits: DecodeLimits) -> tuple[str, str]:
@@ -282,15 +295,7 @@ def _find_mode(image_bytes: bytes, file: ScanFile, limits: DecodeLimits) -> tupl
 
 
 def hash_pixels(pixels: NDArray[np.uint8]) -> str:
-    """Compute the SHA-256 of grey pixels and their shape."""
+    """Return the SHA-256 of grey pixels and their shape."""
     digest = sha256(f"{pixels.shape[0]} {pixels.shape[1]} ".encode())
     digest.update(pixels.tobytes())
     return digest.hexdigest()
-
-
-def _cut_border(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the pixels of the border, in one dimension."""
-    width = max(1, round(BORDER_SHARE * min(pixels.shape)))
-    is_border = np.ones(pixels.shape, np.bool_)
-    is_border[width:-width, width:-width] = False
-    return pixels[is_border]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from brainray import storage
 from brainray.errors import DataError, StorageError
 
 SUMS_FILE = "SHA256SUMS"
@@ -69,34 +70,23 @@ def fetch_kaggle_set(
 ) -> str:
     """Fetch a data set into a new folder, whole or not at all; or check an existing folder.
 
-    Parameters
-    ----------
-    job : FetchJob
-    log : callable
-        Receives lines of text.
-    kaggle_set : KaggleSet
-
-    Returns
-    -------
-    str
-        SHA-256 of the list of all files.
+    Return the SHA-256 of the list of all files.
 
     Raises
     ------
     StorageError
         Kaggle cannot be reached or refuses. Parts are kept for the next attempt.
     DataError
-        The files are not those of the data set, or were changed.
+        The files are not those of the data set, or were changed. Nothing is deleted.
     """
     folder = Path(job.data_path).expanduser().absolute()
     log(f"{kaggle_set.handle}, version {kaggle_set.version}. Licence: {kaggle_set.licence}.")
     if folder.exists():
-        sums = check_folder(folder, kaggle_set)
+        sums = _check_sums(folder, kaggle_set)
     else:
         partial = folder.parent / f".{folder.name}.partial"
         found = _download(kaggle_set, partial)
-        check_counts(found, kaggle_set)
-        sums = write_sums(found, kaggle_set)
+        sums = _check_sums(found, kaggle_set)
         found.rename(folder)
         shutil.rmtree(partial)
     digest = sha256(sums).hexdigest()
@@ -110,21 +100,30 @@ def fetch_kaggle_set(
     return digest
 
 
-def check_folder(folder: Path, kaggle_set: KaggleSet) -> bytes:
-    """Check every file of a folder against its list, and return the list; write it if absent.
+def _check_sums(folder: Path, kaggle_set: KaggleSet) -> bytes:
+    """Count every class, and check every file against the folder's list; write it if absent.
 
-    Raises
-    ------
-    DataError
-        Files are missing, changed or added. Nothing is deleted.
+    Return the list: the SHA-256 of every file, sorted by path, as ``sha256sum`` writes it.
     """
-    check_counts(folder, kaggle_set)
-    try:
-        listed = (folder / SUMS_FILE).read_bytes()
-    except FileNotFoundError:
-        return write_sums(folder, kaggle_set)
-    found = compute_sums(folder, kaggle_set)
-    if found != listed:
+    files: list[Path] = []
+    wrong = []
+    for name, expected in kaggle_set.counts.items():
+        entries = (folder / name).iterdir() if (folder / name).is_dir() else []
+        of_class = [entry for entry in entries if entry.is_file() and entry.name[0] != "."]
+        if len(of_class) != expected:
+            wrong.append(f"{name} {len(of_class):,} of {expected:,}")
+        files += of_class
+    if wrong:
+        raise DataError(
+            f"'{folder}' is not version {kaggle_set.version} of {kaggle_set.handle}: "
+            f"{', '.join(wrong)}. {_explain_by_hand(kaggle_set, folder)}"
+        )
+    paths = sorted((file.relative_to(folder).as_posix(), file) for file in files)
+    lines = [f"{sha256(file.read_bytes()).hexdigest()}  {path}\n" for path, file in paths]
+    found, sums_file = "".join(lines).encode(), folder / SUMS_FILE
+    if not sums_file.exists():
+        storage.write_bytes(str(sums_file), found)
+    elif (listed := sums_file.read_bytes()) != found:
         differing = set(listed.splitlines()) ^ set(found.splitlines())
         names = sorted({line.partition(b"  ")[2].decode(errors="replace") for line in differing})
         shown = ", ".join(names[:MAX_NAMED]) + (" …" if len(names) > MAX_NAMED else "")
@@ -132,44 +131,7 @@ def check_folder(folder: Path, kaggle_set: KaggleSet) -> bytes:
             f"{len(names)} files in '{folder}' differ from {SUMS_FILE}: {shown}. Move the folder "
             f"away to fetch it again, or delete {SUMS_FILE} if the changes are intended."
         )
-    return listed
-
-
-def check_counts(folder: Path, kaggle_set: KaggleSet) -> None:
-    """Raise DataError unless every class has the number of images that the page gives."""
-    wrong = []
-    for name, expected in kaggle_set.counts.items():
-        found = len(_list_files(folder / name))
-        if found != expected:
-            wrong.append(f"{name} {found:,} of {expected:,}")
-    if wrong:
-        raise DataError(
-            f"'{folder}' is not version {kaggle_set.version} of {kaggle_set.handle}: "
-            f"{', '.join(wrong)}. {_explain_by_hand(kaggle_set, folder)}"
-        )
-
-
-def compute_sums(folder: Path, kaggle_set: KaggleSet) -> bytes:
-    """List every file with its SHA-256, sorted by path, as ``sha256sum`` does."""
-    files = [file for name in kaggle_set.counts for file in _list_files(folder / name)]
-    paths = sorted((file.relative_to(folder).as_posix(), file) for file in files)
-    lines = [f"{sha256(file.read_bytes()).hexdigest()}  {path}\n" for path, file in paths]
-    return "".join(lines).encode()
-
-
-def write_sums(folder: Path, kaggle_set: KaggleSet) -> bytes:
-    """Write the list of a folder's files atomically; return it."""
-    sums = compute_sums(folder, kaggle_set)
-    partial = folder / f".{SUMS_FILE}.partial"
-    partial.write_bytes(sums)
-    partial.replace(folder / SUMS_FILE)
-    return sums
-
-
-def _list_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [file for file in folder.iterdir() if file.is_file() and file.name[0] != "."]
+    return found
 
 
 def _download(kaggle_set: KaggleSet, partial: Path) -> Path:

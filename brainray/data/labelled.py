@@ -2,7 +2,7 @@
 
 Nothing here opens an image. The sample table (:data:`SAMPLE_SCHEMA`) has a row for every scan, with
 its file, label and given split. A DICOM or NIfTI file has one row, until
-:func:`brainray.data.expand.expand_files` has counted its slices.
+:func:`brainray.data.fingerprint.expand_files` has counted its slices.
 """
 
 import re
@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from brainray import storage
+from brainray.data.read import TABLE_SUFFIX, open_table
 from brainray.errors import DataError
 from brainray.images.slices import name_slice
 
@@ -93,7 +96,7 @@ def find_samples(
         or is a manifest with their ``uri`` (or ``path``), ``row_group`` and ``row`` of a scan
         within a Parquet file, and ``frame`` of a slice. Relative URIs are below its folder.
     classes : sequence of str
-        Class names in class order; a class folder must be one of them.
+        In class order; a class folder must be one of them.
     splits : sequence of str, optional
         Return only these of "train", "val", "test" and "" (none given), and require all classes
         in them. A data set without splits is returned whole.
@@ -105,7 +108,7 @@ def find_samples(
     StorageError
         The folder cannot be listed.
     """
-    if data_uri.endswith(".parquet") and not storage.is_folder(data_uri):
+    if data_uri.endswith(TABLE_SUFFIX) and not storage.is_folder(data_uri):
         uri = storage.make_absolute(data_uri)
         if not storage.exists(uri):
             raise DataError(f"No Parquet file at '{data_uri}'. Check the path, or mount it.")
@@ -113,7 +116,7 @@ def find_samples(
     else:
         files = storage.list_files(data_uri)
     visible = [file for file in files if not is_hidden(file.relative_path)]
-    tables = [file for file in visible if file.relative_path.endswith(".parquet")]
+    tables = [file for file in visible if file.relative_path.endswith(TABLE_SUFFIX)]
     images = [file for file in visible if _may_be_image(file.relative_path, classes)]
     if images and tables:
         raise DataError(
@@ -125,11 +128,8 @@ def find_samples(
             f"No images in '{data_uri}' ({len(files)} files seen). Expected class folders "
             f"({', '.join(classes)}), alone or below {SPLITS_IN_WORDS}, or Parquet files."
         )
-    samples = (
-        _read_parquet_samples(data_uri, tables, classes)
-        if tables
-        else _read_folder_samples(data_uri, images, classes)
-    )
+    read = _read_parquet_samples if tables else _read_folder_samples
+    samples = read(data_uri, tables or images, classes)
     if splits is not None:
         samples = _keep_splits(samples, splits, data_uri)
     _check_every_class(samples, classes, data_uri)
@@ -161,13 +161,12 @@ def _keep_splits(samples: pa.Table, splits: Sequence[str], data_uri: str) -> pa.
     present = set(samples["split"].to_pylist())
     if present == {""}:
         return samples
-    keep = [value in splits for value in samples["split"].to_pylist()]
-    if not any(keep):
+    if present.isdisjoint(splits):
         raise DataError(
             f"Expected {' or '.join(filter(None, splits))} scans in '{data_uri}', found only "
             f"{', '.join(sorted(present))}. Point --data-uri at the folder of the class folders."
         )
-    return samples.filter(pa.array(keep))
+    return samples.filter(pc.is_in(samples["split"], pa.array(splits)))
 
 
 def _read_folder_samples(
@@ -175,37 +174,30 @@ def _read_folder_samples(
 ) -> pa.Table:
     tops = {image.relative_path.split("/")[0] for image in images if "/" in image.relative_path}
     tops |= {name for name in storage.list_folders(data_uri) if not is_hidden(name)}
-    has_splits = any(top.lower() in SPLIT_NAMES for top in tops)
-    unknown = [top for top in tops if has_splits and top.lower() not in SPLIT_NAMES]
-    if unknown:
+    unknown = [top for top in tops if top.lower() not in SPLIT_NAMES]
+    has_splits = len(unknown) < len(tops)
+    if has_splits and unknown:
         raise DataError(
             f"Unknown folder {', '.join(map(repr, sorted(unknown)))} beside the splits in "
             f"'{data_uri}'. Expected only {SPLITS_IN_WORDS}. Move it elsewhere."
         )
-    order = {name: index for index, name in enumerate(classes)}
-    rows: list[tuple[str, str, int, int, int, int, str, None, int]] = []
+    rows: list[tuple[Any, ...]] = []
     for image in images:
         parts = image.relative_path.split("/")
-        split = SPLIT_NAMES[parts[0].lower()] if has_splits and len(parts) > 1 else ""
-        class_parts = parts[1:] if has_splits else parts
-        if len(class_parts) < 2:
+        split = SPLIT_NAMES[parts.pop(0).lower()] if has_splits and len(parts) > 1 else ""
+        if len(parts) < 2:
             raise DataError(
                 f"Image '{image.relative_path}' in '{data_uri}' lies in no class folder. "
                 f"Expected one of {', '.join(classes)} above it."
             )
-        label = order.get(class_parts[0])
-        if label is None:
-            raise _unknown_class(class_parts[0], image.uri, classes)
-        size = image.size_bytes
+        if parts[0] not in classes:
+            raise _reject_class(parts[0], image.uri, classes)
+        label, size = classes.index(parts[0]), image.size_bytes
         rows.append((image.relative_path, image.uri, -1, -1, -1, label, split, None, size))
-    columns = list(zip(*rows, strict=True))
-    return pa.table(
-        [pa.array(c, f.type) for c, f in zip(columns, SAMPLE_SCHEMA, strict=True)],
-        schema=SAMPLE_SCHEMA,
-    )
+    return pa.table(list(zip(*rows, strict=True)), SAMPLE_SCHEMA)
 
 
-def _unknown_class(name: str, where: str, classes: Sequence[str]) -> DataError:
+def _reject_class(name: str, where: str, classes: Sequence[str]) -> DataError:
     return DataError(
         f"Unknown class '{name}' in {where}. Expected one of {', '.join(classes)}. "
         "Rename it, or pass --classes."
@@ -213,11 +205,9 @@ def _unknown_class(name: str, where: str, classes: Sequence[str]) -> DataError:
 
 
 def _check_every_class(samples: pa.Table, classes: Sequence[str], data_uri: str) -> None:
-    splits = samples["split"].to_numpy(zero_copy_only=False)
-    labels = samples["label"].to_numpy()
-    for split in sorted(set(splits)):
-        present = set(labels[splits == split].tolist())
-        missing = [name for index, name in enumerate(classes) if index not in present]
+    present = set(zip(samples["split"].to_pylist(), samples["label"].to_pylist(), strict=True))
+    for split in sorted({split for split, _ in present}):
+        missing = [name for label, name in enumerate(classes) if (split, label) not in present]
         if missing:
             where = f"the {split} split of '{data_uri}'" if split else f"'{data_uri}'"
             raise DataError(
@@ -260,33 +250,26 @@ def _split_of(relative_path: str) -> str:
 
 
 def _read_parquet_file(file: storage.FoundFile, classes: Sequence[str]) -> pa.Table:
-    filesystem, path = storage.resolve(file.uri)
-    try:
-        with pq.ParquetFile(path, filesystem=filesystem) as parquet:
-            metadata, names = parquet.metadata, parquet.schema_arrow.names
-            has_images = "image_bytes" in names
-            if "label" not in names or not (has_images or "uri" in names or "path" in names):
-                missing = "image_bytes" if "label" in names else "label"
-                raise DataError(
-                    f"No column {missing} in '{file.uri}' (it has {', '.join(names)}). Expected "
-                    "label, and image_bytes (or, in a manifest of files, uri or path); "
-                    "split and group are optional."
-                )
-            wanted = ("label", "path", "split", "group", *(() if has_images else _FILE_COLUMNS))
-            table = parquet.read(columns=[name for name in wanted if name in names])
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"Cannot read '{file.uri}' as Parquet: {storage.describe_error(error)}"
-        ) from error
+    with open_table(file.uri) as parquet:
+        metadata, names = parquet.metadata, parquet.schema_arrow.names
+        has_images = "image_bytes" in names
+        if "label" not in names or {"image_bytes", "uri", "path"}.isdisjoint(names):
+            missing = "image_bytes" if "label" in names else "label"
+            raise DataError(
+                f"No column {missing} in '{file.uri}' (it has {', '.join(names)}). Expected "
+                "label, and image_bytes (or, in a manifest of files, uri or path); "
+                "split and group are optional."
+            )
+        wanted = ("label", "path", "split", "group", *(() if has_images else _FILE_COLUMNS))
+        table = parquet.read(columns=[name for name in wanted if name in names])
     columns = _locate_rows(file, metadata) if has_images else _locate_files(table, file)
-    count = table.num_rows
     columns["label"] = _read_labels(table["label"], file.uri, classes)
     columns["split"] = (
         _read_splits(table["split"], file.uri)
         if "split" in table.column_names
-        else [_split_of(file.relative_path)] * count
+        else [_split_of(file.relative_path)] * table.num_rows
     )
-    columns["group"] = [None] * count
+    columns["group"] = pa.nulls(table.num_rows)
     for name in {"path", "group"} & set(table.column_names):
         columns[name] = table[name].cast(pa.string())
     return pa.table({name: columns[name] for name in SAMPLE_SCHEMA.names}, SAMPLE_SCHEMA)
@@ -294,20 +277,24 @@ def _read_parquet_file(file: storage.FoundFile, classes: Sequence[str]) -> pa.Ta
 
 def _locate_rows(file: storage.FoundFile, metadata: pq.FileMetaData) -> dict[str, Any]:
     """Return the columns of :data:`SAMPLE_SCHEMA` that locate the rows of a Parquet file."""
-    columns: dict[str, Any] = {"uri": [file.uri] * metadata.num_rows}
-    columns["frame"] = [-1] * metadata.num_rows
-    row_groups: list[int] = []
-    rows: list[int] = []
-    sizes: list[int] = []
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    counts = np.array([group.num_rows for group in groups], np.int64)
+    row_groups = np.repeat(np.arange(len(groups)), counts)
+    rows = np.concatenate([np.zeros(0, np.int64), *map(np.arange, counts)])
+    sizes = []
+    for group in groups:
         chunks = map(group.column, range(group.num_columns))
         chunk = next(one for one in chunks if one.path_in_schema == "image_bytes")
-        row_groups += [number] * group.num_rows
-        rows += range(group.num_rows)
-        sizes += [chunk.total_uncompressed_size // max(group.num_rows, 1)] * group.num_rows
-    paths = [f"{file.relative_path}#{a}-{b}" for a, b in zip(row_groups, rows, strict=True)]
-    return columns | {"path": paths, "row_group": row_groups, "row": rows, "size_bytes": sizes}
+        sizes.append(chunk.total_uncompressed_size // max(group.num_rows, 1))
+    numbers = zip(row_groups.tolist(), rows.tolist(), strict=True)
+    return {
+        "path": [f"{file.relative_path}#{group}-{row}" for group, row in numbers],
+        "uri": [file.uri] * metadata.num_rows,
+        "row_group": row_groups,
+        "row": rows,
+        "frame": [-1] * metadata.num_rows,
+        "size_bytes": np.repeat(np.array(sizes, np.int64), counts),
+    }
 
 
 def _locate_files(table: pa.Table, file: storage.FoundFile) -> dict[str, Any]:
@@ -320,7 +307,7 @@ def _locate_files(table: pa.Table, file: storage.FoundFile) -> dict[str, Any]:
             "every row."
         )
     folder = file.uri.rpartition("/")[0]
-    columns: dict[str, Any] = {"uri": [_make_absolute(folder, uri) for uri in given]}
+    columns: dict[str, Any] = {"uri": [make_absolute_below(folder, uri) for uri in given]}
     for name in ("row_group", "row", "frame"):
         columns[name] = [-1] * count
         if name in names:
@@ -335,11 +322,11 @@ def _locate_files(table: pa.Table, file: storage.FoundFile) -> dict[str, Any]:
     return columns
 
 
-def _make_absolute(folder: str, uri: str) -> str:
-    """Return an absolute URI as it is, and a relative one below a manifest's folder."""
+def make_absolute_below(folder: str, uri: str) -> str:
+    """Return an absolute URI as it is, and a relative one below a folder: that of a list."""
     if "://" in uri or uri.startswith(("/", "~")):
         return storage.make_absolute(uri)
-    return storage.join(folder, *uri.split("/"))
+    return storage.join(folder, uri)
 
 
 def _estimate_size(uris: Sequence[str]) -> int:
@@ -374,6 +361,6 @@ def _read_labels(column: pa.ChunkedArray, where: str, classes: Sequence[str]) ->
     labels = []
     for value in column.to_pylist():
         if value not in order:
-            raise _unknown_class(str(value), where, classes)
+            raise _reject_class(str(value), where, classes)
         labels.append(order[value])
     return labels

@@ -23,11 +23,13 @@ References
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from hashlib import sha256
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import ray
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image
 
 FloatRows = NDArray[np.float32]
@@ -35,8 +37,6 @@ Indices = NDArray[np.int64]
 Rows = Indices | slice
 Block = tuple[Rows, Rows]
 """Rows to compare: all of the first with all of the second."""
-
-Found = TypeVar("Found")
 
 THUMBNAIL_PX = 24
 """Side of a thumbnail, in pixels: coarse enough to ignore a JPEG's noise."""
@@ -97,26 +97,13 @@ def standardise_thumbnails(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]
 
 
 def group_near_duplicates(
-    standardised: NDArray[np.float32],
-    *,
-    min_correlation: float,
-    exact_pairs: int = EXACT_PAIRS,
-) -> NDArray[np.int64]:
-    """Group near duplicates by single linkage.
+    standardised: FloatRows, *, min_correlation: float, exact_pairs: int = EXACT_PAIRS
+) -> Indices:
+    """Group near duplicates by single linkage: pairs of at least a correlation, and their chains.
 
-    Parameters
-    ----------
-    standardised : ndarray of float32, shape (N, 576)
-        From :func:`standardise_thumbnails`.
-    min_correlation : float
-        Slices with at least this correlation, and chains of them, are in one group.
-    exact_pairs : int
-        Pairs of slices up to which the search is exact.
-
-    Returns
-    -------
-    ndarray of int64, shape (N,)
-        Group numbers from 0, in order of first appearance.
+    ``standardised`` is from :func:`standardise_thumbnails`. With more than ``exact_pairs`` pairs,
+    the search is by cells. The numbers of the groups, shape (N,), count from 0 in order of first
+    appearance.
     """
     first, copy_of = _find_exact_duplicates(standardised)
     vectors = standardised[first]
@@ -128,7 +115,7 @@ def group_near_duplicates(
     groups = np.arange(len(vectors))
     for linked in run_blocks(_group_blocks, blocks, vectors, sketches, min_correlation):
         groups = _join(groups, np.arange(len(vectors)), linked)
-    return _number_by_appearance(groups[copy_of])
+    return np.asarray(pd.factorize(groups[copy_of])[0], np.int64)
 
 
 def is_exact(num_images: int, exact_pairs: int = EXACT_PAIRS) -> bool:
@@ -137,28 +124,17 @@ def is_exact(num_images: int, exact_pairs: int = EXACT_PAIRS) -> bool:
 
 
 def measure_recall(
-    standardised: NDArray[np.float32],
-    groups: NDArray[np.int64],
+    standardised: FloatRows,
+    groups: Indices,
     *,
     min_correlation: float,
     num_samples: int = 1000,
     seed: int = 0,
 ) -> dict[str, int]:
-    """Measure on a sample how many pairs of near duplicates are in one group.
+    """Measure how many pairs of near duplicates are in one group, by comparing a sample with all.
 
-    Parameters
-    ----------
-    standardised : ndarray of float32, shape (N, 576)
-    groups : ndarray of int64, shape (N,)
-        From :func:`group_near_duplicates`.
-    num_samples : int
-        Slices that are compared with all.
-
-    Returns
-    -------
-    dict of str to int
-        ``num_samples``; ``num_pairs``, pairs with a sampled slice that reach the threshold;
-        ``num_grouped``, those of them in one group.
+    Return ``num_samples``; ``num_pairs``, pairs with a sampled slice that reach the threshold; and
+    ``num_grouped``, those of them in one group.
     """
     count = len(standardised)
     rng = np.random.default_rng(seed)
@@ -173,58 +149,34 @@ def measure_recall(
     return {"num_samples": len(sampled), "num_pairs": num_pairs, "num_grouped": num_grouped}
 
 
-def merge_groups(
-    near_duplicates: NDArray[np.int64], given: Sequence[str | None]
-) -> NDArray[np.int64]:
-    """Join groups of near duplicates that share a given group, such as a patient.
+def merge_groups(near_duplicates: Indices, given: Sequence[str | None]) -> Indices:
+    """Join groups of near duplicates that share a given group, such as a patient; None is no group.
 
-    Parameters
-    ----------
-    near_duplicates : ndarray of int64, shape (N,)
-        From :func:`group_near_duplicates`.
-    given : sequence of str or None, length N
-        Given group of each image, or None.
-
-    Returns
-    -------
-    ndarray of int64, shape (N,)
-        Group numbers from 0.
+    The new numbers count from 0 and do not depend on the names.
     """
-    if not len(near_duplicates):
-        return near_duplicates
-    names = {
-        name: int(near_duplicates.max()) + 1 + i
-        for i, name in enumerate(sorted({name for name in given if name}))
-    }
-    links = [
-        (int(group), names[name])
-        for group, name in zip(near_duplicates, given, strict=True)
-        if name
-    ]
-    size = int(near_duplicates.max()) + 1 + len(names)
-    row, column = zip(*links, strict=True) if links else ((), ())
-    return find_components(row, column, size)[near_duplicates]
+    is_named = np.array([bool(name) for name in given], np.bool_)
+    names, _ = pd.factorize(np.array(given, dtype=object)[is_named])
+    count = int(near_duplicates.max(initial=-1)) + 1
+    links = near_duplicates[is_named], count + names
+    return find_components(*links, count + len(near_duplicates))[near_duplicates]
 
 
-def find_components(rows: ArrayLike, columns: ArrayLike, size: int) -> NDArray[np.int64]:
+def find_components(rows: Indices, columns: Indices, size: int) -> Indices:
     """Return the connected component of each of ``size`` nodes, by the two ends of each edge."""
     from scipy.sparse import coo_array  # takes half a second
     from scipy.sparse.csgraph import connected_components
 
-    rows, columns = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
     links = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(size, size))
     return np.asarray(connected_components(links, directed=False)[1], np.int64)
 
 
 def _group_blocks(
-    blocks: Sequence[Block],
-    vectors: NDArray[np.float32],
-    sketches: NDArray[np.float32],
-    min_correlation: float,
-) -> NDArray[np.int64]:
+    blocks: Sequence[Block], vectors: FloatRows, sketches: FloatRows, min_correlation: float
+) -> Indices:
     """Group the pairs of some blocks; return the first slice of each one's group, shape (n,)."""
     groups = np.arange(len(vectors))
-    for left, right in iterate_candidates(blocks, sketches, min_correlation):
+    for pairs in iterate_candidates(blocks, sketches, min_correlation):
+        left, right = pairs
         apart = groups[left] != groups[right]  # others are in one group already
         left, right = left[apart], right[apart]
         close = multiply_rows(vectors, left, right) >= min_correlation
@@ -233,68 +185,37 @@ def _group_blocks(
     return np.asarray(first[group_of], dtype=np.int64)
 
 
-def _find_exact_duplicates(
-    standardised: NDArray[np.float32],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _find_exact_duplicates(standardised: FloatRows) -> tuple[Indices, Indices]:
     """Return the rows that differ, (n,), and for each row the index of its equal there, (N,).
 
     A thousand copies of one image would otherwise be half a million pairs. Rows of zeros correlate
     with nothing, so each counts as different.
     """
-    rows = np.ascontiguousarray(standardised)
-    if not rows.size:
-        empty = np.zeros(0, np.int64)
-        return empty, empty
-    as_bytes = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1]))).ravel()
-    _, first, kind = np.unique(as_bytes, return_index=True, return_inverse=True)
-    first_copy = first[kind]
-    blank = np.flatnonzero(~rows.any(axis=1))
-    first_copy[blank] = blank
-    distinct, copy_of = np.unique(first_copy, return_inverse=True)
-    return distinct, copy_of
+    keys = [
+        sha256(row.tobytes()).digest() if row.any() else index.to_bytes(8)
+        for index, row in enumerate(standardised)
+    ]
+    copy_of, _ = pd.factorize(np.array(keys, dtype=object))
+    return np.unique(copy_of, return_index=True)[1], copy_of
 
 
-def _join(
-    groups: NDArray[np.int64], left: NDArray[np.int64], right: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _join(groups: Indices, left: Indices, right: Indices) -> Indices:
     """Join the groups of pairs of slices."""
     if not len(left):
         return groups
-    size = int(groups.max()) + 1
-    joined = find_components(groups[left], groups[right], size)
-    return np.asarray(joined, dtype=np.int64)[groups]
-
-
-def _number_by_appearance(groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first)).astype(np.int64)[inverse]
+    return find_components(groups[left], groups[right], int(groups.max()) + 1)[groups]
 
 
 # ---- nearest -------------------------------------------------------------------------------------
 
 
 def find_nearest(
-    standardised: NDArray[np.float32],
-    reference: NDArray[np.float32],
-    *,
-    exact_pairs: int = EXACT_PAIRS,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Find each slice's most similar slice of a reference set.
+    standardised: FloatRows, reference: FloatRows, *, exact_pairs: int = EXACT_PAIRS
+) -> tuple[Indices, FloatRows]:
+    """Find each slice's most similar slice of a reference set of at least one slice.
 
-    Parameters
-    ----------
-    standardised : ndarray of float32, shape (N, 576)
-    reference : ndarray of float32, shape (M, 576), M >= 1
-    exact_pairs : int
-        Pairs, N times M, up to which the search is exact. Beyond it, the result may be the second
-        most similar slice. The correlation is exact in any case.
-
-    Returns
-    -------
-    nearest : ndarray of int64, shape (N,)
-        Row of the reference.
-    correlation : ndarray of float32, shape (N,)
-        In [-1, 1].
+    Return its row and the correlation in [-1, 1], shape (N,) each. With more than ``exact_pairs``
+    pairs, N times M, it may be the second most similar slice. The correlation is exact in any case.
     """
     count = len(standardised)
     if count * len(reference) <= exact_pairs:
@@ -304,7 +225,8 @@ def find_nearest(
         blocks = list_cells(sketches[:count], sketches[count:])
     nearest, correlation = np.zeros(count, np.int64), np.full(count, -np.inf, np.float32)
     for others, reached in run_blocks(find_nearest_rows, blocks, standardised, reference):
-        keep_nearer(nearest, correlation, np.arange(count), others, reached)
+        nearest = np.where(reached > correlation, others, nearest)
+        correlation = np.maximum(correlation, reached)
     return nearest, correlation
 
 
@@ -322,27 +244,20 @@ def find_nearest_rows(
         products = queries[rows] @ reference[columns].T
         best = products.argmax(axis=1)
         reached = products[np.arange(len(products)), best]
-        keep_nearer(nearest, product, numbers[rows], numbers[columns][best], reached)
+        nearer = reached > product[rows]
+        nearest[numbers[rows][nearer]] = numbers[columns][best][nearer]
+        product[numbers[rows][nearer]] = reached[nearer]
     return nearest, product
-
-
-def keep_nearer(
-    nearest: Indices, product: FloatRows, rows: Indices, others: Indices, reached: FloatRows
-) -> None:
-    """Update the rows whose new candidates are more similar."""
-    nearer = reached > product[rows]
-    nearest[rows[nearer]] = others[nearer]
-    product[rows[nearer]] = reached[nearer]
 
 
 # ---- blocks --------------------------------------------------------------------------------------
 
 
 def run_blocks(
-    work: Callable[..., Found],
+    work: Callable[..., Any],
     blocks: Sequence[Block],
     *shared: Any,  # noqa: ANN401 - any further arguments of the work
-) -> Iterator[Found]:
+) -> Iterator[Any]:
     """Yield results of ``work(part, *shared)``, whose parts are all of the blocks.
 
     Large work is done in Ray tasks, where Ray is running; `shared` goes to each node once.
@@ -434,28 +349,19 @@ def multiply_rows(vectors: FloatRows, left: Indices, right: Indices) -> FloatRow
 
 def iterate_candidates(
     blocks: Sequence[Block], sketches: FloatRows, min_product: float
-) -> Iterator[tuple[Indices, Indices]]:
-    """Yield batches of the pairs in blocks that may reach a threshold, by their sketches."""
+) -> Iterator[Indices]:
+    """Yield batches of pairs, shape (2, P), that may reach a threshold, by their sketches."""
     bound = min_product - _BOUND_SLACK
     numbers = np.arange(len(sketches))
-    waiting: list[tuple[Indices, Indices]] = []
+    waiting: list[Indices] = []
     for rows, columns in blocks:
-        left, right = _find_reaching(sketches[rows], sketches[columns], bound)
+        products = sketches[rows] @ sketches[columns].T
+        # The flat search is five times faster than nonzero in two dimensions.
+        left, right = np.divmod(np.flatnonzero(products >= bound), products.shape[1])
         left, right = numbers[rows][left], numbers[columns][right]
-        waiting.append((left[left != right], right[left != right]))
-        if sum(len(left) for left, _ in waiting) >= _BATCH_PAIRS:
-            yield _concatenate(waiting)
+        waiting.append(np.stack([left, right])[:, left != right])
+        if sum(pairs.shape[1] for pairs in waiting) >= _BATCH_PAIRS:
+            yield np.concatenate(waiting, axis=1)
             waiting = []
     if waiting:
-        yield _concatenate(waiting)
-
-
-def _concatenate(parts: list[tuple[Indices, Indices]]) -> tuple[Indices, Indices]:
-    left, right = zip(*parts, strict=True)
-    return np.concatenate(left), np.concatenate(right)
-
-
-def _find_reaching(left: FloatRows, right: FloatRows, bound: float) -> tuple[Indices, Indices]:
-    reaching = np.flatnonzero(left @ right.T >= bound)  # five times faster than nonzero in 2-D
-    rows, columns = np.divmod(reaching, len(right))
-    return rows, columns
+        yield np.concatenate(waiting, axis=1)

@@ -1,16 +1,32 @@
 """Read a scan's encoded bytes from a file or a row of a Parquet table, and open its slices."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import accumulate
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from brainray import storage
-from brainray.errors import RejectedImage, StorageError
+from brainray.errors import DataError, RejectedImage, StorageError
 from brainray.images.slices import ReadOptions, ScanFile, find_slice, open_file, split_name
 
 TABLE_SUFFIX = ".parquet"
+
+
+@contextmanager
+def open_table(uri: str) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file; a DataError if it cannot be read."""
+    filesystem, path = storage.resolve(uri)
+    try:
+        with pq.ParquetFile(path, filesystem=filesystem) as parquet:
+            yield parquet
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"Cannot read '{uri}' as Parquet: {storage.describe_error(error)}"
+        ) from error
 
 
 def read_scan(uri: str, row_group: int, row: int, *, max_bytes: int | None = None) -> bytes:
@@ -44,12 +60,12 @@ def name_scan(uri: str, row_group: int, row: int) -> str:
 
 @lru_cache(maxsize=8)
 def _find_first_rows(uri: str) -> list[int]:
-    """Return the number of each row group's first row in a Parquet file."""
+    """Return the number of each row group's first row in a Parquet file; last, that of all rows."""
     filesystem, path = storage.resolve(uri)
     with pq.ParquetFile(path, filesystem=filesystem) as parquet:
         groups = range(parquet.num_row_groups)
         sizes = [parquet.metadata.row_group(group).num_rows for group in groups]
-    return [sum(sizes[:group]) for group in groups]
+    return list(accumulate(sizes, initial=0))
 
 
 @lru_cache(maxsize=8)
@@ -91,15 +107,12 @@ def read_named_scan(scan_uri: str, *, max_bytes: int | None = None) -> bytes:
     table, mark, number = scan_uri.rpartition("#row=")
     if not mark or not table.endswith(TABLE_SUFFIX):
         return read_scan(scan_uri, -1, -1, max_bytes=max_bytes)
-    filesystem, path = storage.resolve(table)
     row = int(number)
     try:
-        with pq.ParquetFile(path, filesystem=filesystem) as parquet:
-            for group in range(parquet.metadata.num_row_groups):
-                rows = parquet.metadata.row_group(group).num_rows
-                if row < rows:
-                    return read_scan(table, group, row)
-                row -= rows
+        first_rows = _find_first_rows(table)
+        if 0 <= row < first_rows[-1]:
+            group = bisect_right(first_rows, row) - 1
+            return read_scan(table, group, row - first_rows[group])
     except (OSError, StorageError) as error:
         raise RejectedImage("unreadable", str(error)) from error
     raise RejectedImage("missing", f"No row {number} in '{table}'.")
@@ -114,16 +127,11 @@ class SampleReader:
         self._content = b""
         self._file: ScanFile | None = None
 
-    def read(self, uri: str, row_group: int, row: int) -> bytes:
-        """Read a file's bytes.
-
-        Raises
-        ------
-        RejectedImage
-            ``missing`` or ``unreadable``.
-        """
+    def read(self, uri: str, row_group: int, row: int, content: bytes | None = None) -> bytes:
+        """Return a file's bytes: `content` if they are available, else by :func:`read_scan`."""
         if (uri, row_group, row) != self._location:
-            content = read_scan(uri, row_group, row)
+            if content is None:
+                content = read_scan(uri, row_group, row)
             self._location, self._content, self._file = (uri, row_group, row), content, None
         return self._content
 
@@ -132,17 +140,12 @@ class SampleReader:
     ) -> tuple[ScanFile, int]:
         """Open a sample, of ``SAMPLE_SCHEMA``; return its file, and the index of its slice.
 
-        `content` is the file's bytes, if they are available.
-
         Raises
         ------
         RejectedImage
             The file or its header cannot be read, or it has no such slice.
         """
-        if content is None:
-            content = self.read(uri, row_group, row)
-        elif (uri, row_group, row) != self._location:
-            self._location, self._content, self._file = (uri, row_group, row), content, None
+        content = self.read(uri, row_group, row, content)
         if self._file is None:
             self._file = open_file(content, self._reading, key=self._key)
         return self._file, find_slice(self._file, None if frame < 0 else frame)

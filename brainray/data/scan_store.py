@@ -1,6 +1,8 @@
 """Scans in Ray's object store: the bytes and pixels that fingerprinting has read and decoded."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,71 +14,58 @@ from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions, ScanFile, open_slice
 
 
+@dataclass(frozen=True, slots=True)
 class PixelViews:
     """Preprocessed pixels of scans by index, as views of the node's object store."""
 
-    def __init__(self, views: dict[int, NDArray[np.uint8]], positions: NDArray[np.int64]) -> None:
-        self._views = views
-        self._positions = positions
+    views: dict[int, NDArray[np.uint8]]
+    """By block."""
+    positions: NDArray[np.int64]
+    """Block and row of each scan, shape (scans, 2)."""
 
     def take(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return a copy of some scans' pixels, shape (n, size_px, size_px)."""
-        side = next(iter(self._views.values())).shape[-1] if self._views else 0
+        side = next(iter(self.views.values())).shape[-1] if self.views else 0
         images = np.empty((len(indices), side, side), np.uint8)
-        for image, (block, row) in zip(images, self._positions[indices].tolist(), strict=True):
-            image[:] = self._views[block][row]
+        for image, (block, row) in zip(images, self.positions[indices].tolist(), strict=True):
+            image[:] = self.views[block][row]
         return images
 
 
+@dataclass(frozen=True, slots=True)
 class ScanStore:
     """Gives every scan's slices and pixels by index, from the object store or from storage.
 
     A task or worker gets a handle of a few hundred bytes.
     """
 
-    def __init__(
-        self,
-        samples: "ray.ObjectRef[pa.Table]",
-        reading: ReadOptions,
-        blocks: "Sequence[ray.ObjectRef[pa.Table]]" = (),
-        positions: "ray.ObjectRef[NDArray[np.int64]] | None" = None,
-        kept: Sequence[Preprocessing] = (),
-    ) -> None:
-        self._samples = samples
-        self.reading = reading
-        """Options for reading the files."""
-        self._blocks = blocks
-        self._positions = positions
-        self._kept = frozenset(map(name_pixels, kept))
-
-    @property
-    def samples(self) -> "ray.ObjectRef[pa.Table]":
-        """The sample table, in the object store."""
-        return self._samples
+    samples: "ray.ObjectRef[pa.Table]"
+    """The sample table, in the object store."""
+    reading: ReadOptions
+    """Options for reading the files."""
+    blocks: "Sequence[ray.ObjectRef[pa.Table]]" = ()
+    """Blocks with the files' bytes and the kept pixels."""
+    positions: "ray.ObjectRef[NDArray[np.int64]] | None" = None
+    """Block and row of each scan; None if the object store does not have the bytes."""
+    kept: Sequence[Preprocessing] = ()
+    """What the object store has pixels for."""
 
     @property
     def in_object_store(self) -> bool:
         """Whether Ray's object store has the files' bytes."""
-        return self._positions is not None
+        return self.positions is not None
 
     def holds_pixels(self, preprocessing: Preprocessing) -> bool:
         """Whether Ray's object store has the pixels for a preprocessing."""
-        return name_pixels(preprocessing) in self._kept
+        return name_pixels(preprocessing) in map(name_pixels, self.kept)
 
     def open_slices(self, indices: Sequence[int]) -> Iterator[tuple[ScanFile, int]]:
-        """Yield the file of each scan, and the index of its slice there.
+        """Yield the file of each scan, and the index of its slice there, or raise a RejectedImage.
 
         A file is opened once for slices that follow each other.
-
-        Raises
-        ------
-        RejectedImage
-            A file is gone, or it or its header cannot be read.
         """
-        samples: pa.Table = ray.get(self._samples)
-        rows = samples.select(["uri", "row_group", "row", "frame"]).take(
-            pa.array(indices, pa.int64())
-        )
+        columns = ray.get(self.samples).select(["uri", "row_group", "row", "frame"])
+        rows = columns.take(pa.array(indices, pa.int64()))
         tables, positions = self._fetch(indices) if self.in_object_store else ({}, None)
         reader = SampleReader(self.reading)
         for index, row in zip(indices, rows.to_pylist(), strict=True):
@@ -99,22 +88,16 @@ class ScanStore:
     def load_images(
         self, indices: Sequence[int], preprocessing: Preprocessing
     ) -> NDArray[np.uint8]:
-        """Return the network's input of some scans, in their order.
-
-        Returns
-        -------
-        ndarray of uint8, shape (n, size_px, size_px)
+        """Return the network's input of some scans, uint8 of shape (n, size_px, size_px).
 
         Raises
         ------
         RejectedImage
             A scan is gone, or cannot be decoded.
         """
-        side = preprocessing.size_px
-        images = np.empty((len(indices), side, side), np.uint8)
         if self.holds_pixels(preprocessing) and len(indices):
-            wanted = np.asarray(indices, np.int64)
-            return self.open_pixels(preprocessing, indices).take(wanted)
+            return self.open_pixels(preprocessing, indices).take(np.asarray(indices, np.int64))
+        images = np.empty((len(indices), preprocessing.size_px, preprocessing.size_px), np.uint8)
         order = np.argsort(indices, kind="stable")  # slices of one file together
         opened = self.open_slices([indices[position] for position in order])
         for position, (file, index) in zip(order, opened, strict=True):
@@ -123,22 +106,17 @@ class ScanStore:
 
     def _fetch(self, indices: Sequence[int]) -> tuple[dict[int, pa.Table], NDArray[np.int64]]:
         """Return the blocks with some scans, by number, and every scan's block and row."""
-        assert self._positions is not None
-        positions: NDArray[np.int64] = ray.get(self._positions)
+        assert self.positions is not None
+        positions: NDArray[np.int64] = ray.get(self.positions)
         needed = np.unique(positions[indices, 0]).tolist()
-        tables = ray.get([self._blocks[block] for block in needed])
+        tables = ray.get([self.blocks[block] for block in needed])
         return dict(zip(needed, tables, strict=True)), positions
-
-
-def _list_indices(table: pa.Table) -> NDArray[np.int64]:
-    """Return the scans of a block, in a Ray task, so that the driver fetches no pixels."""
-    indices: NDArray[np.int64] = table["index"].to_numpy()
-    return indices
 
 
 def locate_scans(blocks: "Sequence[ray.ObjectRef[pa.Table]]") -> NDArray[np.int64]:
     """Return each scan's block and row, shape (scans, 2)."""
-    task = ray.remote(_list_indices)
+    # In tasks, so that the driver fetches no pixels.
+    task: Any = ray.remote(lambda table: table["index"].to_numpy())
     indices = ray.get([task.remote(block) for block in blocks])
     positions = np.full((sum(map(len, indices)), 2), -1, np.int64)
     for block, index in enumerate(indices):

@@ -11,15 +11,15 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from wcmatch import glob
 
 from brainray import storage
-from brainray.data.labelled import is_hidden
-from brainray.data.read import TABLE_SUFFIX
+from brainray.data.labelled import is_hidden, make_absolute_below
+from brainray.data.read import TABLE_SUFFIX, open_table
 from brainray.errors import DataError, DicomWebError, RejectedImage
 
 LIST_SUFFIXES = (".txt", ".csv")
@@ -89,13 +89,10 @@ class Listing:
 def find_sources(scans_uris: Sequence[str]) -> list[ScanSource]:
     """Determine the kind of each `--scans-uri`.
 
-    Parameters
-    ----------
-    scans_uris : sequence of str
-        Folders (everything below them), globs (``**`` for any depth), single files, Parquet
-        tables with a column ``image_bytes``, a DICOMDIR for the files that it references, and
-        ``.txt`` or ``.csv`` lists of URIs; local, s3:// or gs://. Or scans in a PACS, as
-        :func:`brainray.io.dicomweb.parse_uri` has them.
+    They are folders (everything below them), globs (``**`` for any depth), single files, Parquet
+    tables with a column ``image_bytes``, a DICOMDIR for the files that it references, and ``.txt``
+    or ``.csv`` lists of URIs; local, s3:// or gs://. Or scans in a PACS, as
+    :func:`brainray.io.dicomweb.parse_uri` has them.
 
     Raises
     ------
@@ -139,70 +136,36 @@ def _is_index(uri: str) -> bool:
     return storage.get_name(uri).upper() == "DICOMDIR"
 
 
-class _Rows:
-    """Collects rows of the listing, column by column."""
+Row = tuple[str, str, int, int, int | None, int | None, str | None]
+"""A row of :data:`LISTING_SCHEMA`."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._columns: dict[str, list[Any]] = {name: [] for name in LISTING_SCHEMA.names}
-        self._tables: list[pa.Table] = []
 
-    def add(
-        self,
-        uri: str,
-        size_bytes: int | None = None,
-        modified_ns: int | None = None,
-        reason: str | None = None,
-    ) -> None:
-        """Add one file."""
-        values = (uri, uri, -1, -1, size_bytes, modified_ns, reason)
-        for column, value in zip(self._columns.values(), values, strict=True):
-            column.append(value)
-        self.count += 1
+def _describe_file(
+    uri: str,
+    size_bytes: int | None = None,
+    modified_ns: int | None = None,
+    reason: str | None = None,
+) -> Row:
+    return (uri, uri, -1, -1, size_bytes, modified_ns, reason)
 
-    def add_found(self, file: storage.FoundFile) -> None:
-        """Add a file of a listing."""
-        size = file.size_bytes if file.size_bytes >= 0 else None
-        self.add(file.uri, size, file.modified_ns or None)
 
-    def add_row_group(
-        self, file: storage.FoundFile, row_group: int, num_rows: int, offset: int
-    ) -> None:
-        """Add the rows of a row group, the first of which is row ``offset`` of its table."""
-        numbers = range(offset, offset + num_rows)
-        self._tables.append(
-            pa.table(
-                [
-                    pa.array([f"{file.uri}#row={number}" for number in numbers], pa.string()),
-                    pa.repeat(pa.scalar(file.uri), num_rows),
-                    pa.repeat(pa.scalar(row_group, pa.int32()), num_rows),
-                    pa.array(range(num_rows), pa.int64()),
-                    pa.nulls(num_rows, pa.int64()),
-                    pa.repeat(pa.scalar(file.modified_ns or None, pa.int64()), num_rows),
-                    pa.nulls(num_rows, pa.string()),
-                ],
-                schema=LISTING_SCHEMA,
-            )
-        )
-        self.count += num_rows
+def _describe_found(file: storage.FoundFile) -> Row:
+    size = file.size_bytes if file.size_bytes >= 0 else None
+    return _describe_file(file.uri, size, file.modified_ns or None)
 
-    def build(self) -> pa.Table:
-        """Return all rows."""
-        return pa.concat_tables([*self._tables, pa.table(self._columns, schema=LISTING_SCHEMA)])
+
+def _build_listing(rows: Sequence[Row], rest: Sequence[ScanSource] = (), **skipped: int) -> Listing:
+    columns: list[Sequence[object]] = list(zip(*rows, strict=True))
+    columns = columns or [()] * len(LISTING_SCHEMA)
+    return Listing(pa.table(columns, LISTING_SCHEMA), tuple(rest), **skipped)
 
 
 def list_source(
     source: ScanSource, *, leave_out: Sequence[str] = (), max_seconds: float = float("inf")
 ) -> Listing:
-    """List a source, up to a time and :data:`MAX_ROWS_PER_TASK`.
+    """List a source, up to a time and :data:`MAX_ROWS_PER_TASK`; the others are its ``rest``.
 
-    Parameters
-    ----------
-    source : ScanSource
-    leave_out : sequence of str
-        Folders to exclude: the job's own output.
-    max_seconds : float
-        After this time the remaining folders are returned as ``rest``.
+    ``leave_out`` are folders to exclude: the job's own output.
 
     Raises
     ------
@@ -216,28 +179,22 @@ def list_source(
         return _list_folder(source, leave_out, time.monotonic() + max_seconds)
     if source.kind == "dicomweb":
         return _list_dicomweb(source)
-    rows = _Rows()
     if source.kind == "list":
-        for uri in _read_list(source.uri):
-            rows.add(uri)
-        return Listing(rows.build())
+        return _build_listing([_describe_file(uri) for uri in _read_list(source.uri)])
     if source.kind == "index":
-        for uri in _read_index(source.uri):
-            _add_referenced(rows, uri)
-        return Listing(rows.build())
+        return _build_listing([_describe_referenced(uri) for uri in _read_index(source.uri)])
     file = storage.find_file(source.uri)
     if file is None:  # deleted since
-        rows.add(source.uri, reason="missing")
-    elif source.kind == "file":
-        rows.add_found(file)
-    else:
-        return _list_table(source, file, rows)
-    return Listing(rows.build())
+        return _build_listing([_describe_file(source.uri, reason="missing")])
+    if source.kind == "file":
+        return _build_listing([_describe_found(file)])
+    return _list_table(source, file)
 
 
 def _list_folder(source: ScanSource, leave_out: Sequence[str], deadline: float) -> Listing:
     omitted = tuple(storage.make_absolute(uri) + "/" for uri in leave_out)
-    rows, num_hidden, num_indices = _Rows(), 0, 0
+    rows: list[Row] = []
+    num_hidden = num_indices = 0
     waiting, tables = [source.uri], []
     while waiting:
         folder = waiting.pop()
@@ -249,13 +206,10 @@ def _list_folder(source: ScanSource, leave_out: Sequence[str], deadline: float) 
                 num_hidden += 1
             else:
                 reason = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
-                rows.add(folder, reason=reason)
-        for name in reversed(folders):
-            if f"{name}/".startswith(omitted or ("\0",)):
-                continue
-            waiting.append(name)
+                rows.append(_describe_file(folder, reason=reason))
+        waiting += [name for name in reversed(folders) if not f"{name}/".startswith(omitted)]
         for file in files:
-            if file.uri.startswith(omitted or ("\0",)):
+            if file.uri.startswith(omitted):
                 continue
             if is_hidden(file.relative_path):
                 num_hidden += 1
@@ -266,29 +220,27 @@ def _list_folder(source: ScanSource, leave_out: Sequence[str], deadline: float) 
             elif file.uri.endswith(TABLE_SUFFIX):
                 tables.append(ScanSource("table", file.uri, is_given=False))
             else:
-                rows.add_found(file)
-        if rows.count >= MAX_ROWS_PER_TASK or time.monotonic() >= deadline:
+                rows.append(_describe_found(file))
+        if len(rows) >= MAX_ROWS_PER_TASK or time.monotonic() >= deadline:
             break
     rest = [replace(source, uri=folder) for folder in waiting]
-    return Listing(rows.build(), (*rest, *tables), num_hidden, num_indices)
+    skipped = {"num_hidden": num_hidden, "num_indices": num_indices}
+    return _build_listing(rows, (*rest, *tables), **skipped)
 
 
 def _list_dicomweb(source: ScanSource) -> Listing:
     """List the instances of a study or series; of a search its studies, each another source."""
     from brainray.io.dicomweb import list_resources
 
-    rows = _Rows()
     try:
         found = list_resources(source.uri)
     except DicomWebError:
         if source.is_given:
             raise
-        rows.add(source.uri, reason="unreadable")
-        return Listing(rows.build())
-    for uri in found.instances:
-        rows.add(uri, modified_ns=UNCHANGED_NS)
-    studies = (ScanSource("dicomweb", uri, is_given=False) for uri in found.studies)
-    return Listing(rows.build(), tuple(studies))
+        return _build_listing([_describe_file(source.uri, reason="unreadable")])
+    rows = [_describe_file(uri, modified_ns=UNCHANGED_NS) for uri in found.instances]
+    studies = [ScanSource("dicomweb", uri, is_given=False) for uri in found.studies]
+    return _build_listing(rows, studies)
 
 
 def _matches(file: storage.FoundFile, root: str, pattern: str) -> bool:
@@ -301,38 +253,34 @@ def _name_below(uri: str, root: str) -> str:
     return uri.removeprefix(root).lstrip("/")
 
 
-def _list_table(source: ScanSource, file: storage.FoundFile, rows: _Rows) -> Listing:
+def _list_table(source: ScanSource, file: storage.FoundFile) -> Listing:
     """List a table's rows. A table without scans in a folder is listed as one rejected scan."""
     try:
         metadata = _read_table_metadata(file.uri)
     except DataError:
         if source.is_given:
             raise
-        rows.add(file.uri, reason="unsupported")
-        return Listing(rows.build())
-    offset = source.row_offset
-    for number in range(source.first_row_group, metadata.num_row_groups):
-        if rows.count >= MAX_ROWS_PER_TASK:
-            rest = replace(source, first_row_group=number, row_offset=offset)
-            return Listing(rows.build(), (rest,))
-        num_rows = metadata.row_group(number).num_rows
-        rows.add_row_group(file, number, num_rows, offset)
-        offset += num_rows
-    return Listing(rows.build())
+        return _build_listing([_describe_file(file.uri, reason="unsupported")])
+    uri, modified_ns, offset = file.uri, file.modified_ns or None, source.row_offset
+    rows: list[Row] = []
+    for group in range(source.first_row_group, metadata.num_row_groups):
+        if len(rows) >= MAX_ROWS_PER_TASK:
+            rest = replace(source, first_row_group=group, row_offset=offset)
+            return _build_listing(rows, [rest])
+        for row in range(metadata.row_group(group).num_rows):
+            rows.append((f"{uri}#row={offset + row}", uri, group, row, None, modified_ns, None))
+        offset += metadata.row_group(group).num_rows
+    return _build_listing(rows)
 
 
 def _read_table_metadata(uri: str) -> pq.FileMetaData:
-    filesystem, path = storage.resolve(uri)
-    try:
-        with pq.ParquetFile(path, filesystem=filesystem) as parquet:
-            metadata, names = parquet.metadata, parquet.schema_arrow.names
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"Cannot read '{uri}' as Parquet: {storage.describe_error(error)}"
-        ) from error
-    if "image_bytes" not in names:
-        raise DataError(f"Expected a column 'image_bytes' in '{uri}', found {', '.join(names)}.")
-    return metadata
+    with open_table(uri) as parquet:
+        names = parquet.schema_arrow.names
+        if "image_bytes" not in names:
+            raise DataError(
+                f"Expected a column 'image_bytes' in '{uri}', found {', '.join(names)}."
+            )
+        return parquet.metadata
 
 
 def _read_list(list_uri: str) -> Iterator[str]:
@@ -347,8 +295,7 @@ def _read_list(list_uri: str) -> Iterator[str]:
             raise DataError(
                 f"The list '{list_uri}' names scans in a PACS. Give their address as --scans-uri."
             )
-        is_absolute = "://" in entry or entry.startswith(("/", "~"))
-        yield storage.make_absolute(entry) if is_absolute else storage.join(folder, entry)
+        yield make_absolute_below(folder, entry)
 
 
 def _read_index(index_uri: str) -> list[str]:
@@ -356,8 +303,7 @@ def _read_index(index_uri: str) -> list[str]:
     from brainray.images.dicom_file import list_references  # imports pydicom
 
     try:
-        content = storage.read_bytes(index_uri, max_bytes=MAX_INDEX_BYTES)
-        references = list_references(content)
+        references = list_references(storage.read_bytes(index_uri, max_bytes=MAX_INDEX_BYTES))
     except FileNotFoundError:
         reason = "It does not exist any more."
     except RejectedImage as rejection:
@@ -370,17 +316,16 @@ def _read_index(index_uri: str) -> list[str]:
             storage.join(folder, *(part.lower() if is_lower else part for part in parts))
             for parts in references
         ]
+    # Not within the except block: an error in the file may hold identifiers of a patient.
     raise DataError(f"Cannot read the DICOMDIR at '{index_uri}': {reason} Give its folder instead.")
 
 
-def _add_referenced(rows: _Rows, uri: str) -> None:
-    """Add a file of an index; with size and time only if local: an object store takes a request."""
+def _describe_referenced(uri: str) -> Row:
+    """Describe a file of an index; size and time only if local: an object store takes a request."""
     if "://" in uri:
-        rows.add(uri)
-    elif file := storage.find_file(uri):
-        rows.add_found(file)
-    else:
-        rows.add(uri, reason="missing")
+        return _describe_file(uri)
+    file = storage.find_file(uri)
+    return _describe_found(file) if file else _describe_file(uri, reason="missing")
 
 
 def _read_entries(text: str, *, is_csv: bool) -> Iterator[str]:

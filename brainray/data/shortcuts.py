@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.tree import DecisionTreeClassifier
 
 from brainray.metrics import compute_accuracy
@@ -34,41 +34,28 @@ ALL_TOGETHER = "all together"
 
 
 def build_properties(scan: pa.Table) -> dict[str, FloatArray]:
-    """Compute the features of each property.
+    """Compute the features of each property, float64 of shape (N, d), by its name.
 
-    Parameters
-    ----------
-    scan : pyarrow.Table
-        Columns of :data:`brainray.data.fingerprint.PROPERTY_TYPES`; without nulls.
-
-    Returns
-    -------
-    dict of str to ndarray of float64, shape (N, d)
-        By the name of the property.
+    ``scan`` has the columns :data:`brainray.data.fingerprint.PROPERTY_TYPES`, without nulls.
     """
-
-    def stack(*columns: Any) -> FloatArray:  # noqa: ANN401 - whatever column_stack takes
-        return np.column_stack(columns).astype(np.float64)
-
     width, height = scan["width_px"].to_numpy(), scan["height_px"].to_numpy()
-    size_bytes = scan["size_bytes"].to_numpy()
-    return {
-        "size in pixels": stack(width, height),
-        "aspect ratio": stack(width / height),
+    properties = {
+        "size in pixels": [width, height],
+        "aspect ratio": [width / height],
         "colour mode": _encode(scan["mode"].to_pylist()),
         "file type": _encode(scan["format"].to_pylist()),
-        "bytes per pixel": stack(size_bytes / (width.astype(np.float64) * height)),
-        "mean brightness": stack(scan["mean_grey"].to_numpy()),
-        "border brightness": stack(
-            scan["border_grey"].to_numpy(), scan["border_dark_share"].to_numpy()
-        ),
+        "bytes per pixel": [scan["size_bytes"].to_numpy() / (width.astype(np.float64) * height)],
+        "mean brightness": [scan["mean_grey"].to_numpy()],
+        "border brightness": [scan["border_grey"].to_numpy(), scan["border_dark_share"].to_numpy()],
+    }
+    return {
+        name: np.column_stack(columns).astype(np.float64) for name, columns in properties.items()
     }
 
 
-def _encode(names: Sequence[str]) -> FloatArray:
+def _encode(names: Sequence[str]) -> list[NDArray[np.bool_]]:
     """Return one column of 0 and 1 for each name."""
-    kinds, index = np.unique(np.array(names), return_inverse=True)
-    return np.asarray(np.eye(len(kinds))[index], dtype=np.float64)
+    return [np.array(names) == name for name in np.unique(names)]
 
 
 def evaluate_shortcuts(
@@ -80,12 +67,7 @@ def evaluate_shortcuts(
 ) -> list[dict[str, Any]]:
     """Measure how well each property, and all of them together, predict the class.
 
-    Parameters
-    ----------
-    properties : dict of str to ndarray, shape (N, d)
-        From :func:`build_properties`.
-    labels, groups : ndarray of int64, shape (N,)
-        Images of one group are never on both sides of a fold.
+    Images of one group are never on both sides of a fold.
 
     Returns
     -------
@@ -137,35 +119,24 @@ def _evaluate_property(
     chance: float,
     seed: int,
 ) -> dict[str, Any]:
+    row: dict[str, Any] = {"property": name, "n": len(labels), "balanced_accuracy": chance}
+    row |= {"balanced_accuracy_ci95": None, "chance": chance}
     if (values == values[0]).all():
-        return {
-            "property": name,
-            "n": len(labels),
-            "balanced_accuracy": chance,
-            "balanced_accuracy_ci95": None,
-            "chance": chance,
-            "is_constant": True,
-            "is_above_chance": False,
-        }
-    predicted = np.empty_like(labels)
-    for train, held_out in parts:
-        tree = DecisionTreeClassifier(
-            max_depth=MAX_DEPTH,
-            min_samples_leaf=MIN_LEAF_SHARE,
-            class_weight="balanced",
-            random_state=seed,
-        )
-        predicted[held_out] = tree.fit(values[train], labels[train]).predict(values[held_out])
+        return row | {"is_constant": True, "is_above_chance": False}
+    tree = DecisionTreeClassifier(
+        max_depth=MAX_DEPTH,
+        min_samples_leaf=MIN_LEAF_SHARE,
+        class_weight="balanced",
+        random_state=seed,
+    )
+    predicted = cross_val_predict(tree, values, labels, cv=parts)
     scores = compute_accuracy(
         labels, predicted, groups=groups, num_resamples=NUM_RESAMPLES, seed=seed
     )
     interval = scores["balanced_accuracy_ci95"]
-    return {
-        "property": name,
-        "n": scores["n"],
+    return row | {
         "balanced_accuracy": scores["balanced_accuracy"],
         "balanced_accuracy_ci95": interval,
-        "chance": chance,
         "is_constant": False,
         "is_above_chance": bool(interval and interval[0] > chance),
     }

@@ -29,30 +29,17 @@ MANIFEST_SCHEMA = pa.schema(
 def split_groups(
     labels: NDArray[np.int64], groups: NDArray[np.int64], fraction: float, *, seed: int
 ) -> NDArray[np.bool_]:
-    """Choose groups for a held-out part, stratified by class.
+    """Choose groups for a held-out part, stratified by class; True, shape (N,), is held out.
 
-    Parameters
-    ----------
-    labels, groups : ndarray of int64, shape (N,)
-        Images of one group stay together.
-    fraction : float
-        Share of the images to hold out, in (0, 0.5]; rounded to 1/2, 1/3, 1/4 …
-    seed : int
-        The same seed holds out the same groups.
-
-    Returns
-    -------
-    ndarray of bool, shape (N,)
-        True for a held-out image.
+    ``fraction`` is the share of the images to hold out, in (0, 0.5], rounded to 1/2, 1/3, 1/4 …
+    Images of one group stay together.
 
     Raises
     ------
     DataError
         A class has fewer groups than a split needs.
     """
-    num_folds = max(2, round(1 / fraction))
-    names, counts = np.unique(labels, return_counts=True)
-    for label in names:
+    for label in np.unique(labels):
         present = len(np.unique(groups[labels == label]))
         if present < 2:
             raise DataError(
@@ -60,11 +47,9 @@ def split_groups(
                 f"Expected at least 2 to hold out {fraction:.0%}. Add images, or lower the "
                 "group threshold. Anonymised DICOM files may all name the same patient."
             )
-    num_folds = min(num_folds, len(np.unique(groups)), int(counts.max()))
-    folds = StratifiedGroupKFold(n_splits=num_folds, shuffle=True, random_state=seed)
-    held_out = np.zeros(len(labels), np.bool_)
-    _, chosen = next(folds.split(labels, labels, groups))
-    held_out[chosen] = True
+    largest = int(np.unique(labels, return_counts=True)[1].max())
+    num_folds = min(max(2, round(1 / fraction)), len(np.unique(groups)), largest)
+    held_out: NDArray[np.bool_] = _divide_groups(labels, groups, num_folds, seed) == 0
     for part in (held_out, ~held_out):
         absent = np.setdiff1d(labels, labels[part])
         if len(absent):
@@ -73,6 +58,17 @@ def split_groups(
                 "Add images, use a larger fraction, or give val and test folders."
             )
     return held_out
+
+
+def _divide_groups(
+    labels: NDArray[np.int64], groups: NDArray[np.int64], num_folds: int, seed: int
+) -> NDArray[np.int64]:
+    """Return the fold of every image, stratified by class; groups stay whole."""
+    splitter = StratifiedGroupKFold(n_splits=num_folds, shuffle=True, random_state=seed)
+    folds = np.empty(len(labels), np.int64)
+    for number, (_, chosen) in enumerate(splitter.split(labels, labels, groups)):
+        folds[chosen] = number
+    return folds
 
 
 def assign_splits(
@@ -93,50 +89,29 @@ def assign_splits(
     ----------
     given : sequence of str, length N
         "train", "val", "test", or "" without a given split.
-    labels, groups : ndarray of int64, shape (N,)
-
-    Returns
-    -------
-    ndarray of str, shape (N,)
-        "train", "val" or "test".
     """
+
+    def hold_out(name: str, fraction: float) -> None:
+        pool = np.flatnonzero(splits == "train")
+        if not len(pool):
+            raise DataError("No training images. Expected a train or Training folder.")
+        held_out = split_groups(labels[pool], groups[pool], fraction, seed=seed)
+        splits[pool[held_out]] = name
+
     splits = np.array(given, dtype="<U5")
-    undecided = splits == ""
-    if undecided.any():
-        splits[undecided] = "train"
-        if undecided.all() and test_fraction > 0:
-            _hold_out(splits, "test", labels, groups, test_fraction, seed=seed)
+    is_undivided = bool((splits == "").all())
+    splits[splits == ""] = "train"
+    if is_undivided and test_fraction > 0:
+        hold_out("test", test_fraction)
     if not (splits == "val").any():
-        _hold_out(splits, "val", labels, groups, val_fraction, seed=seed)
+        hold_out("val", val_fraction)
     return splits
-
-
-def _hold_out(
-    splits: NDArray[np.str_],
-    name: str,
-    labels: NDArray[np.int64],
-    groups: NDArray[np.int64],
-    fraction: float,
-    *,
-    seed: int,
-) -> None:
-    pool = np.flatnonzero(splits == "train")
-    if not len(pool):
-        raise DataError("No training images. Expected a train or Training folder.")
-    held_out = split_groups(labels[pool], groups[pool], fraction, seed=seed)
-    splits[pool[held_out]] = name
 
 
 def assign_folds(
     labels: NDArray[np.int64], groups: NDArray[np.int64], num_folds: int, *, seed: int
 ) -> NDArray[np.int64]:
-    """Assign a fold of cross-validation to every image, stratified by class; splits no group.
-
-    Parameters
-    ----------
-    labels, groups : ndarray of int64, shape (N,)
-    num_folds : int
-        At least 2.
+    """Assign a fold to every image, stratified by class; splits no group.
 
     Returns
     -------
@@ -148,7 +123,6 @@ def assign_folds(
     DataError
         A class has fewer groups than there are folds.
     """
-    folds = np.full(len(labels), -1, np.int64)
     for label in np.unique(labels):
         present = len(np.unique(groups[labels == label]))
         if present < num_folds:
@@ -156,9 +130,7 @@ def assign_folds(
                 f"Class number {label} has {present} groups of near duplicates or patients; "
                 f"{num_folds} folds need at least as many. Add images, or lower --folds."
             )
-    splitter = StratifiedGroupKFold(n_splits=num_folds, shuffle=True, random_state=seed)
-    for number, (_, chosen) in enumerate(splitter.split(labels, labels, groups)):
-        folds[chosen] = number
+    folds = _divide_groups(labels, groups, num_folds, seed)
     for number in range(num_folds):
         absent = np.setdiff1d(labels, labels[folds == number])
         if len(absent):
@@ -174,13 +146,8 @@ def describe_balance(
 ) -> list[dict[str, Any]]:
     """Compare the class shares of each part with those of the whole.
 
-    Parameters
-    ----------
-    parts : ndarray of str, shape (N,)
-        Name of each image's part.
-    names : sequence of str
-        The parts to describe; those without images are omitted.
-    labels : ndarray of int64, shape (N,)
+    ``parts`` has the name of each image's part. Those in ``names`` are described; those without
+    images are omitted.
 
     Returns
     -------

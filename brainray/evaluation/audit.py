@@ -3,10 +3,12 @@
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import tyro
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from brainray.cluster import check_fits, connect_ray
 from brainray.data import findings
 from brainray.data.findings import Nearest, Pair
 from brainray.data.fingerprint import PROPERTY_TYPES
-from brainray.data.labelled import FoundSamples, find_samples
+from brainray.data.labelled import find_samples
 from brainray.data.near_duplicates import (
     NEAR_DUPLICATE_CORRELATION,
     group_near_duplicates,
@@ -99,8 +101,14 @@ class AuditedData:
     """A grouped data set, n of whose images are readable, and their duplicates."""
 
     grouped: GroupedData
+    samples: pa.Table
+    """Every sample, readable or not, as are the rows of ``scan``."""
+    scan: pa.Table
+    kept: Numbers
+    """Sample numbers of the readable images, as are the following, shape (n,)."""
     labels: Numbers
-    """Of the readable images, as are the following, shape (n,)."""
+    groups: Numbers
+    """At the job's correlation, with the data set's own groups and with patients."""
     splits: NDArray[np.str_]
     """train, val, test, or empty if the data set has no splits."""
     exact_duplicates: Numbers
@@ -109,16 +117,6 @@ class AuditedData:
     """Groups at the near duplicates' correlation."""
     nearest: dict[str, Nearest]
     """By held-out split."""
-
-    @property
-    def groups(self) -> Numbers:
-        """Groups at the job's correlation, with the data set's own groups and with patients."""
-        return self.grouped.groups
-
-    @property
-    def kept(self) -> Numbers:
-        """Sample numbers."""
-        return self.grouped.kept
 
 
 def audit(job: AuditJob, *, log: Log = logger.info, verbose: bool = False) -> dict[str, Any]:
@@ -156,22 +154,20 @@ def audit(job: AuditJob, *, log: Log = logger.info, verbose: bool = False) -> di
         min_correlation=job.group_correlation,
         with_properties=True,
     )
-    found, scan, data = grouped.found, grouped.scan.table, _find_duplicates(grouped)
-    document = _describe_findings(job, found, scan, data)
+    data = _find_duplicates(grouped)
+    document = _describe_findings(job, data)
     document["shortcuts"] = evaluate_shortcuts(
-        build_properties(scan.take(data.kept)), data.labels, data.groups, seed=job.seed
+        build_properties(data.scan.take(data.kept)), data.labels, data.groups, seed=job.seed
     )
     if job.make_split == "grouped":
-        document["split"] = _write_split(job, found.samples, scan, data)
-    storage.write_table(
-        storage.join(job.output_uri, GROUPS_FILE), _build_groups_table(job, found, scan, data)
-    )
+        document["split"] = _write_split(job, data)
+    storage.write_table(storage.join(job.output_uri, GROUPS_FILE), _build_groups_table(job, data))
     document["audit_s"] = round(time.monotonic() - started, 1)
     report = render_audit_report(
         title="brainray data audit",
         document=document,
         galleries={
-            name: _draw_pairs(pairs, found.samples, data, job)
+            name: _draw_pairs(pairs, data, job.classes)
             for name, pairs in _choose_pairs(data).items()
         },
         configuration=asdict(job),
@@ -188,13 +184,7 @@ def audit(job: AuditJob, *, log: Log = logger.info, verbose: bool = False) -> di
 
 
 def parse_max_leak(text: str | None) -> float | None:
-    """Parse a share, as 5% or 0.05; None stays None.
-
-    Raises
-    ------
-    ConfigError
-        The text is no share.
-    """
+    """Parse a share, as 5% or 0.05, or raise a ConfigError; None stays None."""
     if text is None:
         return None
     number, is_percent = text.strip().removesuffix("%"), text.strip().endswith("%")
@@ -219,26 +209,27 @@ def list_excessive_leaks(document: dict[str, Any]) -> dict[str, float]:
 
 def _find_duplicates(grouped: GroupedData) -> AuditedData:
     """Find the duplicates and the nearest training images of the readable scans."""
-    kept, standardised = pa.array(grouped.kept), grouped.standardised
-    splits = np.array(grouped.found.samples["split"].take(kept).to_pylist(), dtype="<U5")
+    samples, scan, kept = grouped.found.samples, grouped.scan.table, pa.array(grouped.kept)
+    splits = np.array(samples["split"].take(kept).to_pylist(), dtype="<U5")
     return AuditedData(
         grouped=grouped,
+        samples=samples,
+        scan=scan,
+        kept=grouped.kept,
         labels=grouped.labels[grouped.kept],
+        groups=grouped.groups,
         splits=splits,
         exact_duplicates=findings.number_exact_duplicates(
-            grouped.scan.table["pixel_sha256"].take(kept).to_pylist()
+            scan["pixel_sha256"].take(kept).to_pylist()
         ),
         near=group_near_duplicates(
-            standardised,
-            min_correlation=NEAR_DUPLICATE_CORRELATION,
+            grouped.standardised, min_correlation=NEAR_DUPLICATE_CORRELATION
         ),
-        nearest=findings.find_nearest_references(splits, standardised),
+        nearest=findings.find_nearest_references(splits, grouped.standardised),
     )
 
 
-def _describe_findings(
-    job: AuditJob, found: FoundSamples, scan: pa.Table, data: AuditedData
-) -> dict[str, Any]:
+def _describe_findings(job: AuditJob, data: AuditedData) -> dict[str, Any]:
     """Summarise the findings, ready for JSON."""
     search: dict[str, Any] = {"search": "every pair"}
     if not is_exact(len(data.kept)):
@@ -253,10 +244,10 @@ def _describe_findings(
         "schema_version": AUDIT_SCHEMA_VERSION,
         "data_uri": job.data_uri,
         "classes": list(job.classes),
-        "num_scans": found.samples.num_rows,
+        "num_scans": data.samples.num_rows,
         "num_usable": len(data.kept),
-        "skipped": found.describe_skipped(),
-        "unreadable": _count_unreadable(scan, found.samples),
+        "skipped": data.grouped.found.describe_skipped(),
+        "unreadable": _count_unreadable(data),
         "class_balance": {
             split: {
                 name: int((data.labels[data.splits == split] == label).sum())
@@ -287,19 +278,21 @@ def _describe_findings(
             for split, nearest in data.nearest.items()
         },
         "max_leak": parse_max_leak(job.max_leak),
-        "resolution": _describe_resolution(scan.take(data.kept)),
+        "resolution": _describe_resolution(data.scan.take(data.kept)),
     }
 
 
-def _count_unreadable(scan: pa.Table, samples: pa.Table) -> list[dict[str, Any]]:
+def _count_unreadable(data: AuditedData) -> list[dict[str, Any]]:
     """Count the scans that could not be decoded, by reason and split; most frequent first."""
-    splits_by_reason: dict[str, Counter[str]] = {}
-    for reason, split in zip(scan["reason"].to_pylist(), samples["split"].to_pylist(), strict=True):
-        if reason:
-            splits_by_reason.setdefault(reason, Counter())[split] += 1
+    columns = {"reason": data.scan["reason"], "split": data.samples["split"]}
+    rejected = pd.DataFrame({name: column.to_pylist() for name, column in columns.items()}).dropna()
     rows = [
-        {"reason": reason, "n": counts.total(), "by_split": dict(sorted(counts.items()))}
-        for reason, counts in sorted(splits_by_reason.items())
+        {
+            "reason": reason,
+            "n": len(rows),
+            "by_split": rows["split"].value_counts(sort=False).sort_index().to_dict(),
+        }
+        for reason, rows in rejected.groupby("reason")
     ]
     return sorted(rows, key=lambda row: -row["n"])
 
@@ -325,11 +318,9 @@ def _describe_resolution(scan: pa.Table) -> dict[str, Any]:
     }
 
 
-def _build_groups_table(
-    job: AuditJob, found: FoundSamples, scan: pa.Table, data: AuditedData
-) -> pa.Table:
+def _build_groups_table(job: AuditJob, data: AuditedData) -> pa.Table:
     """Build the table with a row for every scan, readable or not."""
-    samples, count = found.samples, found.samples.num_rows
+    samples, scan, count = data.samples, data.scan, data.samples.num_rows
     nearest, correlation = np.full(count, -1), np.full(count, np.nan)
     for one in data.nearest.values():
         nearest[data.kept[one.rows]] = data.kept[one.nearest]
@@ -344,7 +335,7 @@ def _build_groups_table(
         column[data.kept] = values
         return pa.array(column, pa.int64(), mask=column < 0)
 
-    columns: dict[str, Any] = {
+    columns = {
         "path": samples["path"],
         "uri": samples["uri"],
         "content_sha256": scan["content_sha256"],
@@ -363,13 +354,10 @@ def _build_groups_table(
     return pa.table(columns)
 
 
-def _write_split(
-    job: AuditJob, samples: pa.Table, scan: pa.Table, data: AuditedData
-) -> dict[str, Any]:
+def _write_split(job: AuditJob, data: AuditedData) -> dict[str, Any]:
     """Write a new split that keeps every group whole; return its URI and balance."""
-    count = len(data.kept)
     splits = assign_splits(
-        [""] * count,
+        [""] * len(data.kept),
         data.labels,
         data.groups,
         val_fraction=job.val_fraction,
@@ -377,11 +365,11 @@ def _write_split(
         seed=job.seed,
     )
     in_fold = splits != "test"
-    folds = np.full(count, -1)
+    folds = np.full(len(data.kept), -1)
     folds[in_fold] = assign_folds(
         data.labels[in_fold], data.groups[in_fold], job.folds, seed=job.seed
     )
-    rows = samples.take(pa.array(data.kept))
+    rows = data.samples.take(pa.array(data.kept))
     manifest = pa.table(
         {
             **{name: rows[name] for name in LOCATION_COLUMNS},
@@ -389,7 +377,7 @@ def _write_split(
             "split": pa.array(splits.tolist()),
             "group": pa.array([str(group) for group in data.groups]),
             "fold": pa.array(folds, pa.int64(), mask=~in_fold),
-            "content_sha256": scan["content_sha256"].take(pa.array(data.kept)),
+            "content_sha256": data.scan["content_sha256"].take(pa.array(data.kept)),
         }
     )
     uri = storage.join(job.output_uri, SPLIT_FILE)
@@ -409,29 +397,22 @@ def _write_split(
 
 def _choose_pairs(data: AuditedData) -> dict[str, list[Pair]]:
     """Choose the pairs that the report shows, by gallery."""
-    chosen: dict[str, list[Pair]] = {}
+    copies, chosen = data.exact_duplicates, {}
     held_out = next((split for split in findings.REFERENCES if split in data.nearest), None)
     if held_out is None:
-        chosen["exact_duplicates"] = findings.list_exact_duplicates(
-            data.exact_duplicates, NUM_PAIRS_SHOWN
-        )
+        chosen["exact_duplicates"] = findings.list_exact_duplicates(copies, NUM_PAIRS_SHOWN)
     else:
         nearest = data.nearest[held_out]
         references = np.isin(data.splits, findings.REFERENCES[held_out])
         chosen["exact"] = findings.list_crossing_exact_duplicates(
-            data.exact_duplicates, nearest, references, NUM_PAIRS_SHOWN
+            copies, nearest, references, NUM_PAIRS_SHOWN
         )
-        chosen["near"] = findings.list_crossing_near_duplicates(
-            data.exact_duplicates, nearest, NUM_PAIRS_SHOWN
-        )
+        chosen["near"] = findings.list_crossing_near_duplicates(copies, nearest, NUM_PAIRS_SHOWN)
     conflicts = findings.find_conflicts(data.groups, data.labels, data.grouped.standardised)
-    chosen["conflicts"] = conflicts[:NUM_PAIRS_SHOWN]
-    return chosen
+    return chosen | {"conflicts": conflicts[:NUM_PAIRS_SHOWN]}
 
 
-def _draw_pairs(
-    pairs: list[Pair], samples: pa.Table, data: AuditedData, job: AuditJob
-) -> list[PicturedPair]:
+def _draw_pairs(pairs: list[Pair], data: AuditedData, classes: Sequence[str]) -> list[PicturedPair]:
     """Draw pairs of scans; a pair whose file is gone is left out."""
     drawn = []
     for pair in pairs:
@@ -441,14 +422,12 @@ def _draw_pairs(
             left, right = (render_picture(show_slice(file, index)) for file, index in opened)
         except RejectedImage:
             continue
-        rows = samples.take(pa.array(numbers))
-        labels = [job.classes[label] for label in rows["label"].to_pylist()]
-        paths = rows["path"].to_pylist()
+        rows = data.samples.take(pa.array(numbers)).to_pylist()
         sets = data.exact_duplicates[[pair.left, pair.right]]
         drawn.append(
             PicturedPair(
-                paths=(paths[0], paths[1]),
-                labels=(labels[0], labels[1]),
+                paths=(rows[0]["path"], rows[1]["path"]),
+                labels=(classes[rows[0]["label"]], classes[rows[1]["label"]]),
                 images_png=(left, right),
                 correlation=pair.correlation,
                 is_exact=bool(sets[0] >= 0 and sets[0] == sets[1]),

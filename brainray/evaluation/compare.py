@@ -1,26 +1,26 @@
 """Compare two classifiers by their predictions for the same images."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import tyro
 from numpy.typing import NDArray
 
 from brainray import storage
-from brainray.data.near_duplicates import merge_groups
-from brainray.errors import ConfigError, DataError
+from brainray.data.near_duplicates import Indices, merge_groups
+from brainray.errors import DataError
 from brainray.evaluation.rows import list_classes, read_evaluation_rows
 from brainray.inference.schema import stack_lists
-from brainray.metrics.comparison import COMPARED, compare_predictions
+from brainray.metrics.comparison import compare_predictions
 
 COMPARE_FILE = "compare.json"
 COMPARE_SCHEMA_VERSION = 1
 
-Rows = NDArray[np.int64]
+HASH = "content_sha256"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,13 +48,6 @@ class CompareJob:
     seed: int = 0
     """Seed of the resampling."""
 
-    def __post_init__(self) -> None:
-        if self.primary is not None and self.primary not in COMPARED:
-            raise ConfigError(
-                f"Unknown score '{self.primary}'. Expected --primary to be one of "
-                f"{', '.join(COMPARED)}."
-            )
-
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
@@ -71,10 +64,11 @@ class Predictions:
             return None
         return list(self.table[name].to_pylist())
 
-    def get_probs(self, classes: Sequence[str]) -> NDArray[np.float64]:
-        """Return the probabilities, shape (n, K), in the order of ``classes``."""
+    def get_probs(self, classes: Sequence[str], rows: pd.Series) -> NDArray[np.float64]:
+        """Return the probabilities of some rows, shape (n, K), in the order of ``classes``."""
         order = [self.classes.index(name) for name in classes]
-        return stack_lists(self.table["probs"])[:, order].astype(np.float64)
+        probs = stack_lists(self.table["probs"])[:, order].astype(np.float64)
+        return probs[np.asarray(rows, np.int64)]
 
     def describe(self) -> dict[str, Any]:
         """Describe them for compare.json."""
@@ -104,24 +98,23 @@ def compare(job: CompareJob) -> dict[str, Any]:
             f"Expected both to have the same classes; '{a.uri}' has {', '.join(a.classes)}, "
             f"'{b.uri}' has {', '.join(b.classes)}."
         )
-    key, rows_a, rows_b = _match_images(a, b, common=job.common)
-    labels = _match_labels(a, b, rows_a, rows_b)
-    groups = _join_groups(a, b, rows_a, rows_b)
+    key, images = _join_images(a, b, common=job.common)
+    groups = _join_groups(a, b, images)
     document: dict[str, Any] = {
         "schema_version": COMPARE_SCHEMA_VERSION,
         "a": a.describe(),
         "b": b.describe(),
         "join": {
             "by": key,
-            "num_only_a": a.table.num_rows - len(rows_a),
-            "num_only_b": b.table.num_rows - len(rows_b),
+            "num_only_a": a.table.num_rows - len(images),
+            "num_only_b": b.table.num_rows - len(images),
             "has_groups": groups is not None,
         },
         "classes": list(a.classes),
         **compare_predictions(
-            np.array([a.classes.index(label) for label in labels], np.int64),
-            a.get_probs(a.classes)[rows_a],
-            b.get_probs(a.classes)[rows_b],
+            np.array([a.classes.index(label) for label in images["label_a"]], np.int64),
+            a.get_probs(a.classes, images["row_a"]),
+            b.get_probs(a.classes, images["row_b"]),
             a.classes,
             groups=groups,
             primary=job.primary,
@@ -160,80 +153,76 @@ def _read_predictions(uri: str, split: str) -> Predictions:
     return Predictions(file, table, classes)
 
 
-def _match_images(a: Predictions, b: Predictions, *, common: bool) -> tuple[str, Rows, Rows]:
-    """Return the key that the tables are joined by, and the rows of the same images in both.
+def _join_images(a: Predictions, b: Predictions, *, common: bool) -> tuple[str, pd.DataFrame]:
+    """Return the key that the tables are joined by, and ``row_a`` and ``row_b`` of each image.
 
     The key is ``path`` if the tables share any, and then the content must be equal too; else
     ``content_sha256``, because a data set may have moved. Equal images are numbered.
     """
     share_paths = not set(a.get("path") or ()).isdisjoint(b.get("path") or ())
-    key = "path" if share_paths else "content_sha256"
-    images_a, images_b = _number_images(a, key), _number_images(b, key)
-    shared = sorted(images_a.keys() & images_b.keys())
-    only_a, only_b = (sorted(one - set(shared)) for one in (images_a.keys(), images_b.keys()))
-    if not shared:
+    key = "path" if share_paths else HASH
+    numbered = [_number_images(one, key) for one in (a, b)]
+    joined = numbered[0].merge(
+        numbered[1], on=["name", "number"], how="outer", suffixes=("_a", "_b"), indicator="found"
+    )
+    images = joined[joined["found"] == "both"].astype({"row_a": int, "row_b": int})
+    alone = joined[joined["found"] != "both"].sort_values("found", kind="stable")
+    if images.empty:
         raise DataError(f"'{a.uri}' and '{b.uri}' have no image in common.")
-    if (only_a or only_b) and not common:
+    if len(alone) and not common:
+        only_a = int((alone["found"] == "left_only").sum())
         raise DataError(
-            f"Expected both to be of the same images; {len(only_a)} are only in '{a.uri}', "
-            f"{len(only_b)} only in '{b.uri}' (such as {(only_a or only_b)[0][0]}), {len(shared)} "
-            "in both. Pass --common to compare on those."
+            f"Expected both to be of the same images; {only_a} are only in '{a.uri}', "
+            f"{len(alone) - only_a} only in '{b.uri}' (such as {alone['name'].iloc[0]}), "
+            f"{len(images)} in both. Pass --common to compare on those."
         )
-    rows_a = np.array([images_a[image] for image in shared], np.int64)
-    rows_b = np.array([images_b[image] for image in shared], np.int64)
-    hashes_a, hashes_b = a.get("content_sha256"), b.get("content_sha256")
-    if hashes_a and hashes_b:
-        pairs = zip(rows_a, rows_b, strict=True)
-        changed = [at for at, bt in pairs if hashes_a[at] != hashes_b[bt]]
-        if changed:
+    if a.get(HASH) and b.get(HASH):
+        changed = images[images["hash_a"] != images["hash_b"]]
+        if len(changed):
             raise DataError(
                 f"{len(changed)} images have another content in '{b.uri}' than in '{a.uri}', such "
-                f"as {(a.get('path') or hashes_a)[changed[0]]}. Evaluate both classifiers on the "
-                "same files."
+                f"as {changed['path_a'].iloc[0]}. Evaluate both classifiers on the same files."
             )
-    return key, rows_a, rows_b
+    differing = images[images["label_a"] != images["label_b"]]
+    if len(differing):
+        first = differing.iloc[0]
+        raise DataError(
+            f"Expected the same true classes; {len(differing)} of {len(images)} images differ: "
+            f"{first['path_a']} is {first['label_a']} in '{a.uri}', {first['label_b']} in "
+            f"'{b.uri}'."
+        )
+    return key, images
 
 
-def _number_images(predictions: Predictions, key: str) -> dict[tuple[str, int], int]:
-    """Map each image, as (key, number among equal keys by class and path), to its row."""
+def _number_images(predictions: Predictions, key: str) -> pd.DataFrame:
+    """List the images by ``name``, that of the key, and ``number`` among those of equal name.
+
+    Images of equal name are numbered by class and path.
+    """
     names = predictions.get(key)
     if names is None:
         raise DataError(
             f"Expected the column path or content_sha256, filled in every row, in "
             f"'{predictions.uri}', found {', '.join(predictions.table.column_names)}."
         )
-    labels = predictions.table["true_class"].to_pylist()
-    paths = predictions.get("path") or names
-    seen: Counter[str] = Counter()
-    images = {}
-    for row in sorted(range(len(names)), key=lambda at: (labels[at], paths[at], at)):
-        images[names[row], seen[names[row]]] = row
-        seen[names[row]] += 1
-    return images
+    columns = {
+        "name": names,
+        "label": predictions.table["true_class"].to_pylist(),
+        "path": predictions.get("path") or names,
+        "hash": predictions.get(HASH) or names,
+        "row": range(len(names)),
+    }
+    images = pd.DataFrame(columns).sort_values(["label", "path", "row"])
+    return images.assign(number=images.groupby("name").cumcount())
 
 
-def _match_labels(a: Predictions, b: Predictions, rows_a: Rows, rows_b: Rows) -> list[str]:
-    """Return the true classes; raise if the tables differ in any."""
-    y_true, other = (one.table["true_class"].to_pylist() for one in (a, b))
-    pairs = list(zip(rows_a, rows_b, strict=True))
-    differing = [(at, bt) for at, bt in pairs if y_true[at] != other[bt]]
-    if differing:
-        at, bt = differing[0]
-        image = (a.get("path") or a.get("content_sha256") or [at])[at]
-        raise DataError(
-            f"Expected the same true classes; {len(differing)} of {len(pairs)} images differ: "
-            f"{image} is {y_true[at]} in '{a.uri}', {other[bt]} in '{b.uri}'."
-        )
-    return [y_true[at] for at in rows_a]
-
-
-def _join_groups(a: Predictions, b: Predictions, rows_a: Rows, rows_b: Rows) -> Rows | None:
+def _join_groups(a: Predictions, b: Predictions, images: pd.DataFrame) -> Indices | None:
     """Return the connected components of both groupings; None if there is no group."""
     known = [
-        np.unique(np.array(groups)[rows], return_inverse=True)[1]
-        for groups, rows in ((a.get("group"), rows_a), (b.get("group"), rows_b))
+        pd.factorize(np.array(groups)[rows], sort=True)[0]
+        for groups, rows in ((a.get("group"), images["row_a"]), (b.get("group"), images["row_b"]))
         if groups is not None
     ]
     if not known:
         return None
-    return merge_groups(known[0].astype(np.int64), [str(group) for group in known[-1]])
+    return merge_groups(known[0], [str(group) for group in known[-1]])

@@ -1,7 +1,6 @@
 """Evaluate a classifier on a labelled data set."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
@@ -9,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tyro
-from numpy.typing import NDArray
 
 from brainray import storage
 from brainray.cluster import check_fits, connect_ray, describe_gpu_need, report_waiting
@@ -24,7 +22,6 @@ from brainray.data.splits import hash_manifest
 from brainray.errors import DataError
 from brainray.evaluation.prepared import (
     MANIFEST_FILE,
-    GroupedData,
     PreparedData,
     group_samples,
     split_samples,
@@ -120,7 +117,13 @@ def _find_training_manifest(
 def _prepare_evaluation_data(
     found: FoundSamples, classifier: Classifier, training: pa.Table | None, job: EvaluateJob
 ) -> PreparedData:
-    """Scan and group the data, and find the nearest training image of each scan."""
+    """Scan and group the data, and find the nearest training image of each scan.
+
+    Scans are grouped as if they were in one data set with the training images: two that are similar
+    to one training image get one group, as in a training run that evaluates its own test split.
+    Both give the same intervals. Patients in both data sets are not detected, because the training
+    manifest names none.
+    """
     data = group_samples(
         found,
         classifier.classes,
@@ -133,33 +136,14 @@ def _prepare_evaluation_data(
         return split_samples(data, classifier.classes, splits)
     reference = training.filter(pc.is_in(training["split"], pa.array(["train", "val"])))
     known = standardise_thumbnails(stack_thumbnails(reference["thumbnail"]))
-    groups = _group_with_training(
-        data, known, reference["group"].to_pylist(), job.group_correlation
+    near_duplicates = group_near_duplicates(
+        np.concatenate([data.standardised, known]), min_correlation=job.group_correlation
     )
+    names = [f"own {group}" for group in data.groups]
+    names += [f"known {group}" for group in reference["group"].to_pylist()]
+    groups = merge_groups(near_duplicates, names)[: len(data.groups)]
     prepared = split_samples(replace(data, groups=groups), classifier.classes, splits)
     nearest, correlation = find_nearest(data.standardised, known)
     labels = reference["label"].take(pa.array(nearest)).to_pylist()
-    return replace(
-        prepared, manifest=write_nearest(prepared.manifest, data.kept, correlation, labels)
-    )
-
-
-def _group_with_training(
-    data: GroupedData,
-    known: NDArray[np.float32],
-    known_groups: Sequence[int],
-    min_correlation: float,
-) -> NDArray[np.int64]:
-    """Group scans as if they were in one data set with the training images.
-
-    Two scans that are similar to one training image get one group, as in a training run that
-    evaluates its own test split: both give the same intervals. Patients in both data sets are not
-    detected, because the training manifest names none.
-    """
-    near_duplicates = group_near_duplicates(
-        np.concatenate([data.standardised, known]),
-        min_correlation=min_correlation,
-    )
-    names = [f"own {group}" for group in data.groups]
-    names += [f"known {group}" for group in known_groups]
-    return merge_groups(near_duplicates, names)[: len(data.groups)]
+    manifest = write_nearest(prepared.manifest, data.kept, correlation, labels)
+    return replace(prepared, manifest=manifest)

@@ -1,5 +1,6 @@
 """Scan, group and split a data set, for training and for evaluation."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from brainray.data.expand import expand_files
-from brainray.data.findings import REFERENCES
-from brainray.data.fingerprint import Fingerprints, fingerprint_samples
+from brainray.data.findings import REFERENCES, find_nearest_references
+from brainray.data.fingerprint import Fingerprints, expand_files, fingerprint_samples
 from brainray.data.labelled import FoundSamples
 from brainray.data.near_duplicates import (
-    find_nearest,
+    THUMBNAIL_PX,
     group_near_duplicates,
     merge_groups,
     standardise_thumbnails,
@@ -75,12 +75,9 @@ class PreparedData:
     def count_rejected(self, given_split: str | None = None) -> dict[str, int]:
         """Count rejected scans by reason, of all or of a split that the data set gives."""
         given = self.found.samples["split"].to_pylist()
-        reasons = [
-            reason
-            for reason, split in zip(self.manifest["reason"].to_pylist(), given, strict=True)
-            if reason and given_split in (None, split)
-        ]
-        return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+        reasons = zip(self.manifest["reason"].to_pylist(), given, strict=True)
+        counts = Counter(why for why, split in reasons if why and given_split in (None, split))
+        return dict(sorted(counts.items()))
 
 
 def group_samples(
@@ -94,18 +91,9 @@ def group_samples(
 ) -> GroupedData:
     """Decode every scan once, and group scans of one patient and similar scans.
 
-    Files with several slices are expanded first: a scan is one slice.
-
-    Parameters
-    ----------
-    keep : sequence of Preprocessing
-        Pixels to leave in the object store, if they fit.
-    reading : ReadOptions
-        How the files are read.
-    min_correlation : float
-        Thumbnails of one group correlate at least this much, in (0, 1].
-    with_properties : bool
-        As in :func:`brainray.data.fingerprint.fingerprint_samples`.
+    Files with several slices are expanded first: a scan is one slice. ``keep``, ``reading`` and
+    ``with_properties`` are those of :func:`brainray.data.fingerprint.fingerprint_samples`.
+    Thumbnails of one group correlate at least ``min_correlation``, in (0, 1].
 
     Raises
     ------
@@ -130,20 +118,9 @@ def join_groups(
 ) -> NDArray[np.int64]:
     """Join groups of similar slices with the data set's own groups, and with patients.
 
-    Parameters
-    ----------
-    near_duplicates : ndarray of int64, shape (n,)
-        Groups of the samples ``kept``.
-    samples, scan : Table
-        Sample table and scan table, in sample order.
-    kept : ndarray of int64, shape (n,)
-        Numbers of the readable samples.
-
-    Returns
-    -------
-    ndarray of int64, shape (n,)
-        Connected components: each patient and each given group is in one of them. Their numbers
-        do not depend on the key of the hashes.
+    ``near_duplicates`` are the groups of the samples with the numbers ``kept``. The result are
+    connected components: each patient and each given group is in one of them. Their numbers do not
+    depend on the key of the hashes.
     """
     for names in (samples["group"], find_patients(samples, scan)):
         near_duplicates = merge_groups(near_duplicates, names.take(pa.array(kept)).to_pylist())
@@ -170,32 +147,30 @@ def split_samples(
 ) -> PreparedData:
     """Assign splits, and find the most similar scan among those that a scan is held out from.
 
-    Parameters
-    ----------
-    splits : ndarray of str, shape (n,)
-        Of the readable scans.
-    references : mapping of str to sequence of str
-        For each held-out split, the splits that it is held out from.
+    ``splits`` are those of the readable scans, shape (n,). ``references`` has for each held-out
+    split the splits that it is held out from.
     """
     every_split = np.full(len(data.labels), "rejected", dtype="<U12")
     every_split[data.kept] = splits
     manifest = _build_manifest(data, classes, every_split)
-    for split, others in references.items():
-        queries, pool = np.flatnonzero(splits == split), np.flatnonzero(np.isin(splits, others))
-        if len(queries) and len(pool):
-            nearest, correlation = find_nearest(data.standardised[queries], data.standardised[pool])
-            labels = manifest["label"].take(pa.array(data.kept[pool[nearest]])).to_pylist()
-            manifest = write_nearest(manifest, data.kept[queries], correlation, labels)
-    table = data.scan.table.drop_columns(list(IDENTIFIERS))
-    for name in set(SCAN_SCHEMA.names).difference(table.column_names):
-        table = table.append_column(name, pa.nulls(table.num_rows, SCAN_SCHEMA.field(name).type))
+    for nearest in find_nearest_references(splits, data.standardised, references).values():
+        labels = manifest["label"].take(pa.array(data.kept[nearest.nearest])).to_pylist()
+        rows = data.kept[nearest.rows]
+        manifest = write_nearest(manifest, rows, nearest.correlation, labels)
+    absent = {*IDENTIFIERS, "modified_ns"}
+    scans = [
+        pa.nulls(len(data.labels), column.type)
+        if column.name in absent
+        else data.scan.table[column.name]
+        for column in SCAN_SCHEMA
+    ]
     return PreparedData(
         found=data.found,
         manifest=manifest,
         labels=data.labels,
         splits=every_split,
         store=data.scan.store,
-        scans=table.select(SCAN_SCHEMA.names).cast(SCAN_SCHEMA),
+        scans=pa.table(scans, SCAN_SCHEMA),
         num_named=data.num_named,
     )
 
@@ -242,8 +217,7 @@ def write_nearest(
 
 def stack_thumbnails(column: pa.ChunkedArray) -> NDArray[np.uint8]:
     """Return thumbnails as an array of uint8, shape (N, 576)."""
-    rows = [np.frombuffer(value, np.uint8) for value in column.to_pylist()]
-    return np.stack(rows) if rows else np.zeros((0, 576), np.uint8)
+    return np.frombuffer(b"".join(column.to_pylist()), np.uint8).reshape(-1, THUMBNAIL_PX**2)
 
 
 def _find_readable(

@@ -24,20 +24,10 @@ from brainray.model.calibration import Calibration
 def add_labels(
     rows: pa.Table, data: PreparedData, indices: NDArray[np.int64], calibration: Calibration
 ) -> pa.Table:
-    """Add labels to predictions.
+    """Add labels to rows of the prediction table, those of the samples ``indices``.
 
-    Parameters
-    ----------
-    rows : Table
-        Rows of the prediction table with ``logits``, of the samples ``indices``, in their order.
-    calibration : Calibration
-        Of the classifier that predicted.
-
-    Returns
-    -------
-    Table
-        ``probs`` are calibrated probabilities in class order. Scores count every image, so a
-        rejected image has them too, although its ``prob_<class>`` is null.
+    ``probs`` are calibrated probabilities in class order. Scores count every image, so a rejected
+    image has them too, although its ``prob_<class>`` is null.
     """
     manifest = data.manifest.take(pa.array(indices))
     probs = calibration.calibrate(stack_lists(rows["logits"]))
@@ -53,14 +43,7 @@ def add_labels(
 
 
 def read_evaluation_rows(uri: str) -> pa.Table:
-    """Read an evaluation table.
-
-    Raises
-    ------
-    FileNotFoundError
-    DataError
-        It has no labels, or an earlier version wrote it.
-    """
+    """Read an evaluation table; a DataError if it has no labels, or an earlier version wrote it."""
     rows = storage.read_table(uri)
     if "true_class" not in rows.column_names:
         raise DataError(

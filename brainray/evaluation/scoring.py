@@ -1,5 +1,6 @@
 """Evaluate a classifier on a prepared data set: predictions, metrics, report, model card."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -65,18 +66,18 @@ def evaluate_split(
         return metrics
     nearest = np.array([classes.index(name) for name in rows["nearest_label"].to_pylist()])
     baseline = compute_accuracy(labels, nearest, groups=groups)
-    metrics["near_duplicate_correlation"] = NEAR_DUPLICATE_CORRELATION
-    metrics["without_near_duplicates"] = baseline["without_near_duplicates"] = {"n": 0}
-    metrics["baseline_1nn"] = baseline
+    without: dict[str, Any] = {"n": 0}
+    baseline_without: dict[str, Any] = {"n": 0}
     apart = correlation < NEAR_DUPLICATE_CORRELATION
     if apart.any():
-        metrics["without_near_duplicates"] = compute_evaluation(
-            labels[apart], probs[apart], classes, groups=groups[apart]
-        )
-        baseline["without_near_duplicates"] = compute_accuracy(
-            labels[apart], nearest[apart], groups=groups[apart]
-        )
-    return metrics
+        labels, groups = labels[apart], groups[apart]
+        without = compute_evaluation(labels, probs[apart], classes, groups=groups)
+        baseline_without = compute_accuracy(labels, nearest[apart], groups=groups)
+    return metrics | {
+        "near_duplicate_correlation": NEAR_DUPLICATE_CORRELATION,
+        "without_near_duplicates": without,
+        "baseline_1nn": baseline | {"without_near_duplicates": baseline_without},
+    }
 
 
 def evaluate_calibration(
@@ -101,13 +102,13 @@ def evaluate_calibration(
         probs = scaling.calibrate(logits)
         found = compute_evaluation(labels, probs, classes, num_resamples=0)
         scores[name] = {score: found[score] for score in ("log_loss", "brier", "ece")}
-    without_class = [reason for reason in reasons if reason]
+    without_class = Counter(reason for reason in reasons if reason)
     return {
         "calibration": {"method": calibration.facts.get("method", "none"), **scores},
         "selective": compute_risk_coverage(
             labels, probs, classes, min_confidence=calibration.min_confidence
         ),
-        "by_reason": {reason: without_class.count(reason) for reason in sorted(set(without_class))},
+        "by_reason": dict(sorted(without_class.items())),
     }
 
 
@@ -127,7 +128,7 @@ def _add_class_maps(
     for row, class_map in zip(worst, explained["class_map"].to_pylist(), strict=True):
         class_maps[row] = class_map
     field = rows.schema.field("class_map")
-    column = rows.schema.get_field_index("class_map")
+    column = rows.column_names.index("class_map")
     return rows.set_column(column, field, pa.array(class_maps, field.type))
 
 
@@ -177,8 +178,6 @@ def evaluate_and_report(
     ----------
     splits : sequence of str
         Splits to evaluate; the report shows mistakes of the last one.
-    engine : EngineOptions
-        What predicts.
     title, configuration, facts, records
         As in :func:`brainray.reports.evaluation.render_evaluation_report`.
     training : dict, optional
@@ -250,15 +249,12 @@ def evaluate_and_report(
 def write_model_card(
     classifier_uri: str, data: PreparedData, metrics: dict[str, Any], *, data_uri: str
 ) -> None:
-    """Write the model card of a trained classifier into its bundle, as Markdown and as JSON.
-
-    Of the data's URI, only the last name is written.
-    """
+    """Write a trained classifier's model card into its bundle; of the data's URI, the last name."""
     metadata = read_classifier_metadata(classifier_uri)
     counted = {"name": storage.get_name(data_uri), **summarise_data(data, metadata["classes"])}
     model_card = build_model_card(metadata, metrics, counted)
-    text = render_model_card(model_card)
-    storage.write_bytes(storage.join(classifier_uri, MODEL_CARD_FILE), text.encode())
+    text = render_model_card(model_card).encode()
+    storage.write_bytes(storage.join(classifier_uri, MODEL_CARD_FILE), text)
     amend_classifier_metadata(classifier_uri, {"model_card": model_card})
 
 
@@ -281,7 +277,7 @@ def summarise_data(data: PreparedData, classes: Sequence[str]) -> dict[str, Any]
 
     def count_classes(split: str) -> list[int]:
         labels = data.labels[data.select(split)]
-        return [int(count) for count in np.bincount(labels, minlength=len(classes))]
+        return list(np.bincount(labels, minlength=len(classes)).tolist())
 
     return {
         "num_scans": samples.num_rows,

@@ -25,7 +25,7 @@ from brainray.evaluation.rows import list_classes
 from brainray.inference.labels import read_label_table
 from brainray.inference.series import INDETERMINATE, SeriesRule, decide_series, summarise_series
 from brainray.inference.store import PREDICTIONS_FOLDER, PredictionStore
-from brainray.metrics.bootstrap import describe_score, resample
+from brainray.metrics.scores import describe_score, resample
 from brainray.runlog import Log
 
 logger = logging.getLogger(__name__)
@@ -203,24 +203,19 @@ def _measure_series(
     rows = rows.sort_by("series")
     names = np.array(rows["series"].to_pylist(), dtype=object)
     bounds = [*np.flatnonzero(np.append(True, names[1:] != names[:-1])).tolist(), rows.num_rows]
-    measured, classes_of, patients, can_answer, before = [], [], [], [], []
+    series = []
     for start, end in pairwise(bounds):
         slices = rows.slice(start, end - start).to_pylist()
         first = slices[0]
         summary = summarise_series(slices, classes, rule)
-        measured.append(_measure(slices, classes, rule))
-        classes_of.append(labels[first[by]])
-        patients.append(first["patient"] or first["study"] or first["series"])
-        can_answer.append(summary["reason"] not in ("localizer", "too_few_slices"))
-        before.append(_find_class(summary["answer"], classes))
-    return LabelledSeries(
-        labels=np.array(classes_of, np.int64),
-        groups=np.unique(patients, return_inverse=True)[1].astype(np.int64),
-        can_answer=np.array(can_answer),
-        evidence=np.stack([evidence for evidence, _ in measured]),
-        runs=np.stack([runs for _, runs in measured]),
-        answers_before=np.array(before, np.int64),
-    )
+        evidence, runs = _measure(slices, classes, rule)
+        patient = first["patient"] or first["study"] or first["series"]
+        can_answer = summary["reason"] not in ("localizer", "too_few_slices")
+        before = _find_class(summary["answer"], classes)
+        series.append((labels[first[by]], patient, can_answer, evidence, runs, before))
+    labels_of, patients, *others = zip(*series, strict=True)
+    groups = np.unique(patients, return_inverse=True)[1]
+    return LabelledSeries(np.array(labels_of), groups, *map(np.array, others))
 
 
 def _measure(
@@ -345,8 +340,7 @@ def _score_answers(
             "specificity": specificity,
         }
 
-    num_groups = int(labelled.groups.max()) + 1
-    scores = resample(score, labelled.groups, num_groups, job.num_resamples, job.seed)
+    scores = resample(score, labelled.groups, job.num_resamples, job.seed)
     return {
         **describe_score("score", scores["score"]),
         **describe_score("indeterminate", scores["indeterminate"]),

@@ -1,6 +1,6 @@
 """Compare two classifiers on the same images: differences with intervals, tests, verdicts."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,9 +8,15 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binom, norm, rankdata
 
 from brainray.errors import ConfigError
-from brainray.metrics.bootstrap import compute_interval, resample
-from brainray.metrics.checks import check_predictions, number_groups
-from brainray.metrics.scores import FloatArray, IntArray, Scores, add_macro_averages, build_scorer
+from brainray.metrics.evaluation import check_predictions, number_groups
+from brainray.metrics.scores import (
+    FloatArray,
+    add_macro_averages,
+    build_scorer,
+    compute_interval,
+    describe_score,
+    resample,
+)
 
 COMPARED = ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "log_loss")
 """Scores that are compared, as :func:`brainray.metrics.compute_evaluation` defines them."""
@@ -37,17 +43,15 @@ def compare_predictions(
 ) -> dict[str, Any]:
     """Compare two classifiers' predictions for the same images.
 
+    Arguments and errors are those of :func:`brainray.metrics.compute_evaluation`, and:
+
     Parameters
     ----------
-    y_true, classes, groups, seed
-        As in :func:`brainray.metrics.compute_evaluation`.
-    prob_a, prob_b : array-like of float, shape (N, K)
-        Class probabilities of each, in class order.
     primary : str, optional
         The one score of :data:`COMPARED` that gets a verdict. By default all do, and Holm's method
         [2]_ corrects their p-values.
     num_resamples : int
-        Bootstrap resamples, at least 100.
+        At least 100.
     alpha : float
         Accepted probability of a wrong verdict, over all verdicts.
 
@@ -63,11 +67,6 @@ def compare_predictions(
         - ``mcnemar``: see :func:`compute_mcnemar`.
         - ``auroc``: for each class what :func:`compute_delong_test` returns, with ``p_adjusted``
           (by Holm, over the classes) and ``verdict``; None where undefined.
-
-    Raises
-    ------
-    DataError, ConfigError
-        As in :func:`brainray.metrics.compute_evaluation`; or an option out of range.
 
     Notes
     -----
@@ -91,37 +90,30 @@ def compare_predictions(
         raise ConfigError(f"Expected alpha in (0, 1), got {alpha}.")
     y_true, given_a, names = check_predictions(y_true, prob_a, classes)
     _, given_b, _ = check_predictions(y_true, prob_b, classes)
-    group_of, num_groups = number_groups(groups, y_true.size)
+    group_of = number_groups(groups, y_true.size)
     a, b = (
-        add_macro_averages(
-            resample(build_scorer(y_true, prob), group_of, num_groups, num_resamples, seed)
-        )
+        add_macro_averages(resample(build_scorer(y_true, prob), group_of, num_resamples, seed))
         for prob in (given_a, given_b)
     )
+    scores = {name: _compare_score(a[name], b[name]) for name in COMPARED}
+    tested = {name: row for name, row in scores.items() if primary in (None, name)}
+    add_verdicts(tested, alpha, LOWER_IS_BETTER)
+    auroc = {
+        name: compute_delong_test(y_true == k, np.stack([given_a[:, k], given_b[:, k]]))
+        for k, name in enumerate(names)
+    }
+    add_verdicts({name: row for name, row in auroc.items() if row}, alpha)
     return {
-        "n": int(y_true.size),
-        "num_groups": num_groups,
+        "n": y_true.size,
+        "num_groups": int(group_of.max()) + 1,
         "num_resamples": num_resamples,
         "alpha": alpha,
         "correction": "holm" if primary is None else "primary",
         "primary": primary,
-        "scores": _compare_scores(a, b, primary, alpha),
+        "scores": scores,
         "mcnemar": compute_mcnemar(given_a.argmax(1) == y_true, given_b.argmax(1) == y_true),
-        "auroc": _compare_auroc(y_true, given_a, given_b, names, alpha),
+        "auroc": auroc,
     }
-
-
-def _compare_scores(a: Scores, b: Scores, primary: str | None, alpha: float) -> dict[str, Any]:
-    scores = {name: _compare_score(a[name], b[name]) for name in COMPARED}
-    tested = [name for name in COMPARED if primary in (None, name)]
-    adjusted = adjust_holm([scores[name]["p_value"] for name in tested])
-    for name, p_adjusted in zip(tested, adjusted, strict=True):
-        sign = -1 if name in LOWER_IS_BETTER else 1
-        scores[name]["p_adjusted"] = p_adjusted
-        scores[name]["verdict"] = _choose_verdict(
-            scores[name]["difference"], p_adjusted, alpha, sign
-        )
-    return scores
 
 
 def _compare_score(a: FloatArray, b: FloatArray) -> dict[str, Any]:
@@ -132,9 +124,9 @@ def _compare_score(a: FloatArray, b: FloatArray) -> dict[str, Any]:
     # Each side counts 0, and once more (Davison and Hinkley, section 4.4).
     smaller = min(int((defined <= 0).sum()), int((defined >= 0).sum())) + 1
     return {
-        "a": _to_json(a[0]),
-        "b": _to_json(b[0]),
-        "difference": _to_json(difference[0]),
+        **describe_score("a", a[:1]),
+        **describe_score("b", b[:1]),
+        **describe_score("difference", difference[:1]),
         "difference_ci95": interval,
         "p_value": min(1.0, 2 * smaller / (defined.size + 1)) if interval else None,
         "p_adjusted": None,
@@ -142,14 +134,16 @@ def _compare_score(a: FloatArray, b: FloatArray) -> dict[str, Any]:
     }
 
 
-def _to_json(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
-def _choose_verdict(difference: float | None, p: float | None, alpha: float, sign: int = 1) -> str:
-    if difference is None or p is None or p > alpha or difference == 0:
-        return UNDECIDED
-    return BETTER if sign * difference > 0 else WORSE
+def add_verdicts(
+    tests: dict[str, Any], alpha: float, lower_is_better: Collection[str] = ()
+) -> None:
+    """Add ``p_adjusted``, by Holm's method over the tests, and the ``verdict`` to each."""
+    adjusted = adjust_holm([row["p_value"] for row in tests.values()])
+    for (name, row), p in zip(tests.items(), adjusted, strict=True):
+        difference, verdict = row["difference"], UNDECIDED
+        if p is not None and p <= alpha and difference:
+            verdict = BETTER if (difference > 0) != (name in lower_is_better) else WORSE
+        row |= {"p_adjusted": p, "verdict": verdict}
 
 
 def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -166,17 +160,9 @@ def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
 def compute_mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> dict[str, Any]:
     """Test whether two classifiers are right equally often, by McNemar's test.
 
-    Parameters
-    ----------
-    right_a, right_b : ndarray of bool, shape (N,)
-        Whether each is right on each image.
-
-    Returns
-    -------
-    dict
-        ``only_a`` and ``only_b``, images on which only one is right; ``p_exact``, two-sided
-        binomial; ``p_mid``, the same with half of the observed outcome's probability, which
-        keeps closer to its level [1]_.
+    ``right_a`` and ``right_b``, shape (N,), tell whether each is right on each image. ``only_a``
+    and ``only_b`` are the images on which only one is right; ``p_exact`` is two-sided binomial;
+    ``p_mid`` has half of the observed outcome's probability, and keeps closer to its level [1]_.
 
     References
     ----------
@@ -195,39 +181,15 @@ def compute_mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> d
     }
 
 
-def _compare_auroc(
-    y_true: IntArray, a: FloatArray, b: FloatArray, names: Sequence[str], alpha: float
-) -> dict[str, Any]:
-    found = {
-        name: compute_delong_test(y_true == k, np.stack([a[:, k], b[:, k]]))
-        for k, name in enumerate(names)
-    }
-    adjusted = adjust_holm([one["p_value"] if one else None for one in found.values()])
-    for one, p_adjusted in zip(found.values(), adjusted, strict=True):
-        if one is not None:
-            one["p_adjusted"] = p_adjusted
-            one["verdict"] = _choose_verdict(one["difference"], p_adjusted, alpha)
-    return found
-
-
 def compute_delong_test(
     is_positive: NDArray[np.bool_], scores: FloatArray
 ) -> dict[str, Any] | None:
-    """Test whether two AUROCs on the same images differ, by DeLong's method.
+    """Test whether the AUROCs of the scores (2, N) of A and B differ, by DeLong's method.
 
-    Parameters
-    ----------
-    is_positive : ndarray of bool, shape (N,)
-    scores : ndarray of float64, shape (2, N)
-        Of classifier A, and of B.
-
-    Returns
-    -------
-    dict or None
-        ``a``, ``b``, ``difference`` (B − A), ``difference_ci95``, ``z`` and ``p_value``
-        (two-sided, normal). ``z`` is None where the difference has no variance; equal curves
-        then have a p-value of 1, others None. None where there are fewer than two images of
-        the class, or of the rest.
+    Return ``a``, ``b``, ``difference`` (B − A), ``difference_ci95``, ``z`` and ``p_value``
+    (two-sided, normal). ``z`` is None where the difference has no variance; equal curves then have
+    a p-value of 1, others None. None where there are fewer than two images of the class, or of the
+    rest.
 
     References
     ----------
@@ -261,19 +223,9 @@ def compute_delong_test(
 def compute_delong(
     is_positive: NDArray[np.bool_], scores: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
-    """Compute AUROCs on the same images, and their covariance.
+    """Compute AUROCs of scores (C, N), shape (C,), and their covariance, shape (C, C).
 
-    Parameters
-    ----------
-    is_positive : ndarray of bool, shape (N,)
-    scores : ndarray of float64, shape (C, N)
-        Higher means more likely positive; a tie counts half.
-
-    Returns
-    -------
-    areas : ndarray of float64, shape (C,)
-    covariance : ndarray of float64, shape (C, C)
-        Both NaN where there are fewer than two positives or negatives.
+    Both are NaN where there are fewer than two positives or negatives. A tie counts half.
     """
     num_positive, num_negative = int(is_positive.sum()), int((~is_positive).sum())
     count = len(scores)

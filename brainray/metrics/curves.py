@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from brainray.metrics.checks import check_predictions
+from brainray.metrics.evaluation import check_predictions
 from brainray.metrics.scores import NUM_RELIABILITY_BINS, FloatArray, IntArray, find_bins
 
 MAX_CURVE_POINTS = 200
@@ -18,10 +18,7 @@ MAX_CURVE_POINTS = 200
 def compute_curves(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str]) -> dict[str, Any]:
     """Compute ROC, precision–recall and reliability curves of at most 200 points.
 
-    Parameters
-    ----------
-    y_true, y_prob, classes
-        As in :func:`compute_evaluation`.
+    Arguments are as in :func:`compute_evaluation`.
 
     Returns
     -------
@@ -29,12 +26,11 @@ def compute_curves(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str])
         Ready for ``json.dump``.
 
         - ``per_class``: for each name ``roc`` (``fpr``, ``tpr``) and ``pr`` (``recall``,
-          ``precision``), lists of at most 200 points, the abscissa not decreasing. Lists
-          are empty where the curve is undefined: a class without images, and for ROC also
-          a class that is all the images.
-        - ``reliability``: for each of 15 bins ``edges`` (16 numbers), ``count``,
-          ``confidence`` (mean probability of the predicted class) and ``accuracy``; the
-          last two None in an empty bin. The bins are those of the calibration error.
+          ``precision``), the abscissa not decreasing. Lists are empty where the curve is undefined:
+          a class without images, and for ROC also a class that is all the images.
+        - ``reliability``: for each of 15 bins, those of the calibration error, ``edges``
+          (16 numbers), ``count``, ``confidence`` (mean probability of the predicted class) and
+          ``accuracy``; the last two None in an empty bin.
 
     References
     ----------
@@ -50,8 +46,7 @@ def compute_curves(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str])
 
 def _trace_class(is_positive: NDArray[np.bool_], scores: FloatArray) -> dict[str, Any]:
     """Return one class's ROC and precision–recall points."""
-    none: FloatArray = np.empty(0)
-    fpr, tpr, recall, precision = none, none, none, none
+    fpr = tpr = recall = precision = np.empty(0)
     if is_positive.any():
         precision, recall, _ = precision_recall_curve(is_positive, scores, drop_intermediate=True)
         recall, precision = downsample_curve(recall[::-1], precision[::-1])
@@ -111,12 +106,8 @@ def compute_risk_coverage(
     Coverage is the share of images that get their most probable class. Risk is the share of these
     that is wrong. Images of equal confidence all get a class, or none does.
 
-    Parameters
-    ----------
-    y_true, y_prob, classes
-        As in :func:`compute_evaluation`.
-    min_confidence : float
-        Confidence below which an image gets no class.
+    Arguments are as in :func:`compute_evaluation`. An image whose confidence is below
+    ``min_confidence`` gets no class.
 
     Returns
     -------
@@ -147,6 +138,7 @@ def compute_risk_coverage(
 
     is_answered = confidence >= min_confidence
     answered, errors = int(is_answered.sum()), int(is_wrong[is_answered].sum())
+    wilson = binomtest(errors, max(answered, 1)).proportion_ci(0.95, method="wilson")
     best = np.maximum(count - (y_true.size - is_wrong.sum()), 0) / count
     sampled_coverage, sampled_risk = downsample_curve(coverage, risk)
     return {
@@ -154,15 +146,8 @@ def compute_risk_coverage(
         "coverage": answered / y_true.size,
         "num_answered": answered,
         "risk": errors / answered if answered else None,
-        "risk_ci95": _compute_wilson_interval(errors, answered),
+        "risk_ci95": [float(wilson.low), float(wilson.high)] if answered else None,
         "aurc": float((risk * widths).sum()),
         "aurc_oracle": float(best.mean()),
         "curve": {"coverage": sampled_coverage.tolist(), "risk": sampled_risk.tolist()},
     }
-
-
-def _compute_wilson_interval(errors: int, answered: int) -> list[float] | None:
-    if not answered:
-        return None
-    found = binomtest(errors, answered).proportion_ci(0.95, method="wilson")
-    return [float(found.low), float(found.high)]

@@ -6,20 +6,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from brainray.metrics.bootstrap import describe_score, resample
-from brainray.metrics.checks import check_indices, check_predictions, number_groups
+from brainray.errors import DataError
+from brainray.labels import check_classes
 from brainray.metrics.scores import (
     MACRO_OF,
     FloatArray,
-    Scores,
+    IntArray,
     add_macro_averages,
     build_scorer,
     compute_count_scores,
     count_columns,
+    describe_score,
+    resample,
 )
 
 OVERALL_SCORES = ("accuracy", *MACRO_OF, "mcc", "log_loss", "brier", "ece")
 CLASS_SCORES = ("precision", "sensitivity", "specificity", "f1", "auroc", "ap")
+
+ROW_SUM_TOLERANCE = 1e-3
+"""Largest distance of a row's sum from 1: enough for half precision, too little for logits."""
 
 
 def compute_evaluation(
@@ -63,11 +68,8 @@ def compute_evaluation(
 
     Raises
     ------
-    DataError
-        Shapes do not match, there are no images, a label is out of range, or a row of
-        ``y_prob`` is not a distribution.
-    ConfigError
-        ``classes`` has fewer than two different names, or ``num_resamples`` < 0.
+    DataError, ConfigError
+        What does not fit: shapes, labels, rows that are not distributions, class names.
 
     Notes
     -----
@@ -97,13 +99,12 @@ def compute_evaluation(
        coefficient", Computational Biology and Chemistry 28 (2004).
     """
     y_true, prob, names = check_predictions(y_true, y_prob, classes)
-    group_of, num_groups = number_groups(groups, y_true.size)
+    group_of = number_groups(groups, y_true.size)
     scorer = build_scorer(y_true, prob)
-    scores = add_macro_averages(resample(scorer, group_of, num_groups, num_resamples, seed))
-
+    scores = add_macro_averages(resample(scorer, group_of, num_resamples, seed))
     cells = np.bincount(y_true * len(names) + prob.argmax(axis=1), minlength=len(names) ** 2)
     confusion = cells.reshape(len(names), len(names))
-    document: dict[str, Any] = {"n": int(y_true.size), "num_groups": num_groups}
+    document: dict[str, Any] = {"n": y_true.size, "num_groups": int(group_of.max()) + 1}
     for score in OVERALL_SCORES:
         document |= describe_score(score, scores[score])
     document["confusion"] = confusion.tolist()
@@ -124,15 +125,9 @@ def compute_accuracy(
 ) -> dict[str, Any]:
     """Compute the scores that need only hard predictions, with 95 % intervals.
 
-    For a baseline without probabilities. Definitions, intervals and undefined values are those
-    of :func:`compute_evaluation`; the classes are the numbers in either array.
-
-    Parameters
-    ----------
-    y_true, y_pred : array-like of int, shape (N,)
-        True and predicted class index of each image, not negative.
-    groups, num_resamples, seed
-        As in :func:`compute_evaluation`.
+    For a baseline without probabilities: ``y_true`` and ``y_pred`` are class indices, shape (N,).
+    Definitions, intervals and undefined values are those of :func:`compute_evaluation`; the classes
+    are the numbers in either array.
 
     Returns
     -------
@@ -144,15 +139,11 @@ def compute_accuracy(
     predicted = check_indices("y_pred", y_pred, size=y_true.size)
     seen, ranks = np.unique(np.concatenate([y_true, predicted]), return_inverse=True)
     y_true, predicted = np.split(ranks.astype(np.int64), 2)
-    group_of, num_groups = number_groups(groups, y_true.size)
-
+    group_of = number_groups(groups, y_true.size)
     counts = count_columns(y_true, predicted, seen.size)
-
-    def score(weights: FloatArray) -> Scores:
-        return compute_count_scores(weights @ counts)
-
-    scores = add_macro_averages(resample(score, group_of, num_groups, num_resamples, seed))
-    document: dict[str, Any] = {"n": int(y_true.size), "num_groups": num_groups}
+    drawn = resample(lambda w: compute_count_scores(w @ counts), group_of, num_resamples, seed)
+    scores = add_macro_averages(drawn)
+    document: dict[str, Any] = {"n": y_true.size, "num_groups": int(group_of.max()) + 1}
     for name in ("accuracy", "balanced_accuracy", "macro_f1"):
         document |= describe_score(name, scores[name])
     return document
@@ -161,15 +152,88 @@ def compute_accuracy(
 def summarise(y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str]) -> dict[str, float]:
     """Compute the scores that training logs after each epoch; no intervals.
 
-    Returns
-    -------
-    dict of str to float
-        ``loss`` (log loss, nats), ``accuracy``, ``balanced_accuracy``, ``macro_f1``,
-        ``macro_auroc``. Only the last can be undefined (all images of one class): NaN.
+    ``loss`` is the log loss, in nats. Only ``macro_auroc`` can be undefined (all images of one
+    class): NaN.
     """
     y_true, prob, _ = check_predictions(y_true, y_prob, classes)
     scores = add_macro_averages(build_scorer(y_true, prob)(np.ones((1, y_true.size))))
-    names = {"loss": "log_loss"} | {
-        name: name for name in ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc")
-    }
-    return {name: float(scores[score][0]) for name, score in names.items()}
+    scores["loss"] = scores["log_loss"]
+    names = ("loss", "accuracy", "balanced_accuracy", "macro_f1", "macro_auroc")
+    return {name: float(scores[name][0]) for name in names}
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def check_predictions(
+    y_true: ArrayLike, y_prob: ArrayLike, classes: Sequence[str]
+) -> tuple[IntArray, FloatArray, tuple[str, ...]]:
+    """Return labels, shape (N,), probabilities, shape (N, K), and the K names; or raise."""
+    names = check_classes(classes)
+    y_true = check_indices("y_true", y_true)
+    if y_true.max() >= len(names):
+        raise DataError(
+            f"Expected y_true in [0, {len(names)}) for the classes {', '.join(names)}, "
+            f"got {y_true.max()} at row {y_true.argmax()}. Check the class order."
+        )
+    prob = np.asarray(y_prob)
+    if prob.dtype.kind not in "fiu":
+        raise DataError(f"Expected y_prob to be numbers, got {prob.dtype}.")
+    prob = prob.astype(np.float64)
+    if prob.shape != (y_true.size, len(names)):
+        raise DataError(
+            f"Expected y_prob of shape {(y_true.size, len(names))}, one row per image of y_true "
+            f"and one column per class, got {prob.shape}."
+        )
+    sums = prob.sum(axis=1)
+    for bad, expected, remedy in (
+        (~np.isfinite(prob).all(axis=1), "finite y_prob", ""),
+        (
+            ((prob < 0) | (prob > 1)).any(axis=1),
+            "y_prob in [0, 1]",
+            " Pass probabilities (after softmax), not logits.",
+        ),
+        (
+            np.abs(sums - 1) > ROW_SUM_TOLERANCE,
+            f"each row of y_prob to sum to 1 within {ROW_SUM_TOLERANCE}",
+            " Pass the probabilities of all classes.",
+        ),
+    ):
+        if bad.any():
+            row = int(bad.argmax())
+            raise DataError(
+                f"Expected {expected}, got {prob[row].tolist()} (sum {sums[row]:.6g}) at row {row}."
+                f"{remedy}"
+            )
+    return y_true, prob, names
+
+
+def check_indices(name: str, given: ArrayLike, size: int | None = None) -> IntArray:
+    """Return class indices as int64, shape (N,), N ≥ 1; or raise."""
+    indices = np.asarray(given)
+    if indices.size == 0:
+        raise DataError(f"{name} is empty: expected at least one image to evaluate.")
+    if indices.dtype.kind not in "iu" or indices.ndim != 1:
+        raise DataError(
+            f"Expected {name} to be integers of shape (N,), "
+            f"got {indices.dtype} of shape {indices.shape}."
+        )
+    if size is not None and indices.size != size:
+        raise DataError(f"Expected {name} to have {size} rows as y_true has, got {indices.size}.")
+    if indices.min() < 0:
+        raise DataError(
+            f"Expected class indices of 0 or more in {name}, got {indices.min()} "
+            f"at row {indices.argmin()}. Leave unlabelled images out."
+        )
+    return indices.astype(np.int64)
+
+
+def number_groups(groups: ArrayLike | None, size: int) -> IntArray:
+    """Return each image's group as 0 … G − 1, shape (N,); or raise."""
+    given = np.arange(size) if groups is None else np.asarray(groups)
+    if given.dtype.kind not in "iu" or given.shape != (size,):
+        raise DataError(
+            f"Expected groups to be integers of shape {(size,)}, one per image, "
+            f"got {given.dtype} of shape {given.shape}."
+        )
+    return np.unique(given, return_inverse=True)[1].astype(np.int64)

@@ -1,11 +1,12 @@
-"""Scores under many rows of image weights at once."""
+"""Scores under many rows of image weights at once, and the bootstrap that draws the rows."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from brainray.errors import ConfigError
 
 FloatArray: TypeAlias = NDArray[np.float64]
 IntArray: TypeAlias = NDArray[np.int64]
@@ -16,6 +17,8 @@ NUM_RELIABILITY_BINS = 15
 LOG_LOSS_FLOOR = float(np.finfo(np.float64).eps)
 """Least probability whose logarithm is taken; scikit-learn's value for float64 input."""
 
+WEIGHTS_PER_CHUNK = 1_000_000
+"""Resamples times images weighed at a time: 8 MB per array, of which about six exist at once."""
 
 Scores: TypeAlias = dict[str, FloatArray]
 """Name to values under R rows of weights: shape (R,), or (R, K) for scores of each class. NaN where
@@ -40,20 +43,22 @@ def build_scorer(y_true: IntArray, prob: FloatArray) -> Callable[[FloatArray], S
     """
     num_classes = prob.shape[1]
     predicted, confidence = prob.argmax(axis=1), prob.max(axis=1)
+    own = np.clip(prob[np.arange(y_true.size), y_true], LOG_LOSS_FLOOR, 1 - LOG_LOSS_FLOOR)
+    brier = ((prob - np.eye(num_classes)[y_true]) ** 2).sum(axis=1)
     bins = np.eye(NUM_RELIABILITY_BINS)[find_bins(confidence)]
     columns = [
         count_columns(y_true, predicted, num_classes),
-        _compute_image_losses(y_true, prob),
+        np.column_stack([-np.log(own), brier]),
         bins * ((y_true == predicted) - confidence)[:, None],
     ]
     ends = np.cumsum([block.shape[1] for block in columns])[:-1]
     stacked = np.hstack(columns)
-    rankings = [rank(y_true == k, prob[:, k]) for k in range(num_classes)]
+    area_scorers = [build_area_scorer(y_true == k, prob[:, k]) for k in range(num_classes)]
 
     def score(weights: FloatArray) -> Scores:
         counts, losses, gaps = np.split(weights @ stacked, ends, axis=1)
         total = weights.sum(axis=1)
-        areas = np.array([compute_areas(ranking, weights) for ranking in rankings])
+        areas = np.array([score_areas(weights) for score_areas in area_scorers])
         auroc, ap = areas.transpose(1, 2, 0)
         return compute_count_scores(counts) | {
             "log_loss": losses[:, 0] / total,
@@ -76,12 +81,9 @@ def add_macro_averages(scores: Scores) -> Scores:
     averages = {}
     for name, part in MACRO_OF.items():
         if part in scores:
-            defined = ~np.isnan(scores[part][0])
-            averages[name] = (
-                scores[part][:, defined].mean(axis=1)
-                if defined.any()
-                else np.full(len(scores[part]), np.nan)
-            )
+            defined = scores[part][:, ~np.isnan(scores[part][0])]
+            empty = np.full(len(defined), np.nan)
+            averages[name] = defined.mean(axis=1) if defined.shape[1] else empty
     return scores | averages
 
 
@@ -117,82 +119,52 @@ def compute_count_scores(counts: FloatArray) -> Scores:
     }
 
 
-def _compute_image_losses(y_true: IntArray, prob: FloatArray) -> FloatArray:
-    """Return each image's log loss and Brier score, shape (N, 2)."""
-    own = np.clip(prob[np.arange(y_true.size), y_true], LOG_LOSS_FLOOR, 1 - LOG_LOSS_FLOOR)
-    brier = ((prob - np.eye(prob.shape[1])[y_true]) ** 2).sum(axis=1)
-    return np.column_stack([-np.log(own), brier])
-
-
 def find_bins(confidence: FloatArray) -> IntArray:
     """Return the reliability bin of each confidence, shape (N,); bins are closed above."""
     inner = np.linspace(0, 1, NUM_RELIABILITY_BINS + 1)[1:-1]
     return np.searchsorted(inner, confidence, side="left").astype(np.int64)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ranking:
-    """Sorted scores of one class, for AUROC and average precision.
+def build_area_scorer(
+    is_positive: NDArray[np.bool_], scores: FloatArray
+) -> Callable[[FloatArray], tuple[FloatArray, FloatArray]]:
+    """Return a function from weights to AUROC and average precision of one class, shape (R,) each.
 
     Both are sums over the distinct scores ("steps") that at least one image of the class has.
-    Bounds are half-open ranges of ranks.
-    """
-
-    order: IntArray
-    """Images by falling score, shape (N,)."""
-    first: IntArray
-    last: IntArray
-    """Rank range of each step among all images, shape (S,)."""
-    positives: IntArray
-    """Images of the class by falling score, shape (P,)."""
-    positive_bounds: IntArray
-    """Rank bounds of the steps among images of the class, shape (S + 1,)."""
-
-
-def rank(is_positive: NDArray[np.bool_], scores: FloatArray) -> Ranking:
-    """Sort the scores of one class, shape (N,)."""
-    order = np.argsort(-scores, kind="stable")
-    negated, positive = -scores[order], is_positive[order]
-    steps, counts = np.unique(negated[positive], return_counts=True)
-    return Ranking(
-        order=order,
-        first=np.searchsorted(negated, steps, side="left"),
-        last=np.searchsorted(negated, steps, side="right"),
-        positives=order[positive],
-        positive_bounds=np.concatenate([[0], np.cumsum(counts)]),
-    )
-
-
-def compute_areas(ranking: Ranking, weights: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Compute AUROC and average precision under each row of weights, both shape (R,).
 
     References
     ----------
     .. [1] Fawcett, Pattern Recognition Letters 27 (2006), section 7 (trapezoids, so that
        ties count half).
     """
-    above = _accumulate(weights[:, ranking.order])
-    hits = _accumulate(weights[:, ranking.positives])[:, ranking.positive_bounds]
-    num_positive, total = hits[:, -1], above[:, -1]
-    gained = np.diff(hits, axis=1)
+    order = np.argsort(-scores, kind="stable")
+    negated, positive = -scores[order], is_positive[order]
+    steps, counts = np.unique(negated[positive], return_counts=True)
+    # Half-open ranges of ranks of each step: among all images, and among those of the class.
+    first = np.searchsorted(negated, steps, side="left")
+    last = np.searchsorted(negated, steps, side="right")
+    bounds = np.concatenate([[0], np.cumsum(counts)])
 
-    above_after = above[:, ranking.last]
-    false_before = above[:, ranking.first] - hits[:, :-1]
-    false_after = above_after - hits[:, 1:]
-    num_negative = total - num_positive
-    beaten = num_negative[:, None] - (false_before + false_after) / 2
-    auroc = _divide((gained * beaten).sum(axis=1), num_positive * num_negative)
+    def score_areas(weights: FloatArray) -> tuple[FloatArray, FloatArray]:
+        above = _accumulate(weights[:, order])
+        hits = _accumulate(weights[:, order[positive]])[:, bounds]
+        num_positive, total = hits[:, -1], above[:, -1]
+        gained = np.diff(hits, axis=1)
+        false_before = above[:, first] - hits[:, :-1]
+        false_after = above[:, last] - hits[:, 1:]
+        num_negative = total - num_positive
+        beaten = num_negative[:, None] - (false_before + false_after) / 2
+        auroc = _divide((gained * beaten).sum(axis=1), num_positive * num_negative)
+        # A step that no drawn image reaches gains nothing: its precision does not matter.
+        precision = _divide(hits[:, 1:], above[:, last], otherwise=0.0)
+        return auroc, _divide((gained * precision).sum(axis=1), num_positive)
 
-    # A step that no drawn image reaches gains nothing: its precision does not matter.
-    precision = _divide(hits[:, 1:], above_after, otherwise=0.0)
-    return auroc, _divide((gained * precision).sum(axis=1), num_positive)
+    return score_areas
 
 
 def _accumulate(weights: FloatArray) -> FloatArray:
     """Return sums over the first 0, 1, … N columns, shape (R, N + 1)."""
-    sums = np.zeros((weights.shape[0], weights.shape[1] + 1))
-    np.cumsum(weights, axis=1, out=sums[:, 1:])
-    return sums
+    return np.pad(np.cumsum(weights, axis=1), ((0, 0), (1, 0)))
 
 
 def _divide(over: FloatArray, under: FloatArray, otherwise: float = np.nan) -> FloatArray:
@@ -200,3 +172,87 @@ def _divide(over: FloatArray, under: FloatArray, otherwise: float = np.nan) -> F
     quotient: FloatArray = np.full(over.shape, otherwise)
     np.divide(over, under, out=quotient, where=under != 0)
     return quotient
+
+
+# ---- bootstrap -----------------------------------------------------------------------------------
+
+
+def resample(
+    score: Callable[[FloatArray], Scores], group_of: IntArray, num_resamples: int, seed: int
+) -> Scores:
+    """Score the data, and resamples of their groups.
+
+    Parameters
+    ----------
+    score : callable
+        Takes weights of the images, shape (R, N), and returns scores with R rows.
+    group_of : ndarray of int64, shape (N,)
+        Group of each image, 0 to G − 1.
+
+    Returns
+    -------
+    dict of str to ndarray
+        Row 0 is the data's own score; then a row for each resample. A single group has no
+        differences between groups to resample: then there is one row of NaN.
+
+    Raises
+    ------
+    ConfigError
+        ``num_resamples`` is negative.
+    """
+    if num_resamples < 0:
+        raise ConfigError(
+            f"Expected num_resamples of 0 or more, got {num_resamples}. 0 means no intervals."
+        )
+    chunks = [score(np.ones((1, group_of.size)))]
+    if num_resamples and not group_of.any():
+        chunks.append({name: values * np.nan for name, values in chunks[0].items()})
+    elif num_resamples:
+        chunks += map(score, draw_weights(group_of, num_resamples, seed))
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def draw_weights(group_of: IntArray, num_resamples: int, seed: int) -> Iterator[FloatArray]:
+    """Yield image weights, shape (≤ R, N): how often each image's group was drawn.
+
+    Whole groups are drawn with replacement, as many as there are [1]_ [2]_.
+
+    References
+    ----------
+    .. [1] Field and Welsh, "Bootstrapping clustered data", J. R. Statist. Soc. B 69 (2007).
+    .. [2] Davison and Hinkley, "Bootstrap methods and their application" (1997), section 3.8.
+    """
+    rng = np.random.default_rng(seed)
+    num_groups = int(group_of.max()) + 1
+    step = max(1, WEIGHTS_PER_CHUNK // group_of.size)
+    for start in range(0, num_resamples, step):
+        size = min(step, num_resamples - start)
+        picks = rng.integers(num_groups, size=(size, num_groups))
+        picks += num_groups * np.arange(size)[:, None]
+        counts = np.bincount(picks.ravel(), minlength=size * num_groups)
+        yield counts.reshape(size, num_groups)[:, group_of].astype(np.float64)
+
+
+def compute_interval(values: FloatArray) -> list[float] | None:
+    """Return the 95 % interval of a score that :func:`resample` gave, shape (1 + R,).
+
+    Undefined resamples (NaN) are left out. None if they are more than half, or if the score of
+    the data is undefined.
+    """
+    drawn = values[1:]
+    defined = drawn[~np.isnan(drawn)]
+    if np.isnan(values[0]) or not defined.size or 2 * defined.size < drawn.size:
+        return None
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def describe_score(name: str, values: FloatArray) -> dict[str, Any]:
+    """Return a score, None if undefined, and its ``<name>_ci95``, ready for JSON.
+
+    Without resamples there is no interval.
+    """
+    entry: dict[str, Any] = {name: None if np.isnan(values[0]) else float(values[0])}
+    if len(values) > 1:
+        entry[f"{name}_ci95"] = compute_interval(values)
+    return entry
