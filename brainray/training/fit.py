@@ -101,12 +101,13 @@ def plan_loader(job: TrainJob, data: PreparedData, cpus_per_worker: float) -> Lo
     """Choose how the workers load images; a stream decodes on the CPUs that they do not use."""
     free_cpus = ray.cluster_resources()["CPU"] - job.scaling.num_workers * cpus_per_worker
     return LoaderSetup(
-        kind=choose_loader(job.scaling.loader, data.store, job.config.preprocessing),
+        kind=choose_loader(job.scaling.loader, data.store, job.config.train_preprocessing),
         train_ids=data.select("train"),
         val_ids=data.select("val"),
         labels=data.labels,
         store=data.store,
         preprocessing=job.config.preprocessing,
+        train_preprocessing=job.config.train_preprocessing,
         global_batch_size=job.config.global_batch_size,
         seed=job.config.seed,
         num_tasks=max(1, int(free_cpus)),
@@ -115,7 +116,8 @@ def plan_loader(job: TrainJob, data: PreparedData, cpus_per_worker: float) -> Lo
 
 def describe_loader(loader: LoaderSetup) -> str:
     """Describe in one line how images are loaded."""
-    size_px, count = loader.preprocessing.size_px, len(loader.train_ids) + len(loader.val_ids)
+    size_px = loader.train_preprocessing.size_px
+    count = len(loader.train_ids) + len(loader.val_ids)
     pixels = f"{count * size_px**2 / 2**20:,.0f} MiB of pixels at {size_px} px"
     if loader.kind == "resident":
         return f"Loader: resident; {pixels} in the object store."

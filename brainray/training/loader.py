@@ -51,7 +51,7 @@ class Batch:
     """One worker's share of a step's global batch."""
 
     images: torch.Tensor
-    """uint8, shape (n, size_px, size_px)."""
+    """uint8, shape (n, size, size), of the training or of the network's preprocessing."""
     labels: torch.Tensor
     """int64, shape (n,)."""
     image_ids: Indices
@@ -70,10 +70,13 @@ class Loader(Protocol):
         """Steps of one epoch; an incomplete last step is dropped."""
 
     def iterate_epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield an epoch's batches in random order, one for each step."""
+        """Yield an epoch's batches of images to augment in random order, one for each step."""
 
     def iterate_once(self, image_ids: Indices) -> Iterator[Batch]:
-        """Yield each image once, divided among the workers; the last batch may be shorter."""
+        """Yield each network input once, divided among the workers; the last may be shorter."""
+
+    def load_inputs(self, image_ids: Indices) -> Batch:
+        """Return the network's inputs of images of this worker's choice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +92,9 @@ class LoaderSetup:
     """Class of every sample of the data set, by sample number."""
     store: ScanStore
     preprocessing: Preprocessing
+    """Of the network's inputs."""
+    train_preprocessing: Preprocessing
+    """Of the images to augment."""
     global_batch_size: int
     seed: int
     """Seeds the order of every epoch."""
@@ -110,8 +116,8 @@ def choose_loader(
     if asked == "resident" and not fits:
         raise ConfigError(
             f"--loader resident: the pixels at {preprocessing.size_px} px do not fit the object "
-            "store of the smallest node. Give nodes more memory, lower --preprocessing.size-px, or "
-            "use --loader auto or stream."
+            "store of the smallest node. Give nodes more memory, lower --preprocessing.size-px or "
+            "--supersampling, or use --loader auto or stream."
         )
     return "resident" if fits and asked != "stream" else "stream"
 
@@ -140,9 +146,9 @@ class ResidentLoader:
     ) -> None:
         self._setup, self._rank, self._world_size, self._device = setup, rank, world_size, device
         self._labels = torch.tensor(setup.labels)
-        self._ids = np.concatenate([setup.train_ids, setup.val_ids])
-        self._pixels = setup.store.open_pixels(setup.preprocessing, self._ids.tolist())
-        self._on_gpu = self._copy_to_gpu()
+        self._fine = _Pixels(setup.store, setup.train_preprocessing, setup.train_ids, device)
+        ids = np.concatenate([setup.train_ids, setup.val_ids])
+        self._inputs = _Pixels(setup.store, setup.preprocessing, ids, device)
 
     @property
     def global_batch_size(self) -> int:
@@ -160,34 +166,47 @@ class ResidentLoader:
         share = share_of(self._rank, self._world_size, self.global_batch_size)
         for step in range(self.steps_per_epoch):
             start = step * self.global_batch_size
-            yield self._load(order[start : start + self.global_batch_size][share])
+            yield self._load(order[start : start + self.global_batch_size][share], self._fine)
 
     def iterate_once(self, image_ids: Indices) -> Iterator[Batch]:
         """Yield each image once."""
         share = image_ids[share_of(self._rank, self._world_size, len(image_ids))]
         size = -(-self.global_batch_size // self._world_size)
         for start in range(0, len(share), size):
-            yield self._load(share[start : start + size])
+            yield self.load_inputs(share[start : start + size])
 
-    def _load(self, image_ids: Indices) -> Batch:
+    def load_inputs(self, image_ids: Indices) -> Batch:
+        """Return some images' inputs."""
+        return self._load(image_ids, self._inputs)
+
+    def _load(self, image_ids: Indices, pixels: "_Pixels") -> Batch:
         labels = self._labels[image_ids].to(self._device)
-        if self._on_gpu is None:
-            images = _to_device(torch.from_numpy(self._pixels.take(image_ids)), self._device)
-        else:
-            rows = np.searchsorted(self._ids, image_ids)
-            images = self._on_gpu[torch.from_numpy(rows).to(self._device)]
-        return Batch(images, labels, image_ids)
+        return Batch(pixels.take(image_ids), labels, image_ids)
 
-    def _copy_to_gpu(self) -> torch.Tensor | None:
-        """Copy all pixels to the GPU, ordered by sample number, if they fit."""
-        num_bytes = len(self._ids) * self._setup.preprocessing.size_px**2
-        if self._device.type != "cuda":
-            return None
-        if num_bytes > GPU_MEMORY_SHARE * torch.cuda.mem_get_info(self._device)[0]:
-            return None
-        self._ids.sort()
-        parts = np.array_split(self._ids, -(-len(self._ids) // 1024))
-        return torch.cat([torch.from_numpy(self._pixels.take(p)).to(self._device) for p in parts])
+
+class _Pixels:
+    """Images of one preprocessing, in the node's object store or, if they fit, on the GPU."""
+
+    def __init__(
+        self, store: ScanStore, preprocessing: Preprocessing, ids: Indices, device: torch.device
+    ) -> None:
+        self._ids, self._device = np.sort(ids), device
+        self._views = store.open_pixels(preprocessing, ids.tolist())
+        self._on_gpu: torch.Tensor | None = None
+        num_bytes = len(ids) * preprocessing.size_px**2
+        if device.type == "cuda" and (
+            num_bytes <= GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+        ):
+            parts = np.array_split(self._ids, -(-len(ids) // 1024))
+            copies = [torch.from_numpy(self._views.take(part)).to(device) for part in parts]
+            self._on_gpu = torch.cat(copies)
+
+    def take(self, image_ids: Indices) -> torch.Tensor:
+        """Return images on the device, uint8 of shape (n, size_px, size_px)."""
+        if self._on_gpu is None:
+            return _to_device(torch.from_numpy(self._views.take(image_ids)), self._device)
+        rows = np.searchsorted(self._ids, image_ids)
+        return self._on_gpu[torch.from_numpy(rows).to(self._device)]
 
 
 def _to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -259,7 +278,14 @@ class StreamLoader:
         if len(share):
             # from_arrow would start tasks that need a whole CPU; the workers may hold them all.
             blocks = ray.data.from_blocks(list_blocks(self._setup, share))
-            yield from self._iterate(_decode(blocks, self._setup, self._world_size).iterator())
+            dataset = _decode(blocks, self._setup, self._setup.preprocessing, self._world_size)
+            yield from self._iterate(dataset.iterator())
+
+    def load_inputs(self, image_ids: Indices) -> Batch:
+        """Decode some images in this process."""
+        images = self._setup.store.load_images(image_ids.tolist(), self._setup.preprocessing)
+        labels = self._labels[image_ids].to(self._device)
+        return Batch(_to_device(torch.from_numpy(images), self._device), labels, image_ids)
 
     def _iterate(self, source: DataIterator, **options: Any) -> Iterator[Batch]:  # noqa: ANN401 - Ray's
         for rows in source.iter_torch_batches(
@@ -276,7 +302,8 @@ def build_train_dataset(setup: LoaderSetup) -> Dataset:
     """
     order = np.random.default_rng(setup.seed).permutation(setup.train_ids)
     blocks: Dataset = ray.data.from_blocks(list_blocks(setup, order))
-    return _decode(blocks.randomize_block_order(seed=RandomSeedConfig(seed=setup.seed)), setup)
+    shuffled = blocks.randomize_block_order(seed=RandomSeedConfig(seed=setup.seed))
+    return _decode(shuffled, setup, setup.train_preprocessing)
 
 
 def build_data_config() -> ray.train.DataConfig:
@@ -312,13 +339,15 @@ def list_blocks(setup: LoaderSetup, image_ids: Indices) -> list[pa.Table]:
     ]
 
 
-def _decode(blocks: Dataset, setup: LoaderSetup, num_parts: int = 1) -> Dataset:
+def _decode(
+    blocks: Dataset, setup: LoaderSetup, preprocessing: Preprocessing, num_parts: int = 1
+) -> Dataset:
     """Read, decode and preprocess samples, with one of ``num_parts`` shares of the tasks."""
     return blocks.map_batches(
         _decode_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"preprocessing": setup.preprocessing, "reading": setup.store.reading},
+        fn_kwargs={"preprocessing": preprocessing, "reading": setup.store.reading},
         num_cpus=TASK_CPUS,
         compute=ray.data.TaskPoolStrategy(size=-(-setup.num_tasks // num_parts)),
     )

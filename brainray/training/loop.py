@@ -43,7 +43,7 @@ from brainray.training.distributed import (
     sum_over_workers,
 )
 from brainray.training.head import fit_head
-from brainray.training.loader import Batch, LoaderSetup, open_loader
+from brainray.training.loader import LoaderSetup, open_loader
 from brainray.training.optim import build_average, build_optimizer
 from brainray.training.step import TrainStep, compute_class_weights, open_autocast
 
@@ -192,17 +192,17 @@ class Worker:
 
     def _train_epoch(
         self, step: TrainStep, epoch: int
-    ) -> tuple[float, float, int, Collection[Batch]]:
-        """Take an epoch's steps; return loss, accuracy, images, and this worker's last batches."""
+    ) -> tuple[float, float, int, Collection[NDArray[np.int64]]]:
+        """Take an epoch's steps; return loss, accuracy, images, and the ids of the last batches."""
         num_steps = self.loader.steps_per_epoch
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        latest: deque[Batch] = deque(maxlen=STATISTICS_STEPS)
+        latest: deque[NDArray[np.int64]] = deque(maxlen=STATISTICS_STEPS)
         self.network.train()
         for number, batch in enumerate(self.loader.iterate_epoch(epoch)):
             sums += step(batch, epoch, number)
             if self.averaged is not None:
                 self.averaged.update_parameters(self.network)
-            latest.append(batch)
+            latest.append(batch.image_ids)
             self._tell_step({"epoch": epoch, "step": number + 1, "num_steps": num_steps})
         loss, correct, num_images = sum_over_workers(sums).tolist()
         if not math.isfinite(loss):
@@ -217,7 +217,7 @@ class Worker:
         """The network that is validated and exported."""
         return self.network if self.averaged is None else self.averaged.module
 
-    def _measure_statistics(self, latest: Collection[Batch]) -> None:
+    def _measure_statistics(self, latest: Collection[NDArray[np.int64]]) -> None:
         """Estimate batch-norm statistics of the validated network on unaugmented images.
 
         The running statistics are of augmented images; with them, the networks of
@@ -227,7 +227,8 @@ class Worker:
         """
         if self.config.batch_norm == "frozen":
             return
-        images = (normalise_images(batch.images, self.config.preprocessing) for batch in latest)
+        inputs = (self.loader.load_inputs(ids).images for ids in latest)
+        images = (normalise_images(images, self.config.preprocessing) for images in inputs)
         with open_autocast(self.device, self.precision):
             update_bn(images, self._validated)
         if self.config.batch_norm == "local":

@@ -39,10 +39,11 @@ def prepare_training_data(
 
 def group_training_data(found: FoundSamples, config: TrainConfig, loader: Loader) -> GroupedData:
     """Scan and group a data set; the parameters are those of :func:`prepare_training_data`."""
+    needed = list(dict.fromkeys([config.preprocessing, config.train_preprocessing]))
     return group_samples(
         found,
         config.classes,
-        keep=() if loader == "stream" else (config.preprocessing,),
+        keep=() if loader == "stream" else needed,
         reading=config.reading,
         min_correlation=config.group_correlation,
     )

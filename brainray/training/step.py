@@ -100,4 +100,6 @@ class TrainStep:
         params = sample_params(
             self._config.augmentation, batch.image_ids, seed=self._config.seed, epoch=epoch
         )
-        return standardise(augment_images(batch.images, params), self._config.preprocessing)
+        preprocessing = self._config.preprocessing
+        images = augment_images(batch.images, params, preprocessing.size_px)
+        return standardise(images, preprocessing)
