@@ -15,7 +15,7 @@ from brainray.data.near_duplicates import Indices, merge_groups
 from brainray.errors import DataError
 from brainray.evaluation.rows import list_classes, read_evaluation_rows
 from brainray.inference.schema import stack_lists
-from brainray.metrics.comparison import compare_predictions
+from brainray.metrics.comparison import Compared, compare_predictions
 
 COMPARE_FILE = "compare.json"
 COMPARE_SCHEMA_VERSION = 1
@@ -38,9 +38,8 @@ class CompareJob:
     """Split to compare, where a folder is given; `cv` for two cross-validations."""
     common: bool = False
     """If the images differ, compare on those that both have."""
-    primary: str | None = None
-    """The one score that gets a verdict. By default all five do, with corrected p-values. One of
-    accuracy, balanced_accuracy, macro_f1, macro_auroc, log_loss."""
+    primary: Compared | None = None
+    """The one score that gets a verdict. By default all five do, with corrected p-values."""
     alpha: float = 0.05
     """Accepted probability of a wrong verdict, over all verdicts."""
     num_resamples: int = 2000

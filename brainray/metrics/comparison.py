@@ -1,7 +1,7 @@
 """Compare two classifiers on the same images: differences with intervals, tests, verdicts."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,7 +18,8 @@ from brainray.metrics.scores import (
     resample,
 )
 
-COMPARED = ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "log_loss")
+Compared = Literal["accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "log_loss"]
+COMPARED: tuple[Compared, ...] = get_args(Compared)
 """Scores that are compared, as :func:`brainray.metrics.compute_evaluation` defines them."""
 
 LOWER_IS_BETTER = frozenset({"log_loss"})
