@@ -1,6 +1,6 @@
 """Compare two classifiers on the same images: differences with intervals, tests, verdicts."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -136,7 +136,7 @@ def _compare_score(a: FloatArray, b: FloatArray) -> dict[str, Any]:
 
 
 def add_verdicts(
-    tests: dict[str, Any], alpha: float, lower_is_better: Collection[str] = ()
+    tests: Mapping[Any, dict[str, Any]], alpha: float, lower_is_better: Collection[str] = ()
 ) -> None:
     """Add ``p_adjusted``, by Holm's method over the tests, and the ``verdict`` to each."""
     adjusted = adjust_holm([row["p_value"] for row in tests.values()])
