@@ -4,9 +4,11 @@ All access is through :mod:`pyarrow.fs`, which Ray and Parquet need. :mod:`brain
 has the conditional writes that pyarrow 26 lacks. A file appears complete or not at all: a local
 file is written under a temporary name and renamed, and an object store shows an object after its
 upload. Folders are created on disks only.
+
+All functions raise StorageError if a URI cannot be accessed. Those that read one file raise
+FileNotFoundError if it does not exist.
 """
 
-import io
 import json
 import os
 import re
@@ -25,10 +27,6 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from brainray.errors import StorageError
-
-REMOTE_SCHEMES = ("s3", "gs", "gcs")
-DICOMWEB_SCHEMES = ("dicomweb+https", "dicomweb+http")
-"""Of scans in a PACS, which :mod:`brainray.io.dicomweb` reads; nothing here does."""
 
 URI_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"
 """Characters that RFC 3986 allows in a URI besides letters, digits and ``-._``."""
@@ -113,35 +111,20 @@ def _name_local(path: str) -> str:
 
 
 def is_dicomweb(uri: str) -> bool:
-    """Tell whether a URI names scans in a PACS."""
-    return uri.startswith(tuple(f"{scheme}://" for scheme in DICOMWEB_SCHEMES))
+    """Tell whether a URI names scans in a PACS, which :mod:`brainray.io.dicomweb` reads."""
+    return uri.startswith(("dicomweb+https://", "dicomweb+http://"))
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    """Return the file system of a URI and the path within it.
-
-    Parameters
-    ----------
-    uri : str
-        Local path (absolute or relative), ``file://``, ``s3://`` or ``gs://``.
-
-    Raises
-    ------
-    StorageError
-        The scheme is not supported, or the credentials are not usable.
-    """
-    scheme = urlsplit(uri).scheme if "://" in uri else ""
-    if scheme == "":
-        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
-    if scheme != "file" and scheme not in REMOTE_SCHEMES:
+    """Return the file system of a URI and the path within it."""
+    local = _local_path(uri)
+    if local is not None:
+        return fs.LocalFileSystem(), str(local)
+    if not uri.startswith(("s3://", "gs://", "gcs://")):
         raise StorageError(f"Expected a local path, s3:// or gs://, got '{uri}'.")
     try:
-        quoted = quote(uri, safe=URI_CHARACTERS)
-        if scheme == "file":
-            filesystem, path = fs.FileSystem.from_uri(quoted)
-            return filesystem, path.rstrip("/") or "/"
-        parts = urlsplit(quoted)
-        if scheme == "s3":
+        parts = urlsplit(quote(uri, safe=URI_CHARACTERS))
+        if parts.scheme == "s3":
             filesystem = _open_s3(parts.netloc, parts.query, _read_endpoint())
         else:
             filesystem = _open_gcs(parts.netloc, parts.query)
@@ -194,13 +177,7 @@ class S3FileSystem(fs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no typ
         return _open_s3, self.opened_with
 
     def check_bucket(self) -> None:
-        """Check, once, that the bucket exists: S3 reports a missing bucket as a missing object.
-
-        Raises
-        ------
-        OSError
-            The bucket does not exist.
-        """
+        """Raise OSError if the bucket does not exist: S3 reports that as a missing object."""
         if self._has_bucket:
             return
         try:
@@ -305,15 +282,7 @@ def is_folder(uri: str) -> bool:
 
 
 def list_files(uri: str) -> list[FoundFile]:
-    """List the files below a folder, recursively, sorted by path.
-
-    Hidden files are included.
-
-    Raises
-    ------
-    StorageError
-        The folder is missing, is a file, or is not readable.
-    """
+    """List the files below a folder, recursively, sorted by path; hidden files are included."""
     base, prefix = make_absolute(uri), resolve(uri)[1].rstrip("/") + "/"
     found = [
         FoundFile(join(base, relative), relative, int(info.size or 0))
@@ -325,13 +294,7 @@ def list_files(uri: str) -> list[FoundFile]:
 
 
 def list_folders(uri: str) -> list[str]:
-    """List the names of the folders directly below a folder, sorted.
-
-    Raises
-    ------
-    StorageError
-        The folder is missing, is a file, or is not readable.
-    """
+    """List the names of the folders directly below a folder, sorted."""
     infos = _get_infos_below(uri, recursive=False)
     return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
 
@@ -347,23 +310,10 @@ def _get_infos_below(uri: str, *, recursive: bool) -> list[fs.FileInfo]:
 
 
 def list_folder(uri: str, root: str) -> tuple[list[FoundFile], list[str]]:
-    """List the direct content of a folder, sorted by name.
+    """List the direct content of a folder, sorted by name: files, and URIs of folders.
 
     Hidden files and special files are included. A link to a folder is followed, unless its target
-    is below the root or above the link.
-
-    Parameters
-    ----------
-    uri : str
-        The folder.
-    root : str
-        The folder that relative paths start from.
-
-    Returns
-    -------
-    files : list of FoundFile
-    folders : list of str
-        URIs of the folders in it.
+    is below the root or above the link. Relative paths start from the root.
 
     Raises
     ------
@@ -417,13 +367,7 @@ def _measure(entry: "os.DirEntry[str] | Path") -> tuple[int, int]:
 
 
 def find_file(uri: str) -> FoundFile | None:
-    """Return one file; None if it does not exist.
-
-    Raises
-    ------
-    StorageError
-        The URI cannot be accessed.
-    """
+    """Return one file; None if it does not exist."""
     local = _local_path(uri)
     absolute = make_absolute(uri)
     name = absolute.rpartition("/")[2]
@@ -441,21 +385,8 @@ def find_file(uri: str) -> FoundFile | None:
 
 
 def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
-    """Read one file.
-
-    Parameters
-    ----------
-    max_bytes : int, optional
-        Read at most one byte more than this.
-
-    Raises
-    ------
-    FileNotFoundError
-        The file does not exist.
-    StorageError
-        The file cannot be read.
-    """
-    limit = -1 if max_bytes is None else max_bytes + 1
+    """Read one file, or at most one byte more than ``max_bytes``."""
+    limit = None if max_bytes is None else max_bytes + 1
     path = _local_path(uri)
     try:
         if path is not None:
@@ -464,7 +395,7 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
         try:
             # pyarrow 26 sends two requests: HEAD for the size, then GET.
             with filesystem.open_input_file(remote) as stream:
-                return bytes(stream.read() if limit < 0 else stream.read(limit))
+                return bytes(stream.read(limit))
         except FileNotFoundError:
             _check_bucket(filesystem)
             raise
@@ -474,31 +405,17 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
         raise explain("read", uri, error) from error
 
 
-def _read_local(path: Path, limit: int) -> bytes:
+def _read_local(path: Path, limit: int | None) -> bytes:
     # Without O_NONBLOCK, opening a pipe or a device could block for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb", buffering=0) as stream:  # noqa: PTH123 - of a descriptor
+    with open(descriptor, "rb") as stream:  # noqa: PTH123 - of a descriptor
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError("it is not a regular file")
-        return stream.readall() if limit < 0 else _read_up_to(stream, limit)
-
-
-def _read_up_to(stream: "io.FileIO", limit: int) -> bytes:
-    parts, left = [], limit
-    while left and (part := stream.read(left)):
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
+        return stream.read(limit)
 
 
 def write_bytes(uri: str, content: bytes) -> None:
-    """Write one file, completely or not at all, and create its folder.
-
-    Raises
-    ------
-    StorageError
-        The file cannot be written.
-    """
+    """Write one file, completely or not at all, and create its folder."""
     filesystem, path = resolve(uri)
     try:
         if isinstance(filesystem, fs.LocalFileSystem):
@@ -531,13 +448,7 @@ def write_partial(path: Path, content: bytes, mode: int = 0o666) -> Iterator[Pat
 
 
 def delete_file(uri: str) -> None:
-    """Delete one file.
-
-    Raises
-    ------
-    StorageError
-        Deleting fails.
-    """
+    """Delete one file."""
     filesystem, path = resolve(uri)
     try:
         filesystem.delete_file(path)
@@ -546,13 +457,7 @@ def delete_file(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Delete a folder with its content, if it exists.
-
-    Raises
-    ------
-    StorageError
-        Deleting fails.
-    """
+    """Delete a folder with its content, if it exists."""
     filesystem, path = resolve(uri)
     try:
         filesystem.delete_dir(path)
@@ -563,20 +468,11 @@ def delete_folder(uri: str) -> None:
 
 
 def read_json(uri: str) -> Any:  # noqa: ANN401 - JSON is any of several types
-    """Read a JSON document.
-
-    Raises
-    ------
-    FileNotFoundError
-        The file does not exist.
-    StorageError
-        It cannot be read, or is not JSON.
-    """
+    """Read a JSON document; raises StorageError if the file is none."""
+    content = read_bytes(uri)
     try:
-        return json.loads(read_bytes(uri))
+        return json.loads(content)
     except ValueError as error:
-        if isinstance(error, StorageError):
-            raise
         raise StorageError(f"'{uri}' is not a JSON document: {error}") from error
 
 
@@ -594,15 +490,7 @@ def write_table(uri: str, table: pa.Table) -> None:
 
 
 def read_table(uri: str) -> pa.Table:
-    """Read one Parquet file.
-
-    Raises
-    ------
-    FileNotFoundError
-        The file does not exist.
-    StorageError
-        It cannot be read, or is not Parquet.
-    """
+    """Read one Parquet file; raises StorageError if the file is none."""
     content = read_bytes(uri)
     try:
         return pq.read_table(pa.BufferReader(content))
@@ -611,13 +499,7 @@ def read_table(uri: str) -> pa.Table:
 
 
 def check_writable(uri: str) -> None:
-    """Check that a folder can be created and written.
-
-    Raises
-    ------
-    StorageError
-        It cannot.
-    """
+    """Check that a folder can be created and written."""
     probe = join(uri, f".probe-{uuid.uuid4().hex}")
     write_bytes(probe, b"brainray")
     delete_file(probe)
