@@ -41,6 +41,7 @@ TIMEOUT_S = 5.0
 GCS_RETRY_S = 30
 """Time limit for the attempts at one request of Google Cloud Storage; pyarrow's is 900 s."""
 
+_MISSING = fs.FileType.NotFound
 _S3_ERROR = re.compile(
     r"AWS Error (?P<name>\w+)(?: \(HTTP status (?P<status>\d+)\))? during \w+ operation: "
     r"(?:Unable to parse ExceptionName: (?P<unparsed>\w+) Message: )?(?P<message>.*)",
@@ -124,18 +125,15 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         raise StorageError(f"Expected a local path, s3:// or gs://, got '{uri}'.")
     try:
         parts = urlsplit(quote(uri, safe=URI_CHARACTERS))
-        if parts.scheme == "s3":
-            filesystem = _open_s3(parts.netloc, parts.query, _read_endpoint())
+        if parts.scheme == "s3":  # pyarrow 26 reads the endpoint of AWS's tools in from_uri only
+            general = os.environ.get("AWS_ENDPOINT_URL", "")
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or general
+            filesystem = _open_s3(parts.netloc, parts.query, endpoint)
         else:
             filesystem = _open_gcs(parts.netloc, parts.query)
     except (OSError, ValueError) as error:
         raise explain("open", uri, error) from error
     return filesystem, (parts.netloc.rpartition("@")[2] + unquote(parts.path)).rstrip("/")
-
-
-def _read_endpoint() -> str:
-    """Read the endpoint as AWS's tools do; pyarrow 26 does so only in ``from_uri``."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 @lru_cache(maxsize=64)
@@ -171,21 +169,10 @@ class S3FileSystem(fs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no typ
             allow_delayed_open=True,  # one request for a small file, not three
         )
         self.opened_with = authority, query, endpoint
-        self._has_bucket = False
+        self.has_bucket = False  # known to exist
 
     def __reduce__(self) -> tuple[Callable[..., "S3FileSystem"], tuple[str, str, str]]:
         return _open_s3, self.opened_with
-
-    def check_bucket(self) -> None:
-        """Raise OSError if the bucket does not exist: S3 reports that as a missing object."""
-        if self._has_bucket:
-            return
-        try:
-            self._has_bucket = self.get_file_info(self.bucket).type != fs.FileType.NotFound
-        except OSError:  # reading an object needs no permission to query the bucket
-            self._has_bucket = True
-        if not self._has_bucket:
-            raise OSError(_NO_BUCKET)
 
 
 def _find_region(bucket: str) -> dict[str, str]:
@@ -242,13 +229,17 @@ def describe_error(error: Exception) -> str:
     found = _S3_ERROR.search(str(error))
     if found is None:
         return str(error).partition(" error_info={")[0]  # appended by Google's library
-    status = found["status"] or ""
-    for name in (found["unparsed"], found["name"], status):
+    message = found["message"].partition(" (Request ID")[0]
+    names = (found["unparsed"], found["name"])
+    return find_remedy(*names, status=found["status"] or "", message=message) or str(error)
+
+
+def find_remedy(*names: str, status: str, message: str) -> str | None:
+    """Return the first remedy of an error of S3, of one of its names or its HTTP status."""
+    for name in (*names, status):
         if name in S3_REMEDIES:
-            return S3_REMEDIES[name].format(found["message"].partition(" (Request ID")[0])
-    if status.startswith("5"):
-        return FAILING.format(f"HTTP status {status}")
-    return str(error)
+            return S3_REMEDIES[name].format(message)
+    return FAILING.format(f"HTTP status {status}") if status.startswith("5") else None
 
 
 def _get_info(uri: str) -> fs.FileInfo:
@@ -256,7 +247,7 @@ def _get_info(uri: str) -> fs.FileInfo:
     filesystem, path = resolve(uri)
     try:
         info = filesystem.get_file_info(path)
-        if info.type == fs.FileType.NotFound:
+        if info.type == _MISSING:
             _check_bucket(filesystem)
     except (OSError, ValueError) as error:
         raise explain("access", uri, error) from error
@@ -264,13 +255,20 @@ def _get_info(uri: str) -> fs.FileInfo:
 
 
 def _check_bucket(filesystem: fs.FileSystem) -> None:
-    if isinstance(filesystem, S3FileSystem):
-        filesystem.check_bucket()
+    """Raise OSError if a bucket does not exist: S3 reports that as a missing object."""
+    if not isinstance(filesystem, S3FileSystem) or filesystem.has_bucket:
+        return
+    try:
+        filesystem.has_bucket = filesystem.get_file_info(filesystem.bucket).type != _MISSING
+    except OSError:  # reading an object needs no permission to query the bucket
+        filesystem.has_bucket = True
+    if not filesystem.has_bucket:
+        raise OSError(_NO_BUCKET)
 
 
 def exists(uri: str) -> bool:
     """Return whether a file or a folder exists."""
-    return bool(_get_info(uri).type != fs.FileType.NotFound)
+    return bool(_get_info(uri).type != _MISSING)
 
 
 def is_folder(uri: str) -> bool:
@@ -284,13 +282,14 @@ def is_folder(uri: str) -> bool:
 def list_files(uri: str) -> list[FoundFile]:
     """List the files below a folder, recursively, sorted by path; hidden files are included."""
     base, prefix = make_absolute(uri), resolve(uri)[1].rstrip("/") + "/"
-    found = [
-        FoundFile(join(base, relative), relative, int(info.size or 0))
-        for info in _get_infos_below(uri, recursive=True)
-        if info.type == fs.FileType.File
-        for relative in [info.path.removeprefix(prefix)]
-    ]
+    infos = _get_infos_below(uri, recursive=True)
+    found = [_describe_file(info, base, prefix) for info in infos if info.type == fs.FileType.File]
     return sorted(found, key=lambda file: file.relative_path)
+
+
+def _describe_file(info: fs.FileInfo, base: str, prefix: str) -> FoundFile:
+    relative = info.path.removeprefix(prefix)
+    return FoundFile(join(base, relative), relative, int(info.size or 0), int(info.mtime_ns or 0))
 
 
 def list_folders(uri: str) -> list[str]:
@@ -328,12 +327,11 @@ def list_folder(uri: str, root: str) -> tuple[list[FoundFile], list[str]]:
     files, folders = [], []
     infos = filesystem.get_file_info(fs.FileSelector(path))
     for info in sorted(infos, key=lambda info: str(info.path)):
-        relative = info.path.removeprefix(prefix)
+        found = _describe_file(info, base, prefix)
         if info.type == fs.FileType.Directory:
-            folders.append(join(base, relative))
+            folders.append(found.uri)
         else:
-            size, modified = int(info.size or 0), int(info.mtime_ns or 0)
-            files.append(FoundFile(join(base, relative), relative, size, modified))
+            files.append(found)
     return files, folders
 
 
