@@ -115,7 +115,6 @@ class Need:
     what: str
     """Name of the processes in messages."""
     remedy: str
-    """How to make the job need less."""
 
 
 def list_nodes() -> list[Bundle]:

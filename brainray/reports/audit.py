@@ -16,7 +16,7 @@ class PicturedPair:
     """Two scans shown side by side: of each field the left scan's value, then the right's."""
 
     paths: tuple[str, str]
-    """Any characters are shown safely."""
+    """They may have any characters."""
     labels: tuple[str, str]
     images_png: tuple[bytes, bytes]
     correlation: float

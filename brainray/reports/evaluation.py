@@ -20,18 +20,16 @@ _SPLITS = {  # name, and how a sentence calls it; the first that is present make
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mistake:
-    """A wrongly classified scan of a report's gallery."""
+    """A wrongly classified scan of a report's gallery; a path may have any characters."""
 
     path: str
-    """Any characters are shown safely."""
     true_class: str
     predicted_class: str
     confidence: float
-    """Probability of the predicted class, in [0, 1]."""
+    """Probability of the predicted class."""
     image_png: bytes
-    """The scan as an encoded PNG."""
     overlay_png: bytes | None = None
-    """The scan with its class activation map, as an encoded PNG."""
+    """The scan with its class activation map."""
 
 
 def render_evaluation_report(
