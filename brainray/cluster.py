@@ -41,14 +41,9 @@ Bundle = dict[str, float]
 def connect_ray(*, verbose: bool = False, with_dashboard: bool = False) -> None:
     """Join the cluster of RAY_ADDRESS or `ray job submit`, else start one on this machine.
 
-    Parameters
-    ----------
-    verbose : bool
-        Whether to show Ray's log.
-    with_dashboard : bool
-        Start the dashboard too, on the loopback interface. Ray Tune needs it for trials that use
-        Ray Train: to free the CPUs of a trial, Ray 2.60 asks the dashboard whether the trial still
-        runs, and waits for ever without it.
+    ``verbose`` shows Ray's log. ``with_dashboard`` starts the dashboard too, on the loopback
+    interface. Ray Tune needs it for trials that use Ray Train: to free the CPUs of a trial, Ray
+    2.60 asks the dashboard whether the trial still runs, and waits for ever without it.
     """
     if ray.is_initialized():
         return
@@ -87,13 +82,11 @@ def _name_own_cluster() -> None:
 
 
 def find_own_error(error: RayTaskError) -> BrainrayError | None:
-    """Return the BrainrayError that ended a task of Ray Data, if it was one.
-
-    Ray Data (2.60) appends the number of attempts to the message; this is removed.
-    """
+    """Return the BrainrayError that ended a task of Ray Data, if it was one."""
     own = error.cause
     if not isinstance(own, BrainrayError):
         return None
+    # Ray Data (2.60) appends the number of attempts to the message.
     return type(own)(*(str(part).partition("\nFailed to ")[0] for part in own.args))
 
 
@@ -122,7 +115,6 @@ class Need:
     what: str
     """Name of the processes in messages."""
     remedy: str
-    """How to make the job need less."""
 
 
 def list_nodes() -> list[Bundle]:
@@ -132,10 +124,9 @@ def list_nodes() -> list[Bundle]:
 
 def count_fitting(bundle: Bundle, nodes: Sequence[Bundle]) -> int:
     """Return how many processes with this bundle fit on the nodes."""
+    needed = {name: amount for name, amount in bundle.items() if amount}
     return sum(
-        int(
-            min((node.get(name, 0.0) + 1e-6) // amount for name, amount in bundle.items() if amount)
-        )
+        int(min((node.get(name, 0.0) + 1e-6) // amount for name, amount in needed.items()))
         for node in nodes
     )
 
@@ -144,18 +135,8 @@ def share_cpus(count: int, nodes: Sequence[Bundle], wanted: float = 1.0, **other
     """Return the CPUs that each of some processes reserves: the wanted number, or a part of one.
 
     The processes leave a part of every CPU to the tasks that read and decode. Otherwise a run
-    whose processes hold all CPUs would wait for its own data for ever.
-
-    Parameters
-    ----------
-    count : int
-        Processes.
-    nodes : sequence of Bundle
-        All nodes.
-    wanted : float
-        CPUs per process, if there are enough.
-    others : float
-        Other resources per process, such as ``GPU=1.0``.
+    whose processes hold all CPUs would wait for its own data for ever. ``others`` are other
+    resources of each process, such as ``GPU=1.0``.
     """
     kept = 1 - 2 * TASK_CPUS
     if others:
@@ -178,12 +159,9 @@ def describe_gpu_need(gpus: float = 1.0, count: int = 1) -> Need:
 
 
 def check_fits(*needs: Need) -> None:
-    """Check that a job fits on the cluster, after waiting for nodes to join.
+    """Raise ConfigError if a job does not fit, after waiting for nodes to join.
 
-    Raises
-    ------
-    ConfigError
-        It does not fit, and there is no autoscaler.
+    It may fit later on a cluster with an autoscaler.
     """
     deadline = time.monotonic() + (JOINING_S if os.environ.get("RAY_ADDRESS") else 0.0)
     while lacking := find_lacking(needs, list_nodes()):

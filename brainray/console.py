@@ -37,12 +37,8 @@ Result = TypeVar("Result")
 class ConsoleReporter:
     """Prints lines and results, and progress: a bar on a terminal, a line every half minute else.
 
-    Parameters
-    ----------
-    json : bool
-        Print results as JSON on standard output, and everything else on standard error.
-    verbose : bool
-        Whether commands show Ray's log.
+    With ``json`` it prints results as JSON on standard output, and all else on standard error.
+    ``verbose`` is for commands: whether they show Ray's log.
     """
 
     def __init__(self, *, json: bool = False, verbose: bool = False) -> None:
@@ -89,12 +85,19 @@ class ConsoleReporter:
             self._show(f"epoch {message['epoch'] + 1}", done, total, f"{left} left")
 
     def on_progress(self, progress: "Progress") -> None:
-        """Show the progress of a bulk run."""
-        self._show("scans", progress.done, progress.total, describe_rate(progress))
+        """Show a bulk run's progress, rate, time left and rejected scans."""
+        parts = []
+        if progress.rate and progress.warm_s > SETTLING_S:
+            parts.append(f"{progress.rate:.1f} images/s")
+            if progress.left_s is not None:
+                parts.append(f"{runlog.format_duration(progress.left_s)} left")
+        if progress.num_rejected:
+            parts.append(f"{progress.num_rejected:,} rejected")
+        self._show("scans", progress.done, progress.total, "  ".join(parts))
 
     def _show(self, name: str, done: int, total: int | None, detail: str) -> None:
         if self._console.is_terminal:
-            bar = self._bar = self._bar or build_progress_bar(self._console)
+            bar = self._bar = self._bar or _start_bar(self._console)
             (task,) = bar.task_ids
             bar.update(task, description=name, completed=done, total=total, detail=detail)
         elif time.monotonic() - self._printed_s > LINE_INTERVAL_S:
@@ -108,7 +111,7 @@ class ConsoleReporter:
             self._bar = None
 
 
-def build_progress_bar(console: Console) -> "rich.progress.Progress":
+def _start_bar(console: Console) -> "rich.progress.Progress":
     """Start a progress bar with one task, which is removed from the terminal when it stops."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -127,11 +130,8 @@ def build_progress_bar(console: Console) -> "rich.progress.Progress":
 
 def describe_results(metrics: dict[str, Any], output_uri: str) -> list[str]:
     """List the scores of a training or an evaluation, and where the results are."""
-    lines = [
-        describe_scores(split, metrics[split])
-        for split in ("val", "test", "cv")
-        if split in metrics
-    ]
+    splits = [split for split in ("val", "test", "cv") if split in metrics]
+    lines = [describe_scores(split, metrics[split]) for split in splits]
     if "spread" in metrics:
         lines.append(describe_variation(metrics["spread"], len(metrics["folds"])))
     if "training" in metrics:
@@ -151,16 +151,22 @@ def describe_tuning(result: dict[str, Any], output_uri: str) -> list[str]:
 
 def describe_bulk(metrics: dict[str, Any], output_uri: str) -> list[str]:
     """List the counts of a bulk run, and where the results are."""
-    run = metrics["run"]
+    run, counts = metrics["run"], metrics["run"]["new_counts"]
     lines = []
     if "evaluation" in metrics:
         lines.append(describe_scores("labelled", metrics["evaluation"]))
-    lines.append(describe_counts(run))
+    line = f"scans       {run['num_new']:,} new: {counts['by_status']['classified']:,} classified"
+    if counts["by_status"]["rejected"]:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts["by_reason"].items())
+        line += f", {counts['by_status']['rejected']:,} rejected ({reasons})"
+    if run["num_known"]:
+        line += f"; {run['num_known']:,} unchanged"
+    lines.append(line)
     for name in ("series", "studies"):
-        counts = metrics.get(name, {})
-        if counts.get("total"):
-            answers = ", ".join(f"{n:,} {answer}" for answer, n in counts["by_answer"].items())
-            lines.append(f"{name:<11} {counts['total']:,}: {answers}")
+        found = metrics.get(name, {})
+        if found.get("total"):
+            answers = ", ".join(f"{n:,} {answer}" for answer, n in found["by_answer"].items())
+            lines.append(f"{name:<11} {found['total']:,}: {answers}")
     return [
         *lines,
         f"speed       {run['images_per_s']:.1f} images/s with the start; {run['bottleneck']}",
@@ -171,14 +177,7 @@ def describe_bulk(metrics: dict[str, Any], output_uri: str) -> list[str]:
 
 
 def describe_audit(document: dict[str, Any], output_uri: str) -> list[str]:
-    """List the findings of an audit, and where the results are.
-
-    Parameters
-    ----------
-    document : dict
-        The content of audit.json.
-    output_uri : str
-    """
+    """List the findings of audit.json, and where the results are."""
     unreadable = document["num_scans"] - document["num_usable"]
     groups, near = document["groups"], document["near_duplicates"]
     exact = document["exact_duplicates"]
@@ -211,28 +210,11 @@ def describe_audit(document: dict[str, Any], output_uri: str) -> list[str]:
     return [*lines, f"report      {storage.join(output_uri, 'audit.html')}", DISCLAIMER]
 
 
-def describe_comparison(document: dict[str, Any]) -> list[str]:
-    """Describe a comparison of two classifiers as the lines of a table.
-
-    Parameters
-    ----------
-    document : dict
-        What :func:`brainray.evaluation.compare.compare` returned.
-    """
+def describe_comparison(document: dict[str, Any], _: str) -> list[str]:
+    """Describe what :func:`brainray.evaluation.compare.compare` returned, as lines of a table."""
     kind = "groups" if document["join"]["has_groups"] else "images, each a group of its own"
-    lines = [
-        *(f"{name.upper()}  {document[name]['uri']}" for name in ("a", "b")),
-        f"{document['n']:,} images, {document['num_groups']:,} {kind}; differences are B - A, "
-        "with 95 % intervals",
-        "",
-        f"{'':<18} {'A':>7} {'B':>7} {'difference':>11}  {'interval':<18} {'p':>6}  B is",
-    ]
-    lines += [_describe_difference(name, row) for name, row in document["scores"].items()]
-    lines += [
-        _describe_difference(f"AUROC {name}"[:18], row)
-        for name, row in document["auroc"].items()
-        if row is not None
-    ]
+    rows = [*document["scores"].items()]
+    rows += [(f"AUROC {name}"[:18], row) for name, row in document["auroc"].items() if row]
     test = document["mcnemar"]
     corrected = (
         "Holm's correction over the five scores, and over the classes"
@@ -240,7 +222,12 @@ def describe_comparison(document: dict[str, Any]) -> list[str]:
         else f"{document['primary']} alone decides among the scores"
     )
     return [
-        *lines,
+        *(f"{name.upper()}  {document[name]['uri']}" for name in ("a", "b")),
+        f"{document['n']:,} images, {document['num_groups']:,} {kind}; differences are B - A, "
+        "with 95 % intervals",
+        "",
+        f"{'':<18} {'A':>7} {'B':>7} {'difference':>11}  {'interval':<18} {'p':>6}  B is",
+        *(_describe_difference(name, row) for name, row in rows),
         "",
         f"only A is right on {test['only_a']:,} images, only B on {test['only_b']:,}: "
         f"McNemar mid-p {test['p_mid']:.3g}, exact {test['p_exact']:.3g}",
@@ -262,14 +249,8 @@ def _describe_difference(name: str, row: dict[str, Any]) -> str:
     )
 
 
-def describe_calibration(document: dict[str, Any]) -> list[str]:
-    """Describe a fit of the rule of slice evidence as the lines of a table.
-
-    Parameters
-    ----------
-    document : dict
-        What :func:`brainray.evaluation.series.calibrate_series` returned.
-    """
+def describe_calibration(document: dict[str, Any], output_uri: str) -> list[str]:
+    """Describe a fit of the rule of slice evidence, as lines of a table."""
     before, after = document["before"], document["after"]
     lines = [
         f"{document['num_series']:,} labelled series of {document['num_patients']:,} patients; "
@@ -277,13 +258,17 @@ def describe_calibration(document: dict[str, Any]) -> list[str]:
         "",
         f"{'':<30} {'before':<24} after",
     ]
+
+    def add(title: str, score: str, *rows: dict[str, Any]) -> None:
+        shown = ["-" if row[score] is None else _percent(row, score) for row in rows]
+        lines.append(f"{title:<30} {shown[0]:<24} {shown[1]}")
+
     for name, row in before["per_class"].items():
-        later = after["per_class"][name]
         for score in ("sensitivity", "specificity"):
             title = f"{name} ({row['num_series']:,}), {score}"
-            lines.append(_describe_change(title, score, row, later))
-    lines.append(_describe_change("indeterminate", "indeterminate", before, after))
-    lines.append(_describe_change("right minus wrong, mean", "score", before, after))
+            add(title, score, row, after["per_class"][name])
+    add("indeterminate", "indeterminate", before, after)
+    add("right minus wrong, mean", "score", before, after)
     options = " ".join(
         f"--rule.{name.replace('_', '-')} {value:g}" for name, value in document["rule"].items()
     )
@@ -293,40 +278,8 @@ def describe_calibration(document: dict[str, Any]) -> list[str]:
         f"rule        {options}",
         "Fitted to all labelled series. It may not hold for other scanners and hospitals.",
         DISCLAIMER,
+        f"written to  {output_uri}",
     ]
-
-
-def _describe_change(title: str, name: str, before: dict[str, Any], after: dict[str, Any]) -> str:
-    def show(row: dict[str, Any]) -> str:
-        ends = row[f"{name}_ci95"]
-        around = f" [{ends[0]:.1%}, {ends[1]:.1%}]" if ends else ""
-        return "-" if row[name] is None else f"{row[name]:.1%}{around}"
-
-    return f"{title:<30} {show(before):<24} {show(after)}"
-
-
-def describe_counts(run: dict[str, Any]) -> str:
-    """Describe in one line the outcomes of a bulk run's new scans."""
-    counts = run["new_counts"]
-    line = f"scans       {run['num_new']:,} new: {counts['by_status']['classified']:,} classified"
-    if counts["by_status"]["rejected"]:
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts["by_reason"].items())
-        line += f", {counts['by_status']['rejected']:,} rejected ({reasons})"
-    if run["num_known"]:
-        line += f"; {run['num_known']:,} unchanged"
-    return line
-
-
-def describe_rate(progress: "Progress") -> str:
-    """Describe a bulk run's rate, time left and rejected scans."""
-    parts = []
-    if progress.rate and progress.warm_s > SETTLING_S:
-        parts.append(f"{progress.rate:.1f} images/s")
-        if progress.left_s is not None:
-            parts.append(f"{runlog.format_duration(progress.left_s)} left")
-    if progress.num_rejected:
-        parts.append(f"{progress.num_rejected:,} rejected")
-    return "  ".join(parts)
 
 
 def describe_scores(split: str, scores: dict[str, Any]) -> str:
@@ -337,9 +290,8 @@ def describe_scores(split: str, scores: dict[str, Any]) -> str:
     line = f"{split:<5} {scores['n']:>6,} images  " + "  ".join(parts)
     if "without_near_duplicates" in scores:
         rest, nearest = scores["without_near_duplicates"], scores["baseline_1nn"]
-        line += (
-            f"  | without near duplicates ({rest['n']:,}) {_percent(rest) if rest['n'] else '-'}"
-        )
+        line += f"  | without near duplicates ({rest['n']:,}) "
+        line += _percent(rest) if rest["n"] else "-"
         line += f"  | nearest thumbnail {nearest['accuracy']:.1%}"
     return line
 
@@ -355,10 +307,10 @@ def describe_variation(spread: dict[str, dict[str, float]], num_folds: int) -> s
     return f"spread over the {num_folds} folds, no interval: " + "; ".join(parts)
 
 
-def _percent(scores: dict[str, Any]) -> str:
-    interval = scores["accuracy_ci95"]
+def _percent(scores: dict[str, Any], name: str = "accuracy") -> str:
+    interval = scores[f"{name}_ci95"]
     around = f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else ""
-    return f"{scores['accuracy']:.1%}{around}"
+    return f"{scores[name]:.1%}{around}"
 
 
 def exit_on_error(

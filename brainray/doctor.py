@@ -27,22 +27,56 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Examine this machine, without starting anything and without network access."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    num_cpus = len(os.sched_getaffinity(0))
+    has_gpu = torch.cuda.is_available()
+    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    processor = "GPU" if has_gpu else "processor"
+    has_bf16 = has_native_bf16(use_gpu=has_gpu)
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    weights = imagenet_weights_path()
+    free_gib = shutil.disk_usage(".").free / 2**30
+    has_bytecode = not os.environ.get("PYTHONDONTWRITEBYTECODE")
     return [
-        _examine_python(),
+        Finding("Python", sys.version_info >= (3, 11), f"{python}; 3.11 or newer", needed=True),
         _examine_ray(),
-        _examine_cpus(),
-        _examine_gpus(),
-        _examine_bf16(),
-        _examine_memory(),
-        _examine_weights(),
-        _examine_disk(),
-        _examine_bytecode(),
+        Finding(
+            "CPUs",
+            num_cpus >= MIN_CPUS,
+            f"{num_cpus} usable" + ("" if num_cpus >= MIN_CPUS else "; jobs will be slow"),
+        ),
+        Finding(
+            "GPU",
+            has_gpu,
+            f"{gpus}; train with --recipe gpu --use-gpu"
+            if has_gpu
+            else "torch finds none; train with --recipe cpu",
+        ),
+        Finding(
+            "bf16",
+            has_bf16,
+            f"on the {processor}"
+            if has_bf16
+            else f"the {processor} has no bf16 instructions; computing in fp32",
+        ),
+        Finding("Memory", memory_gib >= 6, f"{memory_gib:.1f} GiB; training needs about 6"),
+        Finding(
+            "ImageNet weights",
+            weights.exists(),
+            str(weights)
+            if weights.exists()
+            else f"not at {weights}; they are downloaded on first use, "
+            "else pass --weights-uri FILE or --weights none",
+        ),
+        Finding("Disk", free_gib >= 5, f"{free_gib:.0f} GiB free here; a run writes about 1"),
+        Finding(
+            "Bytecode cache",
+            has_bytecode,
+            "on"
+            if has_bytecode
+            else "unset PYTHONDONTWRITEBYTECODE, which slows the start of every Ray worker",
+        ),
     ]
-
-
-def _examine_python() -> Finding:
-    found = ".".join(map(str, sys.version_info[:3]))
-    return Finding("Python", sys.version_info >= (3, 11), f"{found}; 3.11 or newer", needed=True)
 
 
 def _examine_ray() -> Finding:
@@ -53,52 +87,3 @@ def _examine_ray() -> Finding:
     address = os.environ.get("RAY_ADDRESS")
     where = f"cluster at {address}" if address else "no RAY_ADDRESS: jobs start Ray here"
     return Finding("Ray", found.startswith("2.60."), f"{found}; {where}", needed=True)
-
-
-def _examine_cpus() -> Finding:
-    count = len(os.sched_getaffinity(0))
-    detail = f"{count} usable" if count >= MIN_CPUS else f"{count} usable; jobs will be slow"
-    return Finding("CPUs", count >= MIN_CPUS, detail)
-
-
-def _examine_gpus() -> Finding:
-    if not torch.cuda.is_available():
-        return Finding("GPU", False, "torch finds none; train with --recipe cpu")
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return Finding("GPU", True, ", ".join(names) + "; train with --recipe gpu --use-gpu")
-
-
-def _examine_bf16() -> Finding:
-    use_gpu = torch.cuda.is_available()
-    where = "GPU" if use_gpu else "processor"
-    if has_native_bf16(use_gpu=use_gpu):
-        return Finding("bf16", True, f"on the {where}")
-    return Finding("bf16", False, f"the {where} has no bf16 instructions; computing in fp32")
-
-
-def _examine_memory() -> Finding:
-    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return Finding("Memory", gib >= 6, f"{gib:.1f} GiB; training needs about 6")
-
-
-def _examine_weights() -> Finding:
-    path = imagenet_weights_path()
-    if path.exists():
-        return Finding("ImageNet weights", True, str(path))
-    return Finding(
-        "ImageNet weights",
-        False,
-        f"not at {path}; they are downloaded on first use, "
-        "else pass --weights-uri FILE or --weights none",
-    )
-
-
-def _examine_disk() -> Finding:
-    free = shutil.disk_usage(".").free / 2**30
-    return Finding("Disk", free >= 5, f"{free:.0f} GiB free here; a run writes about 1")
-
-
-def _examine_bytecode() -> Finding:
-    set_here = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
-    detail = "unset PYTHONDONTWRITEBYTECODE, which slows the start of every Ray worker"
-    return Finding("Bytecode cache", not set_here, detail if set_here else "on")

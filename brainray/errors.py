@@ -1,23 +1,6 @@
-"""The errors of brainray.
+"""The errors of brainray. A message gives what was expected, what was found, where, and a remedy.
 
-::
-
-    BrainrayError
-    ├── UserError(ValueError)     the user can fix it; a command exits with status 2
-    │   ├── ConfigError           options, or an output that does not match them
-    │   ├── DataError             folders, tables, labels
-    │   ├── StorageError          a URI that cannot be read or written
-    │   │   └── DicomWebError     a PACS that does not answer, or refuses
-    │   ├── WeightsError          pretrained weights that are missing or do not fit
-    │   ├── ClassifierError       a damaged or foreign classifier bundle
-    │   └── RejectedImage         one scan, with a stable reason code
-    ├── TrainingError             the user cannot fix it; a command exits with status 1
-    ├── ClassificationError       the same, of a bulk run
-    ├── DicomResultsError         the same, of DICOM objects
-    ├── LockLostError             another run has taken over the output
-    └── ServingError              the same, of the service
-
-A message gives what was expected, what was found, where, and a remedy.
+The user can fix a UserError; a command exits with status 2. Of any other, with status 1.
 """
 
 
@@ -74,15 +57,7 @@ class ServingError(BrainrayError):
 
 
 class RejectedImage(UserError):  # noqa: N818 - a rejection is a result
-    """A scan that cannot be decoded.
-
-    Parameters
-    ----------
-    reason : str
-        Stable code, one of :data:`brainray.images.decode.REJECTION_REASONS`.
-    message : str
-        The reason in a sentence.
-    """
+    """A scan that cannot be decoded; the reason is a key of ``decode.REJECTION_REASONS``."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)

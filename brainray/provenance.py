@@ -7,14 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 LIBRARIES = (
-    "ray",
-    "torch",
-    "torchvision",
-    "openvino",
-    "pyarrow",
-    "numpy",
-    "scikit-learn",
-    "pillow",
+    *("ray", "torch", "torchvision", "openvino", "pyarrow", "numpy", "scikit-learn", "pillow"),
 )
 
 
@@ -48,15 +41,10 @@ def describe_cpu() -> str:
 
 def read_code_revision() -> str:
     """Return the git revision of the code, with "-dirty" if files differ; else "unknown"."""
-    folder = Path(__file__).parent
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
+            [*command, "--abbrev=12"], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -61,14 +61,12 @@ def write_tensorboard(tensorboard_uri: str, records: Sequence[Record]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder) as writer:
             for record in records:
+                at = {"global_step": record["epoch"] + 1, "walltime": record["unix_time_s"]}
                 for name, value in scalars_of(record).items():
-                    writer.add_scalar(
-                        name, value, record["epoch"] + 1, walltime=record["unix_time_s"]
-                    )
+                    writer.add_scalar(name, value, **at)
         (file,) = Path(folder).iterdir()
-        storage.write_bytes(
-            storage.join(tensorboard_uri, "events.out.tfevents.0.brainray"), file.read_bytes()
-        )
+        uri = storage.join(tensorboard_uri, "events.out.tfevents.0.brainray")
+        storage.write_bytes(uri, file.read_bytes())
 
 
 def scalars_of(record: Record) -> dict[str, float]:

@@ -4,9 +4,11 @@ All access is through :mod:`pyarrow.fs`, which Ray and Parquet need. :mod:`brain
 has the conditional writes that pyarrow 26 lacks. A file appears complete or not at all: a local
 file is written under a temporary name and renamed, and an object store shows an object after its
 upload. Folders are created on disks only.
+
+All functions raise StorageError if a URI cannot be accessed. Those that read one file raise
+FileNotFoundError if it does not exist.
 """
 
-import io
 import json
 import os
 import re
@@ -26,10 +28,6 @@ from pyarrow import fs
 
 from brainray.errors import StorageError
 
-REMOTE_SCHEMES = ("s3", "gs", "gcs")
-DICOMWEB_SCHEMES = ("dicomweb+https", "dicomweb+http")
-"""Of scans in a PACS, which :mod:`brainray.io.dicomweb` reads; nothing here does."""
-
 URI_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"
 """Characters that RFC 3986 allows in a URI besides letters, digits and ``-._``."""
 
@@ -43,6 +41,7 @@ TIMEOUT_S = 5.0
 GCS_RETRY_S = 30
 """Time limit for the attempts at one request of Google Cloud Storage; pyarrow's is 900 s."""
 
+_MISSING = fs.FileType.NotFound
 _S3_ERROR = re.compile(
     r"AWS Error (?P<name>\w+)(?: \(HTTP status (?P<status>\d+)\))? during \w+ operation: "
     r"(?:Unable to parse ExceptionName: (?P<unparsed>\w+) Message: )?(?P<message>.*)",
@@ -113,46 +112,28 @@ def _name_local(path: str) -> str:
 
 
 def is_dicomweb(uri: str) -> bool:
-    """Tell whether a URI names scans in a PACS."""
-    return uri.startswith(tuple(f"{scheme}://" for scheme in DICOMWEB_SCHEMES))
+    """Tell whether a URI names scans in a PACS, which :mod:`brainray.io.dicomweb` reads."""
+    return uri.startswith(("dicomweb+https://", "dicomweb+http://"))
 
 
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
-    """Return the file system of a URI and the path within it.
-
-    Parameters
-    ----------
-    uri : str
-        Local path (absolute or relative), ``file://``, ``s3://`` or ``gs://``.
-
-    Raises
-    ------
-    StorageError
-        The scheme is not supported, or the credentials are not usable.
-    """
-    scheme = urlsplit(uri).scheme if "://" in uri else ""
-    if scheme == "":
-        return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
-    if scheme != "file" and scheme not in REMOTE_SCHEMES:
+    """Return the file system of a URI and the path within it."""
+    local = _local_path(uri)
+    if local is not None:
+        return fs.LocalFileSystem(), str(local)
+    if not uri.startswith(("s3://", "gs://", "gcs://")):
         raise StorageError(f"Expected a local path, s3:// or gs://, got '{uri}'.")
     try:
-        quoted = quote(uri, safe=URI_CHARACTERS)
-        if scheme == "file":
-            filesystem, path = fs.FileSystem.from_uri(quoted)
-            return filesystem, path.rstrip("/") or "/"
-        parts = urlsplit(quoted)
-        if scheme == "s3":
-            filesystem = _open_s3(parts.netloc, parts.query, _read_endpoint())
+        parts = urlsplit(quote(uri, safe=URI_CHARACTERS))
+        if parts.scheme == "s3":  # pyarrow 26 reads the endpoint of AWS's tools in from_uri only
+            general = os.environ.get("AWS_ENDPOINT_URL", "")
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or general
+            filesystem = _open_s3(parts.netloc, parts.query, endpoint)
         else:
             filesystem = _open_gcs(parts.netloc, parts.query)
     except (OSError, ValueError) as error:
         raise explain("open", uri, error) from error
     return filesystem, (parts.netloc.rpartition("@")[2] + unquote(parts.path)).rstrip("/")
-
-
-def _read_endpoint() -> str:
-    """Read the endpoint as AWS's tools do; pyarrow 26 does so only in ``from_uri``."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 @lru_cache(maxsize=64)
@@ -188,27 +169,10 @@ class S3FileSystem(fs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no typ
             allow_delayed_open=True,  # one request for a small file, not three
         )
         self.opened_with = authority, query, endpoint
-        self._has_bucket = False
+        self.has_bucket = False  # known to exist
 
     def __reduce__(self) -> tuple[Callable[..., "S3FileSystem"], tuple[str, str, str]]:
         return _open_s3, self.opened_with
-
-    def check_bucket(self) -> None:
-        """Check, once, that the bucket exists: S3 reports a missing bucket as a missing object.
-
-        Raises
-        ------
-        OSError
-            The bucket does not exist.
-        """
-        if self._has_bucket:
-            return
-        try:
-            self._has_bucket = self.get_file_info(self.bucket).type != fs.FileType.NotFound
-        except OSError:  # reading an object needs no permission to query the bucket
-            self._has_bucket = True
-        if not self._has_bucket:
-            raise OSError(_NO_BUCKET)
 
 
 def _find_region(bucket: str) -> dict[str, str]:
@@ -265,13 +229,17 @@ def describe_error(error: Exception) -> str:
     found = _S3_ERROR.search(str(error))
     if found is None:
         return str(error).partition(" error_info={")[0]  # appended by Google's library
-    status = found["status"] or ""
-    for name in (found["unparsed"], found["name"], status):
+    message = found["message"].partition(" (Request ID")[0]
+    names = (found["unparsed"], found["name"])
+    return find_remedy(*names, status=found["status"] or "", message=message) or str(error)
+
+
+def find_remedy(*names: str, status: str, message: str) -> str | None:
+    """Return the first remedy of an error of S3, of one of its names or its HTTP status."""
+    for name in (*names, status):
         if name in S3_REMEDIES:
-            return S3_REMEDIES[name].format(found["message"].partition(" (Request ID")[0])
-    if status.startswith("5"):
-        return FAILING.format(f"HTTP status {status}")
-    return str(error)
+            return S3_REMEDIES[name].format(message)
+    return FAILING.format(f"HTTP status {status}") if status.startswith("5") else None
 
 
 def _get_info(uri: str) -> fs.FileInfo:
@@ -279,7 +247,7 @@ def _get_info(uri: str) -> fs.FileInfo:
     filesystem, path = resolve(uri)
     try:
         info = filesystem.get_file_info(path)
-        if info.type == fs.FileType.NotFound:
+        if info.type == _MISSING:
             _check_bucket(filesystem)
     except (OSError, ValueError) as error:
         raise explain("access", uri, error) from error
@@ -287,13 +255,20 @@ def _get_info(uri: str) -> fs.FileInfo:
 
 
 def _check_bucket(filesystem: fs.FileSystem) -> None:
-    if isinstance(filesystem, S3FileSystem):
-        filesystem.check_bucket()
+    """Raise OSError if a bucket does not exist: S3 reports that as a missing object."""
+    if not isinstance(filesystem, S3FileSystem) or filesystem.has_bucket:
+        return
+    try:
+        filesystem.has_bucket = filesystem.get_file_info(filesystem.bucket).type != _MISSING
+    except OSError:  # reading an object needs no permission to query the bucket
+        filesystem.has_bucket = True
+    if not filesystem.has_bucket:
+        raise OSError(_NO_BUCKET)
 
 
 def exists(uri: str) -> bool:
     """Return whether a file or a folder exists."""
-    return bool(_get_info(uri).type != fs.FileType.NotFound)
+    return bool(_get_info(uri).type != _MISSING)
 
 
 def is_folder(uri: str) -> bool:
@@ -305,33 +280,20 @@ def is_folder(uri: str) -> bool:
 
 
 def list_files(uri: str) -> list[FoundFile]:
-    """List the files below a folder, recursively, sorted by path.
-
-    Hidden files are included.
-
-    Raises
-    ------
-    StorageError
-        The folder is missing, is a file, or is not readable.
-    """
+    """List the files below a folder, recursively, sorted by path; hidden files are included."""
     base, prefix = make_absolute(uri), resolve(uri)[1].rstrip("/") + "/"
-    found = [
-        FoundFile(join(base, relative), relative, int(info.size or 0))
-        for info in _get_infos_below(uri, recursive=True)
-        if info.type == fs.FileType.File
-        for relative in [info.path.removeprefix(prefix)]
-    ]
+    infos = _get_infos_below(uri, recursive=True)
+    found = [_describe_file(info, base, prefix) for info in infos if info.type == fs.FileType.File]
     return sorted(found, key=lambda file: file.relative_path)
 
 
-def list_folders(uri: str) -> list[str]:
-    """List the names of the folders directly below a folder, sorted.
+def _describe_file(info: fs.FileInfo, base: str, prefix: str) -> FoundFile:
+    relative = info.path.removeprefix(prefix)
+    return FoundFile(join(base, relative), relative, int(info.size or 0), int(info.mtime_ns or 0))
 
-    Raises
-    ------
-    StorageError
-        The folder is missing, is a file, or is not readable.
-    """
+
+def list_folders(uri: str) -> list[str]:
+    """List the names of the folders directly below a folder, sorted."""
     infos = _get_infos_below(uri, recursive=False)
     return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
 
@@ -347,23 +309,10 @@ def _get_infos_below(uri: str, *, recursive: bool) -> list[fs.FileInfo]:
 
 
 def list_folder(uri: str, root: str) -> tuple[list[FoundFile], list[str]]:
-    """List the direct content of a folder, sorted by name.
+    """List the direct content of a folder, sorted by name: files, and URIs of folders.
 
     Hidden files and special files are included. A link to a folder is followed, unless its target
-    is below the root or above the link.
-
-    Parameters
-    ----------
-    uri : str
-        The folder.
-    root : str
-        The folder that relative paths start from.
-
-    Returns
-    -------
-    files : list of FoundFile
-    folders : list of str
-        URIs of the folders in it.
+    is below the root or above the link. Relative paths start from the root.
 
     Raises
     ------
@@ -378,12 +327,11 @@ def list_folder(uri: str, root: str) -> tuple[list[FoundFile], list[str]]:
     files, folders = [], []
     infos = filesystem.get_file_info(fs.FileSelector(path))
     for info in sorted(infos, key=lambda info: str(info.path)):
-        relative = info.path.removeprefix(prefix)
+        found = _describe_file(info, base, prefix)
         if info.type == fs.FileType.Directory:
-            folders.append(join(base, relative))
+            folders.append(found.uri)
         else:
-            size, modified = int(info.size or 0), int(info.mtime_ns or 0)
-            files.append(FoundFile(join(base, relative), relative, size, modified))
+            files.append(found)
     return files, folders
 
 
@@ -417,13 +365,7 @@ def _measure(entry: "os.DirEntry[str] | Path") -> tuple[int, int]:
 
 
 def find_file(uri: str) -> FoundFile | None:
-    """Return one file; None if it does not exist.
-
-    Raises
-    ------
-    StorageError
-        The URI cannot be accessed.
-    """
+    """Return one file; None if it does not exist."""
     local = _local_path(uri)
     absolute = make_absolute(uri)
     name = absolute.rpartition("/")[2]
@@ -441,21 +383,8 @@ def find_file(uri: str) -> FoundFile | None:
 
 
 def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
-    """Read one file.
-
-    Parameters
-    ----------
-    max_bytes : int, optional
-        Read at most one byte more than this.
-
-    Raises
-    ------
-    FileNotFoundError
-        The file does not exist.
-    StorageError
-        The file cannot be read.
-    """
-    limit = -1 if max_bytes is None else max_bytes + 1
+    """Read one file, or at most one byte more than ``max_bytes``."""
+    limit = None if max_bytes is None else max_bytes + 1
     path = _local_path(uri)
     try:
         if path is not None:
@@ -464,7 +393,7 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
         try:
             # pyarrow 26 sends two requests: HEAD for the size, then GET.
             with filesystem.open_input_file(remote) as stream:
-                return bytes(stream.read() if limit < 0 else stream.read(limit))
+                return bytes(stream.read(limit))
         except FileNotFoundError:
             _check_bucket(filesystem)
             raise
@@ -474,31 +403,17 @@ def read_bytes(uri: str, *, max_bytes: int | None = None) -> bytes:
         raise explain("read", uri, error) from error
 
 
-def _read_local(path: Path, limit: int) -> bytes:
+def _read_local(path: Path, limit: int | None) -> bytes:
     # Without O_NONBLOCK, opening a pipe or a device could block for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb", buffering=0) as stream:  # noqa: PTH123 - of a descriptor
+    with open(descriptor, "rb") as stream:  # noqa: PTH123 - of a descriptor
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError("it is not a regular file")
-        return stream.readall() if limit < 0 else _read_up_to(stream, limit)
-
-
-def _read_up_to(stream: "io.FileIO", limit: int) -> bytes:
-    parts, left = [], limit
-    while left and (part := stream.read(left)):
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
+        return stream.read(limit)
 
 
 def write_bytes(uri: str, content: bytes) -> None:
-    """Write one file, completely or not at all, and create its folder.
-
-    Raises
-    ------
-    StorageError
-        The file cannot be written.
-    """
+    """Write one file, completely or not at all, and create its folder."""
     filesystem, path = resolve(uri)
     try:
         if isinstance(filesystem, fs.LocalFileSystem):
@@ -531,13 +446,7 @@ def write_partial(path: Path, content: bytes, mode: int = 0o666) -> Iterator[Pat
 
 
 def delete_file(uri: str) -> None:
-    """Delete one file.
-
-    Raises
-    ------
-    StorageError
-        Deleting fails.
-    """
+    """Delete one file."""
     filesystem, path = resolve(uri)
     try:
         filesystem.delete_file(path)
@@ -546,13 +455,7 @@ def delete_file(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Delete a folder with its content, if it exists.
-
-    Raises
-    ------
-    StorageError
-        Deleting fails.
-    """
+    """Delete a folder with its content, if it exists."""
     filesystem, path = resolve(uri)
     try:
         filesystem.delete_dir(path)
@@ -563,20 +466,11 @@ def delete_folder(uri: str) -> None:
 
 
 def read_json(uri: str) -> Any:  # noqa: ANN401 - JSON is any of several types
-    """Read a JSON document.
-
-    Raises
-    ------
-    FileNotFoundError
-        The file does not exist.
-    StorageError
-        It cannot be read, or is not JSON.
-    """
+    """Read a JSON document; raises StorageError if the file is none."""
+    content = read_bytes(uri)
     try:
-        return json.loads(read_bytes(uri))
+        return json.loads(content)
     except ValueError as error:
-        if isinstance(error, StorageError):
-            raise
         raise StorageError(f"'{uri}' is not a JSON document: {error}") from error
 
 
@@ -594,15 +488,7 @@ def write_table(uri: str, table: pa.Table) -> None:
 
 
 def read_table(uri: str) -> pa.Table:
-    """Read one Parquet file.
-
-    Raises
-    ------
-    FileNotFoundError
-        The file does not exist.
-    StorageError
-        It cannot be read, or is not Parquet.
-    """
+    """Read one Parquet file; raises StorageError if the file is none."""
     content = read_bytes(uri)
     try:
         return pq.read_table(pa.BufferReader(content))
@@ -611,13 +497,7 @@ def read_table(uri: str) -> pa.Table:
 
 
 def check_writable(uri: str) -> None:
-    """Check that a folder can be created and written.
-
-    Raises
-    ------
-    StorageError
-        It cannot.
-    """
+    """Check that a folder can be created and written."""
     probe = join(uri, f".probe-{uuid.uuid4().hex}")
     write_bytes(probe, b"brainray")
     delete_file(probe)

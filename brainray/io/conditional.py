@@ -30,7 +30,7 @@ from brainray.storage import GCS_RETRY_S, MAX_ATTEMPTS, TIMEOUT_S, S3FileSystem
 
 if TYPE_CHECKING:  # obstore has these in its stubs only
     from obstore import UpdateVersion
-    from obstore.store import ClientConfig, RetryConfig, S3Credential, S3CredentialProvider
+    from obstore.store import S3Credential, S3CredentialProvider
 
 KEYS_LIFE_S = 300.0
 """Time after which the keys of a profile or a role are read again."""
@@ -42,26 +42,11 @@ _NO_CONDITIONS = (
 
 
 def create_bytes(uri: str, content: bytes, *, mode: int = 0o666) -> bool:
-    """Create one file, completely or not at all, unless it exists.
+    """Create one file, completely or not at all, unless it exists; return whether it did not.
 
-    Of several concurrent calls for the same file one succeeds.
-
-    Parameters
-    ----------
-    uri : str
-    content : bytes
-    mode : int
-        Permissions of a local file, reduced by the process's umask.
-
-    Returns
-    -------
-    bool
-        False if the file exists; it is not changed.
-
-    Raises
-    ------
-    StorageError
-        The file cannot be written. If an object store did not respond, it may exist nevertheless.
+    Of several concurrent calls for the same file one succeeds. If an object store does not respond,
+    which raises StorageError, the file may exist nevertheless. ``mode`` gives the permissions of a
+    local file, reduced by the process's umask.
     """
     filesystem, path = storage.resolve(uri)
     if not isinstance(filesystem, fs.LocalFileSystem):
@@ -141,15 +126,12 @@ def write_object(
     """
     store, key = _open_store(uri, len(content))
     write_id = uuid.uuid4().hex
+    about = {_WRITE_ID: write_id}
     try:
         for left in reversed(range(MAX_ATTEMPTS)):
             try:
                 written = obstore.put(
-                    store,
-                    key,
-                    content,
-                    mode=expected or "create",
-                    attributes={_WRITE_ID: write_id},
+                    store, key, content, mode=expected or "create", attributes=about
                 )
                 return _get_version(written)
             except (AlreadyExistsError, PreconditionError):
@@ -191,15 +173,7 @@ def _get_version(described: Any) -> "UpdateVersion":  # noqa: ANN401 - of a put 
 
 
 def read_object(uri: str) -> "tuple[bytes, UpdateVersion]":
-    """Read one object and its version.
-
-    Raises
-    ------
-    FileNotFoundError
-        The object does not exist.
-    StorageError
-        It cannot be read.
-    """
+    """Read one object and its version; FileNotFoundError if it does not exist."""
     store, key = _open_store(uri)
     try:
         found = obstore.get(store, key)
@@ -211,21 +185,10 @@ def read_object(uri: str) -> "tuple[bytes, UpdateVersion]":
 
 
 def check_conditional_writes(uri: str, content: bytes) -> None:
-    """Check that a service applies the conditions of :func:`write_object`.
+    """Raise StorageError if a service ignores the conditions of :func:`write_object`.
 
-    Some services with the API of S3 ignore them without an error.
-
-    Parameters
-    ----------
-    uri : str
-        An existing object.
-    content : bytes
-        Its content, which is written again if the service ignores a condition.
-
-    Raises
-    ------
-    StorageError
-        The service ignores the conditions.
+    Some services with the API of S3 do so without an error, and then write the content, which must
+    be the object's present one.
     """
     number = uuid.uuid4()
     other: UpdateVersion = {"e_tag": f'"{number.hex}"', "version": f"{number.int % 10**15}"}
@@ -235,17 +198,10 @@ def check_conditional_writes(uri: str, content: bytes) -> None:
 
 
 def _open_store(uri: str, size_bytes: int = 0) -> tuple[S3Store | GCSStore, str]:
-    """Open the bucket of a URI with the settings of :func:`brainray.storage.resolve`.
-
-    Parameters
-    ----------
-    uri : str
-        ``s3://`` or ``gs://``.
-    size_bytes : int
-        Size of the request; obstore's timeout is for the whole request.
-    """
+    """Open the bucket of a URI with the settings of :func:`brainray.storage.resolve`."""
     filesystem, path = storage.resolve(uri)
     key = path.partition("/")[2]
+    # obstore's timeout is for the whole request.
     timeout_s = TIMEOUT_S * 2 ** (size_bytes // 2**20).bit_length()
     try:
         if isinstance(filesystem, S3FileSystem):
@@ -270,39 +226,25 @@ def _open_s3(authority: str, query: str, endpoint: str, region: str, timeout_s: 
     if endpoint:
         settings["aws_endpoint_url_s3"] = endpoint  # overrides the environment
     # Ignore HTTPS_PROXY and the like, as pyarrow does for S3; /0 is every address.
-    client = _describe_client(timeout_s, plain=endpoint.startswith("http://")) | {
+    more: dict[str, Any] = {
         "proxy_url": "http://127.0.0.1",
         "proxy_excludes": "*,127.0.0.1/0,::1/0",
     }
     bundle = options.get("tls_ca_file_path", os.environ.get("AWS_CA_BUNDLE"))
     if bundle:
-        client["root_certificate"] = Path(bundle).read_bytes()
+        more["root_certificate"] = Path(bundle).read_bytes()
     return S3Store(
         bucket,
         config=settings,  # type: ignore[arg-type]
-        client_options=client,
-        retry_config=_describe_retries(timedelta(minutes=3)),
         credential_provider=credentials,
+        **_limit(timeout_s, 180.0, allow_http=endpoint.startswith("http://"), **more),
     )
 
 
 def _find_credentials(given: str) -> "S3CredentialProvider | None":
-    """Find credentials as AWS's tools do; obstore supports fewer sources.
+    """Find credentials as AWS's tools do, since obstore supports fewer sources; None without any.
 
-    Parameters
-    ----------
-    given : str
-        ``key:secret`` of the URI, percent-encoded, or an empty string.
-
-    Returns
-    -------
-    S3CredentialProvider or None
-        None without credentials.
-
-    Raises
-    ------
-    StorageError
-        The profile cannot be used.
+    ``given`` is ``key:secret`` of the URI, percent-encoded, or an empty string.
     """
     if given:
         key, _, secret = given.partition(":")
@@ -338,26 +280,28 @@ def _open_gcs(authority: str, query: str, timeout_s: float) -> GCSStore:
     return GCSStore(
         bucket,
         config=settings,  # type: ignore[arg-type]
-        client_options=_describe_client(timeout_s, plain=scheme == "http"),
-        retry_config=_describe_retries(timedelta(seconds=limit_s)),
         credential_provider=(lambda: anonymous) if user == "anonymous" else None,
+        **_limit(timeout_s, limit_s, allow_http=scheme == "http"),
     )
 
 
-def _describe_client(timeout_s: float, *, plain: bool) -> "ClientConfig":
+def _limit(timeout_s: float, limit_s: float, **client: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return obstore's options of a client: its time limits, and others."""
     return {
-        "connect_timeout": timedelta(seconds=TIMEOUT_S),
-        "timeout": timedelta(seconds=timeout_s),
-        "allow_http": plain,
-    }
-
-
-def _describe_retries(limit: timedelta) -> "RetryConfig":
-    first, longest = timedelta(seconds=0.1), timedelta(seconds=8)
-    return {
-        "max_retries": MAX_ATTEMPTS - 1,
-        "retry_timeout": limit,
-        "backoff": {"init_backoff": first, "max_backoff": longest, "base": 4},
+        "client_options": {
+            "connect_timeout": timedelta(seconds=TIMEOUT_S),
+            "timeout": timedelta(seconds=timeout_s),
+            **client,
+        },
+        "retry_config": {
+            "max_retries": MAX_ATTEMPTS - 1,
+            "retry_timeout": timedelta(seconds=limit_s),
+            "backoff": {
+                "init_backoff": timedelta(seconds=0.1),
+                "max_backoff": timedelta(seconds=8),
+                "base": 4,
+            },
+        },
     }
 
 
@@ -389,11 +333,8 @@ def _describe(uri: str, error: Exception) -> str:
     code, status = re.search(r"<Code>(\w+)</Code>", text), re.search(r"status code: (\d+)", text)
     name = code[1] if code else ""
     number = status[1] if status else ""
-    for key in (name, re.sub(r"(?<=.)(?=[A-Z])", "_", name).upper(), number):
-        if key in storage.S3_REMEDIES:
-            return storage.S3_REMEDIES[key].format(reason)
     if number == "501":
         return _NO_CONDITIONS
-    if number.startswith("5"):
-        return storage.FAILING.format(f"HTTP status {number}")
-    return storage.DENIED if number == "403" and not name else reason
+    of_pyarrow = re.sub(r"(?<=.)(?=[A-Z])", "_", name).upper()
+    remedy = storage.find_remedy(name, of_pyarrow, status=number, message=reason)
+    return remedy or (storage.DENIED if number == "403" and not name else reason)

@@ -30,7 +30,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pyarrow import fs
 
@@ -69,12 +69,7 @@ class OutputLock(ABC):
 
     @abstractmethod
     def update(self, state: dict[str, Any]) -> None:
-        """Replace the state, which the next holder reads.
-
-        Parameters
-        ----------
-        state : dict
-            JSON without NaN.
+        """Replace the state, JSON without NaN, which the next holder reads.
 
         Raises
         ------
@@ -88,6 +83,9 @@ class OutputLock(ABC):
     @abstractmethod
     def check(self) -> None:
         """Raise LockLostError if the lock is known to be lost; sends no request."""
+
+    def _report_released(self) -> LockLostError:
+        return LockLostError(f"This run has released '{self._output_uri}'.")
 
 
 @contextmanager
@@ -111,7 +109,7 @@ def hold_output(output_uri: str) -> Iterator[OutputLock]:
     lease = _Lease(output_uri, holder)
     lease.acquire()
     try:
-        lease.check_service()
+        conditional.check_conditional_writes(lease.uri, lease.content)
         with repeat(lease.renew, LEASE_RENEWAL_S, "lease"):
             yield lease
     finally:
@@ -143,19 +141,15 @@ def _lock_file(output_uri: str, path: Path, holder: dict[str, Any]) -> Iterator[
         stream.truncate(0)
         stream.write(json.dumps(holder))
         stream.flush()
-        lock = _FileLock(output_uri, path.with_name(STATE_FILE))
-        try:
-            yield lock
-        finally:
-            lock.is_held = False
+        yield _FileLock(output_uri, path.with_name(STATE_FILE), stream)
 
 
 class _FileLock(OutputLock):
     """A file locked by the operating system."""
 
-    def __init__(self, output_uri: str, path: Path) -> None:
+    def __init__(self, output_uri: str, path: Path, stream: IO[str]) -> None:
         super().__init__(output_uri)
-        self.is_held = True
+        self._stream = stream
         self._path = path
         if path.exists():
             self._state = dict(storage.read_json(str(path)))
@@ -166,12 +160,8 @@ class _FileLock(OutputLock):
         self._state = json.loads(json.dumps(state))
 
     def check(self) -> None:
-        if not self.is_held:
-            raise _report_released(self._output_uri)
-
-
-def _report_released(output_uri: str) -> LockLostError:
-    return LockLostError(f"This run has released '{output_uri}'.")
+        if self._stream.closed:
+            raise self._report_released()
 
 
 class _Lease(OutputLock):
@@ -179,12 +169,12 @@ class _Lease(OutputLock):
 
     def __init__(self, output_uri: str, holder: dict[str, Any]) -> None:
         super().__init__(output_uri)
-        self._uri = storage.join(output_uri, LOCK_FILE)
+        self.uri = storage.join(output_uri, LOCK_FILE)
         self._holder = holder
+        self._number = 0
         self._writing = threading.Lock()
         self._version: UpdateVersion | None = None
-        self._number = 0
-        self._content = b""
+        self.content = b""
         self._renewed_s = 0.0
         self._lost: LockLostError | None = None
 
@@ -192,7 +182,8 @@ class _Lease(OutputLock):
         """Create the lease, or take it over if it has expired or was released."""
         for _ in range(MAX_ATTEMPTS):
             found, version = self._read()
-            if _is_held(found):
+            is_fresh = found and time.time() - found["renewed_unix_s"] < LEASE_LIFE_S
+            if is_fresh and not found.get("released"):
                 break
             if self._put(found.get("state", {}), version):
                 if found and not found.get("released"):
@@ -202,10 +193,6 @@ class _Lease(OutputLock):
                     )
                 return
         raise _refuse(self._output_uri, found)
-
-    def check_service(self) -> None:
-        """Check that the service applies conditions."""
-        conditional.check_conditional_writes(self._uri, self._content)
 
     def renew(self) -> None:
         """Write the lease again; a failure leaves time for further attempts."""
@@ -243,7 +230,7 @@ class _Lease(OutputLock):
                 )
             except LockLostError:
                 pass
-            self._lost = _report_released(self._output_uri)
+            self._lost = self._report_released()
 
     def _write(self, state: dict[str, Any], *, released: bool = False) -> None:
         """Replace the last version of this holder; the caller holds the mutex."""
@@ -259,7 +246,7 @@ class _Lease(OutputLock):
             self._version = version
         if self._lost is not None:
             raise self._lost
-        raise StorageError(f"Cannot write '{self._uri}': other writes conflict.")
+        raise StorageError(f"Cannot write '{self.uri}': other writes conflict.")
 
     def _put(
         self, state: dict[str, Any], version: "UpdateVersion | None", *, released: bool = False
@@ -274,8 +261,8 @@ class _Lease(OutputLock):
             "released": released,
             "state": state,
         }
-        self._content = json.dumps(document, indent=2).encode()
-        written = conditional.write_object(self._uri, self._content, version)
+        self.content = json.dumps(document, indent=2).encode()
+        written = conditional.write_object(self.uri, self.content, version)
         if written is None:
             return False
         self._version, self._state, self._renewed_s = written, state, started_s
@@ -284,7 +271,7 @@ class _Lease(OutputLock):
     def _read(self) -> "tuple[dict[str, Any], UpdateVersion | None]":
         """Read the lease, {} if there is none, and its version."""
         try:
-            content, version = conditional.read_object(self._uri)
+            content, version = conditional.read_object(self.uri)
         except FileNotFoundError:
             return {}, None
         try:
@@ -292,7 +279,7 @@ class _Lease(OutputLock):
             found["renewed_unix_s"] = float(found["renewed_unix_s"])
         except (ValueError, TypeError, KeyError) as error:
             raise StorageError(
-                f"'{self._uri}' is not a lock of brainray. If no run writes to "
+                f"'{self.uri}' is not a lock of brainray. If no run writes to "
                 f"'{self._output_uri}', delete it."
             ) from error
         return found, version
@@ -302,9 +289,3 @@ class _Lease(OutputLock):
             f"This run has lost '{self._output_uri}'. {why} Its output is kept; give the same "
             "command again when no other run writes there."
         )
-
-
-def _is_held(found: dict[str, Any]) -> bool:
-    if not found or found.get("released"):
-        return False
-    return bool(time.time() - found["renewed_unix_s"] < LEASE_LIFE_S)

@@ -9,17 +9,6 @@ from brainray.reports import charts
 from brainray.reports.html import format_percent, render_page
 
 _SPLITS = {"train": "Training", "val": "Validation", "test": "Test", "": "All"}
-_GALLERIES = {
-    "exact": (
-        "Exact duplicates across splits",
-        "Left a held-out scan, right a training scan with exactly the same pixels.",
-    ),
-    "near": (
-        "Near duplicates across splits",
-        "Left a held-out scan, right its most similar training scan. The least similar first.",
-    ),
-    "exact_duplicates": ("Exact duplicates", "Two scans with exactly the same pixels."),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +16,7 @@ class PicturedPair:
     """Two scans shown side by side: of each field the left scan's value, then the right's."""
 
     paths: tuple[str, str]
-    """Any characters are shown safely."""
+    """They may have any characters."""
     labels: tuple[str, str]
     images_png: tuple[bytes, bytes]
     correlation: float
@@ -44,25 +33,17 @@ def render_audit_report(
     configuration: Mapping[str, Any],
     facts: Mapping[str, str],
 ) -> str:
-    """Render the report of a data audit.
+    """Render the report of a data audit as HTML.
 
     Parameters
     ----------
-    title : str
     document : mapping
         Content of ``audit.json``.
     galleries : mapping of str to sequence of PicturedPair
         ``exact`` and ``near`` across splits, ``exact_duplicates`` in a data set without splits,
         and ``conflicts``.
-    configuration : mapping
-        All settings; may be nested.
     facts : mapping of str to str
         Short labels and values for the header.
-
-    Returns
-    -------
-    str
-        An HTML document.
     """
     found = document["leaks"]
     leaks = {split: found[split] for split in ("test", "val") if split in found}
@@ -79,10 +60,7 @@ def render_audit_report(
         balance_names=[_SPLITS[split] for split in document["class_balance"]],
         held_out=next(iter(leaks), None),
         baselines={split: list(_list_baseline(leak)) for split, leak in leaks.items()},
-        galleries=[
-            (*words, galleries[name]) for name, words in _GALLERIES.items() if galleries.get(name)
-        ],
-        conflicts=galleries.get("conflicts", ()),
+        galleries={name: pairs for name, pairs in galleries.items() if pairs},
         shortcuts=list(_list_shortcuts(shortcuts)),
         # The last row is all properties together.
         strongest=max(shortcuts[:-1], key=lambda row: row["balanced_accuracy"], default=None),

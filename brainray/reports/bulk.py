@@ -9,17 +9,6 @@ from brainray.reports import charts
 from brainray.reports.evaluation import Mistake, describe_part
 from brainray.reports.html import render_page
 
-_STATUSES = {
-    "classified": "The scan has a class and its probability.",
-    "abstained": "No class is probable enough.",
-    "rejected": "The file is not a readable image, or is unlike the training images.",
-}
-_STAGES = {
-    "read": "fetch bytes",
-    "decode": "turn bytes into pixels",
-    "predict": "run the network",
-    "write": "store predictions",
-}
 _CUTS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # confidences below which scans are counted
 
 
@@ -51,31 +40,21 @@ def render_bulk_report(
     curves: Mapping[str, Any] | None = None,
     mistakes: Sequence[Mistake] = (),
 ) -> str:
-    """Render the report of a bulk classification run.
+    """Render the report of a bulk classification run as HTML.
 
     Parameters
     ----------
-    title : str
     metrics : mapping
         Content of ``metrics.json``: ``classifier_id``, ``classes``, ``runtime``, ``counts`` (of
         all rows of the output), ``run`` (of this run alone), ``confidence_histogram``; ``series``
         and ``studies``, where slices belong to some; and ``evaluation``, what
         :func:`brainray.metrics.compute_evaluation` returned, where labels are known.
-    uncertain : sequence of UncertainScan
-        In the order to show them.
-    configuration : mapping
-        All settings; may be nested.
+    uncertain, mistakes : sequence
+        In the order to show them; mistakes are shown beside an evaluation only.
     facts : mapping of str to str
         Short labels and values for the header.
     curves : mapping, optional
         What :func:`brainray.metrics.compute_curves` returned; shown beside an evaluation only.
-    mistakes : sequence of Mistake
-        In the order to show them; shown beside an evaluation only.
-
-    Returns
-    -------
-    str
-        An HTML document.
     """
     classes, run = metrics["classes"], metrics["run"]
     evaluation, histogram = metrics.get("evaluation") or {}, metrics["confidence_histogram"]
@@ -93,9 +72,7 @@ def render_bulk_report(
         finished_at=_format_time(run["finished_at"]),
         metrics=metrics,
         classes=classes,
-        statuses=_STATUSES,
         reasons=REASONS,
-        stages=_STAGES,
         uncertain=uncertain,
         tones={name: f"c{i % len(charts.DASHES)}" for i, name in enumerate(classes)},
         histogram=charts.draw_histogram(

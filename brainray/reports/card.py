@@ -49,22 +49,15 @@ _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 def build_model_card(
     metadata: Mapping[str, Any], metrics: Mapping[str, Any], data: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Collect what a training run knows of its classifier.
+    """Collect what a training run knows of its classifier: ready for JSON, None if unknown.
 
     Parameters
     ----------
-    metadata : mapping
-        Content of ``classifier.json``.
-    metrics : mapping
-        Content of ``metrics.json``.
+    metadata, metrics : mapping
+        Content of ``classifier.json`` and of ``metrics.json``.
     data : mapping
         What :func:`brainray.evaluation.scoring.summarise_data` counted, and the data set's
         ``name``.
-
-    Returns
-    -------
-    dict
-        Ready for JSON; None stands for what is unknown.
     """
     training, summary = metadata.get("training") or {}, metrics.get("training") or {}
     config = flatten(training.get("config") or {})
@@ -232,13 +225,10 @@ def _list_leaks(name: str, result: Mapping[str, Any]) -> Iterator[str]:
             "duplicate among the images that they are held out from: memory explains a part of "
             "the scores on all images."
         )
+    nearest_apart = baseline.get("without_near_duplicates") or {}
     for words, ours, theirs in (
         ("all images", result, baseline),
-        (
-            "images without a near duplicate",
-            apart or {},
-            baseline.get("without_near_duplicates") or {},
-        ),
+        ("images without a near duplicate", apart or {}, nearest_apart),
     ):
         if theirs.get("accuracy", 0) > ours.get("accuracy", 1):
             yield (

@@ -24,6 +24,7 @@ Points = Sequence[tuple[float, float]]
 _WIDTH, _HEIGHT = 440, 330  # of the viewBox; text is 12 units high
 _RIGHT, _TOP, _BOTTOM = 12, 32, 40  # margins
 _ZOOM = 0.1  # side of the unit-square corner that an inset magnifies
+_TEXT = '<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,17 +60,22 @@ def build_axis(low: float, high: float, label: str = "", *, min_step: float = 0.
 
 
 class Chart:
-    """Marks in a panel with two axes; coordinates are data values."""
+    """Marks in a panel with two axes; in data coordinates. A screen reader has the title."""
 
     def __init__(self, title: str, x: Axis, y: Axis) -> None:
-        """Start an empty chart; a screen reader reads out the title."""
         self.title, self.x, self.y = title, x, y
         self.left = max(36, 12 + 7 * max(map(len, y.list_labels()), default=0))
         self.width, self.height = _WIDTH - self.left - _RIGHT, _HEIGHT - _TOP - _BOTTOM
         self._marks: list[Markup] = []
+        self._draw_axes()
+        self._axes, self._marks = self._marks, []
 
     def _add(self, markup: str, *values: object) -> None:
         self._marks.append(Markup(markup).format(*values))
+
+    def _add_box(self, css: str, *box: float) -> None:
+        markup = '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>'
+        self._add(markup, css, *box)
 
     def project(self, x: float, y: float) -> tuple[float, float]:
         """Return the position of a data point in the panel, from the upper left corner."""
@@ -92,79 +98,59 @@ class Chart:
         """Draw a bar with a tooltip; it is never too low to be seen."""
         (left, bottom), (right, top) = self.project(x[0], y[0]), self.project(x[1], y[1])
         height = max(bottom - top, 1.5)
-        self._add(
+        markup = (
             '<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}">'
-            "<title>{}</title></rect>",
-            left + 1,
-            bottom - height,
-            right - left - 2,
-            height,
-            tip,
+            "<title>{}</title></rect>"
         )
+        self._add(markup, left + 1, bottom - height, right - left - 2, height, tip)
 
     def text(self, x: float, y: float, text: str, anchor: str = "middle") -> None:
         """Write small text just above a point."""
         across, down = self.project(x, y)
-        self._marks.append(_text(across, down - 3, text, anchor, "note"))
+        self._add(_TEXT, "note", across, down - 3, anchor, text)
 
     def magnify(self, x: float, y: float, size: float, *, at: float, note: str) -> None:
         """Repeat the marks in an inset that magnifies a square of data coordinates.
 
-        Parameters
-        ----------
-        x, y, size : float
-            Lower left corner and side of the square.
-        at : float
-            Left end of the inset, as a share of the panel's width.
-        note : str
-            Caption of the inset.
+        ``x`` and ``y`` are the square's lower left corner. ``at`` is the left end of the inset, as
+        a share of the panel's width, and ``note`` its caption.
         """
         (left, bottom), (right, top) = self.project(x, y), self.project(x + size, y + size)
         source = (left, top, right - left, bottom - top)
         target = (at * self.width, 0.36 * self.height, 0.48 * self.width, 0.54 * self.height)
-        box = '<rect class="lens{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>'
-        inset = Markup(
+        marks = Markup("").join(self._marks)
+        self._add_box("lens", *source)
+        self._add_box("lens fill", *target)
+        self._add(
             '<svg class="inset" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" '
-            'viewBox="{:.1f} {:.1f} {:.1f} {:.1f}" preserveAspectRatio="none">{}</svg>'
-        ).format(*target, *source, Markup("").join(self._marks))
-        self._add(box, "", *source)
-        self._add(box, " fill", *target)
-        self._marks.append(inset)
-        self._add(box, "", *target)
-        middle = target[0] + target[2] / 2
-        self._marks.append(_text(middle, target[1] + target[3] + 13, note, "middle", "note"))
+            'viewBox="{:.1f} {:.1f} {:.1f} {:.1f}" preserveAspectRatio="none">{}</svg>',
+            *(*target, *source, marks),
+        )
+        self._add_box("lens", *target)
+        below = target[1] + target[3] + 13
+        self._add(_TEXT, "note", target[0] + target[2] / 2, below, "middle", note)
+
+    def _draw_axes(self) -> None:
+        for tick, label in zip(self.y.ticks, self.y.list_labels(), strict=True):
+            down = self.project(self.x.low, tick)[1]
+            self._add('<path class="grid" d="M0 {:g}H{:g}"/>', down, self.width)
+            self._add(_TEXT, "tick", -6, down + 4, "end", label)
+        for tick, label in zip(self.x.ticks, self.x.list_labels(), strict=True):
+            across = self.project(tick, self.y.low)[0]
+            self._add(_TEXT, "tick", across, self.height + 16, "middle", label)
+        self._add('<path class="axis" d="M0 {0:g}H{1:g}"/>', self.height, self.width)
+        self._add(_TEXT, "label", self.width / 2, self.height + 34, "middle", self.x.label)
+        self._add(_TEXT, "label", 2 - self.left, -18, "start", self.y.label)
 
     def render(self) -> Markup:
         """Return the chart as an SVG element."""
-        parts = []
-        for tick, label in zip(self.y.ticks, self.y.list_labels(), strict=True):
-            down = self.project(self.x.low, tick)[1]
-            parts.append(Markup('<path class="grid" d="M0 {:g}H{:g}"/>').format(down, self.width))
-            parts.append(_text(-6, down + 4, label, "end"))
-        for tick, label in zip(self.x.ticks, self.x.list_labels(), strict=True):
-            parts.append(_text(self.project(tick, self.y.low)[0], self.height + 16, label))
-        axis = Markup('<path class="axis" d="M0 {0:g}H{1:g}"/>').format(self.height, self.width)
-        parts.append(axis)
-        parts.append(_text(self.width / 2, self.height + 34, self.x.label, css="label"))
-        parts.append(_text(2 - self.left, -18, self.y.label, "start", "label"))
-        return Markup(
+        markup = Markup(
             '<svg class="plot" role="img" aria-label="{}" viewBox="0 0 {} {}">'
             '<svg class="panel" x="{:g}" y="{:g}" width="{:g}" height="{:g}">{}</svg></svg>'
-        ).format(
-            self.title,
-            _WIDTH,
-            _HEIGHT,
-            self.left,
-            _TOP,
-            self.width,
-            self.height,
-            Markup("").join(parts + self._marks),
         )
-
-
-def _text(x: float, y: float, text: str, anchor: str = "middle", css: str = "tick") -> Markup:
-    markup = Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
-    return markup.format(css, x, y, anchor, text)
+        panel = (self.left, _TOP, self.width, self.height)
+        marks = Markup("").join(self._axes + self._marks)
+        return markup.format(self.title, _WIDTH, _HEIGHT, *panel, marks)
 
 
 def _style(index: int) -> str:
@@ -197,13 +183,8 @@ def draw_unit_curves(
 ) -> Markup:
     """Draw curves in the unit square, by name, with an inset that magnifies a corner.
 
-    Parameters
-    ----------
-    zoom_left : bool
-        Magnify the upper left corner (ROC) rather than the upper right one (precision-recall).
-        There is no inset unless every curve reaches the corner: it could cover a curve.
-    chance : bool
-        Draw the diagonal.
+    It is the upper left corner (ROC) or the upper right one (precision-recall). There is no inset
+    unless every curve reaches the corner: it could cover a curve. ``chance`` draws the diagonal.
     """
     chart = Chart(title, build_axis(0, 1, x_label), build_axis(0, 1, y_label))
     if chance:
@@ -238,11 +219,7 @@ def draw_risk_coverage(selective: Mapping[str, Any], *, title: str) -> Markup:
 def draw_reliability(bins: Mapping[str, Sequence[Any]], *, title: str) -> Markup:
     """Draw accuracy against confidence, and below it the count of each bin.
 
-    Parameters
-    ----------
-    bins : mapping
-        ``edges``, ``confidence``, ``accuracy`` and ``count`` of
-        :func:`brainray.metrics.compute_curves`.
+    ``bins`` are those of :func:`brainray.metrics.compute_curves`.
     """
     base, highest = -0.3, max(*bins["count"], 1)  # the strip of counts lies below accuracy 0
     unit = build_axis(0, 1, "accuracy")

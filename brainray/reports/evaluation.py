@@ -20,18 +20,16 @@ _SPLITS = {  # name, and how a sentence calls it; the first that is present make
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mistake:
-    """A wrongly classified scan of a report's gallery."""
+    """A wrongly classified scan of a report's gallery; a path may have any characters."""
 
     path: str
-    """Any characters are shown safely."""
     true_class: str
     predicted_class: str
     confidence: float
-    """Probability of the predicted class, in [0, 1]."""
+    """Probability of the predicted class."""
     image_png: bytes
-    """The scan as an encoded PNG."""
     overlay_png: bytes | None = None
-    """The scan with its class activation map, as an encoded PNG."""
+    """The scan with its class activation map."""
 
 
 def render_evaluation_report(
@@ -44,11 +42,10 @@ def render_evaluation_report(
     configuration: Mapping[str, Any],
     facts: Mapping[str, str],
 ) -> str:
-    """Render the report of a training run, an evaluation or a cross-validation.
+    """Render the report of a training run, an evaluation or a cross-validation as HTML.
 
     Parameters
     ----------
-    title : str
     metrics : mapping
         Content of ``metrics.json``: ``classes``, and at least one of ``test``, ``val`` and ``cv``,
         from :func:`brainray.evaluation.scoring.evaluate_split`. ``training`` is shown as a table,
@@ -60,15 +57,8 @@ def render_evaluation_report(
         What :func:`brainray.metrics.compute_curves` returned, by split.
     mistakes : sequence of Mistake
         In the order to show them.
-    configuration : mapping
-        All settings; may be nested.
     facts : mapping of str to str
         Short labels and values for the header.
-
-    Returns
-    -------
-    str
-        An HTML document.
     """
     parts = [
         describe_part(*names, metrics[split], curves.get(split))
@@ -76,12 +66,7 @@ def render_evaluation_report(
         if metrics.get(split)
     ]
     estimates = _list_estimates(parts[0])
-    rejected = {
-        reason
-        for part in parts
-        for reason, count in (part["evaluation"].get("rejected") or {}).items()
-        if count
-    }
+    rejected = [(part["evaluation"].get("rejected") or {}).items() for part in parts]
     return render_page(
         "evaluation.html.j2",
         title=title,
@@ -96,7 +81,7 @@ def render_evaluation_report(
         columns=dict(column for part in parts for column in _list_columns(part)),
         history=_draw_histories(epochs),
         reasons=NO_CLASS_REASONS,
-        rejected=sorted(rejected),
+        rejected=sorted({reason for found in rejected for reason, count in found if count}),
         mistakes=mistakes,
         configuration=configuration,
     )
@@ -107,18 +92,10 @@ def describe_part(
 ) -> dict[str, Any]:
     """Describe an evaluated split for ``scores.html.j2``, with its figures.
 
-    Parameters
-    ----------
-    name, phrase : str
-        What the page calls the split, alone and in a sentence: ``test``, ``the test set``.
-    evaluation : mapping
-        What :func:`brainray.metrics.compute_evaluation` returned.
-    curves : mapping or None
-        What :func:`brainray.metrics.compute_curves` returned; None leaves its figures out.
+    ``name`` and ``phrase`` are what the page calls it, alone and in a sentence: ``test``, ``the
+    test set``. The evaluation and the curves, if any, are those of :mod:`brainray.metrics`.
     """
-    figures: dict[str, Markup] = {}
-    if curves:
-        figures = _draw_curves(curves, phrase)
+    figures = _draw_curves(curves, phrase) if curves else {}
     if evaluation.get("confidence"):
         figures["risk"] = charts.draw_risk_coverage(
             evaluation["confidence"]["selective"], title=f"Risk over coverage on {phrase}"
@@ -167,22 +144,21 @@ def _list_estimates(part: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, scores, css in (
         ("Classifier", evaluation, ""),
-        ("Nearest neighbour", evaluation.get("baseline_1nn"), "base"),
+        ("Nearest neighbour", evaluation.get("baseline_1nn") or {}, "base"),
     ):
-        apart = (scores or {}).get("without_near_duplicates")
+        apart = scores.get("without_near_duplicates")
         for label, found, where, weight in (
             ("all scans", scores, f"scans of {part['phrase']}", ""),
             ("no near duplicate", apart, "scans without a near duplicate in training", " hollow"),
         ):
+            unknown = "unknown: the training images were not available"
             rows.append(
                 {
                     "label": f"{name}, {label}",
-                    "where": f"{found['n']:,} {where}"
-                    if found
-                    else "unknown: the training images were not available",
+                    "where": f"{found['n']:,} {where}" if found else unknown,
                     "note": "",
-                    "value": found and found.get("accuracy"),
-                    "interval": found and found.get("accuracy_ci95"),
+                    "value": found.get("accuracy") if found else None,
+                    "interval": found.get("accuracy_ci95") if found else None,
                     "css": css + weight,
                 }
             )
@@ -193,10 +169,8 @@ def _list_columns(part: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
     """List headings and scores of the table of all metrics."""
     name, evaluation = part["name"].capitalize(), part["evaluation"]
     yield name, evaluation
-    for label, key in (
-        ("no near duplicate", "without_near_duplicates"),
-        ("nearest neighbour", "baseline_1nn"),
-    ):
+    keys = {"no near duplicate": "without_near_duplicates", "nearest neighbour": "baseline_1nn"}
+    for label, key in keys.items():
         if (evaluation.get(key) or {}).get("n"):
             yield f"{name}, {label}", evaluation[key]
 

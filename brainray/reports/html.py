@@ -24,19 +24,9 @@ _NBSP = "\N{NO-BREAK SPACE}"
 
 
 def render_page(template: str, **page: Any) -> str:  # noqa: ANN401
-    """Render a template that extends ``page.html.j2``.
+    """Render a template that extends ``page.html.j2``, with its variables.
 
-    Parameters
-    ----------
-    template : str
-        File name.
-    **page
-        Its variables: ``title``, ``facts`` (short labels and values for the header), and more.
-
-    Returns
-    -------
-    str
-        An HTML document, encodable as UTF-8 whatever its values are.
+    The document can be encoded as UTF-8 whatever its values are.
     """
     return build_environment(format_text).get_template(template).render(contents=[], **page)
 
