@@ -57,10 +57,11 @@ def serve_here(job: ServeJob, *, log: Log, verbose: bool = False) -> None:
     config = replace(config, log_path=config.log_path or find_stdout())
     try:
         start_ray(job, verbose=verbose)
-        start_service(job, config)
         stop = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
+        # Before the first request can be answered: Ray's own handler ends the process at once.
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())
+        start_service(job, config)
+        signal.signal(signal.SIGINT, lambda *_: stop.set())
         log_start(job, classifier, log)
         while not stop.wait(STATUS_PERIOD_S):
             failure = find_failure()
