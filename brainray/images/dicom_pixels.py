@@ -15,6 +15,7 @@ from slice to slice within a series. Classifiers with ``intensity="stored"`` tak
 """
 
 import struct
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import gdcm
@@ -25,6 +26,7 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import get_decoder
 
+from brainray.errors import RejectedImage
 from brainray.images.dicom import PLUGINS, DicomImage, PixelFormat, reject
 from brainray.images.dicom_file import (
     FunctionalGroups,
@@ -224,8 +226,8 @@ def _read_jpeg_header(frame: bytes) -> _Codestream:
     """Read the frame header of JPEG (ITU-T T.81, B.2.2) or JPEG-LS (T.87, C.2.2)."""
     if frame.count(b"\xff\xda") > MAX_SCANS:
         raise too_large(f"A compressed frame has more than the {MAX_SCANS} JPEG scans allowed.")
-    if frame.startswith(b"\xff\xd8"):
-        for marker, at, _ in iterate_jpeg_segments(frame):
+    with suppress(RejectedImage):  # its reasons are those of a whole file
+        for marker, at, _ in iterate_jpeg_segments(frame) if frame[:2] == b"\xff\xd8" else ():
             if marker in JPEG_FRAME_MARKERS or marker == _JPEG_LS_FRAME:
                 bits, rows, columns, components = struct.unpack_from(">BHHB", frame, at + 2)
                 return rows, columns, bits, components, frame
