@@ -34,8 +34,12 @@ from pydicom.uid import (
 from brainray.errors import RejectedImage
 from brainray.images.decode import REJECTION_REASONS, DecodeLimits
 from brainray.images.dicom import hash_identifier, open_dicom
-from brainray.images.dicom_file import MAX_HEADER_BYTES, MAX_ITEMS, MAX_VALUES
-from brainray.images.dicom_frames import MAX_FRAGMENTS
+from brainray.images.dicom_file import (
+    MAX_FRAGMENTS,
+    MAX_HEADER_BYTES,
+    MAX_ITEMS,
+    MAX_VALUES,
+)
 from brainray.images.dicom_pixels import decode_frame, render_frame
 from tests.dicom_files import (
     PYDICOM_FILES,

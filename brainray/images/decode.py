@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from brainray.errors import RejectedImage
-from brainray.images.headers import ACCEPTED, READERS, Header, recognise_picture
+from brainray.images.headers import (
+    ACCEPTED,
+    READERS,
+    Header,
+    corrupt,
+    recognise_picture,
+    too_large,
+    truncated,
+    unsupported,
+)
 from brainray.images.intensity import Samples, scale_to_8_bits
 from brainray.images.tiff import read_tiff
 
@@ -63,42 +72,18 @@ _DEFAULT_LIMITS = DecodeLimits()
 
 
 def decode_image(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -> NDArray[np.uint8]:
-    """Decode one picture to 8-bit luminance.
-
-    As :func:`decode_samples`, with 16-bit samples scaled by the full range of their type [1]_.
-
-    Returns
-    -------
-    ndarray of uint8, shape (height, width)
-        C-contiguous and read-only.
-
-    Raises
-    ------
-    RejectedImage
-        ``reason`` is a key of :data:`REJECTION_REASONS`.
-
-    References
-    ----------
-    .. [1] libpng manual 1.6, section 3.6, ``png_set_scale_16``.
-    """
+    """As :func:`decode_samples`, with 16-bit samples scaled by the full range of their type."""
     pixels = scale_to_8_bits(decode_samples(image_bytes, limits))
     pixels.flags.writeable = False
     return pixels
 
 
 def decode_samples(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -> Samples:
-    """Decode one picture to luminance at the depth of its samples.
+    """Decode one JPEG, PNG, BMP, GIF, TIFF or WebP file to luminance at the depth of its samples.
 
     Colour becomes luminance by ITU-R 601-2, as in Pillow's ``convert("L")``. Transparent pixels
     become black. EXIF orientation is applied. Threads may call this at the same time: it changes no
     global state and raises no warnings.
-
-    Parameters
-    ----------
-    image_bytes : bytes
-        A whole JPEG, PNG, BMP, GIF, TIFF or WebP file.
-    limits : DecodeLimits
-        The largest file (bytes) and image (pixels) accepted.
 
     Returns
     -------
@@ -117,8 +102,8 @@ def decode_samples(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -
     except RejectedImage:
         raise
     except (MemoryError, Image.DecompressionBombError) as error:
-        raise RejectedImage(
-            "too_large", f"There is not enough memory to decode this {header.format} image."
+        raise too_large(
+            f"There is not enough memory to decode this {header.format} image."
         ) from error
     except Exception as error:  # Pillow raises a dozen types for damaged files
         raise _translate(header.format, error) from error
@@ -129,43 +114,30 @@ def check_length(content: bytes, limits: DecodeLimits) -> None:
     if not content:
         raise RejectedImage("empty", f"{ACCEPTED}, got no bytes. Send the file again.")
     if len(content) > limits.max_bytes:
-        raise RejectedImage(
-            "too_large",
-            f"The file has {len(content):,} bytes, more than the {limits.max_bytes:,} allowed.",
+        raise too_large(
+            f"The file has {len(content):,} bytes, more than the {limits.max_bytes:,} allowed."
         )
 
 
 def read_header(image_bytes: bytes, limits: DecodeLimits = _DEFAULT_LIMITS) -> Header:
-    """Recognise a picture and read its header, without decoding it.
-
-    Raises
-    ------
-    RejectedImage
-        The file is truncated, damaged, too large, not supported, or has several frames.
-    """
+    """Recognise a picture and read its header, without decoding it; raise RejectedImage."""
     name = recognise_picture(image_bytes)
     read = read_tiff if name == "TIFF" else READERS[name]
     try:
         return read(image_bytes, limits.max_pixels)
     except (IndexError, OverflowError, struct.error) as error:  # an offset beyond the file
-        raise RejectedImage(
-            "truncated", f"The {name} file ends inside its header. Send it again."
-        ) from error
+        raise truncated(f"The {name} file ends inside its header.") from error
 
 
 def _translate(name: str, error: Exception) -> RejectedImage:
     """Make a rejection of an exception of Pillow's."""
     if "truncated" in str(error).lower():
-        return RejectedImage("truncated", f"The {name} file ends inside its image. Send it again.")
+        return truncated(f"The {name} file ends inside its image.")
     if isinstance(error, UnidentifiedImageError):  # its message is a memory address
         if name == "TIFF":  # its directory is whole: Pillow does not support the layout
-            return RejectedImage(
-                "unsupported", "This layout of TIFF samples is not supported. Save it as PNG."
-            )
-        return RejectedImage("corrupt", f"The {name} header is damaged. Export the image again.")
-    return RejectedImage(
-        "corrupt", f"The {name} data cannot be decoded ({error}). Export the image again."
-    )
+            return unsupported("This layout of TIFF samples is not supported. Save it as PNG.")
+        return corrupt(f"The {name} header is damaged.")
+    return corrupt(f"The {name} data cannot be decoded ({error}).")
 
 
 # ---- pixels --------------------------------------------------------------------------------------
@@ -185,7 +157,7 @@ _TRANSPOSES = {
 def _open(header: Header) -> ImageFile.ImageFile:
     image = Image.open(io.BytesIO(header.payload), formats=[header.format])
     if image.size != header.size:
-        raise RejectedImage("corrupt", f"The {header.format} file gives two different sizes.")
+        raise corrupt(f"The {header.format} file gives two different sizes.")
     return image
 
 
@@ -223,9 +195,7 @@ def _decode_16(header: Header) -> NDArray[np.uint16]:
     else:  # Pillow reduces 16-bit colour to 8 bits
         colours = cv2.imdecode(np.frombuffer(header.payload, np.uint8), cv2.IMREAD_UNCHANGED)
         if colours is None or colours.dtype != np.uint16 or colours.shape[1::-1] != header.size:
-            raise RejectedImage(
-                "corrupt", f"The {header.format} data cannot be decoded. Export the image again."
-            )
+            raise corrupt(f"The {header.format} data cannot be decoded.")
         samples = colours[..., [2, 1, 0, 3][: colours.shape[2]]]  # blue, green, red, alpha
     grey = _to_grey_16(samples)
     if header.white_is_zero:
@@ -237,12 +207,7 @@ def _decode_16(header: Header) -> NDArray[np.uint16]:
 
 
 def _to_grey_16(samples: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """Convert 16-bit samples of one to four bands to luminance, by Pillow's weights [1]_.
-
-    References
-    ----------
-    .. [1] Pillow, src/libImaging/Convert.c, ``L24``.
-    """
+    """Convert 16-bit samples to luminance, by Pillow's weights (libImaging/Convert.c, ``L24``)."""
     if samples.ndim == 2:
         return samples.astype(np.uint16)  # in the machine's byte order
     num_bands = samples.shape[-1]

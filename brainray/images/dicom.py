@@ -11,7 +11,7 @@ reject: lossy compression makes an image DERIVED too.
 import hashlib
 import hmac
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,27 +28,18 @@ from brainray.images.dicom_file import (
     call_safely,
     get_int,
     get_item,
-    get_numbers,
     get_value,
     get_words,
     parse_file,
+    split_frames,
 )
-from brainray.images.dicom_frames import Span, find_frames
-from brainray.images.headers import is_dicom
-from brainray.images.slices import Plane, SliceInfo
+from brainray.images.headers import corrupt, is_dicom, too_large, truncated, unsupported
+from brainray.images.slices import SliceInfo
 
 _DEFAULT_LIMITS = DecodeLimits()
 
 _MAX_POSITION_MM = 1e6  # larger values are errors
 _NOT_DICOM = "Expected a DICOM file, got bytes of another format."
-
-_IDENTIFIERS = {
-    "patient": "PatientID",
-    "study": "StudyInstanceUID",
-    "series": "SeriesInstanceUID",
-    "sop_instance": "SOPInstanceUID",
-}
-"""Fields of a slice that are keyed hashes of elements."""
 
 MAX_FRAMES = 100_000
 """Most frames of one object. Each takes some hundred bytes before any pixel is decoded."""
@@ -85,22 +76,22 @@ class PixelFormat(NamedTuple):
     is_signed: bool
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False, slots=True)
 class DicomImage:
-    """An opened object, for :mod:`brainray.images.dicom_pixels`. Its repr identifies no person."""
+    """An opened object, for :mod:`brainray.images.dicom_pixels`. A repr would show identifiers."""
 
     slices: tuple[SliceInfo, ...]
     sop_class: str | None
     """UID of the type of object; None where it is absent or private."""
     transfer_syntax: str
     """UID of the encoding of the pixels."""
-    layout: PixelFormat = field(repr=False)
-    dataset: Dataset = field(repr=False)
-    pixels: PixelElement = field(repr=False)
-    content: bytes = field(repr=False)
+    layout: PixelFormat
+    dataset: Dataset
+    pixels: PixelElement
+    content: bytes
     """The file, or the inflated data set of a deflated file."""
-    fragments: tuple[tuple[Span, ...], ...] = field(repr=False)
-    """Of every frame, where frames are compressed."""
+    compressed_frames: list[bytes]
+    """Empty where frames are not compressed."""
 
 
 def hash_identifier(value: str, key: bytes) -> str:
@@ -108,11 +99,6 @@ def hash_identifier(value: str, key: bytes) -> str:
 
     UIDs contain times and serial numbers, and trying all numbers finds the patient number of an
     unkeyed hash. The same value and key give the same hash, so that series can be grouped.
-
-    Raises
-    ------
-    ValueError
-        The key has fewer than 16 bytes.
     """
     if len(key) < 16:
         raise ValueError(f"The hash key must have at least 16 bytes, got {len(key)}.")
@@ -127,20 +113,9 @@ def open_dicom(
 ) -> DicomImage:
     """Read an object's header, and find its frames.
 
-    Parameters
-    ----------
-    content : bytes
-        A whole DICOM file.
-    key : bytes, optional
-        Key of the identifiers' hashes, at least 16 bytes. Without it they are None.
-    limits : DecodeLimits
-        The largest file (bytes) and frame (pixels) accepted.
-
-    Raises
-    ------
-    RejectedImage
-        The object is not an MR image of a head that can be decoded; ``reason`` is a key of
-        :data:`brainray.images.decode.REJECTION_REASONS`.
+    `key`, of at least 16 bytes, is the key of the identifiers' hashes; without it they are None.
+    RejectedImage is raised where the object is not an MR image of a head that can be decoded; its
+    ``reason`` is a key of :data:`brainray.images.decode.REJECTION_REASONS`.
     """
     check_length(content, limits)
     if not is_dicom(content[:132]):
@@ -148,17 +123,15 @@ def open_dicom(
     parsed = parse_file(content, limits.max_bytes)
     pixels = _check_object(parsed)
     layout = _read_pixel_format(parsed.dataset, limits)
-    identifiers = {
-        name: _hash_element(parsed.dataset, keyword, key) for name, keyword in _IDENTIFIERS.items()
-    }
     num_frames = _count_frames(parsed, pixels, layout)
-    slices = call_safely(_read_slices, parsed, num_frames, identifiers)
+    identified = _hash_identifiers(parsed.dataset, key)
+    slices = call_safely(_read_slices, parsed, num_frames, identified)
     rejections = [one.rejection for one in slices if one.rejection]
     if len(rejections) == num_frames:
         raise rejections[0]
-    fragments: tuple[tuple[Span, ...], ...] = ()
+    frames: list[bytes] = []
     if PLUGINS[parsed.transfer_syntax] is not None:
-        fragments = call_safely(find_frames, parsed.content, pixels.offset, num_frames)
+        frames = call_safely(split_frames, parsed.content, pixels.offset, num_frames)
     return DicomImage(
         slices=slices,
         sop_class=parsed.sop_class if name_uid(parsed.sop_class) == parsed.sop_class else None,
@@ -167,7 +140,7 @@ def open_dicom(
         dataset=parsed.dataset,
         pixels=pixels,
         content=parsed.content,
-        fragments=fragments,
+        compressed_frames=frames,
     )
 
 
@@ -183,17 +156,16 @@ def _check_object(parsed: ParsedFile) -> PixelElement:
         raise reject(reason)
     if parsed.pixels is None:
         if parsed.ends_early:
-            raise RejectedImage("truncated", "The file ends before its pixels. Send it again.")
+            raise truncated("The file ends before its pixels.")
         raise RejectedImage("no_pixels", "The object has no Pixel Data (7FE0,0010). Send it again.")
     if not parsed.pixels.is_integer:
         raise reject("derived_map")
     if reason := _find_image_rejection(dataset):
         raise reject(reason)
     if parsed.transfer_syntax not in PLUGINS:
-        raise RejectedImage(
-            "unsupported",
+        raise unsupported(
             f"Transfer syntax {name_uid(parsed.transfer_syntax)} is not supported. "
-            "Convert the file to Explicit VR Little Endian.",
+            "Convert the file to Explicit VR Little Endian."
         )
     return parsed.pixels
 
@@ -204,28 +176,23 @@ def _read_pixel_format(dataset: Dataset, limits: DecodeLimits) -> PixelFormat:
     allocated = get_int(dataset, "BitsAllocated")
     stored = get_int(dataset, "BitsStored") or allocated
     if not rows or not columns or not allocated or not stored or min(rows, columns) < 1:
-        raise RejectedImage(
-            "corrupt",
+        raise corrupt(
             "Rows (0028,0010), Columns (0028,0011) or Bits Allocated (0028,0100) is missing or "
-            "not positive. Export the image again.",
+            "not positive."
         )
     if get_int(dataset, "SamplesPerPixel") not in (None, 1):
         raise reject("colour")
     high_bit = get_int(dataset, "HighBit")
     if allocated not in (8, 16, 32) or not 1 <= stored <= allocated:
-        raise RejectedImage(
-            "unsupported",
-            f"Samples of {stored} bits in {allocated} are not supported, 8, 16 and 32 are.",
+        raise unsupported(
+            f"Samples of {stored} bits in {allocated} are not supported, 8, 16 and 32 are."
         )
     if high_bit not in (None, stored - 1):
-        raise RejectedImage(
-            "unsupported", "High Bit (0028,0102) is not Bits Stored less one. Export it again."
-        )
+        raise unsupported("High Bit (0028,0102) is not Bits Stored less one. Export it again.")
     if rows * columns > limits.max_pixels:
-        raise RejectedImage(
-            "too_large",
+        raise too_large(
             f"A frame of {columns} x {rows} is larger than the {limits.max_pixels:,} pixels "
-            "allowed.",
+            "allowed."
         )
     is_signed = get_int(dataset, "PixelRepresentation") == 1
     return PixelFormat(rows, columns, allocated, stored, is_signed)
@@ -238,88 +205,83 @@ def _count_frames(parsed: ParsedFile, pixels: PixelElement, layout: PixelFormat)
     length = pixels.length
     is_native = PLUGINS[parsed.transfer_syntax] is None
     if num_frames < 0 or (is_native and length == UNDEFINED_LENGTH):
-        raise RejectedImage(
-            "corrupt",
-            "Number of Frames (0028,0008) or the length of Pixel Data (7FE0,0010) is impossible. "
-            "Export the image again.",
+        raise corrupt(
+            "Number of Frames (0028,0008) or the length of Pixel Data (7FE0,0010) is impossible."
         )
     available = len(parsed.content) - pixels.offset if length == UNDEFINED_LENGTH else length
     least = layout.rows * layout.columns * layout.bits_allocated // 8
     if not is_native:
         least = 8  # the header of a fragment
     if num_frames * least > available:
-        raise RejectedImage(
-            "truncated",
+        raise truncated(
             f"The header says {num_frames:,} frames, but the pixel data have only {available:,} "
-            "bytes. Send the file again.",
+            "bytes."
         )
     if num_frames > MAX_FRAMES:
-        raise RejectedImage(
-            "too_large", f"The object has {num_frames:,} frames, {MAX_FRAMES:,} are allowed."
-        )
+        raise too_large(f"The object has {num_frames:,} frames, {MAX_FRAMES:,} are allowed.")
     return num_frames
-
-
-def _hash_element(dataset: Dataset, keyword: str, key: bytes | None) -> str | None:
-    value = None if key is None else get_value(dataset, keyword)
-    return None if key is None or value is None else hash_identifier(str(value), key)
 
 
 # ---- slices --------------------------------------------------------------------------------------
 
 
+def _hash_identifiers(dataset: Dataset, key: bytes | None) -> SliceInfo:
+    def hash_element(keyword: str) -> str | None:
+        value = None if key is None else get_value(dataset, keyword)
+        return None if key is None or value is None else hash_identifier(str(value), key)
+
+    return SliceInfo(
+        sop_instance=hash_element("SOPInstanceUID"),
+        series=hash_element("SeriesInstanceUID"),
+        study=hash_element("StudyInstanceUID"),
+        patient=hash_element("PatientID"),
+    )
+
+
 def _read_slices(
-    parsed: ParsedFile, num_frames: int, identifiers: dict[str, Any]
+    parsed: ParsedFile, num_frames: int, identified: SliceInfo
 ) -> tuple[SliceInfo, ...]:
     dataset = parsed.dataset
     groups = get_value(dataset, "PerFrameFunctionalGroupsSequence")
     if groups and len(groups) != num_frames:
-        raise RejectedImage(
-            "corrupt",
-            f"The header says {num_frames:,} frames and describes {len(groups):,} (5200,9230). "
-            "Export the image again.",
+        raise corrupt(
+            f"The header says {num_frames:,} frames and describes {len(groups):,} (5200,9230)."
         )
+
     frames = [_read_frame(dataset, index) for index in range(num_frames if groups else 1)]
     flags = _find_flags(dataset, parsed.sop_class, frames)
     return tuple(
         replace(
-            frames[index if groups else 0],
+            identified,
             frame=index if num_frames > 1 else None,
             flags=flags,
-            **identifiers,
+            **(frames[index] if groups else frames[0]),
         )
         for index in range(num_frames)
     )
 
 
-def _read_frame(dataset: Dataset, index: int) -> SliceInfo:
+def _read_frame(dataset: Dataset, index: int) -> dict[str, Any]:
     """Read the geometry of a frame (PS3.3, C.7.6.2), and its reason for a rejection."""
     groups = FunctionalGroups(dataset, index)
-    orientation = get_numbers(
-        groups.find("PlaneOrientationSequence", "ImageOrientationPatient"),
-        "ImageOrientationPatient",
-        6,
-    )
-    origin = get_numbers(
-        groups.find("PlanePositionSequence", "ImagePositionPatient"), "ImagePositionPatient", 3
-    )
-    spacing = get_numbers(groups.find("PixelMeasuresSequence", "PixelSpacing"), "PixelSpacing", 2)
+    orientation = groups.get_numbers("PlaneOrientationSequence", "ImageOrientationPatient", 6)
+    origin = groups.get_numbers("PlanePositionSequence", "ImagePositionPatient", 3)
+    spacing = groups.get_numbers("PixelMeasuresSequence", "PixelSpacing", 2)
     reason = _find_frame_rejection(groups)
-    frame = SliceInfo(
-        spacing_mm=(spacing[0], spacing[1]) if spacing and min(spacing) > 0 else None,
-        rejection=reject(reason) if reason else None,
-    )
+    frame: dict[str, Any] = {
+        "spacing_mm": spacing if spacing and min(spacing) > 0 else None,
+        "rejection": reject(reason) if reason else None,
+        "plane": None,
+    }
     if orientation is None or not _is_orthonormal(orientation):
         return frame
     normal = np.cross(orientation[:3], orientation[3:])
     position = math.inf if origin is None else float(np.dot(normal, origin))
-    planes: tuple[Plane, ...] = ("sagittal", "coronal", "axial")
-    return replace(
-        frame,
-        orientation=orientation,
-        position_mm=position if abs(position) < _MAX_POSITION_MM else None,
-        plane=planes[int(np.abs(normal).argmax())],
-    )
+    return frame | {
+        "orientation": orientation,
+        "position_mm": position if abs(position) < _MAX_POSITION_MM else None,
+        "plane": ("sagittal", "coronal", "axial")[int(np.abs(normal).argmax())],
+    }
 
 
 def _is_orthonormal(orientation: tuple[float, ...]) -> bool:
@@ -333,8 +295,8 @@ def _is_orthonormal(orientation: tuple[float, ...]) -> bool:
 # ---- rejections and flags ------------------------------------------------------------------------
 
 
-def _terms(text: str) -> frozenset[str]:
-    return frozenset(text.split("|"))
+def _split(terms: str) -> frozenset[str]:
+    return frozenset(terms.split("|"))
 
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
@@ -349,12 +311,12 @@ _NO_IMAGE_CLASSES = tuple(
     for suffix in ("4.2", "9.", "11.", "66", "67", "68.", "88.", "104.", "481.3", "481.5", "481.8")
 )
 _DICOMDIR = "1.2.840.10008.1.3.10"
-_NO_IMAGE_MODALITIES = _terms("AU|DOC|ECG|FID|KO|PLAN|PR|REG|RTPLAN|RTRECORD|RTSTRUCT|SEG|SR")
+_NO_IMAGE_MODALITIES = _split("AU|DOC|ECG|FID|KO|PLAN|PR|REG|RTPLAN|RTRECORD|RTSTRUCT|SEG|SR")
 
 # Third and later values of Image Type: PS3.3, C.8.3.1.1.1 and C.8.13.3.1.1, and terms of the large
 # vendors.
 _PROJECTIONS = frozenset({"PROJECTION IMAGE", "MIP", "MINIP", "MPR", "CSA MPR", "MAX_IP", "MIN_IP"})
-_DERIVED_MAPS = _terms(
+_DERIVED_MAPS = _split(
     "ADC|EADC|FA|FRACTIONAL_ANISOTROPY|TENSOR|PHASE|PHASE MAP|PHASE_MAP|P|R|I|REAL|IMAGINARY|"
     "VELOCITY|VELOCITY MAP|B0 MAP|FIELD MAP|T1 MAP|T2 MAP|T2_STAR MAP|CBF|CBV|RCBF|RCBV|MTT|TTP|"
     "TMAX|KTRANS"
@@ -363,7 +325,7 @@ _NOT_MAGNITUDE = frozenset({"PHASE", "REAL", "IMAGINARY"})  # Complex Image Comp
 
 # PS3.16, annex L. Parts next to the brain are accepted: head studies are filed under them too.
 _HEAD_PARTS = frozenset({"BRAIN", "HEAD", "HEADNECK", "SKULL", "ORBIT", "FACE", "PITUITARY", "IAC"})
-_OTHER_PARTS = _terms(
+_OTHER_PARTS = _split(
     "ABDOMEN|ABDOMENPELVIS|ANKLE|AORTA|ARM|BLADDER|BREAST|CALF|CERVIX|CHEST|CHESTABDOMEN|CLAVICLE|"
     "COCCYX|CSPINE|CTSPINE|ELBOW|EXTREMITY|FEMUR|FINGER|FOOT|FOREARM|HAND|HEART|HIP|HUMERUS|KIDNEY|"
     "KNEE|LEG|LIVER|LOWERLIMB|LSPINE|LSSPINE|LUNG|PANCREAS|PELVIS|PROSTATE|RIB|SHOULDER|SPINE|"
@@ -371,14 +333,14 @@ _OTHER_PARTS = _terms(
 )
 # Code values of Anatomic Region Sequence: SNOMED CT, then SNOMED RT.
 _HEAD_CODES = frozenset({"69536005", "12738006", "774007", "T-D1100", "T-A0100", "T-D1000"})
-_OTHER_CODES = _terms(
+_OTHER_CODES = _split(
     # chest, abdomen, pelvis, breast, heart, cervical, thoracic and lumbar spine, knee
     "51185008|818981001|113345001|816092008|12921003|76752008|80891009|122494005|122495006|"
     "122496007|72696002|T-D3000|T-D4000|T-D6000|T-04000|T-32000|T-11501|T-11502|T-11503|"
     "T-D9200"
 )
 
-_CONTRASTS = _terms(
+_CONTRASTS = _split(
     "DIFFUSION|FLOW_ENCODED|FLUID_ATTENUATED|PERFUSION|PROTON_DENSITY|STIR|TAGGING|T2|T2_STAR|TOF"
 )
 """Defined terms of Acquisition Contrast, except T1: most of the public slices are T1."""
@@ -459,13 +421,10 @@ def _is_head(dataset: Dataset) -> bool | None:
 def _find_frame_rejection(groups: FunctionalGroups) -> str | None:
     """Return the reason to reject one frame, by its image type."""
     kind = "MRImageFrameTypeSequence"
-    types = get_words(groups.find(kind, "FrameType"), "FrameType")
-    types = types or get_words(groups.root, "ImageType")
+    types = groups.get_words(kind, "FrameType") or get_words(groups.root, "ImageType")
     words = frozenset(types[2:])
-    component = get_words(groups.find(kind, "ComplexImageComponent"), "ComplexImageComponent")
-    technique = get_words(
-        groups.find(kind, "VolumeBasedCalculationTechnique"), "VolumeBasedCalculationTechnique"
-    )
+    component = groups.get_words(kind, "ComplexImageComponent")
+    technique = groups.get_words(kind, "VolumeBasedCalculationTechnique")
     if "LOCALIZER" in words:
         return "localizer"
     if "MOSAIC" in words:
@@ -479,34 +438,19 @@ def _find_frame_rejection(groups: FunctionalGroups) -> str | None:
     return None
 
 
-def _find_sequence_flags(groups: FunctionalGroups) -> set[str]:
-    """Return flags of the MR sequence, from elements with enumerated terms."""
-    flags: set[str] = set()
-    contrast = get_words(
-        groups.find("MRImageFrameTypeSequence", "AcquisitionContrast"), "AcquisitionContrast"
-    )
-    flags.update(f"contrast_{word.lower()}" for word in contrast if word in _CONTRASTS)
-    if "EP" in get_words(groups.root, "ScanningSequence"):
-        flags.add("echo_planar")
-    return flags
-
-
-def _find_flags(dataset: Dataset, sop_class: str, frames: list[SliceInfo]) -> tuple[str, ...]:
+def _find_flags(dataset: Dataset, sop_class: str, frames: list[dict[str, Any]]) -> tuple[str, ...]:
     groups = FunctionalGroups(dataset, 0)
-    flags = _find_sequence_flags(groups)
-    if _is_head(dataset) is None:
-        flags.add("body_part_unknown")
-    if not sop_class and not get_words(dataset, "Modality"):
-        flags.add("modality_unknown")
-    if get_words(dataset, "LossyImageCompression")[:1] == ("01",):
-        flags.add("lossy")
-    if get_item(dataset, "VOILUTSequence") is None and groups.find_window() is None:
-        flags.add("no_window")
-    planes = {frame.plane for frame in frames}
-    if None in planes:
-        flags.add("orientation_unknown")
-    if planes - {None, "axial"}:
-        flags.add("non_axial")
-    if any(frame.rejection for frame in frames):
-        flags.add("frames_rejected")
-    return tuple(sorted(flags))
+    contrast = groups.get_words("MRImageFrameTypeSequence", "AcquisitionContrast")
+    planes = {frame["plane"] for frame in frames}
+    found = {
+        "body_part_unknown": _is_head(dataset) is None,
+        "echo_planar": "EP" in get_words(dataset, "ScanningSequence"),
+        "frames_rejected": any(frame["rejection"] for frame in frames),
+        "lossy": get_words(dataset, "LossyImageCompression")[:1] == ("01",),
+        "modality_unknown": not sop_class and not get_words(dataset, "Modality"),
+        "no_window": get_item(dataset, "VOILUTSequence") is None and groups.find_window() is None,
+        "non_axial": bool(planes - {None, "axial"}),
+        "orientation_unknown": None in planes,
+        **{f"contrast_{word.lower()}": word in _CONTRASTS for word in contrast},
+    }
+    return tuple(sorted(flag for flag, is_set in found.items() if is_set))

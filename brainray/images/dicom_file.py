@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pydicom.config
 from pydicom.dataset import Dataset
+from pydicom.encaps import generate_fragments, generate_frames, parse_fragments
 from pydicom.filereader import read_dataset, read_partial
 from pydicom.tag import Tag
 from pydicom.uid import (
@@ -27,6 +28,7 @@ from pydicom.uid import (
 )
 
 from brainray.errors import RejectedImage
+from brainray.images.headers import corrupt, too_large, truncated
 
 for _name in ("pydicom", "openjpeg"):
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
@@ -37,13 +39,14 @@ UNDEFINED_LENGTH = 0xFFFFFFFF
 _PIXEL_DATA = Tag("PixelData")
 _PIXEL_TAGS = frozenset({_PIXEL_DATA, Tag("FloatPixelData"), Tag("DoubleFloatPixelData")})
 
-
 MAX_HEADER_BYTES = 32 * 2**20
 """Most bytes before the pixels. Enhanced objects take some kilobytes for each frame."""
 MAX_ITEMS = 250_000
 """Most sequence items in a header."""
 MAX_VALUES = 500_000
 """Most values in a header: pydicom takes some microseconds and 200 bytes for each."""
+MAX_FRAGMENTS = 400_000
+"""Most fragments of compressed frames: four times as many as frames."""
 _FIRST_BYTES = 2**18  # enough for the header of a classic object
 _ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # little and big endian
 _COUNTED = (
@@ -77,36 +80,23 @@ class PixelElement(NamedTuple):
     """False where it is Float Pixel Data or Double Float Pixel Data."""
     vr: str
     offset: int
-    """Of its value, in bytes from the start of the file (of the inflated file, if deflated)."""
+    """Of its value, in bytes from the start of `ParsedFile.content`."""
     length: int
     """Of its value, in bytes; :data:`UNDEFINED_LENGTH` if it is encapsulated."""
 
 
-class _Meta(NamedTuple):
-    """The file meta information."""
-
-    transfer_syntax: str
-    """Empty where the element is absent."""
-    sop_class: str
-    end: int
-    """Where the data set begins, in bytes."""
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)  # a repr would show values
 class ParsedFile:
-    """A DICOM file up to its pixels. Its repr shows no values."""
+    """A DICOM file up to its pixels."""
 
     dataset: Dataset
     sop_class: str
     transfer_syntax: str
     pixels: PixelElement | None
     content: bytes
-    """The file, or the inflated data set of a deflated file; offsets count from its start."""
+    """The file, or the inflated data set of a deflated file."""
     ends_early: bool
     """The file ends inside the header of an element."""
-
-    def __repr__(self) -> str:
-        return "ParsedFile()"
 
 
 def call_safely(function: Callable[..., _Result], *arguments: Any) -> _Result:  # noqa: ANN401
@@ -114,30 +104,24 @@ def call_safely(function: Callable[..., _Result], *arguments: Any) -> _Result:  
 
     The rejection is raised outside of the ``except`` block: the exceptions of libraries quote
     values of the file, and must not become the context of the rejection.
-
-    Raises
-    ------
-    RejectedImage
-        As `function` raised it, or ``corrupt``, ``truncated`` or ``too_large`` for its exceptions.
     """
     try:
         return function(*arguments)
     except RejectedImage:
         raise
     except MemoryError:
-        reason, what = "too_large", "There is not enough memory to read this file."
+        rejection = too_large("There is not enough memory to read this file.")
     except (EOFError, OSError):
-        reason, what = "truncated", "The file ends inside an element. Send it again."
+        rejection = truncated("The file ends inside an element.")
     except Exception as error:  # pydicom and the codecs raise a dozen types for bad bytes
-        name = type(error).__name__
-        reason, what = "corrupt", f"The file cannot be decoded ({name}). Export it again."
+        rejection = corrupt(f"The file cannot be decoded ({type(error).__name__}).")
     except BaseException as error:
         # pylibjpeg-rle 2.2 is written in Rust and panics where a segment is too long. In Python a
         # panic is not an Exception, and its type cannot be imported. Remove this when it raises.
         if type(error).__module__ != "pyo3_runtime":
             raise
-        reason, what = "corrupt", "A run-length encoded frame is damaged. Export it again."
-    raise RejectedImage(reason, what)
+        rejection = corrupt("A run-length encoded frame is damaged.")
+    raise rejection
 
 
 def parse_file(content: bytes, max_inflated_bytes: int) -> ParsedFile:
@@ -146,56 +130,84 @@ def parse_file(content: bytes, max_inflated_bytes: int) -> ParsedFile:
     pydicom takes some 40 bytes of memory for each byte of a header made of empty elements, and 80
     for each of one made of empty items. So it gets only the start of the file, with at most
     :data:`MAX_HEADER_BYTES` and :data:`MAX_ITEMS`.
-
-    Raises
-    ------
-    RejectedImage
-        ``truncated``, ``corrupt`` or ``too_large``.
     """
-    meta = call_safely(_read_meta, content)
-    if meta.transfer_syntax == DeflatedExplicitVRLittleEndian:
-        content = call_safely(_inflate, content[meta.end :], max_inflated_bytes)
-        meta = meta._replace(end=0)
+    syntax, media_class, at = call_safely(_read_meta, content)
+    if syntax == DeflatedExplicitVRLittleEndian:
+        content, at = call_safely(_inflate, content[at:], max_inflated_bytes), 0
     for num_bytes in (_FIRST_BYTES, MAX_HEADER_BYTES):
         is_whole = num_bytes >= len(content)
         try:
-            parsed = call_safely(_parse_start, content, num_bytes, meta)
+            parsed = call_safely(_parse_start, content, num_bytes, syntax, media_class, at)
         except RejectedImage:
             if is_whole or num_bytes == MAX_HEADER_BYTES:
                 raise
         else:
             if is_whole or parsed.pixels is not None:
                 return parsed
-    raise RejectedImage(
-        "too_large", f"The header has more than the {MAX_HEADER_BYTES:,} bytes allowed."
-    )
+    raise too_large(f"The header has more than the {MAX_HEADER_BYTES:,} bytes allowed.")
 
 
-def _parse_start(content: bytes, num_bytes: int, meta: _Meta) -> ParsedFile:
-    """Read the data set in the first bytes of a file."""
+def _read_meta(content: bytes) -> tuple[str, str, int]:
+    """Read the elements of group 2; return transfer syntax, SOP class, and where they end."""
+    start = io.BytesIO(content[:_FIRST_BYTES])
+    if start.read(132)[128:] != b"DICM":
+        start.seek(0)
+    meta = read_dataset(start, False, True, stop_when=lambda tag, _vr, _length: tag >> 16 != 2)
+    syntax = str(get_value(meta, "TransferSyntaxUID") or "").strip("\0 ")
+    return syntax, str(get_value(meta, "MediaStorageSOPClassUID") or ""), start.tell()
+
+
+def _inflate(deflated: bytes, max_bytes: int) -> bytes:
+    """Inflate a deflated data set (PS3.5, annex A.5)."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    inflated = inflater.decompress(deflated, max_bytes + 1)
+    if len(inflated) > max_bytes:
+        raise too_large(f"The file inflates to more than the {max_bytes:,} bytes allowed.")
+    if not inflater.eof:
+        raise truncated("The deflated file ends too early.")
+    return inflated
+
+
+def _parse_start(
+    content: bytes, num_bytes: int, syntax: str, media_class: str, at: int
+) -> ParsedFile:
+    """Read the data set, which begins at byte `at`, in the first bytes of a file."""
     start = content[:num_bytes]
     _check_counts(start)
     file = io.BytesIO(start)
-    file.seek(meta.end)
-    syntax = meta.transfer_syntax
+    file.seek(at)
+    pixels: PixelElement | None = None
+    last_end: int | None = None  # of an element; None where its length is undefined
+
+    def stop_at_pixels(tag: int, vr: str | None, length: int) -> bool:
+        nonlocal pixels, last_end
+        value_at = file.tell()
+        has_length = length != UNDEFINED_LENGTH
+        if has_length and value_at + length > len(content):
+            raise truncated(f"The file ends inside element ({tag >> 16:04X},{tag & 0xFFFF:04X}).")
+        if tag in _PIXEL_TAGS:
+            pixels = PixelElement(tag == _PIXEL_DATA, vr or "OW", value_at, length)
+            return True
+        last_end = value_at + length if has_length else None
+        return False
+
     is_little_endian = syntax != ExplicitVRBigEndian
     if not syntax:  # the first element is in group 8
-        is_little_endian = start[meta.end : meta.end + 2] != b"\x00\x08"
-    stop = _PixelStop(file, len(content))
+        is_little_endian = start[at : at + 2] != b"\x00\x08"
     dataset = read_dataset(
         file,
         syntax in ("", ImplicitVRLittleEndian),  # pydicom detects explicit VRs itself
         is_little_endian,
-        stop_when=stop,
+        stop_when=stop_at_pixels,
         specific_tags=list(_KEPT_TAGS),
     )
     if not syntax:
         is_implicit = dataset.original_encoding[0]
         little = ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
         syntax = str(little if is_little_endian else ExplicitVRBigEndian)
-    ends_early = stop.pixels is None and stop.end not in (None, len(content))
-    sop_class = str(get_value(dataset, "SOPClassUID") or meta.sop_class)
-    return ParsedFile(dataset, sop_class, syntax, stop.pixels, content, ends_early)
+    ends_early = pixels is None and last_end not in (None, len(content))
+    sop_class = str(get_value(dataset, "SOPClassUID") or media_class)
+    return ParsedFile(dataset, sop_class, syntax, pixels, content, ends_early)
 
 
 def _check_counts(start: bytes) -> None:
@@ -204,58 +216,38 @@ def _check_counts(start: bytes) -> None:
     end = len(start) if end < 0 else end  # pixels may contain the counted bytes
     for what, marks, most in _COUNTED:
         if end > most and sum(start.count(mark, 0, end) for mark in marks) > most:
-            raise RejectedImage(
-                "too_large", f"The header has more than the {most:,} {what} allowed."
-            )
+            raise too_large(f"The header has more than the {most:,} {what} allowed.")
 
 
-def _read_meta(content: bytes) -> _Meta:
-    """Read the elements of group 2, and stop at the first of another group."""
-    start = io.BytesIO(content[:_FIRST_BYTES])
-    if start.read(132)[128:] != b"DICM":
-        start.seek(0)
-    meta = read_dataset(start, False, True, stop_when=lambda tag, _vr, _length: tag >> 16 != 2)
-    syntax = str(get_value(meta, "TransferSyntaxUID") or "").strip("\0 ")
-    return _Meta(syntax, str(get_value(meta, "MediaStorageSOPClassUID") or ""), start.tell())
+def split_frames(content: bytes, offset: int, num_frames: int) -> list[bytes]:
+    """Return the compressed frames; Pixel Data's value begins at byte `offset`.
 
-
-def _inflate(deflated: bytes, max_bytes: int) -> bytes:
-    """Inflate a deflated data set (PS3.5, annex A.5)."""
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    inflated = inflater.decompress(deflated, max_bytes + 1)
-    if len(inflated) > max_bytes:
-        raise RejectedImage(
-            "too_large",
-            f"The file inflates to more than the {max_bytes:,} bytes allowed.",
+    They are split once, when the object is opened: pydicom would search all fragments again for
+    every frame, which takes a minute for an object of ten thousand frames.
+    """
+    if content.count(_ITEM_TAGS[0], offset) > MAX_FRAGMENTS:
+        raise too_large(f"The pixel data have more than the {MAX_FRAGMENTS:,} fragments allowed.")
+    file = io.BytesIO(content)
+    file.seek(offset)
+    _, starts = parse_fragments(file)
+    table, *fragments = generate_fragments(file)  # the first item is the offset table
+    last_bytes = int.from_bytes(content[starts[-1] + 4 : starts[-1] + 8], "little")
+    if len(fragments) < num_frames or len(fragments[-1]) < last_bytes:
+        raise truncated("The file ends before the last compressed frame does.")
+    if len(fragments) == num_frames:  # no offset table is needed
+        return fragments
+    if num_frames == 1:
+        return [b"".join(fragments)]
+    frames: list[bytes] = []
+    if len(table) in (0, 4 * num_frames):
+        file.seek(offset)
+        frames = list(generate_frames(file, number_of_frames=num_frames))
+    if len(frames) != num_frames:
+        raise corrupt(
+            f"The header says {num_frames:,} frames, but neither the offset table nor end markers "
+            f"divide the {len(fragments):,} fragments into as many."
         )
-    if not inflater.eof:
-        raise RejectedImage("truncated", "The deflated file ends too early. Send it again.")
-    return inflated
-
-
-class _PixelStop:
-    """Stops pydicom at the pixels; rejects a file that ends inside an element."""
-
-    def __init__(self, file: io.BytesIO, size_bytes: int) -> None:
-        self._file = file
-        self._size_bytes = size_bytes
-        self.pixels: PixelElement | None = None
-        self.end: int | None = None
-        """End of the last element, in bytes; None where its length is undefined."""
-
-    def __call__(self, tag: int, vr: str | None, length: int) -> bool:
-        at = self._file.tell()
-        if length != UNDEFINED_LENGTH and at + length > self._size_bytes:
-            raise RejectedImage(
-                "truncated",
-                f"The file ends inside element ({tag >> 16:04X},{tag & 0xFFFF:04X}). "
-                "Send it again.",
-            )
-        if tag in _PIXEL_TAGS:
-            self.pixels = PixelElement(tag == _PIXEL_DATA, vr or "OW", at, length)
-            return True
-        self.end = None if length == UNDEFINED_LENGTH else at + length
-        return False
+    return frames
 
 
 # ---- values --------------------------------------------------------------------------------------
@@ -326,6 +318,14 @@ class FunctionalGroups:
                 return item
         return self.root
 
+    def get_words(self, sequence: str, keyword: str) -> tuple[str, ...]:
+        """Return the values of this frame's code string."""
+        return get_words(self.find(sequence, keyword), keyword)
+
+    def get_numbers(self, sequence: str, keyword: str, count: int) -> tuple[float, ...] | None:
+        """Return the first `count` numbers of this frame's element."""
+        return get_numbers(self.find(sequence, keyword), keyword, count)
+
     def find_window(self) -> tuple[float, float, Dataset] | None:
         """Return centre, width and the data set that holds them; None without a usable window."""
         item = self.find("FrameVOILUTSequence", "WindowWidth")
@@ -341,27 +341,20 @@ class FunctionalGroups:
 def list_references(content: bytes) -> list[tuple[str, ...]]:
     """Return the files that a DICOMDIR references (PS3.3, annex F), in its order, each once.
 
-    Returns
-    -------
-    list of tuple of str
-        Path below the folder of the DICOMDIR: names of folders, then of the file.
-
-    Raises
-    ------
-    RejectedImage
-        The file is not a DICOMDIR, or references a file that is not below its folder.
+    A reference is the path below the folder of the DICOMDIR: names of folders, then of the file.
+    RejectedImage is raised for other files, and for a reference that leaves this folder.
     """
     return call_safely(_list_references, content)
 
 
 def _list_references(content: bytes) -> list[tuple[str, ...]]:
     if content.count(_ITEM_TAGS[0]) > MAX_ITEMS:
-        raise RejectedImage("too_large", f"It has more than the {MAX_ITEMS:,} records allowed.")
+        raise too_large(f"It has more than the {MAX_ITEMS:,} records allowed.")
     file = io.BytesIO(content)
 
     def check_length(_tag: int, _vr: str | None, length: int) -> bool:
         if length != UNDEFINED_LENGTH and file.tell() + length > len(content):
-            raise RejectedImage("truncated", "It ends inside an element.")
+            raise truncated("It ends inside an element.")
         return False
 
     dataset = read_partial(
@@ -370,17 +363,13 @@ def _list_references(content: bytes) -> list[tuple[str, ...]]:
     records = get_value(dataset, "DirectoryRecordSequence")
     if records is None:
         raise RejectedImage("not_an_image", "Expected Directory Records (0004,1220), found none.")
-    found = dict.fromkeys(filter(None, map(_read_reference, records)))
-    return list(found)
-
-
-def _read_reference(record: Dataset) -> tuple[str, ...]:
-    value = get_value(record, "ReferencedFileID")
-    if value is None:
-        return ()
-    parts = (value,) if isinstance(value, str) else tuple(map(str, value))
-    if any(not part or "/" in part or "\0" in part or set(part) <= {"."} for part in parts):
-        raise RejectedImage(
-            "corrupt", "A Referenced File ID (0004,1500) does not name a file below its folder."
-        )
-    return parts
+    references: dict[tuple[str, ...], None] = {}
+    for record in records:
+        value = get_value(record, "ReferencedFileID")
+        if not value:
+            continue
+        parts = (value,) if isinstance(value, str) else tuple(map(str, value))
+        if any(not part or "/" in part or "\0" in part or set(part) <= {"."} for part in parts):
+            raise corrupt("A Referenced File ID (0004,1500) does not name a file below its folder.")
+        references[parts] = None
+    return list(references)

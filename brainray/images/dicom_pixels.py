@@ -14,8 +14,9 @@ from slice to slice within a series. Classifiers with ``intensity="stored"`` tak
 :func:`render_frame`.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import struct
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import gdcm
 import numpy as np
@@ -34,20 +35,26 @@ from brainray.images.dicom_file import (
     get_numbers,
     get_words,
 )
-from brainray.images.dicom_frames import read_jpeg_2000_codestream, read_jpeg_codestream
+from brainray.images.headers import (
+    JPEG_FRAME_MARKERS,
+    MAX_SCANS,
+    corrupt,
+    iterate_jpeg_segments,
+    too_large,
+    unsupported,
+)
+from brainray.images.intensity import render_percentiles, to_bytes
+from brainray.images.slices import GreyRange
 
 gdcm.Trace.WarningOff()  # it prints to standard error
 gdcm.Trace.ErrorOff()
 
-GreyRange = Literal["voi_lut", "window", "samples"]
-
 _RLE_LOSSLESS = "1.2.840.10008.1.2.5"
-_PERCENTILES = (1, 99)
-"""Percentiles of the range shown where an object has no window."""
+_JPEG_LS_FRAME = 0xF7
+_JPEG_2000_START = b"\xff\x4f\xff\x51"  # start of codestream, then the marker of its size
 
 
-@dataclass(frozen=True, slots=True)
-class RenderedFrame:
+class RenderedFrame(NamedTuple):
     """A frame for display."""
 
     pixels: NDArray[np.uint8]
@@ -61,12 +68,8 @@ def decode_frame(image: DicomImage, frame: int = 0) -> NDArray[np.float32]:
     """Decode one frame to grey values at full depth, after the modality transform.
 
     High values are bright: where the object shows low values bright, they are inverted within their
-    range. Padding gets the lowest of the other values.
-
-    Returns
-    -------
-    ndarray of float32, shape (rows, columns)
-        In units of the modality transform; for MR they are not comparable across series.
+    range. Padding gets the lowest of the other values. The units are those of the modality
+    transform; for MR they are not comparable across series.
 
     Raises
     ------
@@ -77,10 +80,9 @@ def decode_frame(image: DicomImage, frame: int = 0) -> NDArray[np.float32]:
     """
     samples = _load_samples(image, frame)
     values = samples.values
-    shown = values if samples.padding is None else values[~samples.padding]
-    if not shown.size:
+    if not samples.shown.size:
         return np.zeros_like(values)
-    low, high = shown.min(), shown.max()
+    low, high = samples.shown.min(), samples.shown.max()
     if samples.is_inverted:
         np.subtract(low + high, values, out=values)
     if samples.padding is not None:
@@ -93,9 +95,7 @@ def render_frame(image: DicomImage, frame: int = 0) -> RenderedFrame:
 
     A VOI LUT has precedence over a window, and the first of several is used. A window of width 0,
     which the standard forbids, is ignored. A linear window narrower than 1 is read as LINEAR_EXACT:
-    scanners that rescale to small numbers write such windows.
-
-    Parameters and exceptions are those of :func:`decode_frame`.
+    scanners that rescale to small numbers write such windows. Raises as :func:`decode_frame`.
     """
     samples = _load_samples(image, frame)
     pixels, grey_range = call_safely(_apply_voi, samples)
@@ -109,16 +109,8 @@ def render_frame(image: DicomImage, frame: int = 0) -> RenderedFrame:
 def decode_stored(image: DicomImage, frame: int = 0) -> NDArray[Any]:
     """Decode one frame to its stored samples, with unused bits cleared or filled with the sign.
 
-    Frames that are not to be classified are decoded too.
-
-    Returns
-    -------
-    ndarray of an integer type as wide as Bits Allocated, shape (rows, columns)
-
-    Raises
-    ------
-    RejectedImage
-        The frame cannot be decoded.
+    The type is an integer as wide as Bits Allocated. Frames that are not to be classified are
+    decoded too.
     """
     layout = image.layout
     stored = call_safely(_decode_stored, image, frame)
@@ -128,11 +120,12 @@ def decode_stored(image: DicomImage, frame: int = 0) -> NDArray[Any]:
     return samples << num_unused >> num_unused
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Samples:
+class _Samples(NamedTuple):
     """One frame after the modality transform."""
 
     values: NDArray[np.float32]
+    shown: NDArray[np.float32]
+    """Those that are not padding."""
     padding: NDArray[np.bool_] | None
     is_inverted: bool
     groups: FunctionalGroups
@@ -153,10 +146,9 @@ def _decode_samples(image: DicomImage, frame: int) -> _Samples:
     groups = FunctionalGroups(image.dataset, frame)
     values = _apply_modality(stored, groups, image.layout)
     if not np.isfinite(values).all():
-        raise RejectedImage(
-            "corrupt", "Rescale Slope or Intercept (0028,1052) gives infinite grey values."
-        )
-    return _Samples(values, padding, _is_inverted(image.dataset), groups)
+        raise corrupt("Rescale Slope or Intercept (0028,1052) gives infinite grey values.")
+    shown = values if padding is None else values[~padding]
+    return _Samples(values, shown, padding, _is_inverted(image.dataset), groups)
 
 
 def _is_inverted(dataset: Dataset) -> bool:
@@ -172,27 +164,22 @@ def _is_inverted(dataset: Dataset) -> bool:
 
 def _decode_stored(image: DicomImage, frame: int) -> NDArray[Any]:
     """Return the stored samples of one frame, shape (rows, columns), an integer type."""
-    syntax = image.transfer_syntax
+    syntax, layout = image.transfer_syntax, image.layout
     plugin = PLUGINS[syntax]
     source: bytes | memoryview
-    if plugin is None:
-        source, index, num_frames = _view_frames(image), frame, len(image.slices)
+    if plugin is None:  # without later bytes, padded to an even length
+        index, num_frames = frame, len(image.slices)
+        num_bytes = num_frames * layout.rows * layout.columns * layout.bits_allocated // 8
+        start = image.pixels.offset
+        source = memoryview(image.content)[start : start + num_bytes + num_bytes % 2]
     else:
-        encoded = b"".join(image.content[start:end] for start, end in image.fragments[frame])
+        index, num_frames = 0, 1
+        encoded = image.compressed_frames[frame]
         if syntax != _RLE_LOSSLESS:
-            encoded = _check_codestream(encoded, plugin, image.layout)
-        source, index, num_frames = encapsulate([encoded], has_bot=False), 0, 1
-    options = _describe_pixels(image) | {"number_of_frames": num_frames}
-    samples: NDArray[Any] = get_decoder(syntax).as_array(
-        source, index=index, raw=True, decoding_plugin=plugin or "", **options
-    )[0]
-    return samples
-
-
-def _describe_pixels(image: DicomImage) -> dict[str, Any]:
-    """Return pydicom's options for decoding grey frames."""
-    layout = image.layout
-    return {
+            encoded = _check_codestream(encoded, plugin, layout)
+        source = encapsulate([encoded], has_bot=False)
+    options: dict[str, Any] = {
+        "number_of_frames": num_frames,
         "rows": layout.rows,
         "columns": layout.columns,
         "samples_per_pixel": 1,
@@ -204,36 +191,60 @@ def _describe_pixels(image: DicomImage) -> dict[str, Any]:
         "pixel_vr": image.pixels.vr,
         "allow_excess_frames": False,
     }
-
-
-def _view_frames(image: DicomImage) -> memoryview:
-    """Return the uncompressed frames, padded to an even length, without later bytes."""
-    layout = image.layout
-    num_bytes = len(image.slices) * layout.rows * layout.columns
-    num_bytes = num_bytes * layout.bits_allocated // 8
-    start = image.pixels.offset
-    return memoryview(image.content)[start : start + num_bytes + num_bytes % 2]
+    samples: NDArray[Any] = get_decoder(syntax).as_array(
+        source, index=index, raw=True, decoding_plugin=plugin or "", **options
+    )[0]
+    return samples
 
 
 def _check_codestream(encoded: bytes, plugin: str, layout: PixelFormat) -> bytes:
-    """Check a compressed frame against the header, before a decoder allocates memory."""
-    is_jpeg_2000 = plugin == "pylibjpeg"
-    read = read_jpeg_2000_codestream if is_jpeg_2000 else read_jpeg_codestream
-    frame = read(encoded)
-    if (frame.rows, frame.columns, frame.components) != (layout.rows, layout.columns, 1):
-        raise RejectedImage(
-            "corrupt",
+    """Check a compressed frame's own header, and return the codestream alone.
+
+    The DICOM header may say 16 x 16 where the frame says 60,000 x 60,000, and decoders allocate
+    what the frame says.
+    """
+    read = _read_jpeg_2000_header if plugin == "pylibjpeg" else _read_jpeg_header
+    rows, columns, bits, components, codestream = read(encoded)
+    if (rows, columns, components) != (layout.rows, layout.columns, 1):
+        raise corrupt(
             f"The header says {layout.columns} x {layout.rows} grey pixels, the compressed frame "
-            f"has {frame.columns} x {frame.rows} with {frame.components} components. "
-            "Export the image again.",
+            f"has {columns} x {rows} with {components} components."
         )
-    if frame.bits > min(layout.bits_allocated, 8 if plugin == "pillow" else 16):
-        raise RejectedImage(
-            "unsupported",
-            f"This compression with {frame.bits}-bit samples is not supported. "
-            "Convert the file to Explicit VR Little Endian.",
+    if bits > min(layout.bits_allocated, 8 if plugin == "pillow" else 16):
+        raise unsupported(
+            f"This compression with {bits}-bit samples is not supported. "
+            "Convert the file to Explicit VR Little Endian."
         )
-    return frame.data
+    return codestream
+
+
+_Codestream = tuple[int, int, int, int, bytes]
+"""Rows, columns, bits of a sample, components, and the codestream without a file format."""
+
+
+def _read_jpeg_header(frame: bytes) -> _Codestream:
+    """Read the frame header of JPEG (ITU-T T.81, B.2.2) or JPEG-LS (T.87, C.2.2)."""
+    if frame.count(b"\xff\xda") > MAX_SCANS:
+        raise too_large(f"A compressed frame has more than the {MAX_SCANS} JPEG scans allowed.")
+    with suppress(RejectedImage):  # its reasons are those of a whole file
+        for marker, at, _ in iterate_jpeg_segments(frame) if frame[:2] == b"\xff\xd8" else ():
+            if marker in JPEG_FRAME_MARKERS or marker == _JPEG_LS_FRAME:
+                bits, rows, columns, components = struct.unpack_from(">BHHB", frame, at + 2)
+                return rows, columns, bits, components, frame
+    raise corrupt("A compressed frame has no JPEG frame header.")
+
+
+def _read_jpeg_2000_header(frame: bytes) -> _Codestream:
+    """Read the size marker of JPEG 2000 or HTJ2K (ITU-T T.800, annex A.5.1)."""
+    start = frame.find(_JPEG_2000_START)
+    if start < 0:
+        raise corrupt("A compressed frame has no JPEG 2000 size marker.")
+    right, bottom, left, top = struct.unpack_from(">4L", frame, start + 8)
+    components, depth, *steps = struct.unpack_from(">HBBB", frame, start + 40)
+    if steps != [1, 1]:
+        raise unsupported("JPEG 2000 with subsampled components is not supported.")
+    bits = (depth & 0x7F) + 1  # the highest bit means signed samples
+    return bottom - top, right - left, bits, components, frame[start:]
 
 
 def _wrap(value: int, layout: PixelFormat) -> int:
@@ -268,8 +279,8 @@ def _apply_modality(
         return _apply_lut(stored, lut, layout.is_signed)[0]
     values = stored.astype(np.float32)
     sequence = "PixelValueTransformationSequence"
-    slope = get_numbers(groups.find(sequence, "RescaleSlope"), "RescaleSlope", 1)
-    intercept = get_numbers(groups.find(sequence, "RescaleIntercept"), "RescaleIntercept", 1)
+    slope = groups.get_numbers(sequence, "RescaleSlope", 1)
+    intercept = groups.get_numbers(sequence, "RescaleIntercept", 1)
     with np.errstate(over="ignore", invalid="ignore"):  # infinite values are rejected afterwards
         if slope is not None and slope[0] not in (0.0, 1.0):  # 0 would erase the image
             values *= np.float32(slope[0])
@@ -284,7 +295,7 @@ def _apply_lut(
     """Look values up in a table (PS3.3, C.11.1.1); return them, and the bits of an entry."""
     descriptor = get_numbers(item, "LUTDescriptor", 3)
     if descriptor is None:
-        raise RejectedImage("corrupt", "LUT Descriptor (0028,3002) is missing. Export it again.")
+        raise corrupt("LUT Descriptor (0028,3002) is missing.")
     num_entries, first, bits = (int(number) for number in descriptor)
     num_entries = num_entries or 2**16
     if is_signed and first >= 2**15:
@@ -295,9 +306,7 @@ def _apply_lut(
     order = "<" if item.original_encoding[1] else ">"
     table = np.frombuffer(data, f"{order}u{width}", len(data) // width)
     if not 1 <= num_entries <= len(table) or not 1 <= bits <= 16:
-        raise RejectedImage(
-            "corrupt", "LUT Data (0028,3006) does not fit its descriptor. Export it again."
-        )
+        raise corrupt("LUT Data (0028,3006) does not fit its descriptor.")
     index = np.clip(np.rint(values) - first, 0, num_entries - 1).astype(np.intp)
     return table[:num_entries].astype(np.float32)[index], bits
 
@@ -307,18 +316,16 @@ def _apply_voi(samples: _Samples) -> tuple[NDArray[np.uint8], GreyRange]:
     lut = get_item(groups.root, "VOILUTSequence")
     if lut is not None:
         # The first mapped value has the sign of the values.
-        shown, bits = _apply_lut(values, lut, bool(values.min() < 0))
-        return _to_bytes(shown / (2.0**bits - 1)), "voi_lut"
+        levels, bits = _apply_lut(values, lut, bool(values.min() < 0))
+        return to_bytes(levels / (2.0**bits - 1)), "voi_lut"
     window = groups.find_window()
     if window is not None:
         centre, width, item = window
         function = "".join(get_words(item, "VOILUTFunction")[:1])
-        return _to_bytes(_apply_window(values, centre, width, function)), "window"
-    shown = values if samples.padding is None else values[~samples.padding]
-    if not shown.size:
+        return to_bytes(_apply_window(values, centre, width, function)), "window"
+    if not samples.shown.size:
         return np.zeros(values.shape, np.uint8), "samples"
-    low, high = np.percentile(shown, _PERCENTILES)
-    return _to_bytes((values - low) / max(float(high - low), np.finfo(np.float32).tiny)), "samples"
+    return render_percentiles(values, samples.shown), "samples"
 
 
 def _apply_window(
@@ -333,8 +340,3 @@ def _apply_window(
     if width == 1:
         return (wide > centre - 0.5).astype(np.float64)
     return (wide - (centre - 0.5)) / (width - 1) + 0.5
-
-
-def _to_bytes(shares: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-    grey: NDArray[np.uint8] = np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8)
-    return grey

@@ -16,8 +16,8 @@ from brainray.errors import RejectedImage
 
 ACCEPTED = "Expected a DICOM, NIfTI, PNG, JPEG, BMP, GIF, TIFF or WebP file"
 
-# Chunks (PNG), blocks (GIF) and strips (TIFF) are read in Python, about 1 µs each. No encoder
-# writes this many in a file of the default size.
+# Chunks (PNG), blocks (GIF), segments (JPEG) and strips (TIFF) are read in Python, about 1 µs each.
+# No encoder writes this many in a file of the default size.
 MAX_PARTS = 2**16
 
 # A scan is one pass over the whole image, and costs an attacker a hundred bytes. The fuzzers of
@@ -45,30 +45,45 @@ class Header:
     """16-bit TIFF only: Pillow inverts lower depths itself."""
 
 
+def corrupt(message: str) -> RejectedImage:
+    """Return the rejection of a file that contradicts its format."""
+    return RejectedImage("corrupt", f"{message} Export it again.")
+
+
+def truncated(message: str) -> RejectedImage:
+    """Return the rejection of a file that ends too early."""
+    return RejectedImage("truncated", f"{message} Send it again.")
+
+
+def unsupported(message: str) -> RejectedImage:
+    """Return the rejection of a format, or a variant of one, that is not read."""
+    return RejectedImage("unsupported", message)
+
+
+def too_large(message: str) -> RejectedImage:
+    """Return the rejection of a file that exceeds a limit."""
+    return RejectedImage("too_large", message)
+
+
 def check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
     """Reject an image without pixels, or with too many."""
     width, height = size
     if width < 1 or height < 1:
-        raise RejectedImage("corrupt", f"The {name} header gives a size of {width} x {height}.")
+        raise corrupt(f"The {name} header gives a size of {width} x {height}.")
     limit, remedy = max_pixels, "Resize it, or raise max_pixels"
     pillow_limit = Image.MAX_IMAGE_PIXELS  # above it Pillow warns, above twice as many it raises
     if pillow_limit is not None and pillow_limit < limit:
         limit, remedy = int(pillow_limit), "Resize it, or raise PIL.Image.MAX_IMAGE_PIXELS"
     if width * height > limit:
-        raise RejectedImage(
-            "too_large",
-            f"The image has {width} x {height} pixels, more than the {limit:,} allowed. {remedy}.",
+        raise too_large(
+            f"The image has {width} x {height} pixels, more than the {limit:,} allowed. {remedy}."
         )
 
 
-def read_exif_orientation(exif: bytes) -> int:
+def _read_exif_orientation(exif: bytes) -> int:
     """Return tag 274 of an EXIF block; 1 (upright) where it is absent or damaged.
 
-    Pillow would parse the whole block, and warn where it is damaged.
-
-    References
-    ----------
-    .. [1] CIPA DC-008 (Exif 2.32), section 4.6.4 A.
+    Pillow would parse the whole block, and warn where it is damaged (CIPA DC-008, 4.6.4 A).
     """
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
@@ -89,21 +104,27 @@ def read_exif_orientation(exif: bytes) -> int:
 
 # ---- format --------------------------------------------------------------------------------------
 
-_EXPORT = "Export the slice as PNG or JPEG."
-_SAVE = "Save it as PNG or JPEG."
 # (offset, signature): NIfTI-1 in one file and in two, NIfTI-2, gzip.
 _NIFTI = ((344, b"n+1\0"), (344, b"ni1\0"), (4, b"n+2\0\r\n\x1a\n"), (0, b"\x1f\x8b"))
+_PICTURES: tuple[tuple[int, bytes, str], ...] = (
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (0, b"GIF87a", "GIF"),
+    (0, b"GIF89a", "GIF"),
+    (8, b"WEBP", "WEBP"),
+    *((0, signature, "TIFF") for signature in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+)
 # (offset, signature, description): ISO/IEC 14496-12 section 4.3; the others as in file(1).
 _UNSUPPORTED: tuple[tuple[int, bytes, str], ...] = (
     (0, b"%PDF-", "a PDF document. Extract the image from it."),
     (0, b"PK\x03\x04", "a ZIP archive. Unpack it."),
-    (4, b"ftyp", f"an HEIC, AVIF or MP4 file. {_SAVE}"),
-    (0, b"\0\0\0\x0cjP  \r\n\x87\n", f"a JPEG 2000 image. {_SAVE}"),
-    (0, b"\xff\x4f\xff\x51", f"a JPEG 2000 codestream. {_SAVE}"),
-    (0, b"\0\0\0\x0cJXL \r\n\x87\n", f"a JPEG XL image. {_SAVE}"),
-    (0, b"\xff\x0a", f"a JPEG XL codestream. {_SAVE}"),
-    (0, b"8BPS", f"a Photoshop document. {_SAVE}"),
-    (0, b"\0\0\x01\0", f"a Windows icon. {_SAVE}"),
+    (4, b"ftyp", "an HEIC, AVIF or MP4 file. Save it as PNG or JPEG."),
+    (0, b"\0\0\0\x0cjP  \r\n\x87\n", "a JPEG 2000 image. Save it as PNG or JPEG."),
+    (0, b"\xff\x4f\xff\x51", "a JPEG 2000 codestream. Save it as PNG or JPEG."),
+    (0, b"\0\0\0\x0cJXL \r\n\x87\n", "a JPEG XL image. Save it as PNG or JPEG."),
+    (0, b"\xff\x0a", "a JPEG XL codestream. Save it as PNG or JPEG."),
+    (0, b"8BPS", "a Photoshop document. Save it as PNG or JPEG."),
+    (0, b"\0\0\x01\0", "a Windows icon. Save it as PNG or JPEG."),
 )
 
 
@@ -122,32 +143,20 @@ def is_nifti(start: bytes) -> bool:
 
 
 def recognise_picture(data: bytes) -> str:
-    """Return Pillow's name of a picture's format, by its first bytes.
-
-    Raises
-    ------
-    RejectedImage
-        ``unsupported`` or ``not_an_image``.
-    """
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "GIF"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WEBP"
+    """Return Pillow's name of a picture's format; reject as ``unsupported`` or ``not_an_image``."""
+    for offset, signature, name in _PICTURES:
+        if data.startswith(signature, offset) and (name != "WEBP" or data.startswith(b"RIFF")):
+            return name
     for offset, signature, description in _UNSUPPORTED:
         if data.startswith(signature, offset):
-            raise RejectedImage("unsupported", f"{ACCEPTED}, got {description}")
-    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "TIFF"
+            raise unsupported(f"{ACCEPTED}, got {description}")
     # Texts may begin with these letters too. The next words of a BMP are its length and zero.
     if data.startswith(b"BM") and data[6:10] == b"\0\0\0\0":
         return "BMP"
     text = data[:1024].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith((b"<svg", b"<?xml", b"<!doctype svg")):
-        raise RejectedImage("unsupported", f"{ACCEPTED}, got an SVG or XML document. {_EXPORT}")
+        description = "an SVG or XML document. Export the slice as PNG or JPEG."
+        raise unsupported(f"{ACCEPTED}, got {description}")
     # The message does not quote the bytes: a text may begin with a person's name.
     raise RejectedImage("not_an_image", f"{ACCEPTED}, got bytes of another format.")
 
@@ -156,24 +165,27 @@ def recognise_picture(data: bytes) -> str:
 
 _NEEDED_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+# First column, first row, column step and row step of each pass: PNG specification, section 8.
+_ADAM7_PASSES = (
+    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
+    *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
+)
 
 
 def _iterate_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield each chunk's type, the start of its contents, and their length in bytes."""
+    """Yield each chunk's type, and the start and end of its contents."""
     at = 8
     for _ in range(MAX_PARTS):
         length, kind = struct.unpack_from(">L4s", data, at)
         if not kind.isalpha():
-            raise RejectedImage("corrupt", f"The PNG file has a chunk of type {kind!r}.")
+            raise corrupt(f"The PNG file has a chunk of type {kind!r}.")
         if at + 12 + length > len(data):
-            raise RejectedImage(
-                "truncated", f"The PNG file ends inside its {kind.decode()} chunk. Send it again."
-            )
-        yield kind, at + 8, length
+            raise truncated(f"The PNG file ends inside its {kind.decode()} chunk.")
+        yield kind, at + 8, at + 8 + length
         if kind == b"IEND":
             return
         at += 12 + length
-    raise RejectedImage("corrupt", f"The PNG file has more than {MAX_PARTS} chunks.")
+    raise corrupt(f"The PNG file has more than {MAX_PARTS} chunks.")
 
 
 def _read_png(data: bytes, max_pixels: int) -> Header:
@@ -190,64 +202,48 @@ def _read_png(data: bytes, max_pixels: int) -> Header:
     packed: list[memoryview] = []
     orientation = 1
     contents: dict[bytes, bytes] = {}
-    for kind, start, length in _iterate_chunks(data):
-        end = start + length
+    for kind, start, end in _iterate_chunks(data):
         if kind in _NEEDED_CHUNKS:
             if zlib.crc32(view[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-                raise RejectedImage(
-                    "corrupt", f"The checksum of the PNG file's {kind.decode()} chunk is wrong."
-                )
+                raise corrupt(f"The checksum of the PNG file's {kind.decode()} chunk is wrong.")
             kept.append(view[start - 8 : end + 4])
             if kind == b"IDAT":
                 packed.append(view[start:end])
             else:
                 contents.setdefault(kind, data[start:end])
-        elif kind == b"acTL" and length >= 4 and struct.unpack_from(">L", data, start)[0] > 1:
+        elif kind == b"acTL" and end - start >= 4 and struct.unpack_from(">L", data, start)[0] > 1:
             raise RejectedImage(
                 "multi_frame", "The PNG file is an animation. Send one frame as a still image."
             )
         elif kind == b"eXIf":
-            orientation = read_exif_orientation(data[start:end])
+            orientation = _read_exif_orientation(data[start:end])
         elif not kind[0] & 0x20:
-            raise RejectedImage(
-                "corrupt", f"The PNG file has an unknown critical chunk, {kind.decode()}."
-            )
+            raise corrupt(f"The PNG file has an unknown critical chunk, {kind.decode()}.")
     header = contents.get(b"IHDR", b"")
     if len(header) != 13 or not packed:
-        raise RejectedImage("corrupt", "The PNG file lacks a header or image data.")
+        raise corrupt("The PNG file lacks a header or image data.")
     width, height, bits, colour, packing, filtering, interlace = struct.unpack(">LLBBBBB", header)
     check_size("PNG", (width, height), max_pixels)
     if colour not in _PNG_CHANNELS or packing or filtering or interlace > 1:
-        raise RejectedImage("corrupt", "The PNG header has an unknown colour type or method.")
+        raise corrupt("The PNG header has an unknown colour type or method.")
     if colour == 3 and len(contents.get(b"PLTE", b"")) < 3:
-        raise RejectedImage("corrupt", "The PNG file has no palette for its palette indices.")
+        raise corrupt("The PNG file has no palette for its palette indices.")
     num_bytes = _count_png_bytes(width, height, bits * _PNG_CHANNELS[colour], interlace == 1)
     _check_png_data(b"".join(packed), num_bytes)
+    transparent = None
+    if b"tRNS" in contents and colour in (0, 2):
+        samples = struct.unpack_from(">H" if colour == 0 else ">HHH", contents[b"tRNS"])
+        full = 2**bits - 1  # only the lower bits count (section 11.3.1.1)
+        scale = 255 // full if bits < 8 else 1  # Pillow scales lower depths to 8 bits
+        transparent = tuple((sample & full) * scale for sample in samples)
     return Header(
         format="PNG",
         size=(width, height),
         payload=b"".join(kept),
         orientation=orientation,
         bits=bits,
-        transparent=_read_transparent(contents.get(b"tRNS"), bits, colour),
+        transparent=transparent,
     )
-
-
-def _read_transparent(contents: bytes | None, bits: int, colour: int) -> tuple[int, ...] | None:
-    """Return the transparent colour; only its lower bits count ([1] of PNG, 11.3.1.1)."""
-    if contents is None or colour not in (0, 2):
-        return None
-    samples = struct.unpack_from(">H" if colour == 0 else ">HHH", contents)
-    full = 2**bits - 1
-    scale = 255 // full if bits < 8 else 1  # Pillow scales lower depths to 8 bits
-    return tuple((sample & full) * scale for sample in samples)
-
-
-# First column, first row, column step and row step of each pass: PNG specification, section 8.
-_ADAM7_PASSES = (
-    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
-    *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
-)
 
 
 def _count_png_bytes(width: int, height: int, pixel_bits: int, is_interlaced: bool) -> int:
@@ -268,9 +264,7 @@ def _check_png_data(packed: bytes, expected: int) -> None:
     try:
         got = len(zlib.decompressobj().decompress(packed, expected))
     except zlib.error as error:
-        raise RejectedImage(
-            "corrupt", f"The PNG image data cannot be unpacked ({error})."
-        ) from error
+        raise corrupt(f"The PNG image data cannot be unpacked ({error}).") from error
     if got < expected:
         raise RejectedImage(
             "truncated", f"The PNG image data lack {expected - got} bytes. Export it again."
@@ -280,7 +274,39 @@ def _check_png_data(packed: bytes, expected: int) -> None:
 # ---- JPEG ----------------------------------------------------------------------------------------
 
 JPEG_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-JPEG_MARKERS_ALONE = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})  # without a length
+_JPEG_MARKERS_ALONE = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})  # without a length
+
+
+def iterate_jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield the segments of a JPEG file up to its first scan: marker, start (at the length), end.
+
+    References
+    ----------
+    .. [1] ITU-T T.81, annex B.
+    """
+    at = 2
+    for _ in range(MAX_PARTS):
+        at = data.find(b"\xff", at) + 1
+        if not at:
+            raise truncated("The JPEG file ends before its image data.")
+        marker = data[at]
+        if marker == 0xFF:  # a fill byte
+            continue
+        at += 1
+        if marker in _JPEG_MARKERS_ALONE:
+            continue
+        if marker == 0xD9:
+            raise corrupt("The JPEG file has an end marker but no image data.")
+        length = data[at] << 8 | data[at + 1]
+        if length < 2:
+            raise corrupt(f"JPEG segment {marker:02X} gives length {length}.")
+        if marker == 0xDA:
+            return
+        if at + length > len(data):
+            raise truncated(f"The JPEG file ends inside segment {marker:02X}.")
+        yield marker, at, at + length
+        at += length
+    raise corrupt(f"The JPEG file has more than {MAX_PARTS} segments.")
 
 
 def _read_jpeg(data: bytes, max_pixels: int) -> Header:
@@ -288,70 +314,34 @@ def _read_jpeg(data: bytes, max_pixels: int) -> Header:
 
     Pillow would parse both, and warn where they are damaged. The first image of an MPF file is the
     picture. The others are previews and other views of it.
-
-    References
-    ----------
-    .. [1] ITU-T T.81, annex B.
     """
-    at, kept_from, orientation = 2, 0, 0
+    kept_from = end = 0
+    orientation = 0
     kept: list[bytes] = []
     size: tuple[int, int] | None = None
-    while True:
-        at = data.find(b"\xff", at)
-        if at < 0:
-            raise RejectedImage(
-                "truncated", "The JPEG file ends before its image data. Send it again."
-            )
-        while data[at] == 0xFF:
-            at += 1
-        marker = data[at]
-        at += 1
-        if marker in JPEG_MARKERS_ALONE:
-            continue
-        if marker == 0xD9:
-            raise RejectedImage("corrupt", "The JPEG file has an end marker but no image data.")
-        length = data[at] << 8 | data[at + 1]
-        if length < 2:
-            raise RejectedImage("corrupt", f"JPEG segment {marker:02X} gives length {length}.")
-        if marker == 0xDA:
-            break
-        if at + length > len(data):
-            raise RejectedImage(
-                "truncated", f"The JPEG file ends inside segment {marker:02X}. Send it again."
-            )
+    for marker, start, end in iterate_jpeg_segments(data):
         if marker in JPEG_FRAME_MARKERS:
             if size is not None:
-                raise RejectedImage("corrupt", "The JPEG file has two frame headers.")
-            size = _read_jpeg_size(data, at)
-        elif marker in (0xE1, 0xE2) and data.startswith((b"Exif\0\0", b"MPF\0"), at + 2):
+                raise corrupt("The JPEG file has two frame headers.")
+            bits, height, width = struct.unpack_from(">BHH", data, start + 2)
+            if bits != 8:
+                raise unsupported(f"JPEG with {bits}-bit samples is not supported. Save it as PNG.")
+            size = width, height
+        elif marker in (0xE1, 0xE2) and data.startswith((b"Exif\0\0", b"MPF\0"), start + 2):
             if marker == 0xE1 and not orientation:
-                orientation = read_exif_orientation(data[at + 2 : at + length])
-            kept.append(data[kept_from : at - 2])
-            kept_from = at + length
-        at += length
+                orientation = _read_exif_orientation(data[start + 2 : end])
+            kept.append(data[kept_from : start - 2])
+            kept_from = end
     if size is None:
-        raise RejectedImage("corrupt", "The JPEG file has image data but no frame header.")
+        raise corrupt("The JPEG file has image data but no frame header.")
     check_size("JPEG", size, max_pixels)
     # Where the end marker is missing, libjpeg adds one and fills the rest with grey.
-    if data.find(b"\xff\xd9", at) < 0:
-        raise RejectedImage(
-            "truncated", "The JPEG file has no end marker: part of it is missing. Send it again."
-        )
-    if data.count(b"\xff\xda", at) > MAX_SCANS:
-        raise RejectedImage(
-            "too_large", f"The JPEG file has more than {MAX_SCANS} scans. Save it as PNG."
-        )
+    if data.find(b"\xff\xd9", end) < 0:
+        raise truncated("The JPEG file has no end marker: part of it is missing.")
+    if data.count(b"\xff\xda", end) > MAX_SCANS:
+        raise too_large(f"The JPEG file has more than {MAX_SCANS} scans. Save it as PNG.")
     payload = b"".join([*kept, memoryview(data)[kept_from:]]) if kept else data
     return Header(format="JPEG", size=size, payload=payload, orientation=orientation or 1)
-
-
-def _read_jpeg_size(data: bytes, at: int) -> tuple[int, int]:
-    bits, height, width = struct.unpack_from(">BHH", data, at + 2)
-    if bits != 8:
-        raise RejectedImage(
-            "unsupported", f"JPEG with {bits}-bit samples is not supported. Save it as PNG."
-        )
-    return width, height
 
 
 # ---- GIF, WebP, BMP ------------------------------------------------------------------------------
@@ -363,7 +353,7 @@ def _skip_sub_blocks(data: bytes, at: int) -> int:
         if not data[at]:
             return at + 1
         at += 1 + data[at]
-    raise RejectedImage("corrupt", "The GIF file has more than a million sub-blocks.")
+    raise corrupt("The GIF file has more than a million sub-blocks.")
 
 
 def _read_gif(data: bytes, max_pixels: int) -> Header:
@@ -394,11 +384,11 @@ def _read_gif(data: bytes, max_pixels: int) -> Header:
                     "multi_frame", "The GIF file is an animation. Send one frame as PNG."
                 )
         else:
-            raise RejectedImage("corrupt", f"The GIF file has a block of unknown kind {kind:02X}.")
+            raise corrupt(f"The GIF file has a block of unknown kind {kind:02X}.")
     else:
-        raise RejectedImage("corrupt", f"The GIF file has more than {MAX_PARTS} blocks.")
+        raise corrupt(f"The GIF file has more than {MAX_PARTS} blocks.")
     if not frames:
-        raise RejectedImage("corrupt", "The GIF file has no image.")
+        raise corrupt("The GIF file has no image.")
     check_size("GIF", (width, height), max_pixels)
     return Header(format="GIF", size=(width, height), payload=data)
 
@@ -412,10 +402,19 @@ def _read_webp(data: bytes, max_pixels: int) -> Header:
     """
     end = 8 + int(struct.unpack_from("<L", data, 4)[0])
     if end > len(data):
-        raise RejectedImage(
-            "truncated", f"The WebP file has {len(data)} of its {end} bytes. Send it again."
-        )
-    size = _read_webp_size(data)
+        raise truncated(f"The WebP file has {len(data)} of its {end} bytes.")
+    first = data[12:16]
+    if first == b"VP8X":
+        width, high, height, top = struct.unpack_from("<HBHB", data, 24)
+        size = (high << 16 | width) + 1, (top << 16 | height) + 1
+    elif first == b"VP8 ":
+        width, height = struct.unpack_from("<HH", data, 26)
+        size = width & 0x3FFF, height & 0x3FFF
+    elif first == b"VP8L":
+        (packed,) = struct.unpack_from("<L", data, 21)
+        size = (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
+    else:
+        raise corrupt(f"The WebP file begins with a chunk of type {first!r}.")
     check_size("WebP", size, max_pixels)
     at, frames, orientation = 12, 0, 1
     for _ in range(MAX_PARTS):
@@ -424,28 +423,13 @@ def _read_webp(data: bytes, max_pixels: int) -> Header:
         kind, length = struct.unpack_from("<4sL", data, at)
         frames += kind == b"ANMF"
         if kind == b"EXIF":
-            orientation = read_exif_orientation(data[at + 8 : at + 8 + length])
+            orientation = _read_exif_orientation(data[at + 8 : at + 8 + length])
         at += 8 + length + length % 2
     if frames > 1:
         raise RejectedImage(
             "multi_frame", "The WebP file is an animation. Send one frame as a still image."
         )
     return Header(format="WEBP", size=size, payload=data, orientation=orientation)
-
-
-def _read_webp_size(data: bytes) -> tuple[int, int]:
-    """Read the size from the first chunk; its encoding depends on the type."""
-    kind, at = data[12:16], 20
-    if kind == b"VP8X":
-        width, high, height, top = struct.unpack_from("<HBHB", data, at + 4)
-        return (high << 16 | width) + 1, (top << 16 | height) + 1
-    if kind == b"VP8 ":
-        width, height = struct.unpack_from("<HH", data, at + 6)
-        return width & 0x3FFF, height & 0x3FFF
-    if kind == b"VP8L":
-        (packed,) = struct.unpack_from("<L", data, at + 1)
-        return (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
-    raise RejectedImage("corrupt", f"The WebP file begins with a chunk of type {kind!r}.")
 
 
 def _read_bmp(data: bytes, max_pixels: int) -> Header:
@@ -458,14 +442,10 @@ def _read_bmp(data: bytes, max_pixels: int) -> Header:
         width, height, _, bits, method = struct.unpack_from("<llHHL", data, 18)
         height = abs(height)  # negative: the top row is stored first
     if method in (1, 2):  # Pillow unpacks it in Python: a file of the default size takes minutes
-        raise RejectedImage(
-            "unsupported", "Run-length encoded BMP is not supported. Save it as PNG."
-        )
+        raise unsupported("Run-length encoded BMP is not supported. Save it as PNG.")
     check_size("BMP", (width, height), max_pixels)
     if start + (width * bits + 31) // 32 * 4 * height > len(data):
-        raise RejectedImage(
-            "truncated", f"The BMP file lacks some of its {width} x {height} pixels. Send it again."
-        )
+        raise truncated(f"The BMP file lacks some of its {width} x {height} pixels.")
     return Header(format="BMP", size=(width, height), payload=data)
 
 

@@ -23,16 +23,23 @@ OVERLAY_ALPHA = 0.6
 # Matplotlib's inferno (van der Walt and Smith, 2015; CC0) from 2/9 on: visible on black, with
 # evenly rising lightness.
 _INFERNO = ("4b0c6b", "781c6d", "a52c60", "cf4446", "ed6925", "fb9a06", "f7d03c", "fcffa4")
+_STOPS = np.array([list(bytes.fromhex(stop)) for stop in _INFERNO])
+_COLOURS: NDArray[np.uint8] = (
+    np.stack(
+        [
+            np.interp(np.linspace(0, 1, 256), np.linspace(0, 1, len(_STOPS)), one)
+            for one in _STOPS.T
+        ],
+        axis=1,
+    )
+    .round()
+    .astype(np.uint8)
+)
+"""A colour for every level, shape (256, 3)."""
 
 
 def render_picture(samples: Samples) -> bytes:
-    """Render a scan as a PNG of at most :data:`PICTURE_PX` on its longer side.
-
-    Parameters
-    ----------
-    samples : ndarray of uint8 or uint16, shape (height, width)
-        16-bit samples are shown by the scan's own range.
-    """
+    """Render a scan as a PNG of at most :data:`PICTURE_PX`; 16 bits are shown by their range."""
     image = Image.fromarray(to_display(samples))
     image.thumbnail((PICTURE_PX, PICTURE_PX))
     return _encode(image)
@@ -83,21 +90,10 @@ def render_overlay(
     *,
     shown_px: int = SHOWN_PX,
 ) -> bytes:
-    """Render a scan with the evidence for a class on it, as one opaque PNG.
+    """Render a scan with the evidence for a class on it, as one opaque RGB PNG.
 
-    Parameters
-    ----------
-    samples : ndarray of uint8 or uint16, shape (height, width)
-        The scan; 16-bit samples are shown by their own range.
-    class_map, frame, stride_px
-        As for :func:`render_map`.
-    shown_px : int
-        Longer side of the picture, at most.
-
-    Returns
-    -------
-    bytes
-        An RGB PNG, by default of the same size as that of :func:`render_map`.
+    16-bit samples are shown by their own range. `shown_px` is the longer side of the picture, at
+    most; by default it has the size of that of :func:`render_map`, which explains the others.
     """
     levels = _compute_levels(class_map, frame, stride_px, shown_px)
     image = Image.fromarray(to_display(samples))
@@ -146,12 +142,8 @@ def _interpolate(
     Catmull-Rom splines are smooth and keep the value of each cell. Beyond the outermost centres the
     evidence is constant. Pixels outside of the network's input have weights 0.
 
-    Parameters
-    ----------
-    shares : ndarray of float64, shape (pixels,)
-        Centres of the pixels; 0 and 1 are the ends of the line's part in the input.
-    start, extent : int
-        Position and length of that part in the input.
+    `shares` are the centres of the pixels; 0 and 1 are the ends of the line's part in the input.
+    `start` and `extent` are the position and length of that part in the input.
     """
     positions = start + shares * extent - 0.5
     cells = (positions / stride_px).clip(0, num_cells - 1)
@@ -169,18 +161,6 @@ def _interpolate(
         np.add.at(matrix, (np.arange(len(shares)), neighbours), weight)
     matrix[(shares < 0) | (shares > 1)] = 0
     return matrix
-
-
-def _build_colours() -> NDArray[np.uint8]:
-    """Return a colour for every level, shape (256, 3)."""
-    stops = np.array([list(bytes.fromhex(stop)) for stop in _INFERNO])
-    positions = np.linspace(0, 1, len(stops))
-    levels = np.linspace(0, 1, 256)
-    channels = [np.interp(levels, positions, stops[:, channel]) for channel in range(3)]
-    return np.stack(channels, axis=1).round().astype(np.uint8)
-
-
-_COLOURS = _build_colours()
 
 
 def _encode(image: Image.Image) -> bytes:

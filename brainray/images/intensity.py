@@ -21,6 +21,9 @@ HEAD_RANGE = (0.01, 0.99)
 DARK_SHARE = 8 / 255
 """Pixels up to this share of the own range count as air; a JPEG's black is rarely 0."""
 
+SHOWN_PERCENTILES = (1, 99)
+"""Percentiles of the range shown where a DICOM object or a volume has no window."""
+
 cv2.setNumThreads(1)  # every CPU already decodes an image of its own
 
 
@@ -30,12 +33,8 @@ def to_unsigned(samples: NDArray[Any], *, fill_range: bool = False) -> Samples:
     uint8 and uint16 stay as they are. Integers whose range fits in 16 bits keep their steps, unless
     `fill_range`, and are shifted where necessary: 12-bit samples have the same percentiles in every
     type. Others are scaled linearly to 0 … 65535, from lowest to highest. Values that float32
-    cannot hold (NaN, infinities) become the lowest.
-
-    Raises
-    ------
-    ValueError
-        Samples are not two-dimensional, not real, or empty.
+    cannot hold (NaN, infinities) become the lowest. ValueError is raised for samples that are not
+    two-dimensional, not real, or empty.
     """
     if samples.ndim != 2 or not samples.size or samples.dtype.kind not in "buif":
         raise ValueError(
@@ -127,3 +126,17 @@ def to_display(samples: Samples) -> NDArray[np.uint8]:
     if samples.dtype == np.uint8:
         return samples.view(np.uint8)
     return stretch_range(samples, find_own_range(samples))
+
+
+def to_bytes(shares: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    """Scale 0 … 1 to 0 … 255; values outside become black or white."""
+    grey: NDArray[np.uint8] = np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8)
+    return grey
+
+
+def render_percentiles(
+    values: NDArray[np.float32], shown: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
+    """Scale values to 8 bits by the :data:`SHOWN_PERCENTILES` of `shown`, or of all of them."""
+    low, high = np.percentile(values if shown is None else shown, SHOWN_PERCENTILES)
+    return to_bytes((values - low) / max(float(high - low), float(np.finfo(np.float32).tiny)))

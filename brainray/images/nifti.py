@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits, check_length
+from brainray.images.headers import corrupt, too_large, truncated, unsupported
 from brainray.images.slices import Plane
 
 _DEFAULT_LIMITS = DecodeLimits()
@@ -84,11 +85,6 @@ def read_nifti(
     The volume's nearest axis is the slices' normal. A slice is kept if at least
     :data:`MIN_TISSUE_FRACTION` of its voxels are above :data:`TISSUE_LEVEL`. `limits` hold for the
     file in bytes and for the volume in voxels (`max_pixels`).
-
-    Raises
-    ------
-    RejectedImage
-        ``reason`` is a key of :data:`brainray.images.decode.REJECTION_REASONS`.
     """
     check_length(content, limits)
     file: BinaryIO = io.BytesIO(content)
@@ -100,46 +96,43 @@ def read_nifti(
     except RejectedImage:
         raise
     except MemoryError:
-        reason, message = "too_large", "There is not enough memory to unpack this NIfTI file."
+        rejection = too_large("There is not enough memory for this NIfTI file.")
     except EOFError:
-        reason, message = "truncated", "The gzip stream ends too early. Send the file again."
+        rejection = truncated("The gzip stream ends too early.")
     except (OSError, zlib.error):
-        reason, message = "corrupt", "The gzip stream is damaged. Send the file again."
+        rejection = corrupt("The gzip stream is damaged.")
     except Exception as error:  # nibabel raises half a dozen types for bad headers
-        name = type(error).__name__
-        reason, message = "corrupt", f"The NIfTI file cannot be read ({name}). Export it again."
-    raise RejectedImage(reason, message)
+        rejection = corrupt(f"The NIfTI file cannot be read ({type(error).__name__}).")
+    raise rejection
 
 
 def _read_volume(file: BinaryIO, plane: Plane, limits: DecodeLimits) -> Volume:
     header = _read_header(file)
     shape, dtype = _check_voxels(header, limits)
-    flags: set[str] = set()
-    if math.prod(header.get_data_shape()[3:]) > 1:
-        flags.add("multi_volume")
+    flags = ["multi_volume"] if math.prod(header.get_data_shape()[3:]) > 1 else []
     orientation = _find_orientation(header)
     if orientation is None:
-        flags.add("orientation_unknown")
+        flags.append("orientation_unknown")
         orientation = nib.io_orientation(header.get_base_affine())
     axes = np.argsort(orientation[:, 0])  # the file's axis for each of the patient's
     slices, columns, rows = _SLICE_AXES[plane]
     if (num_slices := shape[axes[slices]]) > MAX_SLICES:
-        raise RejectedImage(
-            "too_large",
-            f"The volume has {num_slices:,} {plane} slices, {MAX_SLICES:,} are allowed.",
+        raise too_large(
+            f"The volume has {num_slices:,} {plane} slices, {MAX_SLICES:,} are allowed."
         )
     spacing = _find_spacing(header)
     stored = _read_voxels(file, header, shape, dtype)
     upright = np.asarray(nib.apply_orientation(stored, orientation))
     shown = upright.transpose(slices, rows, columns)[:, ::-1, ::-1]
-    scale = _find_scale(header)
+    slope, intercept = header.get_slope_inter()  # None where the slope is 0 or not a number
+    scale = (1.0, 0.0) if slope is None else (float(slope), float(intercept or 0.0))
     return Volume(
         plane=plane,
         num_slices=len(shown),
         kept=_find_tissue(shown, scale),
         spacing_mm=(spacing[axes[rows]], spacing[axes[columns]]) if spacing else None,
         thickness_mm=spacing[axes[slices]] if spacing else None,
-        flags=tuple(sorted(flags)),
+        flags=tuple(flags),
         _stored=shown,
         _scale=scale,
     )
@@ -152,16 +145,14 @@ def _read_header(file: BinaryIO) -> nib.Nifti1Header:
     """Read a header of either version and byte order (nifti.nimh.nih.gov)."""
     start = file.read(348)
     if len(start) < 348:
-        raise RejectedImage("truncated", "The file ends inside its NIfTI header. Send it again.")
+        raise truncated("The file ends inside its NIfTI header.")
     sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
     if 348 in sizes and start[344:347] == b"n+1":
         return nib.Nifti1Header(start, check=False)
     if 540 in sizes and start[4:7] == b"n+2":
         return nib.Nifti2Header(start + file.read(540 - 348), check=False)
     if 348 in sizes and start[344:347] == b"ni1":
-        raise RejectedImage(
-            "unsupported", "A NIfTI header without voxels (.hdr) is not supported. Send a .nii."
-        )
+        raise unsupported("A NIfTI header without voxels (.hdr) is not supported. Send a .nii.")
     raise RejectedImage("not_an_image", "Expected a NIfTI file, got bytes of another format.")
 
 
@@ -171,23 +162,18 @@ def _check_voxels(
     """Check and return the shape and type of the first volume."""
     dimensions = [int(size) for size in header.get_data_shape()]
     if not 2 <= len(dimensions) <= 7 or min(dimensions) < 1:
-        raise RejectedImage(
-            "corrupt", f"The NIfTI header has impossible dimensions, {dimensions}. Export it again."
-        )
+        raise corrupt(f"The NIfTI header has impossible dimensions, {dimensions}.")
     shape = (dimensions[0], dimensions[1], (*dimensions, 1)[2])
     if math.prod(shape) > limits.max_pixels:
-        raise RejectedImage(
-            "too_large",
+        raise too_large(
             f"A volume of {' x '.join(map(str, shape))} is larger than the {limits.max_pixels:,} "
-            "voxels allowed.",
+            "voxels allowed."
         )
     dtype = header.get_data_dtype()
     if dtype.names is not None:  # red, green, blue
         raise RejectedImage("colour", "The volume has colours. Send the grey MR volume.")
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise RejectedImage(
-            "unsupported", f"NIfTI voxels of type {dtype} are not supported. Save as float32."
-        )
+        raise unsupported(f"NIfTI voxels of type {dtype} are not supported. Save as float32.")
     return shape, dtype
 
 
@@ -197,16 +183,12 @@ def _read_voxels(
     """Read the first volume. Later bytes of a gzip stream are not unpacked."""
     at, offset = int(header["sizeof_hdr"]), float(header["vox_offset"])
     if not at <= offset <= at + _MAX_EXTENSION_BYTES:
-        raise RejectedImage("corrupt", "The NIfTI header's vox_offset is impossible.")
+        raise corrupt("The NIfTI header's vox_offset is impossible.")
     file.read(int(offset) - at)
     num_bytes = math.prod(shape) * dtype.itemsize
     voxels = file.read(num_bytes)
     if len(voxels) < num_bytes:
-        raise RejectedImage(
-            "truncated",
-            f"The NIfTI file has {len(voxels):,} of its {num_bytes:,} bytes of voxels. "
-            "Send it again.",
-        )
+        raise truncated(f"The NIfTI file has {len(voxels):,} of its {num_bytes:,} bytes of voxels.")
     file.read(1)  # at the end of the stream, gzip verifies the checksum
     return np.frombuffer(voxels, dtype).reshape(shape, order="F")
 
@@ -233,20 +215,12 @@ def _find_spacing(header: nib.Nifti1Header) -> tuple[float, ...] | None:
     return spacing if all(0 < one < _MAX_SPACING_MM for one in spacing) else None
 
 
-def _find_scale(header: nib.Nifti1Header) -> tuple[float, float]:
-    slope, intercept = header.get_slope_inter()
-    if slope is None:  # 0 or not a number means unscaled
-        return 1.0, 0.0
-    return float(slope), float(intercept or 0.0)
-
-
 # ---- voxels --------------------------------------------------------------------------------------
 
 
 def _scale_voxels(stored: NDArray[Any], scale: tuple[float, float]) -> NDArray[np.float32]:
     with np.errstate(over="ignore", invalid="ignore"):  # handled by the mask
-        values = stored.astype(np.float64) * scale[0] + scale[1]
-        grey = values.astype(np.float32)
+        grey = (stored.astype(np.float64) * scale[0] + scale[1]).astype(np.float32)
     is_finite = np.isfinite(grey)
     if not is_finite.all():
         grey[~is_finite] = grey[is_finite].min() if is_finite.any() else 0.0

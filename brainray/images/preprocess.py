@@ -130,7 +130,6 @@ class OpenedScan:
     image: NDArray[np.uint8]
     """Network input, shape (size_px, size_px)."""
     frame: Frame
-    """Relates the two."""
 
 
 def preprocess_image(samples: NDArray[Any], preprocessing: Preprocessing) -> NDArray[np.uint8]:
@@ -144,18 +143,10 @@ def open_samples(samples: NDArray[Any], preprocessing: Preprocessing) -> OpenedS
     Resizing is Pillow's: bilinear, with a support that widens with the reduction. torch's
     ``interpolate(antialias=True)`` on uint8 gives the same values within one grey level.
 
-    Parameters
-    ----------
-    samples : ndarray of any real dtype, shape (height, width)
-        Luminance. With `stored` intensity, black to white is the full range of uint8 and uint16,
-        and for any other type the range from the lowest to the highest sample.
-    preprocessing : Preprocessing
-        The steps.
-
-    Raises
-    ------
-    ValueError
-        Samples are not two-dimensional, not real, or empty.
+    `samples` are luminance of any real type, shape (height, width). With `stored` intensity, black
+    to white is the full range of uint8 and uint16, and for any other type the range from the lowest
+    to the highest sample. ValueError is raised as by
+    :func:`brainray.images.intensity.to_unsigned`.
     """
     samples = to_unsigned(samples, fill_range=preprocessing.intensity == "stored")
     view, pixels = _crop(samples, preprocessing)

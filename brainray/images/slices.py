@@ -8,9 +8,9 @@ takes longer than decoding a hundred pictures.
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,8 @@ from numpy.typing import NDArray
 from brainray.errors import RejectedImage
 from brainray.images.decode import DecodeLimits, decode_image, decode_samples
 from brainray.images.headers import is_dicom, is_nifti
-from brainray.images.intensity import to_display
+from brainray.images.intensity import render_percentiles, to_display
 from brainray.images.preprocess import OpenedScan, Preprocessing, open_samples
-
-if TYPE_CHECKING:
-    from brainray.images.dicom import DicomImage
-    from brainray.images.nifti import Volume
 
 Format = Literal["picture", "dicom", "nifti"]
 Plane = Literal["axial", "coronal", "sagittal"]
@@ -87,20 +83,11 @@ class ScanFile(Protocol):
     def decode(self, index: int) -> NDArray[Any]:
         """Decode slice number ``index`` of :attr:`slices` to grey samples at full depth.
 
-        Raises
-        ------
-        RejectedImage
-            The slice cannot be decoded, or is not classified.
+        Raises RejectedImage where the slice cannot be decoded, or is not classified.
         """
 
     def render(self, index: int) -> tuple[NDArray[np.uint8], GreyRange]:
-        """Decode a slice to 8 bits for display; return the source of the grey range too.
-
-        Raises
-        ------
-        RejectedImage
-            As :meth:`decode`.
-        """
+        """As :meth:`decode`, to 8 bits for display; return the source of the grey range too."""
 
 
 def open_file(
@@ -108,19 +95,9 @@ def open_file(
 ) -> ScanFile:
     """Recognise a file by its bytes, not its name, and read its header.
 
-    Parameters
-    ----------
-    content : bytes
-        The whole file.
-    options : ReadOptions, optional
-    key : bytes, optional
-        Key of the identifiers' hashes, at least 16 bytes; without it identifiers are None.
-
-    Raises
-    ------
-    RejectedImage
-        The file as a whole cannot be classified; ``reason`` is a key of
-        :data:`brainray.images.decode.REJECTION_REASONS`.
+    `key`, of at least 16 bytes, is the key of the identifiers' hashes; without it identifiers are
+    None. RejectedImage is raised where the file as a whole cannot be classified; its ``reason`` is
+    a key of :data:`brainray.images.decode.REJECTION_REASONS`.
     """
     options = options or ReadOptions()
     kind = recognise_format(content)
@@ -128,17 +105,22 @@ def open_file(
         return _Dicom(content, options, key)
     if kind == "nifti":
         return _Nifti(content, options, key)
-    return _Picture(content, options)
+    return _Picture(content, options.limits)
 
 
 def recognise_format(content: bytes) -> Format:
     """Recognise the format by the first bytes; unknown ones count as pictures."""
     start = content[:352]
-    if is_dicom(start):
-        return "dicom"
-    if is_nifti(start):
-        return "nifti"
-    return "picture"
+    return "dicom" if is_dicom(start) else "nifti" if is_nifti(start) else "picture"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedSlice:
+    """A decoded slice, its network input, and its metadata."""
+
+    scan: OpenedScan
+    info: SliceInfo
+    grey_range: GreyRange
 
 
 def open_slice(
@@ -146,28 +128,15 @@ def open_slice(
     index: int,
     preprocessing: Preprocessing,
     decoded: NDArray[Any] | None = None,
-) -> "OpenedSlice":
+) -> OpenedSlice:
     """Decode one slice of a file and make the network's input of it.
 
     With ``intensity="percentile"`` the input is made of the samples after the modality transform.
     So a slice gives the same input as DICOM, NIfTI or 16-bit picture, with any window. With
     ``intensity="stored"`` it is made of the displayed grey levels.
 
-    Parameters
-    ----------
-    file : ScanFile
-        From :func:`open_file`.
-    index : int
-        Of the slice in ``file.slices``.
-    preprocessing : Preprocessing
-        Of the classifier.
-    decoded : ndarray, optional
-        Result of ``file.decode(index)``, where it is available.
-
-    Raises
-    ------
-    RejectedImage
-        The slice cannot be decoded, or is not classified.
+    `decoded` is the result of ``file.decode(index)``, where it is available. RejectedImage is
+    raised as by :meth:`ScanFile.decode`.
     """
     grey_range: GreyRange = "percentile" if preprocessing.intensity == "percentile" else "stored"
     if grey_range == "stored" and file.format != "picture":
@@ -182,11 +151,6 @@ def show_slice(file: ScanFile, index: int) -> NDArray[np.uint8]:
 
     A DICOM object is shown through its window, a 16-bit picture by its own range: many have 12 bits
     and would be nearly black.
-
-    Raises
-    ------
-    RejectedImage
-        The slice cannot be decoded, or is not classified.
     """
     if file.format == "picture":
         return to_display(file.decode(index))
@@ -196,11 +160,8 @@ def show_slice(file: ScanFile, index: int) -> NDArray[np.uint8]:
 def find_slice(file: ScanFile, frame: int | None) -> int:
     """Return the index in ``file.slices`` of a frame; None is the only slice of a file.
 
-    Raises
-    ------
-    RejectedImage
-        ``multi_frame``: the file has several slices and `frame` is None. ``missing``: the file has
-        no such slice.
+    Rejects None for several slices as ``multi_frame``, and a slice that is not there as
+    ``missing``.
     """
     count = len(file.slices)
     if frame is None and count > 1:
@@ -210,15 +171,6 @@ def find_slice(file: ScanFile, frame: int | None) -> int:
     if not 0 <= (index := frame or 0) < count:
         raise RejectedImage("missing", f"The file has {count} slices, but no frame {index}.")
     return index
-
-
-@dataclass(frozen=True, slots=True)
-class OpenedSlice:
-    """A decoded slice, its network input, and its metadata."""
-
-    scan: OpenedScan
-    info: SliceInfo
-    grey_range: GreyRange
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -238,22 +190,22 @@ def split_name(slice_uri: str) -> tuple[str, int | None]:
 # ---- formats -------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
 class _Picture:
     """A picture. It is decoded on demand, since it has no metadata beside its pixels."""
 
-    content: bytes = field(repr=False)
-    options: ReadOptions
-    format: Literal["picture"] = field(default="picture", init=False)
-    slices: tuple[SliceInfo, ...] = field(default=(SliceInfo(),), init=False)
+    format: Literal["picture"] = "picture"
+    slices = (SliceInfo(),)
+
+    def __init__(self, content: bytes, limits: DecodeLimits) -> None:
+        self._content, self._limits = content, limits
 
     def decode(self, index: int) -> NDArray[Any]:
         assert index == 0, index
-        return decode_samples(self.content, self.options.limits)
+        return decode_samples(self._content, self._limits)
 
     def render(self, index: int) -> tuple[NDArray[np.uint8], GreyRange]:
         assert index == 0, index
-        return decode_image(self.content, self.options.limits), "stored"
+        return decode_image(self._content, self._limits), "stored"
 
 
 class _Dicom:
@@ -264,7 +216,7 @@ class _Dicom:
     def __init__(self, content: bytes, options: ReadOptions, key: bytes | None) -> None:
         from brainray.images.dicom import open_dicom
 
-        self._image: DicomImage = open_dicom(content, key=key, limits=options.limits)
+        self._image = open_dicom(content, key=key, limits=options.limits)
         self.slices = self._image.slices
 
     def decode(self, index: int) -> NDArray[np.float32]:
@@ -275,8 +227,7 @@ class _Dicom:
     def render(self, index: int) -> tuple[NDArray[np.uint8], GreyRange]:
         from brainray.images.dicom_pixels import render_frame
 
-        rendered = render_frame(self._image, index)
-        return rendered.pixels, rendered.grey_range
+        return render_frame(self._image, index)
 
 
 class _Nifti:
@@ -287,14 +238,12 @@ class _Nifti:
     def __init__(self, content: bytes, options: ReadOptions, key: bytes | None) -> None:
         from brainray.images.nifti import read_nifti
 
-        self._volume: Volume = read_nifti(content, plane=options.plane, limits=options.limits)
-        volume = self._volume
+        self._volume = volume = read_nifti(content, plane=options.plane, limits=options.limits)
+        is_axial = volume.plane == "axial"
         info = SliceInfo(
             plane=None if "orientation_unknown" in volume.flags else volume.plane,
             spacing_mm=volume.spacing_mm,
-            flags=tuple(
-                sorted({*volume.flags, *(() if volume.plane == "axial" else ("non_axial",))})
-            ),
+            flags=volume.flags if is_axial else tuple(sorted((*volume.flags, "non_axial"))),
         )
         if key is not None:
             from brainray.images.dicom import hash_identifier
@@ -318,9 +267,7 @@ class _Nifti:
         return self._volume.get_slice(index)
 
     def render(self, index: int) -> tuple[NDArray[np.uint8], GreyRange]:
-        low, high = np.percentile(samples := self.decode(index), (1, 99))
-        shares = (samples - low) / max(float(high - low), float(np.finfo(np.float32).tiny))
-        return np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8), "samples"
+        return render_percentiles(self.decode(index)), "samples"
 
 
 def _reject_little_tissue() -> RejectedImage:

@@ -7,7 +7,7 @@ some layouts wrongly without an error.
 import struct
 
 from brainray.errors import RejectedImage
-from brainray.images.headers import MAX_PARTS, Header, check_size
+from brainray.images.headers import MAX_PARTS, Header, check_size, corrupt, truncated, unsupported
 
 _TYPES = {1: "B", 3: "H", 4: "L", 7: "B", 16: "Q"}  # BYTE, SHORT, LONG, UNDEFINED, LONG8
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
@@ -35,7 +35,7 @@ def _read_directory(data: bytes) -> tuple[str, _Tags]:
     (at,) = struct.unpack_from(order + word, data, 8 if big else 4)
     (count,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
     if count > 65535:
-        raise RejectedImage("corrupt", f"The TIFF directory has {count} entries.")
+        raise corrupt(f"The TIFF directory has {count} entries.")
     at += 8 if big else 2
     tags: _Tags = {}
     for entry in range(at, at + entry_bytes * count, entry_bytes):
@@ -44,22 +44,18 @@ def _read_directory(data: bytes) -> tuple[str, _Tags]:
             continue
         code = _TYPES.get(kind)
         if code is None or not number:
-            raise RejectedImage(
-                "corrupt", f"TIFF tag {tag} is of kind {kind} with {number} values."
-            )
+            raise corrupt(f"TIFF tag {tag} is of kind {kind} with {number} values.")
         if tag in _SINGLE:
             number = 1
         elif number > MAX_PARTS:
-            raise RejectedImage("corrupt", f"TIFF tag {tag} has {number} values.")
+            raise corrupt(f"TIFF tag {tag} has {number} values.")
         start = entry + entry_bytes - inline
         if struct.calcsize("=" + code) * number > inline:
             (start,) = struct.unpack_from(order + word, data, start)
         tags[tag] = struct.unpack_from(f"{order}{number}{code}", data, start)
     (following,) = struct.unpack_from(order + word, data, at + entry_bytes * count)
     if following >= len(data):
-        raise RejectedImage(
-            "truncated", "The TIFF file's next page is beyond its end. Send it again."
-        )
+        raise truncated("The TIFF file's next page is beyond its end.")
     if following:
         raise RejectedImage("multi_frame", "The TIFF file has several pages. Send one page alone.")
     return order, tags
@@ -90,21 +86,16 @@ def _check_layout(tags: _Tags) -> None:
     bits, planar = tags.get(_BITS, (1,)), tags.get(_PLANAR, (1,))[0]
     photometric = tags.get(_PHOTOMETRIC, (0,))[0]
     if set(tags.get(_SAMPLE_FORMAT, (1,))) != {1} or len(set(bits)) > 1 or bits[0] > 16:
-        raise RejectedImage(
-            "unsupported",
+        raise unsupported(
             "TIFF samples must be unsigned integers of at most 16 bits: the range of "
-            f"{bits[0]}-bit, signed and floating samples is not defined. Save as 16-bit PNG.",
+            f"{bits[0]}-bit, signed and floating samples is not defined. Save as 16-bit PNG."
         )
     if bits[0] not in (1, 2, 4, 8, 16) or photometric not in (0, 1, 2, 3, 5, 6):
-        raise RejectedImage(
-            "unsupported", f"TIFF with {bits[0]}-bit samples, colours {photometric}."
-        )
+        raise unsupported(f"TIFF with {bits[0]}-bit samples, colours {photometric}.")
     if photometric == 6 and tags.get(_COMPRESSION, (1,))[0] != 7:
-        raise RejectedImage("unsupported", "TIFF in YCbCr is supported with JPEG compression only.")
+        raise unsupported("TIFF in YCbCr is supported with JPEG compression only.")
     if bits[0] == 16 and (photometric not in (0, 1, 2) or planar == 2 or 1 in tags.get(_EXTRA, ())):
-        raise RejectedImage(
-            "unsupported", "16-bit TIFF must be grey, RGB or RGBA, interleaved. Save as PNG."
-        )
+        raise unsupported("16-bit TIFF must be grey, RGB or RGBA, interleaved. Save as PNG.")
 
 
 def _check_parts(tags: _Tags, file_bytes: int) -> None:
@@ -122,35 +113,33 @@ def _check_parts(tags: _Tags, file_bytes: int) -> None:
         across, down = tags[_TILE_WIDTH][0], tags[_TILE_HEIGHT][0]
         # Tiles are padded to multiples of 16, not to more than that (TIFF 6.0, section 15).
         if across > max(2 * width, 1024) or down > max(2 * height, 1024):
-            raise RejectedImage("corrupt", f"The TIFF file's tiles have {across} x {down} pixels.")
+            raise corrupt(f"The TIFF file's tiles have {across} x {down} pixels.")
     else:
-        raise RejectedImage("corrupt", "The TIFF directory lists neither strips nor tiles.")
+        raise corrupt("The TIFF directory lists neither strips nor tiles.")
     if not across or not down or not 1 <= num_planes <= 6:
-        raise RejectedImage(
-            "corrupt",
-            f"The TIFF file's strips have {across} x {down} pixels in {num_planes} planes.",
+        raise corrupt(
+            f"The TIFF file's strips have {across} x {down} pixels in {num_planes} planes."
         )
     expected = -(-width // across) * -(-height // down) * num_planes
     if expected > MAX_PARTS or len(tags[offsets]) < expected:
-        raise RejectedImage(
-            "corrupt",
-            f"The TIFF file lists {len(tags[offsets])} strips or tiles, expected {expected}.",
+        raise corrupt(
+            f"The TIFF file lists {len(tags[offsets])} strips or tiles, expected {expected}."
         )
     tags[offsets] = tags[offsets][:expected]
     if sizes in tags:
         if len(tags[sizes]) < expected:
-            raise RejectedImage("corrupt", "The TIFF file lacks the sizes of some strips.")
+            raise corrupt("The TIFF file lacks the sizes of some strips.")
         tags[sizes] = tags[sizes][:expected]
     ends = zip(tags[offsets], tags.get(sizes, (0,) * expected), strict=True)
     if max(start + length for start, length in ends) > file_bytes:
-        raise RejectedImage("truncated", "The TIFF file lacks some of its pixels. Send it again.")
+        raise truncated("The TIFF file lacks some of its pixels.")
 
 
 def read_tiff(data: bytes, max_pixels: int) -> Header:
     """Read the header of a TIFF with one image; see :mod:`brainray.images.headers`."""
     order, tags = _read_directory(data)
     if _WIDTH not in tags or _HEIGHT not in tags:
-        raise RejectedImage("corrupt", "The TIFF directory lacks the size of its image.")
+        raise corrupt("The TIFF directory lacks the size of its image.")
     size = tags[_WIDTH][0], tags[_HEIGHT][0]
     check_size("TIFF", size, max_pixels)
     _check_layout(tags)

@@ -9,14 +9,14 @@ head is about two units high. Smooth curves run through the points of each outli
 painted from the outside in: scalp, bone, dura, cortex, deep structures, mass. Then the scanner's
 effects follow: bias field, noise, blur, grey-scale window.
 
-Modules in reading order: ``anatomy`` (parts and curves), ``views`` (the six cuts), ``subjects``
-(random parameters), ``canvas`` (layers and textures), ``painter`` (one slice), ``folder`` (files).
+Modules in reading order: ``views`` (the six cuts), ``subjects`` (random parameters), ``painter``
+(one slice), ``folder`` (files).
 """
 
-from brainray.phantoms.anatomy import PLANES, Plane
 from brainray.phantoms.folder import Phantom, iterate_phantoms, write_phantom_folder
 from brainray.phantoms.painter import draw_phantom, mark_lesion, render_slice
 from brainray.phantoms.subjects import SubjectParameters, draw_subject
+from brainray.phantoms.views import PLANES, Plane
 
 __all__ = [
     "PLANES",

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from brainray.labels import BRAIN_TUMOUR_CLASSES
-from brainray.phantoms.anatomy import PLANES
 from brainray.phantoms.painter import draw_phantom
+from brainray.phantoms.views import PLANES
 
 
 def draw_contact_sheet(seed: int = 1, *, cell_px: int = 144) -> Image.Image:

@@ -42,21 +42,8 @@ def iterate_phantoms(
     The same arguments give the same bytes. Image number *i* of a class depends neither on
     ``num_per_class`` nor on the other classes, and two seeds share no subject.
 
-    Parameters
-    ----------
-    num_per_class : int
-        Images of each class.
-    seed : int
-        Non-negative; determines the subjects.
-    classes : sequence of str
-        Class names among ``BRAIN_TUMOUR_CLASSES``.
-    slices_per_subject : int
-        Near duplicates of each subject; the last subject may have fewer.
-
-    Raises
-    ------
-    ConfigError
-        A count below one, a negative seed, or an unknown class; raised at the call.
+    `slices_per_subject` are near duplicates; the last subject may have fewer. A count below one, a
+    negative seed and an unknown class raise ConfigError at the call.
     """
     _check_at_least(1, num_per_class=num_per_class, slices_per_subject=slices_per_subject)
     _check_at_least(0, seed=seed)
@@ -70,12 +57,8 @@ def write_phantom_folder(
     """Write a folder as the Kaggle data set: ``Training/<class>/<name>`` and ``Testing/…``.
 
     The training images are those of :func:`iterate_phantoms` with the same seed. The test images
-    are of other subjects. Each subject has two slices.
-
-    Raises
-    ------
-    ConfigError
-        A count below one or a negative seed.
+    are of other subjects. Each subject has two slices. A count below one and a negative seed raise
+    ConfigError.
     """
     _check_at_least(
         1, num_train_per_class=num_train_per_class, num_test_per_class=num_test_per_class

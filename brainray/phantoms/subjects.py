@@ -8,16 +8,16 @@ from numpy.typing import NDArray
 
 from brainray.errors import ConfigError
 from brainray.labels import BRAIN_TUMOUR_CLASSES
-from brainray.phantoms.anatomy import (
+from brainray.phantoms.views import (
     PLANES,
     SEQUENCES,
     TISSUES,
+    VIEWS,
     Plane,
     Points,
     View,
     smooth,
 )
-from brainray.phantoms.views import VIEWS
 
 _SEQUENCE_ODDS = (0.22, 0.52, 0.11, 0.15)
 """Probability of each of ``SEQUENCES``."""
@@ -44,21 +44,16 @@ class SubjectParameters:
     """Parameters of all slices of a subject; made by :func:`draw_subject`."""
 
     label: str
-    """Class name."""
     view: View
-    """The cut through the head."""
     sequence: str
     """MRI sequence: t1, t1c (after contrast agent), t2 or flair."""
     height_px: int
-    """Canvas height."""
     width_px: int
-    """Canvas width."""
     fill: float
     """Size of the head relative to the canvas; 1 reaches from edge to edge."""
     shift: tuple[float, float]
     """Offset (x, y) of the head from the canvas centre, in head units."""
     rotation_rad: float
-    """In-plane rotation."""
     flipped: bool
     """Mirror left and right."""
     stretch: float
@@ -80,9 +75,7 @@ class SubjectParameters:
     blur_px: float
     """Standard deviation of the point spread."""
     texture_seed: int
-    """Seed of the textures."""
     mass: Mass | None
-    """The tumour, if any."""
 
 
 def check_labels(classes: Sequence[str]) -> None:
@@ -97,11 +90,7 @@ def check_labels(classes: Sequence[str]) -> None:
 
 def _draw_view(label: str, plane: Plane, rng: np.random.Generator) -> View:
     """Draw a cut of the plane that can show the class."""
-    choices = [
-        (view, odds)
-        for view, odds in VIEWS[plane]
-        if label != "pituitary" or view.sella is not None
-    ]
+    choices = [one for one in VIEWS[plane] if label != "pituitary" or one[0].sella is not None]
     odds = np.array([odds for _, odds in choices])
     return choices[int(rng.choice(len(choices), p=odds / odds.sum()))][0]
 
@@ -147,20 +136,9 @@ def _draw_mass(label: str, view: View, rng: np.random.Generator) -> Mass | None:
 def draw_subject(
     label: str, rng: np.random.Generator, *, plane: Plane | None = None
 ) -> SubjectParameters:
-    """Draw the parameters of one subject.
+    """Draw the parameters of one subject; without a plane, each has the same probability.
 
-    Parameters
-    ----------
-    label : str
-        Class name, one of ``BRAIN_TUMOUR_CLASSES``.
-    rng : Generator
-    plane : {"axial", "coronal", "sagittal"}, optional
-        By default each with the same probability.
-
-    Raises
-    ------
-    ConfigError
-        An unknown class or plane.
+    Raises ConfigError for an unknown class or plane.
     """
     check_labels([label])
     if plane is not None and plane not in PLANES:
