@@ -246,8 +246,7 @@ def run_brainray(options: Options, loader: Literal["resident", "stream"] = "resi
     from brainray.cluster import connect_ray
     from brainray.data.labelled import find_samples
     from brainray.training.fit import fit
-    from brainray.training.prepare import prepare_training_data
-    from brainray.training.run import TrainJob
+    from brainray.training.run import TrainJob, group_training_data, split_training_data
 
     config = TrainConfig(
         weights="none",
@@ -279,8 +278,9 @@ def run_brainray(options: Options, loader: Literal["resident", "stream"] = "resi
             ),
         )
         connect_ray()
-        data = prepare_training_data(find_samples(job.data_uri, config.classes), config, loader)
-        fit(job, data, ray.put(None), lambda _: None, lambda _: None)
+        found = find_samples(job.data_uri, config.classes)
+        data = split_training_data(group_training_data(found, config, loader), config)
+        fit(job, data, None, lambda _: None, lambda _: None)
         records = runlog.read_records(job.at("metrics.jsonl"))
         ray.shutdown()
     counted = records[1:]

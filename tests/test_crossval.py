@@ -26,8 +26,7 @@ from brainray.training.crossval import (
     split_fold,
     summarise_folds,
 )
-from brainray.training.prepare import group_training_data
-from brainray.training.run import TrainJob
+from brainray.training.run import TrainJob, group_training_data
 from brainray.training.train import train
 from tests.test_report import Page
 

@@ -22,7 +22,7 @@ from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions, find_slice, open_file, open_slice, split_name
 from brainray.training.config import TrainConfig
 from brainray.training.loader import LoaderSetup, list_blocks
-from brainray.training.prepare import group_training_data, prepare_training_data
+from brainray.training.run import group_training_data, split_training_data
 from tests.conftest import CLASSES
 from tests.dicom_files import make_mr
 
@@ -73,7 +73,8 @@ def find_patient(path: str) -> str | None:
 
 
 def prepare(folder: Path) -> PreparedData:
-    return prepare_training_data(find_samples(str(folder), CLASSES), CONFIG)
+    found = find_samples(str(folder), CLASSES)
+    return split_training_data(group_training_data(found, CONFIG), CONFIG)
 
 
 @pytest.fixture(scope="module")

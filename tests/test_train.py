@@ -35,15 +35,14 @@ from brainray.model.explain import STRIDE_PX
 from brainray.model.fit_calibration import choose_max_distance, fit_logit_scaling
 from brainray.model.network import normalise_images
 from brainray.provenance import describe_cpu
-from brainray.training import distributed, finalize, loop
+from brainray.training import loop
+from brainray.training import train as train_module
 from brainray.training.augment import NO_AUGMENTATION
 from brainray.training.checkpoint import load_network_weights
 from brainray.training.config import ScalingOptions, TrainConfig
-from brainray.training.finalize import calibrate_classifier
 from brainray.training.optim import Optimisation
-from brainray.training.prepare import prepare_training_data
-from brainray.training.run import TrainJob
-from brainray.training.train import train
+from brainray.training.run import TrainJob, group_training_data, split_training_data
+from brainray.training.train import calibrate_classifier, train
 from tests.open_scans import load_image
 from tests.reference import compute_eager
 from tests.test_report import Page
@@ -273,9 +272,10 @@ def test_calibration_is_fitted_to_what_the_engine_that_ships_predicts(
     finished: tuple[TrainJob, dict[str, Any], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, _, _ = finished
-    for module in ("training.finalize", "model.fit_calibration"):
-        monkeypatch.setattr(f"brainray.{module}.MIN_IMAGES", 10)
-    data = prepare_training_data(find_samples(job.data_uri, TINY.classes), TINY)
+    monkeypatch.setattr(train_module, "MIN_IMAGES", 10)
+    data = split_training_data(
+        group_training_data(find_samples(job.data_uri, TINY.classes), TINY), TINY
+    )
     calibration = calibrate_classifier(job, data, log=lambda _: None)
     assert calibration is not None
     classifier = load_classifier(job.at("classifier"))
@@ -303,16 +303,18 @@ def test_the_exported_statistics_are_computed_in_the_precision_of_the_workers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job, _, _ = finished
-    data = prepare_training_data(find_samples(job.data_uri, TINY.classes), TINY)
+    data = split_training_data(
+        group_training_data(find_samples(job.data_uri, TINY.classes), TINY), TINY
+    )
     seen: list[torch.dtype] = []
 
     def measure(batches: Iterable[torch.Tensor], network: torch.nn.Module) -> None:
         seen.append(network(next(iter(batches))).dtype)
 
-    monkeypatch.setattr(finalize, "update_bn", measure)
+    monkeypatch.setattr(train_module, "update_bn", measure)
     state = load_classifier(job.at("classifier")).build_network().state_dict()
     indices = data.select("train")[:4]
-    finalize._measure_statistics(state, indices, data.store, TINY, precision, use_gpu=False)
+    train_module._measure_statistics(state, indices, data.store, TINY, precision, use_gpu=False)
     assert seen == [{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]]
 
 
@@ -451,10 +453,9 @@ def ask_for_bf16(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     answers = []
     for holders in BF16_HOLDERS:
-        distributed.has_native_bf16 = lambda *, use_gpu, holds=rank in holders: (
-            holds and not use_gpu
-        )
-        answers.append(distributed.all_have_bf16(torch.device("cpu")))
+        loop.has_native_bf16 = lambda *, use_gpu, holds=rank in holders: holds and not use_gpu
+        taken = loop.agree_precision("auto", torch.device("cpu"), lambda _: None)
+        answers.append(taken == "bf16")
     (Path(folder) / f"{rank}.json").write_text(json.dumps(answers))
     dist.destroy_process_group()
 
@@ -483,7 +484,7 @@ def test_bf16_is_taken_where_all_have_it_or_it_was_asked_for(
     said: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(distributed, "has_native_bf16", lambda *, use_gpu: has_bf16 and not use_gpu)
+    monkeypatch.setattr(loop, "has_native_bf16", lambda *, use_gpu: has_bf16 and not use_gpu)
     told: list[dict[str, Any]] = []
     assert loop.agree_precision(asked, torch.device("cpu"), told.append) == taken
     assert [message["line"].startswith(said or "") for message in told] == [True] * bool(said)

@@ -49,16 +49,17 @@ WEIGHTS_FILE = "model.safetensors"
 OOD_FILE = "ood.safetensors"
 METADATA_FILE = "classifier.json"
 
-FIXED_PARTS = (
-    "schema_version",
-    "classifier_id",
-    "architecture",
-    "classes",
-    "preprocessing",
-    "weights",
-    "calibration",
-)
-"""Parts of classifier.json that define how the weights are used; they never change."""
+FIXED_PARTS: dict[str, type] = {
+    "schema_version": int,
+    "classifier_id": str,
+    "architecture": dict,
+    "classes": list,
+    "preprocessing": dict,
+    "weights": dict,
+    "calibration": dict,
+}
+"""Parts of classifier.json, with their types, that define how the weights are used; they never
+change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ def save_classifier(
     provenance: dict[str, Any],
     calibration: Calibration | None = None,
 ) -> str:
-    """Save a classifier bundle.
+    """Save a classifier bundle; return its id.
 
     Parameters
     ----------
@@ -113,17 +114,10 @@ def save_classifier(
         Weights of :func:`brainray.model.network.build_network`.
     classes : sequence of str
         In the order of the network's outputs.
-    preprocessing : Preprocessing
-        How pixels become the network's input.
     provenance : dict
         JSON-ready: training configuration, data manifest hash, metrics, versions, revision.
-    calibration : Trust, optional
+    calibration : Calibration, optional
         Plain softmax that always gives a class, if not given.
-
-    Returns
-    -------
-    str
-        The classifier's id.
     """
     import safetensors.torch
 
@@ -174,13 +168,7 @@ def amend_classifier_metadata(classifier_uri: str, additions: dict[str, Any]) ->
 
 
 def read_classifier_metadata(classifier_uri: str) -> dict[str, Any]:
-    """Read and check classifier.json.
-
-    Raises
-    ------
-    ClassifierError
-        It is missing, is of another schema, or lacks a part.
-    """
+    """Read classifier.json; raise ClassifierError if it is missing, foreign or incomplete."""
     uri = storage.join(classifier_uri, METADATA_FILE)
     try:
         metadata = storage.read_json(uri)
@@ -200,27 +188,16 @@ def read_classifier_metadata(classifier_uri: str) -> dict[str, Any]:
             f"Expected classifier schema {SCHEMA_VERSION} in '{uri}', found {found}. "
             "Use the brainray version that wrote it, or train again with this one."
         )
-    needed = {
-        "classifier_id": str,
-        "architecture": dict,
-        "classes": list,
-        "preprocessing": dict,
-        "weights": dict,
-        "calibration": dict,
-    }
-    missing = [name for name, kind in needed.items() if not isinstance(metadata.get(name), kind)]
+    missing = [
+        name for name, kind in FIXED_PARTS.items() if not isinstance(metadata.get(name), kind)
+    ]
     if missing:
         raise ClassifierError(f"'{uri}' lacks {', '.join(missing)}. Restore the folder.")
     return dict(metadata)
 
 
 def load_classifier(classifier_uri: str) -> Classifier:
-    """Open a classifier bundle.
-
-    Parameters
-    ----------
-    classifier_uri : str
-        Local, s3:// or gs:// folder.
+    """Open a classifier bundle in a local, s3:// or gs:// folder.
 
     Raises
     ------
@@ -228,7 +205,24 @@ def load_classifier(classifier_uri: str) -> Classifier:
         The bundle is missing, damaged, or of another schema version.
     """
     metadata = read_classifier_metadata(classifier_uri)
-    classes, preprocessing = _read_meaning(metadata, classifier_uri)
+    architecture = metadata["architecture"].get("name")
+    if architecture != ARCHITECTURE:
+        raise ClassifierError(
+            f"Expected a {ARCHITECTURE} in '{classifier_uri}', found '{architecture}'."
+        )
+    known = {field.name for field in fields(Preprocessing)}
+    if set(metadata["preprocessing"]) != known:
+        raise ClassifierError(
+            f"Expected the preprocessing in '{classifier_uri}' to give "
+            f"{', '.join(sorted(known))}; found {', '.join(sorted(metadata['preprocessing']))}."
+        )
+    try:
+        classes = check_classes(metadata["classes"])
+        preprocessing = Preprocessing(**metadata["preprocessing"])
+    except (BrainrayError, TypeError, AttributeError) as error:
+        raise ClassifierError(
+            f"The classifier at '{classifier_uri}' is damaged: {error}"
+        ) from error
     weights = _read_weights(metadata, classifier_uri)
     if {name: values.shape for name, values in weights.items()} != list_shapes(len(classes)):
         raise ClassifierError(
@@ -245,44 +239,14 @@ def load_classifier(classifier_uri: str) -> Classifier:
     return Classifier(weights, classes, preprocessing, calibration, metadata)
 
 
-def read_calibration(metadata: dict[str, Any], where: str) -> Calibration:
-    """Read the calibration of a classifier bundle.
-
-    Parameters
-    ----------
-    metadata : dict
-        From :func:`read_classifier_metadata`.
-    where : str
-        The bundle's folder.
-
-    Raises
-    ------
-    ClassifierError
-        It is damaged.
-    """
+def read_calibration(metadata: dict[str, Any], classifier_uri: str) -> Calibration:
+    """Read the calibration of the bundle with these metadata; raise ClassifierError on damage."""
     described = metadata["calibration"]
     arrays: dict[str, NDArray[np.float32]] = {}
     if "sha256" in described:
-        content = _read_hashed(storage.join(where, OOD_FILE), described["sha256"])
+        content = _read_hashed(storage.join(classifier_uri, OOD_FILE), described["sha256"])
         arrays = safetensors.numpy.load(content)
     return Calibration.from_json(described, arrays)
-
-
-def _read_meaning(metadata: dict[str, Any], where: str) -> tuple[tuple[str, ...], Preprocessing]:
-    name = metadata["architecture"].get("name")
-    if name != ARCHITECTURE:
-        raise ClassifierError(f"Expected a {ARCHITECTURE} in '{where}', found '{name}'.")
-    known = {field.name for field in fields(Preprocessing)}
-    given = set(metadata["preprocessing"])
-    if given != known:
-        raise ClassifierError(
-            f"Expected the preprocessing in '{where}' to give {', '.join(sorted(known))}; "
-            f"found {', '.join(sorted(given))}."
-        )
-    try:
-        return check_classes(metadata["classes"]), Preprocessing(**metadata["preprocessing"])
-    except (BrainrayError, TypeError, AttributeError) as error:
-        raise ClassifierError(f"The classifier at '{where}' is damaged: {error}") from error
 
 
 def _read_weights(metadata: dict[str, Any], where: str) -> dict[str, NDArray[np.float32]]:
@@ -292,18 +256,16 @@ def _read_weights(metadata: dict[str, Any], where: str) -> dict[str, NDArray[np.
         tensors = safetensors.deserialize(content)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise ClassifierError(f"'{uri}' is not a safetensors file: {error}") from error
-    return {
-        name: _widen(tensor) for name, tensor in tensors if not name.endswith("num_batches_tracked")
-    }
-
-
-def _widen(tensor: dict[str, Any]) -> NDArray[np.float32]:
-    """Return a tensor of a safetensors file in fp32; numpy knows no bf16."""
-    if tensor["dtype"] == "BF16":
-        values = (np.frombuffer(tensor["data"], np.uint16).astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = np.frombuffer(tensor["data"], np.float32)
-    return values.reshape(tensor["shape"])
+    weights = {}
+    for name, tensor in tensors:
+        if name.endswith("num_batches_tracked"):
+            continue
+        if tensor["dtype"] == "BF16":  # which numpy does not know
+            bits = np.frombuffer(tensor["data"], np.uint16).astype(np.uint32) << 16
+        else:
+            bits = np.frombuffer(tensor["data"], np.uint32)
+        weights[name] = bits.view(np.float32).reshape(tensor["shape"])
+    return weights
 
 
 def _read_hashed(uri: str, sha256: str) -> bytes:

@@ -34,21 +34,10 @@ def count_cells(size_px: int) -> int:
 def compute_class_maps(
     features: NDArray[np.float32], weight: NDArray[np.float32], bias: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Compute the class activation map of every class.
+    """Compute the class activation maps [1]_, shape (N, K, h, w), of dense features, (N, C, h, w).
 
-    Parameters
-    ----------
-    features : ndarray of float32, shape (N, C, h, w)
-        Dense features; the head averages every :data:`DENSITY`-th cell along each axis.
-    weight : ndarray of float32, shape (K, C)
-        The head's.
-    bias : ndarray of float32, shape (K,)
-        The head's; it is added to every cell.
-
-    Returns
-    -------
-    ndarray of float32, shape (N, K, h, w)
-        The mean over ``[..., ::DENSITY, ::DENSITY]`` is the logit.
+    ``weight``, (K, C), and ``bias``, (K,), are the head's; the bias is added to every cell. The
+    mean over ``[..., ::DENSITY, ::DENSITY]`` is the logit.
 
     References
     ----------

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,13 +12,18 @@ from scipy.special import log_softmax
 from sklearn.decomposition import PCA
 from sklearn.model_selection import GroupKFold
 
-from brainray.model.calibration import ABSTAIN_ALWAYS, Calibration, CalibrationOptions, Outputs
-from brainray.model.ood import ClassGaussian, OODDetector, take_square_roots
+from brainray.model.calibration import (
+    ABSTAIN_ALWAYS,
+    Calibration,
+    CalibrationOptions,
+    ClassGaussian,
+    OODDetector,
+    Outputs,
+    take_square_roots,
+)
 
 CalibrationMethod = Literal["none", "temperature", "vector"]
 
-MIN_IMAGES = 100
-"""With fewer training or validation images, nothing is fitted."""
 NUM_COMPONENTS = 64
 """Principal components with a variance of their own."""
 NUM_FOLDS = 5
@@ -42,14 +48,11 @@ def fit_calibration(
         Of images that the network was trained on, not augmented; the detector is fitted to them.
     val, val_labels, val_groups : Outputs, ndarray of int64, shape (M,)
         Of images that the network was not trained on; the rest is fitted to them.
-    options : TrustOptions
-        There must be at least :data:`MIN_IMAGES` of either kind.
+    options : CalibrationOptions
     widths : sequence of int
         Number of feature columns of each stage.
     """
-    assert min(len(train_labels), len(val_labels)) >= MIN_IMAGES
     num_classes = val.logits.shape[1]
-    identity = Calibration.identity(num_classes)
     facts: dict[str, Any] = {
         "num_train_images": len(train_labels),
         "num_val_images": len(val_labels),
@@ -57,38 +60,29 @@ def fit_calibration(
         "max_risk": options.max_risk,
         "pass_rate": options.pass_rate,
     }
-    scale, shift = identity.scale, identity.shift
+    calibration = Calibration.identity(num_classes)
     if options.calibrate:
         method, losses = choose_calibration_method(val.logits, val_labels, val_groups)
         facts |= {"method": method, "held_out_log_loss": losses}
-        scale, shift = fit_logit_scaling(val.logits, val_labels, method)
-    probs = Calibration(scale, shift).calibrate(val.logits)
-    ood_detector = fit_ood_detector(train.features, train_labels, num_classes, widths)
-    return Calibration(
-        scale,
-        shift,
-        choose_min_confidence(probs, val_labels, options.max_risk),
-        ood_detector,
-        choose_max_distance(ood_detector.compute_distances(val.features), options.pass_rate),
-        facts,
+        calibration = Calibration(*fit_logit_scaling(val.logits, val_labels, method))
+    detector = fit_ood_detector(train.features, train_labels, num_classes, widths)
+    distances = detector.compute_distances(val.features)
+    probs = calibration.calibrate(val.logits)
+    return replace(
+        calibration,
+        min_confidence=choose_min_confidence(probs, val_labels, options.max_risk),
+        ood_detector=detector,
+        max_distance=choose_max_distance(distances, options.pass_rate),
+        facts=facts,
     )
 
 
 def fit_logit_scaling(
     logits: NDArray[np.float32], labels: NDArray[np.int64], method: CalibrationMethod
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Fit the scaling of logits that maximises the likelihood of the labels.
+    """Fit the scale and the shift of logits, (N, K), that maximise the likelihood of the labels.
 
-    Parameters
-    ----------
-    logits : ndarray of float32, shape (N, K)
-    labels : ndarray of int64, shape (N,)
-    method : {"none", "temperature", "vector"}
-        One scale for all classes, or a scale and a shift for each [1]_.
-
-    Returns
-    -------
-    scale, shift : ndarray of float32, shape (K,)
+    There is one scale for all classes (temperature), or a scale and a shift for each (vector) [1]_.
 
     References
     ----------
@@ -97,10 +91,11 @@ def fit_logit_scaling(
     count, num_classes = logits.shape
     ones, zeros = np.ones(num_classes), np.zeros(num_classes)
     values, y_true = logits.astype(np.float64), np.eye(num_classes)[labels]
+    is_single = method == "temperature"
 
     def unpack(parameters: NDArray[np.float64]) -> tuple[Any, Any]:
         # A scale is the exponential of its parameter: it stays above 0.
-        if method == "temperature":
+        if is_single:
             return np.exp(parameters[0]) * ones, zeros
         return np.exp(parameters[:num_classes]), parameters[num_classes:]
 
@@ -109,13 +104,12 @@ def fit_logit_scaling(
         log_probs = log_softmax(values * scale + shift, axis=1)
         slope = (np.exp(log_probs) - y_true) / count
         by_scale, by_shift = (slope * values).sum(0) * scale, slope.sum(0)
-        is_single = method == "temperature"
         gradient = np.array([by_scale.sum()]) if is_single else np.append(by_scale, by_shift)
         return -float((log_probs * y_true).sum()) / count, gradient
 
     scale, shift = ones, zeros
     if method != "none":
-        start = np.zeros(1 if method == "temperature" else 2 * num_classes)
+        start = np.zeros(1 if is_single else 2 * num_classes)
         scale, shift = unpack(minimize(loss, start, jac=True, method="L-BFGS-B").x)
     return scale.astype(np.float32), (shift - shift.mean()).astype(np.float32)
 
@@ -123,14 +117,7 @@ def fit_logit_scaling(
 def choose_calibration_method(
     logits: NDArray[np.float32], labels: NDArray[np.int64], groups: NDArray[np.int64]
 ) -> tuple[CalibrationMethod, dict[str, float]]:
-    """Choose the calibration method with the lowest log loss on held-out groups.
-
-    Returns
-    -------
-    method : {"none", "temperature", "vector"}
-    losses : dict of str to float
-        Held-out log loss of each, in nats.
-    """
+    """Choose the method of the lowest log loss, in nats, on held-out groups; return all losses."""
     methods: tuple[CalibrationMethod, ...] = ("none", "temperature", "vector")
     num_folds = min(NUM_FOLDS, len(np.unique(groups)))
     if num_folds < 2:
@@ -148,19 +135,9 @@ def choose_calibration_method(
 def choose_min_confidence(
     probs: NDArray[np.float32], labels: NDArray[np.int64], max_risk: float
 ) -> float:
-    """Choose the lowest confidence threshold that keeps a risk [1]_.
+    """Choose the lowest confidence at which at most ``max_risk`` of the classes are wrong [1]_.
 
-    Parameters
-    ----------
-    probs : ndarray of float32, shape (N, K)
-    labels : ndarray of int64, shape (N,)
-    max_risk : float
-        Allowed share of wrong classes among the images above the threshold.
-
-    Returns
-    -------
-    float
-        0 if no abstention is needed, :data:`ABSTAIN_ALWAYS` if no threshold keeps the risk.
+    It is 0 if no abstention is needed, :data:`ABSTAIN_ALWAYS` if no threshold keeps the risk.
 
     References
     ----------
@@ -187,18 +164,10 @@ def fit_ood_detector(
     num_classes: int,
     widths: Sequence[int],
 ) -> OODDetector:
-    """Fit the out-of-distribution detector to features of training images.
+    """Fit the detector to features, (N, C), of training images; not negative.
 
-    Parameters
-    ----------
-    features : ndarray of float32, shape (N, C)
-        Not negative.
-    labels : ndarray of int64, shape (N,)
-        A class without images gets no mean.
-    widths : sequence of int
-        Number of columns of each stage; their sum is C.
+    ``widths`` are the columns of each stage, in sum C. A class without images gets no mean.
     """
-    assert sum(widths) == features.shape[1], (widths, features.shape)
     present = [k for k in range(num_classes) if (labels == k).any()]
     rows = np.searchsorted(present, labels)
     stages = np.split(take_square_roots(features), np.cumsum(widths)[:-1], axis=1)
@@ -226,17 +195,8 @@ def _fit_gaussian(features: NDArray[np.float32], labels: NDArray[np.int64]) -> C
 def choose_max_distance(distances: NDArray[np.float32], pass_rate: float) -> float:
     """Choose the distance that a new in-distribution image stays below at a stated rate.
 
-    Parameters
-    ----------
-    distances : ndarray of float32, shape (N,)
-        Of images that the detector was not fitted to.
-    pass_rate : float
-        In (0, 1].
-
-    Returns
-    -------
-    float
-        The conformal quantile [1]_; infinite if there are too few images.
+    ``distances`` are of images that the detector was not fitted to. The result is their conformal
+    quantile [1]_, or infinite if there are too few.
 
     References
     ----------

@@ -1,9 +1,9 @@
 """ResNet-50 with one grey input channel and K classes, and its initial weights."""
 
+import io
 import pickle
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,17 +39,7 @@ def standardise(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Ten
 
 
 def normalise_images(images: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
-    """Convert grey uint8 images to network input, on their device.
-
-    Parameters
-    ----------
-    images : Tensor of uint8, shape (N, H, W)
-
-    Returns
-    -------
-    Tensor of float32, shape (N, 1, H, W)
-        ``(images / 255 - mean) / std``.
-    """
+    """Convert grey uint8 images, (N, H, W), to network input: float32, (N, 1, H, W)."""
     return standardise(images.unsqueeze(1).float().div_(255), preprocessing)
 
 
@@ -59,12 +49,10 @@ def build_network(
     weights: StateDict | None = None,
     norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
 ) -> nn.Module:
-    """Build a ResNet-50 for grey images.
+    """Build a ResNet-50 for grey images, in training mode: (N, 1, H, W) to (N, num_classes).
 
     Parameters
     ----------
-    num_classes : int
-        Width of the head.
     weights : dict of Tensor, optional
         torchvision ResNet-50 weights with any number of input channels and classes. An RGB
         stem is summed over its input channels, which equals repeating a grey image three
@@ -72,11 +60,6 @@ def build_network(
     norm_layer : callable
         Takes a number of channels, returns a normalisation layer; see
         :func:`choose_norm_layer`.
-
-    Returns
-    -------
-    Module
-        Maps float (N, 1, H, W) to logits (N, num_classes). In training mode.
 
     Raises
     ------
@@ -95,17 +78,13 @@ def build_network(
     stem = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     network.conv1 = stem
-    if weights is not None:
-        _load_backbone(network, weights)
-    return network
-
-
-def _load_backbone(network: nn.Module, weights: StateDict) -> None:
+    if weights is None:
+        return network
     expected = network.state_dict()
     adapted = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    stem = adapted.get("conv1.weight")
-    if stem is not None and stem.ndim == 4 and stem.shape[1] > 1:
-        adapted["conv1.weight"] = stem.sum(dim=1, keepdim=True)
+    first = adapted.get("conv1.weight")
+    if first is not None and first.ndim == 4 and first.shape[1] > 1:
+        adapted["conv1.weight"] = first.sum(dim=1, keepdim=True)
     for name in ("fc.weight", "fc.bias"):
         if name not in adapted or adapted[name].shape != expected[name].shape:
             adapted[name] = expected[name]
@@ -121,20 +100,16 @@ def _load_backbone(network: nn.Module, weights: StateDict) -> None:
             f"entries are missing or of another shape (first: '{wrong[0]}'). Give other weights."
         )
     network.load_state_dict({name: adapted.get(name, expected[name]) for name in expected})
+    return network
 
 
 def fetch_weights(
     weights: Literal["imagenet", "none"], weights_uri: str | None
 ) -> StateDict | None:
-    """Load the initial weights of a run; there is no fallback.
+    """Load the initial weights of a run: a file's, else torchvision's, else None for random ones.
 
-    Parameters
-    ----------
-    weights : {"imagenet", "none"}
-        torchvision's IMAGENET1K_V2, whose hash is checked on download, or random weights.
-    weights_uri : str, optional
-        A local or remote .safetensors, .pth or .pt state dict, used instead. Pickled code
-        in it is not run.
+    The file is a local or remote .safetensors, .pth or .pt state dict; pickled code in it is not
+    run. The hash of torchvision's IMAGENET1K_V2 is checked on download. There is no fallback.
 
     Raises
     ------
@@ -154,7 +129,7 @@ def _read_weights(uri: str) -> StateDict:
     try:
         if uri.endswith(".safetensors"):
             return safetensors.torch.load(content)
-        loaded = _load_pickle_safely(content)
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for a file that is not its own
         raise WeightsError(
             f"'{uri}' is not a state dict that loads without running code "
@@ -169,28 +144,12 @@ def _read_weights(uri: str) -> StateDict:
     return state
 
 
-def _load_pickle_safely(content: bytes) -> Any:  # noqa: ANN401 - a file may hold anything
-    import io
-
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
 def _describe_error(error: Exception) -> str:
     """Return an error's first line, without torch's advice to load the pickle unsafely."""
     lines = str(error).splitlines()
     if isinstance(error, pickle.UnpicklingError) or not lines:
         return type(error).__name__
     return lines[0]
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def imagenet_weights_path() -> Path:
@@ -200,17 +159,20 @@ def imagenet_weights_path() -> Path:
 
 
 def _download_imagenet() -> StateDict:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
-        with _socket_timeout(DOWNLOAD_TIMEOUT_S):
-            state: StateDict = ResNet50_Weights.IMAGENET1K_V2.get_state_dict(
-                progress=False, check_hash=True, weights_only=True, map_location="cpu"
-            )
+        state: StateDict = ResNet50_Weights.IMAGENET1K_V2.get_state_dict(
+            progress=False, check_hash=True, weights_only=True, map_location="cpu"
+        )
     except Exception as error:  # the network, the disk and a damaged file raise several kinds
         raise WeightsError(
             f"ImageNet weights are not available ({_describe_error(error)}). Put the file at "
             f"'{imagenet_weights_path()}', or pass --weights-uri FILE (.safetensors or .pth), "
             "or --weights none to start from random weights."
         ) from error
+    finally:
+        socket.setdefaulttimeout(before)
     return state
 
 
@@ -222,14 +184,9 @@ def stage_of(parameter_name: str) -> str:
 
 def compute_features(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Return the pooled features below the head, shape (N, 2048)."""
-    kept: list[torch.Tensor] = []
-    head = network.get_submodule("fc")
-    handle = head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-    try:
-        network(images)
-    finally:
-        handle.remove()
-    return kept[0]
+    trunk, head = split_head(network)
+    features: torch.Tensor = head[:-1](trunk(images))
+    return features
 
 
 def split_head(network: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
@@ -258,16 +215,11 @@ def pool_stages(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Run a network without its head, and average the output of each of the last stages.
 
-    Parameters
-    ----------
-    trunk : Sequential
-        From :func:`split_head`.
-    images : Tensor, shape (N, 1, H, W)
+    ``trunk`` is from :func:`split_head`; ``images`` have the shape (N, 1, H, W).
 
     Returns
     -------
     features : Tensor, shape (N, 2048, h, w)
-        The last features.
     pooled : list of Tensor of float32
         Means over the cells, shapes (N, C) with C of :data:`STAGE_WIDTHS`; the last is the input
         of the head's linear layer.
@@ -314,22 +266,21 @@ class WorkerSyncedBatchNorm2d(nn.BatchNorm2d):
         total, squares, number = reduced.split([self.num_features, self.num_features, 1])
         mean = total / number
         variance = (squares / number - mean.square()).clamp_min(0)
-        self._update_running(mean.detach(), variance.detach(), float(number.detach()))
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked += 1
+            # As torch's own: without a momentum, the plain mean over batches.
+            momentum = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+            total_count = float(number)
+            unbiased = variance * (total_count / max(total_count - 1, 1))
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(unbiased, momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         shift = self.bias - mean * scale
         normalised: torch.Tensor = images * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
         return normalised.to(input.dtype)
-
-    @torch.no_grad()
-    def _update_running(self, mean: torch.Tensor, variance: torch.Tensor, number: float) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked += 1
-        # As torch's own: without a momentum, the plain mean over batches.
-        momentum = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance * (number / max(number - 1, 1)), momentum)
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
@@ -361,11 +312,8 @@ class ProductConv2d(nn.Conv2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (N, C, H, W) to the output's channels."""
-        (height, width), (rows, columns), (above, left) = (
-            self.kernel_size,
-            self.stride,
-            (int(self.padding[0]), int(self.padding[1])),
-        )
+        (height, width), (rows, columns) = self.kernel_size, self.stride
+        above, left = (int(pixels) for pixels in self.padding)
         positions_per_channel = input[:, 0, ::rows, ::columns].numel() / self.out_channels
         is_small = positions_per_channel <= self.MAX_POSITIONS_PER_CHANNEL
         if not self.training or (height * width > 1 and not is_small):
@@ -391,36 +339,18 @@ def use_matrix_products(network: nn.Module) -> nn.Module:
     """
     for stage in ("layer3", "layer4"):
         for module in list(network.get_submodule(stage).modules()):
-            for name, child in module.named_children():
-                if type(child) is nn.Conv2d:
-                    setattr(module, name, _make_product(child))
+            for name, conv in module.named_children():
+                if type(conv) is nn.Conv2d:
+                    sizes = ("in_channels", "out_channels", "kernel_size", "stride", "padding")
+                    given: dict[str, Any] = {size: getattr(conv, size) for size in sizes}
+                    product = ProductConv2d(**given, bias=False)
+                    product.weight = conv.weight
+                    setattr(module, name, product)
     return network
 
 
-def _make_product(convolution: nn.Conv2d) -> ProductConv2d:
-    """Return a :class:`ProductConv2d` that shares a convolution's weight."""
-    product = ProductConv2d(
-        convolution.in_channels,
-        convolution.out_channels,
-        convolution.kernel_size,  # type: ignore[arg-type]  # torch's hints: of any length
-        stride=convolution.stride,  # type: ignore[arg-type]
-        padding=convolution.padding,  # type: ignore[arg-type]
-        bias=False,
-    )
-    product.weight = convolution.weight
-    return product
-
-
 def choose_norm_layer(mode: BatchNormMode, *, on_gpu: bool) -> type[nn.Module]:
-    """Choose the batch-norm class.
-
-    Parameters
-    ----------
-    mode : {"local", "sync", "frozen"}
-        Statistics of each worker's images, of all workers' images, or as loaded.
-    on_gpu : bool
-        Whether the workers use GPUs.
-    """
+    """Choose the batch-norm class; ``on_gpu`` says whether the workers use GPUs."""
     if mode == "sync":
         return nn.SyncBatchNorm if on_gpu else WorkerSyncedBatchNorm2d
     return FrozenBatchNorm2d if mode == "frozen" else nn.BatchNorm2d

@@ -17,13 +17,8 @@ BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 def choose_precision(asked: AskedPrecision, *, has_bf16: bool) -> Precision:
     """Choose the number format: the one asked for, or for `auto` bf16 where it is native.
 
-    Training, the statistics of the exported network and every engine choose by this rule.
-
-    Parameters
-    ----------
-    asked : {"auto", "fp32", "bf16", "int8"}
-    has_bf16 : bool
-        Whether all processors or GPUs that compute have bf16 instructions.
+    Training and every engine choose by this rule. ``has_bf16`` says whether all processors or GPUs
+    that compute have bf16 instructions.
     """
     if asked == "auto":
         return "bf16" if has_bf16 else "fp32"

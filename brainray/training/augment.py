@@ -81,32 +81,28 @@ class Augmentation:
 
 
 NO_AUGMENTATION = Augmentation(**dict.fromkeys(Augmentation.__slots__, 0.0))
-"""No change at all."""
 
 
 @dataclass(frozen=True, slots=True)
 class AugmentParams:
-    """Parameters drawn for N images: tensors on the CPU, float32 unless stated."""
+    """Parameters drawn for N images: tensors on the CPU, float32 of shape (N,) unless stated."""
 
     theta: torch.Tensor
     """Output to input coordinates, both in [-1, 1], shape (N, 2, 3); as ``affine_grid`` has it."""
     clahe_weight: torch.Tensor
-    """Share of the CLAHE version, shape (N,)."""
+    """Share of the CLAHE version."""
     clip_limit: torch.Tensor
-    """CLAHE's clip limit, shape (N,)."""
     gamma: torch.Tensor
-    """Exponent, shape (N,)."""
     bias: torch.Tensor
     """Relative change of brightness from the centre to the right and to the lower border, shape
     (N, 2)."""
     gain: torch.Tensor
-    """Factor, shape (N,)."""
     blur: torch.Tensor
-    """Standard deviation in shares of the side, shape (N,)."""
+    """Standard deviation in shares of the side."""
     noise: torch.Tensor
-    """Standard deviation in shares of the grey range, shape (N,)."""
+    """Standard deviation in shares of the grey range."""
     noise_key: torch.Tensor
-    """Seed of the noise of each image, int64, shape (N,)."""
+    """Seed of the noise, int64."""
 
 
 def sample_params(
@@ -122,10 +118,6 @@ def sample_params(
         Any numbers; equal ids get equal parameters.
     seed, epoch : int
         Not negative.
-
-    Returns
-    -------
-    AugmentParams
     """
     a, uniform = augmentation, _open_uniforms(image_ids, seed, epoch)
 
@@ -135,16 +127,20 @@ def sample_params(
     def happens(probability: float) -> NDArray[np.bool_]:
         return uniform() < probability
 
-    theta = _build_theta(
-        angle=symmetric(math.radians(a.rotation_deg)),
-        zoom=np.exp(symmetric(math.log1p(a.zoom))),
-        stretch=np.exp(symmetric(math.log1p(a.stretch))),
-        flips=(happens(a.flip_horizontal), happens(a.flip_vertical)),
-        shifts=(symmetric(2 * a.shift), symmetric(2 * a.shift)),  # the side is 2 long
-    )
+    angle = symmetric(math.radians(a.rotation_deg))
+    zoom = np.exp(symmetric(math.log1p(a.zoom)))
+    root = np.sqrt(np.exp(symmetric(math.log1p(a.stretch))))  # keeps the area
+    # The inverse of: shift, rotate, then scale and flip along the axes of the output.
+    scale_x = (1 - 2.0 * happens(a.flip_horizontal)) / (zoom * root)
+    scale_y = (1 - 2.0 * happens(a.flip_vertical)) * root / zoom
+    cosine, sine = np.cos(angle), np.sin(angle)
+    theta = [
+        [scale_x * cosine, -scale_y * sine, symmetric(2 * a.shift)],  # the side is 2 long
+        [scale_x * sine, scale_y * cosine, symmetric(2 * a.shift)],
+    ]
     is_grey = happens(a.grey_probability)
     drawn = {
-        "theta": theta,
+        "theta": np.stack([np.stack(row, 1) for row in theta], 1),
         "clahe_weight": uniform() * (happens(a.clahe) & is_grey),
         "clip_limit": CLIP_LIMITS[0] + uniform() * (CLIP_LIMITS[1] - CLIP_LIMITS[0]),
         "gamma": np.exp(symmetric(a.gamma) * is_grey),
@@ -156,26 +152,6 @@ def sample_params(
     tensors = {name: torch.from_numpy(values.astype(np.float32)) for name, values in drawn.items()}
     noise_key = torch.from_numpy((uniform() * 2**53).astype(np.int64))
     return AugmentParams(**tensors, noise_key=noise_key)
-
-
-def _build_theta(
-    *,
-    angle: NDArray[np.float64],
-    zoom: NDArray[np.float64],
-    stretch: NDArray[np.float64],
-    flips: tuple[NDArray[np.bool_], NDArray[np.bool_]],
-    shifts: tuple[NDArray[np.float64], NDArray[np.float64]],
-) -> NDArray[np.float64]:
-    """Build the inverse of: shift, rotate, then scale and flip along the axes of the output."""
-    root = np.sqrt(stretch)  # keeps the area
-    scale_x = (1 - 2.0 * flips[0]) / (zoom * root)
-    scale_y = (1 - 2.0 * flips[1]) * root / zoom
-    cosine, sine = np.cos(angle), np.sin(angle)
-    rows = [
-        [scale_x * cosine, -scale_y * sine, shifts[0]],
-        [scale_x * sine, scale_y * cosine, shifts[1]],
-    ]
-    return np.stack([np.stack(row, 1) for row in rows], 1)
 
 
 # ----------------------------------------------------------------------------------- random numbers
@@ -215,17 +191,15 @@ def _hash_pixels(keys: torch.Tensor, count: int) -> torch.Tensor:
     The arithmetic is that of :func:`_hash`: int64 wraps around as uint64 does, but its shift to the
     right repeats the sign bit, which is masked out.
     """
-    numbers = torch.arange(1, count + 1, device=keys.device) * _wrap(GOLDEN)
-    mixed = keys[:, None] + numbers
+
+    def wrap(unsigned: int) -> int:
+        return unsigned - 2**64 if unsigned >= 2**63 else unsigned
+
+    mixed = keys[:, None] + torch.arange(1, count + 1, device=keys.device) * wrap(GOLDEN)
     for shift, factor in SHIFTS_AND_FACTORS:
         mixed ^= (mixed >> shift) & (2 ** (64 - shift) - 1)
-        mixed *= _wrap(factor)
+        mixed *= wrap(factor)
     return mixed
-
-
-def _wrap(unsigned: int) -> int:
-    """Return the int64 of the same 64 bits."""
-    return unsigned - 2**64 if unsigned >= 2**63 else unsigned
 
 
 # -------------------------------------------------------------------------------------- application
@@ -246,22 +220,25 @@ def augment_images(
     params : AugmentParams
         Of :func:`sample_params`, for these images.
     size_px : int, optional
-        Side S of the result; H by default. See :attr:`TrainConfig.supersampling`.
+        Side S of the result; H by default.
 
     Returns
     -------
     Tensor of float32, shape (N, 1, S, S)
         Grey values, in [0, 1], on the images' device.
     """
-    assert images.dtype == torch.uint8, images.dtype
-    size_px = size_px or images.shape[-1]
     with torch.autocast(images.device.type, enabled=False):
         pixels = _blend_clahe(images, params)
-        pixels = _sample_affine(pixels, params.theta, size_px)
+        pixels = _sample_affine(pixels, params.theta, size_px or images.shape[-1])
         pixels = _change_brightness(pixels, params)
         pixels = _blur_some(pixels, params.blur)
         pixels = _add_rician_noise(pixels, params)
         return pixels.clamp_(0, 1).unsqueeze(1)
+
+
+def _per_image(values: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Return a value for each image as a factor of its pixels, on their device."""
+    return values.to(pixels.device).view(-1, 1, 1)
 
 
 def _blend_clahe(images: torch.Tensor, params: AugmentParams) -> torch.Tensor:
@@ -272,13 +249,12 @@ def _blend_clahe(images: torch.Tensor, params: AugmentParams) -> torch.Tensor:
     pixels = images.float().div_(255)
     rows = params.clahe_weight.nonzero().flatten()
     if len(rows):
-        weight, clip_limit = (
-            values[rows].to(images.device) for values in (params.clahe_weight, params.clip_limit)
-        )
-        rows = rows.to(images.device)
+        weight = _per_image(params.clahe_weight[rows], pixels)
+        clip_limit = params.clip_limit[rows].to(pixels.device)
+        rows = rows.to(pixels.device)
         stored = pixels[rows]
         change = apply_clahe(images[rows], clip_limit) - stored
-        pixels[rows] = stored + change * (weight.view(-1, 1, 1) * (stored > 0))
+        pixels[rows] = stored + change * (weight * (stored > 0))
     return pixels
 
 
@@ -301,13 +277,11 @@ def _centre_pixels(size_px: int, device: torch.device) -> tuple[torch.Tensor, to
 
 def _change_brightness(pixels: torch.Tensor, params: AugmentParams) -> torch.Tensor:
     """Apply gamma, bias field and gain; black stays black."""
-    gamma, gain = (
-        values.to(pixels.device).view(-1, 1, 1) for values in (params.gamma, params.gain)
-    )
     if bool((params.gamma != 1).any()):
-        pixels = pixels.pow_(gamma)
+        pixels = pixels.pow_(_per_image(params.gamma, pixels))
     if bool((params.bias != 0).any() or (params.gain != 1).any()):
-        bias_x, bias_y = params.bias.to(pixels.device)[:, None, None].unbind(-1)
+        gain = _per_image(params.gain, pixels)
+        bias_x, bias_y = (_per_image(values, pixels) for values in params.bias.unbind(1))
         y, x = _centre_pixels(pixels.shape[1], pixels.device)
         pixels = pixels.mul_(bias_x * x * gain + (bias_y * y + 1) * gain)
     return pixels
@@ -361,7 +335,7 @@ def _add_rician_noise(pixels: torch.Tensor, params: AugmentParams) -> torch.Tens
     """
     rows = params.noise.nonzero().flatten()
     if len(rows):
-        sigma = params.noise[rows].to(pixels.device).view(-1, 1, 1)
+        sigma = _per_image(params.noise[rows], pixels)
         bits = _hash_pixels(params.noise_key[rows].to(pixels.device), pixels[0].numel())
         bits = bits.view(-1, *pixels.shape[1:])
         # Box and Muller's radius and angle; 24 bits are what float32 can hold.

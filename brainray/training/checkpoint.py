@@ -7,7 +7,6 @@ pickled.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -55,7 +54,7 @@ def save_checkpoint(
 def load_network_weights(folder: Path) -> StateDict:
     """Read the weights to export: the averaged ones, if the run keeps them."""
     tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
-    return _strip(tensors, "averaged.module.") or _strip(tensors, "network.")
+    return _select(tensors, "averaged.module.") or _select(tensors, "network.")
 
 
 def load_checkpoint(
@@ -67,12 +66,12 @@ def load_checkpoint(
 ) -> Progress:
     """Restore network, averaged weights and optimiser from a checkpoint."""
     tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
-    network.load_state_dict(_strip(tensors, "network."))
+    network.load_state_dict(_select(tensors, "network."))
     if averaged is not None:
-        averaged.load_state_dict(_strip(tensors, "averaged."))
+        averaged.load_state_dict(_select(tensors, "averaged."))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     slots: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in _strip(tensors, "optimizer.").items():
+    for name, tensor in _select(tensors, "optimizer.").items():
         index, slot = name.split(".")
         parameter = parameters[int(index)]
         if tensor.shape == parameter.shape:
@@ -80,12 +79,12 @@ def load_checkpoint(
             # channels-last; the file is row-major.
             tensor = torch.empty_like(parameter, dtype=tensor.dtype, device="cpu").copy_(tensor)
         slots.setdefault(int(index), {})[slot] = tensor
-    state: dict[str, Any] = {**optimizer.state_dict(), "state": slots}
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
     return Progress(**json.loads((folder / PROGRESS_FILE).read_text()))
 
 
-def _strip(tensors: StateDict, prefix: str) -> StateDict:
+def _select(tensors: StateDict, prefix: str) -> StateDict:
+    """Return the tensors of a prefix, without it."""
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()

@@ -1,5 +1,7 @@
 """Contrast-limited adaptive histogram equalisation (CLAHE) of a batch, on the CPU or a GPU."""
 
+import math
+
 import torch
 
 TILES = 8
@@ -34,64 +36,56 @@ def apply_clahe(images: torch.Tensor, clip_limits: torch.Tensor) -> torch.Tensor
     ----------
     .. [1] Zuiderveld, Contrast limited adaptive histogram equalization, Graphics Gems IV, 1994.
     """
-    _, height, width = images.shape
-    rows, columns = _Axis(height, images.device), _Axis(width, images.device)
-    curves = _build_curves(images, clip_limits, rows, columns)
-    bins = _number_bins(images)
+    count, *sides = images.shape
+    tile_px = [-(-side // TILES) for side in sides]
+    numbers = torch.arange(count, device=images.device).view(-1, 1, 1)
+    first_bins = numbers * (TILES**2 * NUM_LEVELS)  # of each image's histograms
 
-    def look_up(row_tiles: torch.Tensor, column_tiles: torch.Tensor) -> torch.Tensor:
-        return curves.take(bins + _offset_tiles(row_tiles, column_tiles))
+    def offset_tiles(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Return what is added for the tiles of rows and columns, shape (H, W)."""
+        return (rows[:, None] * TILES + columns) * NUM_LEVELS
 
-    # Each pixel blends the curves of the four tiles whose centres are around it.
-    upper, lower = (
-        _blend(look_up(tiles, columns.before), look_up(tiles, columns.after), columns.weight)
-        for tiles in (rows.before, rows.after)
-    )
-    return _blend(upper, lower, rows.weight[:, None]).clamp_(0, 1)
-
-
-class _Axis:
-    """Where the pixels of one axis lie among the tiles."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.tile_px = -(-size // TILES)
-        padded = torch.arange(self.tile_px * TILES, device=device)
-        self.tile = padded // self.tile_px
-        """Tile of each pixel, after padding to whole tiles."""
-        self.source = torch.where(padded < size, padded, 2 * (size - 1) - padded)
-        """Pixel that each of them shows: the padding mirrors the image at its border."""
-        position = padded[:size] / self.tile_px - 0.5
-        before = position.floor()
-        self.before = before.long().clamp(min=0)
-        self.after = (before.long() + 1).clamp(max=TILES - 1)
-        self.weight = position - before
-        """Share of the tile after, in [0, 1)."""
-
-
-def _build_curves(
-    images: torch.Tensor, clip_limits: torch.Tensor, rows: _Axis, columns: _Axis
-) -> torch.Tensor:
-    """Return what each grey level of each tile becomes, shape (N, tiles, 256)."""
-    padded = images[:, rows.source][:, :, columns.source]
-    bins = _number_bins(padded).add_(_offset_tiles(rows.tile, columns.tile))
-    shape = (len(images), TILES * TILES, NUM_LEVELS)
-    counts = torch.bincount(bins.flatten(), minlength=shape[0] * shape[1] * shape[2])
-    area = rows.tile_px * columns.tile_px
+    # What each grey level of each tile becomes: the mirrored border pads the image to whole tiles.
+    padded, tiles = images, []
+    for axis, (side, size_px) in enumerate(zip(sides, tile_px, strict=True), start=1):
+        position = torch.arange(size_px * TILES, device=images.device)
+        tiles.append(position // size_px)
+        source = torch.where(position < side, position, 2 * (side - 1) - position)
+        padded = padded.index_select(axis, source)
+    bins = (padded + first_bins).add_(offset_tiles(*tiles))
+    shape = (count, TILES**2, NUM_LEVELS)
+    counts = torch.bincount(bins.flatten(), minlength=math.prod(shape))
+    area = tile_px[0] * tile_px[1]
     limits = (clip_limits * (area / NUM_LEVELS)).view(-1, 1, 1)
     clipped = counts.view(shape).float().minimum(limits)
     excess = area - clipped.sum(-1, keepdim=True)
-    return (clipped + excess / NUM_LEVELS).cumsum(-1) / area
+    curves = (clipped + excess / NUM_LEVELS).cumsum(-1) / area
+
+    # Each pixel blends the curves of the four tiles whose centres are around it.
+    (above, below, down), (left, right, across) = (
+        _find_tiles(side, size_px, images.device)
+        for side, size_px in zip(sides, tile_px, strict=True)
+    )
+    bins = images + first_bins
+    upper, lower = (
+        _blend(
+            curves.take(bins + offset_tiles(rows, left)),
+            curves.take(bins + offset_tiles(rows, right)),
+            across,
+        )
+        for rows in (above, below)
+    )
+    return _blend(upper, lower, down[:, None]).clamp_(0, 1)
 
 
-def _number_bins(images: torch.Tensor) -> torch.Tensor:
-    """Return the histogram bin of each pixel, int64, as if it were in its image's first tile."""
-    numbers = torch.arange(len(images), device=images.device).view(-1, 1, 1)
-    return images + numbers * (TILES**2 * NUM_LEVELS)
-
-
-def _offset_tiles(row_tiles: torch.Tensor, column_tiles: torch.Tensor) -> torch.Tensor:
-    """Return what a tile adds to that number, shape (H, W), from the tiles of rows and columns."""
-    return (row_tiles[:, None] * TILES + column_tiles) * NUM_LEVELS
+def _find_tiles(
+    side: int, tile_px: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the tiles before and after each pixel of an axis, and the share of the latter."""
+    position = torch.arange(side, device=device) / tile_px - 0.5
+    floor = position.floor()
+    before, after = floor.long().clamp(min=0), (floor.long() + 1).clamp(max=TILES - 1)
+    return before, after, position - floor
 
 
 def _blend(first: torch.Tensor, second: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ from brainray.model.network import BatchNormMode
 from brainray.training.augment import Augmentation
 from brainray.training.optim import Optimisation
 
+LoaderName = Literal["auto", "resident", "stream"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
@@ -75,21 +77,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_classes(self.classes)
-        positive = ("num_epochs", "global_batch_size")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("head_epochs", "patience_epochs"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if not 1 <= self.supersampling <= 4:
-            raise ConfigError(f"supersampling must be in [1, 4], got {self.supersampling}.")
-        if not 0 < self.val_fraction <= 0.5:
-            raise ConfigError(f"val_fraction must be in (0, 0.5], got {self.val_fraction}.")
-        if not 0 <= self.test_fraction <= 0.5:
-            raise ConfigError(f"test_fraction must be in [0, 0.5], got {self.test_fraction}.")
-        if not 0 < self.group_correlation <= 1:
-            raise ConfigError(f"group_correlation must be in (0, 1], got {self.group_correlation}.")
+        checks = {
+            "num_epochs": (self.num_epochs >= 1, "must be at least 1"),
+            "global_batch_size": (self.global_batch_size >= 1, "must be at least 1"),
+            "head_epochs": (self.head_epochs >= 0, "must not be negative"),
+            "patience_epochs": (self.patience_epochs >= 0, "must not be negative"),
+            "supersampling": (1 <= self.supersampling <= 4, "must be in [1, 4]"),
+            "val_fraction": (0 < self.val_fraction <= 0.5, "must be in (0, 0.5]"),
+            "test_fraction": (0 <= self.test_fraction <= 0.5, "must be in [0, 0.5]"),
+            "group_correlation": (0 < self.group_correlation <= 1, "must be in (0, 1]"),
+        }
+        for name, (holds, expected) in checks.items():
+            if not holds:
+                raise ConfigError(f"{name} {expected}, got {getattr(self, name)}.")
 
     @property
     def train_preprocessing(self) -> Preprocessing:
@@ -116,7 +116,7 @@ class ScalingOptions:
     """Train on GPUs."""
     max_failures: int = 3
     """Restarts of a failed worker group from its last checkpoint."""
-    loader: Literal["auto", "resident", "stream"] = "auto"
+    loader: LoaderName = "auto"
     """`resident` decodes once and keeps all pixels in every node's object store; `stream` decodes
     again in each epoch. `auto` is `resident` if the pixels fit the smallest node's object store."""
 
@@ -128,13 +128,6 @@ class ScalingOptions:
                 f"min_workers must be in [1, num_workers={self.num_workers}], "
                 f"got {self.min_workers}."
             )
-
-    @property
-    def worker_range(self) -> int | tuple[int, int]:
-        """Number of workers, or the fewest and the most."""
-        if self.min_workers is None or self.min_workers == self.num_workers:
-            return self.num_workers
-        return self.min_workers, self.num_workers
 
 
 RANGES = ("learning_rate", "weight_decay", "grey_strength", "geometric_strength")

@@ -7,18 +7,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 from numpy.typing import NDArray
 
 from brainray import runlog, storage
-from brainray.cluster import check_fits, connect_ray
 from brainray.data.labelled import FoundSamples, find_samples
 from brainray.data.splits import assign_folds, assign_splits
-from brainray.evaluation.prepared import (
-    GroupedData,
-    PreparedData,
-    split_samples,
-)
+from brainray.evaluation.prepared import GroupedData, PreparedData, split_samples
 from brainray.evaluation.rows import read_evaluation_rows
 from brainray.evaluation.scoring import (
     METRICS_FILE,
@@ -28,22 +22,21 @@ from brainray.evaluation.scoring import (
 )
 from brainray.inference.schema import stack_lists
 from brainray.metrics import compute_curves
-from brainray.model.network import fetch_weights
+from brainray.model.network import StateDict
 from brainray.provenance import describe_versions, read_code_revision
 from brainray.reports.evaluation import render_evaluation_report
 from brainray.runlog import Log
 from brainray.training.config import TrainConfig
-from brainray.training.fit import describe_training_needs
-from brainray.training.prepare import group_training_data
 from brainray.training.run import (
     OnStep,
     TrainJob,
     check_run,
-    describe_run,
     find_finished,
     keep_manifest,
+    make_plain,
+    open_data,
 )
-from brainray.training.train import describe_plan, train_prepared
+from brainray.training.train import log_plan, train_prepared
 
 logger = logging.getLogger(__name__)
 
@@ -67,51 +60,38 @@ def cross_validate(
     The training images (and a val split's, if there is one) are divided into folds; no group is
     split between folds. Each fold is the test split of a run in a folder of its own. That run takes
     its validation split, which chooses the epoch, from the other folds. A test split of the data
-    set is not used. An interrupted job is resumed.
-
-    Parameters
-    ----------
-    job : TrainJob
-        What to train, with ``folds``.
-    log, on_step, verbose
-        As of :func:`brainray.training.train.train`.
+    set is not used. An interrupted job is resumed. Parameters, with ``job.folds``, and errors are
+    those of :func:`brainray.training.train.train`.
 
     Returns
     -------
     dict
-        The content of metrics.json: see :func:`evaluate_folds`.
-
-    Raises
-    ------
-    UserError
-        The user can fix it; the run so far is kept.
-    TrainingError
-        The workers failed more often than ``max_failures``.
+        The content of metrics.json: ``folds``, a row for each; ``spread``, from
+        :func:`summarise_folds`; and ``cv``, the pooled predictions' scores from
+        :func:`brainray.evaluation.scoring.evaluate_split`.
     """
     assert job.folds is not None, "train() is for this"
     finished = find_finished(job, log)
     if finished is not None:
         return finished
-    found = find_training_samples(job)
-    weights = fetch_weights(job.config.weights, job.config.weights_uri)
-    connect_ray(verbose=verbose)
-    check_fits(describe_training_needs(job.scaling))
-    data = group_training_data(found, job.config, job.scaling.loader)
+    data, weights = open_data(job, find_training_samples(job), verbose=verbose)
     labels = data.labels[data.kept]
     folds = assign_folds(labels, data.groups, job.folds, seed=job.config.seed)
     splits = [  # all before the first training: an impossible split fails now
         split_fold(folds, number, labels, data.groups, job.config) for number in range(job.folds)
     ]
-    pooled = pool_data(data, folds, job.config.classes)
-    describe_plan(job, pooled, name_folds(job.folds), log)
+    names = [f"fold-{number}" for number in range(job.folds)]
+    # In the manifest, each image's fold is its split, and its nearest image is of another fold.
+    outside = {name: [other for other in names if other != name] for name in names}
+    pooled = split_samples(data, job.config.classes, np.array(names)[folds], outside)
+    log_plan(job, pooled, names, log)
     keep_manifest(job, pooled)
-    shared_weights = ray.put(weights)
-    runs = list_runs(job)
+    runs = [replace(job, output_uri=job.at(name), fold=n) for n, name in enumerate(names)]
     results = [
-        train_fold(run, data, split, shared_weights, log, on_step)
+        _train_fold(run, data, split, weights, log, on_step)
         for run, split in zip(runs, splits, strict=True)
     ]
-    return evaluate_folds(job, pooled, results, log)
+    return _evaluate_folds(job, pooled, runs, results, log)
 
 
 def find_training_samples(job: TrainJob) -> FoundSamples:
@@ -126,25 +106,7 @@ def find_training_samples(job: TrainJob) -> FoundSamples:
 def split_fold(
     folds: Numbers, number: int, labels: Numbers, groups: Numbers, config: TrainConfig
 ) -> NDArray[np.str_]:
-    """Split the images for the run that holds out one fold.
-
-    Parameters
-    ----------
-    folds, labels, groups : ndarray of int64, shape (n,)
-        Of the readable images.
-    number : int
-        The held-out fold.
-
-    Returns
-    -------
-    ndarray of str, shape (n,)
-        "test" for the fold's images; "val" for whole groups of the others; else "train".
-
-    Raises
-    ------
-    DataError
-        A class has too few groups for a validation split.
-    """
+    """Split images for the run that holds out a fold: "test", whole groups as "val", "train"."""
     return assign_splits(
         np.where(folds == number, "test", "train").tolist(),
         labels,
@@ -155,42 +117,15 @@ def split_fold(
     )
 
 
-def pool_data(data: GroupedData, folds: Numbers, classes: Sequence[str]) -> PreparedData:
-    """Use each image's fold as its split, and find its nearest image in the other folds."""
-    names = name_folds(int(folds.max()) + 1)
-    outside = {name: [other for other in names if other != name] for name in names}
-    return split_samples(data, classes, np.array(names)[folds], outside)
-
-
-def name_folds(num_folds: int) -> list[str]:
-    """Return the folds' names: their folders, and their split in the manifest."""
-    return [f"fold-{number}" for number in range(num_folds)]
-
-
-def list_runs(job: TrainJob) -> list[TrainJob]:
-    """Return the run of each fold."""
-    assert job.folds is not None
-    return [
-        replace(job, output_uri=job.at(name), fold=number)
-        for number, name in enumerate(name_folds(job.folds))
-    ]
-
-
-def train_fold(
+def _train_fold(
     run: TrainJob,
     data: GroupedData,
     splits: NDArray[np.str_],
-    weights: "ray.ObjectRef[Any]",
+    weights: StateDict | None,
     log: Log,
     on_step: OnStep,
 ) -> dict[str, Any]:
-    """Train without a fold and evaluate on it, unless that is finished already.
-
-    Returns
-    -------
-    dict
-        The content of the run's metrics.json.
-    """
+    """Train without a fold and evaluate on it, unless that is finished; return metrics.json."""
     assert run.fold is not None
     title = f"Fold {run.fold + 1} of {run.folds}"
     is_resumed = check_run(run)
@@ -207,27 +142,15 @@ def train_fold(
     return train_prepared(run, prepared, weights, log, on_step)
 
 
-def evaluate_folds(
-    job: TrainJob, data: PreparedData, results: Sequence[dict[str, Any]], log: Log
+def _evaluate_folds(
+    job: TrainJob,
+    data: PreparedData,
+    runs: Sequence[TrainJob],
+    results: Sequence[dict[str, Any]],
+    log: Log,
 ) -> dict[str, Any]:
     """Evaluate the pooled predictions of all folds; write predictions, report and metrics.
 
-    Parameters
-    ----------
-    data : PreparedData
-        From :func:`pool_data`.
-    results : sequence of dict
-        Content of each fold's metrics.json.
-
-    Returns
-    -------
-    dict
-        The content of metrics.json: ``folds``, a list from :func:`describe_fold`; ``spread``, from
-        :func:`summarise_folds`; and ``cv``, the pooled predictions' scores from
-        :func:`brainray.evaluation.scoring.evaluate_split`.
-
-    Notes
-    -----
     The intervals of ``cv`` resample groups of images. They do not include the variation from
     another division into folds or another seed. The AUROC of ``cv`` ranks probabilities of
     different classifiers together; it falls below the folds' mean AUROC where these are
@@ -238,8 +161,8 @@ def evaluate_folds(
     .. [1] Forman and Scholz, "Apples-to-apples in cross-validation studies", ACM SIGKDD
        Explorations 12 (2010).
     """
-    classes, runs = job.config.classes, list_runs(job)
-    predictions = pool_predictions(runs)
+    classes = job.config.classes
+    predictions = pa.concat_tables(_read_predictions(run) for run in runs)
     log(f"Evaluating the pooled predictions of {predictions.num_rows:,} held-out images.")
     numbers = {path: number for number, path in enumerate(data.manifest["path"].to_pylist())}
     indices = np.array([numbers[path] for path in predictions["path"].to_pylist()], np.int64)
@@ -247,7 +170,7 @@ def evaluate_folds(
     assert np.array_equal(np.sort(indices), usable), "every image has exactly one prediction"
     probs = stack_lists(predictions["probs"])
     storage.write_table(job.at("predictions", f"{POOLED}.parquet"), predictions)
-    folds = [describe_fold(number, result) for number, result in enumerate(results)]
+    folds = [_describe_fold(number, result) for number, result in enumerate(results)]
     metrics: dict[str, Any] = {
         "schema_version": METRICS_SCHEMA_VERSION,
         "classes": list(classes),
@@ -263,7 +186,7 @@ def evaluate_folds(
         epochs=(),
         curves={POOLED: compute_curves(data.labels[indices], probs, classes)},
         mistakes=draw_mistakes(data, predictions, classes, job.config.preprocessing),
-        configuration=describe_run(job)["config"],
+        configuration=make_plain(job.config),
         facts={
             "Recipe": job.recipe,
             "Data": job.data_uri,
@@ -279,26 +202,15 @@ def evaluate_folds(
     return metrics
 
 
-def pool_predictions(runs: Sequence[TrainJob]) -> pa.Table:
-    """Concatenate the folds' predictions, with a column ``fold`` in place of ``split``."""
-    tables = []
-    for run in runs:
-        table = read_evaluation_rows(run.at("predictions", "test.parquet"))
-        number = pa.array([run.fold] * table.num_rows, pa.int64())
-        tables.append(table.set_column(table.column_names.index("split"), "fold", number))
-    return pa.concat_tables(tables)
+def _read_predictions(run: TrainJob) -> pa.Table:
+    """Read a fold's predictions, with a column ``fold`` in place of ``split``."""
+    table = read_evaluation_rows(run.at("predictions", "test.parquet"))
+    number = pa.array([run.fold] * table.num_rows, pa.int64())
+    return table.set_column(table.column_names.index("split"), "fold", number)
 
 
-def describe_fold(number: int, result: dict[str, Any]) -> dict[str, Any]:
-    """Return a fold's row in the report's table of folds.
-
-    Parameters
-    ----------
-    number : int
-        From 0.
-    result : dict
-        The content of its metrics.json.
-    """
+def _describe_fold(number: int, result: dict[str, Any]) -> dict[str, Any]:
+    """Return a fold's row in the report, from its metrics.json."""
     scores, training = result["test"], result["training"]
     names = [name for score in FOLD_SCORES for name in (score, f"{score}_ci95")]
     return {
@@ -312,21 +224,10 @@ def describe_fold(number: int, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarise_folds(folds: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Compute mean, standard deviation and range of the folds' scores.
+    """Compute mean, standard deviation (with K − 1) and range of the folds' scores.
 
     They describe the K folds and are not a confidence interval: the folds share training images,
-    and the variance of their mean has no unbiased estimator [1]_.
-
-    Parameters
-    ----------
-    folds : sequence of dict
-        From :func:`describe_fold`; at least two.
-
-    Returns
-    -------
-    dict
-        For accuracy, macro_f1 and macro_auroc: ``mean``, ``sd`` (standard deviation with K − 1),
-        ``min`` and ``max``; every fold has the same weight.
+    and the variance of their mean has no unbiased estimator [1]_. Every fold has the same weight.
 
     References
     ----------

@@ -31,15 +31,7 @@ class DemoJob:
 def run_demo(
     job: DemoJob, config: TrainConfig, log: Log, on_step: OnStep
 ) -> tuple[dict[str, Any], str]:
-    """Run the demonstration.
-
-    Returns
-    -------
-    metrics : dict
-        The content of metrics.json.
-    output_uri : str
-        Output of the run.
-    """
+    """Run the demonstration; return the content of metrics.json, and the run's output."""
     root = Path(storage.make_absolute(job.output_path))
     scans = root / f"phantoms-{job.num_train_per_class}-{job.num_test_per_class}-{job.seed}"
     if not scans.exists():

@@ -2,9 +2,8 @@
 
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -18,14 +17,14 @@ from ray.train import (
     UserCallback,
 )
 from ray.train.torch import TorchTrainer
-from ray.util.queue import Empty, Queue
+from ray.util.queue import Queue
 
 from brainray import runlog, storage
-from brainray.cluster import Bundle, Need, list_nodes, report_waiting, share_cpus
+from brainray.cluster import Bundle, report_waiting
 from brainray.errors import TrainingError
 from brainray.evaluation.prepared import PreparedData
+from brainray.model.network import StateDict
 from brainray.runlog import Log
-from brainray.training.config import ScalingOptions
 from brainray.training.loader import (
     TRAIN_DATASET,
     LoaderSetup,
@@ -35,27 +34,19 @@ from brainray.training.loader import (
 )
 from brainray.training.loop import WorkerSetup
 from brainray.training.mlflow_log import open_log
-from brainray.training.run import CHECKPOINTS_FOLDER, RECORDS_FILE, OnStep, TrainJob
-from brainray.training.worker import train_worker
-
-
-def describe_training_needs(scaling: ScalingOptions) -> Need:
-    """Return the resources that training needs at least."""
-    least = scaling.min_workers or scaling.num_workers
-    others = {"GPU": 1.0} if scaling.use_gpu else {}
-    return Need(
-        bundle={"CPU": share_cpus(scaling.num_workers, list_nodes(), **others), **others},
-        count=least,
-        what="training worker",
-        remedy="lower --num-workers, or allow fewer with --min-workers"
-        + (", or drop --use-gpu" if scaling.use_gpu else ""),
-    )
+from brainray.training.run import (
+    CHECKPOINTS_FOLDER,
+    RECORDS_FILE,
+    OnStep,
+    TrainJob,
+    describe_training_needs,
+)
 
 
 def fit(
     job: TrainJob,
     data: PreparedData,
-    weights: "ray.ObjectRef[Any]",
+    weights: StateDict | None,
     log: Log,
     on_step: OnStep,
     callbacks: Sequence[UserCallback] = (),
@@ -72,19 +63,17 @@ def fit(
         The workers failed more often than ``max_failures``.
     """
     need = describe_training_needs(job.scaling)
-    loader = plan_loader(job, data, need.bundle["CPU"])
-    log(describe_loader(loader))
-    with relay_progress(job, log, on_step) as messages, report_waiting([need], log):
+    loader = _plan_loader(job, data, need.bundle["CPU"], log)
+    with _relay_progress(job, log, on_step) as messages, report_waiting([need], log):
         setup = WorkerSetup(
             config=job.config,
             loader=loader,
             weights=weights,
             records_uri=job.at(RECORDS_FILE),
             tensorboard_uri=job.at("tensorboard"),
-            use_gpu=job.scaling.use_gpu,
             messages=messages,
         )
-        trainer = build_trainer(job, setup, need.bundle, callbacks)
+        trainer = _build_trainer(job, setup, need.bundle, callbacks)
         on_interrupt = signal.getsignal(signal.SIGINT)
         try:
             return trainer.fit()
@@ -97,47 +86,60 @@ def fit(
                 signal.signal(signal.SIGINT, on_interrupt)
 
 
-def plan_loader(job: TrainJob, data: PreparedData, cpus_per_worker: float) -> LoaderSetup:
+def _plan_loader(
+    job: TrainJob, data: PreparedData, cpus_per_worker: float, log: Log
+) -> LoaderSetup:
     """Choose how the workers load images; a stream decodes on the CPUs that they do not use."""
+    preprocessing = job.config.train_preprocessing
     free_cpus = ray.cluster_resources()["CPU"] - job.scaling.num_workers * cpus_per_worker
-    return LoaderSetup(
-        kind=choose_loader(job.scaling.loader, data.store, job.config.train_preprocessing),
+    loader = LoaderSetup(
+        kind=choose_loader(job.scaling.loader, data.store, preprocessing),
         train_ids=data.select("train"),
         val_ids=data.select("val"),
         labels=data.labels,
         store=data.store,
         preprocessing=job.config.preprocessing,
-        train_preprocessing=job.config.train_preprocessing,
+        train_preprocessing=preprocessing,
         global_batch_size=job.config.global_batch_size,
         seed=job.config.seed,
         num_tasks=max(1, int(free_cpus)),
     )
+    num_images = len(loader.train_ids) + len(loader.val_ids)
+    mebibytes = num_images * preprocessing.size_px**2 / 2**20
+    log(
+        f"Loader: {loader.kind}; {mebibytes:,.0f} MiB of pixels at {preprocessing.size_px} px "
+        + (
+            "in the object store."
+            if loader.kind == "resident"
+            else f"decoded in each epoch by {loader.num_tasks} concurrent tasks."
+        )
+    )
+    return loader
 
 
-def describe_loader(loader: LoaderSetup) -> str:
-    """Describe in one line how images are loaded."""
-    size_px = loader.train_preprocessing.size_px
-    count = len(loader.train_ids) + len(loader.val_ids)
-    pixels = f"{count * size_px**2 / 2**20:,.0f} MiB of pixels at {size_px} px"
-    if loader.kind == "resident":
-        return f"Loader: resident; {pixels} in the object store."
-    return f"Loader: stream; {pixels} decoded in each epoch by {loader.num_tasks} concurrent tasks."
-
-
-def build_trainer(
-    job: TrainJob, setup: WorkerSetup, bundle: Bundle, callbacks: Sequence[UserCallback] = ()
+def _build_trainer(
+    job: TrainJob, setup: WorkerSetup, bundle: Bundle, callbacks: Sequence[UserCallback]
 ) -> TorchTrainer:
     """Build Ray Train's trainer: workers, resources, failure and checkpoint policy."""
-    scaling = job.scaling
+
+    # A nested function is pickled as a whole. Of a module's, Ray Train's controller would import
+    # the module, and with it torch and torchvision, for nothing.
+    def train_worker(loop_config: dict[str, Any]) -> None:
+        from brainray.training.loop import Worker
+
+        Worker(ray.get(loop_config["setup"])).run()
+
+    scaling, is_stream = job.scaling, setup.loader.kind == "stream"
     filesystem, path = storage.resolve(job.output_uri)
-    is_stream = setup.loader.kind == "stream"
+    fewest = scaling.min_workers or scaling.num_workers
+    is_elastic = fewest < scaling.num_workers
     return TorchTrainer(
         train_worker,
         train_loop_config={"setup": ray.put(setup)},
         datasets={TRAIN_DATASET: build_train_dataset(setup.loader)} if is_stream else None,
         dataset_config=build_data_config() if is_stream else None,
         scaling_config=ScalingConfig(
-            num_workers=scaling.worker_range,  # type: ignore[arg-type]  # Ray takes a range
+            num_workers=(fewest, scaling.num_workers) if is_elastic else scaling.num_workers,  # type: ignore[arg-type]  # Ray takes a range
             use_gpu=scaling.use_gpu,
             resources_per_worker=bundle,
             # A CPU worker uses all cores of its node.
@@ -157,7 +159,7 @@ def build_trainer(
     )
 
 
-def _find_cause(error: BaseException) -> str:
+def _find_cause(error: TrainingFailedError) -> str:
     failures = getattr(error, "worker_failures", None) or {}
     first = next(iter(failures.values()), error)
     lines = [line for line in str(first).strip().splitlines() if line.strip()]
@@ -165,19 +167,18 @@ def _find_cause(error: BaseException) -> str:
 
 
 @contextmanager
-def relay_progress(job: TrainJob, log: Log, on_step: OnStep) -> Iterator[Queue]:
+def _relay_progress(job: TrainJob, log: Log, on_step: OnStep) -> Iterator[Queue]:
     """Relay messages of rank 0 to ``log`` and ``on_step``, and its records to MLflow."""
     log_record = open_log(job)
     messages = Queue(actor_options={"num_cpus": 0})
-    stopped = threading.Event()
 
     def relay() -> None:
-        while not stopped.is_set():
+        while True:
             try:
-                message = messages.get(timeout=1.0)
-            except Empty:
-                continue
+                message = messages.get()
             except ray.exceptions.RayError:
+                return
+            if message is None:
                 return
             if "record" in message:
                 log(runlog.format_epoch(message["record"]))
@@ -189,11 +190,12 @@ def relay_progress(job: TrainJob, log: Log, on_step: OnStep) -> Iterator[Queue]:
 
     thread = threading.Thread(target=relay, name="relay", daemon=True)
     thread.start()
+    timeout_s: float | None = 5
     try:
         yield messages
-        while not messages.empty() and thread.is_alive():
-            time.sleep(0.05)
+        timeout_s = None  # until all is relayed
     finally:
-        stopped.set()
-        thread.join(timeout=5)
+        with suppress(ray.exceptions.RayError):  # the queue may be lost with its node
+            messages.put(None)
+        thread.join(timeout_s)
         messages.shutdown(grace_period_s=0)

@@ -11,9 +11,10 @@ Both loaders yield uint8 images and have the same interface.
   Data counts epochs from its own start.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ from brainray.data.scan_store import ScanStore
 from brainray.errors import ConfigError, TrainingError
 from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import ReadOptions, open_slice
+from brainray.training.config import LoaderName
 
 Indices = NDArray[np.int64]
 
@@ -51,32 +53,11 @@ class Batch:
     """One worker's share of a step's global batch."""
 
     images: torch.Tensor
-    """uint8, shape (n, size, size), of the training or of the network's preprocessing."""
+    """uint8, shape (n, size_px, size_px)."""
     labels: torch.Tensor
     """int64, shape (n,)."""
     image_ids: Indices
     """Sample numbers, shape (n,)."""
-
-
-class Loader(Protocol):
-    """Yields one worker's share of the images."""
-
-    @property
-    def global_batch_size(self) -> int:
-        """Images of one step, over all workers."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps of one epoch; an incomplete last step is dropped."""
-
-    def iterate_epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield an epoch's batches of images to augment in random order, one for each step."""
-
-    def iterate_once(self, image_ids: Indices) -> Iterator[Batch]:
-        """Yield each network input once, divided among the workers; the last may be shorter."""
-
-    def load_inputs(self, image_ids: Indices) -> Batch:
-        """Return the network's inputs of images of this worker's choice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,9 +66,7 @@ class LoaderSetup:
 
     kind: Literal["resident", "stream"]
     train_ids: Indices
-    """Sample numbers to train on."""
     val_ids: Indices
-    """Sample numbers to validate on."""
     labels: Indices
     """Class of every sample of the data set, by sample number."""
     store: ScanStore
@@ -97,21 +76,14 @@ class LoaderSetup:
     """Of the images to augment."""
     global_batch_size: int
     seed: int
-    """Seeds the order of every epoch."""
     num_tasks: int = 1
     """Concurrent decoding tasks of the stream."""
 
 
 def choose_loader(
-    asked: Literal["auto", "resident", "stream"], store: ScanStore, preprocessing: Preprocessing
+    asked: LoaderName, store: ScanStore, preprocessing: Preprocessing
 ) -> Literal["resident", "stream"]:
-    """Choose the loader.
-
-    Raises
-    ------
-    ConfigError
-        `resident` is requested, but the pixels do not fit.
-    """
+    """Choose the loader; raise ConfigError if `resident` is requested and the pixels do not fit."""
     fits = store.holds_pixels(preprocessing)
     if asked == "resident" and not fits:
         raise ConfigError(
@@ -122,12 +94,6 @@ def choose_loader(
     return "resident" if fits and asked != "stream" else "stream"
 
 
-def open_loader(setup: LoaderSetup, rank: int, world_size: int, device: torch.device) -> Loader:
-    """Create one worker's loader."""
-    kind = ResidentLoader if setup.kind == "resident" else StreamLoader
-    return kind(setup, rank, world_size, device)
-
-
 def share_of(rank: int, world_size: int, num_images: int) -> slice:
     """Return a worker's slice of a global batch; slices differ by at most one image."""
     base, extra = divmod(num_images, world_size)
@@ -135,30 +101,45 @@ def share_of(rank: int, world_size: int, num_images: int) -> slice:
     return slice(start, start + base + (rank < extra))
 
 
-# ----------------------------------------------------------------------------------------- resident
+class Loader(ABC):
+    """Yields one worker's share of the images."""
 
-
-class ResidentLoader:
-    """Takes batches from pixels in the node's object store or in the GPU's memory."""
+    global_batch_size: int
+    """Images of one step, over all workers."""
+    steps_per_epoch: int
+    """Steps of one epoch; an incomplete last step is dropped."""
 
     def __init__(
         self, setup: LoaderSetup, rank: int, world_size: int, device: torch.device
     ) -> None:
         self._setup, self._rank, self._world_size, self._device = setup, rank, world_size, device
         self._labels = torch.tensor(setup.labels)
+
+    @abstractmethod
+    def iterate_epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yield an epoch's batches of images to augment in random order, one for each step."""
+
+    @abstractmethod
+    def iterate_once(self, image_ids: Indices) -> Iterator[Batch]:
+        """Yield each network input once, divided among the workers; the last may be shorter."""
+
+    @abstractmethod
+    def load_inputs(self, image_ids: Indices) -> torch.Tensor:
+        """Return the network's inputs of images of this worker's choice, on its device."""
+
+
+class ResidentLoader(Loader):
+    """Takes batches from pixels in the node's object store or in the GPU's memory."""
+
+    def __init__(
+        self, setup: LoaderSetup, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        super().__init__(setup, rank, world_size, device)
+        self.global_batch_size = min(setup.global_batch_size, len(setup.train_ids))
+        self.steps_per_epoch = len(setup.train_ids) // self.global_batch_size
         self._fine = _Pixels(setup.store, setup.train_preprocessing, setup.train_ids, device)
         ids = np.concatenate([setup.train_ids, setup.val_ids])
         self._inputs = _Pixels(setup.store, setup.preprocessing, ids, device)
-
-    @property
-    def global_batch_size(self) -> int:
-        """Images of one step, over all workers."""
-        return min(self._setup.global_batch_size, len(self._setup.train_ids))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps of one epoch."""
-        return len(self._setup.train_ids) // self.global_batch_size
 
     def iterate_epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield this worker's slice of each global batch of an epoch's permutation."""
@@ -166,22 +147,20 @@ class ResidentLoader:
         share = share_of(self._rank, self._world_size, self.global_batch_size)
         for step in range(self.steps_per_epoch):
             start = step * self.global_batch_size
-            yield self._load(order[start : start + self.global_batch_size][share], self._fine)
+            ids = order[start : start + self.global_batch_size][share]
+            yield Batch(self._fine.take(ids), self._labels[ids].to(self._device), ids)
 
     def iterate_once(self, image_ids: Indices) -> Iterator[Batch]:
         """Yield each image once."""
         share = image_ids[share_of(self._rank, self._world_size, len(image_ids))]
         size = -(-self.global_batch_size // self._world_size)
         for start in range(0, len(share), size):
-            yield self.load_inputs(share[start : start + size])
+            ids = share[start : start + size]
+            yield Batch(self.load_inputs(ids), self._labels[ids].to(self._device), ids)
 
-    def load_inputs(self, image_ids: Indices) -> Batch:
+    def load_inputs(self, image_ids: Indices) -> torch.Tensor:
         """Return some images' inputs."""
-        return self._load(image_ids, self._inputs)
-
-    def _load(self, image_ids: Indices, pixels: "_Pixels") -> Batch:
-        labels = self._labels[image_ids].to(self._device)
-        return Batch(pixels.take(image_ids), labels, image_ids)
+        return self._inputs.take(image_ids)
 
 
 class _Pixels:
@@ -215,10 +194,7 @@ def _to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     return images
 
 
-# ------------------------------------------------------------------------------------------- stream
-
-
-class StreamLoader:
+class StreamLoader(Loader):
     """Reads batches from a Ray Dataset that decodes images while the network trains.
 
     Ray Train splits the training dataset equally among the workers and drops the remainder.
@@ -228,33 +204,16 @@ class StreamLoader:
     def __init__(
         self, setup: LoaderSetup, rank: int, world_size: int, device: torch.device
     ) -> None:
-        self._setup, self._rank, self._world_size, self._device = setup, rank, world_size, device
+        super().__init__(setup, rank, world_size, device)
         # Otherwise batches arrive in the order in which threads finish them.
         ray.data.DataContext.get_current().execution_options.preserve_order = True
-        self._labels = torch.tensor(setup.labels)
-        self._images_of_worker = len(setup.train_ids) // world_size
-        self._batch_size = min(
-            max(1, setup.global_batch_size // world_size), self._images_of_worker
-        )
-
-    @property
-    def global_batch_size(self) -> int:
-        """Images of one step: a multiple of the number of workers."""
-        return self._batch_size * self._world_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps of one epoch."""
-        return self._images_of_worker // self._batch_size
+        images_of_worker = len(setup.train_ids) // world_size
+        self._batch_size = min(max(1, setup.global_batch_size // world_size), images_of_worker)
+        self.global_batch_size = self._batch_size * world_size
+        self.steps_per_epoch = images_of_worker // max(1, self._batch_size)
 
     def iterate_epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield this worker's batches, from blocks in random order through a shuffle buffer.
-
-        Raises
-        ------
-        TrainingError
-            Ray Data yielded an unexpected number of batches.
-        """
+        """Yield this worker's batches, from blocks in random order through a shuffle buffer."""
         shuffle_seed = np.random.SeedSequence([self._setup.seed, epoch, self._rank])
         batches = self._iterate(
             ray.train.get_dataset_shard(TRAIN_DATASET),
@@ -281,18 +240,18 @@ class StreamLoader:
             dataset = _decode(blocks, self._setup, self._setup.preprocessing, self._world_size)
             yield from self._iterate(dataset.iterator())
 
-    def load_inputs(self, image_ids: Indices) -> Batch:
+    def load_inputs(self, image_ids: Indices) -> torch.Tensor:
         """Decode some images in this process."""
         images = self._setup.store.load_images(image_ids.tolist(), self._setup.preprocessing)
-        labels = self._labels[image_ids].to(self._device)
-        return Batch(_to_device(torch.from_numpy(images), self._device), labels, image_ids)
+        return _to_device(torch.from_numpy(images), self._device)
 
     def _iterate(self, source: DataIterator, **options: Any) -> Iterator[Batch]:  # noqa: ANN401 - Ray's
         for rows in source.iter_torch_batches(
             batch_size=self._batch_size, prefetch_batches=2, device="cpu", **options
         ):
             labels = self._labels[rows["index"]].to(self._device)
-            yield Batch(_to_device(rows["image"], self._device), labels, rows["index"].numpy())
+            images = _to_device(rows["image"], self._device)
+            yield Batch(images, labels, rows["index"].numpy())
 
 
 def build_train_dataset(setup: LoaderSetup) -> Dataset:
@@ -307,11 +266,9 @@ def build_train_dataset(setup: LoaderSetup) -> Dataset:
 
 
 def build_data_config() -> ray.train.DataConfig:
-    """Return options that make the order of the stream depend on its seeds alone [1]_.
+    """Return options that make the order of the stream depend on its seeds alone.
 
-    References
-    ----------
-    .. [1] Ray Train's guide "Data Loading and Preprocessing", section "Enabling reproducibility".
+    See Ray Train's guide "Data Loading and Preprocessing", section "Enabling reproducibility".
     """
     options = ray.train.DataConfig.default_ingest_options()
     options.preserve_order = True

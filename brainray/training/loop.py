@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.util.queue import Queue
@@ -32,20 +32,18 @@ from brainray.model.network import (
     normalise_images,
     use_matrix_products,
 )
-from brainray.model.precision import AskedPrecision, Precision, choose_precision
+from brainray.model.precision import (
+    AskedPrecision,
+    Precision,
+    choose_precision,
+    has_native_bf16,
+)
 from brainray.provenance import describe_cpu
 from brainray.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from brainray.training.config import TrainConfig
-from brainray.training.distributed import (
-    all_have_bf16,
-    average_statistics,
-    gather_rows,
-    sum_over_workers,
-)
-from brainray.training.head import fit_head
-from brainray.training.loader import LoaderSetup, open_loader
+from brainray.training.loader import LoaderSetup, ResidentLoader, StreamLoader
 from brainray.training.optim import build_average, build_optimizer
-from brainray.training.step import TrainStep, compute_class_weights, open_autocast
+from brainray.training.step import TrainStep, compute_class_weights, fit_head, open_autocast
 
 MESSAGE_INTERVAL_S = 1.0
 """Seconds between two progress messages to the driver within an epoch."""
@@ -61,13 +59,10 @@ class WorkerSetup:
 
     config: TrainConfig
     loader: LoaderSetup
-    weights: "ray.ObjectRef[StateDict | None]"
-    """Fetched once, by the driver."""
+    weights: StateDict | None
     records_uri: str
-    """metrics.jsonl."""
     tensorboard_uri: str
-    use_gpu: bool
-    messages: Queue | None = None
+    messages: Queue
     """Receives progress messages for the driver."""
 
 
@@ -91,6 +86,7 @@ class Worker:
         decay = self.config.optimisation.ema_decay
         self.averaged = build_average(self.network, decay) if decay else None
         self.optimizer = build_optimizer(self.network, self.config.optimisation)
+        open_loader = ResidentLoader if setup.loader.kind == "resident" else StreamLoader
         self.loader = open_loader(setup.loader, self.rank, self.world_size, self.device)
         if self.loader.global_batch_size < self.world_size:
             raise TrainingError(
@@ -106,13 +102,14 @@ class Worker:
         self.progress = Progress()
 
     def _build_network(self) -> nn.Module:
+        is_gpu = self.device.type == "cuda"
         network = build_network(
             len(self.config.classes),
-            weights=ray.get(self.setup.weights),
-            norm_layer=choose_norm_layer(self.config.batch_norm, on_gpu=self.setup.use_gpu),
+            weights=self.setup.weights,
+            norm_layer=choose_norm_layer(self.config.batch_norm, on_gpu=is_gpu),
         )
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        if self.config.channels_last and not self.setup.use_gpu:
+        if self.config.channels_last and not is_gpu:
             network = use_matrix_products(network)
         return network.to(self.device).to(memory_format=layout)
 
@@ -131,11 +128,11 @@ class Worker:
             class_weights=self.class_weights,
         )
         for epoch in range(self.progress.next_epoch, self.config.num_epochs):
-            if self._is_patience_over(epoch - 1):
+            patience, waited = self.config.patience_epochs, epoch - 1 - self.progress.best_epoch
+            if 0 < patience <= waited:
                 break
-            record = self._run_epoch(step, epoch)
-            records.append(record)
-            self._report(record, records)
+            records.append(self._run_epoch(step, epoch))
+            self._report(records)
 
     def _restore(self) -> list[runlog.Record]:
         """Load the last checkpoint, if any; return the records of its epochs."""
@@ -203,8 +200,11 @@ class Worker:
             if self.averaged is not None:
                 self.averaged.update_parameters(self.network)
             latest.append(batch.image_ids)
-            self._tell_step({"epoch": epoch, "step": number + 1, "num_steps": num_steps})
-        loss, correct, num_images = sum_over_workers(sums).tolist()
+            if time.monotonic() - self.told_at > MESSAGE_INTERVAL_S:
+                self.told_at = time.monotonic()
+                self._tell({"epoch": epoch, "step": number + 1, "num_steps": num_steps})
+        dist.all_reduce(sums)
+        loss, correct, num_images = sums.tolist()
         if not math.isfinite(loss):
             raise TrainingError(
                 f"The training loss is {loss} in epoch {epoch + 1}. "
@@ -227,12 +227,16 @@ class Worker:
         """
         if self.config.batch_norm == "frozen":
             return
-        inputs = (self.loader.load_inputs(ids).images for ids in latest)
+        inputs = map(self.loader.load_inputs, latest)
         images = (normalise_images(images, self.config.preprocessing) for images in inputs)
         with open_autocast(self.device, self.precision):
             update_bn(images, self._validated)
-        if self.config.batch_norm == "local":
-            average_statistics(dict.fromkeys([self.network, self._validated]))
+        if self.config.batch_norm == "local" and self.world_size > 1:
+            for network in dict.fromkeys([self.network, self._validated]):  # one, without average
+                for name, buffer in network.named_buffers():
+                    if name.endswith(("running_mean", "running_var")):
+                        dist.all_reduce(buffer)
+                        buffer /= self.world_size
 
     def _validate(self) -> dict[str, float]:
         """Score the validation images, each exactly once, divided among the workers."""
@@ -259,13 +263,18 @@ class Worker:
                 found = compute(normalise_images(batch.images, self.config.preprocessing))
             seen.append(batch.image_ids)
             rows.append(found.float().cpu().numpy())
-        all_seen, all_rows = gather_rows(seen, rows)
-        if not np.array_equal(all_seen, np.sort(ids)):
+        parts: list[Any] = [(seen, rows)]
+        if self.world_size > 1:
+            parts = [None] * self.world_size
+            dist.all_gather_object(parts, (seen, rows))
+        all_ids = np.concatenate([batch for part in parts for batch in part[0]])
+        order = np.argsort(all_ids)
+        if not np.array_equal(all_ids[order], np.sort(ids)):
             raise TrainingError(
                 f"Expected each of {len(ids)} images exactly once, "
-                f"got {len(all_seen)} images, {len(np.unique(all_seen))} of them different."
+                f"got {len(all_ids)} images, {len(np.unique(all_ids))} of them different."
             )
-        return all_seen, all_rows
+        return all_ids[order], np.concatenate([b for part in parts for b in part[1]])[order]
 
     def _fit_head(self) -> None:
         """Train the head alone, on features computed once."""
@@ -284,8 +293,9 @@ class Worker:
         if self.averaged is not None:
             self.averaged.module.load_state_dict(self.network.state_dict())
 
-    def _report(self, record: runlog.Record, records: list[runlog.Record]) -> None:
-        """Write the epoch's record, and report it to Ray Train with a checkpoint."""
+    def _report(self, records: list[runlog.Record]) -> None:
+        """Write the last epoch's record, and report it to Ray Train with a checkpoint."""
+        record = records[-1]
         if self.rank != 0:
             ray.train.report(record)
             return
@@ -307,25 +317,20 @@ class Worker:
             delete_local_checkpoint_after_upload=True,
         )
 
-    def _is_patience_over(self, epoch: int) -> bool:
-        patience = self.config.patience_epochs
-        return patience > 0 and epoch - self.progress.best_epoch >= patience
-
     def _tell(self, message: dict[str, Any]) -> None:
-        if self.rank == 0 and self.setup.messages is not None:
+        if self.rank == 0:
             self.setup.messages.put(message, block=False)
-
-    def _tell_step(self, message: dict[str, Any]) -> None:
-        if time.monotonic() - self.told_at > MESSAGE_INTERVAL_S:
-            self.told_at = time.monotonic()
-            self._tell(message)
 
 
 def agree_precision(
     asked: AskedPrecision, device: torch.device, tell: Callable[[dict[str, Any]], None]
 ) -> Precision:
     """Return the precision that all workers use; every worker must call this."""
-    has_bf16 = all_have_bf16(device)
+    all_have = torch.tensor(has_native_bf16(use_gpu=device.type == "cuda"), dtype=torch.int32)
+    if dist.is_initialized():
+        all_have = all_have.to(device)
+        dist.all_reduce(all_have, op=dist.ReduceOp.MIN)
+    has_bf16 = bool(all_have)
     if asked == "bf16" and not has_bf16:
         tell({"line": "Training in bf16, which this machine emulates; fp32 is faster."})
     if asked == "auto" and not has_bf16:

@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
+
+import pandas as pd
 
 from brainray import runlog
 from brainray.errors import ConfigError
@@ -19,12 +20,7 @@ OUTPUT_TAG = "brainray.output_uri"
 def open_log(job: TrainJob) -> Callable[[runlog.Record], None]:
     """Open the MLflow run of a training run, and return a function that logs an epoch's record.
 
-    Parameters are logged once, when the MLflow run is created.
-
-    Raises
-    ------
-    ConfigError
-        ``job.mlflow_uri`` is given, and MLflow is not installed or does not answer.
+    Raises ConfigError if MLflow is asked for, and is not installed or does not answer.
     """
     if job.mlflow_uri is None:
         return lambda _: None
@@ -39,7 +35,7 @@ def open_log(job: TrainJob) -> Callable[[runlog.Record], None]:
         ) from error
     try:
         client = MlflowClient(job.mlflow_uri)
-        run_id = _find_run(client, job) or _create_run(client, job)
+        run_id = _find_run(client, job)
     except MlflowException as error:
         raise ConfigError(f"MLflow at '{job.mlflow_uri}' cannot be used: {error}") from error
 
@@ -57,35 +53,18 @@ def open_log(job: TrainJob) -> Callable[[runlog.Record], None]:
     return log_record
 
 
-def _find_run(client: Any, job: TrainJob) -> str | None:  # noqa: ANN401 - an MlflowClient
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
-        return None
-    runs = client.search_runs(
-        [experiment.experiment_id], f"tags.`{OUTPUT_TAG}` = '{job.output_uri}'", max_results=1
-    )
-    return runs[0].info.run_id if runs else None
-
-
-def _create_run(client: Any, job: TrainJob) -> str:  # noqa: ANN401
+def _find_run(client: Any, job: TrainJob) -> str:  # noqa: ANN401 - an MlflowClient
+    """Return the id of the job's MLflow run; create it, with its parameters, the first time."""
     from mlflow.entities import Param
 
     experiment = client.get_experiment_by_name(EXPERIMENT)
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
+    tagged = f"tags.`{OUTPUT_TAG}` = '{job.output_uri}'"
+    for run in client.search_runs([experiment_id], tagged, max_results=1):
+        return str(run.info.run_id)
     run = client.create_run(experiment_id, tags={OUTPUT_TAG: job.output_uri}, run_name=job.recipe)
-    params = {
-        "recipe": job.recipe,
-        "data_uri": job.data_uri,
-        **_flatten(make_plain(asdict(job.config))),
-    }
+    # Nested values are named by their path: ``optimisation.learning_rate``.
+    (config,) = pd.json_normalize(make_plain(job.config)).to_dict("records")
+    params = {"recipe": job.recipe, "data_uri": job.data_uri, **config}
     client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in params.items()])
     return str(run.info.run_id)
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Name nested values by their path: ``optimisation.learning_rate``."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        nested = isinstance(value, dict)
-        flat |= _flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat

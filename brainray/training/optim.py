@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
 
 from brainray.errors import ConfigError
 from brainray.model.network import STAGES, stage_of
@@ -55,24 +55,25 @@ class Optimisation:
 
 
 def build_optimizer(network: nn.Module, optimisation: Optimisation) -> torch.optim.Optimizer:
-    """Build the optimiser, with two parameter groups for each stage: with and without decay.
+    """Build the optimiser, with two parameter groups for each stage: without and with decay.
 
     ``lr_scale`` of a group is its learning rate relative to the head's.
     """
-    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            members.setdefault((stage_of(name), parameter.ndim > 1), []).append(parameter)
-    groups = [
-        {
-            "params": parameters,
-            "lr_scale": optimisation.stage_decay ** (len(STAGES) - 1 - STAGES.index(stage)),
-            "weight_decay": optimisation.weight_decay if decays else 0.0,
-        }
-        for (stage, decays), parameters in sorted(
-            members.items(), key=lambda item: (-STAGES.index(item[0][0]), item[0][1])
-        )
-    ]
+    groups = []
+    for depth, stage in enumerate(reversed(STAGES)):
+        members = [
+            parameter
+            for name, parameter in network.named_parameters()
+            if parameter.requires_grad and stage_of(name) == stage
+        ]
+        for decays in (False, True):
+            group = {
+                "params": [p for p in members if (p.ndim > 1) == decays],
+                "lr_scale": optimisation.stage_decay**depth,
+                "weight_decay": optimisation.weight_decay if decays else 0.0,
+            }
+            if group["params"]:
+                groups.append(group)
     if optimisation.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=optimisation.learning_rate, fused=True)
     return torch.optim.SGD(groups, lr=optimisation.learning_rate, momentum=0.9, nesterov=True)
@@ -103,9 +104,6 @@ def set_learning_rate(
         group["lr"] = optimisation.learning_rate * fraction * group["lr_scale"]
 
 
-Tensors = list[torch.Tensor] | tuple[torch.Tensor, ...]
-
-
 def build_average(network: nn.Module, decay: float) -> AveragedModel:
     """Build the exponential moving average of a network's weights.
 
@@ -113,7 +111,7 @@ def build_average(network: nn.Module, decay: float) -> AveragedModel:
     random initial weights are forgotten quickly. Buffers are those of the network.
     """
 
-    def average(averaged: Tensors, current: Tensors, _: object) -> None:
+    def average(averaged: PARAM_LIST, current: PARAM_LIST, _: object) -> None:
         steps = int(model.n_averaged)  # on the CPU; the argument would synchronise with the GPU
         get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averaged, current, steps)
 

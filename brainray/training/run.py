@@ -1,17 +1,33 @@
-"""A training run: its identity, and the files in its output folder."""
+"""A training run: its identity, its data, and the files in its output folder."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from brainray import storage
-from brainray.data.splits import hash_manifest
+from brainray.cluster import Need, check_fits, connect_ray, list_nodes, share_cpus
+from brainray.data.labelled import FoundSamples
+from brainray.data.splits import assign_splits, hash_manifest
 from brainray.errors import ConfigError
-from brainray.evaluation.prepared import MANIFEST_FILE, PreparedData
+from brainray.evaluation.prepared import (
+    MANIFEST_FILE,
+    GroupedData,
+    PreparedData,
+    group_samples,
+    split_samples,
+)
 from brainray.evaluation.scoring import METRICS_FILE
+from brainray.model.network import StateDict, fetch_weights
 from brainray.provenance import collect_versions
 from brainray.runlog import Log
-from brainray.training.config import ScalingOptions, TrainConfig, find_differences
+from brainray.training.config import (
+    LoaderName,
+    ScalingOptions,
+    TrainConfig,
+    TuneOptions,
+    find_differences,
+)
 
 RUN_FILE = "run.json"
 RECORDS_FILE = "metrics.jsonl"
@@ -46,24 +62,22 @@ class TrainJob:
         return storage.join(self.output_uri, *parts)
 
 
-def find_finished(job: TrainJob, log: Log) -> dict[str, Any] | None:
-    """Return the metrics of this run if it is finished; log whether it is finished or resumed.
-
-    Raises
-    ------
-    ConfigError, StorageError
-        As :func:`check_run`.
-    """
-    is_resumed = check_run(job)
-    if storage.exists(job.at(METRICS_FILE)):
-        log(f"Already finished: {job.output_uri}. Give another --output-uri to train again.")
-        return dict(storage.read_json(job.at(METRICS_FILE)))
-    if is_resumed:
-        log(f"Resuming the run in {job.output_uri}.")
-    return None
+def make_plain(options: TrainConfig | TuneOptions) -> dict[str, Any]:
+    """Return options as JSON returns them: tuples become lists."""
+    return dict(json.loads(json.dumps(asdict(options))))
 
 
-def check_run(job: TrainJob, **more: Any) -> bool:  # noqa: ANN401 - ready for JSON
+def describe_run(job: TrainJob) -> dict[str, Any]:
+    """Return what must be equal for two calls to be the same run, ready for JSON."""
+    return {
+        "data_uri": job.data_uri,
+        "folds": job.folds,
+        "fold": job.fold,
+        "config": make_plain(job.config),
+    }
+
+
+def check_run(job: TrainJob, **more: object) -> bool:
     """Return whether the output holds this run already, interrupted or finished.
 
     ``more`` extends what :func:`describe_run` compares.
@@ -91,31 +105,19 @@ def check_run(job: TrainJob, **more: Any) -> bool:  # noqa: ANN401 - ready for J
     return True
 
 
-def describe_run(job: TrainJob) -> dict[str, Any]:
-    """Return what must be equal for two calls to be the same run, ready for JSON."""
-    return {
-        "data_uri": job.data_uri,
-        "folds": job.folds,
-        "fold": job.fold,
-        "config": make_plain(asdict(job.config)),
-    }
-
-
-def make_plain(value: Any) -> Any:  # noqa: ANN401 - any configuration value
-    """Return a configuration value as JSON returns it: tuples become lists."""
-    if isinstance(value, dict):
-        return {name: make_plain(item) for name, item in value.items()}
-    return [make_plain(item) for item in value] if isinstance(value, tuple | list) else value
+def find_finished(job: TrainJob, log: Log) -> dict[str, Any] | None:
+    """Return the metrics of this run if it is finished; log whether it is finished or resumed."""
+    is_resumed = check_run(job)
+    if storage.exists(job.at(METRICS_FILE)):
+        log(f"Already finished: {job.output_uri}. Give another --output-uri to train again.")
+        return dict(storage.read_json(job.at(METRICS_FILE)))
+    if is_resumed:
+        log(f"Resuming the run in {job.output_uri}.")
+    return None
 
 
 def keep_manifest(job: TrainJob, data: PreparedData) -> None:
-    """Write the run's identity and manifest; on resume, check that the data set is the same.
-
-    Raises
-    ------
-    ConfigError
-        The data set has changed since the run began.
-    """
+    """Write the run's identity and manifest; on resume, raise ConfigError if the data changed."""
     uri = job.at(MANIFEST_FILE)
     try:
         saved = storage.read_table(uri)
@@ -130,3 +132,64 @@ def keep_manifest(job: TrainJob, data: PreparedData) -> None:
             f"started ({saved.num_rows} scans then, {data.manifest.num_rows} now, or other "
             "content). Restore them, or give another --output-uri."
         )
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+def describe_training_needs(scaling: ScalingOptions) -> Need:
+    """Return the resources that training needs at least."""
+    others = {"GPU": 1.0} if scaling.use_gpu else {}
+    return Need(
+        bundle={"CPU": share_cpus(scaling.num_workers, list_nodes(), **others), **others},
+        count=scaling.min_workers or scaling.num_workers,
+        what="training worker",
+        remedy="lower --num-workers, or allow fewer with --min-workers"
+        + (", or drop --use-gpu" if scaling.use_gpu else ""),
+    )
+
+
+def open_data(
+    job: TrainJob, found: FoundSamples, *, verbose: bool, with_dashboard: bool = False
+) -> tuple[GroupedData, StateDict | None]:
+    """Fetch the initial weights, connect to Ray, and scan and group the data set.
+
+    Whatever can fail early comes first: weights, then resources, then the scans.
+    """
+    weights = fetch_weights(job.config.weights, job.config.weights_uri)
+    connect_ray(verbose=verbose, with_dashboard=with_dashboard)
+    check_fits(describe_training_needs(job.scaling))
+    return group_training_data(found, job.config, job.scaling.loader), weights
+
+
+def group_training_data(
+    found: FoundSamples, config: TrainConfig, loader: LoaderName = "auto"
+) -> GroupedData:
+    """Scan and group a data set; unless it is streamed, pixels that fit stay in the object store.
+
+    Raises
+    ------
+    DataError
+        The folder is not a usable labelled data set.
+    """
+    needed = list(dict.fromkeys([config.preprocessing, config.train_preprocessing]))
+    return group_samples(
+        found,
+        config.classes,
+        keep=() if loader == "stream" else needed,
+        reading=config.reading,
+        min_correlation=config.group_correlation,
+    )
+
+
+def split_training_data(data: GroupedData, config: TrainConfig) -> PreparedData:
+    """Split a data set by groups; splits that it has are kept."""
+    splits = assign_splits(
+        data.found.samples["split"].take(data.kept).to_pylist(),
+        data.labels[data.kept],
+        data.groups,
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+        seed=config.seed,
+    )
+    return split_samples(data, config.classes, splits)

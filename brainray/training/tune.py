@@ -10,36 +10,39 @@ compared with each other, because folds differ in difficulty. Test images are ne
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 import numpy as np
-import ray
 from ray import tune as ray_tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from brainray import storage
-from brainray.cluster import TASK_CPUS, check_fits, connect_ray
+from brainray.cluster import TASK_CPUS
 from brainray.data.splits import assign_folds
 from brainray.errors import TrainingError
 from brainray.evaluation.prepared import GroupedData, split_samples
-from brainray.model.network import StateDict, fetch_weights
+from brainray.model.network import StateDict
 from brainray.reports.tune import render_tuning_report
 from brainray.runlog import Log
-from brainray.training.augment import LIMITS, Augmentation
+from brainray.training.augment import LIMITS
 from brainray.training.config import RANGES, SearchSpace, TrainConfig, TuneOptions
 from brainray.training.crossval import find_training_samples
-from brainray.training.fit import describe_training_needs, fit
-from brainray.training.prepare import group_training_data
-from brainray.training.run import RUN_FILE, TrainJob, check_run, describe_run, make_plain
+from brainray.training.fit import fit
+from brainray.training.run import (
+    RUN_FILE,
+    TrainJob,
+    check_run,
+    describe_run,
+    make_plain,
+    open_data,
+)
 
 logger = logging.getLogger(__name__)
 
 TRIALS_FOLDER = "trials"
-RESULT_FILE = "tune.json"
-REPORT_FILE = "tune.html"
 GREY_FIELDS = ("clahe", "gamma", "bias_field", "gain", "noise", "blur")
 GEOMETRIC_FIELDS = ("rotation_deg", "zoom", "stretch", "shift")
 MIN_PERCENT = 25
@@ -59,12 +62,8 @@ def tune(
     ----------
     job : TrainJob
         Recipe, data and output. The first configuration is the recipe, clipped to the ranges.
-    options : TuneOptions
-        Ranges and number of configurations.
-    log : callable
-        Called with each line of progress.
-    verbose : bool
-        Show Ray's own log lines.
+    options, log, verbose
+        Size of the search; receives lines of progress; whether to show Ray's own log lines.
 
     Returns
     -------
@@ -81,15 +80,11 @@ def tune(
     TrainingError
         No configuration was trained on all folds.
     """
-    plain = make_plain(asdict(options))
+    plain = make_plain(options)
     if check_run(job, search=plain):
         log(f"Resuming the search in {job.output_uri}.")
     storage.write_json(job.at(RUN_FILE), describe_run(job) | {"search": plain})
-    found = find_training_samples(replace(job, folds=options.num_folds))
-    weights = fetch_weights(job.config.weights, job.config.weights_uri)
-    connect_ray(verbose=verbose, with_dashboard=True)
-    check_fits(describe_training_needs(job.scaling))
-    data = group_training_data(found, job.config, job.scaling.loader)
+    data, weights = open_data(job, find_training_samples(job), verbose=verbose, with_dashboard=True)
     folds = assign_folds(
         data.labels[data.kept], data.groups, options.num_folds, seed=job.config.seed
     )
@@ -99,7 +94,7 @@ def tune(
     )
     trial = ray_tune.with_parameters(run_trial, job=job, data=data, folds=folds, weights=weights)
     rows = search(job, options, trial)
-    result = {
+    result: dict[str, Any] = {
         "monitor": job.config.monitor,
         "recipe": job.recipe,
         "options": plain,
@@ -109,8 +104,8 @@ def tune(
         raise TrainingError(
             f"No configuration finished on all folds. See the errors in {job.at(TRIALS_FOLDER)}."
         )
-    storage.write_bytes(job.at(REPORT_FILE), render_tuning_report(result).encode())
-    storage.write_json(job.at(RESULT_FILE), result)
+    storage.write_bytes(job.at("tune.html"), render_tuning_report(result).encode())
+    storage.write_json(job.at("tune.json"), result)
     return result
 
 
@@ -119,10 +114,8 @@ def search(
 ) -> list[dict[str, Any]]:
     """Train all configurations without the first fold, then the best without each other fold.
 
-    Returns
-    -------
-    list of dict
-        A row for each trial, see :func:`collect_rows`.
+    Returns a row for each trial that finished an epoch: ``parameters`` (with the ``fold``),
+    ``score`` of the best epoch, ``percent_done`` and ``time_s``.
     """
     drawn = draw_configurations(job.config, options)
     asha = ASHAScheduler(
@@ -134,7 +127,7 @@ def search(
         mode="max",
     )
     first = [parameters | {"fold": 0} for parameters in drawn]
-    rows = run_trials(job, options, trial, f"{TRIALS_FOLDER}-first-fold", first, asha)
+    rows = _run_trials(job, options, trial, f"{TRIALS_FOLDER}-first-fold", first, asha)
     others = [
         row["parameters"] | {"fold": fold}
         for row in rows
@@ -142,11 +135,11 @@ def search(
         for fold in range(1, options.num_folds)
     ]
     if others:
-        rows += run_trials(job, options, trial, f"{TRIALS_FOLDER}-other-folds", others)
+        rows += _run_trials(job, options, trial, f"{TRIALS_FOLDER}-other-folds", others)
     return rows
 
 
-def run_trials(
+def _run_trials(
     job: TrainJob,
     options: TuneOptions,
     trial: Callable[[Parameters], None],
@@ -177,7 +170,23 @@ def run_trials(
                 name=name, storage_path=path, storage_filesystem=filesystem, verbose=0
             ),
         )
-    return collect_rows(tuner.fit(), job.config.monitor)
+    results, monitor = tuner.fit(), job.config.monitor
+    rows = []
+    for number in range(len(results)):
+        result = results[number]
+        history = result.metrics_dataframe
+        if history is None or monitor not in history or result.config is None:
+            continue
+        last = history.iloc[-1]
+        rows.append(
+            {
+                "parameters": dict(result.config["parameters"]),
+                "score": float(history[monitor].max()),
+                "percent_done": int(last["percent_done"]),
+                "time_s": float(last["time_s"]),
+            }
+        )
+    return rows
 
 
 def draw_configurations(config: TrainConfig, options: TuneOptions) -> list[Parameters]:
@@ -200,15 +209,21 @@ def describe_recipe(config: TrainConfig, space: SearchSpace) -> Parameters:
         "grey_strength": 1.0,
         "geometric_strength": 1.0,
     }
-    limits = {name: getattr(space, name) for name in own}
-    kept = {name: min(max(value, limits[name][0]), limits[name][1]) for name, value in own.items()}
+    kept = {name: float(np.clip(value, *getattr(space, name))) for name, value in own.items()}
     choices = space.num_epochs or (config.num_epochs,)
     nearest = min(choices, key=lambda number: abs(number - config.num_epochs))
     return kept | {"num_epochs": nearest}
 
 
 def apply_parameters(config: TrainConfig, parameters: Parameters) -> TrainConfig:
-    """Return the recipe with the values of a configuration."""
+    """Return the recipe with the values of a configuration; ranges stay within their limits."""
+    factors = dict.fromkeys(GREY_FIELDS, parameters["grey_strength"]) | dict.fromkeys(
+        GEOMETRIC_FIELDS, parameters["geometric_strength"]
+    )
+    augmentation = {
+        name: min(LIMITS.get(name, 1.0), factor * getattr(config.augmentation, name))
+        for name, factor in factors.items()
+    }
     return replace(
         config,
         num_epochs=int(parameters["num_epochs"]),
@@ -217,22 +232,8 @@ def apply_parameters(config: TrainConfig, parameters: Parameters) -> TrainConfig
             learning_rate=parameters["learning_rate"],
             weight_decay=parameters["weight_decay"],
         ),
-        augmentation=scale_augmentation(
-            scale_augmentation(config.augmentation, GREY_FIELDS, parameters["grey_strength"]),
-            GEOMETRIC_FIELDS,
-            parameters["geometric_strength"],
-        ),
+        augmentation=replace(config.augmentation, **augmentation),
     )
-
-
-def scale_augmentation(
-    augmentation: Augmentation, names: Sequence[str], factor: float
-) -> Augmentation:
-    """Multiply ranges by a factor, up to their limits."""
-    changes = {
-        name: min(LIMITS.get(name, 1.0), factor * getattr(augmentation, name)) for name in names
-    }
-    return replace(augmentation, **changes)
 
 
 def run_trial(
@@ -253,18 +254,8 @@ def run_trial(
     run = replace(job, config=config, output_uri=job.at("runs", name_trial(parameters)))
     splits = np.where(folds == parameters["fold"], "val", "train")
     prepared = split_samples(data, config.classes, splits)
-    fit(
-        run,
-        prepared,
-        ray.put(weights),
-        log=logger.info,
-        on_step=_ignore,
-        callbacks=[TuneReportCallback()],
-    )
-
-
-def _ignore(_: object) -> None:
-    """Discard progress within an epoch."""
+    callbacks = [TuneReportCallback()]
+    fit(run, prepared, weights, log=logger.info, on_step=lambda _: None, callbacks=callbacks)
 
 
 def name_trial(parameters: Parameters) -> str:
@@ -272,42 +263,17 @@ def name_trial(parameters: Parameters) -> str:
     return "-".join(f"{name}={parameters[name]:.4g}" for name in sorted(parameters))
 
 
-def collect_rows(results: ray_tune.ResultGrid, monitor: str) -> list[dict[str, Any]]:
-    """Return a row for each trial that finished an epoch.
-
-    A row has ``parameters`` (with the ``fold``), ``score`` of the best epoch, ``percent_done`` and
-    ``time_s``.
-    """
-    rows = []
-    for number in range(len(results)):
-        result = results[number]
-        history = result.metrics_dataframe
-        if history is None or monitor not in history or result.config is None:
-            continue
-        last = history.iloc[-1]
-        rows.append(
-            {
-                "parameters": dict(result.config["parameters"]),
-                "score": float(history[monitor].max()),
-                "percent_done": int(last["percent_done"]),
-                "time_s": float(last["time_s"]),
-            }
-        )
-    return rows
-
-
 def summarise_configurations(
     rows: Sequence[dict[str, Any]], num_folds: int
 ) -> list[dict[str, Any]]:
     """Combine the folds of each configuration; complete ones come first, the best at the top."""
-    by_configuration: dict[str, list[dict[str, Any]]] = {}
+    by_configuration: dict[str, tuple[Parameters, list[dict[str, Any]]]] = {}
     for row in rows:
-        shared = {k: v for k, v in row["parameters"].items() if k != "fold"}
-        by_configuration.setdefault(name_trial(shared), []).append(row)
+        parameters = {name: v for name, v in row["parameters"].items() if name != "fold"}
+        by_configuration.setdefault(name_trial(parameters), (parameters, []))[1].append(row)
     found = []
-    for trials in by_configuration.values():
+    for parameters, trials in by_configuration.values():
         scores = {int(one["parameters"]["fold"]): one["score"] for one in trials}
-        parameters = {k: v for k, v in trials[0]["parameters"].items() if k != "fold"}
         found.append(
             {
                 "parameters": parameters,
