@@ -65,20 +65,10 @@ class CodeTable:
 
 
 def read_codes(classes: Sequence[str], codes_uri: str | None = None) -> CodeTable:
-    """Read the code table, and check that it has every class.
+    """Read the code table; entries of a site's file replace those of the default one.
 
-    Parameters
-    ----------
-    classes : sequence of str
-        Of the classifier.
-    codes_uri : str, optional
-        A site's file, whose entries replace those of the default table.
-
-    Raises
-    ------
-    ConfigError
-        The file is missing, is not TOML or JSON, or an entry of it is wrong or unknown; or a class
-        has no code.
+    Raises ConfigError if the file is missing, is not TOML or JSON, or an entry of it is wrong or
+    unknown; or if a class of the classifier has no code.
     """
     table = tomllib.loads(DEFAULT_TABLE.read_text())
     if codes_uri is not None:

@@ -39,20 +39,8 @@ def open_inbox(
 ) -> Iterator["Inbox"]:
     """Open an inbox on a local disk for one receiver alone, making it where it is not there.
 
-    Parameters
-    ----------
-    path : Path
-    key_uri : str, optional
-        File with the key of the names; the inbox has a random one of its own, if not given.
-    quiet_s : float
-        Seconds without a new object after which a study is finished.
-    min_free_bytes : int
-        Of the disk, which are left free.
-
-    Raises
-    ------
-    UserError
-        Another receiver has it, its names were hashed with another key, or it cannot be written.
+    Without a file with the key of the names, the inbox has a random one of its own. Raises
+    UserError if another receiver has it, its names have another key, or it cannot be written.
     """
     with ExitStack() as opened:
         try:
@@ -76,6 +64,7 @@ class Inbox:
     def __init__(self, path: Path, key: bytes, quiet_s: float, min_free_bytes: int) -> None:
         self._path, self._key = path, key
         self._quiet_s, self._min_free_bytes = quiet_s, min_free_bytes
+        """Time without a new object after which a study is finished; disk space that is left."""
         self._receiving = path / RECEIVING_FOLDER
         self._partial = self._receiving / PARTIAL_FOLDER
         self._moving = threading.Lock()

@@ -188,7 +188,9 @@ def build_secondary_capture(
         page.SourceImageSequence.append(item)
     header = result.header
     if header.get("LossyImageCompression") == "01" and all(word in header for word in _LOSSY[:2]):
-        page.update({keyword: header[keyword] for keyword in _LOSSY if keyword in header})
+        for keyword in _LOSSY:
+            if keyword in header:
+                page[keyword] = header[keyword]
     return page
 
 

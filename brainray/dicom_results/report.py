@@ -120,20 +120,9 @@ def report_dicom(
 ) -> dict[str, Any]:
     """Make and store the objects of every series of an output.
 
-    `verbose` shows Ray's own lines too.
-
-    Returns
-    -------
-    dict
-        The content of :data:`RESULTS_FILE`, which is written below ``output_uri``, else below
-        ``predictions_uri``: counts, and every series that failed with its reason.
-
-    Raises
-    ------
-    UserError
-        The output, its key, the code table or the destination cannot be used.
-    DicomResultsError
-        When all is done: series failed.
+    Returns the content of :data:`RESULTS_FILE`, which is written below ``output_uri``, else below
+    ``predictions_uri``: counts, and every series that failed with its reason. Where one did, raises
+    DicomResultsError when all is done.
     """
     import_highdicom()
     output = open_output(job.predictions_uri, job.id_key_file)
@@ -142,7 +131,8 @@ def report_dicom(
     job.open_destination().check()
     by_status: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
-    num_stored, failures = 0, []
+    failures: list[dict[str, Any]] = []
+    num_stored = 0
     for one in _report_all(job, output, codes, verbose=verbose):
         by_status[one["status"]] += 1
         num_stored += one["num_stored"]

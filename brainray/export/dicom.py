@@ -60,11 +60,6 @@ def read_profile() -> dict[int, Action]:
     """Return what the Basic Application Level Confidentiality Profile does with each tag.
 
     Elements that it does not list are missing, and so are curves and overlays, whose groups repeat.
-
-    Raises
-    ------
-    ConfigError
-        The library is not installed.
     """
     try:
         table = importlib.import_module(_TABLE)

@@ -105,19 +105,8 @@ def export(
 ) -> dict[str, Any]:
     """Write the tables and images of an export.
 
-    `verbose` shows Ray's own lines too.
-
-    Returns
-    -------
-    dict
-        The content of :data:`SUMMARY_FILE`: settings, and counts of slices by outcome and reason.
-
-    Raises
-    ------
-    UserError
-        The predictions, their key or the output cannot be used.
-    LockLostError
-        Another run took the output over.
+    Returns the content of :data:`SUMMARY_FILE`: settings, and counts of slices by outcome and
+    reason. Raises LockLostError if another run took the output over.
     """
     read_profile()  # raises where the library is missing
     identifiers = read_identifiers(job.predictions_uri, job.id_key_file)

@@ -206,16 +206,9 @@ def open_client(
 ) -> "DicomWebClient":
     """Return this process's client of a service; nothing is sent yet.
 
-    Parameters
-    ----------
-    root : str
-        Address of the service, such as ``https://pacs.example/dicom-web``.
-    token_env : str, optional
-        Variable with a bearer token; :data:`TOKEN_VARIABLE`, where that is set, if not given.
-        Without a token, ~/.netrc may give a name and a password.
-    certificate_path : str, optional
-        PEM file with a client's certificate and key; that of :data:`CERTIFICATE_VARIABLE`, where
-        that is set, if not given.
+    `token_env` is a variable with a bearer token (:data:`TOKEN_VARIABLE`, if not given). Without a
+    token, ~/.netrc may give a name and a password. `certificate_path` is a PEM file with a client's
+    certificate and key (that of :data:`CERTIFICATE_VARIABLE`, if not given).
 
     Raises
     ------
@@ -319,16 +312,8 @@ class DicomWebClient:
         A service may answer with success, and have stored nothing; or with failure, because it has
         the object. So every object that the answer does not name as stored is searched for.
 
-        Parameters
-        ----------
-        study_uid : str
-        objects : mapping of str to bytes
-            SOP Instance UIDs to DICOM files, all of the study.
-
-        Returns
-        -------
-        dict of str to str
-            UIDs of the objects that the service does not have afterwards, and why.
+        Takes SOP Instance UIDs and DICOM files; returns the UIDs of those that the service does not
+        have afterwards, and why.
         """
         path, failures = f"studies/{_check_uid(study_uid)}", {}
         for batch in _split_requests(objects):
@@ -377,7 +362,7 @@ class DicomWebClient:
 
         Every request may be sent again: objects that are stored keep their UIDs.
         """
-        headers = {"Accept": accept, "Content-Type": content_type}  # None is not sent
+        headers = {"Accept": accept} | ({"Content-Type": content_type} if content_type else {})
         pause_s, failure = FIRST_PAUSE_S, ""
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
