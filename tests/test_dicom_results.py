@@ -19,12 +19,12 @@ from pydicom.dataset import Dataset
 
 from brainray import cli
 from brainray.dicom_results import destinations
-from brainray.dicom_results import report as report_module
 from brainray.dicom_results.codes import read_codes
 from brainray.dicom_results.objects import KINDS, NOTICE, derive_uid
 from brainray.dicom_results.report import RESULTS_FILE, ReportJob, report_dicom
 from brainray.dicom_results.summary_page import HEIGHT_PX, WIDTH_PX
 from brainray.errors import ConfigError, DataError, DicomResultsError
+from brainray.inference import sources as sources_module
 from tests.bulk_output import (
     CLASSES,
     CLASSIFIER_ID,
@@ -522,28 +522,23 @@ class FakePacs:
     def has(self, study_uid: str, sop_instance_uid: str) -> bool:
         return sop_instance_uid in self.stored and bool(study_uid)
 
-    def store(self, study_uid: str, objects: Sequence[bytes]) -> list[Any]:
+    def store(self, study_uid: str, objects: dict[str, bytes]) -> dict[str, str]:
         self.num_requests += 1
-        answers = []
-        for content in objects:
+        failures = {}
+        for uid, content in objects.items():
             dataset = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True)
-            assert dataset.StudyInstanceUID == study_uid
-            is_refused = dataset.Modality in self.refused
-            answers.append(Answer(dataset.SOPInstanceUID, "0xA700" if is_refused else None))
-            if not is_refused and dataset.Modality not in self.forgotten:
-                self.stored[dataset.SOPInstanceUID] = content
-        return answers
-
-
-class Answer:
-    def __init__(self, sop_instance_uid: str, failure: str | None) -> None:
-        self.sop_instance_uid, self.failure = sop_instance_uid, failure
+            assert (dataset.StudyInstanceUID, dataset.SOPInstanceUID) == (study_uid, uid)
+            if dataset.Modality in self.refused:
+                failures[uid] = "0xA700"
+            elif dataset.Modality not in self.forgotten:
+                self.stored[uid] = content
+        return failures
 
 
 @pytest.fixture
 def pacs(monkeypatch: pytest.MonkeyPatch) -> FakePacs:
     fake = FakePacs()
-    monkeypatch.setattr(destinations, "connect_pacs", lambda _: fake)
+    monkeypatch.setattr(destinations, "open_client", lambda *_: fake)
     return fake
 
 
@@ -631,7 +626,7 @@ def test_only_the_objects_hold_what_identifies_a_patient(
 
 @pytest.mark.usefixtures("local_ray")
 def test_studies_are_done_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_module, "MAX_LOCAL_SLICES", 0)
+    monkeypatch.setattr(sources_module, "MAX_LOCAL_SLICES", 0)
     for number in range(3):
         files = write_files(tmp_path / "in" / str(number), make_series(number))
         write_output(tmp_path / "out", files)

@@ -12,8 +12,6 @@ import pytest
 
 from brainray.data.read import read_scan
 from brainray.data.scans import UNCHANGED_NS, list_scans
-from brainray.dicom_results import dicomweb as results_module
-from brainray.dicom_results.dicomweb import DicomWeb, open_dicomweb
 from brainray.errors import ConfigError, DataError, DicomWebError, RejectedImage
 from brainray.inference import bulk as bulk_module
 from brainray.inference.bulk import ClassifyJob, classify
@@ -23,6 +21,7 @@ from brainray.io.dicomweb import (
     CERTIFICATE_VARIABLE,
     MAX_ATTEMPTS,
     TOKEN_VARIABLE,
+    DicomWebClient,
     list_resources,
     open_client,
     parse_uri,
@@ -253,20 +252,20 @@ def test_a_token_goes_to_the_service(
     list_scans([pacs.uri])
     assert pacs.requests[-1].headers["Authorization"] == "Bearer secret"
     monkeypatch.setenv("OTHER", "another")
-    open_dicomweb(pacs.root, token_env="OTHER").has("1.2", "1.3")
+    open_client(pacs.root, token_env="OTHER").has("1.2", "1.3")
     assert pacs.requests[-1].headers["Authorization"] == "Bearer another"
 
 
 def test_credentials_that_cannot_be_used_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"token in \$NOT_SET, which is not set"):
-        open_dicomweb("https://h/x", token_env="NOT_SET")
+        open_client("https://h/x", token_env="NOT_SET")
     with pytest.raises(ConfigError, match="No client certificate at '/nowhere"):
-        open_dicomweb("https://h/x", certificate_path="/nowhere.pem")
+        open_client("https://h/x", certificate_path="/nowhere.pem")
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     with pytest.raises(ConfigError, match="would go to http://h/x unencrypted"):
-        open_dicomweb("http://h/x")
+        open_client("http://h/x")
     with pytest.raises(ConfigError, match="Expected the address of a DICOMweb service"):
-        open_dicomweb("h/x")
+        open_client("h/x")
 
 
 def test_certificates_are_checked_on_both_sides(
@@ -280,11 +279,11 @@ def test_certificates_are_checked_on_both_sides(
     client = str(tmp_path / "client.pem")
     with serve_fake_pacs(make_slice(0), tls=tls) as pacs:
         with pytest.raises(DicomWebError, match=r"\$REQUESTS_CA_BUNDLE"):
-            open_dicomweb(pacs.root, certificate_path=client).has(STUDY, "1.2")
+            open_client(pacs.root, certificate_path=client).has(STUDY, "1.2")
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
-        assert open_dicomweb(pacs.root, certificate_path=client).has(STUDY, f"{STUDY}.1.0")
+        assert open_client(pacs.root, certificate_path=client).has(STUDY, f"{STUDY}.1.0")
         with pytest.raises(DicomWebError):
-            open_dicomweb(pacs.root).has(STUDY, f"{STUDY}.1.0")
+            open_client(pacs.root).has(STUDY, f"{STUDY}.1.0")
         monkeypatch.setenv(CERTIFICATE_VARIABLE, client)
         open_client.cache_clear()
         assert list_scans([pacs.uri]).num_rows == 1
@@ -294,34 +293,38 @@ def test_certificates_are_checked_on_both_sides(
 
 
 @pytest.fixture
-def store(pacs: FakePacs) -> DicomWeb:
-    return open_dicomweb(pacs.root)
+def store(pacs: FakePacs) -> DicomWebClient:
+    return open_client(pacs.root)
+
+
+def make_objects_to_store(count: int) -> dict[str, bytes]:
+    return {f"{STUDY}.9.{number}": make_slice(number, series="9") for number in range(count)}
 
 
 def test_objects_are_stored_once(
-    pacs: FakePacs, store: DicomWeb, monkeypatch: pytest.MonkeyPatch
+    pacs: FakePacs, store: DicomWebClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    objects = [make_slice(number, series="9") for number in range(5)]
-    monkeypatch.setattr(results_module, "MAX_REQUEST_BYTES", 2 * len(objects[0]) + 1)
+    objects = make_objects_to_store(5)
+    size_bytes = len(objects[f"{STUDY}.9.0"])
+    monkeypatch.setattr(client_module, "MAX_REQUEST_BYTES", 2 * size_bytes + 1)
     assert not store.has(STUDY, f"{STUDY}.9.0")
     for _ in range(2):
-        stored = store.store(STUDY, objects)
-        assert [one.failure for one in stored] == [None] * 5
-        assert [one.sop_instance_uid[-4:] for one in stored] == [f".9.{n}" for n in range(5)]
-    assert [pacs.files[f"{STUDY}.9.{number}"] for number in range(5)] == objects
+        assert store.store(STUDY, objects) == {}
+    assert {uid: pacs.files[uid] for uid in objects} == objects
     assert sum(request.method == "POST" for request in pacs.requests) == 2 * 3
     assert store.has(STUDY, f"{STUDY}.9.0")
     assert not store.has("1.2.3", f"{STUDY}.9.0"), "it is in another study"
-    assert store.store(STUDY, []) == []
+    assert store.store(STUDY, {}) == {}
 
 
-def test_what_was_not_stored_is_told(pacs: FakePacs, store: DicomWeb) -> None:
-    objects = [make_slice(number, series="9") for number in range(2)]
-    first, second = f"{STUDY}.9.0", f"{STUDY}.9.1"
+def test_what_was_not_stored_is_told(pacs: FakePacs, store: DicomWebClient) -> None:
+    objects = make_objects_to_store(2)
+    first, second = objects
 
     def try_with(status: int, document: dict[str, Any] | None) -> list[str | None]:
         pacs.stow_answer = lambda _: (status, document)
-        return [one.failure for one in store.store(STUDY, objects)]
+        failures = store.store(STUDY, objects)
+        return [failures.get(uid) for uid in objects]
 
     silence = "it answered with HTTP status 200, and does not have it"
     assert try_with(200, {}) == [silence, silence]
@@ -336,16 +339,17 @@ def test_what_was_not_stored_is_told(pacs: FakePacs, store: DicomWeb) -> None:
     assert try_with(409, describe_failed([first, second], 0x0999))[1] == (
         "for a reason of its own (failure reason 0x0999)"
     )
-    pacs.add(objects[0])
+    pacs.add(objects[first])
     assert try_with(409, describe_failed([first, second], 0x0111))[0] is None, "it is there"
 
 
-def test_a_request_that_fails_as_a_whole_is_an_error(pacs: FakePacs, store: DicomWeb) -> None:
+def test_a_request_that_fails_as_a_whole_is_an_error(pacs: FakePacs, store: DicomWebClient) -> None:
+    objects = make_objects_to_store(1)
     pacs.statuses = [503, 200]
-    assert store.store(STUDY, [make_slice(0, series="9")])[0].failure is None
+    assert store.store(STUDY, objects) == {}
     pacs.statuses = [413]
     with pytest.raises(DicomWebError, match="HTTP status 413") as raised:
-        store.store(STUDY, [make_slice(1, series="9")])
+        store.store(STUDY, objects)
     check_silent(raised.value)
 
 
@@ -411,13 +415,13 @@ def test_orthanc_gives_back_what_was_stored(tmp_path: Path) -> None:
     )
     slices = [make_slice(number) for number in range(8)]
     with run_orthanc(tmp_path / "orthanc") as orthanc:
-        pacs = open_dicomweb(orthanc.root)
+        pacs = open_client(orthanc.root)
+        objects = {f"{STUDY}.1.{number}": content for number, content in enumerate(slices)}
         for _ in range(2):
-            stored = pacs.store(STUDY, [*slices, compressed])
-            assert [one.failure for one in stored] == [None] * 9
+            assert pacs.store(STUDY, objects | {f"{STUDY}.1.99": compressed}) == {}
         assert len(orthanc.get("instances")) == 9
-        (other,) = pacs.store("1.2.3", slices[:1])
-        assert "failure reason 0x" in str(other.failure), "it is of another study"
+        (failure,) = pacs.store("1.2.3", {f"{STUDY}.1.0": slices[0]}).values()
+        assert "failure reason 0x" in failure, "it is of another study"
         uri = f"dicomweb+{orthanc.root}/studies?PatientID=patient-7&Modality=MR"
         found = list_scans([uri])["uri"].to_pylist()
         contents = {read_scan(one, -1, -1) for one in found}

@@ -22,8 +22,8 @@ from pydicom.dataset import Dataset
 from brainray import cli
 from brainray.dicom_results.destinations import FolderDestination
 from brainray.errors import ConfigError
+from brainray.export import dicom as dicom_module
 from brainray.export import job as job_module
-from brainray.export import profile
 from brainray.export.dicom import Dates, Deidentifier
 from brainray.export.job import ExportJob, export
 from brainray.export.pseudonyms import Pseudonyms
@@ -33,6 +33,7 @@ from brainray.images.decode import DecodeLimits
 from brainray.images.dicom import open_dicom
 from brainray.images.dicom_pixels import decode_stored
 from brainray.images.slices import open_file
+from brainray.inference import sources as sources_module
 from brainray.inference.schema import build_schema
 from brainray.io.identifiers import open_identifiers
 from tests.bulk_output import CLASSES, write_output
@@ -502,7 +503,7 @@ def test_an_output_without_paths_needs_the_scans(tmp_path: Path) -> None:
 def test_on_ray_the_export_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_output(tmp_path / "bulk", make_series(tmp_path / "scans"))
     here = export_here(tmp_path / "bulk", tmp_path / "here")
-    monkeypatch.setattr(job_module, "MAX_LOCAL_SLICES", 0)
+    monkeypatch.setattr(sources_module, "MAX_LOCAL_SLICES", 0)
     assert export_here(tmp_path / "bulk", tmp_path / "out") == here
     by_id = {row["slice_id"]: row for row in read_rows(tmp_path / "here")}
     assert {row["slice_id"]: row for row in read_rows(tmp_path / "out")} == by_id
@@ -573,16 +574,16 @@ def test_without_the_library_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_output(tmp_path / "bulk", make_series(tmp_path / "scans", 1))
-    monkeypatch.setattr(profile, "_TABLE", "no_such_library.table")
-    profile.read_profile.cache_clear()
+    monkeypatch.setattr(dicom_module, "_TABLE", "no_such_library.table")
+    dicom_module.read_profile.cache_clear()
     with pytest.raises(ConfigError, match=r"brainray\[dicom\]"):
         export_here(tmp_path / "bulk", tmp_path / "out")
-    profile.read_profile.cache_clear()
+    dicom_module.read_profile.cache_clear()
 
 
 def test_the_profile_has_what_everyone_knows() -> None:
     """An edition whose table was read wrongly would leave identity in silence."""
-    actions = profile.read_profile()
+    actions = dicom_module.read_profile()
     assert len(actions) > 600
     expected = {
         "PatientName": "empty",

@@ -20,7 +20,7 @@ import pydicom
 import pytest
 
 from brainray.data.scans import list_scans
-from brainray.dicom_results.dicomweb import open_dicomweb
+from brainray.io.dicomweb import open_client
 from tests.conftest import REPOSITORY
 from tests.dicom_files import make_mr
 from tests.pacs import Orthanc, run_orthanc, send
@@ -146,7 +146,7 @@ def check_results(orthanc: Orthanc) -> None:
         + [(result, NUM_SERIES) for result in RESULTS]
     }
     assert len({str(one.SOPInstanceUID) for one in instances}) == len(instances)
-    pacs = open_dicomweb(orthanc.root)
+    pacs = open_client(orthanc.root)
     for one in instances:
         assert (str(one.PatientName), one.PatientID) == (NAME, "patient-7")
         assert pacs.has(str(one.StudyInstanceUID), str(one.SOPInstanceUID))

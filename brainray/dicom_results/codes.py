@@ -7,7 +7,7 @@ or JSON, has the same three parts and needs only the entries that differ.
 import hashlib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from brainray import storage
 from brainray.errors import ConfigError
 
 DEFAULT_TABLE = Path(__file__).with_name("codes.toml")
-MAX_CODE_CHARS, MAX_SCHEME_CHARS, MAX_MEANING_CHARS = 16, 16, 64
+_MAX_CHARS = (16, 16, 64)
 """Of Code Value and Coding Scheme Designator (VR SH), and Code Meaning (LO)."""
 OWN_SCHEME = "99BRAINRAY"
 """Coding scheme of what no public one has a code for."""
@@ -65,37 +65,30 @@ class CodeTable:
 
 
 def read_codes(classes: Sequence[str], codes_uri: str | None = None) -> CodeTable:
-    """Read the code table, and check that it has every class.
+    """Read the code table; entries of a site's file replace those of the default one.
 
-    Parameters
-    ----------
-    classes : sequence of str
-        Of the classifier.
-    codes_uri : str, optional
-        A site's file, whose entries replace those of the default table.
-
-    Raises
-    ------
-    ConfigError
-        The file is missing, is not TOML or JSON, or an entry of it is wrong or unknown; or a class
-        has no code.
+    Raises ConfigError if the file is missing, is not TOML or JSON, or an entry of it is wrong or
+    unknown; or if a class of the classifier has no code.
     """
-    default = _check_table(tomllib.loads(DEFAULT_TABLE.read_text()), str(DEFAULT_TABLE), None)
-    table = default
+    table = tomllib.loads(DEFAULT_TABLE.read_text())
     if codes_uri is not None:
-        own = _check_table(_parse(codes_uri), codes_uri, default)
-        table = CodeTable(
-            classes=default.classes | own.classes,
-            concepts=default.concepts | own.concepts,
-            reasons=default.reasons | own.reasons,
-        )
-    if missing := [name for name in classes if name not in table.classes]:
+        own = _parse(codes_uri)
+        _check_table(own, table, codes_uri)
+        table = {part: table[part] | own.get(part, {}) for part in table}
+    if missing := [name for name in classes if name not in table["classes"]]:
         raise ConfigError(
             f"Expected a code for each class of the classifier, found none for "
             f"{', '.join(missing)} in '{codes_uri or DEFAULT_TABLE}'. Give a file as --codes-file "
             f'with [classes.{missing[0]}], finding = {_EXAMPLE} and presence = "present".'
         )
-    return table
+    return CodeTable(
+        classes={
+            name: ClassCode(Code(*entry["finding"]), entry["presence"])
+            for name, entry in table["classes"].items()
+        },
+        concepts={name: Code(*code) for name, code in table["concepts"].items()},
+        reasons={name: Code(*code) for name, code in table["reasons"].items()},
+    )
 
 
 def _parse(codes_uri: str) -> Any:  # noqa: ANN401 - any document
@@ -113,31 +106,26 @@ def _parse(codes_uri: str) -> Any:  # noqa: ANN401 - any document
         raise ConfigError(f"Expected {kind} in the code table '{codes_uri}': {error}.") from error
 
 
-def _check_table(document: Any, uri: str, known: CodeTable | None) -> CodeTable:  # noqa: ANN401
-    """Turn a document into a table; ``known`` has the names that concepts and reasons may have."""
-    document = _check_object(document, "the table", ("classes", "concepts", "reasons"), uri)
-    parts: dict[str, dict[str, Code]] = {}
-    for part in ("concepts", "reasons"):
-        names = None if known is None else tuple(getattr(known, part))
-        entries = _check_object(document.get(part, {}), part, names, uri)
-        parts[part] = {
-            name: _check_code(value, f"{part}.{name}", uri) for name, value in entries.items()
-        }
-    classes = _check_object(document.get("classes", {}), "classes", None, uri)
-    return CodeTable(
-        classes={
-            name: _check_class(value, f"classes.{name}", uri) for name, value in classes.items()
-        },
-        **parts,
-    )
+def _check_table(own: Any, default: dict[str, Any], uri: str) -> None:  # noqa: ANN401 - any document
+    """Check a site's table; concepts and reasons have the names of the default table."""
+    _check_object(own, "the table", default, uri)
+    for part, entries in own.items():
+        _check_object(entries, part, None if part == "classes" else default[part], uri)
+        for name, value in entries.items():
+            where = f"{part}.{name}"
+            if part != "classes":
+                _check_code(value, where, uri)
+                continue
+            _check_object(value, where, ("finding", "presence"), uri)
+            if value.get("presence") not in PRESENCES:
+                raise ConfigError(
+                    f"Expected {where}.presence as {' or '.join(PRESENCES)} in '{uri}', "
+                    f"got {value.get('presence')!r}."
+                )
+            _check_code(value.get("finding"), f"{where}.finding", uri)
 
 
-def _check_object(
-    value: Any,  # noqa: ANN401 - of a document
-    where: str,
-    names: Sequence[str] | None,
-    uri: str,
-) -> dict[str, Any]:
+def _check_object(value: Any, where: str, names: Iterable[str] | None, uri: str) -> None:  # noqa: ANN401
     if not isinstance(value, dict):
         raise ConfigError(f"Expected names and values for {where} in '{uri}', got {value!r}.")
     unknown = [] if names is None else [name for name in value if name not in names]
@@ -146,31 +134,18 @@ def _check_object(
             f"'{unknown[0]}' is not known in {where} of '{uri}', known are "
             f"{', '.join(names or ())}."
         )
-    return value
 
 
-def _check_class(value: Any, where: str, uri: str) -> ClassCode:  # noqa: ANN401
-    entry = _check_object(value, where, ("finding", "presence"), uri)
-    if entry.get("presence") not in PRESENCES:
-        raise ConfigError(
-            f"Expected {where}.presence as {' or '.join(PRESENCES)} in '{uri}', "
-            f"got {entry.get('presence')!r}."
-        )
-    return ClassCode(_check_code(entry.get("finding"), f"{where}.finding", uri), entry["presence"])
-
-
-def _check_code(value: Any, where: str, uri: str) -> Code:  # noqa: ANN401
+def _check_code(value: Any, where: str, uri: str) -> None:  # noqa: ANN401
     is_text = isinstance(value, list) and all(isinstance(part, str) for part in value)
     if not is_text or len(value) != 3:
         raise ConfigError(
             f"Expected {where} in '{uri}' as value, coding scheme and meaning, such as {_EXAMPLE}; "
             f"got {value!r}."
         )
-    limits = (MAX_CODE_CHARS, MAX_SCHEME_CHARS, MAX_MEANING_CHARS)
-    for part, name, limit in zip(value, Code._fields, limits, strict=True):
+    for part, name, limit in zip(value, Code._fields, _MAX_CHARS, strict=True):
         if not 1 <= len(part.strip()) <= limit or "\\" in part or not part.isprintable():
             raise ConfigError(
                 f"Expected the {name} of {where} in '{uri}' as 1 to {limit} printable characters "
                 f"without a backslash, got {part!r}."
             )
-    return Code(*value)

@@ -20,10 +20,8 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from brainray.errors import ConfigError, StorageError
 from brainray.images.dicom import hash_identifier
@@ -35,59 +33,26 @@ LOCK_FILE = ".receiver.lock"
 FOLDER_MODE, FILE_MODE = 0o750, 0o640
 
 
-class FinishedRound(NamedTuple):
-    """What has become visible to bulk jobs."""
-
-    name: str
-    """Of its folder below the inbox."""
-    num_files: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class InboxLimits:
-    """When an inbox finishes a study, and when it takes no more."""
-
-    quiet_s: float
-    """Seconds without a new object after which a study is finished."""
-    min_free_bytes: int
-    """Of the disk, which are left free."""
-
-
 @contextmanager
-def open_inbox(path: Path, key_uri: str | None, limits: InboxLimits) -> Iterator["Inbox"]:
-    """Open an inbox for one receiver alone, making it where it is not there.
+def open_inbox(
+    path: Path, key_uri: str | None, *, quiet_s: float, min_free_bytes: int
+) -> Iterator["Inbox"]:
+    """Open an inbox on a local disk for one receiver alone, making it where it is not there.
 
-    Parameters
-    ----------
-    path : Path
-        On a local disk.
-    key_uri : str, optional
-        File with the key of the names; the inbox has a random one of its own, if not given.
-    limits : InboxLimits
-
-    Raises
-    ------
-    ConfigError
-        Another receiver has it, or its names were hashed with another key.
-    StorageError
-        It cannot be written.
+    Without a file with the key of the names, the inbox has a random one of its own. Raises
+    UserError if another receiver has it, its names have another key, or it cannot be written.
     """
-    try:
-        path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-        lock = (path / LOCK_FILE).open("a")
-    except OSError as error:
-        raise StorageError(f"Cannot write to the inbox '{path}': {error.strerror}.") from error
-    with lock:
+    with ExitStack() as opened:
         try:
+            path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+            lock = opened.enter_context((path / LOCK_FILE).open("a"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            inbox = Inbox(path, open_identifiers(str(path), key_uri).key, quiet_s, min_free_bytes)
         except BlockingIOError:
             raise ConfigError(
                 f"Another receiver is writing to the inbox '{path}'. Stop it, or give another "
                 "--inbox-path."
             ) from None
-        identifiers = open_identifiers(str(path), key_uri)
-        try:
-            inbox = Inbox(path, identifiers.key, limits)
         except OSError as error:
             raise StorageError(f"Cannot write to the inbox '{path}': {error.strerror}.") from error
         yield inbox
@@ -96,8 +61,10 @@ def open_inbox(path: Path, key_uri: str | None, limits: InboxLimits) -> Iterator
 class Inbox:
     """Stores objects, each once; threads may share it."""
 
-    def __init__(self, path: Path, key: bytes, limits: InboxLimits) -> None:
-        self._path, self._key, self._limits = path, key, limits
+    def __init__(self, path: Path, key: bytes, quiet_s: float, min_free_bytes: int) -> None:
+        self._path, self._key = path, key
+        self._quiet_s, self._min_free_bytes = quiet_s, min_free_bytes
+        """Time without a new object after which a study is finished; disk space that is left."""
         self._receiving = path / RECEIVING_FOLDER
         self._partial = self._receiving / PARTIAL_FOLDER
         self._moving = threading.Lock()
@@ -108,53 +75,29 @@ class Inbox:
 
     def has_room_for(self, num_bytes: int) -> bool:
         """Tell whether the disk has as many bytes beyond those that are left free."""
-        free = shutil.disk_usage(self._path).free
-        return free - num_bytes >= self._limits.min_free_bytes
+        return shutil.disk_usage(self._path).free - num_bytes >= self._min_free_bytes
 
-    def store(self, study_uid: str, sop_instance_uid: str, content: bytes) -> bool:
-        """Store an object; when this returns, it is on the disk.
+    def store(self, study_uid: str, sop_instance_uid: str, content: bytes) -> None:
+        """Store a file, unless a finished round has the same; when this returns, it is on the disk.
 
-        Parameters
-        ----------
-        study_uid, sop_instance_uid : str
-            Only their hashes are written.
-        content : bytes
-            The file.
-
-        Returns
-        -------
-        bool
-            False where a finished round has the same file, so that nothing is kept.
-
-        Raises
-        ------
-        OSError
-            It cannot be written; nothing of it is left.
+        Of the UIDs only hashes are written. Of a file that raises OSError nothing is left.
         """
         study = hash_identifier(study_uid, self._key)
         name = f"{hash_identifier(sop_instance_uid, self._key)}.dcm"
         with write_partial(self._partial / name, content, FILE_MODE) as partial, self._moving:
-            if self._is_finished(study, name, content):
-                return False
+            for file in (self._path / study).glob(f"*/{name}"):
+                if file.stat().st_size == len(content) and file.read_bytes() == content:
+                    return
             folder = self._receiving / study
             _make_folder(folder)
             partial.replace(folder / name)
             _synchronise(folder)
-        return True
 
-    def _is_finished(self, study: str, name: str, content: bytes) -> bool:
-        for file in (self._path / study).glob(f"*/{name}"):
-            if file.stat().st_size == len(content) and file.read_bytes() == content:
-                return True
-        return False
-
-    def finish_quiet_studies(self) -> list[FinishedRound]:
+    def finish_quiet_studies(self) -> list[tuple[str, int]]:
         """Let bulk jobs see the studies that nothing has come of for a while.
 
-        Raises
-        ------
-        OSError
-            One cannot be moved; the next call tries again.
+        Returns the names of their rounds below the inbox, and the numbers of files. Raises OSError
+        if one cannot be moved; the next call tries again.
         """
         finished = []
         for folder in sorted(self._receiving.iterdir()):
@@ -165,8 +108,8 @@ class Inbox:
                 age_s = time.time() - folder.stat().st_mtime
                 num_files = sum(1 for _ in folder.iterdir())
                 # A time in the future is one of a clock that was put back.
-                if num_files and not 0 <= age_s < self._limits.quiet_s:
-                    finished.append(FinishedRound(self._finish(folder), num_files))
+                if num_files and not 0 <= age_s < self._quiet_s:
+                    finished.append((self._finish(folder), num_files))
         return finished
 
     def _finish(self, folder: Path) -> str:

@@ -1,22 +1,29 @@
-"""What all result objects have in common: UIDs, equipment, the patient and study of their source.
+"""Key Object Selections, Secondary Captures, and what all result objects have in common.
+
+These are UIDs, equipment, and the patient and study of their source.
 
 Objects are made by highdicom from a source without a patient, and get the patient at the end: so
 nothing that highdicom says in a warning or an exception can hold a name.
 """
 
+import importlib
 import io
+import logging
+import warnings
 from typing import Any, Literal
 from uuid import UUID, uuid5
 
+import numpy as np
 import pydicom
 from pydicom.charset import python_encoding
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.valuerep import DA, DT, TM
 
-from brainray.dicom_results.result import SeriesResult, find_time_zone
-from brainray.dicom_results.source import Instance, SeriesSource
-from brainray.errors import DicomResultsError
+from brainray.dicom_results.codes import CodeTable
+from brainray.dicom_results.result import Instance, SeriesResult, find_time_zone
+from brainray.dicom_results.summary_page import draw_page
+from brainray.errors import ConfigError, DicomResultsError
 from brainray.provenance import collect_versions
 
 Kind = Literal["sr", "ko", "sc"]
@@ -26,26 +33,24 @@ KINDS: tuple[Kind, ...] = ("sr", "ko", "sc")
 MANUFACTURER = "brainray"
 MODEL_NAME = "brain MRI classifier"
 NOTICE = "not for diagnostic use, for research use only"
-SERIES_DESCRIPTIONS: dict[Kind, str] = {
-    "sr": f"AI findings: {NOTICE}",
-    "ko": f"AI key images: {NOTICE}",
-    "sc": f"AI summary: {NOTICE}",
+_SERIES: dict[Kind, tuple[int, str]] = {
+    "sr": (7001, f"AI findings: {NOTICE}"),
+    "ko": (7002, f"AI key images: {NOTICE}"),
+    "sc": (7003, f"AI summary: {NOTICE}"),
 }
-"""At most 64 characters each (VR LO)."""
-SERIES_NUMBERS: dict[Kind, int] = {"sr": 7001, "ko": 7002, "sc": 7003}
+"""Number and description, which has at most 64 characters (VR LO)."""
 
 _NAMESPACE = UUID("6d7c2a0e-4f0b-5c1e-9d63-0b7f3a9e51c4")
 """Of the names that UIDs are derived from; never changed."""
-UNICODE = "ISO_IR 192"
 
 _PATIENT_AND_STUDY_TEXT = (
-    "PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex OtherPatientIDsSequence "
-    "PatientIdentityRemoved DeidentificationMethod DeidentificationMethodCodeSequence "
-    "ClinicalTrialSponsorName ClinicalTrialProtocolID ClinicalTrialProtocolName "
-    "ClinicalTrialSiteID ClinicalTrialSiteName ClinicalTrialSubjectID "
-    "ClinicalTrialSubjectReadingID StudyDate StudyTime AccessionNumber "
-    "IssuerOfAccessionNumberSequence ReferringPhysicianName StudyID StudyDescription PatientAge "
-    "PatientSize PatientWeight TimezoneOffsetFromUTC"
+    "PatientName PatientID IssuerOfPatientID PatientBirthDate PatientSex "
+    "OtherPatientIDsSequence PatientIdentityRemoved DeidentificationMethod "
+    "DeidentificationMethodCodeSequence ClinicalTrialSponsorName ClinicalTrialProtocolID "
+    "ClinicalTrialProtocolName ClinicalTrialSiteID ClinicalTrialSiteName "
+    "ClinicalTrialSubjectID ClinicalTrialSubjectReadingID StudyDate StudyTime AccessionNumber "
+    "IssuerOfAccessionNumberSequence ReferringPhysicianName StudyID StudyDescription "
+    "PatientAge PatientSize PatientWeight TimezoneOffsetFromUTC"
 )
 _PATIENT_AND_STUDY = tuple(_PATIENT_AND_STUDY_TEXT.split())
 """What an object takes over from its source, where the source has it."""
@@ -55,10 +60,20 @@ _TYPE_2_TEXT = (
 )
 _TYPE_2 = tuple(_TYPE_2_TEXT.split())
 """What every object has, empty where the source has none."""
-_SEXES = ("M", "F", "O")
+_LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 
 
-# ---- UIDs ----------------------------------------------------------------------------------------
+def import_highdicom() -> Any:  # noqa: ANN401 - it may be absent where types are checked
+    """Import highdicom, without its log and its warnings: both quote patients' names."""
+    logging.getLogger("highdicom").setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", module=r"highdicom(\.|$)")
+    try:
+        return importlib.import_module("highdicom")
+    except ImportError as error:
+        raise ConfigError(
+            "DICOM results need the library highdicom, which is not installed. "
+            "Install the extra: pip install 'brainray[dicom]'."
+        ) from error
 
 
 def derive_uid(*names: str) -> str:
@@ -66,44 +81,22 @@ def derive_uid(*names: str) -> str:
     return f"2.25.{uuid5(_NAMESPACE, chr(10).join(names)).int}"
 
 
-def derive_series_uid(kind: Kind, study_uid: str, classifier_id: str) -> str:
-    """Return the series in a study of all objects of one kind from one classifier."""
-    return derive_uid("series", kind, study_uid, classifier_id)
-
-
-def derive_object_uid(kind: Kind, source_series_uid: str, classifier_id: str, digest: str) -> str:
-    """Return the UID of an object: the same for the same source, classifier and content.
-
-    Parameters
-    ----------
-    kind : str
-    source_series_uid : str
-        Series Instance UID of the classified series.
-    classifier_id : str
-    digest : str
-        Of what else the object depends on: a series with another slice gives another object, as
-        DICOM demands.
-    """
-    return derive_uid("object", kind, source_series_uid, classifier_id, digest)
-
-
-# ---- making an object ----------------------------------------------------------------------------
-
-
 def describe_object(kind: Kind, object_uid: str, result: SeriesResult) -> dict[str, Any]:
     """Return the arguments that highdicom's constructors have in common."""
-    classifier_id = result.output.store.classifier_id
+    classifier_id, study_uid = result.output.store.classifier_id, result.study_uid
+    series_number, series_description = _SERIES[kind]
     return {
-        "series_instance_uid": derive_series_uid(kind, result.source.study_uid, classifier_id),
-        "series_number": SERIES_NUMBERS[kind],
+        # All results of a kind, study and classifier are one series: the number of an instance
+        # tells which series it is about.
+        "series_instance_uid": derive_uid("series", kind, study_uid, classifier_id),
+        "series_number": series_number,
         "sop_instance_uid": object_uid,
-        # All results of a study are one series: the number tells which series they are about.
-        "instance_number": result.source.series_number or 1,
+        "instance_number": result.series_number or 1,
         "manufacturer": MANUFACTURER,
         "manufacturer_model_name": MODEL_NAME,
         "software_versions": (get_version(result), classifier_id),
         "device_serial_number": result.output.about["weights_sha256"][:16],
-        "series_description": SERIES_DESCRIPTIONS[kind],
+        "series_description": series_description,
     }
 
 
@@ -113,21 +106,20 @@ def get_version(result: SeriesResult) -> str:
     return f"brainray {versions['brainray']}"
 
 
-def make_evidence(source: SeriesSource) -> list[Dataset]:
-    """Return the source's instances as highdicom takes them: with their UIDs, and no patient."""
-    return [_make_reference(source, instance) for instance in source.instances.values()]
-
-
-def _make_reference(source: SeriesSource, instance: Instance) -> Dataset:
-    reference = Dataset()
-    for keyword in _TYPE_2:
-        setattr(reference, keyword, None)
-    reference.SOPClassUID = instance.sop_class_uid
-    reference.SOPInstanceUID = instance.sop_instance_uid
-    reference.StudyInstanceUID = source.study_uid
-    reference.SeriesInstanceUID = source.series_uid
-    reference.Rows = reference.Columns = 1  # tells highdicom that it is an image
-    return reference
+def make_evidence(result: SeriesResult) -> list[Dataset]:
+    """Return the source instances as highdicom takes them: with their UIDs, and no patient."""
+    evidence = []
+    for instance in result.instances:
+        reference = Dataset()
+        for keyword in _TYPE_2:
+            setattr(reference, keyword, None)
+        reference.SOPClassUID = instance.sop_class_uid
+        reference.SOPInstanceUID = instance.sop_instance_uid
+        reference.StudyInstanceUID = result.study_uid
+        reference.SeriesInstanceUID = result.series_uid
+        reference.Rows = reference.Columns = 1  # tells highdicom that it is an image
+        evidence.append(reference)
+    return evidence
 
 
 def group_frames(result: SeriesResult) -> dict[Instance, list[int]]:
@@ -140,38 +132,100 @@ def group_frames(result: SeriesResult) -> dict[Instance, list[int]]:
     return {instance: sorted(numbers) for instance, numbers in frames.items()}
 
 
+# ---- objects, as encode_object takes them --------------------------------------------------------
+
+
+def build_key_objects(result: SeriesResult, codes: CodeTable, object_uid: str) -> Dataset:
+    """Select the key slices of a series, of which there is at least one (TID 2010)."""
+    hd = import_highdicom()
+    frames = {instance.sop_instance_uid: own for instance, own in group_frames(result).items()}
+    chosen = [one for one in make_evidence(result) if one.SOPInstanceUID in frames]
+    content = hd.ko.KeyObjectSelection(
+        document_title=hd.sr.CodedConcept(*codes.concepts["key_objects"]),
+        referenced_objects=chosen,
+        description=f"Slices with the most evidence for {result.shown_class}: {NOTICE}",
+    )
+    for item in content[0].ContentSequence:
+        if item.ValueType == "IMAGE":  # highdicom has no argument for frames here
+            (reference,) = item.ReferencedSOPSequence
+            if frames[reference.ReferencedSOPInstanceUID]:
+                reference.ReferencedFrameNumber = frames[reference.ReferencedSOPInstanceUID]
+    document: Dataset = hd.ko.KeyObjectSelectionDocument(
+        evidence=chosen, content=content, **describe_object("ko", object_uid, result)
+    )
+    return document
+
+
+def build_secondary_capture(
+    result: SeriesResult,
+    codes: CodeTable,  # noqa: ARG001 - a page has none
+    object_uid: str,
+) -> Dataset:
+    """Make a picture of a series' summary, for viewers that read no reports."""
+    page: Dataset = import_highdicom().sc.SCImage(
+        pixel_array=np.asarray(draw_page(result)),
+        photometric_interpretation="RGB",
+        bits_allocated=8,
+        coordinate_system="PATIENT",
+        patient_orientation=("L", "P"),
+        study_instance_uid=result.study_uid,
+        **describe_object("sc", object_uid, result),
+    )
+    page.PatientOrientation = None  # highdicom demands one, and a page of text has none
+    page.ConversionType = "WSD"  # drawn on a workstation; highdicom says digital interface
+    page.BodyPartExamined = "BRAIN"
+    page.BurnedInAnnotation = "NO"  # the page names nobody
+    page.ImageComments = "Research use only. Not for diagnostic use."
+    at = result.computed_at
+    page.DateOfSecondaryCapture, page.TimeOfSecondaryCapture = at.date(), at.time()
+    page.SourceImageSequence = []
+    for instance, frames in group_frames(result).items():
+        item = Dataset()
+        item.ReferencedSOPClassUID = instance.sop_class_uid
+        item.ReferencedSOPInstanceUID = instance.sop_instance_uid
+        if frames:
+            item.ReferencedFrameNumber = frames
+        page.SourceImageSequence.append(item)
+    header = result.header
+    if header.get("LossyImageCompression") == "01" and all(word in header for word in _LOSSY[:2]):
+        for keyword in _LOSSY:
+            if keyword in header:
+                page[keyword] = header[keyword]
+    return page
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
 def encode_object(dataset: Dataset, result: SeriesResult) -> bytes:
     """Give an object its patient, study and time, and encode it as a file (PS3.10).
 
     Names are encoded in the source's character set; in UTF-8 where that does not give what the
-    source has.
-
-    Raises
-    ------
-    DicomResultsError
-        The source's patient or study cannot be read, or not be written.
+    source has. Raises DicomResultsError if patient or study cannot be read, or not be written.
     """
-    header = result.source.header
+    header = result.header
     for keyword in _PATIENT_AND_STUDY:
         if keyword in dataset:
             del dataset[keyword]
         if keyword in _TYPE_2:
             setattr(dataset, keyword, None)
-        if keyword in header:
-            _copy_element(header, dataset, keyword)
+        element = _read_element(header, keyword)
+        if element is not None and element.value and _is_valid(header, keyword, element):
+            dataset[keyword] = element
     at = result.computed_at
     dataset.InstanceCreationDate = dataset.ContentDate = DA(at.date())
     dataset.InstanceCreationTime = dataset.ContentTime = TM(at.time())
     for equipment in dataset.get("ContributingEquipmentSequence") or ():
         equipment.ContributionDateTime = DT(at.replace(tzinfo=None))  # highdicom's is now
-    for charset in (_find_charset(header), UNICODE):
+    for charset in (_find_charset(header), "ISO_IR 192"):
         if charset is not None:
             dataset.SpecificCharacterSet = charset
         buffer = io.BytesIO()
         pydicom.dcmwrite(buffer, dataset, enforce_file_format=True)
         content = buffer.getvalue()
         written = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True)
-        if _list_identity(written) == _list_identity(dataset):
+        pairs = [(written.get(name), dataset.get(name)) for name in _PATIENT_AND_STUDY]
+        if all(str(found or "") == str(meant or "") for found, meant in pairs):
             return content
     raise DicomResultsError("The patient's name, or another text of the source, cannot be encoded.")
 
@@ -182,24 +236,23 @@ def _find_charset(header: Dataset) -> str | list[str] | None:
     if not value:
         return None
     words = [value] if isinstance(value, str) else list(value)
-    return words if all(word in python_encoding for word in words) else UNICODE
+    return words if all(word in python_encoding for word in words) else "ISO_IR 192"
 
 
-def _copy_element(header: Dataset, dataset: Dataset, keyword: str) -> None:
-    """Copy an element, unless its value is one that a valid object cannot have."""
+def _read_element(header: Dataset, keyword: str) -> DataElement | None:
+    if keyword not in header:
+        return None
     try:
-        element = header[keyword]
-    except Exception:  # what it raises holds the value
-        element = None
-    if element is None:
-        raise DicomResultsError(f"The {keyword} of the source cannot be read.")
-    if element.value and _is_valid(header, keyword, element):
-        dataset[keyword] = element
+        return header[keyword]
+    except Exception:  # what it raises holds the value, and must not be chained
+        pass
+    raise DicomResultsError(f"The {keyword} of the source cannot be read.")
 
 
 def _is_valid(header: Dataset, keyword: str, element: DataElement) -> bool:
+    """Tell whether an object with this element can be valid."""
     if keyword == "PatientSex":
-        return str(element.value) in _SEXES
+        return str(element.value) in ("M", "F", "O")
     if keyword == "TimezoneOffsetFromUTC":
         return find_time_zone(header) is not None
     parse = {"DA": DA, "TM": TM}.get(element.VR, str)
@@ -208,8 +261,3 @@ def _is_valid(header: Dataset, keyword: str, element: DataElement) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _list_identity(dataset: Dataset) -> list[str]:
-    """Return what a reader finds of the patient and the study."""
-    return [str(dataset.get(keyword) or "") for keyword in _PATIENT_AND_STUDY]

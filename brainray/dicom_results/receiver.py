@@ -11,7 +11,7 @@ import signal
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from brainray.dicom_results.inbox import Inbox, InboxLimits, open_inbox
+from brainray.dicom_results.inbox import Inbox, open_inbox
 from brainray.errors import ConfigError, RejectedImage
 from brainray.images.decode import DecodeLimits
 from brainray.images.dicom import PLUGINS
@@ -62,7 +62,6 @@ ASSOCIATION_S = 30.0
 MAX_POLL_S = 1.0
 STOP_S = 5.0
 """Longest wait for each association, when the receiver ends."""
-_STUDY_UID, _SOP_UID = Tag("StudyInstanceUID"), Tag("SOPInstanceUID")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,20 +121,9 @@ class ReceiveJob:
         ):
             raise ConfigError("Expected --tls-cert and --tls-key together, and before a client's.")
 
-    @property
-    def inbox_limits(self) -> InboxLimits:
-        """What concerns the disk."""
-        return InboxLimits(quiet_s=self.quiet_s, min_free_bytes=self.min_free_bytes)
-
 
 def receive(job: ReceiveJob, *, log: Log) -> None:
-    """Receive until SIGTERM or Ctrl-C.
-
-    Parameters
-    ----------
-    job : ReceiveJob
-    log : callable
-        Takes a line for a person; none of them identifies a patient.
+    """Receive until SIGTERM or Ctrl-C; no line of the log identifies a patient.
 
     Raises
     ------
@@ -158,21 +146,26 @@ def receive(job: ReceiveJob, *, log: Log) -> None:
 
 @contextmanager
 def open_receiver(job: ReceiveJob, log: Log) -> Iterator[int]:
-    """Listen, and finish studies, while the block runs.
-
-    Yields
-    ------
-    int
-        The port.
-    """
+    """Listen, and finish studies, while the block runs; yield the port."""
     tls = _make_tls(job)
     stop = threading.Event()
-    with open_inbox(job.inbox_path, job.id_key_file, job.inbox_limits) as inbox:
-        finishing = threading.Thread(
-            target=_finish_studies, args=(inbox, job.quiet_s, stop, log), daemon=True
-        )
-        service = _Service(inbox, job.max_object_bytes, log)
-        server = _start_server(job, service, tls)
+
+    def finish_studies() -> None:
+        while not stop.wait(min(MAX_POLL_S, job.quiet_s / 4)):
+            try:
+                for name, num_files in inbox.finish_quiet_studies():
+                    log(f"finished    {name}: {num_files:,} objects")
+            except OSError as error:
+                log(f"failed      a study cannot be moved: {error.strerror}; trying again")
+
+    with open_inbox(
+        job.inbox_path,
+        job.id_key_file,
+        quiet_s=job.quiet_s,
+        min_free_bytes=job.min_free_bytes,
+    ) as inbox:
+        server = _start_server(job, _Service(inbox, job.max_object_bytes, log), tls)
+        finishing = threading.Thread(target=finish_studies, daemon=True)
         finishing.start()
         try:
             yield server.server_address[1]
@@ -180,15 +173,6 @@ def open_receiver(job: ReceiveJob, log: Log) -> Iterator[int]:
             server.shutdown()
             stop.set()
             finishing.join()
-
-
-def _finish_studies(inbox: Inbox, quiet_s: float, stop: threading.Event, log: Log) -> None:
-    while not stop.wait(min(MAX_POLL_S, quiet_s / 4)):
-        try:
-            for done in inbox.finish_quiet_studies():
-                log(f"finished    {done.name}: {done.num_files:,} objects")
-        except OSError as error:
-            log(f"failed      a study cannot be moved: {error.strerror}; trying again")
 
 
 # ---- objects -------------------------------------------------------------------------------------
@@ -202,14 +186,6 @@ class _Service:
         self._waiting: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         """Bytes of objects of each association that have come and are not stored yet."""
         self._counting = threading.Lock()
-
-    @property
-    def handlers(self) -> list[tuple[Any, Callable[[Any], Any]]]:
-        return [
-            (evt.EVT_C_STORE, self.store),
-            (evt.EVT_PDU_RECV, self.limit_size),
-            (evt.EVT_REJECTED, self.report_refusal),
-        ]
 
     def store(self, event: Any) -> int:  # noqa: ANN401 - as all below, of pynetdicom
         """Answer C-STORE: the object is on the disk before the sender learns of its success."""
@@ -264,15 +240,14 @@ def _read_uids(content: bytes) -> tuple[str, str]:
     """Return the study's and the object's UID, reading no further than to them."""
 
     def is_behind(tag: BaseTag, _vr: str | None, _length: int) -> bool:
-        return bool(tag > _STUDY_UID)
+        return bool(tag > Tag("StudyInstanceUID"))
 
-    found: Dataset = read_partial(
-        io.BytesIO(content), is_behind, specific_tags=[_STUDY_UID, _SOP_UID]
-    )
-    uids = [str((found.get(tag, "") and found[tag].value) or "") for tag in (_STUDY_UID, _SOP_UID)]
-    if not all(uids):
+    tags: list[BaseTag | int] = [Tag("StudyInstanceUID"), Tag("SOPInstanceUID")]
+    found: Dataset = read_partial(io.BytesIO(content), is_behind, specific_tags=tags)
+    study_uid, sop_uid = found.get("StudyInstanceUID"), found.get("SOPInstanceUID")
+    if not study_uid or not sop_uid:
         raise RejectedImage("corrupt", "A UID is missing.")
-    return uids[0], uids[1]
+    return str(study_uid), str(sop_uid)
 
 
 # ---- network -------------------------------------------------------------------------------------
@@ -314,7 +289,11 @@ def _start_server(job: ReceiveJob, service: _Service, tls: ssl.SSLContext | None
         server: _Server = entity.make_server(
             (job.host, job.port),
             ssl_context=tls,
-            evt_handlers=service.handlers,
+            evt_handlers=[
+                (evt.EVT_C_STORE, service.store),
+                (evt.EVT_PDU_RECV, service.limit_size),
+                (evt.EVT_REJECTED, service.report_refusal),
+            ],
             server_class=_Server,
         )
     except OSError as error:

@@ -13,7 +13,6 @@ from typing import Any
 from pydicom.dataset import Dataset
 
 from brainray.dicom_results.codes import OWN_SCHEME, Code, CodeTable
-from brainray.dicom_results.extra import import_highdicom
 from brainray.dicom_results.objects import (
     MANUFACTURER,
     MODEL_NAME,
@@ -21,6 +20,7 @@ from brainray.dicom_results.objects import (
     describe_object,
     get_version,
     group_frames,
+    import_highdicom,
     make_evidence,
 )
 from brainray.dicom_results.result import SeriesResult, list_tumours
@@ -30,34 +30,28 @@ SLICES = Code("{slices}", "UCUM", "slices")
 
 
 def build_sr(result: SeriesResult, codes: CodeTable, object_uid: str) -> Dataset:
-    """Build the structured report of a series.
-
-    Parameters
-    ----------
-    result : SeriesResult
-    codes : CodeTable
-        Of the site.
-    object_uid : str
-        SOP Instance UID.
-
-    Returns
-    -------
-    Dataset
-        What :func:`brainray.dicom_results.objects.encode_object` takes.
-    """
+    """Build the structured report of a series, as ``encode_object`` takes it."""
     hd = import_highdicom()
+    weights = result.output.about["weights_sha256"]
+    device = hd.sr.DeviceObserverIdentifyingAttributes(
+        uid=derive_uid("device", weights),
+        name=f"{MANUFACTURER} {MODEL_NAME}",
+        manufacturer_name=MANUFACTURER,
+        model_name=MODEL_NAME,
+        serial_number=weights[:16],
+    )
     report = hd.sr.MeasurementReport(
         observation_context=hd.sr.ObservationContext(
             observer_device_context=hd.sr.ObserverContext(
                 observer_type=_make_code(Code("121007", "DCM", "Device")),
-                observer_identifying_attributes=_describe_device(result),
+                observer_identifying_attributes=device,
             )
         ),
         procedure_reported=_make_code(codes.concepts["procedure"]),
         imaging_measurements=_build_groups(result, codes),
     )
     document: Dataset = hd.sr.Comprehensive3DSR(
-        evidence=make_evidence(result.source),
+        evidence=make_evidence(result),
         content=report,
         is_complete=True,
         is_final=False,
@@ -72,76 +66,44 @@ def build_sr(result: SeriesResult, codes: CodeTable, object_uid: str) -> Dataset
     return document
 
 
-def _make_code(code: Code) -> Any:  # noqa: ANN401 - of highdicom
+def _make_code(code: Code) -> Any:  # noqa: ANN401 - as all below, of highdicom
     return import_highdicom().sr.CodedConcept(*code)
 
 
-def _describe_device(result: SeriesResult) -> Any:  # noqa: ANN401
-    weights = result.output.about["weights_sha256"]
-    return import_highdicom().sr.DeviceObserverIdentifyingAttributes(
-        uid=derive_uid("device", weights),
-        name=f"{MANUFACTURER} {MODEL_NAME}",
-        manufacturer_name=MANUFACTURER,
-        model_name=MODEL_NAME,
-        serial_number=weights[:16],
-    )
-
-
-def _describe_algorithm(result: SeriesResult) -> Any:  # noqa: ANN401
-    output = result.output
-    rule = " ".join(f"{name}={value:g}" for name, value in asdict(output.rule).items())
-    return import_highdicom().sr.AlgorithmIdentification(
-        name=f"{MANUFACTURER} {MODEL_NAME}",
-        version=f"{get_version(result)}, classifier {output.store.classifier_id}",
-        parameters=[
-            f"rule: {rule}",
-            f"engine: {result.engine}",
-            f"weights: sha256 {output.about['weights_sha256']}",
-        ],
-    )
-
-
-# ---- measurement groups --------------------------------------------------------------------------
-
-
 def _build_groups(result: SeriesResult, codes: CodeTable) -> list[Any]:
-    answer = result.summary["answer"]
-    tumours = list_tumours(result.output.classes)
-    groups = [_build_answer(result, codes)]
-    for name in tumours:
-        if name != answer:
-            finding = codes.classes[name].finding
-            groups.append(_build_group(result, codes, f"evidence {name}", finding, name))
-    return groups
-
-
-def _build_answer(result: SeriesResult, codes: CodeTable) -> Any:  # noqa: ANN401
+    """Build the group with the answer, and one for each other tumour."""
     hd = import_highdicom()
-    answer, concepts = result.summary["answer"], codes.concepts
+    answer, reason = result.summary["answer"], result.summary["reason"]
+    tumours, concepts = list_tumours(result.output.classes), codes.concepts
     finding, presence = concepts["tumour"], "indeterminate"
     if result.has_answer:
         finding, presence = codes.classes[answer]
     said = [(concepts["presence"], concepts[presence])]
-    if result.summary["reason"] is not None:
-        said.append((concepts["reason"], codes.reasons[result.summary["reason"]]))
+    if reason is not None:
+        said.append((concepts["reason"], codes.reasons[reason]))
     images = [
         hd.sr.SourceImageForMeasurementGroup(
             instance.sop_class_uid, instance.sop_instance_uid, frames or None
         )
         for instance, frames in group_frames(result).items()
     ]
-    is_tumour = answer in list_tumours(result.output.classes)
-    return _build_group(
+    first = _build_group(
         result,
         codes,
         "answer",
         finding,
-        answer if is_tumour else None,
+        answer if answer in tumours else None,
         qualitative_evaluations=[
             hd.sr.QualitativeEvaluation(_make_code(name), _make_code(value)) for name, value in said
         ],
         source_images=images,
     )
+    others = [
+        _build_group(result, codes, f"evidence {name}", codes.classes[name].finding, name)
+        for name in tumours
+        if name != answer
+    ]
+    return [first, *others]
 
 
 def _build_group(
@@ -154,33 +116,40 @@ def _build_group(
 ) -> Any:  # noqa: ANN401
     """Build a measurement group; ``measured`` is the class whose evidence it has."""
     hd = import_highdicom()
-    source, classifier_id = result.source, result.output.store.classifier_id
+    output, concepts = result.output, codes.concepts
+    classifier_id = output.store.classifier_id
+    rule = " ".join(f"{name}={value:g}" for name, value in asdict(output.rule).items())
+    algorithm = hd.sr.AlgorithmIdentification(
+        name=f"{MANUFACTURER} {MODEL_NAME}",
+        version=f"{get_version(result)}, classifier {classifier_id}",
+        parameters=[
+            f"rule: {rule}",
+            f"engine: {result.engine}",
+            f"weights: sha256 {output.about['weights_sha256']}",
+        ],
+    )
+    measurements = []
+    if measured is not None:
+        certainty = hd.sr.Measurement(
+            name=_make_code(concepts["certainty"]),
+            value=round(100 * result.summary["evidence"][measured], 2),
+            unit=_make_code(PERCENT),
+            method=_make_code(concepts["evidence_method"]),
+        )
+        longest_run = hd.sr.Measurement(
+            name=_make_code(concepts["longest_run"]),
+            value=result.summary["longest_run"][measured],
+            unit=_make_code(SLICES),
+        )
+        measurements = [certainty, longest_run]
     return hd.sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=hd.sr.TrackingIdentifier(
-            uid=derive_uid("tracking", identifier, source.series_uid, classifier_id),
+            uid=derive_uid("tracking", identifier, result.series_uid, classifier_id),
             identifier=f"{MANUFACTURER} {identifier}",
         ),
         finding_type=_make_code(finding),
-        finding_sites=[hd.sr.FindingSite(_make_code(codes.concepts["site"]))],
-        algorithm_id=_describe_algorithm(result),
-        measurements=[] if measured is None else _measure(result, codes, measured),
+        finding_sites=[hd.sr.FindingSite(_make_code(concepts["site"]))],
+        algorithm_id=algorithm,
+        measurements=measurements,
         **parts,
     )
-
-
-def _measure(result: SeriesResult, codes: CodeTable, name: str) -> list[Any]:
-    hd = import_highdicom()
-    concepts, summary = codes.concepts, result.summary
-    return [
-        hd.sr.Measurement(
-            name=_make_code(concepts["certainty"]),
-            value=round(100 * summary["evidence"][name], 2),
-            unit=_make_code(PERCENT),
-            method=_make_code(concepts["evidence_method"]),
-        ),
-        hd.sr.Measurement(
-            name=_make_code(concepts["longest_run"]),
-            value=summary["longest_run"][name],
-            unit=_make_code(SLICES),
-        ),
-    ]

@@ -7,9 +7,9 @@ their pseudonyms. Private elements, curves and overlays are left out. Pixels are
 anew, so that no comment of a codestream, no unused bit and no byte behind them is kept.
 """
 
+import importlib
 import io
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from functools import lru_cache
@@ -24,13 +24,59 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 from pydicom.valuerep import format_number_as_ds
 
-from brainray.errors import RejectedImage
-from brainray.export.profile import EDITION, Action, read_profile
+from brainray.errors import ConfigError, RejectedImage
 from brainray.export.pseudonyms import Pseudonyms
 from brainray.images.decode import DecodeLimits
 from brainray.images.dicom import DicomImage, name_uid, open_dicom
 from brainray.images.dicom_file import call_safely, get_value, get_words
 from brainray.images.dicom_pixels import decode_stored
+
+# ---- profile -------------------------------------------------------------------------------------
+
+EDITION = "2026c"
+"""Of the standard."""
+_TABLE = f"dicomanonymizer.dicom_anonymization_databases.dicomfields_{EDITION}"
+"""PS3.15, table E.1-1, as data. Other functions of the library dicom-anonymizer are not used: they
+leave elements within sequences as they are, and make UIDs that no key can make again."""
+
+Action = Literal["remove", "empty", "replace", "map_uid"]
+_ACTIONS: dict[str, Action] = {
+    "X_TAGS": "remove",
+    "Z_TAGS": "empty",
+    "X_Z_TAGS": "empty",
+    "D_TAGS": "replace",
+    "Z_D_TAGS": "replace",
+    "X_D_TAGS": "replace",
+    "X_Z_D_TAGS": "replace",
+    "U_TAGS": "map_uid",
+    "X_Z_U_STAR_TAGS": "map_uid",
+}
+"""Of the library's lists, which are named after the profile's codes. Where the profile leaves a
+choice, the one that keeps an object valid."""
+
+
+@lru_cache(maxsize=1)
+def read_profile() -> dict[int, Action]:
+    """Return what the Basic Application Level Confidentiality Profile does with each tag.
+
+    Elements that it does not list are missing, and so are curves and overlays, whose groups repeat.
+    """
+    try:
+        table = importlib.import_module(_TABLE)
+    except ImportError as error:
+        raise ConfigError(
+            "A de-identified export needs the library dicom-anonymizer, 2.1 or later, which is not "
+            "installed. Install the extra: pip install 'brainray[dicom]'."
+        ) from error
+    return {
+        tag[0] << 16 | tag[1]: action
+        for name, action in _ACTIONS.items()
+        for tag in getattr(table, name)
+        if len(tag) == 2
+    }
+
+
+# ---- objects -------------------------------------------------------------------------------------
 
 Dates = Literal["remove", "shift"]
 
@@ -41,20 +87,11 @@ _NO_DATE, _NO_TIME = "19000101", "000000"
 
 _TEXT = frozenset({"AE", "AS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"})
 _NUMBERS = frozenset({"DS", "IS", "FD", "FL", "SL", "SS", "SV", "UL", "US", "UV"})
-_SHIFTED = frozenset(
-    map(
-        Tag,
-        (
-            "AcquisitionDate",
-            "AcquisitionDateTime",
-            "ContentDate",
-            "FrameAcquisitionDateTime",
-            "FrameReferenceDateTime",
-            "SeriesDate",
-            "StudyDate",
-        ),
-    )
+_SHIFTED_TEXT = (
+    "AcquisitionDate AcquisitionDateTime ContentDate FrameAcquisitionDateTime "
+    "FrameReferenceDateTime SeriesDate StudyDate"
 )
+_SHIFTED = frozenset(map(Tag, _SHIFTED_TEXT.split()))
 """Dates that are kept, moved; all others are removed."""
 _LUT_DATA = Tag("LUTData")
 _CHARACTER_SET = Tag("SpecificCharacterSet")
@@ -99,36 +136,17 @@ class Deidentifier:
     dates: Dates = "remove"
 
     def convert(self, content: bytes, limits: DecodeLimits) -> bytes:
-        """Make an object without identity of an MR image object.
+        """Make a file (Explicit VR Little Endian) without identity of one with an MR image.
 
-        Parameters
-        ----------
-        content : bytes
-            A DICOM file.
-        limits : DecodeLimits
-            What is too large to open.
-
-        Returns
-        -------
-        bytes
-            A DICOM file, Explicit VR Little Endian.
-
-        Raises
-        ------
-        RejectedImage
-            It cannot be read or decoded, or is no MR image that could be classified.
+        Raises RejectedImage if it cannot be read or decoded, or could not be classified.
         """
         image = open_dicom(content, limits=limits)
         return call_safely(self._convert, content, image)
 
     def shift(self, study_date: str | None, patient: str | None) -> date | None:
-        """Move a date (YYYYMMDD) back by the patient's days; None where that is not possible.
+        """Move a date (YYYYMMDD) back by the days of a patient, given by the pseudonym.
 
-        Parameters
-        ----------
-        study_date : str or None
-        patient : str or None
-            Pseudonym.
+        Returns None where that is not possible.
         """
         if self.dates == "remove" or not study_date or patient is None:
             return None
@@ -142,29 +160,85 @@ class Deidentifier:
         source = pydicom.dcmread(io.BytesIO(content), force=True, stop_before_pixels=True)
         patient_id = get_value(source, "PatientID")
         patient = None if patient_id is None else self.pseudonyms.name_patient(str(patient_id))
-        target = _Cleaning(self, patient).clean(source)
+        target = self._clean(source, patient)
         target.PatientName = target.PatientID = patient or ""
         target.PatientIdentityRemoved = "YES"
         target.DeidentificationMethod = f"brainray, PS3.15 {EDITION} Basic Profile, and more"
-        target.DeidentificationMethodCodeSequence = list(_describe_method(self.dates))
-        is_shifted = self.dates == "shift"
-        target.LongitudinalTemporalInformationModified = "MODIFIED" if is_shifted else "REMOVED"
+        methods = {"113100": "Basic Application Confidentiality Profile"}  # PS3.16, CID 7050
+        modified = "REMOVED"
+        if self.dates == "shift":
+            methods["113107"] = "Retain Longitudinal Temporal Information Modified Dates Option"
+            modified = "MODIFIED"
+        target.DeidentificationMethodCodeSequence = [
+            _make_code(value, "DCM", meaning) for value, meaning in methods.items()
+        ]
+        target.LongitudinalTemporalInformationModified = modified
         target.SOPClassUID = image.sop_class or MRImageStorage
         if not target.get("SOPInstanceUID"):
             raise RejectedImage("corrupt", "The object has no SOP Instance UID (0008,0018).")
         _set_pixels(target, image)
         return _encode(target)
 
+    # ---- elements
 
-def _describe_method(dates: Dates) -> Iterator[Dataset]:
-    """Yield the codes of context group 7050 (PS3.16)."""
-    codes = {"113100": "Basic Application Confidentiality Profile"}
-    if dates == "shift":
-        codes["113107"] = "Retain Longitudinal Temporal Information Modified Dates Option"
-    for value, meaning in codes.items():
-        item = Dataset()
-        item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", meaning
-        yield item
+    def _clean(self, source: Dataset, patient: str | None) -> Dataset:
+        """Return a data set of the elements that may be kept, changed where they must be."""
+        target = Dataset()
+        for tag in source.keys():  # noqa: SIM118 - its items would be read
+            if not _is_kept_group(tag) or tag == _CHARACTER_SET:
+                continue
+            try:
+                cleaned = self._clean_element(source[tag], patient)
+            except Exception:  # an element that cannot be read is not kept
+                continue
+            if cleaned is not None:
+                target.add(cleaned)
+        return target
+
+    def _clean_element(self, element: DataElement, patient: str | None) -> DataElement | None:
+        action, vr = read_profile().get(int(element.tag)), element.VR
+        if vr == "SQ":
+            return self._clean_sequence(element, action, patient)
+        if vr in ("DA", "DT", "TM"):
+            return self._clean_date(element, action, patient)
+        if action == "remove":
+            return None
+        if vr == "UI":
+            return _change(element, [self._map_uid(str(uid)) for uid in _list_values(element)])
+        if action is not None:
+            return _change(element, [REMOVED] if action == "replace" and vr in _TEXT else [])
+        return _clean_unlisted(element)
+
+    def _map_uid(self, uid: str) -> str:
+        """Keep a UID that the standard registers."""
+        return uid if name_uid(uid) == uid else self.pseudonyms.make_uid(uid)
+
+    def _clean_sequence(
+        self, element: DataElement, action: Action | None, patient: str | None
+    ) -> DataElement | None:
+        if action not in (None, "map_uid"):
+            return None
+        items = []
+        for item in element.value:
+            is_code = "CodeValue" in item or "CodeMeaning" in item
+            cleaned = _find_code(item) if is_code else self._clean(item, patient)
+            # The groups of frames are counted: an item stays, even if nothing is left of it.
+            if cleaned is not None and (len(cleaned) or len(element.value) > 1):
+                items.append(cleaned)
+        return DataElement(element.tag, "SQ", items) if items else None
+
+    def _clean_date(
+        self, element: DataElement, action: Action | None, patient: str | None
+    ) -> DataElement | None:
+        if element.VR != "TM" and element.tag in _SHIFTED:
+            moved = self.shift(str(element.value), patient)
+            if moved is not None:
+                text = f"{moved:%Y%m%d}" + ("000000" if element.VR == "DT" else "")
+                return _change(element, [text])
+        if action == "replace":
+            none = {"DA": _NO_DATE, "TM": _NO_TIME, "DT": _NO_DATE + _NO_TIME}
+            return _change(element, [none[element.VR]])
+        return _change(element, []) if action == "empty" else None
 
 
 def _set_pixels(target: Dataset, image: DicomImage) -> None:
@@ -191,73 +265,6 @@ def _encode(target: Dataset) -> bytes:
     buffer = io.BytesIO()
     pydicom.dcmwrite(buffer, target, enforce_file_format=True)
     return buffer.getvalue()
-
-
-# ---- elements ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Cleaning:
-    """The cleaning of one object."""
-
-    owner: Deidentifier
-    patient: str | None
-
-    def clean(self, source: Dataset) -> Dataset:
-        """Return a data set of the elements that may be kept, changed where they must be."""
-        target = Dataset()
-        for tag in source.keys():  # noqa: SIM118 - its items would be read
-            if not _is_kept_group(tag) or tag == _CHARACTER_SET:
-                continue
-            try:
-                cleaned = self._clean_element(source[tag])
-            except Exception:  # an element that cannot be read is not kept
-                continue
-            if cleaned is not None:
-                target.add(cleaned)
-        return target
-
-    def _clean_element(self, element: DataElement) -> DataElement | None:
-        action, vr = read_profile().get(int(element.tag)), element.VR
-        if vr == "SQ":
-            return self._clean_sequence(element, action)
-        if vr in ("DA", "DT", "TM"):
-            return self._clean_date(element, action)
-        if action == "remove":
-            return None
-        if vr == "UI":
-            return _change(element, [self._map_uid(str(uid)) for uid in _list_values(element)])
-        if action is not None:
-            return _change(element, [REMOVED] if action == "replace" and vr in _TEXT else [])
-        return _clean_unlisted(element)
-
-    def _clean_sequence(self, element: DataElement, action: Action | None) -> DataElement | None:
-        if action not in (None, "map_uid"):
-            return None
-        items = []
-        for item in element.value:
-            is_code = "CodeValue" in item or "CodeMeaning" in item
-            cleaned = _find_code(item) if is_code else self.clean(item)
-            # The groups of frames are counted: an item stays, even if nothing is left of it.
-            if cleaned is not None and (len(cleaned) or len(element.value) > 1):
-                items.append(cleaned)
-        return DataElement(element.tag, "SQ", items) if items else None
-
-    def _clean_date(self, element: DataElement, action: Action | None) -> DataElement | None:
-        if element.VR != "TM" and element.tag in _SHIFTED:
-            moved = self.owner.shift(str(element.value), self.patient)
-            if moved is not None:
-                text = f"{moved:%Y%m%d}" + ("000000" if element.VR == "DT" else "")
-                return _change(element, [text])
-        if action == "replace":
-            none = {"DA": _NO_DATE, "TM": _NO_TIME, "DT": _NO_DATE + _NO_TIME}
-            return _change(element, [none[element.VR]])
-        return _change(element, []) if action == "empty" else None
-
-    def _map_uid(self, uid: str) -> str:
-        if name_uid(uid) == uid:
-            return uid
-        return self.owner.pseudonyms.make_uid(uid)
 
 
 def _is_kept_group(tag: BaseTag) -> bool:
@@ -326,7 +333,10 @@ def _find_code(item: Dataset) -> Dataset | None:
     meaning = _read_codes().get((scheme, value))
     if meaning is None:
         return None
+    return _make_code(value, scheme, meaning[:_MAX_MEANING])
+
+
+def _make_code(value: str, scheme: str, meaning: str) -> Dataset:
     code = Dataset()
-    code.CodeValue, code.CodingSchemeDesignator = value, scheme
-    code.CodeMeaning = meaning[:_MAX_MEANING]
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = value, scheme, meaning
     return code

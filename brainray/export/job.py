@@ -1,49 +1,39 @@
 """From a bulk output and its scans to tables and images without identity.
 
 The rows of each scan file come together in a shard, whose number follows from the file's name. A
-shard's table is whole or absent, and a run goes on with the shards of the run before it. Small
-outputs are done in this process; in larger ones, or where RAY_ADDRESS names a cluster, a Ray task
-does each shard.
+shard's table is whole or absent, and a run goes on with the shards of the run before it.
 """
 
 import json
 import logging
-import os
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
-import ray
-import ray.data
 import tyro
 
 from brainray import storage
-from brainray.cluster import TASK_CPUS, connect_ray, raise_own_errors
-from brainray.data.scans import list_scans
 from brainray.errors import ConfigError
-from brainray.export.dicom import Dates, Deidentifier
-from brainray.export.profile import EDITION, read_profile
+from brainray.export.dicom import EDITION, Dates, Deidentifier, read_profile
 from brainray.export.pseudonyms import Pseudonyms
-from brainray.export.rows import EXPORT_SCHEMA_VERSION, find_file_name, hide_table
-from brainray.export.shard import (
-    DATA_FOLDER,
-    NOT_FINAL,
-    ImageFormat,
-    ShardCounts,
-    ShardTask,
-    export_shard,
-)
+from brainray.export.rows import EXPORT_SCHEMA_VERSION, hide_table
+from brainray.export.shard import DATA_FOLDER, NOT_FINAL, ImageFormat, ShardTask, export_shard
 from brainray.images.slices import ReadOptions
-from brainray.inference.plan import name_scans
+from brainray.inference.sources import (
+    check_scans_uri,
+    name_file,
+    open_sources,
+    process_groups,
+)
 from brainray.inference.stats import hash_names
 from brainray.inference.store import METADATA_KEY, PREDICTIONS_FOLDER, PredictionStore
 from brainray.inference.studies import SERIES_FILE, STUDIES_FILE
-from brainray.io.deidentified import claim_for_export
-from brainray.io.identifiers import Identifiers, read_identifiers
+from brainray.io.conditional import create_bytes
+from brainray.io.identifiers import DEIDENTIFIED_FILE, Identifiers, read_identifiers
 from brainray.io.lock import hold_output
 
 logger = logging.getLogger(__name__)
@@ -53,9 +43,8 @@ WORK_FOLDER = ".work"
 """Holds the lock, which names this machine: not to be handed on."""
 SLICES_PER_SHARD = 1_000
 """About: what a kill can cost, some ten seconds of a CPU."""
-MAX_LOCAL_SLICES = 5_000
-"""Slices of an output that are done in this process."""
-NUM_FOOTERS_AT_ONCE = 16
+MAX_PARTITIONS = 200
+"""Hash partitions of Ray Data; one has the rows of several shards where there are more."""
 
 NOT_REMOVED = (
     "faces, which can be drawn from the slices of a head",
@@ -103,6 +92,12 @@ class ExportJob:
             )
         if self.num_tasks < 1:
             raise ConfigError(f"num_tasks must be at least 1, got {self.num_tasks}.")
+        output, predictions = map(storage.make_absolute, (self.output_uri, self.predictions_uri))
+        if f"{output}/".startswith(f"{predictions}/"):
+            raise ConfigError(
+                "An export must not lie within the predictions, which have identity. Give another "
+                "--output-uri."
+            )
 
 
 def export(
@@ -110,76 +105,104 @@ def export(
 ) -> dict[str, Any]:
     """Write the tables and images of an export.
 
-    Parameters
-    ----------
-    job : ExportJob
-    log : callable
-        Takes a line for a person.
-    verbose : bool
-        Whether Ray's own lines are shown.
-
-    Returns
-    -------
-    dict
-        The content of :data:`SUMMARY_FILE`: settings, and counts of slices by outcome and reason.
-
-    Raises
-    ------
-    UserError
-        The predictions, their key or the output cannot be used.
-    LockLostError
-        Another run took the output over.
+    Returns the content of :data:`SUMMARY_FILE`: settings, and counts of slices by outcome and
+    reason. Raises LockLostError if another run took the output over.
     """
     read_profile()  # raises where the library is missing
-    _check_apart(job)
     identifiers = read_identifiers(job.predictions_uri, job.id_key_file)
-    if identifiers.redact_paths and not job.scans_uri:
-        raise ConfigError(
-            f"'{job.predictions_uri}' has hashes in the place of paths. Say where its scans lie, "
-            "as --scans-uri."
-        )
+    check_scans_uri(job.predictions_uri, identifiers, job.scans_uri)
     store = _open_store(job)
-    num_slices = _count_slices(store)
+    filesystem, _ = storage.resolve(store.folder_uri)
+    paths = [storage.resolve(uri)[1] for uri in store.list_files()]
+    num_slices = pyarrow.dataset.dataset(paths, filesystem=filesystem).count_rows()
     pseudonyms = Pseudonyms.of(identifiers.key, job.project)
-    with hold_output(storage.join(job.output_uri, WORK_FOLDER)) as lock, raise_own_errors():
-        settings = _describe_settings(job, pseudonyms)
-        fixed = {"num_shards": -(-num_slices // SLICES_PER_SHARD) or 1}
-        fixed = claim_for_export(job.output_uri, settings, fixed, work_folder=WORK_FOLDER)
-        run = _Run(job, store, identifiers, pseudonyms, int(fixed["num_shards"]))
-        total = ShardCounts()
-        if os.environ.get("RAY_ADDRESS") or num_slices > MAX_LOCAL_SLICES:
-            connect_ray(verbose=verbose)
-            done = run.export_on_ray()
-        else:
-            done = run.export_here()
-        for counts in done:
+    settings = {
+        "contents": "de-identified export",
+        "schema_version": EXPORT_SCHEMA_VERSION,
+        "project or key": pseudonyms.check,
+        "images": job.images,
+        "dates": job.dates,
+        "plane": job.reading.plane,
+        "profile": f"DICOM PS3.15 {EDITION}, Basic Application Level Confidentiality Profile",
+    }
+    with hold_output(storage.join(job.output_uri, WORK_FOLDER)) as lock:
+        num_shards = -(-num_slices // SLICES_PER_SHARD) or 1
+        num_shards = _claim_output(job.output_uri, settings, num_shards)
+        total: Counter[str] = Counter()
+        for counts in _export_shards(
+            job,
+            store,
+            identifiers,
+            pseudonyms,
+            num_shards,
+            num_slices=num_slices,
+            verbose=verbose,
+        ):
             lock.check()
-            total.add(counts)
-        summary = _describe(total, settings, store)
+            total.update(counts)
+        outcomes, reasons = _select(total, "outcome "), _select(total, "reason ")
+        del settings["project or key"]
+        summary = settings | {
+            "classifier_id": store.classifier_id,
+            "classes": list(store.classes),
+            "num_slices": outcomes.total(),
+            "by_outcome": dict(sorted(outcomes.items())),
+            "rejected_by_reason": dict(sorted(reasons.items())),
+            "num_with_text": total["with_text"],
+            "num_burned_in_unknown": total["burned_in_unknown"],
+            "not_removed": list(NOT_REMOVED),
+            "notice": "Research use only; not a medical device.",
+        }
         storage.write_json(storage.join(job.output_uri, SUMMARY_FILE), summary)
-    _log_counts(total, job, log)
+    for line in _describe_counts(outcomes, reasons, total):
+        log(line)
+    log(f"tables      {storage.join(job.output_uri, DATA_FOLDER)}")
+    log("Not removed: " + "; ".join(NOT_REMOVED) + ".")
     return summary
 
 
-def _check_apart(job: ExportJob) -> None:
-    output, predictions = map(storage.make_absolute, (job.output_uri, job.predictions_uri))
-    if f"{output}/".startswith(f"{predictions}/"):
+def _select(counts: Counter[str], prefix: str) -> Counter[str]:
+    """Return the counts whose names begin with a prefix, without it."""
+    found = {key: count for key, count in counts.items() if key.startswith(prefix)}
+    return Counter({key.removeprefix(prefix): count for key, count in found.items()})
+
+
+def _describe_counts(
+    outcomes: Counter[str], reasons: Counter[str], total: Counter[str]
+) -> Iterator[str]:
+    why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+    rejected = f"{outcomes['rejected']:,} rejected" + (f" ({why})" if why else "")
+    yield f"slices      {outcomes['exported']:,} exported, {rejected}; {total['new']:,} new"
+    if total["with_text"]:
+        yield f"text        in {total['with_text']:,} images: look at those with has_text"
+    if not reasons.keys().isdisjoint(NOT_FINAL):
+        yield "sources     some could not be read, or have changed; the same command tries again"
+
+
+def _claim_output(output_uri: str, settings: dict[str, Any], num_shards: int) -> int:
+    """Mark an empty folder as an export, or check that it is one; return its number of shards."""
+    mark_uri = storage.join(output_uri, DEIDENTIFIED_FILE)
+    try:
+        earlier = storage.read_json(mark_uri)
+    except FileNotFoundError:
+        files, folders = storage.list_folder(output_uri, output_uri)
+        names = {file.relative_path for file in files} | set(map(storage.get_name, folders))
+        if names - {WORK_FOLDER}:
+            raise ConfigError(
+                f"Expected an empty folder or a de-identified export at '{output_uri}', found "
+                "other files. Exports are not mixed with results that have identity: give another "
+                "--output-uri."
+            ) from None
+        mark = settings | {"num_shards": num_shards}
+        create_bytes(mark_uri, json.dumps(mark, indent=2).encode())
+        return num_shards
+    changed = sorted(name for name in settings if earlier.get(name) != settings[name])
+    if changed:
         raise ConfigError(
-            "An export must not lie within the predictions, which have identity. Give another "
-            "--output-uri."
+            f"'{output_uri}' holds a de-identified export that was made with another "
+            f"{', '.join(changed)}. Give the options of its first run, or another --output-uri."
         )
-
-
-def _log_counts(total: ShardCounts, job: ExportJob, log: Callable[[str], None]) -> None:
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in total.reasons.most_common())
-    rejected = f"{total.outcomes['rejected']:,} rejected" + (f" ({reasons})" if reasons else "")
-    log(f"slices      {total.outcomes['exported']:,} exported, {rejected}; {total.num_new:,} new")
-    if total.num_with_text:
-        log(f"text        in {total.num_with_text:,} images: look at those with has_text")
-    if any(total.reasons[reason] for reason in NOT_FINAL):
-        log("sources     some could not be read, or have changed; the same command tries again")
-    log(f"tables      {storage.join(job.output_uri, DATA_FOLDER)}")
-    log("Not removed: " + "; ".join(NOT_REMOVED) + ".")
+    return int(earlier["num_shards"])
 
 
 # ---- the bulk output -----------------------------------------------------------------------------
@@ -203,27 +226,17 @@ def _open_store(job: ExportJob) -> PredictionStore:
         raise ConfigError(f"There are no predictions in '{job.predictions_uri}'.")
     filesystem, path = storage.resolve(files[0])
     columns = pq.read_schema(path, filesystem=filesystem).names
-    return PredictionStore(
-        output_uri=job.predictions_uri,
-        classifier_id=found[0],
+    return replace(
+        opened,
         classes=tuple(name.removeprefix(_PROB) for name in columns if name.startswith(_PROB)),
         about=opened.read_metadata(files[0]),
     )
 
 
-def _count_slices(store: PredictionStore) -> int:
-    def count(uri: str) -> int:
-        filesystem, path = storage.resolve(uri)
-        return int(pq.read_metadata(path, filesystem=filesystem).num_rows)
-
-    with ThreadPoolExecutor(NUM_FOOTERS_AT_ONCE) as pool:
-        return sum(pool.map(count, store.list_files()))
-
-
 def read_rows(store: PredictionStore, uri: str, num_shards: int) -> pa.Table:
     """Read a file of predictions, with the shard of each row in the column ``shard``."""
     rows = store.read(uri, store.file_schema.names)
-    names = [find_file_name(row) for row in rows.select(["scan_uri", "frame"]).to_pylist()]
+    names = list(map(name_file, rows.select(["scan_uri", "frame"]).to_pylist()))
     shards = pa.array(hash_names(names) % num_shards, pa.int64())
     ids = pa.repeat(pa.scalar(store.classifier_id), rows.num_rows)
     return rows.append_column("classifier_id", ids).append_column("shard", shards)
@@ -232,127 +245,54 @@ def read_rows(store: PredictionStore, uri: str, num_shards: int) -> pa.Table:
 # ---- all shards ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """One run; may be sent to workers."""
+def _export_shards(
+    job: ExportJob,
+    store: PredictionStore,
+    identifiers: Identifiers,
+    pseudonyms: Pseudonyms,
+    num_shards: int,
+    **options: Any,  # noqa: ANN401
+) -> Iterator[dict[str, int]]:
+    """Write all tables; yield the counts of each shard."""
 
-    job: ExportJob
-    store: PredictionStore
-    identifiers: Identifiers
-    pseudonyms: Pseudonyms
-    num_shards: int
-
-    def export_here(self) -> Iterator[ShardCounts]:
-        """Export shard by shard in this process."""
-        task = self.make_task()
-        rows: dict[int, list[dict[str, Any]]] = {}
-        for uri in self.store.list_files():
-            for row in read_rows(self.store, uri, self.num_shards).to_pylist():
-                rows.setdefault(row["shard"], []).append(row)
-        for shard in sorted(rows):
-            yield export_shard(shard, rows[shard], task)
-        self.write_groups()
-
-    def export_on_ray(self) -> Iterator[ShardCounts]:
-        """Export on the workers, which gather the rows of each shard."""
-        make: Any = ray.remote(num_cpus=TASK_CPUS, num_returns=2)(_make_task)
-        task, is_made = make.remote(self)
-        ray.get(is_made)  # raises what the listing raised
-        store, num_shards = self.store, self.num_shards
-
-        def read(batch: dict[str, Any]) -> Iterator[pa.Table]:
-            for uri in batch["item"]:
-                yield read_rows(store, str(uri), num_shards)
-
-        def export_rows(rows: pa.Table) -> pa.Table:
-            shard = int(rows["shard"][0].as_py())
-            counts = export_shard(shard, rows.to_pylist(), _get_task(task))
-            return pa.table({"counts": [counts.encode()]})
-
-        files: Any = ray.data.from_items(self.store.list_files())
-        rows = files.map_batches(read, batch_size=8, num_cpus=TASK_CPUS)
-        partitions = min(self.num_shards, 200)
-        done = rows.groupby("shard", num_partitions=partitions).map_groups(
-            export_rows,
-            batch_format="pyarrow",
-            num_cpus=TASK_CPUS,
-            compute=ray.data.TaskPoolStrategy(size=self.job.num_tasks),
-        )
-        for batch in done.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for text in batch["counts"].to_pylist():
-                yield ShardCounts.decode(text)
-        groups: Any = ray.remote(num_cpus=TASK_CPUS)(_Run.write_groups)
-        ray.get(groups.remote(self))
-
-    def make_task(self) -> ShardTask:
-        """List the scans, where their names are not URIs."""
-        job, listed = self.job, None
-        if job.scans_uri:
-            found = list_scans(job.scans_uri, leave_out=[job.predictions_uri, job.output_uri])
-            listed = name_scans(found, self.identifiers)
-        about = {name: self.store.about[name] for name in _ABOUT if name in self.store.about}
+    def prepare() -> ShardTask:
+        _write_groups(job, store, pseudonyms)
+        about = {name: store.about[name] for name in _ABOUT if name in store.about}
         return ShardTask(
             output_uri=job.output_uri,
-            classes=self.store.classes,
+            classes=store.classes,
             about=about | {"schema_version": EXPORT_SCHEMA_VERSION},
-            pseudonyms=self.pseudonyms,
-            deidentifier=Deidentifier(pseudonyms=self.pseudonyms, dates=job.dates),
+            deidentifier=Deidentifier(pseudonyms=pseudonyms, dates=job.dates),
             images=job.images,
             reading=job.reading,
-            listed=listed,
+            sources=open_sources(
+                job.scans_uri,
+                identifiers,
+                leave_out=[job.predictions_uri, job.output_uri],
+                max_bytes=job.reading.limits.max_bytes,
+            ),
         )
 
-    def write_groups(self) -> None:
-        """Write the tables of series and studies, where there are those of the classifier."""
-        for name in (SERIES_FILE, STUDIES_FILE):
-            try:
-                table = storage.read_table(storage.join(self.job.predictions_uri, name))
-            except FileNotFoundError:
-                continue
-            about = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
-            if about.get("classifier_id") == self.store.classifier_id:
-                hidden = hide_table(table, self.pseudonyms)
-                storage.write_table(storage.join(self.job.output_uri, name), hidden)
+    return process_groups(
+        store.list_files(),
+        lambda uri: read_rows(store, uri, num_shards),
+        "shard",
+        prepare,
+        lambda rows, task: [export_shard(rows[0]["shard"], rows, task)],
+        num_partitions=min(num_shards, MAX_PARTITIONS),
+        num_tasks=job.num_tasks,
+        **options,
+    )
 
 
-def _make_task(run: _Run) -> tuple[ShardTask, bool]:
-    """Return the task, which stays on the cluster, and that it is made, for the driver."""
-    return run.make_task(), True
-
-
-@lru_cache(maxsize=1)
-def _get_task(task: "ray.ObjectRef[ShardTask]") -> ShardTask:
-    return ray.get(task)
-
-
-# ---- what is written about the export ------------------------------------------------------------
-
-
-def _describe_settings(job: ExportJob, pseudonyms: Pseudonyms) -> dict[str, Any]:
-    """Return what all runs of an export have in common."""
-    return {
-        "contents": "de-identified export",
-        "schema_version": EXPORT_SCHEMA_VERSION,
-        "project or key": pseudonyms.check,
-        "images": job.images,
-        "dates": job.dates,
-        "plane": job.reading.plane,
-        "profile": f"DICOM PS3.15 {EDITION}, Basic Application Level Confidentiality Profile",
-    }
-
-
-def _describe(
-    total: ShardCounts, settings: dict[str, Any], store: PredictionStore
-) -> dict[str, Any]:
-    return {
-        **{name: value for name, value in settings.items() if name != "project or key"},
-        "classifier_id": store.classifier_id,
-        "classes": list(store.classes),
-        "num_slices": total.outcomes.total(),
-        "by_outcome": dict(sorted(total.outcomes.items())),
-        "rejected_by_reason": dict(sorted(total.reasons.items())),
-        "num_with_text": total.num_with_text,
-        "num_burned_in_unknown": total.num_burned_in_unknown,
-        "not_removed": list(NOT_REMOVED),
-        "notice": "Research use only; not a medical device.",
-    }
+def _write_groups(job: ExportJob, store: PredictionStore, pseudonyms: Pseudonyms) -> None:
+    """Write the tables of series and studies, where there are those of the classifier."""
+    for name in (SERIES_FILE, STUDIES_FILE):
+        try:
+            table = storage.read_table(storage.join(job.predictions_uri, name))
+        except FileNotFoundError:
+            continue
+        about = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+        if about.get("classifier_id") == store.classifier_id:
+            hidden = hide_table(table, pseudonyms)
+            storage.write_table(storage.join(job.output_uri, name), hidden)

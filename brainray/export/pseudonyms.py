@@ -55,13 +55,7 @@ class Pseudonyms:
         return f"2.25.{int(pseudonym, 16)}"
 
     def choose_shift_days(self, patient: str) -> int:
-        """Return by how many days the dates of a patient move back.
-
-        Parameters
-        ----------
-        patient : str
-            Pseudonym.
-        """
+        """Return by how many days the dates of a patient, given by the pseudonym, move back."""
         return 1 + int(self._compute(f"days {patient}"), 16) % MAX_SHIFT_DAYS
 
     def _compute(self, text: str) -> str:

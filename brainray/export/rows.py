@@ -8,26 +8,25 @@ import pyarrow as pa
 from brainray.export.pseudonyms import Pseudonyms
 from brainray.images.slices import split_name
 from brainray.inference.schema import build_schema
-
-Row = dict[str, Any]
+from brainray.inference.sources import Row, name_file
 
 EXPORT_SCHEMA_VERSION = 1
 
-_KEPT_TEXT = (
-    "status reason predicted_class confidence width_px height_px classifier_id engine precision "
-    "frame patient study series sop_instance plane position_mm orientation flags grey_range "
-    "class_map logits features"
+_KEPT_COLUMNS_TEXT = (
+    "status reason predicted_class confidence width_px height_px classifier_id engine "
+    "precision frame patient study series sop_instance plane position_mm orientation flags "
+    "grey_range class_map logits features"
 )
-KEPT_COLUMNS = tuple(_KEPT_TEXT.split())
+KEPT_COLUMNS = tuple(_KEPT_COLUMNS_TEXT.split())
 """Columns of the predictions that an export has, beside the probabilities. A column that is not
 listed here is left out."""
 LEFT_OUT_COLUMNS = ("scan_uri", "content_sha256", "size_bytes", "modified_ns", "classified_at")
 """Columns of the predictions that tell where a file lies, what is in it, or when it came."""
-_GROUP_TEXT = (
-    "series study patient answer reason key_slices num_slices num_used num_positions skipped plane "
-    "flags classifier_id num_series num_answered series_answers"
+_GROUP_COLUMNS_TEXT = (
+    "series study patient answer reason key_slices num_slices num_used num_positions skipped "
+    "plane flags classifier_id num_series num_answered series_answers"
 )
-_GROUP_COLUMNS = frozenset(_GROUP_TEXT.split())
+_GROUP_COLUMNS = frozenset(_GROUP_COLUMNS_TEXT.split())
 _PROB = "prob_"
 _GROUP_PREFIXES = ("evidence_", "longest_run_", "strongest_series_")
 """Columns of series.parquet and studies.parquet that an export has."""
@@ -60,22 +59,14 @@ def _is_kept(column: str) -> bool:
     return column in KEPT_COLUMNS or column.startswith(_PROB)
 
 
-def find_file_name(row: Row) -> str:
-    """Return the name of the file that a row of the predictions is a slice of."""
-    return str(row["scan_uri"]) if row["frame"] is None else split_name(row["scan_uri"])[0]
-
-
 def choose_latest(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Choose the rows that hold now: of each file those of its latest content, each slice once.
 
-    Returns
-    -------
-    dict
-        File names, sorted, to their rows in the order of slices.
+    Returns file names, sorted, to their rows in the order of slices.
     """
     by_file: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["classified_at"]):
-        by_file.setdefault(find_file_name(row), []).append(row)
+        by_file.setdefault(name_file(row), []).append(row)
     chosen = {}
     for name, own in sorted(by_file.items()):
         content = own[-1]["content_sha256"]

@@ -28,13 +28,7 @@ small to be found."""
 
 
 def has_text(samples: NDArray[Any]) -> bool:
-    """Tell whether a line of characters is drawn beside the head.
-
-    Parameters
-    ----------
-    samples : ndarray of any real dtype, shape (height, width)
-        Grey samples; high is bright.
-    """
+    """Tell whether a line of characters is drawn beside the head, bright on dark samples."""
     unsigned = to_unsigned(samples)
     boxes = _find_characters(stretch_range(unsigned, find_own_range(unsigned)))
     return any(_count_neighbours(boxes, box) >= MIN_CHARACTERS for box in boxes)

@@ -20,6 +20,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit
+from uuid import uuid4
 
 import requests
 
@@ -43,6 +44,8 @@ PAGE_SIZE = 500
 MAX_ANSWER_BYTES = 64 * 2**20
 """Longest answer other than an instance."""
 MAX_INSTANCE_BYTES = 2 * 2**30
+MAX_REQUEST_BYTES = 64 * 2**20
+"""Objects of one request, about; a larger object has a request for itself."""
 
 SERIES_KEYS = (
     *("Modality", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription"),
@@ -57,6 +60,17 @@ _MULTIPART_HEADER_BYTES = 2**16
 _JSON = "application/dicom+json"
 _UID = re.compile(r"[0-9.]{1,64}")
 _STUDY_UID, _SERIES_UID, _SOP_UID = "0020000D", "0020000E", "00080018"
+_STORED_SEQUENCE, _FAILED_SEQUENCE = "00081199", "00081198"
+_REFERENCED_UID, _FAILURE_REASON = "00081155", "00081197"
+_REASONS = {
+    0x0110: "processing failure",
+    0x0122: "it does not store objects of this class",
+    0x0124: "not authorised",
+    0xA700: "out of resources",
+    0xA900: "the object does not match its class",
+    0xC000: "it cannot read the object",
+}
+"""PS3.18, table I.2-2; the last digits of some say more."""
 _URI = re.compile(
     r"dicomweb\+(?P<root>https?://[^?#]+?)/studies"
     r"(?:/(?P<study>[0-9.]+)(?:/series/(?P<series>[0-9.]+)(?:/instances/(?P<sop>[0-9.]+))?)?)?"
@@ -76,12 +90,11 @@ class Resource:
     root: str
     """Address of the service."""
     uids: tuple[str, ...] = field(repr=False)
-    """UIDs of the study, the series and the instance; fewer if the URI names fewer levels."""
+    """Of the study, the series and the instance; fewer if the URI names fewer levels."""
     query: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     @property
-    def path(self) -> str:
-        """Path below the service."""
+    def path(self) -> str:  # noqa: D102 - below the service
         names = ("studies", "series", "instances")
         return "/".join(part for pair in zip(names, self.uids, strict=False) for part in pair)
 
@@ -97,13 +110,7 @@ class Resource:
 
 
 def parse_uri(uri: str) -> Resource:
-    """Parse the URI of scans in a PACS.
-
-    Raises
-    ------
-    ConfigError
-        It is not of the form ``dicomweb+https://HOST/PATH/studies?KEY=VALUE``.
-    """
+    """Parse ``dicomweb+https://HOST/PATH/studies?KEY=VALUE``; raises ConfigError if it is none."""
     parts = _URI.fullmatch(uri.rstrip("/"))
     if parts is None:
         raise ConfigError(
@@ -118,17 +125,11 @@ def parse_uri(uri: str) -> Resource:
             "asked for, page after page. Leave it out."
         )
     uids = tuple(filter(None, (parts["study"], parts["series"], parts["sop"])))
-    return Resource(check_root(parts["root"]), uids, query)
+    return Resource(_check_root(parts["root"]), uids, query)
 
 
-def check_root(url: str) -> str:
-    """Check the address of a service, and return it without a slash at its end.
-
-    Raises
-    ------
-    ConfigError
-        It is no http:// or https:// address, or holds credentials or a query.
-    """
+def _check_root(url: str) -> str:
+    """Return the address of a service without a slash at its end; it must hold no credentials."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
         raise ConfigError(
@@ -147,58 +148,38 @@ def check_root(url: str) -> str:
 
 
 class FoundResources(NamedTuple):
-    """The studies or the instances that a URI names."""
+    """What a URI names: URIs of studies, which are to be listed, or of instances."""
 
     studies: list[str]
-    """URIs of studies that are to be listed."""
     instances: list[str]
-    """URIs of instances."""
 
 
 def list_resources(uri: str) -> FoundResources:
-    """List one level: the studies of a search, or the instances of a study or series.
-
-    Parameters
-    ----------
-    uri : str
-
-    Raises
-    ------
-    DicomWebError
-        The service does not answer, or refuses.
-    """
+    """List one level: the studies of a search, or the instances of a study or series."""
     resource = parse_uri(uri)
     client = open_client(resource.root)
     if not resource.uids:
         keys = [pair for pair in resource.query if pair[0] not in SERIES_KEYS]
         studies = client.search("studies", keys, _STUDY_UID)
         return FoundResources([resource.find_below(uid).to_uri() for uid in studies], [])
+    if len(resource.uids) == 3:
+        return FoundResources([], [resource.to_uri()])
+    series = [resource]
     if len(resource.uids) == 1:
         found = client.search(f"{resource.path}/series", resource.query, _SERIES_UID)
         series = [resource.find_below(uid) for uid in found]
-    else:
-        series = [resource]
-    if len(resource.uids) == 3:
-        return FoundResources([], [resource.to_uri()])
-    return FoundResources(
-        [],
-        [
-            one.find_below(uid).to_uri()
-            for one in series
-            for uid in client.search(f"{one.path}/instances", (), _SOP_UID)
-        ],
-    )
+    instances = [
+        one.find_below(uid).to_uri()
+        for one in series
+        for uid in client.search(f"{one.path}/instances", (), _SOP_UID)
+    ]
+    return FoundResources([], instances)
 
 
 def read_instance(uri: str, *, max_bytes: int | None = None) -> bytes:
-    """Read an instance as the service has it: a DICOM file.
+    """Read an instance, of :func:`list_resources`, as the service has it: a DICOM file.
 
-    Parameters
-    ----------
-    uri : str
-        From :func:`list_resources`.
-    max_bytes : int, optional
-        Read no more than one byte beyond this, which tells that there is more.
+    Of a larger file than `max_bytes` one byte more is read, which tells that there is more.
 
     Raises
     ------
@@ -219,48 +200,23 @@ def read_instance(uri: str, *, max_bytes: int | None = None) -> bytes:
 # ---- requests ------------------------------------------------------------------------------------
 
 
-class Answer(NamedTuple):
-    """The HTTP response of a service."""
-
-    status: int
-    headers: Mapping[str, str]
-    content: bytes
-
-
-class _BearerToken(requests.auth.AuthBase):
-    """Send the token; in a plain header, requests would replace it by a password of ~/.netrc."""
-
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {self._token}"
-        return request
-
-
 @lru_cache(maxsize=16)
 def open_client(
     root: str, token_env: str | None = None, certificate_path: str | None = None
 ) -> "DicomWebClient":
-    """Return this process's client of a service.
+    """Return this process's client of a service; nothing is sent yet.
 
-    Parameters
-    ----------
-    root : str
-        Address of the service.
-    token_env : str, optional
-        Variable with a bearer token; :data:`TOKEN_VARIABLE`, where that is set, if not given.
-    certificate_path : str, optional
-        PEM file with a client's certificate and key; that of :data:`CERTIFICATE_VARIABLE`, where
-        that is set, if not given.
+    `token_env` is a variable with a bearer token (:data:`TOKEN_VARIABLE`, if not given). Without a
+    token, ~/.netrc may give a name and a password. `certificate_path` is a PEM file with a client's
+    certificate and key (that of :data:`CERTIFICATE_VARIABLE`, if not given).
 
     Raises
     ------
     ConfigError
-        The variable is not set, the file is not there, or a token would go unencrypted to another
-        machine.
+        The address cannot be used, the variable is not set, the file is not there, or a token would
+        go unencrypted to another machine.
     """
-    check_root(root)
+    root = _check_root(root)
     token = os.environ.get(token_env or TOKEN_VARIABLE, "").strip()
     if token_env and not token:
         raise ConfigError(f"Expected a bearer token in ${token_env}, which is not set.")
@@ -283,43 +239,39 @@ def _is_loopback(root: str) -> bool:
 
 
 class DicomWebClient:
-    """Sends requests to one service, again where that may help."""
+    """Sends requests to one service, again where that may help.
+
+    Its methods raise DicomWebError where the service does not answer, or refuses.
+    """
 
     def __init__(self, root: str, token: str | None, certificate_path: str | None) -> None:
         self.root = root
         self._session = requests.Session()
-        self._session.auth = None if token is None else _BearerToken(token)
+
+        def add_token(request: requests.PreparedRequest) -> requests.PreparedRequest:
+            request.headers["Authorization"] = f"Bearer {token}"
+            return request
+
+        # In a plain header, requests would replace it by a password of ~/.netrc.
+        self._session.auth = None if token is None else add_token
         self._session.cert = certificate_path
         self._session.headers["Accept-Encoding"] = "identity"  # pixels are compressed already
 
     def search(self, path: str, keys: Sequence[tuple[str, str]], uid_tag: str) -> Iterator[str]:
         """Search by QIDO-RS, page after page; yield the UID of each result, once.
 
-        A service may give fewer results than a page has without saying so. So the last page is the
-        one without a new result.
-
-        Parameters
-        ----------
-        path : str
-            Below the service.
-        keys : sequence of (str, str)
-        uid_tag : str
-            Element that has the UID, such as ``0020000D``.
-
-        Raises
-        ------
-        DicomWebError
-            The service does not answer, refuses, or does not give the pages asked for.
+        `uid_tag` is the element that has it, such as ``0020000D``. A service may give fewer results
+        than a page has without saying so. So the last page is the one without a new result.
         """
         seen: set[str] = set()
         offset = 0
         while True:
             paging = [("limit", str(PAGE_SIZE)), ("offset", str(offset))]
-            answer = self.send("GET", path, params=[*keys, *paging], accept=_JSON)
-            uids = self.parse(_read_uids, answer.content, uid_tag)
+            response, content = self._send("GET", path, accept=_JSON, params=[*keys, *paging])
+            uids = self._parse(_read_uids, content, uid_tag)
             new = [uid for uid in dict.fromkeys(uids) if uid not in seen]
             if not new:
-                if uids and "additional results" in answer.headers.get("Warning", ""):
+                if uids and "additional results" in response.headers.get("Warning", ""):
                     raise DicomWebError(
                         f"The DICOMweb service at {self.root} has more results than it gives, and "
                         "gives the same ones for each offset. Narrow the search, by StudyDate for "
@@ -330,41 +282,61 @@ class DicomWebClient:
             seen.update(new)
             offset += len(uids)
 
+    def has(self, study_uid: str, sop_uid: str) -> bool:
+        """Tell whether the service has an object in a study."""
+        path, keys = f"studies/{_check_uid(study_uid)}/instances", [("SOPInstanceUID", sop_uid)]
+        return sop_uid in self.search(path, keys, _SOP_UID)
+
     def fetch(self, path: str, max_bytes: int) -> bytes | None:
         """Fetch an instance by WADO-RS, in the encoding that the service has it in.
 
-        Returns
-        -------
-        bytes or None
-            The file, or one byte more than `max_bytes` of it; None where it is not there.
-
-        Raises
-        ------
-        DicomWebError
-            The service does not answer, or refuses.
+        Returns the file, or one byte more than `max_bytes` of it; None where it is not there.
         """
-        answer = self.send(
+        response, content = self._send(
             "GET",
             path,
             accept='multipart/related; type="application/dicom"; transfer-syntax=*',
             max_bytes=max_bytes + _MULTIPART_HEADER_BYTES,
             expected=(200, 404, 410),
         )
-        if answer.status != 200:
+        if response.status_code != 200:
             return None
-        kind = answer.headers.get("Content-Type", "")
+        kind = response.headers.get("Content-Type", "")
         if not kind.lower().startswith("multipart/"):
-            return answer.content[: max_bytes + 1]
-        return self.parse(read_first_part, answer.content, kind, max_bytes)
+            return content[: max_bytes + 1]
+        return self._parse(_read_first_part, content, kind, max_bytes)
 
-    def parse(self, read: Callable[..., _Value], *arguments: object) -> _Value:
-        """Parse an answer with a function, whose errors, which may quote it, become DicomWebError.
+    def store(self, study_uid: str, objects: Mapping[str, bytes]) -> dict[str, str]:
+        """Store objects in a study by STOW-RS. Storing the same ones again changes nothing.
 
-        Raises
-        ------
-        DicomWebError
-            The answer is not what the standard says.
+        A service may answer with success, and have stored nothing; or with failure, because it has
+        the object. So every object that the answer does not name as stored is searched for.
+
+        Takes SOP Instance UIDs and DICOM files; returns the UIDs of those that the service does not
+        have afterwards, and why.
         """
+        path, failures = f"studies/{_check_uid(study_uid)}", {}
+        for batch in _split_requests(objects):
+            boundary = uuid4().hex
+            part = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
+            parts = [piece for uid in batch for piece in (part, objects[uid], b"\r\n")]
+            response, content = self._send(
+                "POST",
+                path,
+                accept=_JSON,
+                body=b"".join([*parts, f"--{boundary}--\r\n".encode()]),
+                content_type=f'multipart/related; type="application/dicom"; boundary={boundary}',
+                expected=(200, 202, 204, 409),  # 409: none of them is stored
+            )
+            stored, failed = self._parse(_read_stored, content)
+            for uid in batch:
+                if uid not in stored and not self.has(study_uid, uid):
+                    answer = f"it answered with HTTP status {response.status_code}"
+                    failures[uid] = failed.get(uid, f"{answer}, and does not have it")
+        return failures
+
+    def _parse(self, read: Callable[..., _Value], *arguments: object) -> _Value:
+        """Parse an answer; errors of the parser may quote it, and become DicomWebError."""
         try:
             return read(*arguments)
         except (ValueError, LookupError, TypeError, AttributeError):
@@ -374,7 +346,7 @@ class DicomWebClient:
             "address: it ends before /studies."
         )
 
-    def send(
+    def _send(
         self,
         method: str,
         path: str,
@@ -385,15 +357,10 @@ class DicomWebClient:
         content_type: str | None = None,
         max_bytes: int = MAX_ANSWER_BYTES,
         expected: Sequence[int] = (200, 204),
-    ) -> Answer:
-        """Send a request, up to :data:`MAX_ATTEMPTS` times.
+    ) -> tuple[requests.Response, bytes]:
+        """Send a request, up to :data:`MAX_ATTEMPTS` times; return the answer and its content.
 
         Every request may be sent again: objects that are stored keep their UIDs.
-
-        Raises
-        ------
-        DicomWebError
-            The service does not answer, or with another status than those expected.
         """
         headers = {"Accept": accept} | ({"Content-Type": content_type} if content_type else {})
         pause_s, failure = FIRST_PAUSE_S, ""
@@ -415,13 +382,13 @@ class DicomWebClient:
                     status = response.status_code
                     if status in _BUSY:
                         failure = f"HTTP status {status}"
-                        pause_s = max(pause_s, _read_retry_after(response))
+                        retry_after = response.headers.get("Retry-After", "")
+                        pause_s = max(pause_s, float(retry_after) if retry_after.isdecimal() else 0)
                         continue
-                    if status not in expected:
-                        failure = explain_status(status)
-                        break
-                    content = _read_up_to(response, max_bytes)
-                    return Answer(status, response.headers, content)
+                    if status in expected:
+                        return response, _read_up_to(response, max_bytes)
+                    failure = _explain_status(status)
+                    break
             except requests.exceptions.SSLError:
                 failure = (
                     "its certificate, or the client's, is refused. Name the file with its "
@@ -443,8 +410,7 @@ class DicomWebClient:
         raise DicomWebError(f"The DICOMweb service at {self.root} failed: {failure}.")
 
 
-def explain_status(status: int) -> str:
-    """Say what a status means for the user."""
+def _explain_status(status: int) -> str:
     if status in (401, 403):
         return (
             f"access is denied (HTTP status {status}). Give a token in ${TOKEN_VARIABLE}, a client "
@@ -455,12 +421,6 @@ def explain_status(status: int) -> str:
     if 300 <= status < 400:
         return f"it answers with another address (HTTP status {status}). Give that one"
     return f"it refuses the request (HTTP status {status})"
-
-
-def _read_retry_after(response: requests.Response) -> float:
-    """Return the seconds that a service asks to wait; 0 where it does not say."""
-    text = response.headers.get("Retry-After", "")
-    return float(text) if text.isdecimal() else 0.0
 
 
 def _read_up_to(response: requests.Response, max_bytes: int) -> bytes:
@@ -477,14 +437,25 @@ def _read_up_to(response: requests.Response, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def read_first_part(content: bytes, content_type: str, max_bytes: int) -> bytes:
-    """Return the first part of a multipart answer, or one byte more of it than is allowed.
+def _split_requests(objects: Mapping[str, bytes]) -> Iterator[list[str]]:
+    """Yield the UIDs of the objects of each request, of about :data:`MAX_REQUEST_BYTES`."""
+    batch: list[str] = []
+    num_bytes = 0
+    for uid, content in objects.items():
+        if batch and num_bytes + len(content) > MAX_REQUEST_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(uid)
+        num_bytes += len(content)
+    if batch:
+        yield batch
 
-    Raises
-    ------
-    ValueError
-        It is damaged.
-    """
+
+# ---- answers; errors of these functions become DicomWebError -------------------------------------
+
+
+def _read_first_part(content: bytes, content_type: str, max_bytes: int) -> bytes:
+    """Return the first part of a multipart answer, or one byte more of it than is allowed."""
     found = re.search(r'boundary="?([^";]+)"?', content_type, re.IGNORECASE)
     if found is None:
         raise ValueError("no boundary")
@@ -502,17 +473,39 @@ def read_first_part(content: bytes, content_type: str, max_bytes: int) -> bytes:
 def _read_uids(content: bytes, uid_tag: str) -> list[str]:
     """Return the UID of each result of a search, in the DICOM JSON Model (PS3.18, annex F)."""
     results = json.loads(content) if content.strip() else []
-    return [check_uid(result[uid_tag]["Value"][0]) for result in results]
+    return [_check_uid(result[uid_tag]["Value"][0]) for result in results]
 
 
-def check_uid(value: Any) -> str:  # noqa: ANN401 - what a service sent
-    """Check that a value is a UID that is safe in a URL, and return it.
-
-    Raises
-    ------
-    ValueError
-        It is not.
-    """
+def _check_uid(value: Any) -> str:  # noqa: ANN401 - what a service sent
+    """Return a UID that is safe in a URL."""
     if not isinstance(value, str) or _UID.fullmatch(value) is None:
         raise ValueError("no UID")
     return value
+
+
+def _read_stored(content: bytes) -> tuple[set[str], dict[str, str]]:
+    """Return the UIDs of what is stored, and of what is not, with the reason (PS3.18, 10.5).
+
+    A sequence may be there without items.
+    """
+    answer = json.loads(content) if content.strip() else {}
+
+    def list_items(tag: str) -> list[dict[str, Any]]:
+        return answer.get(tag, {}).get("Value") or []
+
+    def get(item: dict[str, Any], tag: str) -> Any:  # noqa: ANN401 - as JSON has it
+        return (item.get(tag, {}).get("Value") or [None])[0]
+
+    stored = {get(item, _REFERENCED_UID) for item in list_items(_STORED_SEQUENCE)}
+    failed = {
+        get(item, _REFERENCED_UID): _describe_failure(get(item, _FAILURE_REASON))
+        for item in list_items(_FAILED_SEQUENCE)
+    }
+    return stored, failed
+
+
+def _describe_failure(reason: Any) -> str:  # noqa: ANN401 - as JSON has it
+    if not isinstance(reason, int):
+        return "it gives no reason"
+    words = _REASONS.get(reason) or _REASONS.get(reason & 0xFF00) or _REASONS.get(reason & 0xF000)
+    return f"{words or 'for a reason of its own'} (failure reason 0x{reason:04X})"

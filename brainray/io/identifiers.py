@@ -15,7 +15,6 @@ from hashlib import sha256
 from brainray import storage
 from brainray.errors import ConfigError
 from brainray.io.conditional import create_bytes
-from brainray.io.deidentified import refuse_deidentified
 
 MIN_KEY_BYTES = 16
 NUM_KEY_BYTES = 32
@@ -24,10 +23,8 @@ KEY_FILE = ".identifier-key"
 """The key below an output, if none is given."""
 CHECK_FILE = ".identifiers.json"
 """Below an output: a check that all runs use the same key and the same kind of names."""
-_GIVE_KEY = (
-    "Its rows could not be joined with new ones. Give that key as --id-key-file, or another "
-    "--output-uri."
-)
+DEIDENTIFIED_FILE = ".deidentified.json"
+"""File in a de-identified export with its settings."""
 REDACTED = "redacted:"
 """Prefix of the names of scans with redacted paths."""
 
@@ -37,7 +34,6 @@ class Identifiers:
     """How an output names scans and hashes identifiers."""
 
     key: bytes = field(repr=False)
-    """Key of the hashes."""
     redact_paths: bool = False
     """Whether hashes replace paths too."""
 
@@ -51,16 +47,20 @@ class Identifiers:
         return REDACTED + hmac.new(self.key, f"path {uri}".encode(), sha256).hexdigest()[:32]
 
 
-def read_key(key_uri: str) -> bytes:
-    """Read a key: all bytes of a file.
+def refuse_deidentified(folder_uri: str) -> None:
+    """Raise ConfigError if a folder holds a de-identified export.
 
-    Raises
-    ------
-    ConfigError
-        The file is missing or too short.
-    StorageError
-        It cannot be read.
+    Call this before writing paths, keys or DICOM objects that identify patients.
     """
+    if storage.exists(storage.join(folder_uri, DEIDENTIFIED_FILE)):
+        raise ConfigError(
+            f"'{folder_uri}' holds a de-identified export, which results with identity must not "
+            "be mixed with. Give another --output-uri."
+        )
+
+
+def read_key(key_uri: str) -> bytes:
+    """Read a key: all bytes of a file; raises ConfigError if it is missing or too short."""
     try:
         key = storage.read_bytes(key_uri)
     except FileNotFoundError:
@@ -93,32 +93,30 @@ def open_identifiers(
     ConfigError
         The key is too short, earlier runs used another key or the other ``redact_paths``, or the
         folder holds a de-identified export.
-    StorageError
-        The output cannot be written.
     """
     refuse_deidentified(output_uri)
-    check_uri = storage.join(output_uri, CHECK_FILE)
+    check_uri, own_uri = (storage.join(output_uri, name) for name in (CHECK_FILE, KEY_FILE))
     try:
         earlier = storage.read_json(check_uri)
     except FileNotFoundError:
         earlier = None
-    own_uri = storage.join(output_uri, KEY_FILE)
+    remedy = (
+        "Its rows could not be joined with new ones. Give that key as --id-key-file, or another "
+        "--output-uri."
+    )
     if key_uri is None and earlier is None:
         create_bytes(own_uri, secrets.token_bytes(NUM_KEY_BYTES), mode=0o600)
     elif key_uri is None and not storage.exists(own_uri):
         raise ConfigError(
-            f"This output's identifiers were hashed with a key outside of it. {_GIVE_KEY}"
+            f"This output's identifiers were hashed with a key outside of it. {remedy}"
         )
     key = read_key(key_uri or own_uri)
-    check = {
-        "key_check": _compute_check(key),
-        "redact_paths": redact_paths,
-    }
+    check = {"key_check": _compute_check(key), "redact_paths": redact_paths}
     if earlier is None:
         create_bytes(check_uri, json.dumps(check).encode())
         return Identifiers(key, redact_paths)
     if earlier["key_check"] != check["key_check"]:
-        raise ConfigError(f"This output's identifiers were hashed with another key. {_GIVE_KEY}")
+        raise ConfigError(f"This output's identifiers were hashed with another key. {remedy}")
     if earlier["redact_paths"] != redact_paths:
         change = "Leave out" if redact_paths else "Give"
         raise ConfigError(
@@ -129,29 +127,17 @@ def open_identifiers(
 
 
 def read_identifiers(output_uri: str, key_uri: str | None = None) -> Identifiers:
-    """Find the key of an output and how its runs named scans; nothing is written.
+    """Find the key of an output with predictions, and how its runs named scans; write nothing.
 
-    Parameters
-    ----------
-    output_uri : str
-        Folder of an output that has predictions.
-    key_uri : str, optional
-        File with the key, if it is not in the output.
-
-    Raises
-    ------
-    ConfigError
-        The output has no identifiers, or this is not their key.
-    StorageError
-        The output cannot be read.
+    Raises ConfigError if the output has no identifiers, or this is not their key.
     """
+    check_uri, own_uri = (storage.join(output_uri, name) for name in (CHECK_FILE, KEY_FILE))
     try:
-        earlier = storage.read_json(storage.join(output_uri, CHECK_FILE))
+        earlier = storage.read_json(check_uri)
     except FileNotFoundError as error:
         raise ConfigError(
             f"Expected the output of `brainray classify` in '{output_uri}', found no {CHECK_FILE}."
         ) from error
-    own_uri = storage.join(output_uri, KEY_FILE)
     if key_uri is None and not storage.exists(own_uri):
         raise ConfigError(
             f"The key of the identifiers in '{output_uri}' is not in it. "
