@@ -1,4 +1,4 @@
-"""What each part of a recipe is worth: runs that differ in one thing, judged on grouped validation.
+"""What each part of a recipe is worth: runs that differ in one thing, scored on grouped validation.
 
     python benchmarks/ablations.py --data-uri FOLDER/Training --output-uri OUT
 
@@ -19,8 +19,8 @@ from typing import Any
 
 import tyro
 
-from brainray import storage
 from brainray.images.preprocess import Preprocessing
+from brainray.io import storage
 from brainray.recipes import RECIPES, build_recipe
 from brainray.training.augment import NO_AUGMENTATION
 from brainray.training.config import ScalingOptions, TrainConfig

@@ -319,7 +319,7 @@ def measure(side: str, classifier_uri: str) -> list[float]:
 
 
 def seal_random(folder: Path) -> str:
-    """Seal a classifier with random weights."""
+    """Export a classifier with random weights."""
     torch.manual_seed(0)
     save_classifier(
         str(folder),

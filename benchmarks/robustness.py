@@ -33,7 +33,6 @@ import tyro
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from brainray import storage
 from brainray.data.fingerprint import expand_files
 from brainray.data.labelled import find_samples
 from brainray.data.read import SampleReader
@@ -41,6 +40,7 @@ from brainray.errors import ConfigError, DataError, RejectedImage
 from brainray.images.preprocess import Preprocessing, preprocess_image
 from brainray.images.slices import ReadOptions
 from brainray.inference.engine import EngineOptions, Prediction, open_engine
+from brainray.io import storage
 from brainray.metrics import compute_evaluation
 from brainray.model.classifier import load_classifier
 from brainray.model.reasons import find_status

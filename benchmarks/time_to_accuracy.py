@@ -21,7 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from brainray import runlog, storage
+from brainray import runlog
+from brainray.io import storage
 
 
 @dataclass(frozen=True, kw_only=True)

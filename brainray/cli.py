@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 import docstring_parser
 import tyro
 
-from brainray import console, storage
+from brainray import console
 from brainray.console import ConsoleReporter, exit_on_error
+from brainray.io import storage
 
 if TYPE_CHECKING:
     from brainray.evaluation.audit import AuditJob

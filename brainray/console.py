@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from rich.console import Console, RenderableType
 
-from brainray import runlog, storage
+from brainray import runlog
 from brainray.errors import BrainrayError, UserError
+from brainray.io import storage
 
 if TYPE_CHECKING:
     import rich.progress

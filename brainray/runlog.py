@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from brainray import storage
+from brainray.io import storage
 
 Record = dict[str, Any]
 Log = Callable[[str], None]

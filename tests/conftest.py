@@ -80,7 +80,7 @@ def phantom_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seal a classifier with random weights."""
+    """Export a classifier with random weights."""
     folder = tmp_path_factory.mktemp("saved") / "classifier"
     save_classifier(
         str(folder),

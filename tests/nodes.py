@@ -116,8 +116,8 @@ class Cluster:
         words = ("--reason-message", "spot", "--deadline-remaining-seconds", deadline_s)
         reason = "DRAIN_NODE_REASON_PREEMPTION"
         command = ("ray", "drain-node", "--address", self.address, "--node-id", node.find_id())
-        status, said = finish(self.ask(*command, "--reason", reason, *words))
-        assert status == 0, said
+        status, printed = finish(self.ask(*command, "--reason", reason, *words))
+        assert status == 0, printed
 
     @property
     def address(self) -> str:

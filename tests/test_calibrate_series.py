@@ -175,7 +175,7 @@ def test_a_study_or_patient_labels_its_series(tmp_path: Path, by: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         ([("glioma-0", "glioma"), ("notumor-0", "notumor")], "10 patients of each, found patients"),
         ([(f"glioma-{n}", "glioma") for n in range(12)], "at least two classes"),
@@ -185,10 +185,10 @@ def test_a_study_or_patient_labels_its_series(tmp_path: Path, by: str) -> None:
     ],
 )
 def test_unusable_labels_are_an_error(
-    tmp_path: Path, rows: list[tuple[str, str]], said: str
+    tmp_path: Path, rows: list[tuple[str, str]], message: str
 ) -> None:
     series, _ = make_data([0.4] * 12, [0.1] * 12)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         fit(tmp_path, series, rows)
     assert not (tmp_path / "rule.json").exists()
 

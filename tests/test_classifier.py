@@ -120,12 +120,12 @@ def test_the_folder_holds_two_files_and_no_pickle(saved: Path) -> None:
 # --- what was touched ---------------------------------------------------------------------
 
 
-def refuse(folder: Path, *said: str) -> None:
+def refuse(folder: Path, *expected: str) -> None:
     """Expect one line that says each of these."""
     with pytest.raises(ClassifierError) as caught:
         load_classifier(str(folder))
     message = str(caught.value)
-    for part in (*said, str(folder)):
+    for part in (*expected, str(folder)):
         assert part in message
     assert "\n" not in message
 
@@ -184,7 +184,7 @@ def edit(path: str, value: object) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "expected"),
     [
         ("schema_version", SCHEMA_VERSION + 1, [f"schema {SCHEMA_VERSION}", "found"]),
         ("schema_version", ..., [f"schema {SCHEMA_VERSION}", "found None"]),
@@ -214,11 +214,13 @@ def edit(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ("calibration.scale", [2.0, 1.0, 1.0], ["changed after"]),
     ],
 )
-def test_metadata_that_was_changed(folder: Path, path: str, value: object, said: list[str]) -> None:
+def test_metadata_that_was_changed(
+    folder: Path, path: str, value: object, expected: list[str]
+) -> None:
     metadata = read_classifier_metadata(str(folder))
     edit(path, value)(metadata)
     (folder / METADATA_FILE).write_text(json.dumps(metadata))
-    refuse(folder, *said)
+    refuse(folder, *expected)
 
 
 # --- calibration --------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 from ray.exceptions import ActorDiedError
 
-from brainray import cli, storage
+from brainray import cli
 from brainray.errors import (
     ClassificationError,
     ConfigError,
@@ -42,6 +42,7 @@ from brainray.inference.schema import build_schema
 from brainray.inference.series import SeriesRule
 from brainray.inference.stats import Progress
 from brainray.inference.store import PredictionStore, Wave
+from brainray.io import storage
 from brainray.io.lock import OutputLock, hold_output
 from brainray.model.classifier import load_classifier, read_classifier_metadata, save_classifier
 from brainray.model.network import build_network
@@ -162,8 +163,8 @@ def test_every_scan_has_its_row_and_the_rows_say_what_the_classifier_says(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    said: list[str] = []
-    metrics = classify(make_job(inbox, tiny_classifier, output), log=said.append)
+    printed: list[str] = []
+    metrics = classify(make_job(inbox, tiny_classifier, output), log=printed.append)
     rows = {row["scan_uri"]: row for row in read_rows(output)}
     assert {row["class_map"] for row in rows.values()} == {None}
     files = list_scan_files(inbox)
@@ -200,7 +201,7 @@ def test_every_scan_has_its_row_and_the_rows_say_what_the_classifier_says(
     assert set(metrics["run"]["stages_s"]) == {"read", "decode", "predict", "write"}
     assert all(seconds > 0 for seconds in metrics["run"]["stages_s"].values())
     assert metrics["runtime"]["backend"] == "torch"
-    assert f"Predicting with {metrics['runtime']['description']}." in said
+    assert f"Predicting with {metrics['runtime']['description']}." in printed
     assert metrics == json.loads((output / "metrics.json").read_text())
     report = (output / "report.html").read_text()
     assert classifier.classifier_id in report
@@ -277,12 +278,12 @@ def check_the_guide_draws_a_map(output: Path, folder: Path) -> None:
 
 def test_int8_says_what_it_costs(inbox: Path, tiny_classifier: Path, tmp_path: Path) -> None:
     pytest.importorskip("nncf", reason="int8 needs NNCF: pip install 'brainray[int8]'")
-    said: list[str] = []
+    printed: list[str] = []
     engine = EngineOptions(precision="int8", calibration_uri=str(inbox))
     job = make_job(inbox, tiny_classifier, tmp_path / "out", engine=engine)
-    metrics = classify(job, log=said.append)
+    metrics = classify(job, log=printed.append)
     assert metrics["runtime"]["precision"] == "int8"
-    assert any("int8 against fp32 on 20 of the calibration images" in line for line in said)
+    assert any("int8 against fp32 on 20 of the calibration images" in line for line in printed)
     assert {row["precision"] for row in read_rows(tmp_path / "out")} == {"int8"}
 
 
@@ -299,10 +300,10 @@ def test_whatever_lies_in_an_inbox_gets_its_row(
     (tmp_path / "in" / ".cache").mkdir()
     shutil.copy(good, tmp_path / "in" / ".cache" / "a.jpg")
     output = tmp_path / "in" / "out"
-    said: list[str] = []
+    printed: list[str] = []
     job = make_job(tmp_path / "in", tiny_classifier, output)
-    metrics = classify(job, log=said.append)
-    assert "Skipped 2 hidden files." in said
+    metrics = classify(job, log=printed.append)
+    assert "Skipped 2 hidden files." in printed
     found = {row["scan_uri"].rpartition("/")[2]: row for row in read_rows(output)}
     assert {name: row["reason"] for name, row in found.items()} == expected
     for row in found.values():
@@ -476,16 +477,16 @@ def test_slices_have_rows_and_their_series_and_studies_answers(
 ) -> None:
     inbox, output = tmp_path / "in", tmp_path / "out"
     fill_hospital_inbox(inbox)
-    said: list[str] = []
+    printed: list[str] = []
     progress: list[tuple[int, int | None]] = []
     job = make_job(inbox, tiny_classifier, output)
     metrics = classify(
-        job, log=said.append, on_progress=lambda now: progress.append((now.done, now.total))
+        job, log=printed.append, on_progress=lambda now: progress.append((now.done, now.total))
     )
     rows = {row["scan_uri"]: row for row in read_rows(output)}
     assert len(rows) == metrics["run"]["num_new"] == 12 + 9 + 1 + 1
     assert progress[-1] == (15, 15), "files are planned, and slices are not known before"
-    assert any("1 DICOMDIR" in line for line in said)
+    assert any("1 DICOMDIR" in line for line in printed)
     assert rows[str(inbox / "Doe-SR.dcm")]["reason"] == "not_an_image_object"
     slices = [rows[f"{inbox}/Doe.nii.gz#frame={number}"] for number in range(9)]
     assert [row["reason"] == "little_tissue" for row in slices] == [True] + [False] * 7 + [True]
@@ -519,11 +520,11 @@ def test_no_output_of_a_redacted_run_holds_a_path(tiny_classifier: Path, tmp_pat
     fill_hospital_inbox(inbox)
     lines = [f"{inbox}/Doe.png,glioma", f"{inbox}/Doe.nii.gz,notumor"]
     (tmp_path / "Doe.csv").write_text("\n".join(["scan_uri,label", *lines]))
-    said: list[str] = []
+    printed: list[str] = []
     job = make_job(
         inbox, tiny_classifier, output, redact_paths=True, labels=str(tmp_path / "Doe.csv")
     )
-    metrics = classify(job, log=said.append)
+    metrics = classify(job, log=printed.append)
     assert metrics["evaluation"]["n"] == 1 + 7
     rows = read_rows(output)
     assert len(rows) == 23
@@ -536,7 +537,7 @@ def test_no_output_of_a_redacted_run_holds_a_path(tiny_classifier: Path, tmp_pat
     assert len(files) > 6
     for file in files:
         assert b"Doe" not in file.read_bytes(), file
-    assert "Doe" not in str(said)
+    assert "Doe" not in str(printed)
     report = (output / "report.html").read_text()
     assert "data:image/png" not in report
     assert classify(job)["run"]["num_new"] == 0
@@ -761,9 +762,9 @@ def test_an_interrupted_run_is_closed_and_resumed(
     with hold_output(str(output)) as lock:
         lock.update(state)
 
-    said: list[str] = []
-    metrics = classify(job, log=said.append)
-    assert "The last run was interrupted; 1 of its files are left empty." in said
+    printed: list[str] = []
+    metrics = classify(job, log=printed.append)
+    assert "The last run was interrupted; 1 of its files are left empty." in printed
     check_complete(inbox, output, first)
     assert metrics["run"]["num_new"] == 20 - len(first)
     with pytest.raises(LockLostError, match="Another run has taken over"):
@@ -799,9 +800,9 @@ def test_a_failed_wave_continues_with_the_other_shards(
             yield shard
 
     break_stream(monkeypatch, lose)
-    said: list[str] = []
-    metrics = classify(make_job(inbox, tiny_classifier, tmp_path / "out"), log=said.append)
-    assert sum("continuing with the other shards" in line for line in said) == 2
+    printed: list[str] = []
+    metrics = classify(make_job(inbox, tiny_classifier, tmp_path / "out"), log=printed.append)
+    assert sum("continuing with the other shards" in line for line in printed) == 2
     check_complete(inbox, tmp_path / "out")
     assert metrics["run"]["num_new"] == 20
     assert len(list_files(tmp_path / "out")) == 7
@@ -811,7 +812,7 @@ def test_a_failed_wave_continues_with_the_other_shards(
 def test_a_wave_that_keeps_failing_ends_in_an_error(
     inbox: Path, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
+    printed: list[str] = []
 
     def break_at_once(_: Iterator[Any]) -> Iterator[Any]:
         raise ActorDiedError
@@ -819,8 +820,8 @@ def test_a_wave_that_keeps_failing_ends_in_an_error(
 
     break_stream(monkeypatch, break_at_once)
     with pytest.raises(ClassificationError, match="3 times in a row without a new prediction"):
-        classify(make_job(inbox, tiny_classifier, tmp_path / "out"), log=said.append)
-    assert sum("continuing with the other shards" in line for line in said) == 2
+        classify(make_job(inbox, tiny_classifier, tmp_path / "out"), log=printed.append)
+    assert sum("continuing with the other shards" in line for line in printed) == 2
 
 
 @pytest.mark.usefixtures("small_waves")

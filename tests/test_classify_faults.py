@@ -91,8 +91,8 @@ def kill_repeatedly(
         assert before.items() <= list_files(output).items(), "what was written has changed"
         found.append(len(list_files(output)))
     before = list_files(output)
-    status, said = finish(start(inbox, classifier, output))
-    assert status == 0, said
+    status, printed = finish(start(inbox, classifier, output))
+    assert status == 0, printed
     assert before.items() <= list_files(output).items()
     check_complete(output, inbox)
     return found
@@ -123,9 +123,9 @@ def test_a_killed_run_is_gone_on_with_and_its_late_writes_are_refused(
         if uri in late
     }
 
-    status, said = finish(start(inbox, tiny_classifier, tmp_path))
-    assert status == 0, said
-    assert f"The last run was interrupted; {len(late):,} of its files are left empty." in said
+    status, printed = finish(start(inbox, tiny_classifier, tmp_path))
+    assert status == 0, printed
+    assert f"The last run was interrupted; {len(late):,} of its files are left empty." in printed
     check_complete(tmp_path, inbox)
     files = list_files(tmp_path)
     every = pq.read_table(tmp_path / "predictions", partitioning=None)
@@ -162,9 +162,9 @@ def test_a_killed_predictor_is_replaced(inbox: Path, tiny_classifier: Path, tmp_
     ]
     assert predictors
     predictors[0].kill()
-    status, said = finish(process)
-    assert status == 0, said
-    assert "continuing with the other shards" in said
+    status, printed = finish(process)
+    assert status == 0, printed
+    assert "continuing with the other shards" in printed
     check_complete(tmp_path, inbox)
 
 
@@ -175,19 +175,19 @@ def test_two_runs_at_once_and_an_interrupt(
     first = start(inbox, tiny_classifier, tmp_path)
     wait_for(lambda: bool(list_files(tmp_path)), first)
     os.kill(first.pid, signal.SIGSTOP)  # so that it lasts until the second has looked
-    status, said = finish(start(inbox, tiny_classifier, tmp_path))
+    status, printed = finish(start(inbox, tiny_classifier, tmp_path))
     os.kill(first.pid, signal.SIGCONT)
     assert status == 2
-    assert "Another run is writing" in said
-    assert f"process {first.pid}" in said
+    assert "Another run is writing" in printed
+    assert f"process {first.pid}" in printed
     assert first.poll() is None, "the first run was over before the second began"
     os.kill(first.pid, signal.SIGINT)
-    status, said = finish(first)
-    assert status == 130, said
-    assert "the same command resumes" in said
+    status, printed = finish(first)
+    assert status == 130, printed
+    assert "the same command resumes" in printed
     before = list_files(tmp_path)
     # With the command that people give, and the network.
-    status, said = finish(start(inbox, tiny_classifier, tmp_path, ("jobs/classify.py",)))
-    assert status == 0, said
+    status, printed = finish(start(inbox, tiny_classifier, tmp_path, ("jobs/classify.py",)))
+    assert status == 0, printed
     assert before.items() <= list_files(tmp_path).items()
     check_complete(tmp_path, inbox)

@@ -22,8 +22,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
         cli.main([str(argument) for argument in arguments])
     except SystemExit as exit_:
         status = int(exit_.code or 0)
-    said = capsys.readouterr()
-    return status, said.out, said.err
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
 
 
 def test_without_a_command_it_lists_all_with_a_summary_and_an_example(
@@ -101,7 +101,7 @@ def test_a_recipe_gives_the_defaults_that_flags_override(spelling: list[str]) ->
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "printed"),
     [
         (["--weights", "none"], "No folder at"),
         (["--weights", "none", "--num-epochs", "0"], "num_epochs must be at least 1"),
@@ -109,7 +109,7 @@ def test_a_recipe_gives_the_defaults_that_flags_override(spelling: list[str]) ->
     ],
 )
 def test_a_user_error_is_one_line_and_exit_2(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], said: str
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], printed: str
 ) -> None:
     status, out, err = run(
         capsys,
@@ -119,7 +119,7 @@ def test_a_user_error_is_one_line_and_exit_2(
         *flags,
     )
     assert status == 2
-    assert said in err + out
+    assert printed in err + out
     assert "Traceback" not in err
 
 

@@ -59,15 +59,15 @@ def test_a_process_takes_a_whole_cpu_where_there_are_enough_and_all_its_threads(
 def test_what_does_not_fit_is_said_with_what_there_is() -> None:
     need = Need(bundle={"CPU": 0.98, "GPU": 1.0}, count=8, what="worker", remedy="ask for less")
     nodes = [{"CPU": 4.0}, {"CPU": 4.0, "GPU": 2.0}]
-    said = find_lacking([need], nodes)
-    assert said is not None
-    assert "resources for 8 workers with 0.98 CPU and 1 GPU each" in said
-    assert "2 fit on the cluster (2 nodes with 8 CPU and 2 GPU in total)" in said
-    assert "ask for less" in said
+    printed = find_lacking([need], nodes)
+    assert printed is not None
+    assert "resources for 8 workers with 0.98 CPU and 1 GPU each" in printed
+    assert "2 fit on the cluster (2 nodes with 8 CPU and 2 GPU in total)" in printed
+    assert "ask for less" in printed
     assert find_lacking([need], [{"CPU": 8.0, "GPU": 8.0}]) is None
-    said = find_lacking([], [{"CPU": 0.0}])  # a head that takes no work, and nothing else
-    assert said is not None
-    assert "1 task with 1 CPU" in said
+    printed = find_lacking([], [{"CPU": 0.0}])  # a head that takes no work, and nothing else
+    assert printed is not None
+    assert "1 task with 1 CPU" in printed
 
 
 @pytest.fixture
@@ -100,16 +100,16 @@ def test_a_node_that_is_about_to_join_is_waited_for(known_nodes: list[dict[str, 
 
 
 def test_what_is_waited_for_is_said_again_and_again(known_nodes: list[dict[str, Any]]) -> None:
-    said: list[str] = []
-    with tell([TWO], said.append):
+    printed: list[str] = []
+    with tell([TWO], printed.append):
         time.sleep(0.3)
-        assert len(said) > 2
+        assert len(printed) > 2
         known_nodes.append(dict(known_nodes[0]))
         time.sleep(0.1)
-        heard = len(said)
+        heard = len(printed)
         time.sleep(0.2)
-        assert len(said) == heard, "there is nothing to wait for any more"
-    assert said[0].startswith("Waiting for nodes. Expected resources for 2 workers")
+        assert len(printed) == heard, "there is nothing to wait for any more"
+    assert printed[0].startswith("Waiting for nodes. Expected resources for 2 workers")
 
 
 # Submits
@@ -177,9 +177,9 @@ OF_RAY = re.compile(r"\d{4}-\d\d-\d\d |\S*\((raylet|autoscaler)")
 """Begins what Ray says around a job: with a date, or with who says it, in colour."""
 
 
-def last_words(said: str) -> str:
+def last_line(printed: str) -> str:
     """Return the last line of the job itself."""
-    lines = [line.strip() for line in said.splitlines()]
+    lines = [line.strip() for line in printed.splitlines()]
     return [line for line in lines if line and not OF_RAY.match(line)][-1]
 
 
@@ -219,9 +219,9 @@ def failed(
 def test_only_code_travels_and_the_reason_of_a_failure_comes_back(
     head: Cluster, folder: Path, failed: dict[str, tuple[int, str]]
 ) -> None:
-    status, said = failed["no data"]
+    status, printed = failed["no data"]
     assert status != 0
-    assert last_words(said).startswith(f"error: No folder at '{folder / 'nowhere'}'.")
+    assert last_line(printed).startswith(f"error: No folder at '{folder / 'nowhere'}'.")
     place = "ray/session_*/runtime_resources/working_dir_files/*"  # session_latest is a link
     (package,) = {one.resolve() for one in head.folder.glob(place) if one.is_dir()}
     files = [file for file in package.rglob("*") if file.is_file()]
@@ -232,12 +232,12 @@ def test_only_code_travels_and_the_reason_of_a_failure_comes_back(
 def test_who_has_no_token_is_refused(
     head: Cluster, folder: Path, failed: dict[str, tuple[int, str]]
 ) -> None:
-    status, said = failed["no token"]
+    status, printed = failed["no token"]
     assert status != 0
-    assert "Missing authentication token" in said
-    status, said = failed["wrong token"]
+    assert "Missing authentication token" in printed
+    status, printed = failed["wrong token"]
     assert status != 0
-    assert "Invalid authentication token" in said
+    assert "Invalid authentication token" in printed
     assert not (folder / "witness").exists()
     assert (head.folder / "token").stat().st_mode & 0o777 == 0o600
 
@@ -245,9 +245,9 @@ def test_who_has_no_token_is_refused(
 def test_workers_that_can_never_be_had_are_refused(
     folder: Path, failed: dict[str, tuple[int, str]]
 ) -> None:
-    status, said = failed["many workers"]
-    assert status == 2, said
-    assert "resources for 8 training workers with 0.98 CPU and 1 GPU each" in last_words(said)
+    status, printed = failed["many workers"]
+    assert status == 2, printed
+    assert "resources for 8 training workers with 0.98 CPU and 1 GPU each" in last_line(printed)
     assert not (folder / "many" / "metrics.jsonl").exists()
 
 
@@ -257,21 +257,23 @@ def test_three_jobs_on_nodes_of_one_cpu_have_everything_in_object_storage(
 ) -> None:
     bucket = f"s3://{BUCKET}"
     words = describe_training(f"{bucket}/data", f"{bucket}/out")
-    status, said = finish(submit(three_nodes, checkout, "train", *words, "--num-workers", "3"))
-    assert status == 0, said
-    assert last_words(said) == "Research use only; not a medical device."
+    status, printed = finish(submit(three_nodes, checkout, "train", *words, "--num-workers", "3"))
+    assert status == 0, printed
+    assert last_line(printed) == "Research use only; not a medical device."
     records = [json.loads(line) for line in store.get("out/metrics.jsonl").splitlines()]
     assert [record["world_size"] for record in records] == [3, 3]
     given = ("--classifier-uri", f"{bucket}/out/classifier", "--output-uri")
     command = ("--scans-uri", f"{bucket}/data/Testing", *given, f"{bucket}/answers")
-    status, said = finish(submit(three_nodes, checkout, "classify", *command))
-    assert status == 0, said
+    status, printed = finish(submit(three_nodes, checkout, "classify", *command))
+    assert status == 0, printed
     assert len(store.read_predictions("answers")) == 32
-    command = ("--data-uri", f"{bucket}/data", *given, f"{bucket}/judged")
-    status, said = finish(submit(three_nodes, checkout, "evaluate", *command))
-    assert status == 0, said
-    trained, judged = (json.loads(store.get(f"{name}/metrics.json")) for name in ("out", "judged"))
-    assert judged["test"]["accuracy"] == trained["test"]["accuracy"]
+    command = ("--data-uri", f"{bucket}/data", *given, f"{bucket}/evaluated")
+    status, printed = finish(submit(three_nodes, checkout, "evaluate", *command))
+    assert status == 0, printed
+    trained, evaluated = (
+        json.loads(store.get(f"{name}/metrics.json")) for name in ("out", "evaluated")
+    )
+    assert evaluated["test"]["accuracy"] == trained["test"]["accuracy"]
 
 
 def read_records(output: Path) -> list[dict[str, Any]]:
@@ -290,16 +292,16 @@ def test_a_stopped_training_job_goes_on_where_it_was(
     words = (*describe_training(phantom_folder, tmp_path, epochs=12), "--num-workers", "2")
     first = submit(three_nodes, checkout, "train", *words, name="stopped")
     wait_for(lambda: count_epochs(tmp_path) >= 1, first)
-    status, said = finish(three_nodes.ask("ray", "job", "stop", "stopped"))
-    assert status == 0, said
-    _, said = finish(first)  # Ray's status for a job that was stopped is 0
-    assert "Job 'stopped' was stopped" in said
-    assert "interrupted; the same command resumes." in said
+    status, printed = finish(three_nodes.ask("ray", "job", "stop", "stopped"))
+    assert status == 0, printed
+    _, printed = finish(first)  # Ray's status for a job that was stopped is 0
+    assert "Job 'stopped' was stopped" in printed
+    assert "interrupted; the same command resumes." in printed
     cut = read_records(tmp_path)
     assert 0 < len(cut) < 12, "the run was over before it was stopped"
-    status, said = finish(submit(three_nodes, checkout, "train", *words))
-    assert status == 0, said
-    assert "Resuming the run" in said
+    status, printed = finish(submit(three_nodes, checkout, "train", *words))
+    assert status == 0, printed
+    assert "Resuming the run" in printed
     records = read_records(tmp_path)
     assert [record["epoch"] for record in records] == list(range(12))
     kept = len(cut) - 1  # the last epoch's checkpoint may have been on its way
@@ -345,14 +347,14 @@ def lose_a_node(
     victim = cluster.nodes.pop(moments.randint(1, len(cluster.nodes) - 1))
     assert process.poll() is None, "the run was over before the node was lost"
     victim.kill()
-    status, said = finish(process)
-    assert status == 0, said
+    status, printed = finish(process)
+    assert status == 0, printed
     check_complete(output, inbox)
     cluster.add_node(1)
 
 
 @pytest.fixture(scope="module")
-def mortal_nodes() -> Iterator[Cluster]:
+def three_killable_nodes() -> Iterator[Cluster]:
     """Start three nodes beside a head that takes no work."""
     cluster = Cluster(head_cpus=0, node_cpus=(1, 1, 1))
     yield cluster
@@ -361,17 +363,17 @@ def mortal_nodes() -> Iterator[Cluster]:
 
 @pytest.mark.slow
 def test_a_bulk_run_outlives_a_node(
-    mortal_nodes: Cluster, inbox: Path, tiny_classifier: Path, tmp_path: Path
+    three_killable_nodes: Cluster, inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
-    lose_a_node(inbox, tiny_classifier, tmp_path, mortal_nodes, random.Random(0))
+    lose_a_node(inbox, tiny_classifier, tmp_path, three_killable_nodes, random.Random(0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 11))
 def test_a_bulk_run_outlives_a_node_at_any_moment(
-    mortal_nodes: Cluster, inbox: Path, tiny_classifier: Path, tmp_path: Path, seed: int
+    three_killable_nodes: Cluster, inbox: Path, tiny_classifier: Path, tmp_path: Path, seed: int
 ) -> None:
-    lose_a_node(inbox, tiny_classifier, tmp_path, mortal_nodes, random.Random(seed))
+    lose_a_node(inbox, tiny_classifier, tmp_path, three_killable_nodes, random.Random(seed))
 
 
 def find_worker_node(cluster: Cluster) -> Node:
@@ -394,36 +396,36 @@ def test_training_outlives_a_killed_a_drained_and_a_joining_node(
 
     Statistics over all workers make the number of workers a matter of rounding.
     """
-    calm, robbed = tmp_path / "calm", tmp_path / "robbed"
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     command = (sys.executable, "jobs/train.py", "--batch-norm", "sync")
     cluster = Cluster(head_cpus=0, node_cpus=(1, 1, 1), RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1")
     try:
-        words = (*describe_training(phantom_folder, robbed, epochs=8), "--min-workers", "1")
+        words = (*describe_training(phantom_folder, disturbed, epochs=8), "--min-workers", "1")
         process = cluster.start(*command, *words, "--num-workers", "3")
-        wait_for(lambda: any(robbed.glob("checkpoints/checkpoint_*")), process)
+        wait_for(lambda: any(disturbed.glob("checkpoints/checkpoint_*")), process)
         find_worker_node(cluster).kill()
-        before = count_epochs(robbed)
-        wait_for(lambda: count_epochs(robbed) > before + 1, process)
+        before = count_epochs(disturbed)
+        wait_for(lambda: count_epochs(disturbed) > before + 1, process)
         cluster.add_node(1)
         drained = find_worker_node(cluster)
         cluster.drain(drained, deadline_s=10)
         time.sleep(10)
         drained.kill()
-        status, said = finish(process)
-        assert status == 0, said
-        words = tuple(describe_training(phantom_folder, calm, epochs=8))
-        status, told_calmly = finish(cluster.start(*command, *words))
+        status, printed = finish(process)
+        assert status == 0, printed
+        words = tuple(describe_training(phantom_folder, undisturbed, epochs=8))
+        status, printed_undisturbed = finish(cluster.start(*command, *words))
     finally:
         cluster.close()
-    assert status == 0, told_calmly
-    records = read_records(robbed)
+    assert status == 0, printed_undisturbed
+    records = read_records(disturbed)
     assert [record["epoch"] for record in records] == list(range(8))
     assert records[0]["world_size"] == 3
     assert min(record["world_size"] for record in records) < 3
-    told = [int(found) for found in re.findall(r"^epoch +(\d+)/8", said, re.MULTILINE)]
-    assert max(told.count(epoch) for epoch in set(told)) <= 2, said
-    assert len(told) <= 8 + 3, "more than an epoch was done again for each of three changes"
-    expected = [record["train_loss"] for record in read_records(calm)]
+    epochs = [int(found) for found in re.findall(r"^epoch +(\d+)/8", printed, re.MULTILINE)]
+    assert max(epochs.count(epoch) for epoch in set(epochs)) <= 2, printed
+    assert len(epochs) <= 8 + 3, "more than an epoch was done again for each of three changes"
+    expected = [record["train_loss"] for record in read_records(undisturbed)]
     # Adam makes rounding's differences large: 0.08 was seen. A lost epoch is 0.3 at the end.
     assert [record["train_loss"] for record in records] == pytest.approx(expected, abs=0.15)
 
@@ -444,13 +446,13 @@ def test_a_drained_node_takes_only_the_steps_since_its_notice(tmp_path: Path) ->
         time.sleep(20)
         assert count_epochs(output) == 1, "the epoch was over before the node was lost"
         drained.kill()
-        status, said = finish(process)
+        status, printed = finish(process)
     finally:
         cluster.close()
-    assert status == 0, said
-    saved = re.search(r"^A node is about to go: saved (.*)$", said, re.MULTILINE)
-    assert saved is not None, said
-    assert f"Going on {saved.group(1)}" in said
+    assert status == 0, printed
+    saved = re.search(r"^A node is about to go: saved (.*)$", printed, re.MULTILINE)
+    assert saved is not None, printed
+    assert f"Going on {saved.group(1)}" in printed
     assert [record["world_size"] for record in read_records(output)] == [2, 1]
     counts = [record["num_train_images"] for record in read_records(output)]
     assert counts[0] == counts[1], "an image of the epoch was left out, or counted twice"
@@ -475,9 +477,9 @@ def test_the_same_command_goes_on_after_the_heads_loss(
     assert kept
     cluster = Cluster(head_cpus=1, node_cpus=(1,))
     try:
-        status, said = finish(classify(cluster, inbox, tiny_classifier, tmp_path))
+        status, printed = finish(classify(cluster, inbox, tiny_classifier, tmp_path))
     finally:
         cluster.close()
-    assert status == 0, said
+    assert status == 0, printed
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
     check_complete(tmp_path, inbox)

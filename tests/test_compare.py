@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from brainray.errors import DataError
 from brainray.evaluation.compare import CompareJob, compare
-from brainray.storage import read_json
+from brainray.io.storage import read_json
 from tests.conftest import CLASSES
 
 
@@ -91,14 +91,14 @@ def test_different_content_of_a_path_is_an_error(tmp_path: Path) -> None:
 
 def test_tables_without_labels_or_of_an_earlier_version_are_an_error(tmp_path: Path) -> None:
     a = write_predictions(tmp_path / "a.parquet", 1.0)
-    for column, said in (
+    for column, printed in (
         ("true_class", "Expected the column true_class"),
         ("engine", "No column engine in .* an earlier version wrote it"),
         ("probs", "No column probs in .* Run `brainray evaluate` again"),
     ):
         b = write_predictions(tmp_path / "b.parquet", 3.0)
         pq.write_table(pq.read_table(b).drop_columns([column]), b)
-        with pytest.raises(DataError, match=said) as caught:
+        with pytest.raises(DataError, match=printed) as caught:
             compare(CompareJob(a_uri=str(a), b_uri=str(b)))
         assert "\n" not in str(caught.value)
 

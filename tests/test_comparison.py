@@ -239,16 +239,16 @@ def test_one_group_gives_no_verdict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "printed"),
     [
         ({"primary": "auc"}, "Unknown score 'auc'"),
         ({"num_resamples": 10}, "at least 100"),
         ({"alpha": 1.0}, "alpha"),
     ],
 )
-def test_options_out_of_range_are_an_error(options: dict[str, object], said: str) -> None:
+def test_options_out_of_range_are_an_error(options: dict[str, object], printed: str) -> None:
     y_true, (a, b) = draw(20, 1.0, 1.0)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=printed):
         compare_predictions(y_true, a, b, CLASSES, **options)  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ import pytest
 from brainray import __version__
 from brainray.errors import ConfigError
 from brainray.images.preprocess import Preprocessing
-from brainray.provenance import LIBRARIES, collect_versions, read_code_revision
+from brainray.io.provenance import LIBRARIES, collect_versions, read_code_revision
 from brainray.recipes import RECIPES, build_recipe
 from brainray.training.config import ScalingOptions, TrainConfig, find_differences
 from brainray.training.optim import Optimisation
@@ -42,7 +42,7 @@ def test_optimisation_names_the_field_out_of_range(field: str, value: float) -> 
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "printed"),
     [
         ("num_epochs", 0, "num_epochs must be at least 1, got 0"),
         ("global_batch_size", 0, "global_batch_size must be at least 1, got 0"),
@@ -59,8 +59,8 @@ def test_optimisation_names_the_field_out_of_range(field: str, value: float) -> 
         ("classes", ("a", "b", "a"), "Repeated: a"),
     ],
 )
-def test_recipe_names_the_field_that_is_wrong(field: str, value: object, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_recipe_names_the_field_that_is_wrong(field: str, value: object, printed: str) -> None:
+    with pytest.raises(ConfigError, match=printed):
         TrainConfig(**{field: value})  # type: ignore[arg-type]
 
 
@@ -86,15 +86,15 @@ def test_edges_of_the_ranges_are_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "printed"),
     [
         ({"num_workers": 0}, "num_workers must be at least 1, got 0"),
         ({"num_workers": 2, "min_workers": 3}, "min_workers must be in .*num_workers=2.*got 3"),
         ({"num_workers": 2, "min_workers": 0}, "min_workers must be in .*got 0"),
     ],
 )
-def test_scaling_names_the_field_that_is_wrong(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_scaling_names_the_field_that_is_wrong(fields: dict[str, Any], printed: str) -> None:
+    with pytest.raises(ConfigError, match=printed):
         ScalingOptions(**fields)
 
 
@@ -147,7 +147,7 @@ def test_versions_cover_what_shapes_a_result(monkeypatch: pytest.MonkeyPatch) ->
     assert set(versions) == {"python", "brainray", *LIBRARIES}
     assert versions["brainray"] == __version__
     assert all(number[0].isdigit() for number in versions.values())
-    monkeypatch.setattr("brainray.provenance.LIBRARIES", ("no-such-library",))
+    monkeypatch.setattr("brainray.io.provenance.LIBRARIES", ("no-such-library",))
     assert collect_versions()["no-such-library"] == "not installed"
 
 

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainray import cli, console, storage
+from brainray import cli, console
 from brainray.data.labelled import find_samples
 from brainray.data.splits import assign_folds
 from brainray.errors import ConfigError, DataError
 from brainray.evaluation.audit import AuditJob, audit
 from brainray.evaluation.compare import CompareJob, compare
 from brainray.images.preprocess import Preprocessing
+from brainray.io import storage
 from brainray.metrics import compute_evaluation
 from brainray.recipes import smoke
 from brainray.training.config import ScalingOptions, TrainConfig

@@ -421,16 +421,16 @@ def test_a_series_that_fails_is_listed_and_the_others_are_stored(
         one[3].unlink()
     else:
         one[3].write_bytes(one[4].read_bytes())
-    said: list[str] = []
+    lines: list[str] = []
     job = ReportJob(predictions_uri=str(tmp_path / "out"), output_uri=str(tmp_path / "objects"))
     with pytest.raises(DicomResultsError, match="1 series have no DICOM results"):
-        report_dicom(job, log=said.append)
+        report_dicom(job, log=lines.append)
     document = json.loads((tmp_path / "objects" / RESULTS_FILE).read_text())
     assert document["by_status"] == {"failed": 1, "stored": 1}
     (failure,) = document["failures"]
     assert reason in failure["reason"]
     assert "003.dcm" in failure["reason"]
-    assert any(failure["series"][:12] in line for line in said)
+    assert any(failure["series"][:12] in line for line in lines)
     assert len(read_objects(tmp_path / "objects")) == 3
 
 
@@ -579,19 +579,19 @@ def test_what_a_pacs_does_not_keep_is_a_failure(
 # ---- identity ------------------------------------------------------------------------------------
 
 
-def run_quietly(job: ReportJob, said: list[str]) -> None:
+def run_quietly(job: ReportJob, lines: list[str]) -> None:
     """Report, and keep what the command would print."""
     try:
-        report_dicom(job, log=said.append)
+        report_dicom(job, log=lines.append)
     except DicomResultsError as error:
-        said.append(str(error))
+        lines.append(str(error))
 
 
 def test_only_the_objects_hold_what_identifies_a_patient(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever is wrong with a header: no value of it is in a message, a log or another file."""
-    said: list[str] = []
+    lines: list[str] = []
     files = make_objects()
     sets = {"valid": [content for name, content in files.items() if name.startswith("valid")]}
     sets |= {name: [content] for name, content in files.items() if "malformed" in name}
@@ -610,15 +610,15 @@ def test_only_the_objects_hold_what_identifies_a_patient(
                 kinds=("ko",),
             )
             paths[0].write_bytes(b"changed")
-            run_quietly(job, said)
+            run_quietly(job, lines)
             paths[0].write_bytes(contents[0])
-            run_quietly(job, said)
-            said.append((folder / "objects" / RESULTS_FILE).read_text())
+            run_quietly(job, lines)
+            lines.append((folder / "objects" / RESULTS_FILE).read_text())
             assert find_tokens_in_folder(folder / "out") == {}
     assert len(list(tmp_path.rglob("ko.dcm"))) > 10
-    assert any("another object" in line for line in said)
+    assert any("another object" in line for line in lines)
     printed = capsys.readouterr()
-    assert find_tokens("\n".join([*said, caplog.text, printed.out, printed.err])) == []
+    assert find_tokens("\n".join([*lines, caplog.text, printed.out, printed.err])) == []
 
 
 # ---- Ray, the command, and the libraries ---------------------------------------------------------

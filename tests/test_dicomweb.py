@@ -369,23 +369,23 @@ def test_a_bulk_job_over_a_pacs_fetches_each_instance_once_and_names_nobody(
     caplog.clear()
     valid = [content for name, content in objects.items() if name.startswith("valid")]
     with serve_fake_pacs(*valid[:7], objects["localizer"]) as pacs:
-        said: list[str] = []
+        printed: list[str] = []
         job = ClassifyJob(
             scans_uri=(f"{pacs.uri}?PatientID={PATIENT}&Modality=MR",),
             classifier_uri=str(tiny_classifier),
             output_uri=str(tmp_path / "out"),
             engine=EngineOptions(backend="torch", precision="fp32"),
         )
-        first = classify(job, log=said.append)
+        first = classify(job, log=printed.append)
         assert first["run"]["num_new"] == 8
         assert pacs.count("/instances/") == 8
-        assert classify(job, log=said.append)["run"]["num_new"] == 0
+        assert classify(job, log=printed.append)["run"]["num_new"] == 0
         assert pacs.count("/instances/") == 8, "nothing is fetched again"
         pacs.add(valid[7])
         pacs.broken_paths = (f"/instances/{TOKEN_UID}.2.7",)
-        assert classify(job, log=said.append)["run"]["num_new"] == 1
+        assert classify(job, log=printed.append)["run"]["num_new"] == 1
         pacs.broken_paths = ()
-        assert classify(job, log=said.append)["run"]["num_new"] == 1, "a failure is tried again"
+        assert classify(job, log=printed.append)["run"]["num_new"] == 1, "a failure is tried again"
         rows = pq.read_table(tmp_path / "out" / "predictions").to_pylist()
         assert sorted(str(row["reason"]) for row in rows).count("unreadable") == 1
         answered = [row["sop_instance"] for row in rows if row["sop_instance"]]
@@ -393,10 +393,10 @@ def test_a_bulk_job_over_a_pacs_fetches_each_instance_once_and_names_nobody(
         assert {row["scan_uri"][:9] for row in rows} == {"redacted:"}
         pacs.statuses = [401]
         with pytest.raises(DicomWebError) as raised:
-            classify(job, log=said.append)
+            classify(job, log=printed.append)
         assert find_tokens(repr(raised.value)) == []
     assert find_tokens_in_folder(tmp_path / "out") == {}
-    assert find_tokens("\n".join(said) + caplog.text) == []
+    assert find_tokens("\n".join(printed) + caplog.text) == []
 
 
 # ---- Orthanc -------------------------------------------------------------------------------------

@@ -67,8 +67,8 @@ def images(phantom_folder: Path) -> Images:
 
 
 @pytest.fixture(scope="module")
-def sealed(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Path:
-    """Seal a network whose every layer matters, and whose answers differ between images."""
+def bundle(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Path:
+    """Export a network whose every layer matters, and whose answers differ between images."""
     torch.manual_seed(0)
     network = build_network(len(CLASSES))
     inputs = normalise_images(torch.from_numpy(images), PREPROCESSING)
@@ -88,7 +88,7 @@ def sealed(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Path:
         weight = directions[: len(CLASSES)] / deviations[:, None]
         network.get_parameter("fc.weight").copy_(weight)
         network.get_parameter("fc.bias").copy_(-weight @ mean)
-    folder = tmp_path_factory.mktemp("sealed") / "classifier"
+    folder = tmp_path_factory.mktemp("bundle") / "classifier"
     save_classifier(
         str(folder),
         network.state_dict(),
@@ -100,8 +100,8 @@ def sealed(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Path:
 
 
 @pytest.fixture(scope="module")
-def classifier(sealed: Path) -> Classifier:
-    return load_classifier(str(sealed))
+def classifier(bundle: Path) -> Classifier:
+    return load_classifier(str(bundle))
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +218,9 @@ def test_images_may_be_read_only_and_strided(
 
 
 def test_the_classifier_stays_as_it_is(
-    sealed: Path, images: Images, expected: NDArray[np.float32]
+    bundle: Path, images: Images, expected: NDArray[np.float32]
 ) -> None:
-    classifier = load_classifier(str(sealed))
+    classifier = load_classifier(str(bundle))
     before = {name: values.copy() for name, values in classifier.weights.items()}
     for backend in ("torch", "openvino"):
         open_engine(classifier, EngineOptions(backend=backend)).predict(images[:1])
@@ -253,8 +253,8 @@ def test_int8_is_near_and_keeps_the_first_and_the_last_layer(
     assert (engine.backend, engine.precision) == ("openvino", "int8")
     assert engine.description.endswith(", int8, 2 threads")
     found = measure_disagreement(expected, engine.predict(images).probs)
-    said = f"on 32 of the calibration images: {found['same_top_class']:.1%} have the same class"
-    assert said in engine.describe()["int8_cost"]
+    printed = f"on 32 of the calibration images: {found['same_top_class']:.1%} have the same class"
+    assert printed in engine.describe()["int8_cost"]
     assert 1e-3 < found["largest_difference"] < 0.3
     assert found["same_top_class"] > 0.85
 
@@ -297,13 +297,13 @@ def test_int8_is_calibrated_on_images_of_every_class(
     assert [place // 8 for place in places] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def refuse(classifier: Classifier, *said: str, **chosen: Any) -> None:  # noqa: ANN401
+def refuse(classifier: Classifier, *printed: str, **chosen: Any) -> None:  # noqa: ANN401
     """Expect one line that says each of these."""
     with pytest.raises(ConfigError) as caught:
         open_engine(classifier, EngineOptions(**chosen))
     message = str(caught.value)
     assert "\n" not in message
-    for part in said:
+    for part in printed:
         assert part in message
 
 
@@ -409,12 +409,12 @@ assert sorted(Path.home().rglob("*")) == before
 
 
 def test_opening_prints_nothing_leaves_nothing_and_reports_to_nobody(
-    sealed: Path, tmp_path: Path
+    bundle: Path, tmp_path: Path
 ) -> None:
     more = ["nncf"] if find_spec("nncf") else []
     homes = {name: str(tmp_path) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
     done = subprocess.run(
-        [sys.executable, "-c", OPEN_IN_A_NEW_PROCESS, str(sealed), *more],
+        [sys.executable, "-c", OPEN_IN_A_NEW_PROCESS, str(bundle), *more],
         env={
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(REPOSITORY),
@@ -459,10 +459,10 @@ np.save(sys.argv[3], probs)
 
 
 def test_a_prepared_engine_opens_elsewhere_without_torch(
-    sealed: Path, opened: Opened, images: Images, tmp_path: Path
+    bundle: Path, opened: Opened, images: Images, tmp_path: Path
 ) -> None:
     options = EngineOptions(num_threads=2)
-    (tmp_path / "engine").write_bytes(pickle.dumps(prepare_engine(str(sealed), options)))
+    (tmp_path / "engine").write_bytes(pickle.dumps(prepare_engine(str(bundle), options)))
     np.save(tmp_path / "images.npy", images)
     files = [str(tmp_path / name) for name in ("engine", "images.npy", "probs.npy")]
     done = subprocess.run(
@@ -477,9 +477,9 @@ def test_a_prepared_engine_opens_elsewhere_without_torch(
     np.testing.assert_allclose(np.load(tmp_path / "probs.npy"), expected, atol=1e-6)
 
 
-def test_a_process_may_end_as_soon_as_it_has_its_answers(sealed: Path) -> None:
+def test_a_process_may_end_as_soon_as_it_has_its_answers(bundle: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", END_BESIDE_A_CALLBACK, str(sealed)],
+        [sys.executable, "-c", END_BESIDE_A_CALLBACK, str(bundle)],
         capture_output=True,
         text=True,
         check=False,

@@ -54,11 +54,11 @@ def test_a_worker_killed_in_mid_epoch_changes_no_loss(
     victim = find_train_worker()
     assert victim is not None
     os.kill(victim, signal.SIGKILL)
-    status, said = finish(process)
-    assert status == 0, said
+    status, printed = finish(process)
+    assert status == 0, printed
     assert before < NUM_EPOCHS, "the run was over before the worker was killed"
     assert read_losses(tmp_path) == read_losses(trained_by_two)
-    told = re.findall(r"^epoch +(\d)/", said, re.MULTILINE)
+    told = re.findall(r"^epoch +(\d)/", printed, re.MULTILINE)
     assert len(told) <= NUM_EPOCHS + 1, "more than one epoch was done again"
     assert (tmp_path / "metrics.json").exists()
 
@@ -78,9 +78,9 @@ def test_the_drivers_death_changes_no_loss(
     process.communicate()
     cut = len(read_records(tmp_path))
     assert cut < NUM_EPOCHS, "the run was over before the driver was killed"
-    status, said = finish(start(joined, *words))
-    assert status == 0, said
-    assert "Resuming the run" in said
+    status, printed = finish(start(joined, *words))
+    assert status == 0, printed
+    assert "Resuming the run" in printed
     assert read_losses(tmp_path) == read_losses(trained)
 
 
@@ -92,16 +92,16 @@ def test_an_interrupt_says_how_to_go_on_and_the_same_command_does(
     process = start(joined, *words)
     wait_for(lambda: has_checkpoint(tmp_path), process)
     os.kill(process.pid, signal.SIGINT)
-    status, said = finish(process)
-    assert status == 130, said
-    assert "the same command resumes" in said
+    status, printed = finish(process)
+    assert status == 130, printed
+    assert "the same command resumes" in printed
     assert not (tmp_path / "metrics.json").exists()
-    status, said = finish(start(joined, *words))
-    assert status == 0, said
+    status, printed = finish(start(joined, *words))
+    assert status == 0, printed
     assert read_losses(tmp_path) == read_losses(trained)
-    status, said = finish(start(joined, *words))
+    status, printed = finish(start(joined, *words))
     assert status == 0
-    assert "Already finished" in said
+    assert "Already finished" in printed
 
 
 @pytest.mark.slow
@@ -117,11 +117,11 @@ def test_a_cross_validation_goes_on_with_the_fold_in_which_it_was_killed(
     cut = read_losses(second)
     assert len(cut) < NUM_EPOCHS, "the fold was over before the driver was killed"
     first = (tmp_path / "fold-0" / "metrics.jsonl").stat()
-    status, said = finish(start(joined, *words))
-    assert status == 0, said
-    assert "Fold 1 of 2 is finished." in said
-    assert "Fold 2 of 2, resumed: " in said
+    status, printed = finish(start(joined, *words))
+    assert status == 0, printed
+    assert "Fold 1 of 2 is finished." in printed
+    assert "Fold 2 of 2, resumed: " in printed
     assert (tmp_path / "fold-0" / "metrics.jsonl").stat().st_mtime_ns == first.st_mtime_ns
     assert read_losses(second)[: len(cut)] == cut
     assert [record["epoch"] for record in read_records(second)] == list(range(NUM_EPOCHS))
-    assert said.strip().splitlines()[-4].startswith("cv ")
+    assert printed.strip().splitlines()[-4].startswith("cv ")

@@ -52,8 +52,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
         cli.main(["classify", *map(str, arguments)])
     except SystemExit as exit_:
         status = int(exit_.code or 0)
-    said = capsys.readouterr()
-    return status, said.out, said.err
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
 
 
 def test_every_file_has_one_row_whatever_is_the_matter(
@@ -73,9 +73,9 @@ def test_every_file_has_one_row_whatever_is_the_matter(
     assert found == [named if yes else "rejected" for yes in is_scan]
     for row, yes in zip(rows, is_scan, strict=True):
         assert (" % " in row) is yes
-    said = "\n".join(rows)
+    printed = "\n".join(rows)
     for reason in ("empty", "truncated", "missing", "unreadable"):
-        assert f"{reason}: " in said
+        assert f"{reason}: " in printed
     assert "\x1b" not in out, "a file name moves the cursor"
     assert "\u202e" not in out
     assert "[bold]" in out
@@ -221,7 +221,7 @@ def test_a_user_error_is_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str], scans: Path, tiny_classifier: Path
 ) -> None:
     scan = scans / "scan.jpg"
-    for words, said in (
+    for words, printed in (
         ((scan, "--classifier-uri", scans), "No classifier at"),
         (
             (scan, "--classifier-uri", tiny_classifier, "--scans-uri", scans),
@@ -232,7 +232,7 @@ def test_a_user_error_is_one_line_and_exit_2(
     ):
         status, out, err = run(capsys, *words)
         assert (status, out) == (2, "")
-        assert said in err
+        assert printed in err
         assert err.count("\n") == 1
 
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from brainray import storage
 from brainray.data.labelled import SAMPLE_SCHEMA, FoundSamples, find_samples
 from brainray.errors import DataError, StorageError
+from brainray.io import storage
 from brainray.labels import BRAIN_TUMOUR_CLASSES as CLASSES
 from brainray.phantoms import write_phantom_folder
 
@@ -69,8 +69,8 @@ def test_kaggle_layout(tmp_path: Path) -> None:
     write_phantom_folder(tmp_path, num_train_per_class=2, num_test_per_class=1, seed=3)
     found = find_samples(str(tmp_path), CLASSES)
     assert found.samples.schema == SAMPLE_SCHEMA
-    tally = Counter(zip(column(found, "split"), column(found, "label"), strict=True))
-    assert tally == {(s, k): n for s, n in (("train", 2), ("test", 1)) for k in range(4)}
+    counts = Counter(zip(column(found, "split"), column(found, "label"), strict=True))
+    assert counts == {(s, k): n for s, n in (("train", 2), ("test", 1)) for k in range(4)}
     for row in found.samples.to_pylist():
         assert row["uri"] == str(tmp_path / row["path"])
         assert f"/{CLASSES[row['label']]}/" in row["path"]
@@ -354,10 +354,12 @@ def test_an_empty_split_column_says_nothing(tmp_path: Path) -> None:
     assert column(find_samples(str(file), CLASSES), "split") == [""] * 4
 
 
-@pytest.mark.parametrize(("bad", "said"), [("dev", "Unknown split 'dev'"), ("", "No split in row")])
-def test_an_unknown_split_is_refused(tmp_path: Path, bad: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("bad", "message"), [("dev", "Unknown split 'dev'"), ("", "No split in row")]
+)
+def test_an_unknown_split_is_refused(tmp_path: Path, bad: str, message: str) -> None:
     file = write_parquet(tmp_path / "a.parquet", 8, split=[*["train"] * 7, bad])
-    assert said in refusal(file)
+    assert message in refusal(file)
 
 
 def write_manifest(file: Path, uris: Sequence[str], **columns: Iterable[Any]) -> Path:

@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 from werkzeug.serving import make_server
 
-from brainray import storage
 from brainray.errors import ConfigError, LockLostError, StorageError
-from brainray.io import conditional
+from brainray.io import conditional, storage
 from brainray.io import lock as lock_module
 from brainray.io.lock import OutputLock, hold_output
 from tests.object_store import (
@@ -418,8 +417,8 @@ def test_a_process_that_was_stopped_past_its_lease_changes_nothing(
             before = read_content()
             store.forget()
             os.kill(former.pid, signal.SIGCONT)
-            said, _ = former.communicate("go on\n", timeout=30)
-            update, check = said.splitlines()
+            printed, _ = former.communicate("go on\n", timeout=30)
+            update, check = printed.splitlines()
             assert update.startswith("lost: ")
             assert check.startswith("lost: ")
             if knows == "by asking":

@@ -402,7 +402,7 @@ GOOD = [[0.7, 0.3], [0.4, 0.6]]
 
 
 @pytest.mark.parametrize(
-    ("y_true", "y_prob", "said"),
+    ("y_true", "y_prob", "printed"),
     [
         ([], np.empty((0, 2)), "y_true is empty"),
         ([0, 1, 1], GOOD, r"shape \(3, 2\).*got \(2, 2\)"),
@@ -420,9 +420,9 @@ GOOD = [[0.7, 0.3], [0.4, 0.6]]
         ([0, 1], [["x", "y"], ["z", "w"]], "y_prob to be numbers"),
     ],
 )
-def test_bad_predictions_are_named(y_true: ArrayLike, y_prob: ArrayLike, said: str) -> None:
+def test_bad_predictions_are_named(y_true: ArrayLike, y_prob: ArrayLike, printed: str) -> None:
     for function in (compute_evaluation, compute_curves, summarise):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=printed):
             function(y_true, y_prob, ("a", "b"))
 
 

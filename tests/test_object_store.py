@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
-from brainray import cli, storage
+from brainray import cli
 from brainray.data.scans import list_scans
 from brainray.errors import LockLostError, StorageError
 from brainray.inference.store import Wave
-from brainray.io import conditional
+from brainray.io import conditional, storage
 from tests.object_store import (
     BUCKET,
     CUT,
@@ -36,7 +36,7 @@ PART_BYTES = 10 * 2**20
 
 WHO_AM_I = """
 import sys
-from brainray import storage
+from brainray.io import storage
 from brainray.io import conditional
 storage.write_bytes(sys.argv[1], b"here")
 assert conditional.create_bytes(sys.argv[1] + "-new", b"here")
@@ -369,7 +369,7 @@ def test_a_pickled_file_system_is_as_patient(store: ObjectStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         ((503, "SlowDown"), "the service still fails after 5 attempts"),
         pytest.param(CUT, "the service did not respond in 5 attempts", marks=pytest.mark.slow),
@@ -377,16 +377,16 @@ def test_a_pickled_file_system_is_as_patient(store: ObjectStore) -> None:
     ids=str,
 )
 def test_what_never_recovers_is_one_line_in_bounded_time(
-    store: ObjectStore, fault: Fault, said: str
+    store: ObjectStore, fault: Fault, message: str
 ) -> None:
     store.fail = lambda _: fault
     started = time.monotonic()
-    with pytest.raises(StorageError, match=said) as caught:
+    with pytest.raises(StorageError, match=message) as caught:
         storage.write_bytes(place("x"), b"content")
     assert time.monotonic() - started < 60
     assert len(store.requests) == storage.MAX_ATTEMPTS
     assert "\n" not in str(caught.value)
-    with pytest.raises(StorageError, match=said):
+    with pytest.raises(StorageError, match=message):
         conditional.create_bytes(place("x"), b"content")
     assert time.monotonic() - started < 90
     assert len(store.requests) == 2 * storage.MAX_ATTEMPTS
@@ -422,7 +422,7 @@ def test_what_the_service_refuses_is_said_with_its_remedy(
 ) -> None:
     """Responses of S3 to HEAD have no body, so wrong keys and missing rights look alike."""
     store.fail = lambda _: fault
-    for act, said in (
+    for act, message in (
         (lambda: storage.list_files(place("x")), listing),
         (lambda: storage.write_bytes(place("x"), b"content"), listing),
         (lambda: conditional.create_bytes(place("x"), b"content"), listing),
@@ -431,7 +431,7 @@ def test_what_the_service_refuses_is_said_with_its_remedy(
     ):
         with pytest.raises(StorageError, match="Cannot ") as caught:
             act()
-        assert said in str(caught.value)
+        assert message in str(caught.value)
         assert place("x") in str(caught.value)
     assert "AWS Error" not in str(caught.value)
 

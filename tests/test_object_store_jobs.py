@@ -66,9 +66,9 @@ def trained(store: ObjectStore) -> ObjectStore:
     process.kill()
     process.communicate()
     assert "runs/1/metrics.json" not in store.list_keys(), "it was over before it was killed"
-    status, said = finish(start(store, "jobs/train.py", *words))
-    assert status == 0, said
-    assert "Resuming the run" in said
+    status, printed = finish(start(store, "jobs/train.py", *words))
+    assert status == 0, printed
+    assert "Resuming the run" in printed
     return store
 
 
@@ -82,9 +82,11 @@ def test_a_killed_training_goes_on_from_its_checkpoint(trained: ObjectStore) -> 
 
 def test_the_classifier_is_evaluated(trained: ObjectStore) -> None:
     words = ("--data-uri", "@data", "--classifier-uri", "@runs/1/classifier")
-    status, said = finish(start(trained, "jobs/evaluate.py", *words, "--output-uri", "@judged"))
-    assert status == 0, said
-    table = pq.read_table(pa.BufferReader(trained.get("judged/predictions/test.parquet")))
+    status, printed = finish(
+        start(trained, "jobs/evaluate.py", *words, "--output-uri", "@evaluated")
+    )
+    assert status == 0, printed
+    table = pq.read_table(pa.BufferReader(trained.get("evaluated/predictions/test.parquet")))
     assert table.num_rows == 32
 
 
@@ -98,8 +100,8 @@ def test_every_scan_has_one_row_in_few_requests_and_only_what_is_new(
     words = ("--scans-uri", "@inbox", "--classifier-uri", "@runs/1/classifier")
     words += ("--output-uri", "@answers")
     trained.forget()
-    status, said = finish(start(trained, "jobs/classify.py", *words))
-    assert status == 0, said
+    status, printed = finish(start(trained, "jobs/classify.py", *words))
+    assert status == 0, printed
     of_scans = [line.split()[0] for line in trained.requests if f" /{BUCKET}/inbox/" in line]
     drawn = 24  # the report's pictures
     for verb in ("HEAD", "GET"):
@@ -116,8 +118,8 @@ def test_every_scan_has_one_row_in_few_requests_and_only_what_is_new(
 
     trained.put("inbox/new.jpg", files[0].read_bytes())
     trained.forget()
-    status, said = finish(start(trained, "jobs/classify.py", *words))
-    assert status == 0, said
+    status, printed = finish(start(trained, "jobs/classify.py", *words))
+    assert status == 0, printed
     new = [row for row in trained.read_predictions("answers") if row not in rows]
     assert [row["scan_uri"] for row in new] == [f"s3://{BUCKET}/inbox/new.jpg"]
     lock = json.loads(trained.get("answers/.lock"))
@@ -128,9 +130,9 @@ def test_every_scan_has_one_row_in_few_requests_and_only_what_is_new(
 def test_a_few_files_are_classified(trained: ObjectStore) -> None:
     scan = next(key for key in trained.list_keys() if key.startswith("data/Testing/"))
     words = ("classify", f"@{scan}", "@data/none.jpg", "--classifier-uri", "@runs/1/classifier")
-    status, said = finish(start(trained, "-m brainray", *words, "--json"))
-    assert status == 0, said
-    first, second = json.loads(said[said.index("{") :])["predictions"]
+    status, printed = finish(start(trained, "-m brainray", *words, "--json"))
+    assert status == 0, printed
+    first, second = json.loads(printed[printed.index("{") :])["predictions"]
     assert first["scan_uri"] == f"s3://{BUCKET}/{scan}"
     assert first["content_sha256"]
     assert second["reason"] == "missing"
@@ -181,16 +183,16 @@ def test_a_stalled_write_of_a_lost_run_cannot_add_a_row(
     store.fail = stall
     first = start(store, "-m tests.fakes", *words)
     wait_for(lambda: bool(stall.stalled), first)
-    status, said = finish(start(store, "-m tests.fakes", *words))
+    status, printed = finish(start(store, "-m tests.fakes", *words))
     assert status == 2
-    assert f"process {first.pid}" in said
+    assert f"process {first.pid}" in printed
     os.kill(first.pid, signal.SIGKILL if way == "killed" else signal.SIGSTOP)
     lock = json.loads(store.get(f"{way}/.lock"))
     lock["renewed_unix_s"] -= LEASE_LIFE_S
     store.put(f"{way}/.lock", json.dumps(lock).encode())
-    status, said = finish(start(store, "-m tests.fakes", *words))
-    assert status == 0, said
-    assert "The last run was interrupted;" in said
+    status, printed = finish(start(store, "-m tests.fakes", *words))
+    assert status == 0, printed
+    assert "The last run was interrupted;" in printed
     check_rows(store, way, inbox)
     assert set(stall.let_go()) == {412}, "each is refused"
     check_rows(store, way, inbox)
@@ -199,12 +201,12 @@ def test_a_stalled_write_of_a_lost_run_cannot_add_a_row(
         assert pq.read_table(pa.BufferReader(content)).num_rows == 0
     if way == "stopped":
         os.kill(first.pid, signal.SIGCONT)
-        status, said = finish(first)
-        assert status in (1, 2), said  # 2 where it hears of its write first, which timed out
+        status, printed = finish(first)
+        assert status in (1, 2), printed  # 2 where it hears of its write first, which timed out
         check_rows(store, way, inbox)
     else:
         first.communicate()
-    status, said = finish(start(store, "-m tests.fakes", *words))
-    assert status == 0, said
-    assert "0 new" in said
+    status, printed = finish(start(store, "-m tests.fakes", *words))
+    assert status == 0, printed
+    assert "0 new" in printed
     check_rows(store, way, inbox)

@@ -63,7 +63,7 @@ class Running:
 
     inbox: Path
     port: int
-    said: list[str]
+    printed: list[str]
 
     def list_finished(self) -> list[Path]:
         """List what a bulk job would classify."""
@@ -73,7 +73,7 @@ class Running:
     def wait_for_files(self, count: int) -> list[Path]:
         deadline = time.monotonic() + LONG_S
         while len(self.list_finished()) < count:
-            assert time.monotonic() < deadline, self.said
+            assert time.monotonic() < deadline, self.printed
             time.sleep(0.05)
         return self.list_finished()
 
@@ -86,9 +86,9 @@ def run(folder: Path, **options: Any) -> Iterator[Running]:  # noqa: ANN401
     (folder / "key").write_bytes(KEY)
     chosen = {"calling_ae_titles": ("PACS",), "port": 0, "quiet_s": LONG_S} | options
     job = ReceiveJob(inbox_path=folder / "inbox", id_key_file=str(folder / "key"), **chosen)
-    said: list[str] = []
-    with open_receiver(job, said.append) as port:
-        yield Running(job.inbox_path, port, said)
+    printed: list[str] = []
+    with open_receiver(job, printed.append) as port:
+        yield Running(job.inbox_path, port, printed)
 
 
 # ---- what is stored ------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_a_study_is_seen_when_it_has_been_quiet_and_what_comes_later_is_a_round(
         assert send(receiver.port, make_slice(0), changed, make_slice(0, study="1.5")) == [0] * 3
         assert len(receiver.wait_for_files(6)) == 6
         assert receiver.list_receiving() == []
-    assert sum(line.startswith("finished") for line in receiver.said) == 4
+    assert sum(line.startswith("finished") for line in receiver.printed) == 4
 
 
 def test_a_clock_that_was_put_back_does_not_hold_a_study(tmp_path: Path) -> None:
@@ -167,7 +167,9 @@ def test_only_known_senders_that_know_the_receiver_are_let_in(tmp_path: Path) ->
         assert send(receiver.port, make_slice(0), calling="OTHER") is None
         assert send(receiver.port, make_slice(0), called="ANYBODY") is None
         assert receiver.list_receiving() == []
-        assert sum("refused     an association of 'OTHER'" in line for line in receiver.said) == 2
+        assert (
+            sum("refused     an association of 'OTHER'" in line for line in receiver.printed) == 2
+        )
     with run(tmp_path, calling_ae_titles=(), any_caller=True) as receiver:
         assert send(receiver.port, make_slice(0), calling="OTHER") == [0]
 
@@ -242,7 +244,7 @@ def test_an_object_that_is_too_large_ends_its_association_alone(tmp_path: Path) 
         many = [make_slice(number) for number in range(3, 20)]
         assert send(receiver.port, *many) == [0] * 17, "together they are larger"
         assert len(receiver.list_receiving()) == 18
-        assert sum("larger than --max-object-bytes" in line for line in receiver.said) == 1
+        assert sum("larger than --max-object-bytes" in line for line in receiver.printed) == 1
 
 
 def test_a_disk_that_is_full_refuses_objects_and_keeps_none_half_written(
@@ -250,7 +252,7 @@ def test_a_disk_that_is_full_refuses_objects_and_keeps_none_half_written(
 ) -> None:
     with run(tmp_path, min_free_bytes=2**60) as receiver:
         assert send(receiver.port, make_slice(0)) == [0xA700]
-        assert "--min-free-bytes" in receiver.said[0]
+        assert "--min-free-bytes" in receiver.printed[0]
     with run(tmp_path, min_free_bytes=0) as receiver:
 
         def fail(_: int) -> None:
@@ -330,7 +332,7 @@ def test_no_log_and_no_name_of_a_file_identifies_a_patient(
         assert send(small.port, large) == [-1]
     records = [record for record in caplog.records if "pynetdicom" in record.name]
     assert records == []
-    assert find_tokens("\n".join([*receiver.said, *small.said]) + caplog.text) == []
+    assert find_tokens("\n".join([*receiver.printed, *small.printed]) + caplog.text) == []
     assert find_tokens("".join(capfd.readouterr())) == []
     assert find_tokens("\n".join(str(path) for path in receiver.inbox.rglob("*"))) == []
 

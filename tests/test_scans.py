@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pydicom
 import pytest
 
-from brainray import storage
 from brainray.data import scans as scans_module
 from brainray.data.read import read_named_scan
 from brainray.data.scans import (
@@ -22,6 +21,7 @@ from brainray.data.scans import (
     list_source,
 )
 from brainray.errors import DataError, RejectedImage
+from brainray.io import storage
 
 HARD_NAMES = [
     "with space.jpg",

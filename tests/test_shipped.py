@@ -1,4 +1,4 @@
-"""The classifier that comes with the project: whole, small, and as good as is said of it."""
+"""The classifier that comes with the project: whole, small, and as good as is printed of it."""
 
 import re
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_it_is_as_good_on_testing_as_its_card_says(card: dict[str, Any], real_da
     images = np.stack([load_image(path.read_bytes(), classifier.preprocessing) for path in paths])
     probs = open_engine(classifier, EngineOptions()).predict(images).probs
     y_true = [classifier.classes.index(path.parent.name) for path in paths]
-    said = card["metrics"]["test"]
-    assert len(paths) == said["n"]
+    printed = card["metrics"]["test"]
+    assert len(paths) == printed["n"]
     accuracy = float((probs.argmax(1) == y_true).mean())
-    assert accuracy == pytest.approx(said["accuracy"], abs=0.005), "rounding apart"
+    assert accuracy == pytest.approx(printed["accuracy"], abs=0.005), "rounding apart"

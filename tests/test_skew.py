@@ -15,12 +15,13 @@ import pyarrow.dataset as ds
 import pytest
 from PIL import Image
 
-from brainray import cli, storage
+from brainray import cli
 from brainray.evaluation.evaluate import EvaluateJob, evaluate
 from brainray.images.preprocess import preprocess_image
 from brainray.inference.bulk import classify
 from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.inference.options import ClassifyJob
+from brainray.io import storage
 from brainray.model.calibration import LOW_CONFIDENCE, UNLIKE_TRAINING, Calibration, Outputs
 from brainray.model.classifier import load_classifier, save_classifier
 from brainray.model.fit_calibration import fit_ood_detector

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainray import storage
 from brainray.errors import StorageError
+from brainray.io import storage
 
 ODD_NAMES = ("a b.jpg", 'it\'s "q".jpg', "line\nbreak.jpg", "größe-脳.jpg", "50%#?&+.jpg", ".h")
 

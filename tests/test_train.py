@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from brainray import runlog, storage
+from brainray import runlog
 from brainray.data.labelled import find_samples
 from brainray.data.near_duplicates import NEAR_DUPLICATE_CORRELATION
 from brainray.data.splits import hash_manifest
@@ -30,11 +30,12 @@ from brainray.images.preprocess import Preprocessing
 from brainray.images.slices import open_file, open_slice
 from brainray.inference.engine import EngineOptions, open_engine
 from brainray.inference.schema import build_schema
+from brainray.io import storage
+from brainray.io.provenance import describe_cpu
 from brainray.model.classifier import load_classifier
 from brainray.model.explain import STRIDE_PX
 from brainray.model.fit_calibration import choose_max_distance, fit_logit_scaling
 from brainray.model.network import normalise_images
-from brainray.provenance import describe_cpu
 from brainray.training import loop
 from brainray.training import train as train_module
 from brainray.training.augment import NO_AUGMENTATION
@@ -467,7 +468,7 @@ def test_the_workers_agree_whether_all_have_bf16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "has_bf16", "taken", "said"),
+    ("asked", "has_bf16", "taken", "message"),
     [
         ("auto", True, "bf16", None),
         ("auto", False, "fp32", "Training in fp32"),
@@ -481,13 +482,13 @@ def test_bf16_is_taken_where_all_have_it_or_it_was_asked_for(
     asked: Any,  # noqa: ANN401 - one of a literal's values
     has_bf16: bool,
     taken: str,
-    said: str | None,
+    message: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loop, "has_native_bf16", lambda *, use_gpu: has_bf16 and not use_gpu)
     told: list[dict[str, Any]] = []
     assert loop.agree_precision(asked, torch.device("cpu"), told.append) == taken
-    assert [message["line"].startswith(said or "") for message in told] == [True] * bool(said)
+    assert [message["line"].startswith(message or "") for message in told] == [True] * bool(message)
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def start(environment: dict[str, str], *words: str) -> subprocess.Popen[str]:
 
 
 def read_records(output: Path) -> list[dict[str, Any]]:
-    """Read what a run has said of its epochs so far."""
+    """Read what a run has printed of its epochs so far."""
     file = output / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from brainray import storage
 from brainray.errors import DataError, StorageError
+from brainray.io import storage
 
 SUMS_FILE = "SHA256SUMS"
 MAX_NAMED = 3

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from brainray import storage
 from brainray.data.read import TABLE_SUFFIX, open_table
 from brainray.errors import DataError
 from brainray.images.slices import name_slice
+from brainray.io import storage
 
 SAMPLE_SCHEMA = pa.schema(
     [

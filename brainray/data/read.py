@@ -9,9 +9,9 @@ from itertools import accumulate
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from brainray import storage
 from brainray.errors import DataError, RejectedImage, StorageError
 from brainray.images.slices import ReadOptions, ScanFile, find_slice, open_file, split_name
+from brainray.io import storage
 
 TABLE_SUFFIX = ".parquet"
 
@@ -32,7 +32,7 @@ def open_table(uri: str) -> Iterator[pq.ParquetFile]:
 def read_scan(uri: str, row_group: int, row: int, *, max_bytes: int | None = None) -> bytes:
     """Read one scan's encoded bytes: a file, an instance in a PACS, or a row of a Parquet table.
 
-    ``max_bytes`` is that of :func:`brainray.storage.read_bytes`.
+    ``max_bytes`` is that of :func:`brainray.io.storage.read_bytes`.
 
     Raises
     ------

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from wcmatch import glob
 
-from brainray import storage
 from brainray.data.labelled import is_hidden, make_absolute_below
 from brainray.data.read import TABLE_SUFFIX, open_table
 from brainray.errors import DataError, DicomWebError, RejectedImage
+from brainray.io import storage
 
 LIST_SUFFIXES = (".txt", ".csv")
 LIST_COLUMNS = ("scan_uri", "uri", "path")

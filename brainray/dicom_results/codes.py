@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from brainray import storage
 from brainray.errors import ConfigError
+from brainray.io import storage
 
 DEFAULT_TABLE = Path(__file__).with_name("codes.toml")
 _MAX_CHARS = (16, 16, 64)

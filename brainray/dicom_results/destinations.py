@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import pydicom
 
-from brainray import storage
 from brainray.dicom_results.objects import Kind
 from brainray.errors import DicomResultsError
+from brainray.io import storage
 from brainray.io.dicomweb import DicomWebClient, open_client
 from brainray.io.identifiers import refuse_deidentified
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from brainray.errors import ConfigError, StorageError
 from brainray.images.dicom import hash_identifier
 from brainray.io.identifiers import open_identifiers
-from brainray.storage import write_partial
+from brainray.io.storage import write_partial
 
 RECEIVING_FOLDER, PARTIAL_FOLDER = ".receiving", ".partial"
 LOCK_FILE = ".receiver.lock"

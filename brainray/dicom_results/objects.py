@@ -24,7 +24,7 @@ from brainray.dicom_results.codes import CodeTable
 from brainray.dicom_results.result import Instance, SeriesResult, find_time_zone
 from brainray.dicom_results.summary_page import draw_page
 from brainray.errors import ConfigError, DicomResultsError
-from brainray.provenance import collect_versions
+from brainray.io.provenance import collect_versions
 
 Kind = Literal["sr", "ko", "sc"]
 KINDS: tuple[Kind, ...] = ("sr", "ko", "sc")

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from brainray import storage
 from brainray.dicom_results.codes import CodeTable, read_codes
 from brainray.dicom_results.destinations import (
     Destination,
@@ -55,6 +54,7 @@ from brainray.inference.sources import (
     open_sources,
     process_groups,
 )
+from brainray.io import storage
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,6 @@ import pydicom
 from PIL import Image
 from pydicom.dataset import Dataset
 
-from brainray import storage
 from brainray.errors import ConfigError, DicomResultsError, RejectedImage, StorageError
 from brainray.images.decode import DecodeLimits
 from brainray.images.dicom import hash_identifier
@@ -33,6 +32,7 @@ from brainray.inference.series import INDETERMINATE, NO_TUMOUR, SeriesRule, summ
 from brainray.inference.sources import Row, SourceReader, name_file
 from brainray.inference.store import METADATA_KEY, PredictionStore
 from brainray.inference.studies import SERIES_FILE
+from brainray.io import storage
 from brainray.io.identifiers import Identifiers, read_identifiers
 
 KEY_SLICE_PX = 512

@@ -13,7 +13,6 @@ import pyarrow as pa
 import tyro
 from numpy.typing import NDArray
 
-from brainray import storage
 from brainray.cluster import check_fits, connect_ray
 from brainray.data import findings
 from brainray.data.findings import Nearest, Pair
@@ -31,8 +30,9 @@ from brainray.errors import ConfigError, RejectedImage
 from brainray.evaluation.prepared import GroupedData, group_samples
 from brainray.images.heatmap import render_picture
 from brainray.images.slices import ReadOptions, show_slice
+from brainray.io import storage
+from brainray.io.provenance import describe_versions, read_code_revision
 from brainray.labels import BRAIN_TUMOUR_CLASSES, check_classes
-from brainray.provenance import describe_versions, read_code_revision
 from brainray.reports.audit import PicturedPair, render_audit_report
 from brainray.runlog import Log
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 import tyro
 from numpy.typing import NDArray
 
-from brainray import storage
 from brainray.data.near_duplicates import Indices, merge_groups
 from brainray.errors import DataError
 from brainray.evaluation.rows import list_classes, read_evaluation_rows
 from brainray.inference.schema import stack_lists
+from brainray.io import storage
 from brainray.metrics.comparison import Compared, compare_predictions
 
 COMPARE_FILE = "compare.json"

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tyro
 
-from brainray import storage
 from brainray.cluster import check_fits, connect_ray, describe_gpu_need, report_waiting
 from brainray.data.labelled import FoundSamples, find_samples
 from brainray.data.near_duplicates import (
@@ -31,6 +30,7 @@ from brainray.evaluation.prepared import (
 from brainray.evaluation.scoring import evaluate_and_report
 from brainray.images.slices import ReadOptions
 from brainray.inference.engine import EngineOptions
+from brainray.io import storage
 from brainray.model.classifier import Classifier, find_default_classifier, load_classifier
 from brainray.runlog import Log
 

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from brainray import storage
 from brainray.errors import DataError
 from brainray.evaluation.prepared import PreparedData
 from brainray.inference.schema import stack_lists
+from brainray.io import storage
 from brainray.model.calibration import Calibration
 
 

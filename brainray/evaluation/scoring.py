@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from brainray import storage
 from brainray.data.near_duplicates import NEAR_DUPLICATE_CORRELATION
 from brainray.errors import RejectedImage
 from brainray.evaluation.prepared import PreparedData
@@ -20,6 +19,8 @@ from brainray.inference.gallery import draw_scan
 from brainray.inference.predict import PredictStage, plan_pool
 from brainray.inference.samples import predict_samples
 from brainray.inference.schema import stack_lists
+from brainray.io import storage
+from brainray.io.provenance import describe_versions, read_code_revision
 from brainray.metrics import (
     compute_accuracy,
     compute_curves,
@@ -32,7 +33,6 @@ from brainray.model.classifier import (
     read_calibration,
     read_classifier_metadata,
 )
-from brainray.provenance import describe_versions, read_code_revision
 from brainray.reports.card import build_model_card, render_model_card
 from brainray.reports.evaluation import Mistake, render_evaluation_report
 from brainray.runlog import Log

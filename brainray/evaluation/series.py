@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
-from brainray import storage
 from brainray.errors import ConfigError, DataError
 from brainray.evaluation.rows import list_classes
 from brainray.inference.labels import read_label_table
 from brainray.inference.series import INDETERMINATE, SeriesRule, decide_series, summarise_series
 from brainray.inference.store import PREDICTIONS_FOLDER, PredictionStore
+from brainray.io import storage
 from brainray.metrics.scores import describe_score, resample
 from brainray.runlog import Log
 

@@ -16,7 +16,6 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import tyro
 
-from brainray import storage
 from brainray.errors import ConfigError
 from brainray.export.dicom import EDITION, Dates, Deidentifier, read_profile
 from brainray.export.pseudonyms import Pseudonyms
@@ -32,6 +31,7 @@ from brainray.inference.sources import (
 from brainray.inference.stats import hash_names
 from brainray.inference.store import METADATA_KEY, PREDICTIONS_FOLDER, PredictionStore
 from brainray.inference.studies import SERIES_FILE, STUDIES_FILE
+from brainray.io import storage
 from brainray.io.conditional import create_bytes
 from brainray.io.identifiers import DEIDENTIFIED_FILE, Identifiers, read_identifiers
 from brainray.io.lock import hold_output

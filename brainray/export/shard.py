@@ -25,7 +25,6 @@ import pyarrow as pa
 import pydicom
 from numpy.typing import NDArray
 
-from brainray import storage
 from brainray.errors import RejectedImage
 from brainray.export.dicom import Deidentifier
 from brainray.export.rows import (
@@ -41,6 +40,7 @@ from brainray.images.intensity import to_unsigned
 from brainray.images.slices import ReadOptions, ScanFile, find_slice, open_file, recognise_format
 from brainray.inference.sources import Row, SourceReader
 from brainray.inference.store import METADATA_KEY
+from brainray.io import storage
 
 ImageFormat = Literal["png", "dicom", "none"]
 

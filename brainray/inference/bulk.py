@@ -23,7 +23,6 @@ from uuid import uuid4
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from brainray import storage
 from brainray.cluster import (
     check_fits,
     connect_ray,
@@ -56,6 +55,7 @@ from brainray.inference.report import build_metrics, write_report
 from brainray.inference.shards import MAX_BLOCK_BYTES, WaveTask, build_stream
 from brainray.inference.stats import Progress, RunStats, count_rejected, watch_memory
 from brainray.inference.store import PredictionStore, Wave
+from brainray.io import storage
 from brainray.io.identifiers import hide_paths, open_identifiers
 from brainray.io.lock import OutputLock, hold_output
 from brainray.model.calibration import LOW_CONFIDENCE

@@ -18,7 +18,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from brainray import storage
 from brainray.errors import RejectedImage, StorageError
 from brainray.images.decode import DecodeLimits
 from brainray.images.slices import ReadOptions, name_slice, open_file
@@ -26,6 +25,7 @@ from brainray.inference.engine import Engine, open_engine
 from brainray.inference.options import ClassifyJob
 from brainray.inference.schema import SCAN_SCHEMA, SliceRow, build_rows, open_slices
 from brainray.inference.series import SeriesRule, summarise_series
+from brainray.io import storage
 from brainray.io.identifiers import NUM_KEY_BYTES, read_key
 from brainray.model.classifier import Classifier, load_classifier
 from brainray.model.reasons import NOTICE, REASONS

@@ -5,9 +5,9 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from brainray import storage
 from brainray.errors import ConfigError, DataError
 from brainray.images.slices import split_name
+from brainray.io import storage
 
 FOLDER = "folder"
 

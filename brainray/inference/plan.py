@@ -22,7 +22,6 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 
-from brainray import storage
 from brainray.cluster import TASK_CPUS
 from brainray.data.labelled import IMAGE_SUFFIXES
 from brainray.data.read import TABLE_SUFFIX
@@ -30,6 +29,7 @@ from brainray.data.scans import LISTING_SCHEMA, ScanSource, list_source
 from brainray.errors import BrainrayError
 from brainray.inference.stats import hash_names
 from brainray.inference.store import KNOWN_SCHEMA, PredictionStore, Wave
+from brainray.io import storage
 from brainray.io.identifiers import Identifiers
 
 MAX_PART_ROWS = 1_000_000

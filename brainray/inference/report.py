@@ -12,7 +12,6 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from brainray import storage
 from brainray.cluster import TASK_CPUS
 from brainray.data.read import open_named_slice
 from brainray.errors import RejectedImage
@@ -33,8 +32,9 @@ from brainray.inference.stats import (
 )
 from brainray.inference.store import PredictionStore
 from brainray.inference.studies import write_series
+from brainray.io import storage
 from brainray.io.identifiers import REDACTED, Identifiers
-from brainray.provenance import describe_versions, read_code_revision
+from brainray.io.provenance import describe_versions, read_code_revision
 from brainray.reports.bulk import UncertainScan, render_bulk_report
 from brainray.reports.evaluation import Mistake
 

@@ -28,11 +28,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from brainray import storage
 from brainray.errors import ConfigError, LockLostError, StorageError
 from brainray.inference.schema import SCHEMA_VERSION, build_schema, describe_class_map
+from brainray.io import storage
 from brainray.io.conditional import create_bytes
-from brainray.provenance import collect_versions, read_code_revision
+from brainray.io.provenance import collect_versions, read_code_revision
 
 PREDICTIONS_FOLDER = "predictions"
 PLAN_FOLDER = ".plan"

@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from brainray import storage
 from brainray.cluster import TASK_CPUS
 from brainray.inference.schema import SCHEMA_VERSION
 from brainray.inference.series import SeriesRule, summarise_series, summarise_study
 from brainray.inference.store import METADATA_KEY, PredictionStore
+from brainray.io import storage
 
 SERIES_FILE = "series.parquet"
 STUDIES_FILE = "studies.parquet"

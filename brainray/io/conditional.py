@@ -24,9 +24,9 @@ from obstore.exceptions import (
 from obstore.store import GCSStore, S3Store
 from pyarrow import fs
 
-from brainray import storage
 from brainray.errors import StorageError
-from brainray.storage import GCS_RETRY_S, MAX_ATTEMPTS, TIMEOUT_S, S3FileSystem
+from brainray.io import storage
+from brainray.io.storage import GCS_RETRY_S, MAX_ATTEMPTS, TIMEOUT_S, S3FileSystem
 
 if TYPE_CHECKING:  # obstore has these in its stubs only
     from obstore import UpdateVersion
@@ -198,7 +198,7 @@ def check_conditional_writes(uri: str, content: bytes) -> None:
 
 
 def _open_store(uri: str, size_bytes: int = 0) -> tuple[S3Store | GCSStore, str]:
-    """Open the bucket of a URI with the settings of :func:`brainray.storage.resolve`."""
+    """Open the bucket of a URI with the settings of :func:`brainray.io.storage.resolve`."""
     filesystem, path = storage.resolve(uri)
     key = path.partition("/")[2]
     # obstore's timeout is for the whole request.
@@ -316,7 +316,7 @@ def _explain(action: str, uri: str, error: Exception) -> StorageError:
 
 
 def _describe(uri: str, error: Exception) -> str:
-    """Describe an error like :func:`brainray.storage.describe_error`, in one line."""
+    """Describe an error like :func:`brainray.io.storage.describe_error`, in one line."""
     text = " ".join(str(error).partition("\n\nDebug source")[0].split())
     reason = text.rpartition(" - ")[2]
     if not uri.startswith("s3://"):

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-from brainray import storage
 from brainray.errors import ConfigError
+from brainray.io import storage
 from brainray.io.conditional import create_bytes
 
 MIN_KEY_BYTES = 16

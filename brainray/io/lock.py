@@ -34,9 +34,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pyarrow import fs
 
-from brainray import storage
 from brainray.errors import ConfigError, LockLostError, StorageError
-from brainray.io import conditional
+from brainray.io import conditional, storage
 from brainray.io.repeat import repeat
 
 if TYPE_CHECKING:

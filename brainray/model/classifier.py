@@ -25,9 +25,9 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from brainray import storage
 from brainray.errors import BrainrayError, ClassifierError
 from brainray.images.preprocess import Preprocessing
+from brainray.io import storage
 from brainray.labels import check_classes
 from brainray.model.calibration import Calibration
 from brainray.model.resnet50 import list_shapes

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import ResNet50_Weights, resnet50
 
-from brainray import storage
 from brainray.errors import StorageError, WeightsError
 from brainray.images.preprocess import Preprocessing
+from brainray.io import storage
 from brainray.model.resnet50 import NUM_FEATURES
 
 STAGE_WIDTHS = (512, 1024, NUM_FEATURES)

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from brainray import storage
+from brainray.io import storage
 from brainray.model.reasons import INTENDED_USE, NOT_INTENDED_FOR, NOTICE
 from brainray.reports.html import (
     MISSING,

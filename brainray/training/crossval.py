@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from brainray import runlog, storage
+from brainray import runlog
 from brainray.data.labelled import FoundSamples, find_samples
 from brainray.data.splits import assign_folds, assign_splits
 from brainray.evaluation.prepared import GroupedData, PreparedData, split_samples
@@ -21,9 +21,10 @@ from brainray.evaluation.scoring import (
     evaluate_split,
 )
 from brainray.inference.schema import stack_lists
+from brainray.io import storage
+from brainray.io.provenance import describe_versions, read_code_revision
 from brainray.metrics import compute_curves
 from brainray.model.network import StateDict
-from brainray.provenance import describe_versions, read_code_revision
 from brainray.reports.evaluation import render_evaluation_report
 from brainray.runlog import Log
 from brainray.training.config import TrainConfig

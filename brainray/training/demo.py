@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brainray import storage
+from brainray.io import storage
 from brainray.phantoms import write_phantom_folder
 from brainray.runlog import Log
 from brainray.training.config import ScalingOptions, TrainConfig

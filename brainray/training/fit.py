@@ -19,10 +19,11 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
-from brainray import runlog, storage
+from brainray import runlog
 from brainray.cluster import Bundle, report_waiting
 from brainray.errors import TrainingError
 from brainray.evaluation.prepared import PreparedData
+from brainray.io import storage
 from brainray.model.network import StateDict
 from brainray.runlog import Log
 from brainray.training.loader import (

@@ -24,6 +24,7 @@ from torch.optim.swa_utils import update_bn
 
 from brainray import runlog
 from brainray.errors import TrainingError
+from brainray.io.provenance import describe_cpu
 from brainray.model.network import (
     StateDict,
     build_network,
@@ -38,7 +39,6 @@ from brainray.model.precision import (
     choose_precision,
     has_native_bf16,
 )
-from brainray.provenance import describe_cpu
 from brainray.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from brainray.training.config import TrainConfig
 from brainray.training.loader import LoaderSetup, ResidentLoader, StreamLoader

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from brainray import storage
 from brainray.cluster import Need, check_fits, connect_ray, list_nodes, share_cpus
 from brainray.data.labelled import FoundSamples
 from brainray.data.splits import assign_splits, hash_manifest
@@ -18,8 +17,9 @@ from brainray.evaluation.prepared import (
     split_samples,
 )
 from brainray.evaluation.scoring import METRICS_FILE
+from brainray.io import storage
+from brainray.io.provenance import collect_versions
 from brainray.model.network import StateDict, fetch_weights
-from brainray.provenance import collect_versions
 from brainray.runlog import Log
 from brainray.training.config import (
     LoaderName,

@@ -26,6 +26,7 @@ from brainray.inference.engine import EngineOptions
 from brainray.inference.predict import PredictStage, plan_pool
 from brainray.inference.samples import predict_samples
 from brainray.inference.schema import stack_lists
+from brainray.io.provenance import collect_versions, read_code_revision
 from brainray.model.calibration import Calibration, Outputs
 from brainray.model.classifier import save_classifier
 from brainray.model.fit_calibration import fit_calibration
@@ -37,7 +38,6 @@ from brainray.model.network import (
     round_weights,
 )
 from brainray.model.precision import Precision
-from brainray.provenance import collect_versions, read_code_revision
 from brainray.runlog import Log
 from brainray.training.checkpoint import load_network_weights
 from brainray.training.config import TrainConfig

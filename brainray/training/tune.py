@@ -19,11 +19,11 @@ from ray import tune as ray_tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from brainray import storage
 from brainray.cluster import TASK_CPUS
 from brainray.data.splits import assign_folds
 from brainray.errors import TrainingError
 from brainray.evaluation.prepared import GroupedData, split_samples
+from brainray.io import storage
 from brainray.model.network import StateDict
 from brainray.reports.tune import render_tuning_report
 from brainray.runlog import Log
