@@ -57,6 +57,7 @@ def predict_samples(
         for block in retry_lost(lambda: _stream(stage, store, scans, indices[~found[indices]])):
             blocks.append(block)
             found[block["index"].to_numpy()] = True
+    assert found[indices].all(), "Ray Data ended without an error and without some rows"
     rows = pa.concat_tables(blocks)
     positions = np.empty(len(scans), np.int64)
     positions[rows["index"].to_numpy()] = np.arange(len(rows))
