@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED := 0
 unexport PYTHONDONTWRITEBYTECODE  # it costs every Ray worker some 20 s of imports
 
-.PHONY: install demo serve check test test-fast test-slow docs wheel
+.PHONY: install demo serve check test coverage test-fast test-slow docs wheel
 
 install: .venv/.installed
 
@@ -27,8 +27,12 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Two processes, because a test that waits for Ray, a service or a browser leaves a core idle.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+coverage: install
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov brainray --cov-report term
 
 test-fast: install
 	$(BIN)/python -m pytest -m "not (slow or ray or browser or service or heavy)"

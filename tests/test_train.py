@@ -486,9 +486,9 @@ def test_bf16_is_taken_where_all_have_it_or_it_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loop, "has_native_bf16", lambda *, use_gpu: has_bf16 and not use_gpu)
-    told: list[dict[str, Any]] = []
-    assert loop.agree_precision(asked, torch.device("cpu"), told.append) == taken
-    assert [message["line"].startswith(message or "") for message in told] == [True] * bool(message)
+    sent: list[dict[str, Any]] = []
+    assert loop.agree_precision(asked, torch.device("cpu"), sent.append) == taken
+    assert [one["line"].startswith(message or "") for one in sent] == [True] * bool(message)
 
 
 @pytest.fixture(scope="module")
