@@ -47,7 +47,6 @@ def cpu() -> TrainConfig:
     """
     return TrainConfig(
         preprocessing=preprocess(64),
-        supersampling=1.5,
         num_epochs=24,
         head_epochs=5,
         global_batch_size=64,
@@ -80,7 +79,7 @@ def cpu_long() -> TrainConfig:
             noise=0.05,
             noise_probability=0.4,
         ),
-        optimisation=dataclasses.replace(short.optimisation, learning_rate=1.5e-3, ema_decay=0.998),
+        optimisation=dataclasses.replace(short.optimisation, ema_decay=0.998),
     )
 
 
@@ -88,7 +87,6 @@ def gpu() -> TrainConfig:
     """Train on GPUs: 224 px, bf16, compiled, batches of 512. Not measured."""
     return TrainConfig(
         preprocessing=preprocess(224),
-        supersampling=1.5,
         num_epochs=100,
         head_epochs=10,
         global_batch_size=512,

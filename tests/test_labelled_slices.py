@@ -196,7 +196,6 @@ def test_slices_of_a_volume_are_one_block_of_the_stream(mixed_data: PreparedData
         labels=mixed_data.labels,
         store=mixed_data.store,
         preprocessing=CONFIG.preprocessing,
-        train_preprocessing=CONFIG.preprocessing,
         global_batch_size=4,
         seed=0,
     )

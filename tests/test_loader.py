@@ -56,7 +56,6 @@ def scan(folder: Path, **changes: Any) -> LoaderSetup:  # noqa: ANN401 - any fie
         "labels": samples["label"].to_numpy().astype(np.int64),
         "store": store,
         "preprocessing": PREPROCESSING,
-        "train_preprocessing": PREPROCESSING,
         "global_batch_size": BATCH_SIZE,
         "seed": 11,
         "num_tasks": 2,

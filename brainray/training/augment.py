@@ -205,9 +205,7 @@ def _hash_pixels(keys: torch.Tensor, count: int) -> torch.Tensor:
 # -------------------------------------------------------------------------------------- application
 
 
-def augment_images(
-    images: torch.Tensor, params: AugmentParams, size_px: int | None = None
-) -> torch.Tensor:
+def augment_images(images: torch.Tensor, params: AugmentParams) -> torch.Tensor:
     """Apply what was drawn to a batch.
 
     On a CPU an image comes out the same to the last bit whatever else is in the batch. Autocast
@@ -215,12 +213,10 @@ def augment_images(
 
     Parameters
     ----------
-    images : Tensor of uint8, shape (N, H, H)
+    images : Tensor of uint8, shape (N, S, S)
         Grey images, on any device.
     params : AugmentParams
         Of :func:`sample_params`, for these images.
-    size_px : int, optional
-        Side S of the result; H by default.
 
     Returns
     -------
@@ -229,7 +225,7 @@ def augment_images(
     """
     with torch.autocast(images.device.type, enabled=False):
         pixels = _blend_clahe(images, params)
-        pixels = _sample_affine(pixels, params.theta, size_px or images.shape[-1])
+        pixels = _sample_affine(pixels, params.theta)
         pixels = _change_brightness(pixels, params)
         pixels = _blur_some(pixels, params.blur)
         pixels = _add_rician_noise(pixels, params)
@@ -258,21 +254,24 @@ def _blend_clahe(images: torch.Tensor, params: AugmentParams) -> torch.Tensor:
     return pixels
 
 
-def _sample_affine(pixels: torch.Tensor, theta: torch.Tensor, size_px: int) -> torch.Tensor:
+def _sample_affine(pixels: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     """Interpolate once for all geometric changes; black comes from outside the image."""
-    if pixels.shape[-1] == size_px and bool((theta == torch.eye(2, 3)).all()):
+    if bool((theta == torch.eye(2, 3)).all()):
         return pixels
-    y, x = _centre_pixels(size_px, pixels.device)
+    y, x = _centre_pixels(pixels)
     # Not by affine_grid: it multiplies matrices, whose last bit can depend on the batch's size.
     along_x, along_y, shift = theta.to(pixels.device)[:, None, None].unbind(-1)
     grid = along_x * x.unsqueeze(-1) + (along_y * y.unsqueeze(-1) + shift)
     return F.grid_sample(pixels.unsqueeze(1), grid, align_corners=False).squeeze(1)
 
 
-def _centre_pixels(size_px: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the coordinates, in (-1, 1), of the pixels' centres: shapes (S, 1) and (1, S)."""
-    centres = (2 * torch.arange(size_px, device=device) + 1) / size_px - 1
-    return centres[:, None], centres[None]
+def _centre_pixels(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the coordinates, in (-1, 1), of the pixels' centres: shapes (H, 1) and (1, W)."""
+    height, width = pixels.shape[1:]
+    y, x = (
+        (2 * torch.arange(size, device=pixels.device) + 1) / size - 1 for size in (height, width)
+    )
+    return y[:, None], x[None]
 
 
 def _change_brightness(pixels: torch.Tensor, params: AugmentParams) -> torch.Tensor:
@@ -282,7 +281,7 @@ def _change_brightness(pixels: torch.Tensor, params: AugmentParams) -> torch.Ten
     if bool((params.bias != 0).any() or (params.gain != 1).any()):
         gain = _per_image(params.gain, pixels)
         bias_x, bias_y = (_per_image(values, pixels) for values in params.bias.unbind(1))
-        y, x = _centre_pixels(pixels.shape[1], pixels.device)
+        y, x = _centre_pixels(pixels)
         pixels = pixels.mul_(bias_x * x * gain + (bias_y * y + 1) * gain)
     return pixels
 

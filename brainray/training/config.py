@@ -1,6 +1,5 @@
 """Options of training: everything that determines the classifier, and where it is trained."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -32,11 +31,6 @@ class TrainConfig:
     """Start from this .safetensors or .pth state dict instead."""
     preprocessing: Preprocessing = Preprocessing()
     """How pixels become the network's input; exported with the classifier."""
-    supersampling: float = 1.0
-    """Side of the images that augmentation samples from, as a multiple of
-    `preprocessing.size_px` (1 to 4). Interpolation blurs: from images of the network's own size,
-    augmented ones have a third less contrast between neighbouring pixels than the network's inputs
-    (real scans, 64 and 96 px); from 1.5 times as fine ones, they have 8 % more."""
     augmentation: Augmentation = Augmentation()
     """Random changes of training images."""
     optimisation: Optimisation = Optimisation()
@@ -82,7 +76,6 @@ class TrainConfig:
             "global_batch_size": (self.global_batch_size >= 1, "must be at least 1"),
             "head_epochs": (self.head_epochs >= 0, "must not be negative"),
             "patience_epochs": (self.patience_epochs >= 0, "must not be negative"),
-            "supersampling": (1 <= self.supersampling <= 4, "must be in [1, 4]"),
             "val_fraction": (0 < self.val_fraction <= 0.5, "must be in (0, 0.5]"),
             "test_fraction": (0 <= self.test_fraction <= 0.5, "must be in [0, 0.5]"),
             "group_correlation": (0 < self.group_correlation <= 1, "must be in (0, 1]"),
@@ -90,12 +83,6 @@ class TrainConfig:
         for name, (holds, expected) in checks.items():
             if not holds:
                 raise ConfigError(f"{name} {expected}, got {getattr(self, name)}.")
-
-    @property
-    def train_preprocessing(self) -> Preprocessing:
-        """Preprocessing of the images that are augmented."""
-        size_px = round(self.preprocessing.size_px * self.supersampling)
-        return dataclasses.replace(self.preprocessing, size_px=size_px)
 
     @property
     def starts_with_head(self) -> bool:

@@ -91,7 +91,7 @@ def _plan_loader(
     job: TrainJob, data: PreparedData, cpus_per_worker: float, log: Log
 ) -> LoaderSetup:
     """Choose how the workers load images; a stream decodes on the CPUs that they do not use."""
-    preprocessing = job.config.train_preprocessing
+    preprocessing = job.config.preprocessing
     free_cpus = ray.cluster_resources()["CPU"] - job.scaling.num_workers * cpus_per_worker
     loader = LoaderSetup(
         kind=choose_loader(job.scaling.loader, data.store, preprocessing),
@@ -99,8 +99,7 @@ def _plan_loader(
         val_ids=data.select("val"),
         labels=data.labels,
         store=data.store,
-        preprocessing=job.config.preprocessing,
-        train_preprocessing=preprocessing,
+        preprocessing=preprocessing,
         global_batch_size=job.config.global_batch_size,
         seed=job.config.seed,
         num_tasks=max(1, int(free_cpus)),

@@ -71,9 +71,6 @@ class LoaderSetup:
     """Class of every sample of the data set, by sample number."""
     store: ScanStore
     preprocessing: Preprocessing
-    """Of the network's inputs."""
-    train_preprocessing: Preprocessing
-    """Of the images to augment."""
     global_batch_size: int
     seed: int
     num_tasks: int = 1
@@ -88,8 +85,8 @@ def choose_loader(
     if asked == "resident" and not fits:
         raise ConfigError(
             f"--loader resident: the pixels at {preprocessing.size_px} px do not fit the object "
-            "store of the smallest node. Give nodes more memory, lower --preprocessing.size-px or "
-            "--supersampling, or use --loader auto or stream."
+            "store of the smallest node. Give nodes more memory, lower --preprocessing.size-px, or "
+            "use --loader auto or stream."
         )
     return "resident" if fits and asked != "stream" else "stream"
 
@@ -117,15 +114,16 @@ class Loader(ABC):
 
     @abstractmethod
     def iterate_epoch(self, epoch: int) -> Iterator[Batch]:
-        """Yield an epoch's batches of images to augment in random order, one for each step."""
+        """Yield an epoch's batches in random order, one for each step."""
 
     @abstractmethod
     def iterate_once(self, image_ids: Indices) -> Iterator[Batch]:
-        """Yield each network input once, divided among the workers; the last may be shorter."""
+        """Yield each image once, divided among the workers; the last batch may be shorter."""
 
-    @abstractmethod
-    def load_inputs(self, image_ids: Indices) -> torch.Tensor:
-        """Return the network's inputs of images of this worker's choice, on its device."""
+    def _to_device(self, images: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cuda":
+            return images.pin_memory().to(self._device, non_blocking=True)
+        return images
 
 
 class ResidentLoader(Loader):
@@ -137,9 +135,9 @@ class ResidentLoader(Loader):
         super().__init__(setup, rank, world_size, device)
         self.global_batch_size = min(setup.global_batch_size, len(setup.train_ids))
         self.steps_per_epoch = len(setup.train_ids) // self.global_batch_size
-        self._fine = _Pixels(setup.store, setup.train_preprocessing, setup.train_ids, device)
-        ids = np.concatenate([setup.train_ids, setup.val_ids])
-        self._inputs = _Pixels(setup.store, setup.preprocessing, ids, device)
+        self._ids = np.concatenate([setup.train_ids, setup.val_ids])
+        self._pixels = setup.store.open_pixels(setup.preprocessing, self._ids.tolist())
+        self._on_gpu = self._copy_to_gpu() if device.type == "cuda" else None
 
     def iterate_epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield this worker's slice of each global batch of an epoch's permutation."""
@@ -147,51 +145,32 @@ class ResidentLoader(Loader):
         share = share_of(self._rank, self._world_size, self.global_batch_size)
         for step in range(self.steps_per_epoch):
             start = step * self.global_batch_size
-            ids = order[start : start + self.global_batch_size][share]
-            yield Batch(self._fine.take(ids), self._labels[ids].to(self._device), ids)
+            yield self._load(order[start : start + self.global_batch_size][share])
 
     def iterate_once(self, image_ids: Indices) -> Iterator[Batch]:
         """Yield each image once."""
         share = image_ids[share_of(self._rank, self._world_size, len(image_ids))]
         size = -(-self.global_batch_size // self._world_size)
         for start in range(0, len(share), size):
-            ids = share[start : start + size]
-            yield Batch(self.load_inputs(ids), self._labels[ids].to(self._device), ids)
+            yield self._load(share[start : start + size])
 
-    def load_inputs(self, image_ids: Indices) -> torch.Tensor:
-        """Return some images' inputs."""
-        return self._inputs.take(image_ids)
-
-
-class _Pixels:
-    """Images of one preprocessing, in the node's object store or, if they fit, on the GPU."""
-
-    def __init__(
-        self, store: ScanStore, preprocessing: Preprocessing, ids: Indices, device: torch.device
-    ) -> None:
-        self._ids, self._device = np.sort(ids), device
-        self._views = store.open_pixels(preprocessing, ids.tolist())
-        self._on_gpu: torch.Tensor | None = None
-        num_bytes = len(ids) * preprocessing.size_px**2
-        if device.type == "cuda" and (
-            num_bytes <= GPU_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
-        ):
-            parts = np.array_split(self._ids, -(-len(ids) // 1024))
-            copies = [torch.from_numpy(self._views.take(part)).to(device) for part in parts]
-            self._on_gpu = torch.cat(copies)
-
-    def take(self, image_ids: Indices) -> torch.Tensor:
-        """Return images on the device, uint8 of shape (n, size_px, size_px)."""
+    def _load(self, image_ids: Indices) -> Batch:
+        labels = self._labels[image_ids].to(self._device)
         if self._on_gpu is None:
-            return _to_device(torch.from_numpy(self._views.take(image_ids)), self._device)
-        rows = np.searchsorted(self._ids, image_ids)
-        return self._on_gpu[torch.from_numpy(rows).to(self._device)]
+            images = self._to_device(torch.from_numpy(self._pixels.take(image_ids)))
+        else:
+            rows = np.searchsorted(self._ids, image_ids)
+            images = self._on_gpu[torch.from_numpy(rows).to(self._device)]
+        return Batch(images, labels, image_ids)
 
-
-def _to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type == "cuda":
-        return images.pin_memory().to(device, non_blocking=True)
-    return images
+    def _copy_to_gpu(self) -> torch.Tensor | None:
+        """Copy all pixels to the GPU, ordered by sample number, if they fit."""
+        num_bytes = len(self._ids) * self._setup.preprocessing.size_px**2
+        if num_bytes > GPU_MEMORY_SHARE * torch.cuda.mem_get_info(self._device)[0]:
+            return None
+        self._ids.sort()
+        parts = np.array_split(self._ids, -(-len(self._ids) // 1024))
+        return torch.cat([torch.from_numpy(self._pixels.take(p)).to(self._device) for p in parts])
 
 
 class StreamLoader(Loader):
@@ -237,21 +216,14 @@ class StreamLoader(Loader):
         if len(share):
             # from_arrow would start tasks that need a whole CPU; the workers may hold them all.
             blocks = ray.data.from_blocks(list_blocks(self._setup, share))
-            dataset = _decode(blocks, self._setup, self._setup.preprocessing, self._world_size)
-            yield from self._iterate(dataset.iterator())
-
-    def load_inputs(self, image_ids: Indices) -> torch.Tensor:
-        """Decode some images in this process."""
-        images = self._setup.store.load_images(image_ids.tolist(), self._setup.preprocessing)
-        return _to_device(torch.from_numpy(images), self._device)
+            yield from self._iterate(_decode(blocks, self._setup, self._world_size).iterator())
 
     def _iterate(self, source: DataIterator, **options: Any) -> Iterator[Batch]:  # noqa: ANN401 - Ray's
         for rows in source.iter_torch_batches(
             batch_size=self._batch_size, prefetch_batches=2, device="cpu", **options
         ):
             labels = self._labels[rows["index"]].to(self._device)
-            images = _to_device(rows["image"], self._device)
-            yield Batch(images, labels, rows["index"].numpy())
+            yield Batch(self._to_device(rows["image"]), labels, rows["index"].numpy())
 
 
 def build_train_dataset(setup: LoaderSetup) -> Dataset:
@@ -261,8 +233,7 @@ def build_train_dataset(setup: LoaderSetup) -> Dataset:
     """
     order = np.random.default_rng(setup.seed).permutation(setup.train_ids)
     blocks: Dataset = ray.data.from_blocks(list_blocks(setup, order))
-    shuffled = blocks.randomize_block_order(seed=RandomSeedConfig(seed=setup.seed))
-    return _decode(shuffled, setup, setup.train_preprocessing)
+    return _decode(blocks.randomize_block_order(seed=RandomSeedConfig(seed=setup.seed)), setup)
 
 
 def build_data_config() -> ray.train.DataConfig:
@@ -296,15 +267,13 @@ def list_blocks(setup: LoaderSetup, image_ids: Indices) -> list[pa.Table]:
     ]
 
 
-def _decode(
-    blocks: Dataset, setup: LoaderSetup, preprocessing: Preprocessing, num_parts: int = 1
-) -> Dataset:
+def _decode(blocks: Dataset, setup: LoaderSetup, num_parts: int = 1) -> Dataset:
     """Read, decode and preprocess samples, with one of ``num_parts`` shares of the tasks."""
     return blocks.map_batches(
         _decode_batch,  # type: ignore[arg-type]  # Ray's hint knows no fn_kwargs
         batch_size=None,
         batch_format="pyarrow",
-        fn_kwargs={"preprocessing": preprocessing, "reading": setup.store.reading},
+        fn_kwargs={"preprocessing": setup.preprocessing, "reading": setup.store.reading},
         num_cpus=TASK_CPUS,
         compute=ray.data.TaskPoolStrategy(size=-(-setup.num_tasks // num_parts)),
     )

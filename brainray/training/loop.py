@@ -41,7 +41,7 @@ from brainray.model.precision import (
 )
 from brainray.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from brainray.training.config import TrainConfig
-from brainray.training.loader import LoaderSetup, ResidentLoader, StreamLoader
+from brainray.training.loader import Batch, LoaderSetup, ResidentLoader, StreamLoader
 from brainray.training.optim import build_average, build_optimizer
 from brainray.training.step import TrainStep, compute_class_weights, fit_head, open_autocast
 
@@ -189,17 +189,17 @@ class Worker:
 
     def _train_epoch(
         self, step: TrainStep, epoch: int
-    ) -> tuple[float, float, int, Collection[NDArray[np.int64]]]:
-        """Take an epoch's steps; return loss, accuracy, images, and the ids of the last batches."""
+    ) -> tuple[float, float, int, Collection[Batch]]:
+        """Take an epoch's steps; return loss, accuracy, images, and this worker's last batches."""
         num_steps = self.loader.steps_per_epoch
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        latest: deque[NDArray[np.int64]] = deque(maxlen=STATISTICS_STEPS)
+        latest: deque[Batch] = deque(maxlen=STATISTICS_STEPS)
         self.network.train()
         for number, batch in enumerate(self.loader.iterate_epoch(epoch)):
             sums += step(batch, epoch, number)
             if self.averaged is not None:
                 self.averaged.update_parameters(self.network)
-            latest.append(batch.image_ids)
+            latest.append(batch)
             if time.monotonic() - self.told_at > MESSAGE_INTERVAL_S:
                 self.told_at = time.monotonic()
                 self._tell({"epoch": epoch, "step": number + 1, "num_steps": num_steps})
@@ -217,7 +217,7 @@ class Worker:
         """The network that is validated and exported."""
         return self.network if self.averaged is None else self.averaged.module
 
-    def _measure_statistics(self, latest: Collection[NDArray[np.int64]]) -> None:
+    def _measure_statistics(self, latest: Collection[Batch]) -> None:
         """Estimate batch-norm statistics of the validated network on unaugmented images.
 
         The running statistics are of augmented images; with them, the networks of
@@ -227,8 +227,7 @@ class Worker:
         """
         if self.config.batch_norm == "frozen":
             return
-        inputs = map(self.loader.load_inputs, latest)
-        images = (normalise_images(images, self.config.preprocessing) for images in inputs)
+        images = (normalise_images(batch.images, self.config.preprocessing) for batch in latest)
         with open_autocast(self.device, self.precision):
             update_bn(images, self._validated)
         if self.config.batch_norm == "local" and self.world_size > 1:

@@ -172,11 +172,10 @@ def group_training_data(
     DataError
         The folder is not a usable labelled data set.
     """
-    needed = list(dict.fromkeys([config.preprocessing, config.train_preprocessing]))
     return group_samples(
         found,
         config.classes,
-        keep=() if loader == "stream" else needed,
+        keep=() if loader == "stream" else (config.preprocessing,),
         reading=config.reading,
         min_correlation=config.group_correlation,
     )

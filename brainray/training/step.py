@@ -78,8 +78,7 @@ class TrainStep:
         """
         config = self._config
         params = sample_params(config.augmentation, batch.image_ids, seed=config.seed, epoch=epoch)
-        images = augment_images(batch.images, params, config.preprocessing.size_px)
-        images = standardise(images, config.preprocessing)
+        images = standardise(augment_images(batch.images, params), config.preprocessing)
         with self._autocast:
             logits = self._model(images).float()
         loss = F.cross_entropy(
