@@ -18,6 +18,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from brainray import runlog
 from brainray.cluster import Bundle, report_waiting
@@ -170,7 +171,9 @@ def _find_cause(error: TrainingFailedError) -> str:
 def _relay_progress(job: TrainJob, log: Log, on_step: OnStep) -> Iterator[Queue]:
     """Relay messages of rank 0 to ``log`` and ``on_step``, and its records to MLflow."""
     log_record = open_log(job)
-    messages = Queue(actor_options={"num_cpus": 0})
+    # On the driver's node, so that it is not lost with a worker's.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
 
     def relay() -> None:
         while True:
