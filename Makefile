@@ -29,10 +29,10 @@ check: install
 
 # Two processes, because a test that waits for Ray, a service or a browser leaves a core idle.
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 coverage: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov brainray --cov-report term
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov brainray --cov-report term
 
 test-fast: install
 	$(BIN)/python -m pytest -m "not (slow or ray or browser or service or heavy)"

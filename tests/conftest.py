@@ -46,7 +46,7 @@ MARK_OF_PLACE = {
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with what it starts, and sort the files."""
+    """Mark each test with what it starts."""
     for item in items:
         assert isinstance(item, pytest.Function)
         file = item.path.stem
@@ -54,8 +54,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marks |= {MARK_OF_PLACE.get(place) for place in (file, f"{file}::{item.originalname}")}
         for mark in marks - {None}:
             item.add_marker(str(mark))
-    # The longest files first, so that of two processes neither works alone at the end.
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(scope="session")
