@@ -71,11 +71,11 @@ class SourceReader:
 
 
 def check_scans_uri(predictions_uri: str, identifiers: Identifiers, uris: Sequence[str]) -> None:
-    """Raise ConfigError if an output does not say where its scans lie, and nobody else does."""
+    """Raise ConfigError if the paths of an output are redacted and no URIs are given."""
     if identifiers.redact_paths and not uris:
         raise ConfigError(
-            f"'{predictions_uri}' has hashes in the place of paths. Say where its scans lie, "
-            "as --scans-uri."
+            f"'{predictions_uri}' has hashes in place of paths. Give the folders of its scans "
+            "by --scans-uri."
         )
 
 
