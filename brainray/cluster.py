@@ -44,9 +44,27 @@ def connect_ray(*, verbose: bool = False, with_dashboard: bool = False) -> None:
     ``verbose`` shows Ray's log. ``with_dashboard`` starts the dashboard too, on the loopback
     interface. Ray Tune needs it for trials that use Ray Train: to free the CPUs of a trial, Ray
     2.60 asks the dashboard whether the trial still runs, and waits for ever without it.
+
+    Raises
+    ------
+    ConfigError
+        ``with_dashboard``, and a Ray that runs already has none.
     """
-    if ray.is_initialized():
-        return
+    if not ray.is_initialized():
+        _join_or_start(verbose=verbose, with_dashboard=with_dashboard)
+    if with_dashboard:
+        from ray.util import state
+
+        try:
+            state.list_nodes(ray.get_runtime_context().gcs_address, limit=1)
+        except state.exception.RayStateApiException as error:
+            raise ConfigError(
+                "Ray Tune needs Ray's dashboard, which the running Ray does not have. Start that "
+                "with `ray start --head --include-dashboard=true`, or unset RAY_ADDRESS."
+            ) from error
+
+
+def _join_or_start(*, verbose: bool, with_dashboard: bool) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     level = logging.INFO if verbose else logging.ERROR
