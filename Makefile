@@ -27,12 +27,15 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Two processes, because a test that waits for Ray, a service or a browser leaves a core idle.
+# Three processes on two cores, because tests wait for Ray, services and browsers. Each
+# takes the next file in the order of tests/conftest.py.
+PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest $(PARALLEL)
 
 coverage: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov brainray --cov-report term
+	$(BIN)/python -m pytest $(PARALLEL) --cov brainray --cov-report term
 
 test-fast: install
 	$(BIN)/python -m pytest -m "not (slow or ray or browser or service or heavy)"

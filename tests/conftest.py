@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[1]
 CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
 
 MARK_OF_FIXTURE = {"local_ray": "ray", "browser": "browser"}
-MARK_OF_PLACE = {
+MARK_OF_TEST = {
     "test_answer": "heavy",
     "test_classify_faults": "ray",
     "test_cluster": "ray",
@@ -41,19 +41,25 @@ MARK_OF_PLACE = {
     "test_serve_schema": "service",
     "test_skew": "service",
 }
-"""Of files, or of single tests in them, that no fixture tells of."""
+"""Marks of files and of single tests whose fixtures do not show what they start."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with what it starts."""
+    """Mark each test with what it starts, and put the files with tests that start Ray first.
+
+    These take minutes. At the end, one of them would keep a process of pytest-xdist busy while the
+    other has nothing left to do.
+    """
     for item in items:
         assert isinstance(item, pytest.Function)
         file = item.path.stem
         marks = {MARK_OF_FIXTURE.get(name) for name in item.fixturenames}
-        marks |= {MARK_OF_PLACE.get(place) for place in (file, f"{file}::{item.originalname}")}
+        marks |= {MARK_OF_TEST.get(place) for place in (file, f"{file}::{item.originalname}")}
         for mark in marks - {None}:
             item.add_marker(str(mark))
+    ray_files = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in ray_files)
 
 
 @pytest.fixture(scope="session")
