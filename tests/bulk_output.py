@@ -1,4 +1,4 @@
-"""Outputs of bulk jobs, made without a network: DICOM files, and probabilities chosen by a test."""
+"""Outputs of bulk jobs, written without a network from given DICOM files and probabilities."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -27,38 +27,38 @@ START = datetime(2026, 3, 1, 10, 30, tzinfo=UTC)
 ENGINE = {"backend": "openvino", "precision": "bf16"}
 
 Probs = Callable[[int], dict[str, float]]
-"""From the number of a slice to the probabilities of tumours; the rest is that of no tumour."""
+"""From a slice number to the probabilities of the tumours; the rest is that of `notumor`."""
 
 
-def find_glioma(index: int) -> dict[str, float]:
-    """Give slices 2 to 5 a glioma."""
+def predict_glioma(index: int) -> dict[str, float]:
+    """Return a high glioma probability for slices 2 to 5."""
     return {"glioma": 0.9 if 2 <= index <= 5 else 0.02, "meningioma": 0.03, "pituitary": 0.01}
 
 
-def find_nothing(index: int) -> dict[str, float]:  # noqa: ARG001 - the same for all
-    """Give no slice a tumour."""
+def predict_no_tumour(index: int) -> dict[str, float]:  # noqa: ARG001 - the same for all
+    """Return low tumour probabilities for every slice."""
     return {"glioma": 0.02, "meningioma": 0.03, "pituitary": 0.01}
 
 
-def find_something(index: int) -> dict[str, float]:
-    """Give one slice a glioma: weak evidence."""
+def predict_weak_glioma(index: int) -> dict[str, float]:
+    """Return a high glioma probability for slice 3 only: weak evidence."""
     return {"glioma": 0.9 if index == 3 else 0.02, "meningioma": 0.03, "pituitary": 0.01}
 
 
 def write_output(
     output: Path,
     files: Sequence[Path],
-    find: Probs = find_glioma,
+    predict: Probs = predict_glioma,
     *,
     redact_paths: bool = False,
     with_maps: bool = True,
     rule: SeriesRule | None = None,
 ) -> PredictionStore:
-    """Write predictions and series.parquet, as a bulk job over some files does."""
+    """Write predictions and series.parquet, as a bulk job over these files does."""
     identifiers = open_identifiers(str(output), redact_paths=redact_paths)
     rows = []
     for number, path in enumerate(files):
-        own = _make_rows(path, number, find, identifiers.key, with_maps=with_maps)
+        own = _make_rows(path, number, predict, identifiers.key, with_maps=with_maps)
         for row in own:
             row["scan_uri"] = name_slice(identifiers.name(str(path)), row["frame"])
         rows += own
@@ -76,7 +76,7 @@ def write_output(
 
 
 def _make_rows(
-    path: Path, number: int, find: Probs, key: bytes, *, with_maps: bool
+    path: Path, number: int, predict: Probs, key: bytes, *, with_maps: bool
 ) -> list[dict[str, Any]]:
     content = path.read_bytes()
     row: dict[str, Any] = {
@@ -93,7 +93,7 @@ def _make_rows(
         return [row | {"status": "rejected", "reason": rejection.reason, "frame": None}]
     rows = []
     for index, info in enumerate(slices):
-        probs = find(number + index)
+        probs = predict(number + index)
         probs["notumor"] = 1 - sum(probs.values())
         cells = np.zeros((4, 4), np.float32)
         cells[1, 2] = 3

@@ -1,4 +1,4 @@
-"""DICOM files for the tests, made here so that every value in them is known."""
+"""Synthetic DICOM files for the tests: every value in them is known."""
 
 import io
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ RAMP = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)  # 12 bits
 
 
 def make_dataset(pixels: NDArray = RAMP, **elements) -> Dataset:
-    """Build a classic MR object around stored samples; an element of None is left out."""
+    """Build a classic MR object with these stored samples; an element set to None is deleted."""
     dataset = Dataset()
     dataset.SOPClassUID = MRImageStorage
     dataset.SOPInstanceUID = f"{SERIES_UID}.1"
@@ -56,7 +56,7 @@ def make_dataset(pixels: NDArray = RAMP, **elements) -> Dataset:
 
 
 def write(dataset: Dataset, syntax: str = ExplicitVRLittleEndian) -> bytes:
-    """Write a Part 10 file."""
+    """Return the bytes of a DICOM Part 10 file."""
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = syntax
     dataset.file_meta.MediaStorageSOPClassUID = dataset.get("SOPClassUID", MRImageStorage)
@@ -76,11 +76,11 @@ def make_mr(pixels: NDArray = RAMP, syntax: str = ExplicitVRLittleEndian, **elem
 def make_compressed(
     frames: Sequence[bytes] | Sequence[list[bytes]], syntax: str, pixels: NDArray = RAMP, **elements
 ) -> bytes:
-    """Make a file of frames that are compressed already; a list is one frame's fragments."""
+    """Make a file from compressed frames; a list holds the fragments of one frame."""
     dataset = make_dataset(pixels, **elements)
     if all(isinstance(frame, bytes) for frame in frames):
         data = encapsulate(list(frames))
-    else:  # no offset table: the boundaries are found by the decoder
+    else:  # no offset table: the decoder must find the boundaries of the frames
         data = encapsulate([fragment for frame in frames for fragment in frame], has_bot=False)
     dataset.add_new("PixelData", "OB", data)
     dataset["PixelData"].is_undefined_length = True
@@ -88,14 +88,14 @@ def make_compressed(
 
 
 def compress(pixels: NDArray, syntax: str) -> list[bytes]:
-    """Compress frames; return each."""
+    """Return each frame compressed."""
     dataset = pydicom.dcmread(io.BytesIO(make_mr(pixels)))
     dataset.compress(syntax, generate_instance_uid=False)
     return list(generate_frames(dataset.PixelData, number_of_frames=len(pixels)))
 
 
 def make_item(**elements) -> Dataset:
-    """Make an item of a sequence."""
+    """Make a sequence item."""
     item = Dataset()
     for keyword, value in elements.items():
         setattr(item, keyword, value)
@@ -105,7 +105,7 @@ def make_item(**elements) -> Dataset:
 def make_enhanced(
     frames: NDArray, shared: Dataset, per_frame: Sequence[Dataset], **elements
 ) -> bytes:
-    """Make an enhanced MR file, whose geometry and scaling are in functional groups only."""
+    """Make an enhanced MR file with geometry and scaling in its functional groups only."""
     absent = dict.fromkeys(("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing"))
     return make_mr(
         frames,
@@ -117,7 +117,7 @@ def make_enhanced(
 
 
 def as_mr(path: Path) -> bytes:
-    """Return a sample of any modality as an MR of the head, with its pixels unchanged."""
+    """Return a file of any modality, relabelled as an MR of the head; its pixels are unchanged."""
     dataset = pydicom.dcmread(path, force=True)
     dataset.SOPClassUID, dataset.Modality = MRImageStorage, "MR"
     dataset.ImageType = ["ORIGINAL", "PRIMARY", "M"]

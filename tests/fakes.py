@@ -1,4 +1,4 @@
-"""Parts of brainray that are made simple, for tests of what is around them.
+"""A fake engine, for tests that need no network.
 
 ``python -m tests.fakes …`` is ``brainray classify …`` with :class:`FakeEngine`.
 """
@@ -19,11 +19,11 @@ from brainray.model.classifier import Classifier, read_classifier_metadata
 from brainray.model.explain import count_cells
 
 DELAY_VARIABLE = "BRAINRAY_TEST_DELAY_S"
-"""Seconds that each call of the engine takes."""
+"""Environment variable: the seconds that each call of the engine takes."""
 
 
 class FakeEngine(Engine):
-    """Predicts by the mean grey of an image, without a network."""
+    """Predicts from the mean grey value of an image, without a network."""
 
     backend = "torch"
     precision = "fp32"
@@ -49,7 +49,7 @@ class FakeEngine(Engine):
 
 
 def prepare_fake_engine(classifier_uri: str, options: EngineOptions) -> Callable[[], Engine]:
-    """Take the place of :func:`brainray.inference.engine.prepare_engine`."""
+    """Replace :func:`brainray.inference.engine.prepare_engine`."""
     del options
     metadata = read_classifier_metadata(classifier_uri)
     return partial(
@@ -58,7 +58,7 @@ def prepare_fake_engine(classifier_uri: str, options: EngineOptions) -> Callable
 
 
 def main() -> None:
-    """Classify in bulk with the fake engine."""
+    """Run `brainray classify` with the fake engine."""
     from brainray import cli
     from brainray.inference import bulk
 

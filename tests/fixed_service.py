@@ -1,6 +1,6 @@
-"""The service's own application in a thread, with a predictor whose results a test fixes.
+"""The service's application in a thread, with a stub predictor that returns preset results.
 
-Only the network is replaced: a result is looked up by the hash of the network's input.
+Only the network is replaced: the stub looks up each result by the hash of the input image.
 """
 
 import asyncio
@@ -58,18 +58,18 @@ METADATA: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class FixedResult:
-    """The result of the network for a scan."""
+    """The preset prediction for a slice."""
 
     probs: tuple[float, ...]
     """In the order of the classes."""
     reason: str | None = None
-    """Why no class is given."""
+    """Reason of an abstention or a rejection."""
     error: Exception | None = None
-    """Raised by the first call with the scan."""
+    """Raised by the first call with this slice."""
 
 
 class FixedPredictor:
-    """Replaces the predictor; has results only for the scans that a test has set."""
+    """A stub predictor: has results only for the scans that a test has set."""
 
     def __init__(self) -> None:
         self.metadata = dict(METADATA)
@@ -85,7 +85,7 @@ class FixedPredictor:
         self._failed: set[str] = set()
 
     def set_results(self, scan: Path, *results: FixedResult) -> None:
-        """Set the results for a file's slices."""
+        """Set the results for the slices of a file."""
         slices = [
             one
             for one in open_slices(scan.read_bytes(), PREPROCESSING)
@@ -93,7 +93,7 @@ class FixedPredictor:
         ]
         for one, result in zip(slices, results, strict=True):
             digest = hash_image(one.scan.image)
-            assert self._results.setdefault(digest, result) == result, "two scans look the same"
+            assert self._results.setdefault(digest, result) == result, "equal pixels, other result"
 
     def predict(self, images: NDArray[np.uint8]) -> Prediction:
         self.num_calls += 1
@@ -131,13 +131,13 @@ def draw_spot() -> NDArray[np.float32]:
 
 @dataclass
 class FixedService:
-    """The application, its model, and a record of the requests to `/v1/explain`."""
+    """The application, its predictor, and a record of the requests to `/v1/explain`."""
 
     model: FixedPredictor = field(default_factory=FixedPredictor)
     limits: ServiceLimits = field(default_factory=lambda: ServiceLimits(body_bytes=2**20))
     url: str = ""
     renders: list[str] = field(default_factory=list)
-    """Their parameter `render`."""
+    """The parameter `render` of each request."""
     requested_at: list[float] = field(default_factory=list)
     delay_first_s: float = 0.0
     max_concurrent: int = 0
@@ -147,12 +147,12 @@ class FixedService:
         self.require(None)
 
     def require(self, token: str | None) -> None:
-        """Restart the application with a token, or without."""
-        # Batches of one, so that each scan fails alone.
+        """Rebuild the application; it requires this token, or none."""
+        # Batches of one: the failure of a scan does not affect other scans.
         self._app: ASGIApp = build_test_app(self.model, self.limits, token, max_batch_size=1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Handle one request; record it if it is for `/v1/explain`."""
         if scope.get("path") != "/v1/explain":
             await self._app(scope, receive, send)
             return

@@ -1,8 +1,8 @@
-"""DICOM objects that are full of what identifies a patient, and a search for it in any output.
+"""DICOM objects with tokens in all identifying elements, and a search for the tokens in outputs.
 
-Each token stands in one kind of element. :func:`find_tokens` searches bytes for every token in the
-encodings that an output may have it in; :func:`find_tokens_in_folder` opens Parquet files and gzip
-streams too, which compress what they hold.
+Each token marks one kind of element. :func:`find_tokens` searches bytes for every token, in all
+encodings that an output may use. :func:`find_tokens_in_folder` also decompresses Parquet files and
+gzip streams.
 """
 
 import base64
@@ -38,7 +38,7 @@ NAME, KANJI = "QZNAME", "山田太郎"
 UID = "1.2.826.0.1.99.20260317.313373"
 BIRTH_DATE, STUDY_DATE = "19620317", "20240229"
 FILE_NAME = "QZFILENAME"
-"""In the names of files; outputs name files unless they are asked to redact paths."""
+"""Token of file names: outputs contain file names unless a job redacts paths."""
 WORDS = {
     "PatientID": "QZPATIENTID",
     "OtherPatientNames": "QZOTHERNAME",
@@ -62,14 +62,14 @@ TOKENS = (
     *(NAME, KANJI, UID, BIRTH_DATE, STUDY_DATE, _NESTED, _PRIVATE, _OVERLAY, _PIXELS, _MALFORMED),
     *WORDS.values(),
 )
-"""What must not be in any output, :data:`FILE_NAME` apart."""
+"""Tokens that must not be in any output. :data:`FILE_NAME` is not one of them."""
 
 
 # ---- objects -------------------------------------------------------------------------------------
 
 
 def plant_tokens(**elements) -> Dataset:
-    """Build an MR object of a head with a token in every place."""
+    """Build an MR object of a head with a token in every identifying element."""
     planted = {
         "SpecificCharacterSet": "ISO_IR 192",
         "PatientName": f"{NAME}^{KANJI}",
@@ -99,13 +99,13 @@ def plant_tokens(**elements) -> Dataset:
 
 
 def make_objects() -> dict[str, bytes]:
-    """Make files with tokens: some that are classified, some that are rejected for each reason.
+    """Make files with tokens: some that are classified, and some for each reason of rejection.
 
     Returns
     -------
     dict
-        A short name without a token, to the file. Names that begin with "valid" are of one series
-        of eight slices that can be classified.
+        From a short name without a token to the file. The files with names that begin with "valid"
+        are one series of eight slices that can be classified.
     """
     plain = write(plant_tokens())
     files = {f"valid-{index}": _make_slice(index) for index in range(8)}
@@ -124,7 +124,7 @@ def make_objects() -> dict[str, bytes]:
 
 
 def _make_slice(index: int) -> bytes:
-    """Make one slice of a series, a disc that changes from slice to slice."""
+    """Make one slice of a series: a disc with a radius that grows with the index."""
     y, x = np.indices((64, 64)) - 32
     pixels = np.where(np.hypot(y, x) < 20 + index, RAMP // 2 + 1000, 5).astype(np.uint16)
     dataset = plant_tokens(
@@ -171,7 +171,7 @@ def _make_rejected() -> dict[str, bytes]:
 
 
 def _make_malformed() -> dict[str, bytes]:
-    """Make files whose values a library would quote in a warning or an exception."""
+    """Make files with values that a library would quote in a warning or an exception."""
     files = {}
     words = {
         "DS": "WindowCenter WindowWidth RescaleSlope PixelSpacing ImagePositionPatient",
@@ -202,7 +202,7 @@ def _make_malformed() -> dict[str, bytes]:
 
 
 def _make_japanese() -> bytes:
-    """Make a name in a character set with escape sequences (PS3.5, annex H)."""
+    """Make a file with a name in a character set with escape sequences (PS3.5, annex H)."""
     dataset = plant_tokens(SpecificCharacterSet=["", "ISO 2022 IR 87"])
     dataset.PatientName = f"{NAME}={KANJI}"
     return write(dataset)
@@ -212,14 +212,15 @@ def _make_japanese() -> bytes:
 
 
 def _list_variants(token: str) -> Iterator[bytes]:
-    """Yield what a token may look like in an output."""
+    """Yield the byte sequences that may represent a token in an output."""
     for encoding in ("utf-8", "latin-1", "utf-16-le", "utf-16-be", "iso2022_jp", "shift_jis"):
         try:
             encoded = token.encode(encoding)
         except UnicodeEncodeError:
             continue
         yield encoded
-        for shift in range(3):  # base64 has three alignments; what the neighbours change is cut off
+        # Base64 has three alignments. Characters that depend on neighbouring bytes are cut off.
+        for shift in range(3):
             packed = base64.b64encode(bytes(shift) + encoded)
             yield packed[4 if shift else 0 : len(packed) // 4 * 4 - 4]
     raw = token.encode()
@@ -230,7 +231,7 @@ def _list_variants(token: str) -> Iterator[bytes]:
 
 def _make_pattern(token: str) -> re.Pattern[bytes]:
     variants = {re.escape(one) for one in _list_variants(token) if len(one) >= 6}
-    # The decimals of a number may be those of a date.
+    # The decimals of a number may contain the digits of a date.
     start = rb"(?<![0-9.])" if token.isdigit() else b""
     return re.compile(start + b"(?:" + b"|".join(sorted(variants)) + b")", re.IGNORECASE)
 
@@ -239,7 +240,7 @@ _PATTERNS = {token: _make_pattern(token) for token in (*TOKENS, FILE_NAME)}
 
 
 def find_tokens(data: bytes | str, *, and_file_names: bool = False) -> list[str]:
-    """Return the tokens that are in some bytes, in any encoding.
+    """Return the tokens that some bytes contain, in any encoding.
 
     Parameters
     ----------
@@ -254,10 +255,10 @@ def find_tokens(data: bytes | str, *, and_file_names: bool = False) -> list[str]
 
 
 def find_tokens_in_folder(folder: Path, *, and_file_names: bool = False) -> dict[str, list[str]]:
-    """Return the tokens in each file below a folder, and in its name.
+    """Return the tokens in each file of a folder, and in its name.
 
-    Parquet files are searched as they are stored, and then by all their values, schema metadata
-    and statistics; gzip streams after they are unpacked.
+    The search covers the stored bytes of every file. It also covers all values, the schema
+    metadata and the statistics of Parquet files, and the decompressed data of gzip streams.
     """
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):

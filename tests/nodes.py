@@ -1,7 +1,7 @@
 """A Ray cluster for tests: nodes on this machine, with a token, ports and folders of their own.
 
-Every node is a `ray start --block` and what it has started. Commands reach the cluster as a
-person's would: by the token and the addresses in their environment.
+Every node is a `ray start --block` process and its children. Commands reach the cluster as a
+user's commands do: by the token and the addresses in their environment.
 """
 
 import os
@@ -25,13 +25,13 @@ STORE_BYTES = 150 * 10**6
 
 
 class Node:
-    """One node: a `ray start`, its raylet, and the workers of that."""
+    """One node: a `ray start` process, its raylet, and the workers of the raylet."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
 
     def list_processes(self) -> list[psutil.Process]:
-        """List what the node has started, also what has outlived its parent."""
+        """List the processes of the node, including those that have outlived their parent."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -43,7 +43,7 @@ class Node:
         return found
 
     def find_id(self) -> str:
-        """Return the id by which Ray knows the node, which is on its raylet's command line."""
+        """Return Ray's id of the node, from the command line of its raylet."""
         for process in self.list_processes():
             for word in process.cmdline():
                 if word.startswith("--node_id="):
@@ -51,7 +51,7 @@ class Node:
         raise AssertionError("the node has no raylet")
 
     def kill(self) -> None:
-        """Take the node away at once, as when its machine loses power."""
+        """Kill all processes of the node, as a power failure does."""
         for process in self.list_processes():
             try:
                 process.kill()
@@ -61,10 +61,10 @@ class Node:
 
 
 class Cluster:
-    """A head and more nodes; all die with :meth:`close`."""
+    """A head and other nodes; :meth:`close` kills all of them."""
 
     def __init__(self, *, head_cpus: int, node_cpus: Sequence[int] = (), **extra: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="brainray-"))  # short: sockets have paths
+        self.folder = Path(tempfile.mkdtemp(prefix="brainray-"))  # short, for socket paths
         token = self.folder / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
@@ -78,12 +78,12 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "RAY_JOB_STOP_WAIT_TIME_S": "60",
-            # A busy machine takes longer to start a process than Ray waits for it.
+            # On a busy machine, a process may take longer to start than Ray waits by default.
             "RAY_raylet_start_wait_time_s": "300",
             "RAY_agent_register_timeout_ms": "300000",
             "RAY_worker_register_timeout_seconds": "300",
-            # A node of one CPU ends all but one idle process after a second, and starts anew, with
-            # seconds of imports, for the next chunk of scans.
+            # By default, a node of one CPU ends all but one idle worker after a second. The next
+            # chunk of scans would start a new worker, with seconds of imports.
             "RAY_idle_worker_killing_time_threshold_ms": "300000",
             **extra,
         }
@@ -99,10 +99,10 @@ class Cluster:
             num_cpus=head_cpus,
         )
         try:
-            self._wait_for(self.dashboard_port)
+            self._wait_for_port(self.dashboard_port)
             for number, num_cpus in enumerate(node_cpus, 1):
                 self.add_node(num_cpus)
-                # One by one: two that start at once on one machine may choose the same port.
+                # One at a time: two nodes that start at once may choose the same port.
                 self._wait_for_node(number)
         except AssertionError:
             self.close()
@@ -112,11 +112,11 @@ class Cluster:
         return self._start(f"--address={self.address}", num_cpus=num_cpus)
 
     def drain(self, node: Node, *, deadline_s: int) -> None:
-        """Announce that a node will be taken back, as a cloud does with spot machines."""
+        """Announce the preemption of a node, as a cloud does for spot instances."""
         words = ("--reason-message", "spot", "--deadline-remaining-seconds", deadline_s)
         reason = "DRAIN_NODE_REASON_PREEMPTION"
         command = ("ray", "drain-node", "--address", self.address, "--node-id", node.find_id())
-        status, printed = finish(self.ask(*command, "--reason", reason, *words))
+        status, printed = finish(self.start_client(*command, "--reason", reason, *words))
         assert status == 0, printed
 
     @property
@@ -145,7 +145,7 @@ class Cluster:
         self.nodes.append(Node(process))
         return self.nodes[-1]
 
-    def _wait_for(self, port: int) -> None:
+    def _wait_for_port(self, port: int) -> None:
         deadline = time.monotonic() + TIMEOUT_S
         while True:
             try:
@@ -157,7 +157,7 @@ class Cluster:
                 time.sleep(0.2)
 
     def _wait_for_node(self, number: int) -> None:
-        """Wait until a node has joined: that is when `ray start --block` says that it blocks."""
+        """Wait until a node has joined: `ray start --block` then prints that it blocks."""
         deadline = time.monotonic() + TIMEOUT_S
         while "will now block forever" not in (self.folder / f"node-{number}.log").read_text():
             assert time.monotonic() < deadline, self.read_logs()
@@ -168,12 +168,14 @@ class Cluster:
         return "\n".join(file.read_text() for file in sorted(self.folder.glob("node-*.log")))
 
     def start(self, *words: object, cwd: Path = REPOSITORY) -> subprocess.Popen[str]:
-        """Start a command that joins the cluster as a driver beside its head."""
+        """Start a command that joins the cluster as a driver, on the machine of the head."""
         environment = self.environment | {"RAY_ADDRESS": self.address}
         return _start(words, cwd, environment)
 
-    def ask(self, *words: object, cwd: Path = REPOSITORY, **extra: str) -> subprocess.Popen[str]:
-        """Start a command that speaks to the dashboard, as `ray job …` does."""
+    def start_client(
+        self, *words: object, cwd: Path = REPOSITORY, **extra: str
+    ) -> subprocess.Popen[str]:
+        """Start a command that sends requests to the dashboard, as `ray job …` does."""
         environment = self.environment | {
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard_port}"
         }

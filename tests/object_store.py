@@ -1,4 +1,4 @@
-"""A bucket on this machine: moto's S3, behind what counts requests and fails some of them."""
+"""A local S3 bucket: moto's server, with a wrapper that records requests and injects faults."""
 
 import io
 import socket
@@ -18,27 +18,27 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 BUCKET = "scans"
 CUT = "cut"
-"""A fault: the connection ends without an answer. Others are answers: (status, code)."""
+"""A fault: the connection ends without a response. Other faults are responses: (status, code)."""
 LOST = "lost"
-"""A fault: what was asked for is done, then the connection ends without an answer."""
+"""A fault: the request is carried out, then the connection ends without a response."""
 
 STATUS = "tests.status"
-"""In the environment of a request, once it is answered: the status."""
+"""Key in the WSGI environment of a request: the status of its response, once there is one."""
 BODY = "tests.body"
-"""In the environment of a write that :class:`StalledWrites` has looked at: what it writes."""
+"""Key in the WSGI environment of a write that :class:`StalledWrites` has read: its body."""
 
 Environ = dict[str, Any]
 Fault = str | tuple[int, str] | None
 
 
 class ObjectStore:
-    """One server; ``url`` is what AWS_ENDPOINT_URL gives to those that use it."""
+    """A server; its clients get ``url`` as AWS_ENDPOINT_URL."""
 
     def __init__(self) -> None:
         self.requests: list[str] = []
         """Method and path of every request."""
         self.headers: list[Environ] = []
-        """Their WSGI environments; with :data:`STATUS` where there was an answer."""
+        """WSGI environment of every request; has :data:`STATUS` if there was a response."""
         self.fail: Callable[[Environ], Fault] = lambda _: None
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._one_at_a_time = threading.Lock()
@@ -47,16 +47,17 @@ class ObjectStore:
 
     def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:  # noqa: ANN401
         query = environ["QUERY_STRING"]
-        place = environ["PATH_INFO"] + (f"?{query}" if query else "")
-        self.requests.append(f"{environ['REQUEST_METHOD']} {place}")
+        target = environ["PATH_INFO"] + (f"?{query}" if query else "")
+        self.requests.append(f"{environ['REQUEST_METHOD']} {target}")
         self.headers.append(environ)
         fault = self.fail(environ)
         if fault in (None, LOST):
-            # moto 5.2 looks at the condition of a write first, and writes then: not as one step.
+            # moto 5.2 checks the condition of a write and then writes: the two are not atomic.
             with self._one_at_a_time:
-                answer: Iterable[bytes] = self._moto(environ, _note_status(environ, start_response))
+                start = _note_status(environ, start_response)
+                response: Iterable[bytes] = self._moto(environ, start)
             if fault is None:
-                return answer
+                return response
         if fault in (CUT, LOST):
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionResetError
@@ -70,7 +71,7 @@ class ObjectStore:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to find its way here, as AWS's own tools want it."""
+        """Environment variables for clients of this server, as AWS's own tools read them."""
         return {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": "key",
@@ -90,23 +91,23 @@ class ObjectStore:
             return bytes(stream.read())
 
     def read_predictions(self, output: str) -> list[dict[str, Any]]:
-        """Read the rows that a bulk run has written below an output."""
+        """Read the rows that bulk runs have written to an output."""
         keys = [key for key in self.list_keys() if key.startswith(f"{output}/predictions/")]
         tables = [pq.read_table(pa.BufferReader(self.get(key))) for key in keys]
         return [row for table in tables for row in table.to_pylist()]
 
     def put_folder(self, folder: Path, prefix: str) -> None:
-        """Write the files below a folder."""
+        """Upload the files of a folder."""
         for file in folder.rglob("*.*"):
             self.put(f"{prefix}/{file.relative_to(folder)}", file.read_bytes())
 
     def fail_first(self, count: int, fault: Fault) -> None:
-        """Fail so many requests from now on."""
+        """Fail the next ``count`` requests."""
         left = iter([fault] * count)
         self.fail = lambda _: next(left, None)
 
     def forget(self) -> None:
-        """Forget the requests so far, and fail none."""
+        """Clear the recorded requests, and stop injecting faults."""
         self.fail = lambda _: None
         self.requests.clear()
         self.headers.clear()
@@ -121,7 +122,7 @@ class ObjectStore:
         )
 
     def open(self) -> fs.S3FileSystem:
-        """Open the server as an administrator does, past everything of brainray's."""
+        """Open the server as an administrator, without brainray's storage code."""
         return fs.S3FileSystem(
             access_key="admin",
             secret_key="secret",
@@ -141,35 +142,35 @@ def _note_status(environ: Environ, start_response: Any) -> Any:  # noqa: ANN401 
 
 
 class StalledWrites:
-    """Holds back the writes of some keys, as a network does, until they are let go.
+    """Delays the writes of some keys, as a network does, until :meth:`let_go` is called.
 
-    Give it to ``ObjectStore.fail``. What is held back has arrived: its client may go away.
+    Assign it to ``ObjectStore.fail``. A delayed write has arrived: its client may disconnect.
     """
 
-    def __init__(self, concerns: Callable[[Environ], bool]) -> None:
-        self._concerns = concerns
-        self._let_go = threading.Event()
+    def __init__(self, matches: Callable[[Environ], bool]) -> None:
+        self._matches = matches
+        self._released = threading.Event()
         self.stalled: list[Environ] = []
-        """Requests that are, or were, held back."""
+        """Requests that are, or were, delayed."""
         self.is_open = False
-        """Whether others of the same kind pass."""
+        """Whether further writes pass without delay."""
 
     def __call__(self, environ: Environ) -> Fault:
-        size = int(environ.get("CONTENT_LENGTH") or 0)  # pyarrow gives none; it writes in chunks
+        size = int(environ.get("CONTENT_LENGTH") or 0)  # pyarrow sends none; it writes in chunks
         if environ["REQUEST_METHOD"] != "PUT" or self.is_open or not size:
             return None
         body = environ["wsgi.input"].read(size)
         environ["wsgi.input"] = io.BytesIO(body)
         environ[BODY] = body
-        if self._concerns(environ):
+        if self._matches(environ):
             self.stalled.append(environ)
-            self._let_go.wait(600)
+            self._released.wait(600)
         return None
 
     def let_go(self) -> list[int]:
-        """Let them go, and return what each was answered."""
+        """Let the delayed writes continue; return the status of the response to each."""
         self.is_open = True
-        self._let_go.set()
+        self._released.set()
         deadline = time.monotonic() + 60
         while not all(STATUS in environ for environ in self.stalled):
             assert time.monotonic() < deadline
@@ -179,17 +180,17 @@ class StalledWrites:
 
 class Quiet(WSGIRequestHandler):
     def log(self, *_: object, **__: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextmanager
 def serve_objects() -> Iterator[ObjectStore]:
     """Serve one empty bucket on loopback."""
     store = ObjectStore()
-    poll_s = 0.01  # for which a shutdown waits
+    poll_s = 0.01  # a shutdown waits for this long
     thread = threading.Thread(target=store.server.serve_forever, args=(poll_s,), daemon=True)
     thread.start()
-    # What moto holds belongs to the process, not to a server.
+    # moto's state belongs to the process, not to a server.
     urlopen(Request(f"{store.url}/moto-api/reset", method="POST"), timeout=60).close()
     store.open().create_dir(BUCKET)
     try:

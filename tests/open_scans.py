@@ -1,4 +1,4 @@
-"""Opens whole scan files, as every command does slice by slice."""
+"""Opens all slices of scan files, as every command does."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from brainray.images.slices import OpenedSlice, ReadOptions, SliceInfo, open_fil
 
 
 def load_image(content: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Return the network's input of a file with one slice."""
+    """Return the network's input for a file with one slice."""
     return open_slice(open_file(content), 0, preprocessing).scan.image
 
 
@@ -22,7 +22,7 @@ def open_slices(
     *,
     key: bytes | None = None,
 ) -> Iterator[OpenedSlice | tuple[SliceInfo, RejectedImage]]:
-    """Yield every slice of a file, opened, or with its rejection."""
+    """Yield every slice of a file: opened, or its info and its rejection."""
     file = open_file(content, options, key=key)
     for index, info in enumerate(file.slices):
         try:

@@ -1,4 +1,4 @@
-"""PACS for tests: one made here that misbehaves as told, and Orthanc where it is installed."""
+"""PACS for tests: a fake one that injects faults, and Orthanc if it is installed."""
 
 import io
 import json
@@ -27,7 +27,7 @@ ORTHANC = shutil.which("Orthanc")
 ORTHANC_PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 START_S = 60.0
 PEER_S = 10.0
-"""Longest wait of a sender for an answer."""
+"""Timeout of a DICOM peer that waits for a response."""
 
 STUDY, SERIES, SOP = "0020000D", "0020000E", "00080018"
 KEYS = {"PatientID": "PatientID", "Modality": "Modality", "SOPInstanceUID": "SOPInstanceUID"}
@@ -39,11 +39,11 @@ def find_free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-# ---- one that is made here -----------------------------------------------------------------------
+# ---- a fake PACS ---------------------------------------------------------------------------------
 
 
 class Request(NamedTuple):
-    """A request that came."""
+    """A received request."""
 
     method: str
     path: str
@@ -53,22 +53,22 @@ class Request(NamedTuple):
 
 @dataclass
 class FakePacs:
-    """Instances, and how the service behaves that has them."""
+    """The stored instances, and the behaviour of the service."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     """By SOP Instance UID."""
     max_results: int = 1000
-    """Of one answer, whatever the limit is that was asked for."""
+    """Maximum of one answer, whatever limit the request has."""
     ignores_offset: bool = False
     warns: bool = False
-    """Whether an answer with fewer results says that there are more."""
+    """Whether an incomplete answer has a header that says that there are more results."""
     statuses: list[int] = field(default_factory=list)
-    """Of the next answers, instead of what was asked for; 0 ends the connection within one."""
+    """Statuses of the next answers; 0 closes the connection in the middle of an answer."""
     broken_paths: tuple[str, ...] = ()
-    """Parts of paths that are answered with status 500."""
+    """Requests with one of these in their path get status 500."""
     as_one_part: bool = False
     stow_answer: Callable[[list[str]], tuple[int, dict[str, Any] | None]] | None = None
-    """From the UIDs that came to what is answered, instead of storing them."""
+    """From the received UIDs to status and body of the answer; if set, nothing is stored."""
     requests: list[Request] = field(default_factory=list)
     root: str = ""
 
@@ -78,7 +78,7 @@ class FakePacs:
             self.files[uid] = content
 
     def search(self, path: str, keys: dict[str, str]) -> list[dict[str, Any]]:
-        """Return what a search finds, one result for each study, series or instance."""
+        """Return the results of a search, one for each study, series or instance."""
         level = {"studies": STUDY, "series": SERIES, "instances": SOP}[path.rpartition("/")[2]]
         wanted = dict(re.findall(r"(studies|series)/([0-9.]+)", path))
         found = {}
@@ -94,7 +94,7 @@ class FakePacs:
 
     @property
     def uri(self) -> str:
-        """What scans of it are named by."""
+        """The URI of all its scans."""
         return f"dicomweb+{self.root}/studies"
 
     def count(self, pattern: str) -> int:
@@ -191,13 +191,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def describe_stored(uids: Sequence[str]) -> dict[str, Any]:
-    """Return the part of an answer to STOW that names stored objects."""
+    """Return the part of an answer to STOW that lists stored objects."""
     items = [{"00081155": {"vr": "UI", "Value": [uid]}} for uid in uids]
     return {"00081199": {"vr": "SQ", "Value": items}}
 
 
 def describe_failed(uids: Sequence[str], reason: int) -> dict[str, Any]:
-    """Return the part of an answer to STOW that names objects that were refused."""
+    """Return the part of an answer to STOW that lists failed objects."""
     items = [
         {
             "00081155": {"vr": "UI", "Value": [uid]},
@@ -210,7 +210,7 @@ def describe_failed(uids: Sequence[str], reason: int) -> dict[str, Any]:
 
 @contextmanager
 def serve_fake_pacs(*contents: bytes, tls: ssl.SSLContext | None = None) -> Iterator[FakePacs]:
-    """Serve a PACS with some instances, on this machine."""
+    """Serve a fake PACS with some instances, on this machine."""
     pacs = FakePacs()
     pacs.add(*contents)
     handler = type("Handler", (_Handler,), {"pacs": pacs})
@@ -233,14 +233,14 @@ def serve_fake_pacs(*contents: bytes, tls: ssl.SSLContext | None = None) -> Iter
 
 
 class Orthanc:
-    """A process of Orthanc with its DICOMweb plugin, which may be killed and started again."""
+    """An Orthanc process with the DICOMweb plugin; it can be killed and started again."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True)
         self.http_port, self.dicom_port = find_free_port(), find_free_port()
         self.receiver_port = find_free_port()
-        """Where it sends to."""
+        """Port of the receiver that it sends to."""
         self.root = f"http://127.0.0.1:{self.http_port}/dicom-web"
         self._process: subprocess.Popen[bytes] | None = None
         configuration = {
@@ -275,29 +275,29 @@ class Orthanc:
                 time.sleep(0.1)
 
     def kill(self) -> None:
-        """End it by SIGKILL."""
+        """Kill it with SIGKILL."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def get(self, path: str) -> Any:  # noqa: ANN401 - JSON
-        """Ask its own API, which knows nothing of DICOMweb."""
+        """Return an answer of Orthanc's own REST API, which is independent of DICOMweb."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/{path}") as answer:
             return json.loads(answer.read())
 
     def send(self, *instances: str) -> bool:
-        """Have it send instances, named as it does, by C-STORE; tell whether all arrived."""
+        """Let it send instances, given by Orthanc's ids, by C-STORE; return whether all arrived."""
         url = f"http://127.0.0.1:{self.http_port}/modalities/receiver/store"
         request = urllib.request.Request(url, json.dumps(instances).encode())
         try:
             with urllib.request.urlopen(request) as answer:
                 return int(json.loads(answer.read())["FailedInstancesCount"]) == 0
-        except urllib.error.HTTPError:  # the receiver ended, or refused
+        except urllib.error.HTTPError:  # the receiver stopped, or rejected an instance
             return False
 
     def read_instances(self) -> list[pydicom.Dataset]:
-        """Return all it has."""
+        """Return all stored instances."""
         found = []
         for name in self.get("instances"):
             url = f"http://127.0.0.1:{self.http_port}/instances/{name}/file"
@@ -334,7 +334,7 @@ def send(
     Returns
     -------
     list of int or None
-        The status of each, -1 where the association ended; None where it was refused.
+        The status of each file, -1 if the association ended; None if it was rejected.
     """
     from pynetdicom import AE
 
@@ -352,7 +352,7 @@ def send(
     for dataset in datasets:
         try:
             statuses.append(int(association.send_c_store(dataset).get("Status", -1)))
-        except (RuntimeError, ValueError):  # it ended, or took none of this class
+        except (RuntimeError, ValueError):  # it ended, or it does not accept this class
             statuses.append(-1)
     if association.is_established:
         association.release()
@@ -360,7 +360,7 @@ def send(
 
 
 def echo(port: int, *, calling: str = "PACS", called: str = "BRAINRAY") -> int | None:
-    """Send C-ECHO; return its status, or None where the association was refused."""
+    """Send C-ECHO; return its status, or None if the association was rejected."""
     from pynetdicom import AE
 
     entity = AE(calling)

@@ -1,4 +1,4 @@
-"""What engines are compared with: eager torch in fp32, without fused layers."""
+"""The reference for engines: eager PyTorch in fp32, without fused layers."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""One slice in many formats: the same samples as DICOM, NIfTI and pictures."""
+"""One slice in many formats: the same samples as DICOM, NIfTI and PNG."""
 
 import gzip
 import io
@@ -29,7 +29,7 @@ def make_png(pixels: NDArray) -> bytes:
 
 
 def make_nifti(pixels: NDArray, axes: str, slope: float = 1.0, intercept: float = 0.0) -> bytes:
-    """Make a volume of three slices, each as it is to be displayed, stored along some axes."""
+    """Make a volume of three copies of a slice as displayed, stored along the given axes."""
     right_front_top = np.stack([pixels[::-1, ::-1].T] * 3, axis=-1).astype(np.int16)
     affine = np.eye(4)
     turns = nib.orientations.ornt_transform(
@@ -47,7 +47,7 @@ def make_nifti(pixels: NDArray, axes: str, slope: float = 1.0, intercept: float 
 
 
 def make_frames(pixels: Slice) -> bytes:
-    """Make an enhanced object whose frames have slopes of their own."""
+    """Make an enhanced object with frames of different slopes."""
 
     def make_group(slope: str) -> Dataset:
         scaling = make_item(RescaleSlope=slope, RescaleIntercept="-5", RescaleType="US")
@@ -89,6 +89,6 @@ def make_copies(pixels: Slice) -> dict[str, bytes]:
 
 
 def reduce_to_8_bits(pixels: Slice) -> bytes:
-    """Export a slice as most software does: its range as 8 bits."""
+    """Export a slice as most software does: its range is scaled to 8 bits."""
     low, high = int(pixels.min()), int(pixels.max())
     return make_png(np.rint((pixels - float(low)) / (high - low) * 255).astype(np.uint8))

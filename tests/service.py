@@ -1,4 +1,4 @@
-"""A service for tests: in this process without Ray, or started by its command."""
+"""A service for tests: in this process without Ray, or started with `jobs/serve.py`."""
 
 import json
 import os
@@ -147,7 +147,7 @@ def start_service(classifier: Path, folder: Path, *words: object) -> Service:
         time.sleep(0.2)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("Research use only"):  # the last line at its start
+        if line.startswith("Research use only"):  # the last line of the start
             break
     return service
 

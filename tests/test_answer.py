@@ -1,4 +1,4 @@
-"""A prediction as a row of the prediction table, and as an answer of the service."""
+"""A prediction as a row of the prediction table and as an answer of the service."""
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +37,7 @@ def build(prediction: Prediction) -> pa.Table:
     return build_rows(SCANS, prediction, classes=CLASSES, classifier_id="c0", engine=ENGINE)
 
 
-def test_every_scan_has_a_row_with_what_its_status_allows() -> None:
+def test_every_scan_has_a_row_with_the_values_that_its_status_allows() -> None:
     table = build(PREDICTION)
     assert table.schema == build_schema(CLASSES)
     classified, cut, unsure, unlike = table.to_pylist()
@@ -58,7 +58,7 @@ def test_every_scan_has_a_row_with_what_its_status_allows() -> None:
     }
 
 
-def test_lists_are_of_the_scans_that_were_opened_and_maps_of_those_not_rejected() -> None:
+def test_opened_scans_have_logits_and_features_and_only_accepted_scans_have_maps() -> None:
     table = build(PREDICTION)
     assert table["class_map"].to_pylist() == [[2, 3], None, [4, 5], None]
     opened = table.filter(pa.array([True, False, True, True]))
@@ -70,13 +70,13 @@ def test_lists_are_of_the_scans_that_were_opened_and_maps_of_those_not_rejected(
     assert build(Prediction(PROBS, PREDICTION.reasons))["logits"].null_count == 4
 
 
-def test_numbers_that_are_none_are_refused() -> None:
+def test_probabilities_of_nan_are_an_error() -> None:
     with pytest.raises(ClassifierError, match="not numbers"):
         build(Prediction(PROBS * np.float32("nan"), PREDICTION.reasons))
 
 
 @pytest.mark.parametrize("row", [0, 2, 3])
-def test_the_service_says_of_a_scan_what_the_table_says(row: int) -> None:
+def test_the_service_and_the_table_agree_on_a_scan(row: int) -> None:
     expected = build(PREDICTION).to_pylist()[row]
     number = [0, None, 1, 2][row]
     reason = expected["reason"]
@@ -94,7 +94,7 @@ def test_the_service_says_of_a_scan_what_the_table_says(row: int) -> None:
     assert answer.detail == (REASONS[reason] if reason else None)
 
 
-def test_a_rejection_says_why() -> None:
+def test_a_rejection_has_a_reason_and_a_detail() -> None:
     rejected = build_rejection(SliceInfo(), RejectedImage("truncated", "It ends too soon."))
     answer = build_answer({"name": "a", "content_sha256": "b" * 64}, [rejected])
     assert (answer.status, answer.reason, answer.detail) == (

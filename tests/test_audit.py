@@ -100,7 +100,7 @@ def test_a_shortcut_is_found(phantom_folder: Path, tmp_path: Path) -> None:
     for label, name in enumerate(CLASSES):
         (root / name).mkdir(parents=True)
         for scan in sorted((phantom_folder / "Training" / name).iterdir()):
-            side = 100 + 20 * label  # the size alone tells the class
+            side = 100 + 20 * label  # the size alone determines the class
             with Image.open(scan) as image:
                 image.convert("L").resize((side, side)).save(root / name / f"{scan.stem}.png")
     document = audit(AuditJob(data_uri=str(root), output_uri=str(tmp_path / "out")))
@@ -138,7 +138,7 @@ def test_shares_are_parsed(text: str | None, share: float | None) -> None:
 
 
 @pytest.mark.parametrize("text", ["five", "120%", "-1", "nan"])
-def test_other_text_than_a_share_is_an_error(text: str) -> None:
+def test_text_that_is_not_a_share_is_an_error(text: str) -> None:
     with pytest.raises(ConfigError, match="share"):
         AuditJob(data_uri="x", output_uri="y", max_leak=text)
 

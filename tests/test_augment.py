@@ -1,4 +1,4 @@
-"""Augmentation: each change against a reference, and independence of batches and workers."""
+"""Augmentation: each transform against a reference; no dependence on batches and workers."""
 
 import math
 from dataclasses import fields, replace
@@ -60,7 +60,7 @@ def measure_blob(image: torch.Tensor) -> tuple[float, float, float, float]:
 
 
 def only(**ranges: float) -> Augmentation:
-    """Switch off everything but what is given, and what decides whether that applies."""
+    """Enable only the given ranges; grey values, blur and noise always change if they have one."""
     return replace(
         NO_AUGMENTATION,
         **{"grey_probability": 1.0, "blur_probability": 1.0, "noise_probability": 1.0} | ranges,
@@ -71,8 +71,8 @@ def sample(augmentation: Augmentation, count: int, seed: int = 0) -> AugmentPara
     return sample_params(augmentation, np.arange(count), seed=seed, epoch=0)
 
 
-def still(count: int, **values: Any) -> AugmentParams:  # noqa: ANN401 - any of the tensors
-    """Return what changes nothing, but for what is given."""
+def unchanged(count: int, **values: Any) -> AugmentParams:  # noqa: ANN401 - any of the tensors
+    """Return parameters that change nothing, except for the given values."""
     return replace(sample(NO_AUGMENTATION, count), **values)
 
 
@@ -85,7 +85,7 @@ def take(params: AugmentParams, index: int) -> AugmentParams:
     return AugmentParams(*values)
 
 
-# ------------------------------------------------------------------------- what an image depends on
+# ---------------------------------------------------------------------------------- reproducibility
 
 
 @pytest.mark.parametrize("side", [32, 224])
@@ -96,7 +96,7 @@ def test_no_augmentation_changes_nothing(side: int) -> None:
 
 
 @pytest.mark.parametrize("side", [50, 64])
-def test_an_image_comes_out_the_same_in_any_batch(side: int) -> None:
+def test_an_image_is_augmented_the_same_in_any_batch(side: int) -> None:
     count = 24
     images, ids = draw(count, side), np.arange(count) * 1000 + 7
     augmented = augment_images(images, sample_params(EVERYTHING, ids, seed=5, epoch=3))
@@ -105,7 +105,7 @@ def test_an_image_comes_out_the_same_in_any_batch(side: int) -> None:
         assert torch.equal(augment_images(images[rows], params), augmented[rows])
 
 
-def test_seed_epoch_and_id_each_change_what_is_drawn() -> None:
+def test_seed_epoch_and_id_each_change_the_result() -> None:
     images = draw(1)
 
     def augment(image_id: int, seed: int, epoch: int) -> torch.Tensor:
@@ -118,9 +118,9 @@ def test_seed_epoch_and_id_each_change_what_is_drawn() -> None:
         assert (augment(*others) - first).abs().mean() > 0.05
 
 
-def test_the_global_generators_are_left_alone() -> None:
+def test_the_global_generators_are_not_used() -> None:
     torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002 - it is the global one that is meant
+    np.random.seed(1)  # noqa: NPY002 - the test is about the global one
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1]  # noqa: NPY002
     augment_images(draw(), sample(EVERYTHING, 4))
     assert torch.equal(torch.get_rng_state(), before)
@@ -134,7 +134,7 @@ def test_autocast_changes_nothing() -> None:
         assert torch.equal(augment_images(images, params), outside)
 
 
-def test_images_and_what_is_drawn_for_them_are_independent() -> None:
+def test_parameters_are_independent_of_each_other_and_of_other_images() -> None:
     params = sample(EVERYTHING, 5000)
     columns = [params.theta[:, 0, 2], params.theta[:, 1, 2], params.bias[:, 0], params.bias[:, 1]]
     names = ("clahe_weight", "clip_limit", "gamma", "gain", "blur", "noise", "noise_key")
@@ -145,7 +145,7 @@ def test_images_and_what_is_drawn_for_them_are_independent() -> None:
     assert np.abs(correlation - np.eye(len(correlation))).max() < 0.07
 
 
-def test_a_range_does_not_change_what_is_drawn_for_the_others() -> None:
+def test_a_range_does_not_change_the_other_parameters() -> None:
     params, other = sample(EVERYTHING, 8), sample(replace(EVERYTHING, gamma=0.0), 8)
     assert (other.gamma == 1).all()
     for name in ("theta", "clahe_weight", "bias", "gain", "blur", "noise", "noise_key"):
@@ -169,7 +169,7 @@ def test_flip_probability() -> None:
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_rotation_equals_scipy_and_leaves_black(index: int) -> None:
+def test_rotation_equals_scipy_and_fills_with_black(index: int) -> None:
     params = take(sample(only(rotation_deg=90.0), 4), index)
     ((cosine, _, _), (sine, _, _)) = params.theta[0].tolist()
     degrees = math.degrees(math.atan2(sine, cosine))
@@ -225,7 +225,7 @@ def test_shift_moves_along_both_axes_by_shares_of_the_side() -> None:
     moved = np.array(
         [measure_blob(augment_images(draw_blob(), take(params, i)))[:2] for i in range(40)]
     )
-    # theta maps output to input, in halves of the side: what is read from the right moves left
+    # theta maps output to input, in halves of the side: the image moves by the opposite shift
     np.testing.assert_allclose(moved, -params.theta[:, :, 2].numpy() * side / 2, atol=0.1)
     assert (np.abs(moved).max(axis=0) <= limit * side + 0.1).all()
     assert (moved.max(axis=0) > 0.8 * limit * side).all()
@@ -233,10 +233,10 @@ def test_shift_moves_along_both_axes_by_shares_of_the_side() -> None:
     assert abs(np.corrcoef(moved.T)[0, 1]) < 0.5
 
 
-def test_whole_pixels_shift_exactly_and_leave_black() -> None:
+def test_a_shift_by_whole_pixels_is_exact_and_fills_with_black() -> None:
     images = draw(1, 32)
     theta = torch.tensor([[[1.0, 0.0, 2 * 3 / 32], [0.0, 1.0, 0.0]]])
-    moved = augment_images(images, still(1, theta=theta))
+    moved = augment_images(images, unchanged(1, theta=theta))
     assert (moved[..., :-3] - scale(images)[..., 3:]).abs().max() < 1e-4
     assert (moved[..., -3:] == 0).all()
 
@@ -246,7 +246,7 @@ def test_whole_pixels_shift_exactly_and_leave_black() -> None:
 
 @pytest.mark.parametrize("limit", [1.0, 2.0, 4.0])
 def test_clahe_equals_opencv(limit: float) -> None:
-    heads = draw_heads(2, 1024)  # large tiles: what OpenCV rounds is small
+    heads = draw_heads(2, 1024)  # large tiles: OpenCV's rounding errors are small
     expected = np.stack([cv2.createCLAHE(limit, (8, 8)).apply(head) for head in heads])
     found = apply_clahe(torch.from_numpy(heads), torch.full((2,), limit)).numpy() * 255
     assert np.abs(found - expected).max() <= 2.0
@@ -254,7 +254,7 @@ def test_clahe_equals_opencv(limit: float) -> None:
 
 
 @pytest.mark.parametrize("limit", [1.0, 2.0, 4.0])
-def test_clahe_of_a_small_image_is_that_of_a_large_one(limit: float) -> None:
+def test_clahe_of_a_small_image_matches_that_of_a_large_one(limit: float) -> None:
     heads = draw_heads(4, 1024)
     equalised = [cv2.createCLAHE(limit, (8, 8)).apply(head) for head in heads]
     small, expected = (
@@ -267,7 +267,7 @@ def test_clahe_of_a_small_image_is_that_of_a_large_one(limit: float) -> None:
 
 
 @pytest.mark.parametrize("side", [33, 50, 64])
-def test_clahe_takes_any_size_and_treats_axes_alike(side: int) -> None:
+def test_clahe_accepts_any_size_and_treats_both_axes_equally(side: int) -> None:
     images, limits = draw(2, side), torch.tensor([1.0, 3.0])
     found = apply_clahe(images, limits)
     assert found.shape == images.shape
@@ -278,7 +278,7 @@ def test_clahe_takes_any_size_and_treats_axes_alike(side: int) -> None:
 def test_clahe_blends_by_weight_and_keeps_black() -> None:
     heads = torch.from_numpy(draw_heads(3, 128))
     weight, limit = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([2.0, 2.0, 3.0])
-    blended = augment_images(heads, still(3, clahe_weight=weight, clip_limit=limit))[:, 0]
+    blended = augment_images(heads, unchanged(3, clahe_weight=weight, clip_limit=limit))[:, 0]
     stored, equalised = scale(heads)[:, 0], apply_clahe(heads, limit)
     expected = torch.lerp(stored, equalised, weight.view(3, 1, 1))
     assert torch.allclose(blended[heads > 0], expected[heads > 0], atol=1e-6)
@@ -296,7 +296,7 @@ def test_clahe_probability_weight_and_clip_limit() -> None:
 
 def test_gamma_is_the_exponent() -> None:
     images, gamma = draw(3), torch.tensor([0.5, 1.0, 2.0])
-    changed = augment_images(images, still(3, gamma=gamma))
+    changed = augment_images(images, unchanged(3, gamma=gamma))
     assert torch.allclose(changed, scale(images) ** gamma.view(3, 1, 1, 1), atol=1e-6)
     drawn = sample(only(gamma=0.4), 4000).gamma.log().numpy()
     assert stats.kstest(drawn, stats.uniform(-0.4, 0.8).cdf).pvalue > 0.01
@@ -304,7 +304,7 @@ def test_gamma_is_the_exponent() -> None:
 
 def test_gain_is_a_factor_that_saturates() -> None:
     images, gain = draw(3), torch.tensor([0.5, 1.0, 2.0])
-    changed = augment_images(images, still(3, gain=gain))
+    changed = augment_images(images, unchanged(3, gain=gain))
     expected = (scale(images) * gain.view(3, 1, 1, 1)).clamp(max=1)
     assert torch.allclose(changed, expected, atol=1e-6)
     drawn = sample(only(gain=0.3), 4000).gain.log().numpy()
@@ -313,7 +313,7 @@ def test_gain_is_a_factor_that_saturates() -> None:
 
 def test_bias_field_is_a_linear_factor_along_both_axes() -> None:
     images = torch.full((2, 100, 100), 102, dtype=torch.uint8)  # 0.4
-    field = augment_images(images, still(2, bias=torch.tensor([[0.2, 0.0], [-0.1, 0.3]])))[:, 0]
+    field = augment_images(images, unchanged(2, bias=torch.tensor([[0.2, 0.0], [-0.1, 0.3]])))[:, 0]
     rows = torch.linspace(-0.99, 0.99, 100)
     assert torch.allclose(field[0], 0.4 * (1 + 0.2 * rows).expand(100, 100), atol=1e-6)
     expected = 0.4 * (1 - 0.1 * rows + 0.3 * rows[:, None])
@@ -324,7 +324,7 @@ def test_bias_field_is_a_linear_factor_along_both_axes() -> None:
 
 def test_blur_equals_scipy_for_each_images_own_deviation() -> None:
     images, sigmas_px = draw(4, 48), (0.0, 0.6, 1.0, 2.0)
-    blurred = augment_images(images, still(4, blur=torch.tensor(sigmas_px) / 48))
+    blurred = augment_images(images, unchanged(4, blur=torch.tensor(sigmas_px) / 48))
     for image, result, sigma_px in zip(scale(images), blurred, sigmas_px, strict=True):
         radius = math.floor(3 * sigma_px)
         expected = ndimage.gaussian_filter(
@@ -338,12 +338,12 @@ def test_blur_equals_scipy_for_each_images_own_deviation() -> None:
 @pytest.mark.parametrize("grey", [0, 128])
 def test_noise_is_rician(grey: int) -> None:
     images = torch.full((2, 128, 128), grey, dtype=torch.uint8)
-    params = still(2, noise=torch.tensor([0.1, 0.0]), noise_key=torch.tensor([3, 4]))
+    params = unchanged(2, noise=torch.tensor([0.1, 0.0]), noise_key=torch.tensor([3, 4]))
     noisy, clean = augment_images(images, params)[:, 0].numpy()
     assert (clean == np.float32(grey / 255)).all()
     rician = stats.rice(grey / 255 / 0.1, scale=0.1)
     assert stats.kstest(noisy.ravel(), rician.cdf).pvalue > 0.01
-    for axis in (0, 1):  # neighbours have noise of their own
+    for axis in (0, 1):  # the noise of neighbours is independent
         assert abs(np.corrcoef(noisy.ravel(), np.roll(noisy, 1, axis).ravel())[0, 1]) < 0.03
 
 
@@ -365,7 +365,7 @@ def test_blur_and_noise_have_probabilities(name: str) -> None:
     assert (getattr(params, name) > 0).float().mean() == pytest.approx(0.3, abs=0.03)
 
 
-def test_grey_probability_leaves_the_grey_of_the_other_images_alone() -> None:
+def test_only_images_chosen_by_grey_probability_change_their_grey_values() -> None:
     augmentation = replace(EVERYTHING, grey_probability=0.4, rotation_deg=0.0, stretch=0.0)
     params = sample(replace(augmentation, flip_vertical=0.0, zoom=0.0, shift=0.0), 2000)
     is_grey = params.gamma != 1
@@ -389,7 +389,7 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Augmentation)])
-def test_ranges_are_checked_and_named(name: str) -> None:
+def test_a_value_out_of_range_is_an_error_that_names_the_field(name: str) -> None:
     limit = LIMITS.get(name, 1)
     assert getattr(only(**{name: limit}), name) == limit
     for value in (-0.01, limit * 1.01, math.nan):
@@ -399,7 +399,7 @@ def test_ranges_are_checked_and_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("side", [32, 64])
-def test_what_comes_out_is_in_range(side: int) -> None:
+def test_augmented_images_are_in_range(side: int) -> None:
     strong = Augmentation(
         **{field.name: LIMITS.get(field.name, 1) for field in fields(Augmentation)}
     )

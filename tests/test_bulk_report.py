@@ -138,8 +138,8 @@ def list_headings(html: str) -> list[str]:
     return [heading[3:] for heading in Page(html).headings if heading.startswith("h2")]
 
 
-def test_a_run_gives_what_these_tests_render() -> None:
-    """Compare the metrics of these tests with those that a run builds."""
+def test_the_metrics_of_these_tests_have_the_keys_of_a_run() -> None:
+    """Compare the metrics of these tests with those of a run."""
     progress = Progress()
     stats = RunStats(num_rows=2, reasons=Counter(empty=1), classes=Counter(glioma=1))
     about = {"backend": "openvino", "precision": "bf16", "description": "OpenVINO"}
@@ -155,7 +155,7 @@ def test_a_run_gives_what_these_tests_render() -> None:
         return names.union(*(list_keys(value, f"{above}.{key}") for key, value in document.items()))
 
     expected = build_metrics()
-    del expected["counts"], expected["confidence_histogram"]  # of all runs: write_report has them
+    del expected["counts"], expected["confidence_histogram"]  # over all runs: from write_report
     for document in (found, expected):
         for name in ("by_reason", "by_class"):
             document["run"]["new_counts"][name] = None
@@ -208,7 +208,7 @@ def test_without_evaluation_its_sections_are_left_out(
     html = render_bulk_report(**plain)
     assert list_headings(html) == expected
     assert "AUROC" not in html
-    assert "from earlier runs" not in html  # there were none
+    assert "from earlier runs" not in html  # there were no earlier runs
     plain["metrics"]["evaluation"] = None
     plain |= {"curves": evaluated[1], "mistakes": [build_mistake()]}
     assert list_headings(render_bulk_report(**plain)) == expected
@@ -248,7 +248,7 @@ def test_page_loads_nothing(labelled: dict[str, Any]) -> None:
     assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
 
-def test_tables_and_figures_say_what_they_are(labelled: dict[str, Any]) -> None:
+def test_tables_and_figures_have_captions_and_labels(labelled: dict[str, Any]) -> None:
     html = render_bulk_report(**labelled)
     page = Page(html)
     tables = re.findall(r"<table.*?</table>", html, re.DOTALL)
@@ -263,7 +263,7 @@ def test_tables_and_figures_say_what_they_are(labelled: dict[str, Any]) -> None:
     assert html.count('lang="en"') == 1
 
 
-def test_answers_and_reasons_are_counted_in_words(plain: dict[str, Any]) -> None:
+def test_statuses_and_reasons_are_counted_and_described(plain: dict[str, Any]) -> None:
     html = render_bulk_report(**plain)
     text = Page(cut(html, "answers")).text
     assert f"training images. 11 0.5{NBSP}%" in text
@@ -271,7 +271,7 @@ def test_answers_and_reasons_are_counted_in_words(plain: dict[str, Any]) -> None
     assert f"probability. 1,990 99.4{NBSP}%" in text
     assert f"truncated {REJECTION_REASONS['truncated']} 7 0.3{NBSP}%" in text
     assert f"empty {REJECTION_REASONS['empty']} 3 0.1{NBSP}%" in text
-    assert f" eaten_by_dog 1 <{NBSP}0.1{NBSP}%" in text  # a code without words
+    assert f" eaten_by_dog 1 <{NBSP}0.1{NBSP}%" in text  # a reason without a description
     assert text.index("truncated") < text.index("empty") < text.index("eaten_by_dog")
     short = Page(cut(html, "short")).text
     assert "2,003" in short
@@ -279,7 +279,7 @@ def test_answers_and_reasons_are_counted_in_words(plain: dict[str, Any]) -> None
     assert "2 abstained, 11 rejected" in short
 
 
-def test_statuses_and_classes_that_are_not_known_are_shown(plain: dict[str, Any]) -> None:
+def test_unknown_statuses_and_classes_are_shown(plain: dict[str, Any]) -> None:
     plain["metrics"]["counts"]["by_status"]["postponed"] = 41
     plain["metrics"]["counts"]["by_class"]["sarcoma"] = 43
     html = render_bulk_report(**plain)
@@ -308,7 +308,7 @@ def test_series_and_studies_are_counted_by_answer(plain: dict[str, Any]) -> None
     assert "indeterminate 5 0" in Page(cut(render_bulk_report(**plain), "series")).text
 
 
-def test_what_a_run_may_add_is_shown(labelled: dict[str, Any]) -> None:
+def test_optional_metrics_are_shown(labelled: dict[str, Any]) -> None:
     html = render_bulk_report(**labelled)
     assert f"after warm-up {DASH}" in Page(html).text
     assert "that have no label" not in html
@@ -324,7 +324,7 @@ def test_what_a_run_may_add_is_shown(labelled: dict[str, Any]) -> None:
     assert "On 200 labelled scans, a random sample of 1,000,000" in text
 
 
-def test_a_resumed_run_tells_new_scans_from_known_ones(plain: dict[str, Any]) -> None:
+def test_a_resumed_run_counts_new_and_known_scans_separately(plain: dict[str, Any]) -> None:
     assert ">New</th>" not in render_bulk_report(**plain)
     plain["metrics"]["run"] |= {
         "num_new": 97,
@@ -344,7 +344,7 @@ def test_a_resumed_run_tells_new_scans_from_known_ones(plain: dict[str, Any]) ->
     assert "glioma 501 61 " in Page(cut(html, "mix")).text
 
 
-def test_confidence_is_drawn_tabled_and_summed(plain: dict[str, Any]) -> None:
+def test_confidence_has_a_histogram_a_table_and_cumulative_counts(plain: dict[str, Any]) -> None:
     html = cut(render_bulk_report(**plain), "confidence")
     text = Page(html).text
     for count, low in zip(COUNTS, range(0, 100, 5), strict=True):
@@ -355,7 +355,7 @@ def test_confidence_is_drawn_tabled_and_summed(plain: dict[str, Any]) -> None:
     assert f"below 0.95 383 19.2{NBSP}%" in text
 
 
-def test_histogram_bars_are_to_scale_and_never_vanish() -> None:
+def test_histogram_bars_are_to_scale_and_have_a_minimum_height() -> None:
     figure = charts.draw_histogram([0, 0.25, 0.5, 1], [1, 5000, 10000], title="", x_label="")
     heights = [float(h) for h in re.findall(r'class="bar"[^>]* height="([\d.]+)"', figure)]
     assert heights[0] == 1.5
@@ -397,7 +397,7 @@ def test_throughput_shows_every_number(plain: dict[str, Any]) -> None:
         ([[0, 0], [14400, 3_000_000]], "(h)"),
     ],
 )
-def test_progress_suits_any_timeline(
+def test_the_progress_chart_fits_any_timeline(
     plain: dict[str, Any], timeline: list[list[float]], label: str
 ) -> None:
     plain["metrics"]["run"]["timeline"] = timeline
@@ -419,7 +419,7 @@ def test_wide_tick_labels_get_a_wide_margin() -> None:
     assert left(3_000_000) > 6.5 * len("3,000,000")
 
 
-def test_gallery_shows_picture_runner_up_and_uri(plain: dict[str, Any]) -> None:
+def test_gallery_shows_image_runner_up_and_uri(plain: dict[str, Any]) -> None:
     html = cut(render_bulk_report(**plain), "uncertain")
     page = Page(html)
     (image,) = page.find("img")
@@ -450,7 +450,7 @@ def test_gallery_shows_the_map_beside_the_scan(labelled: dict[str, Any]) -> None
     assert Page(cut(html, "mistakes")).find("img")[-1]["alt"] == "Class activation map of pituitary"
 
 
-def test_evaluation_is_shown_as_in_training(labelled: dict[str, Any]) -> None:
+def test_evaluation_is_shown_as_after_training(labelled: dict[str, Any]) -> None:
     html = render_bulk_report(**labelled)
     evaluation = labelled["metrics"]["evaluation"]
     low, high = evaluation["accuracy_ci95"]
@@ -474,7 +474,7 @@ def test_evaluation_is_shown_as_in_training(labelled: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("text", "shown"), HOSTILE)
-def test_uris_cannot_harm_or_mislead(labelled: dict[str, Any], text: str, shown: str) -> None:
+def test_hostile_text_is_escaped(labelled: dict[str, Any], text: str, shown: str) -> None:
     labelled["uncertain"] = [
         UncertainScan(
             scan_uri=text,
@@ -499,11 +499,11 @@ def test_uris_cannot_harm_or_mislead(labelled: dict[str, Any], text: str, shown:
     assert html.count(shown) >= 18
     page = Page(html)
     assert not page.find("script")
-    assert len(page.find("img")) == 2  # of the gallery and of the mistakes
+    assert len(page.find("img")) == 2  # one in the gallery, one of a mistake
     assert text.isprintable() or text not in html
 
 
-def test_an_empty_set_renders(plain: dict[str, Any]) -> None:
+def test_a_run_without_scans_is_rendered(plain: dict[str, Any]) -> None:
     nothing = {"total": 0, "by_status": {}, "by_reason": {}, "by_class": {}}
     plain["uncertain"] = []
     plain["metrics"]["counts"] = nothing
@@ -537,12 +537,12 @@ def test_an_empty_set_renders(plain: dict[str, Any]) -> None:
     )
     assert f"Wall-clock time 0.0{NBSP}s" in text
     assert "Peak memory 0 Bytes" in text
-    assert "--share: " not in cut(html, "throughput")  # no bar for nothing
+    assert "--share: " not in cut(html, "throughput")  # no bars
     assert "None" not in text
     assert "nan" not in re.sub(r"base64,\S+", "", html)
 
 
-def test_formats() -> None:
+def test_percentages_and_durations_are_formatted() -> None:
     assert format_percent(0.0) == f"0.0{NBSP}%"
     assert format_percent(0.0004) == f"<{NBSP}0.1{NBSP}%"
     assert format_percent(0.0005) == f"0.1{NBSP}%"

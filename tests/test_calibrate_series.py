@@ -1,4 +1,4 @@
-"""Fitting the rule of slice evidence: the best threshold is found, and its score is out of fold."""
+"""Fitting the series rule: the best threshold is found, and its score is out of fold."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ ENGINE = {"backend": "torch", "precision": "fp32", "description": "torch, fp32"}
 
 
 def make_series(name: str, patient: str, probability: float, later_s: int = 0) -> list[dict]:
-    """Make the rows of a series: eight neighbours have the probability of glioma, others 0.02."""
+    """Make the rows of a series: eight neighbours have this glioma probability, others 0.02."""
     return [
         {
             "scan_uri": f"/scans/{name}-{number}.dcm",
@@ -73,7 +73,7 @@ def write_labels(file: Path, rows: Sequence[tuple[str, str]], by: str = "series"
 def make_data(
     gliomas: Sequence[float], others: Sequence[float]
 ) -> tuple[list[list[dict]], list[tuple[str, str]]]:
-    """Make a series for each probability, each of a patient of its own, and their labels."""
+    """Make a series, of a different patient, and a label for each probability."""
     series, labels = [], []
     for label, probabilities in (("glioma", gliomas), ("notumor", others)):
         for number, probability in enumerate(probabilities):
@@ -95,7 +95,7 @@ def fit(folder: Path, series: list[list[dict]], labels: Sequence[tuple[str, str]
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Fit to gliomas whose slices reach 0.37, which the usual threshold of 0.5 misses."""
+    """Fit to gliomas with probabilities of 0.37, below the default threshold of 0.5."""
     folder = tmp_path_factory.mktemp("fitted")
     return folder, fit(folder, *make_data([0.37] * 12, [0.18] * 12))
 
@@ -123,7 +123,7 @@ def test_the_nearest_threshold_that_separates_the_classes_is_found(
 
 def test_scores_are_out_of_fold_by_patients(tmp_path: Path) -> None:
     series, labels = make_data([0.47] * 12, [0.1] * 12)
-    for number in range(3):  # one patient whose tumours are faint: without them 0.45 is enough
+    for number in range(3):  # one patient with low probabilities: without it, 0.45 is found
         name = f"faint-{number}"
         series.append(make_series(name, "faint", 0.27))
         labels.append((name, "glioma"))
@@ -137,14 +137,14 @@ def test_scores_are_out_of_fold_by_patients(tmp_path: Path) -> None:
 
 
 def test_no_answer_is_better_than_a_wrong_one(tmp_path: Path) -> None:
-    """Runs of eight at 0.6 in both classes: calling all of them gliomas would be no gain."""
+    """Both classes have runs of eight slices at 0.62: to answer glioma for all gains nothing."""
     document = fit(tmp_path, *make_data([0.62] * 12, [0.62] * 12))
     assert document["before"]["score"] == 0
     assert document["before"]["indeterminate"] == 0
     assert document["after"]["score"] == 0
 
 
-def test_the_last_prediction_of_a_slice_counts(tmp_path: Path) -> None:
+def test_the_last_prediction_of_a_slice_is_used(tmp_path: Path) -> None:
     series, labels = make_data([0.37] * 12, [0.18] * 12)
     series.append(make_series("glioma-0", "patient glioma-0", 0.01, later_s=60))
     document = fit(tmp_path, series, labels)
@@ -153,16 +153,16 @@ def test_the_last_prediction_of_a_slice_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by", ["study", "patient"])
-def test_a_study_or_patient_labels_its_series(tmp_path: Path, by: str) -> None:
+def test_a_label_of_a_study_or_patient_applies_to_its_series(tmp_path: Path, by: str) -> None:
     series, labels = make_data([0.37] * 12, [0.18] * 12)
     series.append(make_series("second", "patient glioma-0", 0.37))
-    begin = "study of " if by == "study" else ""
+    prefix = "study of " if by == "study" else ""
     job = CalibrateSeriesJob(
         predictions_uri=str(write_output(tmp_path / "out", *series)),
         labels=str(
             write_labels(
                 tmp_path / "labels.csv",
-                [(f"{begin}patient {name}", label) for name, label in labels],
+                [(f"{prefix}patient {name}", label) for name, label in labels],
                 by,
             )
         ),

@@ -1,4 +1,4 @@
-"""The model card: its numbers are those of the metrics, and no user text breaks it."""
+"""The model card: its numbers equal the metrics, and no user text breaks its layout."""
 
 import copy
 import html
@@ -104,7 +104,7 @@ def render(card: dict[str, Any], metrics: dict[str, Any], data: dict[str, Any]) 
 
 
 def read_html(text: str) -> str:
-    """Read the card as GitHub does."""
+    """Render the card as GitHub does."""
     body = text.split("---\n", 2)[2]
     return str(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(body))
 
@@ -130,7 +130,7 @@ def write_estimate(found: dict[str, Any], name: str) -> str:
     return f"{found[name]:.3f} ({ends})"
 
 
-def test_every_number_is_that_of_the_metrics(metrics: dict[str, Any]) -> None:
+def test_every_number_equals_the_metrics(metrics: dict[str, Any]) -> None:
     text = render(build_card(), metrics, build_data())
     for heading, split in (("Test split", "test"), ("Validation split", "val")):
         found = metrics[split]
@@ -206,10 +206,10 @@ def test_data_and_training_are_described(metrics: dict[str, Any]) -> None:
     (settings,) = read_tables(text, "Training")
     assert ["optimisation.class_weights", "balanced"] in settings
     assert ["weights_uri", "start.pth"] in settings
-    assert "somebody" not in text, "no folder of the machine"
+    assert "somebody" not in text, "no folder of this machine"
 
 
-def test_the_front_matter_is_yaml_that_hugging_face_knows(metrics: dict[str, Any]) -> None:
+def test_the_front_matter_is_yaml_with_the_fields_of_hugging_face(metrics: dict[str, Any]) -> None:
     text = render(build_card(HOSTILE[:4]), {"training": metrics["training"]}, build_data())
     _, front, _ = text.split("---\n", 2)
     found = yaml.safe_load(front)
@@ -219,7 +219,7 @@ def test_the_front_matter_is_yaml_that_hugging_face_knows(metrics: dict[str, Any
     assert "mri" in found["tags"]
 
 
-def test_hostile_names_are_shown_as_they_are() -> None:
+def test_hostile_names_are_escaped() -> None:
     y_true = np.arange(80) % len(HOSTILE)
     y_prob = np.full((80, len(HOSTILE)), 1 / len(HOSTILE))
     evaluation = compute_evaluation(y_true, y_prob, HOSTILE, num_resamples=0)
@@ -244,7 +244,7 @@ def test_hostile_names_are_shown_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(("all_beat", "no_near_duplicate_beats"), [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_a_better_baseline_is_a_known_limit(
+def test_a_better_baseline_is_listed_as_a_limit(
     metrics: dict[str, Any], all_beat: int, no_near_duplicate_beats: int
 ) -> None:
     for split in ("test", "val"):
@@ -264,7 +264,7 @@ def test_a_better_baseline_is_a_known_limit(
     )
 
 
-def test_missing_facts_are_unknown() -> None:
+def test_missing_facts_are_shown_as_unknown() -> None:
     y_true, y_prob = build_predictions(40, 0)
     evaluation = compute_evaluation(y_true, y_prob, CLASSES, num_resamples=0)
     card = build_card(training={}, versions={}, code_revision=None, data_manifest_sha256=None)
@@ -296,7 +296,7 @@ def test_missing_facts_are_unknown() -> None:
     assert scores[0] == ["", "Classifier"]
 
 
-def test_a_split_of_near_duplicates_alone_has_no_other_scores(metrics: dict[str, Any]) -> None:
+def test_a_split_of_near_duplicates_only_has_no_scores_without(metrics: dict[str, Any]) -> None:
     metrics["test"]["without_near_duplicates"] = {"n": 0}
     metrics["test"]["baseline_1nn"]["without_near_duplicates"] = {"n": 0}
     text = render(build_card(), metrics, build_data())
@@ -344,7 +344,7 @@ def test_every_scalar_of_the_calibration_is_shown(metrics: dict[str, Any]) -> No
         assert limit not in text
 
 
-def test_the_json_says_the_same(metrics: dict[str, Any]) -> None:
+def test_the_json_has_the_same_content(metrics: dict[str, Any]) -> None:
     model_card = build_model_card(build_card(), metrics, build_data())
     read = json.loads(json.dumps(model_card, allow_nan=False))
     assert render_model_card(read) == render_model_card(model_card)
@@ -356,7 +356,7 @@ def test_the_json_says_the_same(metrics: dict[str, Any]) -> None:
     assert read["training"]["configuration"]["weights_uri"] == "start.pth"
 
 
-def test_guidelines_are_whole_and_point_to_what_is_there(metrics: dict[str, Any]) -> None:
+def test_guidelines_list_every_item_and_refer_to_existing_sections(metrics: dict[str, Any]) -> None:
     text = render(build_card(), metrics, build_data())
     headings = set(re.findall(r"^## (.*)$", text, re.MULTILINE))
     numbers = {}

@@ -1,4 +1,4 @@
-"""A checkpoint brings back everything: the next step is the same to the last bit."""
+"""A checkpoint restores the whole state: the next step is bit-identical."""
 
 import json
 from copy import deepcopy
@@ -29,7 +29,7 @@ OptimizerName = Literal["adamw", "sgd"]
 
 
 class Run:
-    """What a worker holds: a small network with the big one's parts, and what moves it."""
+    """The state of a worker: a small network with the real one's modules, average, optimizer."""
 
     def __init__(
         self,
@@ -92,62 +92,64 @@ def assert_same(found: nn.Module, expected: nn.Module) -> None:
 def test_resumed_run_takes_the_same_next_step(
     tmp_path: Path, optimizer: OptimizerName, channels_last: bool, frozen: bool, num_steps: int
 ) -> None:
-    going = Run(0, optimizer=optimizer, channels_last=channels_last, frozen=frozen)
+    original = Run(0, optimizer=optimizer, channels_last=channels_last, frozen=frozen)
     for number in range(num_steps):
-        going.take_step(number)
-    going.save(tmp_path)
+        original.take_step(number)
+    original.save(tmp_path)
     resumed = Run(1, optimizer=optimizer, channels_last=channels_last, frozen=frozen)
-    ours, theirs = (run.network.get_parameter("fc.weight") for run in (resumed, going))
-    assert not torch.equal(ours, theirs)
+    found, expected = (run.network.get_parameter("fc.weight") for run in (resumed, original))
+    assert not torch.equal(found, expected)
 
     assert resumed.load(tmp_path) == PROGRESS
-    assert_same(resumed.network, going.network)
-    assert_same(resumed.averaged, going.averaged)
+    assert_same(resumed.network, original.network)
+    assert_same(resumed.averaged, original.averaged)
 
-    before = deepcopy(going.network)
+    before = deepcopy(original.network)
     for number in (10, 11):
-        going.take_step(number)
+        original.take_step(number)
         resumed.take_step(number)
-    assert_same(resumed.network, going.network)
-    assert_same(resumed.averaged, going.averaged)
-    moved = (before.get_parameter("fc.weight") - going.network.get_parameter("fc.weight")).abs()
+    assert_same(resumed.network, original.network)
+    assert_same(resumed.averaged, original.averaged)
+    moved = (before.get_parameter("fc.weight") - original.network.get_parameter("fc.weight")).abs()
     assert moved.min() > 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_the_optimizers_memory_matters(tmp_path: Path, optimizer: OptimizerName) -> None:
-    """Without its slots the next step would differ: the test above can fail."""
-    going = Run(0, optimizer=optimizer)
+def test_the_next_step_differs_without_optimizer_state(
+    tmp_path: Path, optimizer: OptimizerName
+) -> None:
+    """Shows that the test above can fail."""
+    original = Run(0, optimizer=optimizer)
     for number in range(3):
-        going.take_step(number)
-    going.save(tmp_path)
-    forgetful = Run(1, optimizer=optimizer)
-    forgetful.load(tmp_path)
-    forgetful.optimizer.state.clear()
-    going.take_step(10)
-    forgetful.take_step(10)
-    found = forgetful.network.get_parameter("fc.weight")
-    assert not torch.allclose(found, going.network.get_parameter("fc.weight"))
+        original.take_step(number)
+    original.save(tmp_path)
+    without_state = Run(1, optimizer=optimizer)
+    without_state.load(tmp_path)
+    without_state.optimizer.state.clear()
+    original.take_step(10)
+    without_state.take_step(10)
+    found = without_state.network.get_parameter("fc.weight")
+    assert not torch.allclose(found, original.network.get_parameter("fc.weight"))
 
 
-def test_rates_of_the_groups_are_the_recipes_not_the_files(tmp_path: Path) -> None:
-    going = Run(0)
-    going.take_step(0)
-    going.optimizer.param_groups[0]["weight_decay"] = 123.0
-    going.save(tmp_path)
+def test_options_of_parameter_groups_come_from_the_recipe_not_the_file(tmp_path: Path) -> None:
+    original = Run(0)
+    original.take_step(0)
+    original.optimizer.param_groups[0]["weight_decay"] = 123.0
+    original.save(tmp_path)
     resumed = Run(1)
     groups = [{**group, "params": None} for group in resumed.optimizer.param_groups]
     resumed.load(tmp_path)
     assert [{**group, "params": None} for group in resumed.optimizer.param_groups] == groups
 
 
-def test_training_may_go_on_without_an_average(tmp_path: Path) -> None:
-    going = Run(0)
-    going.take_step(0)
-    going.save(tmp_path, with_average=False)
+def test_training_without_an_average_resumes(tmp_path: Path) -> None:
+    original = Run(0)
+    original.take_step(0)
+    original.save(tmp_path, with_average=False)
     resumed = Run(1)
     load_checkpoint(tmp_path, network=resumed.network, averaged=None, optimizer=resumed.optimizer)
-    assert_same(resumed.network, going.network)
+    assert_same(resumed.network, original.network)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,7 @@ def test_training_may_go_on_without_an_average(tmp_path: Path) -> None:
         replace(PROGRESS, time_s=1e9 / 3),
     ],
 )
-def test_progress_comes_back_exactly(tmp_path: Path, progress: Progress) -> None:
+def test_progress_is_restored_exactly(tmp_path: Path, progress: Progress) -> None:
     run = Run(0)
     save_checkpoint(
         tmp_path,
@@ -172,7 +174,7 @@ def test_progress_comes_back_exactly(tmp_path: Path, progress: Progress) -> None
     assert found == progress
 
 
-def test_any_score_beats_the_one_before_the_first(tmp_path: Path) -> None:
+def test_any_score_is_better_than_the_initial_best_score(tmp_path: Path) -> None:
     run = Run(0)
     save_checkpoint(
         tmp_path,
@@ -185,7 +187,7 @@ def test_any_score_beats_the_one_before_the_first(tmp_path: Path) -> None:
     assert found.best_score < 0.0
 
 
-def test_averaged_weights_are_sealed_where_there_are_any(tmp_path: Path) -> None:
+def test_averaged_weights_are_exported_if_there_are_any(tmp_path: Path) -> None:
     run = Run(0)
     for number in range(2):
         run.take_step(number)
@@ -204,7 +206,7 @@ def test_a_checkpoint_is_two_files_without_pickles(tmp_path: Path) -> None:
     run = Run(0)
     run.take_step(0)
     run.save(tmp_path)
-    run.save(tmp_path)  # over the last one
+    run.save(tmp_path)  # overwrites the first one
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["state.json", "state.safetensors"]
     assert json.loads((tmp_path / "state.json").read_text())["next_epoch"] == 3

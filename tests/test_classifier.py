@@ -1,4 +1,4 @@
-"""The classifier bundle: what goes in comes out, and what was touched is refused."""
+"""The classifier bundle: it is loaded as it was saved, and a modified bundle is an error."""
 
 import json
 import os
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 CLASSES = ("pituitary", "glioma", "no tumour")
-"""Not in alphabetical order: the order given is the one that counts."""
+"""Not in alphabetical order: a bundle keeps the given order."""
 PREPROCESSING = Preprocessing(size_px=32, fit="pad", mean=0.3, std=0.5)
 PROVENANCE = {"metrics": {"val_accuracy": 0.9}, "versions": {"torch": "2"}}
 
@@ -47,13 +47,13 @@ def network() -> torch.nn.Module:
     torch.manual_seed(0)
     network = build_network(len(CLASSES)).eval()
     with torch.no_grad():
-        network.get_parameter("fc.weight").mul_(30)  # answers that differ between images
+        network.get_parameter("fc.weight").mul_(30)  # for probabilities that differ between images
     return network
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, network: torch.nn.Module) -> Path:
-    """Save a classifier; tests take copies."""
+    """Save a classifier; tests modify copies of it."""
     folder = tmp_path_factory.mktemp("saved") / "classifier"
     save_classifier(
         str(folder),
@@ -67,7 +67,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, network: torch.nn.Module) ->
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """Copy the classifier; the weights are the same file until they are replaced."""
+    """Copy the classifier; the weights are a hard link to the original file."""
     copy = tmp_path / "classifier"
     copy.mkdir()
     os.link(saved / WEIGHTS_FILE, copy / WEIGHTS_FILE)
@@ -77,15 +77,15 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def images() -> NDArray[np.uint8]:
-    """Images that differ much: the first dark, the last bright."""
+    """Return images of very different brightness: the first is dark, the last bright."""
     noise = np.random.default_rng(0).integers(0, 60, (5, 32, 32))
     return (noise + 45 * np.arange(5)[:, None, None]).astype(np.uint8)
 
 
-# --- opening ------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------
 
 
-def test_what_was_saved_is_what_is_opened(
+def test_a_saved_classifier_is_loaded_unchanged(
     saved: Path, network: torch.nn.Module, images: NDArray[np.uint8]
 ) -> None:
     classifier = load_classifier(str(saved))
@@ -103,25 +103,25 @@ def test_what_was_saved_is_what_is_opened(
     assert probs.shape == (5, 3)
     np.testing.assert_allclose(probs, expected, atol=1e-5)
     np.testing.assert_allclose(probs.sum(1), 1, atol=1e-6)
-    assert probs.std(axis=0).max() > 5e-3, "the images are too alike to tell anything"
+    assert probs.std(axis=0).max() > 5e-3, "the images are too similar for this test"
 
 
 def test_the_folder_holds_two_files_and_no_pickle(saved: Path) -> None:
     assert sorted(path.name for path in saved.iterdir()) == [METADATA_FILE, WEIGHTS_FILE]
     content = (saved / WEIGHTS_FILE).read_bytes()
     (header_bytes,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + header_bytes])  # what a safetensors file starts with
+    header = json.loads(content[8 : 8 + header_bytes])  # a safetensors file starts with it
     assert header["conv1.weight"]["shape"] == [64, 1, 7, 7]
     metadata = json.loads((saved / METADATA_FILE).read_text())
     assert metadata["weights"]["size_bytes"] == len(content)
     assert metadata["classes"] == list(CLASSES)
 
 
-# --- what was touched ---------------------------------------------------------------------
+# --- modified bundles ---------------------------------------------------------------------
 
 
-def refuse(folder: Path, *expected: str) -> None:
-    """Expect one line that says each of these."""
+def expect_error(folder: Path, *expected: str) -> None:
+    """Expect an error of one line that contains each of these."""
     with pytest.raises(ClassifierError) as caught:
         load_classifier(str(folder))
     message = str(caught.value)
@@ -131,45 +131,45 @@ def refuse(folder: Path, *expected: str) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    refuse(tmp_path / "absent", "No classifier", METADATA_FILE)
-    refuse(tmp_path, "No classifier", METADATA_FILE)
+    expect_error(tmp_path / "absent", "No classifier", METADATA_FILE)
+    expect_error(tmp_path, "No classifier", METADATA_FILE)
 
 
 def test_missing_weights(folder: Path) -> None:
     (folder / WEIGHTS_FILE).unlink()
-    refuse(folder, f"No {WEIGHTS_FILE}")
+    expect_error(folder, f"No {WEIGHTS_FILE}")
 
 
-@pytest.mark.parametrize("place", [8, 1_000_000, -1])
-def test_flipped_byte_in_the_weights(folder: Path, place: int) -> None:
+@pytest.mark.parametrize("position", [8, 1_000_000, -1])
+def test_flipped_byte_in_the_weights(folder: Path, position: int) -> None:
     content = bytearray((folder / WEIGHTS_FILE).read_bytes())
-    content[place] ^= 1
-    (folder / WEIGHTS_FILE).unlink()  # a link to everyone's
+    content[position] ^= 1
+    (folder / WEIGHTS_FILE).unlink()  # a link to the file that all tests share
     (folder / WEIGHTS_FILE).write_bytes(content)
-    refuse(folder, "have changed", "SHA-256")
+    expect_error(folder, "have changed", "SHA-256")
 
 
-def test_weights_cut_short(folder: Path) -> None:
+def test_truncated_weights(folder: Path) -> None:
     (folder / WEIGHTS_FILE).unlink()
     (folder / WEIGHTS_FILE).write_bytes(b"")
-    refuse(folder, "have changed")
+    expect_error(folder, "have changed")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", None], ids=["empty", "binary", "cut"])
-def test_metadata_that_is_no_json(folder: Path, content: bytes | None) -> None:
+def test_metadata_that_is_not_json(folder: Path, content: bytes | None) -> None:
     metadata = folder / METADATA_FILE
     metadata.write_bytes(metadata.read_bytes()[:-40] if content is None else content)
-    refuse(folder, "damaged", "JSON", METADATA_FILE)
+    expect_error(folder, "damaged", "JSON", METADATA_FILE)
 
 
 @pytest.mark.parametrize("metadata", [[], "text", None, {}])
-def test_metadata_of_something_else(folder: Path, metadata: object) -> None:
+def test_json_that_is_not_metadata(folder: Path, metadata: object) -> None:
     (folder / METADATA_FILE).write_text(json.dumps(metadata))
-    refuse(folder, f"schema {SCHEMA_VERSION}", "found None")
+    expect_error(folder, f"schema {SCHEMA_VERSION}", "found None")
 
 
 def edit(path: str, value: object) -> Callable[[dict[str, Any]], None]:
-    """Return what sets (or with ``...`` removes) a place of the metadata, as `weights.sha256`."""
+    """Return a function that sets (or with ``...`` deletes) an entry, such as `weights.sha256`."""
 
     def change(metadata: dict[str, Any]) -> None:
         *above, last = path.split(".")
@@ -214,13 +214,11 @@ def edit(path: str, value: object) -> Callable[[dict[str, Any]], None]:
         ("calibration.scale", [2.0, 1.0, 1.0], ["changed after"]),
     ],
 )
-def test_metadata_that_was_changed(
-    folder: Path, path: str, value: object, expected: list[str]
-) -> None:
+def test_modified_metadata(folder: Path, path: str, value: object, expected: list[str]) -> None:
     metadata = read_classifier_metadata(str(folder))
     edit(path, value)(metadata)
     (folder / METADATA_FILE).write_text(json.dumps(metadata))
-    refuse(folder, *expected)
+    expect_error(folder, *expected)
 
 
 # --- calibration --------------------------------------------------------------------------------
@@ -276,9 +274,9 @@ def test_damaged_ood_detector(calibrated: Path) -> None:
     content = bytearray((calibrated / OOD_FILE).read_bytes())
     content[-1] ^= 1
     (calibrated / OOD_FILE).write_bytes(content)
-    refuse(calibrated, OOD_FILE, "have changed")
+    expect_error(calibrated, OOD_FILE, "have changed")
     (calibrated / OOD_FILE).unlink()
-    refuse(calibrated, f"No {OOD_FILE}")
+    expect_error(calibrated, f"No {OOD_FILE}")
 
 
 def test_saving_without_calibration_deletes_the_old_one(
@@ -294,7 +292,7 @@ def test_saving_without_calibration_deletes_the_old_one(
     assert sorted(path.name for path in calibrated.iterdir()) == [METADATA_FILE, WEIGHTS_FILE]
 
 
-# --- identity -----------------------------------------------------------------------------
+# --- classifier id ------------------------------------------------------------------------
 
 SMALL: StateDict = {
     "a": torch.arange(24.0).view(1, 2, 3, 4),
@@ -313,7 +311,7 @@ def export_classifier(folder: Path, **changes: Any) -> str:  # noqa: ANN401 - an
     return save_classifier(str(folder), given.pop("state"), **given)
 
 
-def test_identity_is_that_of_weights_classes_and_preprocessing(tmp_path: Path) -> None:
+def test_the_id_depends_on_weights_classes_and_preprocessing_only(tmp_path: Path) -> None:
     same = [
         export_classifier(tmp_path / "a"),
         export_classifier(tmp_path / "elsewhere"),
@@ -347,17 +345,17 @@ def test_identity_is_that_of_weights_classes_and_preprocessing(tmp_path: Path) -
     assert len({same[0], *others}) == 1 + len(others)
 
 
-def test_what_save_returns_is_what_the_card_says(tmp_path: Path) -> None:
+def test_the_returned_id_is_that_in_the_metadata(tmp_path: Path) -> None:
     first = export_classifier(tmp_path)
     assert read_classifier_metadata(str(tmp_path))["classifier_id"] == first
-    second = export_classifier(tmp_path, classes=CLASSES[::-1])  # what the folder held is replaced
+    second = export_classifier(tmp_path, classes=CLASSES[::-1])  # replaces the first
     metadata = read_classifier_metadata(str(tmp_path))
     assert metadata["classifier_id"] == second != first
     assert metadata["classes"] == list(CLASSES[::-1])
     assert sorted(path.name for path in tmp_path.iterdir()) == [METADATA_FILE, WEIGHTS_FILE]
 
 
-def test_amending_adds_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_amending_metadata_keeps_the_other_entries(tmp_path: Path) -> None:
     export_classifier(tmp_path)
     before, weights = (
         read_classifier_metadata(str(tmp_path)),
@@ -371,7 +369,7 @@ def test_amending_adds_and_keeps_the_rest(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [METADATA_FILE, WEIGHTS_FILE]
 
 
-def test_amending_what_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_amending_a_missing_classifier_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ClassifierError, match="No classifier"):
         amend_classifier_metadata(str(tmp_path), {"evaluation": 1})
     assert list(tmp_path.iterdir()) == []

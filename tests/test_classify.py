@@ -1,4 +1,4 @@
-"""Bulk runs on Ray: one row for every scan, only what is new, and nothing half written."""
+"""Bulk runs on Ray: one row for every scan, only new scans are predicted, no incomplete files."""
 
 import contextlib
 import json
@@ -59,13 +59,13 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 @pytest.fixture
 def fake_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Predict without a network: most tests are about which scans are predicted."""
+    """Predict without a network: most tests only check which scans are predicted."""
     monkeypatch.setattr(bulk_module, "prepare_engine", prepare_fake_engine)
 
 
 @pytest.fixture
 def inbox(phantom_folder: Path, tmp_path: Path) -> Path:
-    """Return a folder of some phantoms that a test may change."""
+    """Return a folder of some phantoms that a test may modify."""
     folder = tmp_path / "inbox"
     for name in CLASSES:
         for scan in sorted((phantom_folder / "Testing" / name).iterdir())[:5]:
@@ -93,12 +93,12 @@ def list_files(output: Path) -> list[Path]:
 
 
 def read_rows(output: Path) -> list[dict[str, Any]]:
-    """Return all rows, as other programs read them: with the column of the folder's name."""
+    """Return all rows as other programs read them: with the partition column of the folder."""
     return pq.read_table(output / "predictions").to_pylist()
 
 
-def save_bomb(place: Path, side: int = 60_000) -> None:
-    """Write a whole PNG of 60,000 × 60,000 black pixels, which takes a few hundred kilobytes."""
+def save_bomb(file: Path, side: int = 60_000) -> None:
+    """Write a valid PNG of 60,000 × 60,000 black pixels, in a few hundred kilobytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         body = kind + data
@@ -109,11 +109,11 @@ def save_bomb(place: Path, side: int = 60_000) -> None:
     line = bytes(1 + side // 8)
     data = b"".join(packer.compress(line) for _ in range(side)) + packer.flush()
     content = chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    place.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
 
 
 def make_bad_inbox(folder: Path, good: Path) -> dict[str, str | None]:
-    """Fill a folder with everything that ever lay in an inbox; return the reasons by name."""
+    """Fill a folder with valid, unusual and damaged files; return the expected reasons by name."""
     whole = good.read_bytes()
     image = Image.open(good).convert("L")
     reasons: dict[str, str | None] = {
@@ -159,7 +159,7 @@ def make_bad_inbox(folder: Path, good: Path) -> dict[str, str | None]:
 # ----------------------------------------------------------------------- with the real network
 
 
-def test_every_scan_has_its_row_and_the_rows_say_what_the_classifier_says(
+def test_every_scan_has_a_row_with_the_prediction_of_the_classifier(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -251,15 +251,15 @@ def test_explained_rows_have_the_map_of_their_class(
     shutil.copy(next(phantom_folder.glob("Training/*/*")), inbox / "new.jpg")
     plain = replace(job, explain=False)
     assert classify(plain)["run"]["num_new"] == 1
-    assert classify(job)["run"]["num_new"] == 0, "a map alone is no reason to do a scan again"
+    assert classify(job)["run"]["num_new"] == 0, "a scan without a map is not predicted again"
     later = {row["scan_uri"]: row for row in read_rows(output)}
     assert later.pop(str(inbox / "new.jpg"))["class_map"] is None
     assert later == rows
-    check_the_guide_draws_a_map(output, tmp_path)
+    check_that_the_guide_draws_a_map(output, tmp_path)
 
 
-def check_the_guide_draws_a_map(output: Path, folder: Path) -> None:
-    """Run what docs/bulk.md says, on predictions with and without maps."""
+def check_that_the_guide_draws_a_map(output: Path, folder: Path) -> None:
+    """Run the example of docs/bulk.md on predictions with and without maps."""
     (code,) = re.findall(
         r"```python\n((?:(?!```).)*?class_map.*?)```", GUIDE.read_text(), re.DOTALL
     )
@@ -273,10 +273,12 @@ def check_the_guide_draws_a_map(output: Path, folder: Path) -> None:
     assert shown.shape[0] / shown.shape[1] == pytest.approx(
         pixels.shape[0] / pixels.shape[1], rel=0.02
     )
-    assert np.ptp(shown, axis=2).any(), "a grey scan has no colours of its own"
+    assert np.ptp(shown, axis=2).any(), "the map must be in colour over the grey scan"
 
 
-def test_int8_says_what_it_costs(inbox: Path, tiny_classifier: Path, tmp_path: Path) -> None:
+def test_int8_logs_its_difference_from_fp32(
+    inbox: Path, tiny_classifier: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("nncf", reason="int8 needs NNCF: pip install 'brainray[int8]'")
     printed: list[str] = []
     engine = EngineOptions(precision="int8", calibration_uri=str(inbox))
@@ -287,11 +289,11 @@ def test_int8_says_what_it_costs(inbox: Path, tiny_classifier: Path, tmp_path: P
     assert {row["precision"] for row in read_rows(tmp_path / "out")} == {"int8"}
 
 
-# ------------------------------------------------------------------------- what gets which row
+# ----------------------------------------------------------------------- rows of an output
 
 
 @pytest.mark.usefixtures("fake_engine")
-def test_whatever_lies_in_an_inbox_gets_its_row(
+def test_every_file_in_an_inbox_gets_a_row(
     phantom_folder: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     good = next((phantom_folder / "Testing").rglob("*.jpg"))
@@ -314,12 +316,12 @@ def test_whatever_lies_in_an_inbox_gets_its_row(
     assert found["gone.jpg"]["content_sha256"] is None
     assert sum(metrics["counts"]["by_reason"].values()) == sum(map(bool, expected.values()))
     again = classify(job)
-    assert again["run"]["num_new"] == 0, "its own output is no scan"
-    assert again["run"]["num_known"] == 1, "what is missing is looked for again"
+    assert again["run"]["num_new"] == 0, "the output in the inbox is not scanned"
+    assert again["run"]["num_known"] == 1, "a missing scan is tried again"
 
 
 @pytest.mark.usefixtures("fake_engine")
-def test_a_second_run_does_only_what_is_new(
+def test_a_second_run_predicts_only_new_scans(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -333,7 +335,7 @@ def test_a_second_run_does_only_what_is_new(
     scans = list_scan_files(inbox)
     shutil.copy(scans[0], inbox / "new.jpg")  # a new name
     scans[1].write_bytes(scans[2].read_bytes())  # a new content
-    os.utime(scans[3])  # neither: opened again
+    os.utime(scans[3])  # neither: opened again, but not new
     (inbox / "late.jpg").symlink_to(inbox / "later.jpg")
     metrics = classify(job)
     assert (metrics["run"]["num_new"], metrics["run"]["num_known"]) == (3, 1)
@@ -341,9 +343,9 @@ def test_a_second_run_does_only_what_is_new(
     assert len(rows) == len(first) + 3
     assert len({(row["scan_uri"], row["content_sha256"]) for row in rows}) == len(rows)
     assert metrics["counts"]["total"] == len(rows)
-    shutil.copy(scans[4], inbox / "later.jpg")  # what was missing has come
+    shutil.copy(scans[4], inbox / "later.jpg")  # the missing file now exists
     metrics = classify(job)
-    assert metrics["run"]["num_new"] == 2  # later.jpg, and late.jpg that leads there
+    assert metrics["run"]["num_new"] == 2  # later.jpg, and the link late.jpg
     late = [row for row in read_rows(output) if row["scan_uri"].endswith("late.jpg")]
     assert [row["reason"] for row in sorted(late, key=lambda row: row["classified_at"])] == [
         "missing",
@@ -352,7 +354,7 @@ def test_a_second_run_does_only_what_is_new(
 
 
 @pytest.mark.usefixtures("fake_engine")
-def test_another_classifier_stands_beside(
+def test_rows_of_two_classifiers_are_kept_side_by_side(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -378,7 +380,7 @@ def test_another_classifier_stands_beside(
 
 
 @pytest.mark.usefixtures("fake_engine")
-def test_tables_and_lists_and_files_in_one_run(
+def test_one_run_reads_tables_lists_and_files(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     scans = sorted(inbox.rglob("*.jpg"))
@@ -399,7 +401,7 @@ def test_tables_and_lists_and_files_in_one_run(
 
 
 @pytest.mark.usefixtures("fake_engine")
-def test_scores_are_computed_where_the_class_is_known(
+def test_scores_are_computed_for_labelled_scans(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     (inbox / "elsewhere").mkdir()
@@ -419,7 +421,7 @@ def test_scores_are_computed_where_the_class_is_known(
     labels = str(tmp_path / "labels.csv")
     metrics = classify(make_job(inbox, tiny_classifier, output, labels=labels))
     assert (metrics["evaluation"]["n"], metrics["evaluation"]["accuracy"]) == (8, 1.0)
-    assert metrics["run"]["num_new"] == 0, "labels alone are no reason to do a scan again"
+    assert metrics["run"]["num_new"] == 0, "a scan with a new label is not predicted again"
 
 
 @pytest.mark.usefixtures("fake_engine")
@@ -434,16 +436,16 @@ def test_too_many_rejections_are_an_error_after_everything_is_written(
         classify(job)
     assert len(read_rows(tmp_path / "out")) == total
     assert (tmp_path / "out" / "report.html").exists()
-    classify(job)  # of its own new scans none was rejected
+    classify(job)  # it has no new scans, so it rejects none
 
 
-def test_a_share_or_a_number_may_be_rejected() -> None:
+def test_max_rejected_is_parsed_as_a_share_or_a_number() -> None:
     assert [parse_max_rejected("5%")(count) for count in (0, 200)] == [0.0, 10.0]
     assert parse_max_rejected("20")(1_000_000) == 20.0
 
 
 @pytest.mark.parametrize("text", ["", "five", "-1", "101%", "nan", "inf"])
-def test_max_rejected_is_a_share_or_a_number(text: str) -> None:
+def test_other_text_for_max_rejected_is_an_error(text: str) -> None:
     with pytest.raises(ConfigError, match="max-rejected"):
         parse_max_rejected(text)
 
@@ -452,7 +454,7 @@ def test_max_rejected_is_a_share_or_a_number(text: str) -> None:
 
 
 def fill_hospital_inbox(folder: Path) -> None:
-    """Write two series of a study, a volume, a picture and a report, with a name in each path."""
+    """Write two series of a study, a volume, a PNG and a report, with a name in each path."""
     folder.mkdir(parents=True)
     for series in ("1.2.3.1", "1.2.3.2"):
         for number in range(6):
@@ -472,7 +474,7 @@ def fill_hospital_inbox(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake_engine")
-def test_slices_have_rows_and_their_series_and_studies_answers(
+def test_slices_have_rows_and_series_and_studies_have_answers(
     tiny_classifier: Path, tmp_path: Path
 ) -> None:
     inbox, output = tmp_path / "in", tmp_path / "out"
@@ -485,7 +487,7 @@ def test_slices_have_rows_and_their_series_and_studies_answers(
     )
     rows = {row["scan_uri"]: row for row in read_rows(output)}
     assert len(rows) == metrics["run"]["num_new"] == 12 + 9 + 1 + 1
-    assert progress[-1] == (15, 15), "files are planned, and slices are not known before"
+    assert progress[-1] == (15, 15), "progress is counted in files"
     assert any("1 DICOMDIR" in line for line in printed)
     assert rows[str(inbox / "Doe-SR.dcm")]["reason"] == "not_an_image_object"
     slices = [rows[f"{inbox}/Doe.nii.gz#frame={number}"] for number in range(9)]
@@ -500,14 +502,14 @@ def test_slices_have_rows_and_their_series_and_studies_answers(
     assert "Series and studies" in (output / "report.html").read_text()
     assert metrics == json.loads((output / "metrics.json").read_text())
 
-    (inbox / "Doe.nii.gz").write_bytes((inbox / "Doe.nii.gz").read_bytes())  # another time
+    (inbox / "Doe.nii.gz").write_bytes((inbox / "Doe.nii.gz").read_bytes())  # a new mtime
     strict = replace(job, max_rejected="0", rule=SeriesRule(min_slices=7))
     again = classify(strict)
     assert (again["run"]["num_new"], again["run"]["num_known"]) == (0, 1)
     assert again["counts"] == metrics["counts"]
     found = pq.read_table(output / "series.parquet").to_pylist()
     reasons = {row["num_slices"]: row["reason"] for row in found}
-    assert reasons[6] == "too_few_slices", "the rule of the last run, on the rows of all"
+    assert reasons[6] == "too_few_slices", "the rule of the last run, applied to all rows"
     nib.save(nib.Nifti1Image(np.ones((32, 32, 5), np.int16), np.eye(4)), inbox / "Doe.nii.gz")
     changed = classify(job)
     assert changed["run"]["num_new"] == 5
@@ -515,7 +517,7 @@ def test_slices_have_rows_and_their_series_and_studies_answers(
 
 
 @pytest.mark.usefixtures("fake_engine")
-def test_no_output_of_a_redacted_run_holds_a_path(tiny_classifier: Path, tmp_path: Path) -> None:
+def test_no_output_of_a_redacted_run_contains_a_path(tiny_classifier: Path, tmp_path: Path) -> None:
     inbox, output = tmp_path / "Doe", tmp_path / "out"
     fill_hospital_inbox(inbox)
     lines = [f"{inbox}/Doe.png,glioma", f"{inbox}/Doe.nii.gz,notumor"]
@@ -546,7 +548,7 @@ def test_no_output_of_a_redacted_run_holds_a_path(tiny_classifier: Path, tmp_pat
 
 
 @pytest.mark.usefixtures("fake_engine")
-def test_the_slices_above_and_below_a_head_are_not_too_many_rejections(
+def test_slices_outside_the_head_do_not_count_for_max_rejected(
     tiny_classifier: Path, tmp_path: Path
 ) -> None:
     voxels = np.zeros((32, 32, 20), np.int16)
@@ -561,10 +563,10 @@ def test_the_slices_above_and_below_a_head_are_not_too_many_rejections(
         classify(job)
 
 
-# ---------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------- errors
 
 
-def test_what_cannot_be_used_is_said_at_once(
+def test_unusable_inputs_and_options_are_an_error_before_any_prediction(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -601,10 +603,10 @@ def test_an_inbox_without_a_visible_file_is_an_error(tiny_classifier: Path, tmp_
 
 
 @pytest.mark.usefixtures("fake_engine")
-def test_a_table_without_images_is_one_line_and_exit_2(
+def test_a_table_without_images_is_a_one_line_error_and_exit_2(
     tiny_classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A task of Ray finds it; its traceback is not shown."""
+    """A Ray task raises the error; its traceback is not printed."""
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
     words = ["classify", "--scans-uri", tmp_path / "other.parquet", "--output-uri", tmp_path / "o"]
     with pytest.raises(SystemExit) as ended:
@@ -617,7 +619,7 @@ def test_a_table_without_images_is_one_line_and_exit_2(
 
 
 @pytest.mark.usefixtures("fake_engine")
-def test_a_damaged_file_of_predictions_is_named(
+def test_a_damaged_file_of_predictions_is_named_in_the_error(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     job = make_job(inbox, tiny_classifier, tmp_path / "out")
@@ -630,7 +632,7 @@ def test_a_damaged_file_of_predictions_is_named(
     assert classify(job)["counts"]["total"] == len(list_scan_files(inbox))
 
 
-def test_an_output_of_an_older_schema_is_refused(
+def test_an_output_of_an_older_schema_is_an_error(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "out" / "predictions").mkdir(parents=True)
@@ -639,7 +641,7 @@ def test_an_output_of_an_older_schema_is_refused(
         classify(make_job(inbox, tiny_classifier, tmp_path / "out"))
 
 
-def test_a_second_run_at_once_is_refused(
+def test_a_concurrent_run_on_the_same_output_is_an_error(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     with (
@@ -654,7 +656,7 @@ def test_a_second_run_at_once_is_refused(
 
 @pytest.fixture
 def small_waves(fake_engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Predict a few scans in a file, and a few files in a wave."""
+    """Write a few scans to each file, and a few files in each wave."""
     del fake_engine
     monkeypatch.setattr(bulk_module, "choose_shard_rows", lambda *_: 3)
     monkeypatch.setattr(bulk_module, "SHARDS_PER_ENGINE", 2)
@@ -662,7 +664,7 @@ def small_waves(fake_engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def opened_waves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Wave, set[str]]]:
-    """Collect the waves that runs open, and the files that there are then."""
+    """Record each wave that a run opens, and the files that exist at that time."""
     opened: list[tuple[Wave, set[str]]] = []
     describe = PredictionStore.describe_wave
 
@@ -675,7 +677,7 @@ def opened_waves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Wave, set[str]]]
 
 
 def check_complete(inbox: Path, output: Path, first: Sequence[dict[str, Any]] = ()) -> None:
-    """Check that every scan has one row, and that those of before are as they were."""
+    """Check that every scan has one row, and that the first rows are unchanged."""
     rows = read_rows(output)
     assert Counter(row["scan_uri"] for row in rows) == Counter(map(str, list_scan_files(inbox)))
     assert all(row in rows for row in first)
@@ -689,7 +691,7 @@ def read_state(output: Path) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("small_waves")
-def test_each_wave_is_in_the_lock_before_its_first_file(
+def test_each_wave_is_in_the_lock_before_its_first_file_is_written(
     inbox: Path,
     tiny_classifier: Path,
     tmp_path: Path,
@@ -711,8 +713,8 @@ def test_each_wave_is_in_the_lock_before_its_first_file(
     ]
     store = PredictionStore.of(str(output), read_classifier_metadata(str(tiny_classifier)))
     written: set[str] = set()
-    for wave, there in opened_waves:
-        assert there == written, "all of the waves before, and nothing of this one"
+    for wave, existing in opened_waves:
+        assert existing == written, "all files of earlier waves, and none of this one"
         written |= {store.name_file(wave.run, wave.part, shard) for shard in wave.list_shards()}
     assert set(store.list_files()) == written
     assert read_state(output) == {}
@@ -753,7 +755,7 @@ def test_an_interrupted_run_is_closed_and_resumed(
     state = read_state(output)
     wave = Wave(**state["wave"])
     assert (wave.first_shard, wave.num_shards) == (2, 2)
-    # What was under way may have ended since: one file is taken away to have something to close.
+    # Tasks may have finished since. Delete a file, so that the next run has one to leave empty.
     store = PredictionStore.of(str(output), read_classifier_metadata(str(tiny_classifier)))
     late = store.name_file(wave.run, wave.part, 3)
     rows = pq.read_table(late, partitioning=None)
@@ -775,7 +777,7 @@ def test_an_interrupted_run_is_closed_and_resumed(
 def break_stream(
     monkeypatch: pytest.MonkeyPatch, action: Callable[[Iterator[Any]], Iterator[Any]]
 ) -> None:
-    """Have an action see each stream of shards that are done."""
+    """Apply an action to each stream of finished shards."""
     stream = WavePredictor.stream
 
     def changed(run: Any, *arguments: Any) -> Iterator[Any]:  # noqa: ANN401
@@ -795,7 +797,7 @@ def test_a_failed_wave_continues_with_the_other_shards(
     def lose(done: Iterator[Any]) -> Iterator[Any]:
         count = next(left, 100)
         for number, shard in enumerate(done):
-            if number == count:  # this one is written, and lost
+            if number == count:  # this shard is written, but not reported
                 raise ActorDiedError
             yield shard
 
@@ -825,7 +827,7 @@ def test_a_wave_that_keeps_failing_ends_in_an_error(
 
 
 @pytest.mark.usefixtures("small_waves")
-def test_where_the_lock_is_lost_no_wave_is_begun(
+def test_no_wave_begins_after_the_lock_is_lost(
     inbox: Path, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next run can only close a wave that is in the lock."""
@@ -852,7 +854,7 @@ def test_where_the_lock_is_lost_no_wave_is_begun(
 
 
 @pytest.mark.usefixtures("small_waves")
-def test_a_run_that_has_lost_its_lock_ends_with_the_next_shard(
+def test_a_run_that_has_lost_its_lock_ends_after_the_next_shard(
     inbox: Path, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[int] = []
@@ -879,10 +881,10 @@ def test_twenty_thousand_damaged_scans_get_a_row_each(
     drawn = list(SAMPLES.values())
     names = set()
     for seed in range(20_000):
-        place = tmp_path / "inbox" / f"{seed // 1000:02d}" / f"{seed:05d}.jpg"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(mutate(random.Random(seed), real if seed % 2 else drawn))
-        names.add(str(place))
+        file = tmp_path / "inbox" / f"{seed // 1000:02d}" / f"{seed:05d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(mutate(random.Random(seed), real if seed % 2 else drawn))
+        names.add(str(file))
     metrics = classify(make_job(tmp_path / "inbox", tiny_classifier, tmp_path / "out"))
     rows = read_rows(tmp_path / "out")
     assert len(rows) == len(names)
@@ -898,4 +900,4 @@ def test_twenty_thousand_damaged_scans_get_a_row_each(
             assert probs == [None] * len(CLASSES)
     counts = metrics["counts"]["by_reason"]
     assert {"truncated", "corrupt", "too_large", "unsupported"} <= set(counts), counts
-    print(metrics["counts"])  # noqa: T201 - read with -s
+    print(metrics["counts"])  # noqa: T201 - shown with -s

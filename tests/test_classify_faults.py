@@ -1,4 +1,4 @@
-"""Bulk runs that are killed, doubled or interrupted: every scan has one row in the end."""
+"""Bulk runs that are killed, interrupted or concurrent: every scan has one row at the end."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SHARD_S = 0.2
 
 @pytest.fixture(scope="module")
 def inbox(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Link the phantoms until there are 1,500, so that a run takes a while."""
+    """Make 1,500 links to the phantoms, so that a run takes some time."""
     folder = tmp_path_factory.mktemp("inbox")
     files = sorted(phantom_folder.rglob("*.jpg"))
     for number in range(1500):
@@ -54,7 +54,7 @@ def start(
 
 
 def list_files(output: Path) -> dict[str, int]:
-    """Return the files of predictions, and when each was written."""
+    """Return the modification time of each file of predictions."""
     files = (output / "predictions").glob("*/*.parquet")
     return {file.name: file.stat().st_mtime_ns for file in files}
 
@@ -70,25 +70,25 @@ def check_complete(output: Path, inbox: Path) -> None:
 def kill_repeatedly(
     inbox: Path, classifier: Path, output: Path, *, kills: int, early: float
 ) -> list[int]:
-    """Kill runs at random moments, then let one end; return the files there were at each kill.
+    """Kill runs at random times, then let one end; return the number of files at each kill.
 
-    A share of ``early`` of the kills falls into the start, before the first prediction.
+    A share ``early`` of the kills happens during the start, before the first prediction.
     """
-    moments = random.Random()
+    rng = random.Random()
     found = []
     for _ in range(kills):
         before = list_files(output)
         process = start(inbox, classifier, output)
-        if moments.random() < early:
-            time.sleep(moments.uniform(0.5, 10.0))
+        if rng.random() < early:
+            time.sleep(rng.uniform(0.5, 10.0))
         else:
-            # A run that closes what was left writes empty files, all at once.
-            wanted = len(before) + moments.randint(1, 6)
+            # A resumed run first writes empty files for unfinished shards, all at once.
+            wanted = len(before) + rng.randint(1, 6)
             wait_for(lambda wanted=wanted: len(list_files(output)) >= wanted, process)  # type: ignore[misc]
-            time.sleep(moments.uniform(0.0, 0.3))
+            time.sleep(rng.uniform(0.0, 0.3))
         process.kill()
         process.communicate()
-        assert before.items() <= list_files(output).items(), "what was written has changed"
+        assert before.items() <= list_files(output).items(), "an existing file has changed"
         found.append(len(list_files(output)))
     before = list_files(output)
     status, printed = finish(start(inbox, classifier, output))
@@ -98,10 +98,10 @@ def kill_repeatedly(
     return found
 
 
-def test_a_killed_run_is_gone_on_with_and_its_late_writes_are_refused(
+def test_a_killed_run_is_resumed_and_its_late_writes_are_rejected(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
-    """A worker may have been stalled in a write all the while, and wake up when all is over."""
+    """A worker may be stalled in a write, and continue after the second run has ended."""
     process = start(inbox, tiny_classifier, tmp_path)
     wait_for(lambda: len(list_files(tmp_path)) >= 3, process)
     process.kill()
@@ -128,10 +128,10 @@ def test_a_killed_run_is_gone_on_with_and_its_late_writes_are_refused(
     assert f"The last run was interrupted; {len(late):,} of its files are left empty." in printed
     check_complete(tmp_path, inbox)
     files = list_files(tmp_path)
-    every = pq.read_table(tmp_path / "predictions", partitioning=None)
-    by_name = {row["scan_uri"]: row for row in every.to_pylist()}
+    table = pq.read_table(tmp_path / "predictions", partitioning=None)
+    by_name = {row["scan_uri"]: row for row in table.to_pylist()}
     for uri, names in planned.items():
-        rows = every.from_pylist([by_name[name] for name in names], schema=every.schema)
+        rows = table.from_pylist([by_name[name] for name in names], schema=table.schema)
         with pytest.raises(LockLostError, match="Another run has taken over"):
             store.write_shard(uri, rows, {"backend": "torch"}, {})
     assert list_files(tmp_path) == files
@@ -139,16 +139,18 @@ def test_a_killed_run_is_gone_on_with_and_its_late_writes_are_refused(
 
 
 def _wait_for_workers(output: Path) -> None:
-    """Wait until Ray's workers of a killed run have gone, or have stopped to write."""
+    """Wait until the Ray workers of a killed run have ended or stopped writing."""
     before: Any = None
     while before != (before := list_files(output)):
         time.sleep(1.0)
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments(inbox: Path, tiny_classifier: Path, tmp_path: Path) -> None:
+def test_a_run_survives_ten_kills_at_random_times(
+    inbox: Path, tiny_classifier: Path, tmp_path: Path
+) -> None:
     files = kill_repeatedly(inbox, tiny_classifier, tmp_path, kills=10, early=0.3)
-    assert len(files) == 10
+    assert any(files), "every kill came before the first file"
 
 
 @pytest.mark.slow
@@ -174,7 +176,7 @@ def test_two_runs_at_once_and_an_interrupt(
 ) -> None:
     first = start(inbox, tiny_classifier, tmp_path)
     wait_for(lambda: bool(list_files(tmp_path)), first)
-    os.kill(first.pid, signal.SIGSTOP)  # so that it lasts until the second has looked
+    os.kill(first.pid, signal.SIGSTOP)  # so that it runs until the second has checked
     status, printed = finish(start(inbox, tiny_classifier, tmp_path))
     os.kill(first.pid, signal.SIGCONT)
     assert status == 2
@@ -186,7 +188,7 @@ def test_two_runs_at_once_and_an_interrupt(
     assert status == 130, printed
     assert "the same command resumes" in printed
     before = list_files(tmp_path)
-    # With the command that people give, and the network.
+    # With the command of users, and the real network.
     status, printed = finish(start(inbox, tiny_classifier, tmp_path, ("jobs/classify.py",)))
     assert status == 0, printed
     assert before.items() <= list_files(tmp_path).items()

@@ -17,8 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from brainray import cluster as cluster_module
-from brainray.cluster import Need, check_fits, count_fitting, find_lacking, share_cpus
-from brainray.cluster import report_waiting as tell
+from brainray.cluster import (
+    Need,
+    check_fits,
+    count_fitting,
+    find_lacking,
+    report_waiting,
+    share_cpus,
+)
 from brainray.errors import ConfigError
 from brainray.phantoms import write_phantom_folder
 from tests.conftest import REPOSITORY
@@ -34,19 +40,19 @@ MAX_PACKAGE_BYTES = 5 * 2**20
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("cpus", [(1,), (2,), (1, 1, 1), (2, 2), (4, 1), (16, 16), (0, 2)])
-def test_processes_fit_and_leave_a_task_its_share_of_every_node(
+def test_processes_fit_and_leave_a_share_of_every_node_to_tasks(
     cpus: tuple[int, ...], count: int
 ) -> None:
     nodes = [{"CPU": float(n)} for n in cpus]
     share = share_cpus(count, nodes)
     assert count_fitting({"CPU": share}, nodes) >= count
-    for lost in range(len(nodes)):  # whatever is lost, and however the rest is filled
+    for lost in range(len(nodes)):  # whichever nodes are lost, and however the rest is filled
         for node in nodes[lost:]:
             held = count_fitting({"CPU": share}, [node])
             assert node["CPU"] == 0 or node["CPU"] - held * share >= 0.0199
 
 
-def test_a_process_takes_a_whole_cpu_where_there_are_enough_and_all_its_threads() -> None:
+def test_a_process_gets_a_cpu_for_each_thread_if_there_are_enough() -> None:
     assert share_cpus(2, [{"CPU": 1.0}, {"CPU": 1.0}]) == pytest.approx(0.98, abs=1e-3)
     assert share_cpus(8, [{"CPU": 16.0}] * 2, wanted=3.0) == pytest.approx(2.94, abs=1e-3)
     assert share_cpus(3, [{"CPU": 1.0}] * 2) == pytest.approx(0.49, abs=1e-3)
@@ -56,7 +62,7 @@ def test_a_process_takes_a_whole_cpu_where_there_are_enough_and_all_its_threads(
     assert count_fitting({"CPU": share, "GPU": 1.0}, [node]) == 4
 
 
-def test_what_does_not_fit_is_said_with_what_there_is() -> None:
+def test_missing_resources_are_described_with_the_resources_of_the_cluster() -> None:
     need = Need(bundle={"CPU": 0.98, "GPU": 1.0}, count=8, what="worker", remedy="ask for less")
     nodes = [{"CPU": 4.0}, {"CPU": 4.0, "GPU": 2.0}]
     printed = find_lacking([need], nodes)
@@ -65,14 +71,14 @@ def test_what_does_not_fit_is_said_with_what_there_is() -> None:
     assert "2 fit on the cluster (2 nodes with 8 CPU and 2 GPU in total)" in printed
     assert "ask for less" in printed
     assert find_lacking([need], [{"CPU": 8.0, "GPU": 8.0}]) is None
-    printed = find_lacking([], [{"CPU": 0.0}])  # a head that takes no work, and nothing else
+    printed = find_lacking([], [{"CPU": 0.0}])  # only a head that takes no work
     assert printed is not None
     assert "1 task with 1 CPU" in printed
 
 
 @pytest.fixture
 def known_nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Stand in for the nodes that Ray knows, in a cluster that was joined."""
+    """Replace Ray's list of nodes, as in an existing cluster."""
     nodes: list[dict[str, Any]] = [{"Alive": True, "Resources": {"CPU": 1.0}, "Labels": {}}]
     monkeypatch.setattr(cluster_module.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(cluster_module, "JOINING_S", 0.5)
@@ -84,7 +90,7 @@ def known_nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 TWO = Need(bundle={"CPU": 0.9}, count=2, what="worker", remedy="ask for less")
 
 
-def test_a_cluster_that_is_too_small_is_refused_unless_it_can_grow(
+def test_a_cluster_that_is_too_small_is_an_error_without_an_autoscaler(
     known_nodes: list[dict[str, Any]],
 ) -> None:
     with pytest.raises(ConfigError, match=r"1 fit on the cluster .* The cluster has no autoscaler"):
@@ -93,31 +99,31 @@ def test_a_cluster_that_is_too_small_is_refused_unless_it_can_grow(
     check_fits(TWO)
 
 
-def test_a_node_that_is_about_to_join_is_waited_for(known_nodes: list[dict[str, Any]]) -> None:
+def test_the_check_waits_for_a_node_that_joins(known_nodes: list[dict[str, Any]]) -> None:
     threading.Timer(0.2, known_nodes.append, [dict(known_nodes[0])]).start()
     check_fits(TWO)
     assert len(known_nodes) == 2
 
 
-def test_what_is_waited_for_is_said_again_and_again(known_nodes: list[dict[str, Any]]) -> None:
+def test_missing_resources_are_logged_repeatedly(known_nodes: list[dict[str, Any]]) -> None:
     printed: list[str] = []
-    with tell([TWO], printed.append):
+    with report_waiting([TWO], printed.append):
         time.sleep(0.3)
         assert len(printed) > 2
         known_nodes.append(dict(known_nodes[0]))
         time.sleep(0.1)
-        heard = len(printed)
+        num_lines = len(printed)
         time.sleep(0.2)
-        assert len(printed) == heard, "there is nothing to wait for any more"
+        assert len(printed) == num_lines, "nothing is missing any more"
     assert printed[0].startswith("Waiting for nodes. Expected resources for 2 workers")
 
 
-# Submits
+# Job submission
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copy what git tracks, and lay beside it what lies in the folder of who works there."""
+    """Copy the files of the repository; add large ignored files, as a working folder has them."""
     folder = tmp_path_factory.mktemp("checkout") / "brainray"
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
@@ -135,7 +141,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(phantom_folder: Path) -> Iterator[ObjectStore]:
-    """Serve a bucket that holds the phantoms."""
+    """Serve a bucket that contains the phantoms."""
     with serve_objects() as store:
         store.put_folder(phantom_folder, "data")
         yield store
@@ -143,7 +149,7 @@ def store(phantom_folder: Path) -> Iterator[ObjectStore]:
 
 @pytest.fixture(scope="module")
 def three_nodes(store: ObjectStore) -> Iterator[Cluster]:
-    """Start three nodes of one CPU each, which may use the bucket."""
+    """Start three nodes of one CPU each, with access to the bucket."""
     cluster = Cluster(head_cpus=1, node_cpus=(1, 1), **store.environment)
     yield cluster
     cluster.close()
@@ -153,7 +159,7 @@ def submit(
     cluster: Cluster, checkout: Path, job: str, *words: object, name: str | None = None
 ) -> subprocess.Popen[str]:
     named = ("--submission-id", name) if name else ()
-    return cluster.ask(
+    return cluster.start_client(
         *("ray", "job", "submit", *named, "--working-dir", ".", "--", "python", f"jobs/{job}.py"),
         *words,
         cwd=checkout,
@@ -173,19 +179,19 @@ def describe_training(data: Path | str, output: Path | str, *, epochs: int = 2) 
     return [str(word) for pair in arguments.items() for word in pair]
 
 
-OF_RAY = re.compile(r"\d{4}-\d\d-\d\d |\S*\((raylet|autoscaler)")
-"""Begins what Ray says around a job: with a date, or with who says it, in colour."""
+RAY_LOG = re.compile(r"\d{4}-\d\d-\d\d |\S*\((raylet|autoscaler)")
+"""Start of a line that Ray logs around a job: a date, or the coloured name of a component."""
 
 
 def last_line(printed: str) -> str:
-    """Return the last line of the job itself."""
+    """Return the last line that the job itself printed."""
     lines = [line.strip() for line in printed.splitlines()]
-    return [line for line in lines if line and not OF_RAY.match(line)][-1]
+    return [line for line in lines if line and not RAY_LOG.match(line)][-1]
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Cluster]:
-    """Start a head alone, which takes work."""
+    """Start a single head that takes work."""
     cluster = Cluster(head_cpus=1)
     yield cluster
     cluster.close()
@@ -201,7 +207,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def failed(
     head: Cluster, checkout: Path, folder: Path, phantom_folder: Path
 ) -> dict[str, tuple[int, str]]:
-    """Run what fails, all at once, as most of it is waiting; return each status and output."""
+    """Run the failing commands in parallel, as they mostly wait; return their status and output."""
     wrong = folder / "token"
     wrong.write_text("0" * 64)
     touch = ("ray", "job", "submit", "--", "touch", folder / "witness")
@@ -209,27 +215,27 @@ def failed(
     nowhere = describe_training(folder / "nowhere", folder / "out")
     processes = {
         "no data": submit(head, checkout, "train", *nowhere),
-        "no token": head.ask(*touch, RAY_AUTH_MODE="disabled"),
-        "wrong token": head.ask(*touch, RAY_AUTH_TOKEN_PATH=str(wrong)),
+        "no token": head.start_client(*touch, RAY_AUTH_MODE="disabled"),
+        "wrong token": head.start_client(*touch, RAY_AUTH_TOKEN_PATH=str(wrong)),
         "many workers": head.start(sys.executable, "jobs/train.py", *many),
     }
     return {name: finish(process) for name, process in processes.items()}
 
 
-def test_only_code_travels_and_the_reason_of_a_failure_comes_back(
+def test_a_submit_uploads_only_code_and_prints_the_reason_of_a_failure(
     head: Cluster, folder: Path, failed: dict[str, tuple[int, str]]
 ) -> None:
     status, printed = failed["no data"]
     assert status != 0
     assert last_line(printed).startswith(f"error: No folder at '{folder / 'nowhere'}'.")
-    place = "ray/session_*/runtime_resources/working_dir_files/*"  # session_latest is a link
-    (package,) = {one.resolve() for one in head.folder.glob(place) if one.is_dir()}
+    pattern = "ray/session_*/runtime_resources/working_dir_files/*"  # session_latest is a link
+    (package,) = {one.resolve() for one in head.folder.glob(pattern) if one.is_dir()}
     files = [file for file in package.rglob("*") if file.is_file()]
     assert {file.relative_to(package).parts[0] for file in files} == {"brainray", "jobs"}
     assert sum(file.stat().st_size for file in files) < MAX_PACKAGE_BYTES
 
 
-def test_who_has_no_token_is_refused(
+def test_a_client_without_the_token_is_rejected(
     head: Cluster, folder: Path, failed: dict[str, tuple[int, str]]
 ) -> None:
     status, printed = failed["no token"]
@@ -242,7 +248,7 @@ def test_who_has_no_token_is_refused(
     assert (head.folder / "token").stat().st_mode & 0o777 == 0o600
 
 
-def test_workers_that_can_never_be_had_are_refused(
+def test_workers_that_never_fit_are_an_error(
     folder: Path, failed: dict[str, tuple[int, str]]
 ) -> None:
     status, printed = failed["many workers"]
@@ -252,7 +258,7 @@ def test_workers_that_can_never_be_had_are_refused(
 
 
 @pytest.mark.slow
-def test_three_jobs_on_nodes_of_one_cpu_have_everything_in_object_storage(
+def test_three_jobs_on_nodes_of_one_cpu_use_only_object_storage(
     three_nodes: Cluster, store: ObjectStore, checkout: Path
 ) -> None:
     bucket = f"s3://{BUCKET}"
@@ -286,15 +292,15 @@ def count_epochs(output: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_stopped_training_job_goes_on_where_it_was(
+def test_a_stopped_training_job_is_resumed(
     three_nodes: Cluster, checkout: Path, phantom_folder: Path, tmp_path: Path
 ) -> None:
     words = (*describe_training(phantom_folder, tmp_path, epochs=12), "--num-workers", "2")
     first = submit(three_nodes, checkout, "train", *words, name="stopped")
     wait_for(lambda: count_epochs(tmp_path) >= 1, first)
-    status, printed = finish(three_nodes.ask("ray", "job", "stop", "stopped"))
+    status, printed = finish(three_nodes.start_client("ray", "job", "stop", "stopped"))
     assert status == 0, printed
-    _, printed = finish(first)  # Ray's status for a job that was stopped is 0
+    _, printed = finish(first)  # Ray's exit status for a stopped job is 0
     assert "Job 'stopped' was stopped" in printed
     assert "interrupted; the same command resumes." in printed
     cut = read_records(tmp_path)
@@ -304,7 +310,7 @@ def test_a_stopped_training_job_goes_on_where_it_was(
     assert "Resuming the run" in printed
     records = read_records(tmp_path)
     assert [record["epoch"] for record in records] == list(range(12))
-    kept = len(cut) - 1  # the last epoch's checkpoint may have been on its way
+    kept = len(cut) - 1  # the checkpoint of the last epoch may be incomplete
     assert [r["train_loss"] for r in records[:kept]] == [r["train_loss"] for r in cut[:kept]]
 
 
@@ -313,7 +319,7 @@ def test_a_stopped_training_job_goes_on_where_it_was(
 
 @pytest.fixture(scope="module")
 def inbox(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Link the phantoms until there are 2,000, so that a run takes a while."""
+    """Make 2,000 links to the phantoms, so that a run takes some time."""
     folder = tmp_path_factory.mktemp("inbox")
     files = sorted(phantom_folder.rglob("*.jpg"))
     for number in range(2000):
@@ -337,14 +343,14 @@ def check_complete(output: Path, inbox: Path) -> None:
 
 
 def lose_a_node(
-    inbox: Path, classifier: Path, output: Path, cluster: Cluster, moments: random.Random
+    inbox: Path, classifier: Path, output: Path, cluster: Cluster, rng: random.Random
 ) -> None:
-    """Kill one of the nodes at a random moment of a run; put another in its place afterwards."""
+    """Kill a node at a random time of a run; add another node afterwards."""
     process = classify(cluster, inbox, classifier, output)
-    wanted = moments.randint(1, 3)
+    wanted = rng.randint(1, 3)
     wait_for(lambda: count_parts(output) >= wanted, process)
-    time.sleep(moments.uniform(0.0, 0.5))
-    victim = cluster.nodes.pop(moments.randint(1, len(cluster.nodes) - 1))
+    time.sleep(rng.uniform(0.0, 0.5))
+    victim = cluster.nodes.pop(rng.randint(1, len(cluster.nodes) - 1))
     assert process.poll() is None, "the run was over before the node was lost"
     victim.kill()
     status, printed = finish(process)
@@ -362,7 +368,7 @@ def three_killable_nodes() -> Iterator[Cluster]:
 
 
 @pytest.mark.slow
-def test_a_bulk_run_outlives_a_node(
+def test_a_bulk_run_survives_the_loss_of_a_node(
     three_killable_nodes: Cluster, inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     lose_a_node(inbox, tiny_classifier, tmp_path, three_killable_nodes, random.Random(0))
@@ -370,7 +376,7 @@ def test_a_bulk_run_outlives_a_node(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 11))
-def test_a_bulk_run_outlives_a_node_at_any_moment(
+def test_a_bulk_run_survives_the_loss_of_a_node_at_any_time(
     three_killable_nodes: Cluster, inbox: Path, tiny_classifier: Path, tmp_path: Path, seed: int
 ) -> None:
     lose_a_node(inbox, tiny_classifier, tmp_path, three_killable_nodes, random.Random(seed))
@@ -389,12 +395,12 @@ def find_worker_node(cluster: Cluster) -> Node:
 
 
 @pytest.mark.slow
-def test_training_outlives_a_killed_a_drained_and_a_joining_node(
+def test_training_survives_a_killed_a_drained_and_a_joining_node(
     phantom_folder: Path, tmp_path: Path
 ) -> None:
-    """It ends with the losses of a run that nothing happened to: the steps are the same.
+    """Its losses equal those of an undisturbed run: it takes the same steps.
 
-    Statistics over all workers make the number of workers a matter of rounding.
+    With batch statistics over all workers, their number changes only the rounding.
     """
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     command = (sys.executable, "jobs/train.py", "--batch-norm", "sync")
@@ -425,15 +431,15 @@ def test_training_outlives_a_killed_a_drained_and_a_joining_node(
     assert min(record["world_size"] for record in records) < 3
     epochs = [int(found) for found in re.findall(r"^epoch +(\d+)/8", printed, re.MULTILINE)]
     assert max(epochs.count(epoch) for epoch in set(epochs)) <= 2, printed
-    assert len(epochs) <= 8 + 3, "more than an epoch was done again for each of three changes"
+    assert len(epochs) <= 8 + 3, "more than one epoch was repeated for each of three changes"
     expected = [record["train_loss"] for record in read_records(undisturbed)]
-    # Adam makes rounding's differences large: 0.08 was seen. A lost epoch is 0.3 at the end.
+    # Adam amplifies rounding differences: 0.08 was seen. A lost epoch adds 0.3 to the last loss.
     assert [record["train_loss"] for record in records] == pytest.approx(expected, abs=0.15)
 
 
 @pytest.mark.slow
-def test_a_drained_node_takes_only_the_steps_since_its_notice(tmp_path: Path) -> None:
-    """Its epochs take longer than the node's last 20 s, so that one is cut."""
+def test_an_epoch_that_lost_a_drained_node_is_repeated_on_the_other_node(tmp_path: Path) -> None:
+    """An epoch takes longer than the notice of 20 s, so that the node is lost within an epoch."""
     data, output = tmp_path / "data", tmp_path / "out"
     write_phantom_folder(data, num_train_per_class=160, num_test_per_class=4, seed=5)
     cluster = Cluster(head_cpus=0, node_cpus=(1, 1), RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1")
@@ -451,16 +457,13 @@ def test_a_drained_node_takes_only_the_steps_since_its_notice(tmp_path: Path) ->
     finally:
         cluster.close()
     assert status == 0, printed
-    saved = re.search(r"^A node is about to go: saved (.*)$", printed, re.MULTILINE)
-    assert saved is not None, printed
-    assert f"Going on {saved.group(1)}" in printed
     assert [record["world_size"] for record in read_records(output)] == [2, 1]
     counts = [record["num_train_images"] for record in read_records(output)]
     assert counts[0] == counts[1], "an image of the epoch was left out, or counted twice"
 
 
 @pytest.mark.slow
-def test_the_same_command_goes_on_after_the_heads_loss(
+def test_the_same_command_resumes_after_the_loss_of_the_head(
     inbox: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     cluster = Cluster(head_cpus=1, node_cpus=(1,))
@@ -468,7 +471,7 @@ def test_the_same_command_goes_on_after_the_heads_loss(
         process = classify(cluster, inbox, tiny_classifier, tmp_path)
         wait_for(lambda: count_parts(tmp_path) >= 1, process)
         cluster.head.kill()
-        process.kill()  # the machine's loss takes the driver too
+        process.kill()  # the driver is on the machine of the head
         process.communicate()
     finally:
         cluster.close()

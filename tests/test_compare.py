@@ -1,4 +1,4 @@
-"""Two runs' predictions, joined image by image, or an error."""
+"""Comparing two runs: their predictions are joined by image, or an error names the difference."""
 
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ def write_predictions(file: Path, skill: float, **changes: Any) -> Path:  # noqa
     return file
 
 
-def test_tables_are_joined_whatever_their_order(tmp_path: Path) -> None:
+def test_tables_are_joined_in_any_order(tmp_path: Path) -> None:
     a = write_predictions(tmp_path / "a" / "predictions" / "test.parquet", 1.0)
     b = write_predictions(tmp_path / "b.parquet", 3.0)
     table = pq.read_table(b)
-    straight = compare(CompareJob(a_uri=str(a), b_uri=str(b), num_resamples=100))
+    expected = compare(CompareJob(a_uri=str(a), b_uri=str(b), num_resamples=100))
     pq.write_table(table.take(np.random.default_rng(0).permutation(48)), b)
     job = CompareJob(
         a_uri=str(tmp_path / "a"),
@@ -51,7 +51,7 @@ def test_tables_are_joined_whatever_their_order(tmp_path: Path) -> None:
         num_resamples=100,
     )
     found = compare(job)
-    assert found["scores"] == straight["scores"]
+    assert found["scores"] == expected["scores"]
     assert found["join"]["by"] == "path"
     assert read_json(str(tmp_path / "out" / "compare.json"))["scores"] == found["scores"]
 
@@ -103,15 +103,15 @@ def test_tables_without_labels_or_of_an_earlier_version_are_an_error(tmp_path: P
         assert "\n" not in str(caught.value)
 
 
-def test_rejected_images_count(tmp_path: Path) -> None:
+def test_rejected_images_are_compared_too(tmp_path: Path) -> None:
     a = write_predictions(tmp_path / "a.parquet", 1.0)
     b = write_predictions(tmp_path / "b.parquet", 3.0)
     job = CompareJob(a_uri=str(a), b_uri=str(b), num_resamples=100)
-    straight = compare(job)
+    expected = compare(job)
     table = pq.read_table(b)
-    for name in CLASSES:  # as where an image is unlike the training images
+    for name in CLASSES:  # as for an image unlike the training images
         column = table.column_names.index(f"prob_{name}")
         values = [None, *table[f"prob_{name}"].to_pylist()[1:]]
         table = table.set_column(column, f"prob_{name}", pa.array(values))
     pq.write_table(table, b)
-    assert compare(job)["scores"] == straight["scores"]
+    assert compare(job)["scores"] == expected["scores"]

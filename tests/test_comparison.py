@@ -44,7 +44,7 @@ def mark(only_a: int, only_b: int, both: int = 5, none: int = 3) -> list[NDArray
     return [np.array(a), np.array(b)]
 
 
-def test_mcnemar_is_the_published_one() -> None:
+def test_mcnemar_equals_the_published_example() -> None:
     # Airway hyper-responsiveness before and after transplantation, Fagerland et al. (2013),
     # table 1 and its discussion: exact 0.070, mid-p 0.039.
     found = compute_mcnemar(*mark(1, 7))
@@ -54,7 +54,7 @@ def test_mcnemar_is_the_published_one() -> None:
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (4, 4)])
-def test_mcnemar_of_equals(only_a: int, only_b: int) -> None:
+def test_mcnemar_of_equally_good_classifiers_is_1(only_a: int, only_b: int) -> None:
     found = compute_mcnemar(*mark(only_a, only_b))
     assert found["p_exact"] == 1
     assert found["p_mid"] == pytest.approx(1)
@@ -132,7 +132,7 @@ def test_delong_without_variance_or_without_enough_images() -> None:
 # -------------------------------------------------------------------------------------------- Holm
 
 
-def test_holm_is_the_textbook_one() -> None:
+def test_holm_equals_the_textbook_procedure() -> None:
     # Sorted 0.005, 0.011, 0.02, 0.04, 0.13 times 5, 4, 3, 2, 1, never falling.
     assert adjust_holm([0.04, 0.005, None, 0.13, 0.011, 0.02]) == pytest.approx(
         [0.08, 0.025, None, 0.13, 0.044, 0.06]
@@ -144,7 +144,7 @@ def test_holm_is_the_textbook_one() -> None:
 # ----------------------------------------------------------------------------- compare_predictions
 
 
-def test_scores_are_those_of_scikit_learn() -> None:
+def test_scores_equal_those_of_scikit_learn() -> None:
     y_true, (a, b) = draw(300, 1.0, 2.0)
     found = compare_predictions(y_true, a, b, CLASSES, num_resamples=100)
     for side, prob in (("a", a), ("b", b)):

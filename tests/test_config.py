@@ -1,4 +1,4 @@
-"""Recipes, what they refuse, and how two of them are told apart."""
+"""Recipes: validation of their fields, and differences between two of them."""
 
 import inspect
 import subprocess
@@ -36,7 +36,7 @@ NAN = float("nan")
         ("ema_decay", -0.1),
     ],
 )
-def test_optimisation_names_the_field_out_of_range(field: str, value: float) -> None:
+def test_an_optimisation_error_names_the_field_out_of_range(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"optimisation\.{field} is out of range: {value}"):
         Optimisation(**{field: value})
 
@@ -59,12 +59,12 @@ def test_optimisation_names_the_field_out_of_range(field: str, value: float) -> 
         ("classes", ("a", "b", "a"), "Repeated: a"),
     ],
 )
-def test_recipe_names_the_field_that_is_wrong(field: str, value: object, printed: str) -> None:
+def test_a_recipe_error_names_the_wrong_field(field: str, value: object, printed: str) -> None:
     with pytest.raises(ConfigError, match=printed):
         TrainConfig(**{field: value})  # type: ignore[arg-type]
 
 
-def test_edges_of_the_ranges_are_allowed() -> None:
+def test_limits_of_the_ranges_are_allowed() -> None:
     Optimisation(
         stage_decay=1.0,
         weight_decay=0.0,
@@ -93,7 +93,7 @@ def test_edges_of_the_ranges_are_allowed() -> None:
         ({"num_workers": 2, "min_workers": 0}, "min_workers must be in .*got 0"),
     ],
 )
-def test_scaling_names_the_field_that_is_wrong(fields: dict[str, Any], printed: str) -> None:
+def test_a_scaling_error_names_the_wrong_field(fields: dict[str, Any], printed: str) -> None:
     with pytest.raises(ConfigError, match=printed):
         ScalingOptions(**fields)
 
@@ -114,13 +114,13 @@ def test_differences_are_named_by_their_path() -> None:
     ]
 
 
-def test_differences_of_absent_fields() -> None:
+def test_absent_fields_are_differences() -> None:
     assert find_differences({"a": 1}, {"b": {"c": 2}}) == ["a: 1 -> None", "b: None -> {'c': 2}"]
     assert find_differences({"a": {"b": {"c": 1}}}, {"a": {"b": {}}}) == ["a.b.c: 1 -> None"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_builds_and_says_what_it_is_for(name: str) -> None:
+def test_every_recipe_builds_and_has_a_docstring(name: str) -> None:
     config = build_recipe(name)
     assert isinstance(config, TrainConfig)
     assert config == build_recipe(name)
@@ -136,13 +136,13 @@ def test_recipes_differ() -> None:
     assert len({build_recipe(name) for name in RECIPES}) == len(RECIPES)
 
 
-def test_unknown_recipe_lists_the_known() -> None:
+def test_an_unknown_recipe_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="'gpuu'") as caught:
         build_recipe("gpuu")
     assert all(name in str(caught.value) for name in RECIPES)
 
 
-def test_versions_cover_what_shapes_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_cover_the_libraries_that_affect_results(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = collect_versions()
     assert set(versions) == {"python", "brainray", *LIBRARIES}
     assert versions["brainray"] == __version__

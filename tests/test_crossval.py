@@ -1,4 +1,4 @@
-"""Cross-validation: nobody is evaluated by who saw them, and what is done is not done again."""
+"""Cross-validation: no image is evaluated by a run that saw its group; finished folds are kept."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def read_rows(job: TrainJob, *parts: str) -> list[dict[str, Any]]:
     return list(storage.read_table(job.at(*parts)).to_pylist())
 
 
-# ------------------------------------------------------------------------------ who is in which
+# ---------------------------------------------------------------------------------------- folds
 
 
 @given(num_folds=st.integers(2, 6), seed=st.integers(0, 20))
@@ -84,35 +84,33 @@ def test_each_image_is_held_out_once_by_a_run_that_sees_none_of_its_group(
     assert (held_out == 1).all()
 
 
-def test_a_test_split_has_no_part_in_it_and_a_val_split_counts_as_training(
+def test_a_test_split_is_left_out_and_a_val_split_is_training_data(
     phantom_folder: Path, tmp_path: Path
 ) -> None:
     for name, split in (("Training", "train"), ("Training", "val"), ("Testing", "test")):
         for file in (phantom_folder / name).rglob("*.*"):
-            place = tmp_path / split / file.relative_to(phantom_folder / name)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(file)
+            target = tmp_path / split / file.relative_to(phantom_folder / name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(file)
     samples = find_training_samples(build_job(tmp_path, tmp_path / "out", 2)).samples
     assert set(samples["split"].to_pylist()) == {""}
     tops = [path.split("/")[0] for path in samples["path"].to_pylist()]
     assert {top: tops.count(top) for top in tops} == {"train": 4 * 24, "val": 4 * 24}
 
 
-def test_data_without_splits_are_cross_validated_whole(
-    phantom_folder: Path, tmp_path: Path
-) -> None:
+def test_all_data_without_splits_are_cross_validated(phantom_folder: Path, tmp_path: Path) -> None:
     job = build_job(phantom_folder / "Training", tmp_path, 2)
     assert find_training_samples(job).samples.num_rows == 4 * 24
 
 
-def test_nothing_but_a_test_split_is_refused(phantom_folder: Path, tmp_path: Path) -> None:
+def test_data_with_only_a_test_split_are_an_error(phantom_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "test").symlink_to(phantom_folder / "Testing")
     with pytest.raises(DataError, match=r"Expected train or val scans in .*, found only test"):
         find_training_samples(build_job(tmp_path, tmp_path / "out", 2))
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_the_folds_are_those_of_a_split_that_the_audit_made(
+def test_the_folds_equal_those_of_a_split_of_the_audit(
     phantom_folder: Path, tmp_path: Path
 ) -> None:
     audit(
@@ -128,17 +126,17 @@ def test_the_folds_are_those_of_a_split_that_the_audit_made(
     job = build_job(tmp_path / "split.parquet", tmp_path / "out", 3, config)
     data = group_training_data(find_training_samples(job), config, "auto")
     paths = data.found.samples["path"].to_pylist()
-    dealt = dict(
+    assigned = dict(
         zip(paths, assign_folds(data.labels, data.groups, 3, seed=5).tolist(), strict=True)
     )
     rows = storage.read_table(str(tmp_path / "split.parquet")).to_pylist()
-    assert dealt == {row["path"]: row["fold"] for row in rows if row["split"] != "test"}
+    assert assigned == {row["path"]: row["fold"] for row in rows if row["split"] != "test"}
 
 
-# ------------------------------------------------------------------------------------ wrong use
+# --------------------------------------------------------------------------------------- errors
 
 
-def test_one_fold_is_refused_in_one_line(
+def test_one_fold_is_a_one_line_error(
     capsys: pytest.CaptureFixture[str], phantom_folder: Path, tmp_path: Path
 ) -> None:
     words = ["train", "--data-uri", str(phantom_folder), "--output-uri", str(tmp_path / "out")]
@@ -150,7 +148,7 @@ def test_one_fold_is_refused_in_one_line(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_more_folds_than_a_class_has_groups_are_refused_before_anything_is_written(
+def test_more_folds_than_groups_of_a_class_are_an_error_before_anything_is_written(
     phantom_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=r"97 folds need at least as many.*lower --folds"):
@@ -161,7 +159,7 @@ def test_more_folds_than_a_class_has_groups_are_refused_before_anything_is_writt
 # ------------------------------------------------------------------------------------ the spread
 
 
-def test_the_summary_is_over_folds_with_k_minus_1() -> None:
+def test_the_summary_has_the_sample_standard_deviation_over_folds() -> None:
     scores = [0.5, 0.75, 0.7]
     folds = [{"accuracy": s, "macro_f1": s / 2, "macro_auroc": 1.0} for s in scores]
     spread = summarise_folds(folds)
@@ -172,7 +170,7 @@ def test_the_summary_is_over_folds_with_k_minus_1() -> None:
     assert spread["macro_auroc"] == {"mean": 1.0, "sd": 0.0, "min": 1.0, "max": 1.0}
 
 
-def test_the_variation_is_no_interval() -> None:
+def test_the_variation_is_not_printed_as_an_interval() -> None:
     row = {"mean": 0.65, "sd": 0.132, "min": 0.5, "max": 0.75}
     line = console.describe_variation({"accuracy": row, "macro_f1": row, "macro_auroc": row}, 3)
     assert line.startswith("spread over the 3 folds, no interval: accuracy 0.500 to 0.750 (mean")
@@ -183,12 +181,12 @@ def test_the_variation_is_no_interval() -> None:
 
 
 @pytest.fixture(scope="module")
-def halved(
-    local_ray: None,  # noqa: ARG001 - started, for the folds to run on
+def two_folds(
+    local_ray: None,  # noqa: ARG001 - the folds run on it
     phantom_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Outcome:
-    """Cross-validate with two folds; the first call is interrupted when the second begins."""
+    """Cross-validate with two folds; interrupt the first call when the second fold begins."""
     job = build_job(phantom_folder, tmp_path_factory.mktemp("folds") / "out", 2)
 
     def stop(line: str) -> None:
@@ -206,8 +204,8 @@ def halved(
     return job, metrics, lines
 
 
-def test_what_was_finished_is_not_done_again(halved: Outcome) -> None:
-    _, _, lines = halved
+def test_a_finished_fold_is_not_trained_again(two_folds: Outcome) -> None:
+    _, _, lines = two_folds
     assert lines[0].startswith("Resuming the run in ")
     assert "Fold 1 of 2 is finished." in lines
     (second,) = [line for line in lines if line.startswith("Fold 2 of 2: ")]
@@ -215,8 +213,8 @@ def test_what_was_finished_is_not_done_again(halved: Outcome) -> None:
     assert sum(line.startswith("epoch ") for line in lines) == TINY.num_epochs
 
 
-def test_each_fold_is_an_ordinary_run(halved: Outcome) -> None:
-    job, _, _ = halved
+def test_each_fold_is_an_ordinary_run(two_folds: Outcome) -> None:
+    job, _, _ = two_folds
     for name in ("fold-0", "fold-1"):
         for file in (
             "classifier/model.safetensors",
@@ -231,9 +229,9 @@ def test_each_fold_is_an_ordinary_run(halved: Outcome) -> None:
 
 
 def test_every_training_image_is_evaluated_once_by_a_run_that_never_saw_its_group(
-    halved: Outcome,
+    two_folds: Outcome,
 ) -> None:
-    job, _, _ = halved
+    job, _, _ = two_folds
     pooled = read_rows(job, "predictions", "cv.parquet")
     expected = find_samples(job.data_uri, TINY.classes, splits=("train",)).samples
     assert sorted(row["path"] for row in pooled) == sorted(expected["path"].to_pylist())
@@ -249,8 +247,8 @@ def test_every_training_image_is_evaluated_once_by_a_run_that_never_saw_its_grou
         assert evaluated_by == {card["classifier_id"]}
 
 
-def test_the_pooled_scores_are_those_of_the_pooled_answers(halved: Outcome) -> None:
-    job, metrics, _ = halved
+def test_the_pooled_scores_are_those_of_the_pooled_predictions(two_folds: Outcome) -> None:
+    job, metrics, _ = two_folds
     pooled = read_rows(job, "predictions", "cv.parquet")
     expected = compute_evaluation(
         [TINY.classes.index(row["true_class"]) for row in pooled],
@@ -281,23 +279,23 @@ def test_the_pooled_scores_are_those_of_the_pooled_answers(halved: Outcome) -> N
     assert len(Page(report).find("img")) == 2 * min(wrong, 24) > 0
 
 
-def test_the_nearest_image_is_looked_up_outside_the_fold(halved: Outcome) -> None:
-    job, _, _ = halved
+def test_the_nearest_image_is_looked_up_outside_the_fold(two_folds: Outcome) -> None:
+    job, _, _ = two_folds
     whole = {row["path"]: row for row in read_rows(job, "manifest.parquet")}
     for row in read_rows(job, "predictions", "cv.parquet"):
         assert whole[row["path"]]["split"] == f"fold-{row['fold']}"
         assert whole[row["path"]]["nearest_correlation"] == row["nearest_correlation"]
 
 
-def test_a_finished_cross_validation_says_so_at_once(halved: Outcome) -> None:
-    job, metrics, _ = halved
+def test_a_finished_cross_validation_returns_at_once(two_folds: Outcome) -> None:
+    job, metrics, _ = two_folds
     lines: list[str] = []
     assert cross_validate(job, log=lines.append) == metrics
     assert [line.partition(":")[0] for line in lines] == ["Already finished"]
 
 
-def test_another_number_of_folds_or_configuration_is_refused(halved: Outcome) -> None:
-    job, _, _ = halved
+def test_another_number_of_folds_or_configuration_is_an_error(two_folds: Outcome) -> None:
+    job, _, _ = two_folds
     with pytest.raises(ConfigError, match="folds: 2 -> 3"):
         cross_validate(dataclasses.replace(job, folds=3))
     config = dataclasses.replace(TINY, num_epochs=9)
@@ -309,17 +307,17 @@ def test_another_number_of_folds_or_configuration_is_refused(halved: Outcome) ->
         train(dataclasses.replace(job, folds=None, output_uri=job.at("fold-1")))
 
 
-def test_two_cross_validations_can_be_compared(halved: Outcome) -> None:
-    job, metrics, _ = halved
+def test_two_cross_validations_can_be_compared(two_folds: Outcome) -> None:
+    job, metrics, _ = two_folds
     found = compare(CompareJob(a_uri=job.output_uri, b_uri=job.output_uri, split="cv"))
     assert (found["n"], found["num_groups"]) == (96, metrics["cv"]["num_groups"])
     assert found["scores"]["accuracy"]["a"] == pytest.approx(metrics["cv"]["accuracy"])
 
 
 def test_the_command_prints_scores_variation_and_report(
-    halved: Outcome, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    two_folds: Outcome, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job, metrics, _ = halved
+    job, metrics, _ = two_folds
     monkeypatch.setattr("brainray.training.crossval.cross_validate", lambda *_, **__: metrics)
     cli.main(
         [

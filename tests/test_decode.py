@@ -32,7 +32,7 @@ DEEP = RNG.integers(0, 2**16, (13, 19, 4), dtype=np.uint16)
 
 @pytest.fixture(autouse=True)
 def no_warnings() -> Iterator[None]:
-    """Record, rather than raise: an exception inside Pillow would be taken for a corrupt file."""
+    """Fail on warnings. They are recorded: raised inside Pillow, they would reject the file."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -86,7 +86,7 @@ def make_png(size, bits, colour, packed, *extra, lace=0) -> bytes:
 
 
 def make_deep_png(samples: NDArray, colour: int, *extra: bytes) -> bytes:
-    """Filter every other row with Sub, so that a wrong pixel stride shows."""
+    """Filter every other row with Sub, so that a wrong pixel stride changes the pixels."""
     height, width = samples.shape[:2]
     step, rows = samples[0, 0].nbytes, []
     for index, row in enumerate(samples.astype(">u2")):
@@ -158,7 +158,7 @@ def test_colour_becomes_luminance(format_name: str) -> None:
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "TIFF"])
-def test_alpha_shows_black(format_name: str) -> None:
+def test_transparent_pixels_are_blended_with_black(format_name: str) -> None:
     expected = over_black(compute_luma(WITH_ALPHA), WITH_ALPHA[..., 3])
     np.testing.assert_array_equal(decode_image(encode(WITH_ALPHA, format_name)), expected)
     pair = Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(WITH_ALPHA[..., 3])])
@@ -194,7 +194,7 @@ def test_palette(format_name: str) -> None:
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "GIF"])
-def test_palette_transparency_shows_black(format_name: str) -> None:
+def test_transparency_of_a_palette_becomes_black(format_name: str) -> None:
     image = Image.fromarray(COLOUR).quantize(40)
     entries = np.asarray(image)
     luma = compute_luma(np.asarray(image.convert("RGB")))
@@ -203,7 +203,7 @@ def test_palette_transparency_shows_black(format_name: str) -> None:
     np.testing.assert_array_equal(grey, np.where(entries == 7, 0, luma))
 
 
-def test_transparency_of_a_grey_gif_shows_black() -> None:
+def test_transparency_of_a_grey_gif_becomes_black() -> None:
     """All 256 greys in order make Pillow read the palette as mode L."""
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     data = encode(ramp, "GIF", transparency=45)
@@ -260,7 +260,7 @@ def test_sixteen_bit_colour_keeps_its_full_depth() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_sixteen_bit_samples_come_whole_and_upright(orientation: int) -> None:
+def test_sixteen_bit_samples_are_unscaled_and_upright(orientation: int) -> None:
     deep = DEEP[..., 0]
     for order, white_is_zero in (("<", False), (">", False), ("<", True)):
         data = make_tiff(deep, order, photometric=1 - white_is_zero, tags={274: [orientation]})
@@ -330,7 +330,7 @@ def test_one_pixel(format_name: str) -> None:
 
 
 def turn(grey: NDArray) -> dict[int, NDArray]:
-    """Make each EXIF orientation's stored picture upright."""
+    """Return the upright image for each EXIF orientation of the stored image."""
     return {
         1: grey,
         2: np.fliplr(grey),
@@ -349,7 +349,7 @@ def test_exif_orientation(orientation: int) -> None:
     exif[274] = orientation
     jpeg = decode_image(encode(GREY, "JPEG", quality=100, exif=exif.tobytes()))
     upright = decode_with_pillow(encode(GREY, "JPEG", quality=100))
-    for candidate, turned in turn(upright).items():  # this turn of it, and no other
+    for candidate, turned in turn(upright).items():  # only this orientation
         assert np.array_equal(jpeg, turned) == (candidate == orientation)
     png = encode(GREY, "PNG", exif=exif.tobytes())
     tiff = encode(GREY, "TIFF", tiffinfo={274: orientation})
@@ -394,7 +394,7 @@ def test_the_display_of_a_file_is_its_samples_scaled_to_eight_bits(name: str) ->
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_every_cut_is_noticed(name: str) -> None:
+def test_a_file_truncated_anywhere_is_rejected(name: str) -> None:
     data = SAMPLES[name]
     assert decode_image(data).size
     seen = set()
@@ -424,14 +424,14 @@ def test_empty_and_unknown() -> None:
         reject(data, "not_an_image")
 
 
-def test_file_larger_than_the_limit_is_refused() -> None:
+def test_file_larger_than_the_limit_is_rejected() -> None:
     data = SAMPLES["png"]
     assert decode_image(data, DecodeLimits(max_bytes=len(data))).size
     reject(data, "too_large", DecodeLimits(max_bytes=len(data) - 1))
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_image_larger_than_the_limit_is_refused(name: str) -> None:
+def test_image_larger_than_the_limit_is_rejected(name: str) -> None:
     pixels = GREY.size
     assert decode_image(SAMPLES[name], DecodeLimits(max_pixels=pixels)).size == pixels
     message = reject(SAMPLES[name], "too_large", DecodeLimits(max_pixels=pixels - 1))
@@ -439,13 +439,13 @@ def test_image_larger_than_the_limit_is_refused(name: str) -> None:
     assert "max_pixels" in message
 
 
-def test_pillows_own_limit_holds_where_it_is_lower() -> None:
+def test_pillows_own_limit_applies_if_it_is_lower() -> None:
     data = make_png((10_000, 10_000), 1, 0, zlib.compress(bytes(1251 * 10_000)))
     message = reject(data, "too_large", DecodeLimits(max_pixels=10**9))
     assert "MAX_IMAGE_PIXELS" in message
 
 
-def test_several_frames_are_ambiguous() -> None:
+def test_several_frames_are_rejected() -> None:
     frames = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
     for format_name in ("GIF", "TIFF", "WEBP", "PNG"):
         data = encode(frames[0], format_name, save_all=True, append_images=frames[1:])
@@ -453,7 +453,7 @@ def test_several_frames_are_ambiguous() -> None:
         assert decode_image(encode(frames[0], format_name, save_all=True)).shape == GREY.shape
 
 
-FOREIGN = {
+UNSUPPORTED = {
     "PDF": b"%PDF-1.7\n",
     "ZIP": b"PK\x03\x04" + bytes(30),
     "HEIC": b"\0\0\0\x18ftypheic" + bytes(30),
@@ -467,18 +467,18 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_foreign_formats_are_named(name: str) -> None:
-    message = reject(FOREIGN[name], "unsupported")
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_formats_are_named(name: str) -> None:
+    message = reject(UNSUPPORTED[name], "unsupported")
     assert message.startswith(f"{ACCEPTED}, got ")
     assert name in message.removeprefix(ACCEPTED)
 
 
-def test_what_is_accepted_is_named_and_what_is_not_is_not_quoted() -> None:
+def test_a_rejection_lists_the_accepted_formats_and_does_not_quote_the_file() -> None:
     for data in (b"", b"Dear colleague", bytes(99)):
         message = reject(data, "not_an_image" if data else "empty")
         assert message.startswith(ACCEPTED)
-        assert "44 65 61" not in message, "a text may begin with a person's name"
+        assert "44 65 61" not in message, "a text may begin with a patient's name"
     for name in ("DICOM", "NIfTI", "PNG", "JPEG", "BMP", "GIF", "TIFF", "WebP"):
         assert name in ACCEPTED
 
@@ -493,7 +493,7 @@ def test_samples_of_undefined_range_are_unsupported() -> None:
     reject(jpeg[:at] + b"\x0c" + jpeg[at + 1 :], "unsupported")
 
 
-def test_no_pixels_is_corrupt() -> None:
+def test_an_image_without_pixels_is_corrupt() -> None:
     reject(make_png((0, 5), 8, 0, zlib.compress(b"")), "corrupt")
     reject(make_tiff(GREY, "<", tags={256: [0]}), "corrupt")
     jpeg = SAMPLES["jpeg"]
@@ -501,13 +501,13 @@ def test_no_pixels_is_corrupt() -> None:
     reject(jpeg[:at] + b"\0\0" + jpeg[at + 2 :], "corrupt")
 
 
-def test_a_flipped_bit_in_png_data_is_noticed() -> None:
+def test_png_data_with_a_flipped_bit_is_corrupt() -> None:
     data = bytearray(SAMPLES["png"])
     data[data.index(b"IDAT") + 40] ^= 1
     reject(bytes(data), "corrupt")
 
 
-def test_data_that_ends_early_is_not_filled_in() -> None:
+def test_pixel_data_that_ends_early_is_truncated() -> None:
     rows = b"\0abcd" * 4
     assert decode_image(make_png((4, 4), 8, 0, zlib.compress(rows))).shape == (4, 4)
     reject(make_png((4, 4), 8, 0, zlib.compress(rows[:-5])), "truncated")
@@ -515,7 +515,7 @@ def test_data_that_ends_early_is_not_filled_in() -> None:
     reject(jpeg[:-100] + bytes(100), "truncated")
 
 
-def test_damaged_metadata_neither_warns_nor_matters() -> None:
+def test_damaged_metadata_is_ignored_without_a_warning() -> None:
     plain = encode(COLOUR, "JPEG")
     damaged = b"Exif\0\0II*\0\x08\0\0\0\xff\x00" + b"\x0f\x01\x02\0\xff\xff\0\0\xff\xff\0\0" * 9
     segment = b"\xff\xe1" + struct.pack(">H", len(damaged) + 2) + damaged
@@ -530,7 +530,7 @@ def test_damaged_metadata_neither_warns_nor_matters() -> None:
 # ---- bombs ---------------------------------------------------------------------------------------
 
 
-def refuse_cheaply(data: bytes, reason: str, seconds: float = 0.25) -> None:
+def reject_cheaply(data: bytes, reason: str, seconds: float = 0.25) -> None:
     tracemalloc.start()
     start = time.perf_counter()
     reject(data, reason)
@@ -540,22 +540,22 @@ def refuse_cheaply(data: bytes, reason: str, seconds: float = 0.25) -> None:
     assert peak < 3 * len(data) + 2**20
 
 
-def test_bombs_are_refused_before_they_are_unpacked() -> None:
+def test_bombs_are_rejected_before_they_are_decompressed() -> None:
     packer = zlib.compressobj(9)
     zeros = b"".join(packer.compress(bytes(2**20)) for _ in range(500)) + packer.flush()
-    refuse_cheaply(make_png((60_000, 60_000), 8, 2, zeros * 2), "too_large")
-    refuse_cheaply(make_tiff(GREY, "<", tags={256: [2**31], 257: [2**31]}), "too_large")
+    reject_cheaply(make_png((60_000, 60_000), 8, 2, zeros * 2), "too_large")
+    reject_cheaply(make_tiff(GREY, "<", tags={256: [2**31], 257: [2**31]}), "too_large")
     strips = make_tiff(GREY, "<", tags={256: [1], 257: [40_000_000], 278: [1]})
-    refuse_cheaply(strips, "corrupt")
+    reject_cheaply(strips, "corrupt")
     jpeg = encode(GREY, "JPEG", progressive=True)
     at = jpeg.index(b"\xff\xda")
-    refuse_cheaply(jpeg[:at] + jpeg[at:-2] * 60 + jpeg[-2:], "too_large")
+    reject_cheaply(jpeg[:at] + jpeg[at:-2] * 60 + jpeg[-2:], "too_large")
     bitmap = bytearray(SAMPLES["bmp"])
     bitmap[18:26] = struct.pack("<ll", 2**20, 2**20)
-    refuse_cheaply(bytes(bitmap), "too_large")
+    reject_cheaply(bytes(bitmap), "too_large")
 
 
-def test_packed_text_and_surplus_data_cost_nothing() -> None:
+def test_compressed_text_and_surplus_data_are_not_decompressed() -> None:
     packer = zlib.compressobj(9)
     zeros = b"".join(packer.compress(bytes(2**20)) for _ in range(300)) + packer.flush()
     text = chunk(b"zTXt", b"Comment\0\0" + zeros) * 3 + chunk(b"iCCP", b"profile\0\0" + zeros)
@@ -571,7 +571,7 @@ def test_packed_text_and_surplus_data_cost_nothing() -> None:
         tracemalloc.stop()
 
 
-def test_running_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_error_is_a_rejection(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
@@ -579,10 +579,10 @@ def test_running_out_of_memory_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> 
     reject(SAMPLES["png"], "too_large")
 
 
-# ---- threads, mutants, real scans ----------------------------------------------------------------
+# ---- threads, mutated files, real scans ----------------------------------------------------------
 
 
-def test_threads_agree() -> None:
+def test_threads_decode_the_same_pixels() -> None:
     expected = {name: decode_image(data) for name, data in SAMPLES.items()}
     with ThreadPoolExecutor(8) as pool:
         names = list(SAMPLES) * 40
@@ -641,7 +641,7 @@ def mutate(rng: random.Random, files: Sequence[bytes] = tuple(SAMPLES.values()))
 
 
 def fix_checksums(data: bytes) -> bytes:
-    """Recompute the checksums, so that readers get past them to the damage."""
+    """Recompute the PNG checksums, so that the damage and not the checksum is tested."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     out, at = data[:8], 8
@@ -685,7 +685,7 @@ def test_twenty_thousand_mutants_get_an_answer_in_time() -> None:
         counts[reason] = counts.get(reason, 0) + 1
     assert slowest < 0.5, slowest
     assert {"decoded", "truncated", "corrupt", "too_large", "unsupported"} <= set(counts), counts
-    print(f"slowest {slowest * 1000:.1f} ms; {counts}")  # noqa: T201 - read with -s
+    print(f"slowest {slowest * 1000:.1f} ms; {counts}")  # noqa: T201 - shown with -s
 
 
 def test_real_scans_equal_pillow() -> None:

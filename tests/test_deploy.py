@@ -1,4 +1,4 @@
-"""Deployment files: the schemas of their readers, and the guarantees of docs/security.md."""
+"""Deployment files: they follow Ray's and KubeRay's schemas, and keep docs/security.md."""
 
 import copy
 import gzip
@@ -66,8 +66,8 @@ def walk(value: object, path: str = "") -> Iterator[tuple[str, object]]:
         yield from walk(child, f"{path}/{key}")
 
 
-def find_refused(value: object, schema: dict[str, Any], path: str = "") -> list[str]:
-    """List unknown fields and wrong quantities: JSON Schema passes them, API servers do not."""
+def find_rejected(value: object, schema: dict[str, Any], path: str = "") -> list[str]:
+    """List unknown fields and wrong quantities: JSON Schema accepts them, API servers do not."""
     if schema.get("x-kubernetes-preserve-unknown-fields"):
         return []
     if schema.get("x-kubernetes-int-or-string"):
@@ -78,14 +78,14 @@ def find_refused(value: object, schema: dict[str, Any], path: str = "") -> list[
         known, others = schema.get("properties", {}), schema.get("additionalProperties")
         for key, child in value.items():
             if key in known:
-                found += find_refused(child, known[key], f"{path}/{key}")
+                found += find_rejected(child, known[key], f"{path}/{key}")
             elif isinstance(others, dict):
-                found += find_refused(child, others, f"{path}/{key}")
+                found += find_rejected(child, others, f"{path}/{key}")
             elif others is not True:
                 found.append(f"{path}/{key}: unknown field")
     elif isinstance(value, list):
         for index, child in enumerate(value):
-            found += find_refused(child, schema.get("items", {}), f"{path}/{index}")
+            found += find_rejected(child, schema.get("items", {}), f"{path}/{index}")
     return found
 
 
@@ -136,10 +136,10 @@ def test_manifest_follows_kuberays_schema(manifest: Manifest) -> None:
     schema, resource = manifest.load_schema(), manifest.resource
     del resource["metadata"]  # the API server has a schema of its own for it
     jsonschema.Draft202012Validator(schema).validate(resource)
-    assert find_refused(resource, schema) == []
+    assert find_rejected(resource, schema) == []
     broken = copy.deepcopy(resource)
     broken["spec"]["unknown"] = True
-    assert find_refused(broken, schema) == ["/spec/unknown: unknown field"]
+    assert find_rejected(broken, schema) == ["/spec/unknown: unknown field"]
 
 
 @pytest.mark.parametrize("name", ["serve.yaml", SERVE])
@@ -194,7 +194,7 @@ def read_flags(monkeypatch: pytest.MonkeyPatch) -> ReadFlags:
     def read(flags: list[str]) -> ClassifyJob:
         with pytest.raises(SystemExit):
             cli.main(["classify", *flags])
-        (job,) = jobs  # empty if the parser refused
+        (job,) = jobs  # empty if the parser rejected the flags
         jobs.clear()
         return job
 
@@ -256,7 +256,7 @@ def test_machines_of_the_cluster_are_private() -> None:
     assert provider["use_internal_ips"] is True
     assert not provider.get("use_external_head_ip", False)
     for name, kind in cluster["available_node_types"].items():
-        # Without it Ray makes a group that allows SSH from everywhere.
+        # Without it, Ray creates a security group that allows SSH from everywhere.
         assert kind["node_config"]["SecurityGroupIds"], name
         assert kind["node_config"]["MetadataOptions"]["HttpTokens"] == "required", name
 
@@ -320,7 +320,9 @@ def repository_files() -> list[str]:
     return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
 
 
-def test_one_file_listens_on_every_interface(repository_files: list[str]) -> None:
+def test_only_the_service_on_kubernetes_listens_on_every_interface(
+    repository_files: list[str],
+) -> None:
     kinds = (".py", ".yaml", "Dockerfile", "Makefile")
     listening = [
         name
@@ -347,7 +349,7 @@ def test_the_image_has_the_lock_the_code_and_nothing_else(repository_files: list
     assert {rule[1:] for rule in rules if rule.startswith("!")} == {s.rstrip("/") for s in copied}
 
 
-def test_images_are_named_after_the_lock(manifest: Manifest) -> None:
+def test_image_tags_match_the_lock(manifest: Manifest) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     tag = f":{project['version']}-ray{get_ray_version()}"
     for template in manifest.pods.values():
@@ -369,7 +371,7 @@ def test_the_bulk_guide_lists_every_column_and_reason() -> None:
     assert f"`schema_version` of these columns (now {SCHEMA_VERSION})" in text
 
 
-def test_the_security_page_has_the_limits_and_ports_in_force() -> None:
+def test_the_security_page_has_the_current_limits_and_ports() -> None:
     text = (ROOT / "docs" / "security.md").read_text()
     mib = 2**20
     assert f"| {DecodeLimits().max_bytes // mib} MiB (`--limits.max-bytes`)" in text

@@ -1,4 +1,4 @@
-"""DICOM: supported and rejected objects, the steps from samples to pixels, and no identity."""
+"""DICOM: supported and rejected objects, the steps from samples to pixels, hashed identifiers."""
 
 import gzip
 import io
@@ -70,7 +70,7 @@ def reject(content: bytes, reason: str, limits: DecodeLimits | None = None) -> s
     with pytest.raises(RejectedImage) as caught:
         decode_frame(open_dicom(content, limits=limits or DecodeLimits()))
     assert caught.value.reason == reason, caught.value.message
-    assert caught.value.__context__ is None, "a library's exception quotes the file"
+    assert caught.value.__context__ is None, "a library's exception may quote the file"
     return caught.value.message
 
 
@@ -96,7 +96,7 @@ def find_pydicom_data(name: str) -> Path:
     return Path(folders[0]) / "data" / name
 
 
-# ---- files of others -----------------------------------------------------------------------------
+# ---- files of pydicom and nibabel ----------------------------------------------------------------
 
 EXPECTED = {
     "MR_small.dcm": "decoded",
@@ -122,16 +122,16 @@ EXPECTED = {
     ids=lambda path: str(path.relative_to(PYDICOM_FILES)),
 )
 def test_every_bundled_file_is_decoded_or_gets_a_reason(path: Path) -> None:
-    answer = decode_or_reject(path.read_bytes())
-    assert answer != "no known reason"
-    assert answer == EXPECTED.get(path.name, answer)
+    outcome = decode_or_reject(path.read_bytes())
+    assert outcome != "no known reason"
+    assert outcome == EXPECTED.get(path.name, outcome)
 
 
-def test_body_part_and_direction_are_unknown_in_a_real_brain_study() -> None:
+def test_a_real_brain_study_is_flagged_as_unknown_body_part_and_non_axial() -> None:
     study = PYDICOM_FILES / "dicomdirtests" / "98892003"
-    answers = [decode_or_reject(path.read_bytes()) for path in sorted(study.rglob("*/*"))]
-    assert answers.count("decoded") == 10
-    assert answers.count("projection") == 7
+    outcomes = [decode_or_reject(path.read_bytes()) for path in sorted(study.rglob("*/*"))]
+    assert outcomes.count("decoded") == 10
+    assert outcomes.count("projection") == 7
     flags = open_dicom((study / "MR1" / "4919").read_bytes()).slices[0].flags
     assert "body_part_unknown" in flags
     assert "non_axial" in flags
@@ -160,8 +160,8 @@ def test_lossless_syntaxes_of_an_enhanced_file_agree(name: str) -> None:
     "name",
     ["J2K_pixelrep_mismatch.dcm", "693_J2KI.dcm", "JPEG2000.dcm", "JPEGLSNearLossless_16.dcm"],
 )
-def test_stored_samples_are_pydicoms(name: str) -> None:
-    """Among them JPEG 2000 whose codestream has another sign than its header (pydicom#1149)."""
+def test_stored_samples_equal_those_of_pydicom(name: str) -> None:
+    """One is JPEG 2000 with another sign in the codestream than in the header (pydicom#1149)."""
     dataset = pydicom.dcmread(PYDICOM_FILES / name)
     slope = float(dataset.get("RescaleSlope", 1))
     intercept = float(dataset.get("RescaleIntercept", 0))
@@ -188,7 +188,7 @@ def test_jpeg_of_12_bits_is_unsupported(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["philips_mprage.dcm.gz", "siemens_dwi_0.dcm.gz"])
-def test_files_of_vendors(name: str) -> None:
+def test_files_of_vendors_are_decoded_or_rejected(name: str) -> None:
     folder = Path(find_spec("nibabel").submodule_search_locations[0])  # type: ignore[union-attr,index]
     content = gzip.decompress((folder / "nicom" / "tests" / "data" / name).read_bytes())
     expected = {"philips_mprage.dcm.gz": "decoded", "siemens_dwi_0.dcm.gz": "mosaic"}
@@ -202,7 +202,7 @@ def test_files_of_vendors(name: str) -> None:
     "syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int16, np.uint32])
-def test_uncompressed_samples_survive(syntax: str, dtype: type) -> None:
+def test_uncompressed_samples_are_decoded_exactly(syntax: str, dtype: type) -> None:
     info = np.iinfo(dtype)
     pixels = np.linspace(info.min, min(info.max, 2**24), 5 * 8).astype(dtype).reshape(5, 8)
     stored = pixels
@@ -211,8 +211,8 @@ def test_uncompressed_samples_survive(syntax: str, dtype: type) -> None:
     np.testing.assert_array_equal(decode(make_mr(stored, syntax)), pixels)
 
 
-def test_odd_frames_of_swapped_bytes() -> None:
-    """Big endian OW words that straddle two frames."""
+def test_big_endian_words_may_span_two_frames() -> None:
+    """Frames of an odd number of bytes, in OW words of swapped bytes."""
     frames = np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5)
     swapped = frames.reshape(-1, 2)[:, ::-1].reshape(2, 3, 5)
     content = make_mr(swapped, ExplicitVRBigEndian)
@@ -313,7 +313,7 @@ def test_the_offset_table_separates_frames() -> None:
             np.testing.assert_array_equal(decode(content, index), frame)
 
 
-def test_something_between_fragments_is_corrupt() -> None:
+def test_an_element_between_fragments_is_corrupt() -> None:
     (frame,) = compress(RAMP[None], RLELossless)
     content = make_compressed([frame], RLELossless)
     reject(content.replace(b"\xfe\xff\xdd\xe0", b"\x10\x00\x10\x00"), "corrupt")
@@ -329,7 +329,7 @@ def test_jpeg_baseline() -> None:
         np.testing.assert_array_equal(decode(content), np.asarray(image))
 
 
-def test_the_icon_is_not_the_image() -> None:
+def test_the_icon_is_not_read_as_the_image() -> None:
     """dcm2niix#638."""
     icon = make_dataset(np.full((4, 4), 9, np.uint8))
     for keyword in ("SOPClassUID", "SOPInstanceUID"):
@@ -363,7 +363,7 @@ def make_scaling(slope: str, intercept: str = "0") -> Dataset:
 
 
 def test_functional_groups_rescale_each_frame() -> None:
-    """pydicom#2353, dcm2niix#363: a frame's own slope counts first, the root's last."""
+    """pydicom#2353, dcm2niix#363: a frame's own slope has priority, the root's is used last."""
     frames = np.stack([RAMP, RAMP])
     content = make_enhanced(
         frames,
@@ -413,7 +413,7 @@ def test_an_infinite_slope_is_corrupt() -> None:
         ({"PhotometricInterpretation": "MONOCHROME1", "PresentationLUTShape": "INVERSE"}, True),
     ],
 )
-def test_inversion(elements: dict, is_inverted: bool) -> None:
+def test_grey_values_are_inverted_as_the_header_says(elements: dict, is_inverted: bool) -> None:
     """MONAI Deploy#282."""
     content = make_mr(WindowCenter=1900, WindowWidth=3900, **elements)
     grey, shown = decode(content), render(content).astype(int)
@@ -426,7 +426,7 @@ def test_inversion(elements: dict, is_inverted: bool) -> None:
 
 
 def test_inversion_comes_after_the_window() -> None:
-    """cornerstone3D PR 2215: inverted first, a window off the middle shows other values."""
+    """cornerstone3D PR 2215: with inversion first, an off-centre window shows other values."""
     window = {"WindowCenter": 500, "WindowWidth": 400}
     plain = render(make_mr(**window))
     inverted = render(make_mr(PhotometricInterpretation="MONOCHROME1", **window))
@@ -479,14 +479,14 @@ VALUES = np.array([[0, 10, 20, 30, 40, 50, 60]], np.uint16)
         ({"WindowCenter": [30, 99], "WindowWidth": [21, 3]}, [0, 0, 7, 134, 255, 255, 255]),
     ],
 )
-def test_windows(elements: dict, expected: list[int]) -> None:
+def test_windows_follow_the_standard(elements: dict, expected: list[int]) -> None:
     rendered = render_frame(open_dicom(make_mr(VALUES, **({"WindowCenter": 30} | elements))))
     assert rendered.grey_range == "window"
     np.testing.assert_allclose(rendered.pixels[0], expected, atol=1)
 
 
 @pytest.mark.parametrize("elements", [{}, {"WindowCenter": 30, "WindowWidth": 0}])
-def test_without_a_window_the_samples_give_the_range(elements: dict) -> None:
+def test_without_a_window_the_range_of_the_samples_is_shown(elements: dict) -> None:
     image = open_dicom(make_mr(RAMP, **elements))
     rendered = render_frame(image)
     assert rendered.grey_range == "samples"
@@ -500,7 +500,7 @@ def test_the_window_does_not_change_grey_values() -> None:
     assert "no_window" not in open_dicom(narrow).slices[0].flags
 
 
-def test_the_window_is_on_rescaled_values() -> None:
+def test_the_window_applies_to_rescaled_values() -> None:
     rescaled = make_mr(VALUES, WindowCenter=3, WindowWidth=2, RescaleSlope="0.1",
                        RescaleIntercept=0, VOILUTFunction="LINEAR_EXACT")  # fmt: skip
     np.testing.assert_allclose(render(rescaled)[0], [0, 0, 0, 128, 255, 255, 255], atol=1)
@@ -564,7 +564,7 @@ STORAGE = "1.2.840.10008.5.1.4.1.1."
         ("unsupported", {"BitsAllocated": 64}),
     ],
 )
-def test_reasons(reason: str, elements: dict) -> None:
+def test_objects_are_rejected_with_a_reason(reason: str, elements: dict) -> None:
     reject(make_mr(**elements), reason)
 
 
@@ -581,7 +581,7 @@ def test_reasons(reason: str, elements: dict) -> None:
         {"WindowCenter": None, "PixelSpacing": None},
     ],
 )
-def test_absent_elements_reject_nothing(elements: dict) -> None:
+def test_absent_or_uncommon_elements_are_accepted(elements: dict) -> None:
     present = {"WindowCenter": 5, "WindowWidth": 5}
     dataset = make_dataset(**present, PixelSpacing=[1, 1])
     for keyword, value in elements.items():
@@ -609,7 +609,7 @@ def test_absent_elements_reject_nothing(elements: dict) -> None:
         ("echo_planar", {"ScanningSequence": ["EP", "SE"]}),
     ],
 )
-def test_flags(flag: str, elements: dict) -> None:
+def test_uncertain_properties_are_flagged(flag: str, elements: dict) -> None:
     dataset = make_dataset(**elements)
     content = write(dataset)
     if "SOPClassUID" not in dataset:
@@ -621,7 +621,7 @@ def test_flags(flag: str, elements: dict) -> None:
     assert flags == tuple(sorted(set(flags)))
 
 
-def test_anatomic_region_counts() -> None:
+def test_the_anatomic_region_has_priority_over_the_body_part() -> None:
     def make_region(code: str) -> list[Dataset]:
         return [make_item(CodeValue=code, CodingSchemeDesignator="SCT", CodeMeaning="x")]
 
@@ -676,19 +676,21 @@ def test_geometry_of_a_classic_file() -> None:
         ([1, 0, 0, 0, 0.866025, 0.5], "axial", -0.5 * -90 + 0.866025 * 33),
     ],
 )
-def test_planes(orientation: list[float], plane: str, position: float) -> None:
+def test_the_plane_and_position_follow_from_the_orientation(
+    orientation: list[float], plane: str, position: float
+) -> None:
     (frame,) = open_dicom(make_mr(ImageOrientationPatient=orientation)).slices
     assert frame.plane == plane
     assert frame.position_mm == pytest.approx(position)
 
 
-def test_a_position_that_no_scanner_has_is_none() -> None:
+def test_an_impossible_position_is_none() -> None:
     (frame,) = open_dicom(make_mr(ImagePositionPatient=["1e308", 0, "1e308"])).slices
     assert (frame.position_mm, frame.plane) == (None, "axial")
 
 
 def test_geometry_of_each_frame() -> None:
-    """MONAI#8468: an enhanced file's geometry is in its functional groups, not made up."""
+    """MONAI#8468: the geometry of an enhanced file is in its functional groups."""
     shared = make_item(
         PlaneOrientationSequence=[make_item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
         PixelMeasuresSequence=[make_item(PixelSpacing=[2, 3])],
@@ -702,7 +704,7 @@ def test_geometry_of_each_frame() -> None:
     assert {(frame.spacing_mm, frame.plane) for frame in frames} == {((2, 3), "axial")}
 
 
-def test_as_many_functional_groups_as_frames() -> None:
+def test_another_number_of_functional_groups_than_frames_is_corrupt() -> None:
     reject(make_enhanced(np.stack([RAMP, RAMP]), Dataset(), [Dataset()] * 3), "corrupt")
 
 
@@ -710,18 +712,18 @@ def test_as_many_functional_groups_as_frames() -> None:
 
 
 @pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm"])
-def test_a_file_cut_anywhere_is_rejected(name: str) -> None:
+def test_a_file_truncated_anywhere_is_rejected(name: str) -> None:
     content = (PYDICOM_FILES / name).read_bytes()
     end = content.rindex(b"\xe0\x7f\x10\x00") + 12 + 64 * 64 * 2  # padding follows the pixels
     if name != "MR_small.dcm":
         end = content.rindex(b"\xfe\xff\xdd\xe0")
-    answers = {decode_or_reject(content[:cut]) for cut in np.linspace(1, end - 1, 40).astype(int)}
-    assert answers <= {"truncated", "not_an_image", "no_pixels", "corrupt", "not_mr"}
+    outcomes = {decode_or_reject(content[:cut]) for cut in np.linspace(1, end - 1, 40).astype(int)}
+    assert outcomes <= {"truncated", "not_an_image", "no_pixels", "corrupt", "not_mr"}
     assert decode_or_reject(content[: end - 1]) == "truncated"
     assert decode_or_reject(content[:end]) == "decoded"
 
 
-def test_empty() -> None:
+def test_an_empty_file_is_rejected() -> None:
     reject(b"", "empty")
 
 
@@ -756,14 +758,14 @@ def make_items(num_items: int) -> bytes:
     return plain[:at] + start + items + b"\xfe\xff\xdd\xe0\0\0\0\0" + plain[at:]
 
 
-def test_a_header_of_empty_items_is_refused() -> None:
+def test_a_header_of_many_empty_items_is_rejected() -> None:
     """They would take 80 times the memory of the file."""
     content = make_items(MAX_ITEMS + 1)
     assert measure_peak(content, "too_large") < 64 * 2**20
-    reject(make_items(33_000), "corrupt")  # not one for each frame; beyond the first bytes read
+    reject(make_items(33_000), "corrupt")  # not one for each frame; longer than the first read
 
 
-def test_a_header_that_is_too_long_is_refused() -> None:
+def test_a_header_that_is_too_long_is_rejected() -> None:
     dataset = make_dataset()
     dataset.add_new(0x00291001, "OB", bytes(MAX_HEADER_BYTES + 2))
     reject(write(dataset), "too_large")
@@ -779,7 +781,7 @@ def insert_element(tag: tuple[int, int], value: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("tag", [(0x0028, 0x1050), (0x0008, 0x0008), (0x0008, 0x0005)])
-def test_a_header_of_many_values_is_refused(tag: tuple[int, int]) -> None:
+def test_a_header_of_many_values_is_rejected(tag: tuple[int, int]) -> None:
     """Window, image type and character set: pydicom would take 46 s and 6 GB for 30 MB of them."""
     content = insert_element(tag, b"1\\" * (15 * 2**20))
     assert measure_peak(content, "too_large") < 100 * 2**20
@@ -787,17 +789,17 @@ def test_a_header_of_many_values_is_refused(tag: tuple[int, int]) -> None:
     np.testing.assert_array_equal(decode(few), RAMP)
 
 
-def test_backslashes_among_the_pixels_are_no_values() -> None:
+def test_backslashes_in_the_pixels_are_not_counted_as_values() -> None:
     frames = np.full((300, 64, 64), 0x5C5C, np.uint16)
     groups = [make_scaling("1")] * 300
     for group in groups:
-        group.add_new(0x00291001, "OB", bytes(2**10))  # beyond the first bytes that are read
+        group.add_new(0x00291001, "OB", bytes(2**10))  # longer than the first read
     content = make_enhanced(frames, Dataset(), groups)
     assert content.count(b"\\") > MAX_VALUES
     np.testing.assert_array_equal(decode(content, 299), frames[0])
 
 
-def test_a_lut_of_millions_of_numbers_is_not_made_a_list() -> None:
+def test_a_lut_of_millions_of_numbers_is_not_read_as_a_list() -> None:
     """A descriptor of one entry makes pydicom read the table as a list of numbers."""
     descriptor = struct.pack("<HHLHHH", 0x0028, 0x3002, 6, 1, 0, 16)
     table = b"\5\0" * (5 * 2**20)
@@ -815,39 +817,39 @@ def test_a_lut_of_millions_of_numbers_is_not_made_a_list() -> None:
 
 
 @pytest.mark.parametrize("tag", [(0x0040, 0xA730), (0x5200, 0x9229)])
-def test_sequences_nested_without_end_are_corrupt(tag: tuple[int, int]) -> None:
+def test_deeply_nested_sequences_are_corrupt(tag: tuple[int, int]) -> None:
     undefined = struct.pack("<HHL", *tag, 2**32 - 1) + b"\xfe\xff\x00\xe0\xff\xff\xff\xff"
     plain = make_mr(syntax=ImplicitVRLittleEndian)
     at = plain.index(b"\xe0\x7f\x10\x00")
     reject(plain[:at] + undefined * 20_000 + plain[at:], "corrupt")
 
 
-def test_a_frame_of_empty_fragments_is_refused() -> None:
+def test_a_frame_of_many_empty_fragments_is_rejected() -> None:
     fragments = b"\xfe\xff\x00\xe0\0\0\0\0" * (MAX_FRAGMENTS + 2)
     content = make_compressed([b"ab"], RLELossless).replace(b"\xfe\xff\xdd\xe0", fragments)
     assert measure_peak(content, "too_large") < 100 * 2**20
 
 
-def test_sizes_are_checked_before_memory_is_taken() -> None:
+def test_sizes_are_checked_before_memory_is_allocated() -> None:
     huge = make_mr(Rows=60_000, Columns=60_000)
     assert measure_peak(huge, "too_large") < 2**20
     many = make_compressed(compress(RAMP[None], RLELossless), RLELossless, NumberOfFrames=2**30)
     assert measure_peak(many, "truncated") < 2**20
 
 
-def test_a_compressed_frame_must_be_as_large_as_the_header_says() -> None:
+def test_a_compressed_frame_of_another_size_than_the_header_is_corrupt() -> None:
     (frame,) = compress(RAMP[None], JPEG2000Lossless)
     at = frame.index(b"\xff\x4f\xff\x51") + 8
-    lying = frame[:at] + (60_000).to_bytes(4, "big") * 2 + frame[at + 8 :]
-    assert "60000 x 60000" in reject(make_compressed([lying], JPEG2000Lossless), "corrupt")
+    mismatched = frame[:at] + (60_000).to_bytes(4, "big") * 2 + frame[at + 8 :]
+    assert "60000 x 60000" in reject(make_compressed([mismatched], JPEG2000Lossless), "corrupt")
     (frame,) = compress(RAMP[None], JPEGLSLossless)
     at = frame.index(b"\xff\xf7") + 5
-    lying = frame[:at] + (60_000).to_bytes(2, "big") * 2 + frame[at + 4 :]
-    assert "60000 x 60000" in reject(make_compressed([lying], JPEGLSLossless), "corrupt")
+    mismatched = frame[:at] + (60_000).to_bytes(2, "big") * 2 + frame[at + 4 :]
+    assert "60000 x 60000" in reject(make_compressed([mismatched], JPEGLSLossless), "corrupt")
 
 
-def test_a_jpeg_frame_of_many_scans_or_segments_is_refused() -> None:
-    """A scan of a hundred bytes is a pass over the whole frame."""
+def test_a_jpeg_frame_of_many_scans_or_segments_is_rejected() -> None:
+    """A decoder passes over the whole frame for each scan of a hundred bytes."""
     buffer = io.BytesIO()
     Image.fromarray(RAMP.astype(np.uint8)).save(buffer, "JPEG", progressive=True)
     jpeg = buffer.getvalue()
@@ -864,11 +866,11 @@ def test_a_run_length_that_goes_beyond_the_frame_is_corrupt() -> None:
     """pylibjpeg-rle panics, which is not an Exception."""
     (frame,) = compress(RAMP[None], RLELossless)
     second = int.from_bytes(frame[8:12], "little")
-    longer = frame[:second] + b"\xfe\x07" + frame[second:]  # three times 7 more
+    longer = frame[:second] + b"\xfe\x07" + frame[second:]  # three more bytes of 7
     reject(make_compressed([longer], RLELossless), "corrupt")
 
 
-def test_limits() -> None:
+def test_pixels_and_bytes_are_limited() -> None:
     reject(make_mr(), "too_large", DecodeLimits(max_pixels=RAMP.size - 1))
     reject(make_mr(), "too_large", DecodeLimits(max_bytes=500))
     reject(make_compressed([b"\xff\xd8"], JPEGExtended12Bit, np.zeros((4, 4), np.uint8)), "corrupt")
@@ -910,18 +912,18 @@ def test_damaged_bytes_get_an_answer(
         tracemalloc.stop()
 
 
-# ---- identity ------------------------------------------------------------------------------------
+# ---- identifiers ---------------------------------------------------------------------------------
 
 
 def test_identifiers_are_keyed_hashes() -> None:
     (instance,) = open_dicom(make_mr(), key=KEY).slices
-    assert instance.patient == hash_identifier("patient-7", KEY)
+    assert instance.patient == "2ac14a4ef450c8bff9b023310f7630db"  # of Python's hmac and hashlib
     assert len({instance.patient, instance.study, instance.series, instance.sop_instance}) == 4
     assert instance.patient != hash_identifier("patient-7", KEY[::-1])
     assert all(len(value or "") == 32 for value in (instance.study, instance.series))
     assert open_dicom(make_mr()).slices[0].patient is None
     assert open_dicom(make_mr(PatientID=None), key=KEY).slices[0].patient is None
-    # A known answer: other implementations must be able to join on it.
+    # Padding does not change a hash, so that outputs can be joined on it.
     assert hash_identifier("a", KEY) == hash_identifier("a\0", KEY)
     with pytest.raises(ValueError, match="at least 16 bytes, got 3"):
         hash_identifier("a", b"key")

@@ -1,4 +1,4 @@
-"""DICOM results: what the objects say, that a validator finds no error, and that each is one."""
+"""DICOM results: the content of the objects, no error of a validator, and no duplicate objects."""
 
 import io
 import json
@@ -28,8 +28,8 @@ from brainray.inference import sources as sources_module
 from tests.bulk_output import (
     CLASSES,
     CLASSIFIER_ID,
-    find_nothing,
-    find_something,
+    predict_no_tumour,
+    predict_weak_glioma,
     write_output,
 )
 from tests.conftest import REPOSITORY
@@ -61,7 +61,7 @@ PATIENT = {
 
 
 def make_slices(count: int = 10, **elements: Any) -> list[bytes]:  # noqa: ANN401
-    """Make a classic series; an element of None is left out."""
+    """Make a classic series; an element set to None is deleted."""
     slices = []
     for index in range(count):
         own = {
@@ -90,7 +90,7 @@ def make_frames(count: int = 10) -> list[bytes]:
 
 
 def make_bare_slices() -> list[bytes]:
-    """Make a series without half of its attributes, that of its patient among them."""
+    """Make a series without half of its attributes, including those of the patient."""
     bare = []
     for content in make_slices(BodyPartExamined=None, PixelSpacing=None, ImagePositionPatient=None):
         dataset = pydicom.dcmread(io.BytesIO(content))
@@ -151,7 +151,7 @@ def objects(tmp_path: Path) -> dict[str, Dataset]:
     return read_objects(tmp_path / "objects")
 
 
-# ---- what the objects are ------------------------------------------------------------------------
+# ---- content of the objects ----------------------------------------------------------------------
 
 
 @pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dciodvfy is not installed")
@@ -166,7 +166,7 @@ def test_a_validator_finds_no_error(source: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_objects_are_of_the_patient_and_study_of_their_source(source: str, tmp_path: Path) -> None:
+def test_objects_have_the_patient_and_study_of_their_source(source: str, tmp_path: Path) -> None:
     contents = SOURCES[source]()
     write_output(tmp_path / "out", write_files(tmp_path / "in", contents))
     report(tmp_path)
@@ -216,7 +216,7 @@ def find_groups(document: Dataset) -> list[list[str]]:
     return groups
 
 
-def test_a_report_says_finding_certainty_and_key_images(objects: dict[str, Dataset]) -> None:
+def test_a_report_has_finding_certainty_and_key_images(objects: dict[str, Dataset]) -> None:
     document = objects["sr"]
     assert document.SOPClassUID.name == "Comprehensive 3D SR Storage"
     assert document.ContentTemplateSequence[0].TemplateIdentifier == "1500"
@@ -257,9 +257,9 @@ def test_frames_of_an_enhanced_object_are_referenced_by_number(tmp_path: Path) -
     assert found["sc"].SourceImageSequence[0].ReferencedFrameNumber == [1, 3, 5]
 
 
-def test_no_tumour_is_a_finding_that_is_absent(tmp_path: Path) -> None:
+def test_no_tumour_is_reported_as_an_absent_finding(tmp_path: Path) -> None:
     files = write_files(tmp_path / "in", make_slices())
-    write_output(tmp_path / "out", files, find_nothing)
+    write_output(tmp_path / "out", files, predict_no_tumour)
     report(tmp_path)
     answer, *others = find_groups(read_objects(tmp_path / "objects")["sr"])
     assert "Finding: Intracranial tumor" in answer
@@ -268,9 +268,9 @@ def test_no_tumour_is_a_finding_that_is_absent(tmp_path: Path) -> None:
     assert len(others) == 3
 
 
-def test_a_series_without_an_answer_says_why(tmp_path: Path) -> None:
+def test_a_series_without_an_answer_has_a_reason(tmp_path: Path) -> None:
     files = write_files(tmp_path / "in", make_slices())
-    write_output(tmp_path / "out", files, find_something)
+    write_output(tmp_path / "out", files, predict_weak_glioma)
     report(tmp_path)
     answer, *_ = find_groups(read_objects(tmp_path / "objects")["sr"])
     assert "Presence of property: Undetermined" in answer
@@ -286,7 +286,7 @@ def test_key_objects_reference_the_key_slices(objects: dict[str, Dataset]) -> No
     assert series.SeriesInstanceUID == SERIES_UID
 
 
-def test_the_summary_is_a_picture_without_markers_or_names(objects: dict[str, Dataset]) -> None:
+def test_the_summary_is_an_image_without_markers_or_names(objects: dict[str, Dataset]) -> None:
     page = objects["sc"]
     assert (page.Rows, page.Columns, page.SamplesPerPixel) == (HEIGHT_PX, WIDTH_PX, 3)
     assert page.BurnedInAnnotation == "NO"
@@ -298,7 +298,7 @@ def test_the_summary_is_a_picture_without_markers_or_names(objects: dict[str, Da
     assert not is_coloured[130:440, 920:1230].any(), "the first key slice is grey"
 
 
-def test_a_page_without_class_maps_has_none(tmp_path: Path) -> None:
+def test_a_summary_without_class_maps_has_a_blank_area(tmp_path: Path) -> None:
     files = write_files(tmp_path / "in", make_slices())
     write_output(tmp_path / "out", files, with_maps=False)
     report(tmp_path)
@@ -323,7 +323,7 @@ def test_a_second_run_stores_nothing(tmp_path: Path) -> None:
     assert len(changed) == 1
 
 
-def test_another_key_and_place_give_the_same_objects(tmp_path: Path) -> None:
+def test_another_key_and_folder_give_the_same_objects(tmp_path: Path) -> None:
     contents = make_slices()
     found = []
     for name in ("a", "b"):
@@ -332,8 +332,8 @@ def test_another_key_and_place_give_the_same_objects(tmp_path: Path) -> None:
         files = {path.stem: path for path in (tmp_path / name / "objects").rglob("*.dcm")}
         found.append({kind: path.read_bytes() for kind, path in files.items()})
         found.append(str(sorted(files["sr"].parts[-3:-1])))
-    assert found[0] == found[2], "to the byte"
-    assert found[1] != found[3], "folders are called by keyed hashes"
+    assert found[0] == found[2], "the objects must have the same bytes"
+    assert found[1] != found[3], "folders are named by keyed hashes"
 
 
 def test_another_slice_or_code_gives_another_object(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_another_slice_or_code_gives_another_object(tmp_path: Path) -> None:
     assert uids[1][1:] == uids[2][1:], "only the report has codes"
 
 
-def test_a_job_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_job_is_resumed(tmp_path: Path) -> None:
     for number in range(6):
         files = write_files(tmp_path / "in" / str(number), make_series(number))
         write_output(tmp_path / "out", files)
@@ -376,11 +376,11 @@ def test_a_job_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     assert uids <= after
 
 
-# ---- sources that are gone, and series that get nothing ------------------------------------------
+# ---- missing sources, and series without objects -------------------------------------------------
 
 
 def make_series(number: int, count: int = 10) -> list[bytes]:
-    """Make the slices of a study of its own."""
+    """Make the slices of a study with this number."""
     uid = f"{STUDY_UID}.{number}"
     return [
         make_mr(
@@ -469,7 +469,7 @@ def test_a_folder_that_is_no_output_is_an_error(tmp_path: Path) -> None:
 # ---- codes ---------------------------------------------------------------------------------------
 
 
-def test_a_site_changes_the_codes_it_wants(tmp_path: Path) -> None:
+def test_a_code_table_replaces_single_codes(tmp_path: Path) -> None:
     table = tmp_path / "codes.toml"
     table.write_text('[concepts]\nsite = ["T-A0100", "SRT", "Brain"]\n')
     found = read_codes(CLASSES, str(table))
@@ -494,7 +494,7 @@ def test_a_site_changes_the_codes_it_wants(tmp_path: Path) -> None:
         ("[classes]\nglioma = 1", "Expected names and values for classes.glioma"),
     ],
 )
-def test_a_wrong_code_table_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_code_table_is_an_error(text: str, message: str, tmp_path: Path) -> None:
     table = tmp_path / "codes.toml"
     table.write_text(text)
     with pytest.raises(ConfigError, match=message) as error:
@@ -511,7 +511,7 @@ def test_a_class_without_a_code_is_an_error() -> None:
 
 
 class FakePacs:
-    """Keeps what it is sent, as a DICOMweb service does."""
+    """Stores received objects, as a DICOMweb service does."""
 
     def __init__(self) -> None:
         self.stored: dict[str, bytes] = {}
@@ -563,7 +563,7 @@ def test_objects_are_sent_once(pacs: FakePacs, tmp_path: Path) -> None:
     ("trouble", "message"),
     [("refused", "refused the ko: 0xA700"), ("forgotten", "accepted the ko, and does not find it")],
 )
-def test_what_a_pacs_does_not_keep_is_a_failure(
+def test_an_object_that_a_pacs_does_not_store_is_a_failure(
     trouble: str, message: str, pacs: FakePacs, tmp_path: Path
 ) -> None:
     write_output(tmp_path / "out", write_files(tmp_path / "in", make_slices()))
@@ -580,17 +580,17 @@ def test_what_a_pacs_does_not_keep_is_a_failure(
 
 
 def run_quietly(job: ReportJob, lines: list[str]) -> None:
-    """Report, and keep what the command would print."""
+    """Run the job; append the lines that the command would print."""
     try:
         report_dicom(job, log=lines.append)
     except DicomResultsError as error:
         lines.append(str(error))
 
 
-def test_only_the_objects_hold_what_identifies_a_patient(
+def test_only_the_objects_contain_patient_identifiers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever is wrong with a header: no value of it is in a message, a log or another file."""
+    """No value of a header, however malformed, is in a message, a log or another file."""
     lines: list[str] = []
     files = make_objects()
     sets = {"valid": [content for name, content in files.items() if name.startswith("valid")]}
@@ -625,7 +625,7 @@ def test_only_the_objects_hold_what_identifies_a_patient(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_studies_are_done_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_studies_are_processed_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources_module, "MAX_LOCAL_SLICES", 0)
     for number in range(3):
         files = write_files(tmp_path / "in" / str(number), make_series(number))
@@ -643,7 +643,9 @@ def test_studies_are_done_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         report(tmp_path, scans_uri=(str(tmp_path / "nothing"),))
 
 
-def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_counts_and_failures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = write_files(tmp_path / "in", make_slices())
     write_output(tmp_path / "out", files)
     options = [
@@ -664,7 +666,7 @@ def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixt
     assert printed.err.startswith("failed: 1 series")
 
 
-def test_without_the_extra_the_command_names_it(
+def test_without_the_extra_the_error_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "highdicom", None)

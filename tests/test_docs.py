@@ -1,4 +1,4 @@
-"""The guides: links and names lead somewhere, options exist, and console blocks run."""
+"""The guides: linked files, headings and options exist, and console blocks run."""
 
 import contextlib
 import io
@@ -76,7 +76,7 @@ def list_anchors(guide: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.name)
-def test_links_lead_to_files_and_headings(guide: Path) -> None:
+def test_links_point_to_existing_files_and_headings(guide: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", drop_code(guide))
     broken = []
     for link in links:
@@ -143,7 +143,7 @@ def test_options_exist(block: Block) -> None:
         assert unknown == [], command
 
 
-def test_blocks_are_found() -> None:
+def test_every_console_block_is_found() -> None:
     fences = sum(guide.read_text().count("```console") for guide in GUIDES)
     assert len(CONSOLE_BLOCKS) == fences > len(RUN_BLOCKS) > 0
 
@@ -155,7 +155,7 @@ def test_blocks_are_found() -> None:
 def workspace(
     tmp_path_factory: pytest.TempPathFactory, phantom_folder: Path, tiny_classifier: Path
 ) -> Path:
-    """Make a folder with everything that the console blocks name."""
+    """Make a folder with all files that the console blocks name."""
     folder = tmp_path_factory.mktemp("workspace")
     for name in ("jobs", "deploy"):
         (folder / name).symlink_to(REPOSITORY / name)

@@ -1,4 +1,4 @@
-"""Every engine predicts what eager fp32 torch does, as far as its precision allows."""
+"""Every engine agrees with eager fp32 torch within the error of its precision."""
 
 import os
 import pickle
@@ -44,8 +44,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
 PREPROCESSING = Preprocessing(size_px=32, mean=0.2, std=0.3)
 Images = NDArray[np.uint8]
-Opened = Callable[..., Engine]
-SAID = {"openvino": ", {}, 2 threads", "torch": ", {}, 1 thread"}
+GetEngine = Callable[..., Engine]
+DESCRIPTION_ENDS = {"openvino": ", {}, 2 threads", "torch": ", {}, 1 thread"}
 
 needs_bf16 = pytest.mark.skipif(
     not has_native_bf16(use_gpu=False), reason="this processor has no bf16 instructions"
@@ -68,20 +68,20 @@ def images(phantom_folder: Path) -> Images:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, images: Images) -> Path:
-    """Export a network whose every layer matters, and whose answers differ between images."""
+    """Save a classifier in which every layer has an effect and outputs differ between images."""
     torch.manual_seed(0)
     network = build_network(len(CLASSES))
     inputs = normalise_images(torch.from_numpy(images), PREPROCESSING)
     with torch.no_grad():
         for name, norm in network.named_modules():
             if isinstance(norm, torch.nn.BatchNorm2d):
-                # The last of each block would start at zero, and what it follows go unseen.
+                # bn3 starts at zero, which would switch off the residual branch before it.
                 norm.weight.uniform_(*((0.1, 0.3) if name.endswith("bn3") else (0.3, 0.7)))
                 norm.bias.normal_(0, 0.1)
                 norm.momentum = None  # the statistics of these images, not a running mean
         network(inputs)
         features = compute_features(network.eval(), inputs)
-        # A head that looks where the features vary most, to enlarge rounding the least.
+        # The head projects on the leading principal components, to amplify rounding the least.
         mean = features.mean(0)
         _, scales, directions = torch.linalg.svd(features - mean, full_matrices=False)
         deviations = scales[: len(CLASSES)] / len(images) ** 0.5
@@ -107,37 +107,37 @@ def classifier(bundle: Path) -> Classifier:
 @pytest.fixture(scope="module")
 def expected(classifier: Classifier, images: Images) -> NDArray[np.float32]:
     probs = predict_eager(classifier, images)
-    assert probs.std(0).min() > 0.05, "the images are too alike to tell anything"
+    assert probs.std(0).min() > 0.05, "the images are too similar for a comparison"
     return probs
 
 
 @pytest.fixture(scope="module")
-def opened(classifier: Classifier) -> Opened:
-    """Return what opens a engine, or finds it open already."""
-    known: dict[EngineOptions, Engine] = {}
+def get_engine(classifier: Classifier) -> GetEngine:
+    """Return a function that opens an engine, once for each set of options."""
+    engines: dict[EngineOptions, Engine] = {}
 
-    def find(**chosen: Any) -> Engine:  # noqa: ANN401 - any option
+    def get(**chosen: Any) -> Engine:  # noqa: ANN401 - any option
         # Idle threads of torch spin: with several, tests take minutes on a busy machine.
         chosen.setdefault("num_threads", 1 if chosen.get("backend") == "torch" else 2)
         options = EngineOptions(**chosen)
-        if options not in known:
-            known[options] = open_engine(classifier, options)
-        return known[options]
+        if options not in engines:
+            engines[options] = open_engine(classifier, options)
+        return engines[options]
 
-    return find
+    return get
 
 
-# --- answers ------------------------------------------------------------------------------
+# --- predictions --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["openvino", "torch"])
-def test_fp32_is_fp32(
-    backend: str, opened: Opened, images: Images, expected: NDArray[np.float32]
+def test_fp32_agrees_with_eager_torch(
+    backend: str, get_engine: GetEngine, images: Images, expected: NDArray[np.float32]
 ) -> None:
-    engine = opened(backend=backend, precision="fp32")
+    engine = get_engine(backend=backend, precision="fp32")
     assert (engine.backend, engine.precision) == (backend, "fp32")
     assert engine.description.lower().startswith(f"{backend} 2")
-    assert engine.description.endswith(SAID[backend].format("fp32"))
+    assert engine.description.endswith(DESCRIPTION_ENDS[backend].format("fp32"))
     probs = engine.predict(images).probs
     assert probs.dtype == np.float32
     np.testing.assert_allclose(probs, expected, atol=1e-5)
@@ -146,78 +146,78 @@ def test_fp32_is_fp32(
 
 @needs_bf16
 @pytest.mark.parametrize("backend", ["openvino", "torch"])
-def test_bf16_is_near(
-    backend: str, opened: Opened, images: Images, expected: NDArray[np.float32]
+def test_bf16_is_close_to_fp32(
+    backend: str, get_engine: GetEngine, images: Images, expected: NDArray[np.float32]
 ) -> None:
-    engine = opened(backend=backend, precision="bf16")
+    engine = get_engine(backend=backend, precision="bf16")
     assert (engine.backend, engine.precision) == (backend, "bf16")
-    assert engine.description.endswith(SAID[backend].format("bf16"))
+    assert engine.description.endswith(DESCRIPTION_ENDS[backend].format("bf16"))
     difference = np.abs(engine.predict(images).probs - expected).max()
     assert 1e-3 < difference < 5e-2, "not bf16, or not the same network"
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
-def test_openvino_answers_exactly_the_same_alone_and_in_any_batch(
-    precision: str, opened: Opened, images: Images
+def test_openvino_predictions_are_bit_identical_in_any_batch_size(
+    precision: str, get_engine: GetEngine, images: Images
 ) -> None:
-    by_one, by_two = (
-        opened(backend="openvino", precision=precision, num_threads=n) for n in (1, 2)
+    serial, parallel = (
+        get_engine(backend="openvino", precision=precision, num_threads=n) for n in (1, 2)
     )
-    together = by_two.predict(images).probs
-    assert by_one.description.endswith(", 1 thread")
-    for engine, sizes in ((by_one, (32,)), (by_two, (1, 3, 5))):
+    batched = parallel.predict(images).probs
+    assert serial.description.endswith(", 1 thread")
+    for engine, sizes in ((serial, (32,)), (parallel, (1, 3, 5))):
         for size in sizes:
             parts = [
                 engine.predict(images[start : start + size]).probs
                 for start in range(0, len(images), size)
             ]
-            assert np.array_equal(np.concatenate(parts), together)
+            assert np.array_equal(np.concatenate(parts), batched)
 
 
-def test_torch_answers_the_same_alone_and_in_any_batch(
-    opened: Opened, images: Images, monkeypatch: pytest.MonkeyPatch
+def test_torch_predictions_agree_in_any_batch_size(
+    get_engine: GetEngine, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = opened(backend="torch", precision="fp32")
-    together = engine.predict(images).probs
-    alone = np.concatenate([engine.predict(image[None]).probs for image in images])
-    np.testing.assert_allclose(alone, together, atol=1e-5)
+    engine = get_engine(backend="torch", precision="fp32")
+    batched = engine.predict(images).probs
+    single = np.concatenate([engine.predict(image[None]).probs for image in images])
+    np.testing.assert_allclose(single, batched, atol=1e-5)
     monkeypatch.setitem(engine_torch.BATCH_SIZE, "cpu", 5)  # 32 images are 7 batches
-    np.testing.assert_allclose(engine.predict(images).probs, together, atol=1e-5)
+    np.testing.assert_allclose(engine.predict(images).probs, batched, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "torch"])
-def test_several_threads_get_their_own_answers(
-    backend: str, opened: Opened, images: Images, expected: NDArray[np.float32]
+def test_concurrent_threads_get_their_own_predictions(
+    backend: str, get_engine: GetEngine, images: Images, expected: NDArray[np.float32]
 ) -> None:
-    engine = opened(backend=backend, precision="fp32")
+    engine = get_engine(backend=backend, precision="fp32")
     parts = [slice(start, start + size) for start, size in ((0, 9), (9, 1), (10, 2), (12, 20))]
     with ThreadPoolExecutor(len(parts)) as pool:
-        answers = list(pool.map(lambda part: engine.predict(images[part]).probs, parts * 2))
-    np.testing.assert_allclose(np.concatenate(answers[:4]), expected, atol=1e-5)
-    np.testing.assert_allclose(np.concatenate(answers[4:]), expected, atol=1e-5)
+        results = list(pool.map(lambda part: engine.predict(images[part]).probs, parts * 2))
+    np.testing.assert_allclose(np.concatenate(results[:4]), expected, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(results[4:]), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "torch"])
-def test_no_images_no_answers(backend: str, opened: Opened, images: Images) -> None:
-    probs = opened(backend=backend, precision="fp32").predict(images[:0]).probs
+def test_no_images_give_no_predictions(backend: str, get_engine: GetEngine, images: Images) -> None:
+    probs = get_engine(backend=backend, precision="fp32").predict(images[:0]).probs
     assert probs.shape == (0, len(CLASSES))
     assert probs.dtype == np.float32
 
 
 @pytest.mark.parametrize("backend", ["openvino", "torch"])
 def test_images_may_be_read_only_and_strided(
-    backend: str, opened: Opened, images: Images, expected: NDArray[np.float32]
+    backend: str, get_engine: GetEngine, images: Images, expected: NDArray[np.float32]
 ) -> None:
-    engine = opened(backend=backend, precision="fp32")
+    engine = get_engine(backend=backend, precision="fp32")
     view = images[::-2]
-    view.flags.writeable = False  # as Ray hands them out
+    view.flags.writeable = False  # as Ray returns arrays
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         probs = engine.predict(view).probs
     np.testing.assert_allclose(probs, expected[::-2], atol=1e-5)
 
 
-def test_the_classifier_stays_as_it_is(
+def test_opening_engines_does_not_change_the_classifier(
     bundle: Path, images: Images, expected: NDArray[np.float32]
 ) -> None:
     classifier = load_classifier(str(bundle))
@@ -232,12 +232,12 @@ def test_the_classifier_stays_as_it_is(
 # --- int8 ---------------------------------------------------------------------------------
 
 
-def ask_int8(folder: Path) -> EngineOptions:
+def make_int8_options(folder: Path) -> EngineOptions:
     return EngineOptions(precision="int8", num_threads=2, calibration_uri=str(folder))
 
 
 @needs_nncf
-def test_int8_is_near_and_keeps_the_first_and_the_last_layer(
+def test_int8_is_close_to_fp32_and_keeps_the_first_and_the_last_layer(
     classifier: Classifier,
     phantom_folder: Path,
     images: Images,
@@ -248,13 +248,13 @@ def test_int8_is_near_and_keeps_the_first_and_the_last_layer(
     models: list[Any] = []
     serialise = int8._serialise
     monkeypatch.setattr(int8, "_serialise", lambda model: models.append(model) or serialise(model))
-    engine = open_engine(classifier, ask_int8(phantom_folder / "Testing"))
+    engine = open_engine(classifier, make_int8_options(phantom_folder / "Testing"))
     assert capfd.readouterr() == ("", "")
     assert (engine.backend, engine.precision) == ("openvino", "int8")
     assert engine.description.endswith(", int8, 2 threads")
     found = measure_disagreement(expected, engine.predict(images).probs)
-    printed = f"on 32 of the calibration images: {found['same_top_class']:.1%} have the same class"
-    assert printed in engine.describe()["int8_cost"]
+    cost = f"on 32 of the calibration images: {found['same_top_class']:.1%} have the same class"
+    assert cost in engine.describe()["int8_cost"]
     assert 1e-3 < found["largest_difference"] < 0.3
     assert found["same_top_class"] > 0.85
 
@@ -267,8 +267,8 @@ def test_int8_is_near_and_keeps_the_first_and_the_last_layer(
     are_scaled = [node.get_type_name() == "Multiply" for node in weights]
     assert are_scaled == [False, *[True] * 52, False]
     for layer, node in zip(layers[1:-1], weights[1:-1], strict=True):
-        whole = node.input_value(0).get_node().input_value(0)
-        assert whole.get_element_type().get_type_name() == "i8"
+        integers = node.input_value(0).get_node().input_value(0)
+        assert integers.get_element_type().get_type_name() == "i8"
         channels = layer.output(0).get_shape()[1]
         assert node.input_value(1).get_shape() == [channels, 1, 1, 1], "not scaled per channel"
 
@@ -282,50 +282,52 @@ def test_int8_is_calibrated_on_images_of_every_class(
 ) -> None:
     import nncf
 
-    class Seen(Exception):  # noqa: N818 - stops the calibration, tells what it was given
+    class Stopped(Exception):  # noqa: N818 - ends the calibration, and carries its images
         pass
 
     def stop(chosen: Images, _: object) -> None:
-        raise Seen(chosen)
+        raise Stopped(chosen)
 
     monkeypatch.setattr(nncf, "Dataset", stop)
     monkeypatch.setattr("brainray.inference.int8.NUM_CALIBRATION_IMAGES", 8)
-    with pytest.raises(Seen) as caught:
-        open_engine(classifier, ask_int8(phantom_folder / "Testing"))
+    with pytest.raises(Stopped) as caught:
+        open_engine(classifier, make_int8_options(phantom_folder / "Testing"))
     (chosen,) = caught.value.args
-    places = [int(np.flatnonzero((images == image).all((1, 2)))[0]) for image in chosen]
-    assert [place // 8 for place in places] == [0, 0, 1, 1, 2, 2, 3, 3]
+    indices = [int(np.flatnonzero((images == image).all((1, 2)))[0]) for image in chosen]
+    assert [index // 8 for index in indices] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def refuse(classifier: Classifier, *printed: str, **chosen: Any) -> None:  # noqa: ANN401
-    """Expect one line that says each of these."""
+def check_config_error(classifier: Classifier, *texts: str, **chosen: Any) -> None:  # noqa: ANN401
+    """Check that opening raises a ConfigError of one line that has all texts."""
     with pytest.raises(ConfigError) as caught:
         open_engine(classifier, EngineOptions(**chosen))
     message = str(caught.value)
     assert "\n" not in message
-    for part in printed:
-        assert part in message
+    for text in texts:
+        assert text in message
 
 
-def test_int8_without_images_is_refused(classifier: Classifier, tmp_path: Path) -> None:
-    refuse(classifier, "int8", "--calibration-uri", precision="int8")
+def test_int8_without_images_is_rejected(classifier: Classifier, tmp_path: Path) -> None:
+    check_config_error(classifier, "int8", "--calibration-uri", precision="int8")
     (tmp_path / "notes.txt").write_text("no scan")
-    refuse(classifier, "None of the 1 files", precision="int8", calibration_uri=str(tmp_path))
+    check_config_error(
+        classifier, "None of the 1 files", precision="int8", calibration_uri=str(tmp_path)
+    )
 
 
-def test_int8_without_nncf_is_refused(
+def test_int8_without_nncf_is_rejected(
     classifier: Classifier, phantom_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "nncf", None)
     folder = str(phantom_folder / "Testing")
-    refuse(classifier, "brainray[int8]", precision="int8", calibration_uri=folder)
+    check_config_error(classifier, "brainray[int8]", precision="int8", calibration_uri=folder)
 
 
-# --- choosing -----------------------------------------------------------------------------
+# --- choice of backend and precision ------------------------------------------------------
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_auto_takes_bf16_where_the_processor_has_it(
+def test_auto_selects_bf16_if_the_processor_has_it(
     has_bf16: bool, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = {"avx512f", "avx512_bf16"} if has_bf16 else {"avx512f"}
@@ -337,29 +339,29 @@ def test_auto_takes_bf16_where_the_processor_has_it(
 
 
 @pytest.mark.parametrize("backend", ["openvino", "torch"])
-def test_bf16_is_refused_where_it_would_be_emulated(
+def test_emulated_bf16_is_rejected(
     backend: str, classifier: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(formats, "read_cpu_flags", lambda: frozenset({"avx512f"}))
-    refuse(classifier, "processor", "--precision fp32", backend=backend, precision="bf16")
+    check_config_error(
+        classifier, "processor", "--precision fp32", backend=backend, precision="bf16"
+    )
 
 
-def test_the_processor_is_asked_as_torch_asks_it() -> None:
+def test_bf16_detection_agrees_with_torch() -> None:
     found = torch.cpu.get_capabilities()
     expected = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
     assert has_native_bf16(use_gpu=False) is expected
 
 
-def test_a_gpu_that_is_not_there_is_refused(
-    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_gpu_is_rejected(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refuse(classifier, "--use-gpu", "torch finds no GPU", use_gpu=True)
+    check_config_error(classifier, "--use-gpu", "torch finds no GPU", use_gpu=True)
 
 
-def test_contradictions_are_refused(classifier: Classifier) -> None:
-    refuse(classifier, "--backend torch", use_gpu=True, backend="openvino")
-    refuse(classifier, "--backend openvino", backend="torch", precision="int8")
+def test_contradictory_options_are_rejected(classifier: Classifier) -> None:
+    check_config_error(classifier, "--backend torch", use_gpu=True, backend="openvino")
+    check_config_error(classifier, "--backend openvino", backend="torch", precision="int8")
     with pytest.raises(ConfigError, match="num_threads"):
         EngineOptions(num_threads=0)
 
@@ -367,7 +369,7 @@ def test_contradictions_are_refused(classifier: Classifier) -> None:
 # --- disagreement -------------------------------------------------------------------------
 
 
-def test_disagreement_is_counted() -> None:
+def test_disagreement_is_measured() -> None:
     reference = np.array([[0.6, 0.4], [0.2, 0.8], [0.5, 0.5], [1, 0]], np.float32)
     probs = np.array([[0.45, 0.55], [0.25, 0.75], [0.5, 0.5], [0.9, 0.1]], np.float32)
     assert measure_disagreement(reference, probs) == {
@@ -376,15 +378,15 @@ def test_disagreement_is_counted() -> None:
         "n": 4,
     }
     assert measure_disagreement(reference, reference)["largest_difference"] == 0
-    nothing = measure_disagreement(reference[:0], probs[:0])
-    assert nothing == {
+    empty = measure_disagreement(reference[:0], probs[:0])
+    assert empty == {
         "largest_difference": pytest.approx(np.nan, nan_ok=True),
         "same_top_class": pytest.approx(np.nan, nan_ok=True),
         "n": 0,
     }
 
 
-# --- manners ------------------------------------------------------------------------------
+# --- side effects -------------------------------------------------------------------------
 
 OPEN_IN_A_NEW_PROCESS = """
 import sys
@@ -403,18 +405,18 @@ if "nncf" in sys.argv:
     _import_nncf()
 assert "openvino" in sys.modules
 assert "torch" not in sys.modules, "OpenVINO needs no torch"
-assert "openvino_telemetry" not in sys.modules, "what reports was imported"
+assert "openvino_telemetry" not in sys.modules, "telemetry was imported"
 assert sorted(Path.home().rglob("*")) == before
 """
 
 
-def test_opening_prints_nothing_leaves_nothing_and_reports_to_nobody(
+def test_opening_prints_nothing_writes_no_files_and_sends_no_telemetry(
     bundle: Path, tmp_path: Path
 ) -> None:
-    more = ["nncf"] if find_spec("nncf") else []
+    extra = ["nncf"] if find_spec("nncf") else []
     homes = {name: str(tmp_path) for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
     done = subprocess.run(
-        [sys.executable, "-c", OPEN_IN_A_NEW_PROCESS, str(bundle), *more],
+        [sys.executable, "-c", OPEN_IN_A_NEW_PROCESS, str(bundle), *extra],
         env={
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(REPOSITORY),
@@ -428,7 +430,7 @@ def test_opening_prints_nothing_leaves_nothing_and_reports_to_nobody(
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-END_BESIDE_A_CALLBACK = """
+EXIT_DURING_A_CALLBACK = """
 import sys, time
 import numpy as np
 from brainray.inference import engine, engine_openvino
@@ -436,11 +438,11 @@ from brainray.model.classifier import load_classifier
 
 keep_output = engine_openvino._keep_output
 
-def stay(request, place):
-    keep_output(request, place)
+def delay(request, index):
+    keep_output(request, index)
     time.sleep(0.1)
 
-engine_openvino._keep_output = stay
+engine_openvino._keep_output = delay
 options = engine.EngineOptions(backend="openvino", num_threads=2)
 opened = engine.open_engine(load_classifier(sys.argv[1]), options)
 opened.predict(np.zeros((4, 32, 32), np.uint8)).probs
@@ -453,13 +455,13 @@ import numpy as np
 
 engine = pickle.load(open(sys.argv[1], "rb"))()
 probs = engine.predict(np.load(sys.argv[2]), ["logits", "features", "class_maps"]).probs
-assert not {"torch", "ray", "sklearn"} & set(sys.modules), "needs more than it uses"
+assert not {"torch", "ray", "sklearn"} & set(sys.modules), "an unneeded library was imported"
 np.save(sys.argv[3], probs)
 """
 
 
-def test_a_prepared_engine_opens_elsewhere_without_torch(
-    bundle: Path, opened: Opened, images: Images, tmp_path: Path
+def test_a_pickled_engine_opens_in_another_process_without_torch(
+    bundle: Path, get_engine: GetEngine, images: Images, tmp_path: Path
 ) -> None:
     options = EngineOptions(num_threads=2)
     (tmp_path / "engine").write_bytes(pickle.dumps(prepare_engine(str(bundle), options)))
@@ -473,13 +475,13 @@ def test_a_prepared_engine_opens_elsewhere_without_torch(
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
     )
     assert (done.returncode, done.stderr) == (0, "")
-    expected = opened(backend="openvino").predict(images, ["class_maps"]).probs
+    expected = get_engine(backend="openvino").predict(images, ["class_maps"]).probs
     np.testing.assert_allclose(np.load(tmp_path / "probs.npy"), expected, atol=1e-6)
 
 
-def test_a_process_may_end_as_soon_as_it_has_its_answers(bundle: Path) -> None:
+def test_a_process_may_exit_right_after_a_prediction(bundle: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", END_BESIDE_A_CALLBACK, str(bundle)],
+        [sys.executable, "-c", EXIT_DURING_A_CALLBACK, str(bundle)],
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""Files with several slices: which files are taken, how slices are opened and grouped."""
+"""Files with several slices: finding them, opening slices, and grouping."""
 
 import gzip
 from collections.abc import Callable
@@ -44,21 +44,21 @@ def make_frames(count: int = 3) -> bytes:
     return make_enhanced(frames, make_item(), [make_item(**position) for _ in range(count)])
 
 
-# ------------------------------------------------------------------------------- which files
+# ----------------------------------------------------------------------------- finding files
 
 
 def test_dicom_and_nifti_files_are_found_by_their_names(tmp_path: Path) -> None:
-    taken = ["1.dcm", "2.DICOM", "3.ima", "4.nii", "5.nii.gz", "IM0001", "1.2.840.7", "6.png"]
+    scans = ["1.dcm", "2.DICOM", "3.ima", "4.nii", "5.nii.gz", "IM0001", "1.2.840.7", "6.png"]
     others = ["notes.txt", "DICOMDIR", "map.gz"]
     for label in CLASSES:
-        for name in (*taken, *others):
+        for name in (*scans, *others):
             file = tmp_path / "train" / label / "series 1" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(b"x")
     (tmp_path / "LICENSE").write_bytes(b"no suffix, and in no class folder")
     found = find_samples(str(tmp_path), CLASSES)
     names = {path.rpartition("/")[2] for path in found.samples["path"].to_pylist()}
-    assert names == set(taken)
+    assert names == set(scans)
     assert len(found.other_files) == 2 * len(others) + 1
     assert set(found.samples["frame"].to_pylist()) == {-1}
 
@@ -85,7 +85,9 @@ def test_a_manifest_names_slices(tmp_path: Path) -> None:
     ],
     ids=["classic", "enhanced", "nifti", "gzip", "text", "empty"],
 )
-def test_slices_are_counted_whatever_the_name(tmp_path: Path, content: bytes, count: int) -> None:
+def test_slices_are_counted_whatever_the_file_name(
+    tmp_path: Path, content: bytes, count: int
+) -> None:
     (tmp_path / "file").write_bytes(content)
     assert count_slices(str(tmp_path / "file"), READING) == count
 
@@ -104,7 +106,7 @@ def make_rows(*slices: tuple[Path, int]) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-def test_slices_of_one_file_share_one_reading(
+def test_a_file_is_opened_once_for_all_its_slices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     volume, single = tmp_path / "v.nii.gz", tmp_path / "s.dcm"
@@ -126,7 +128,7 @@ def test_slices_of_one_file_share_one_reading(
     assert found == [*expected, open_file(make_mr()).decode(0).mean()]
 
 
-def test_what_a_row_does_not_name_is_not_guessed(tmp_path: Path) -> None:
+def test_a_row_with_a_missing_or_invalid_frame_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "v.nii").write_bytes(make_volume(12))
     reader = SampleReader(READING)
     for frame, reason in ((-1, "multi_frame"), (12, "missing")):
@@ -137,7 +139,7 @@ def test_what_a_row_does_not_name_is_not_guessed(tmp_path: Path) -> None:
     assert index == 11
 
 
-def test_a_picture_keeps_its_depth_where_grey_levels_are_stored(tmp_path: Path) -> None:
+def test_a_16_bit_png_is_read_at_full_depth(tmp_path: Path) -> None:
     pixels = (np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)
     Image.fromarray(pixels).save(tmp_path / "deep.png")
     file = open_file((tmp_path / "deep.png").read_bytes())
@@ -150,7 +152,7 @@ def test_a_picture_keeps_its_depth_where_grey_levels_are_stored(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("intensity", ["stored", "percentile"])
-def test_what_was_decoded_already_gives_the_same_input(intensity: str) -> None:
+def test_samples_decoded_before_give_the_same_input(intensity: str) -> None:
     preprocessing = Preprocessing(size_px=32, intensity=intensity)  # type: ignore[arg-type]
     for content, index in ((make_mr(), 0), (make_volume(), 5)):
         file = open_file(content)
@@ -162,7 +164,7 @@ def test_what_was_decoded_already_gives_the_same_input(intensity: str) -> None:
 
 
 def group(rows: list[dict], near_duplicates: list[int]) -> list[int]:
-    """Group samples whose columns are given; those that are left out are null."""
+    """Group samples; columns that a row leaves out are null."""
     names = ("uri", "frame", "group", "patient", "study", "series")
     whole = [dict.fromkeys(names) | {"uri": f"{n}", "frame": -1} | r for n, r in enumerate(rows)]
     schema = pa.schema([(name, pa.int32() if name == "frame" else pa.string()) for name in names])
@@ -180,7 +182,7 @@ def test_slices_of_one_patient_are_one_group() -> None:
     assert len({first, other, picture}) == 3
 
 
-def test_without_a_patient_the_study_counts_then_the_series_then_the_file() -> None:
+def test_without_a_patient_slices_are_grouped_by_study_then_series_then_file() -> None:
     for rows in (
         [{"study": "s", "series": "1"}, {"study": "s", "series": "2"}],
         [{"series": "n", "uri": "x.nii"}, {"series": "n", "uri": "copy.nii"}],
@@ -191,7 +193,7 @@ def test_without_a_patient_the_study_counts_then_the_series_then_the_file() -> N
     assert len(set(group([{"uri": "x.png"}, {"uri": "y.png"}], [0, 1]))) == 2
 
 
-def test_groups_that_are_given_and_patients_and_near_duplicates_are_joined() -> None:
+def test_given_groups_patients_and_near_duplicates_are_merged() -> None:
     rows = [{"patient": "p"}, {"patient": "p", "group": "g"}, {"group": "g"}, {}, {"patient": "q"}]
     assert len(set(group(rows, [0, 1, 2, 2, 4])[:4])) == 1
     assert len(set(group(rows, [0, 1, 2, 2, 4]))) == 2
@@ -218,12 +220,12 @@ def test_pictures_have_no_patient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "name", "share"), [(make_mr(), "DICOM", 1), (make_volume(12), "NIfTI", 12)]
+    ("content", "name", "num_slices"), [(make_mr(), "DICOM", 1), (make_volume(12), "NIfTI", 12)]
 )
-def test_properties_of_dicom_and_nifti(content: bytes, name: str, share: int) -> None:
+def test_properties_of_dicom_and_nifti(content: bytes, name: str, num_slices: int) -> None:
     file = open_file(content)
-    pixels = show_slice(file, share // 2)
+    pixels = show_slice(file, num_slices // 2)
     properties = measure_properties(content, file, pixels, DecodeLimits())
     assert (properties["format"], properties["mode"]) == (name, "grey")
-    assert properties["size_bytes"] == len(content) // share
+    assert properties["size_bytes"] == len(content) // num_slices
     assert (properties["height_px"], properties["width_px"]) == pixels.shape

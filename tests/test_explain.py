@@ -1,4 +1,4 @@
-"""Class activation maps: exact, about the weights, and where the evidence is."""
+"""Class activation maps: exactness, dependence on the weights, and location."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -35,14 +35,16 @@ needs_bf16 = pytest.mark.skipif(
 )
 
 
-def wrap(network: torch.nn.Module, preprocessing: Preprocessing = PREPROCESSING) -> Classifier:
+def make_classifier(
+    network: torch.nn.Module, preprocessing: Preprocessing = PREPROCESSING
+) -> Classifier:
     network = network.eval().to(memory_format=torch.channels_last)
     calibration = Calibration.identity(len(CLASSES))
     weights = {name: values.numpy() for name, values in network.state_dict().items()}
     return Classifier(weights, CLASSES, preprocessing, calibration, {"classifier_id": "0"})
 
 
-def open_one(classifier: Classifier, backend: str, precision: str = "fp32") -> Engine:
+def open_backend(classifier: Classifier, backend: str, precision: str = "fp32") -> Engine:
     threads = 1 if backend == "torch" else 2
     options = EngineOptions(backend=backend, precision=precision, num_threads=threads)  # type: ignore[arg-type]
     return open_engine(classifier, options)
@@ -65,7 +67,7 @@ def images(phantom_folder: Path) -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def classifier(images: NDArray[np.uint8]) -> Classifier:
-    """Return random features, at work in every layer, under a head that is fitted to phantoms."""
+    """Return a random trunk in which every layer has an effect, and a head fitted to phantoms."""
     torch.manual_seed(0)
     network = build_network(len(CLASSES))
     inputs = normalise_images(torch.from_numpy(images), PREPROCESSING)
@@ -84,18 +86,18 @@ def classifier(images: NDArray[np.uint8]) -> Classifier:
         weight = (centred.T @ torch.linalg.solve(ridge, y_true)).T
         network.get_parameter("fc.weight").copy_(weight)
         network.get_parameter("fc.bias").copy_(-weight @ mean)
-    return wrap(network)
+    return make_classifier(network)
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def engine(classifier: Classifier, request: pytest.FixtureRequest) -> Engine:
-    return open_one(classifier, request.param)
+    return open_backend(classifier, request.param)
 
 
 # --- exactness ----------------------------------------------------------------------------
 
 
-def test_the_mean_of_the_networks_own_cells_is_the_logit_of_eager_torch(
+def test_the_mean_of_the_native_cells_is_the_logit_of_eager_torch(
     engine: Engine, classifier: Classifier, images: NDArray[np.uint8]
 ) -> None:
     probs, maps = explain(engine, images)
@@ -103,28 +105,28 @@ def test_the_mean_of_the_networks_own_cells_is_the_logit_of_eager_torch(
     with torch.no_grad():
         inputs = normalise_images(torch.from_numpy(images), PREPROCESSING)
         logits = classifier.build_network()(inputs)
-    assert np.ptp(maps, axis=(2, 3)).min() > 1e-2, "the cells are alike: nothing to tell apart"
-    own_cells = maps[..., ::DENSITY, ::DENSITY]
-    np.testing.assert_allclose(own_cells.mean((2, 3)), logits.numpy(), atol=1e-4)
+    assert np.ptp(maps, axis=(2, 3)).min() > 1e-2, "the cells are too similar for a comparison"
+    native_cells = maps[..., ::DENSITY, ::DENSITY]
+    np.testing.assert_allclose(native_cells.mean((2, 3)), logits.numpy(), atol=1e-4)
     np.testing.assert_array_equal(probs, engine.predict(images).probs)
     assert (probs.argmax(1) == np.repeat(np.arange(4), 8)).mean() > 0.9
 
 
 @needs_bf16
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bf16_explains_what_it_answers(
+def test_bf16_maps_are_close_to_fp32_and_do_not_change_predictions(
     backend: str, classifier: Classifier, images: NDArray[np.uint8]
 ) -> None:
-    engine = open_one(classifier, backend, "bf16")
+    engine = open_backend(classifier, backend, "bf16")
     probs, maps = explain(engine, images)
     np.testing.assert_array_equal(probs, engine.predict(images).probs)
-    exact_probs, exact = explain(open_one(classifier, "torch"), images)
+    exact_probs, exact = explain(open_backend(classifier, "torch"), images)
     assert np.abs(maps - exact).max() < 0.1 * np.ptp(exact)
     assert 0 < np.abs(probs - exact_probs).max() < 5e-2
 
 
 @pytest.mark.skipif(find_spec("nncf") is None, reason="NNCF is not installed (brainray[int8])")
-def test_int8_explains_what_it_answers(
+def test_int8_maps_correlate_with_fp32_and_do_not_change_predictions(
     classifier: Classifier, phantom_folder: Path, images: NDArray[np.uint8]
 ) -> None:
     folder = str(phantom_folder / "Testing")
@@ -132,44 +134,44 @@ def test_int8_explains_what_it_answers(
     engine = open_engine(classifier, options)
     probs, maps = explain(engine, images)
     np.testing.assert_array_equal(probs, engine.predict(images).probs)
-    _, exact = explain(open_one(classifier, "torch"), images)
+    _, exact = explain(open_backend(classifier, "torch"), images)
     assert spearmanr(maps.ravel(), exact.ravel()).statistic > 0.9
 
 
 @pytest.mark.parametrize("size_px", [32, 33, 96, 100])
-def test_there_is_a_cell_for_every_stride_begun(size_px: int) -> None:
-    classifier = wrap(build_network(4), Preprocessing(size_px=size_px))
+def test_map_size_is_image_size_over_stride_rounded_up(size_px: int) -> None:
+    classifier = make_classifier(build_network(4), Preprocessing(size_px=size_px))
     image = np.zeros((1, size_px, size_px), np.uint8)
     for backend in BACKENDS:
-        _, maps = explain(open_one(classifier, backend), image)
+        _, maps = explain(open_backend(classifier, backend), image)
         assert maps.shape == (1, 4, -(-size_px // 8), -(-size_px // 8))
 
 
-def test_no_images_no_maps(engine: Engine, images: NDArray[np.uint8]) -> None:
+def test_no_images_give_no_maps(engine: Engine, images: NDArray[np.uint8]) -> None:
     probs, maps = explain(engine, images[:0])
     assert (probs.shape, maps.shape) == ((0, 4), (0, 4, 12, 12))
 
 
-def test_threads_that_explain_and_predict_at_once_get_their_own(
+def test_concurrent_explain_and_predict_calls_do_not_mix_results(
     classifier: Classifier, images: NDArray[np.uint8]
 ) -> None:
-    expected, expected_maps = explain(open_one(classifier, "torch"), images)
-    engine = open_one(classifier, "openvino")  # new: the first call compiles
+    expected, expected_maps = explain(open_backend(classifier, "torch"), images)
+    engine = open_backend(classifier, "openvino")  # a new engine, because the first call compiles
     parts = [slice(start, start + 8) for start in range(0, 32, 8)]
     with ThreadPoolExecutor(8) as pool:
         explained = [pool.submit(explain, engine, images[part]) for part in parts]
         predicted = [pool.submit(engine.predict, images[part]) for part in parts]
-    for part, one, other in zip(parts, explained, predicted, strict=True):
-        np.testing.assert_allclose(one.result()[0], expected[part], atol=1e-4)
-        np.testing.assert_allclose(one.result()[1], expected_maps[part], atol=1e-3)
-        np.testing.assert_allclose(other.result().probs, expected[part], atol=1e-4)
+    for part, explanation, prediction in zip(parts, explained, predicted, strict=True):
+        np.testing.assert_allclose(explanation.result()[0], expected[part], atol=1e-4)
+        np.testing.assert_allclose(explanation.result()[1], expected_maps[part], atol=1e-3)
+        np.testing.assert_allclose(prediction.result().probs, expected[part], atol=1e-4)
 
 
 # --- faithfulness -------------------------------------------------------------------------
 
 
 def test_other_weights_give_another_map(classifier: Classifier, images: NDArray[np.uint8]) -> None:
-    """The sanity check of Adebayo et al., NeurIPS 2018: a map that ignores the weights is none."""
+    """Sanity check of Adebayo et al., NeurIPS 2018: a map must depend on the weights."""
     shuffled = build_network(4)
     shuffled.load_state_dict(classifier.build_network().state_dict())
     generator = torch.Generator().manual_seed(1)
@@ -179,8 +181,8 @@ def test_other_weights_give_another_map(classifier: Classifier, images: NDArray[
                 values = parameter.flatten()
                 order = torch.randperm(len(values), generator=generator)
                 parameter.copy_(values[order].view_as(parameter))
-    _, maps = explain(open_one(classifier, "torch"), images)
-    _, others = explain(open_one(wrap(shuffled), "torch"), images)
+    _, maps = explain(open_backend(classifier, "torch"), images)
+    _, others = explain(open_backend(make_classifier(shuffled), "torch"), images)
     predicted = np.repeat(np.arange(4), 8)
     rows = np.arange(len(images))
     found = [
@@ -190,20 +192,22 @@ def test_other_weights_give_another_map(classifier: Classifier, images: NDArray[
     assert abs(np.mean(found)) < 0.3
 
 
-def test_deleting_the_hottest_region_costs_the_most(
+def test_deleting_the_hottest_region_lowers_the_logit_most(
     classifier: Classifier, images: NDArray[np.uint8]
 ) -> None:
-    """Deletion, as in Petsiuk et al., BMVC 2018, against all the other regions of the scan."""
+    """Deletion test of Petsiuk et al., BMVC 2018, compared with all other regions of the scan."""
     classes = np.repeat(np.arange(4), 8)
-    before, hottest, others = delete_each(open_one(classifier, "torch"), images, classes)
+    before, hottest, others = delete_each(open_backend(classifier, "torch"), images, classes)
     at_hottest, elsewhere = compare_drops(before.logits, hottest.logits, others.logits)
     assert at_hottest.mean() > 1.5 * elsewhere.mean(), (at_hottest.mean(), elsewhere.mean())
     assert (at_hottest > elsewhere).mean() > 0.7
 
 
 @pytest.mark.slow
-def test_deleting_the_hottest_region_costs_a_trained_network_the_most(real_data: Path) -> None:
-    """The same on test slices, in the probability of the class that was given."""
+def test_deleting_the_hottest_region_lowers_a_trained_networks_probability_most(
+    real_data: Path,
+) -> None:
+    """The same on real test slices, for the probability of the predicted class."""
     classifier = load_classifier(find_default_classifier())
     images = np.stack(
         [
@@ -212,7 +216,7 @@ def test_deleting_the_hottest_region_costs_a_trained_network_the_most(real_data:
             for path in sorted((real_data / "Testing" / name).iterdir())[:40]
         ]
     )
-    engine = open_one(classifier, "openvino")
+    engine = open_backend(classifier, "openvino")
     predicted = engine.predict(images).probs.argmax(1)
     before, hottest, others = delete_each(engine, images, predicted)
     at_hottest, elsewhere = compare_drops(before.probs, hottest.probs, others.probs)
@@ -222,8 +226,8 @@ def test_deleting_the_hottest_region_costs_a_trained_network_the_most(real_data:
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
-    """What speaks for one class of each image."""
+class ClassScores:
+    """Probability and logit of one class for each image."""
 
     probs: NDArray[np.float32]
     logits: NDArray[np.float32]
@@ -231,58 +235,58 @@ class Evidence:
 
 def delete_each(
     engine: Engine, images: NDArray[np.uint8], classes: NDArray[np.int64]
-) -> tuple[Evidence, Evidence, Evidence]:
-    """Return what speaks for a class: before, without the strongest region, and without others.
+) -> tuple[ClassScores, ClassScores, ClassScores]:
+    """Return the scores of a class: on the image, without its hottest region, without others.
 
-    The others are those around the network's own cells, shape (N, regions).
+    The other regions are centred on the native cells; their scores have shape (N, regions).
     """
     rows = np.arange(len(images))
 
-    def look(changed: NDArray[np.uint8]) -> Evidence:
+    def score(changed: NDArray[np.uint8]) -> ClassScores:
         found = engine.predict(changed, ["logits"])
         assert found.logits is not None
-        return Evidence(found.probs[rows, classes], found.logits[rows, classes])
+        return ClassScores(found.probs[rows, classes], found.logits[rows, classes])
 
     maps = explain(engine, images)[1][rows, classes]
     strongest = [np.unravel_index(one.argmax(), one.shape) for one in maps]
-    hottest = look(
+    hottest = score(
         np.stack([delete(image, *cell) for image, cell in zip(images, strongest, strict=True)])
     )
     cells = np.ndindex(*maps[0, ::DENSITY, ::DENSITY].shape)
     others = [
-        look(np.stack([delete(image, DENSITY * row, DENSITY * column) for image in images]))
+        score(np.stack([delete(image, DENSITY * row, DENSITY * column) for image in images]))
         for row, column in cells
     ]
-    elsewhere = Evidence(
+    elsewhere = ClassScores(
         np.stack([one.probs for one in others], axis=1),
         np.stack([one.logits for one in others], axis=1),
     )
-    return look(images), hottest, elsewhere
+    return score(images), hottest, elsewhere
 
 
 def compare_drops(
     before: NDArray[np.float32], hottest: NDArray[np.float32], elsewhere: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return how far each image's value falls without its strongest region, and without another."""
+    """Return the drop in score without the hottest region, and the mean drop without another."""
     return before - hottest, (before[:, None] - elsewhere).mean(1)
 
 
 def delete(image: NDArray[np.uint8], row: int, column: int) -> NDArray[np.uint8]:
-    """Return an image whose 32 x 32 pixels around a cell's centre are those of its mean."""
-    left = image.copy()
+    """Return the image with the 32 x 32 pixels around a cell's centre set to the image's mean."""
+    result = image.copy()
     half = DENSITY * STRIDE_PX // 2
     y, x = row * STRIDE_PX, column * STRIDE_PX
-    left[max(0, y - half) : y + half, max(0, x - half) : x + half] = image.mean().astype(np.uint8)
-    return left
+    result[max(0, y - half) : y + half, max(0, x - half) : x + half] = image.mean().astype(np.uint8)
+    return result
 
 
-# --- places -------------------------------------------------------------------------------
+# --- location -----------------------------------------------------------------------------
 
 
-def build_spotter() -> torch.nn.Module:
-    """Build a network whose first class is brightness, seen in each cell around its centre only.
+def build_brightness_network() -> torch.nn.Module:
+    """Build a network whose first class is the brightness around the centre of each cell.
 
-    The residual branches add nothing, so a cell sees what its shortcuts bring: 11 x 11 pixels.
+    The residual branches output zero, so a cell sees only the shortcuts' 11 x 11 pixels.
     """
     network = build_network(len(CLASSES))
     with torch.no_grad():
@@ -298,7 +302,7 @@ def build_spotter() -> torch.nn.Module:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_cell_is_centred_on_a_multiple_of_the_stride(backend: str) -> None:
     preprocessing = Preprocessing(size_px=160, mean=0.0, std=1.0)
-    engine = open_one(wrap(build_spotter(), preprocessing), backend)
+    engine = open_backend(make_classifier(build_brightness_network(), preprocessing), backend)
     for row, column in product((0, 3, 10, 19), repeat=2):
         image = np.zeros((160, 160), np.uint8)
         y, x = row * STRIDE_PX, column * STRIDE_PX
@@ -311,9 +315,9 @@ def test_a_cell_is_centred_on_a_multiple_of_the_stride(backend: str) -> None:
 
 @pytest.mark.parametrize("fit", ["stretch", "pad"])
 @pytest.mark.parametrize("shape", [(300, 300), (240, 480), (481, 260), (100, 61)])
-def test_the_picture_is_hot_where_the_scan_is_bright(shape: tuple[int, int], fit: str) -> None:
+def test_the_heatmap_is_centred_on_the_bright_region(shape: tuple[int, int], fit: str) -> None:
     preprocessing = Preprocessing(size_px=224, mean=0.0, std=1.0, fit=fit)  # type: ignore[arg-type]
-    engine = open_one(wrap(build_spotter(), preprocessing), "torch")
+    engine = open_backend(make_classifier(build_brightness_network(), preprocessing), "torch")
     height, width = shape
     rows, columns = np.mgrid[:height, :width]
     for down, right in ((0.3, 0.35), (0.5, 0.5), (0.62, 0.7)):
@@ -329,6 +333,6 @@ def test_the_picture_is_hot_where_the_scan_is_bright(shape: tuple[int, int], fit
         centre = (alpha * rows).sum() / alpha.sum(), (alpha * columns).sum() / alpha.sum()
         bright = scan.astype(float) ** 2
         expected = (bright * rows).sum() / bright.sum(), (bright * columns).sum() / bright.sum()
-        # A third of a cell; half a cell is what taking cells for tiles would be off.
+        # A third of a cell. Drawing the cells as tiles would shift the map by half a cell.
         tolerance = STRIDE_PX / 3 / 224 * max(shape)
         assert np.hypot(*np.subtract(centre, expected)) < tolerance

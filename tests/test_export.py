@@ -1,4 +1,4 @@
-"""De-identified exports: one outcome for each slice, pixels kept, identity gone, never mixed."""
+"""De-identified exports: outcomes, pixels, removed identifiers, and separate folders."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def make_series(folder: Path, count: int = 8, **elements) -> list[Path]:
     return paths
 
 
-def export_here(predictions: Path, output: Path, **options) -> dict[str, Any]:
+def run_export(predictions: Path, output: Path, **options) -> dict[str, Any]:
     return export(
         ExportJob(
             predictions_uri=str(predictions), output_uri=str(output), deidentify=True, **options
@@ -68,7 +68,7 @@ def export_here(predictions: Path, output: Path, **options) -> dict[str, Any]:
 
 
 def read_rows(output: Path) -> list[dict[str, Any]]:
-    """Read all rows, sorted by what the engine says of a slice, which is not changed."""
+    """Read the rows of all tables."""
     return pq.read_table(output / "data").to_pylist()
 
 
@@ -91,17 +91,17 @@ def test_every_slice_has_one_outcome(tmp_path: Path) -> None:
     write_output(tmp_path / "bulk", [*files, broken, picture, many, *gone])
     gone[0].unlink()
 
-    summary = export_here(tmp_path / "bulk", tmp_path / "out")
+    summary = run_export(tmp_path / "bulk", tmp_path / "out")
 
     rows = read_rows(tmp_path / "out")
     assert len(rows) == len({row["slice_id"] for row in rows}) == 8 + 1 + 1 + 3 + 1
     assert Counter(row["outcome"] for row in rows) == {"exported": 12, "rejected": 2}
     assert summary["by_outcome"] == {"exported": 12, "rejected": 2}
     assert summary["rejected_by_reason"] == {"missing": 1, "truncated": 1}
-    named = {row["image"] for row in rows} - {None}
-    there = {str(path.relative_to(tmp_path / "out")) for path in tmp_path.glob("out/images/*/*")}
-    assert named == there
-    assert len(named) == 12
+    in_rows = {row["image"] for row in rows} - {None}
+    on_disk = {str(path.relative_to(tmp_path / "out")) for path in tmp_path.glob("out/images/*/*")}
+    assert in_rows == on_disk
+    assert len(in_rows) == 12
     assert {row["frame"] for row in rows} == {None, 0, 1, 2}
     series = {row["series"] for row in rows if row["series"] is not None}
     assert len(series) == 1, "all DICOM objects here are of one series"
@@ -117,13 +117,13 @@ def test_every_slice_has_one_outcome(tmp_path: Path) -> None:
     ids=["12 bits", "signed", "8 bits"],
 )
 @pytest.mark.parametrize("slope", [1, 2.108])
-def test_samples_come_back_from_the_picture(
+def test_samples_are_recovered_from_the_exported_picture(
     pixels: np.ndarray, slope: float, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.dcm"
     path.write_bytes(make_mr(pixels, RescaleSlope=slope, RescaleIntercept=-7))
     write_output(tmp_path / "bulk", [path])
-    export_here(tmp_path / "bulk", tmp_path / "out")
+    run_export(tmp_path / "bulk", tmp_path / "out")
     (row,) = read_rows(tmp_path / "out")
     picture = cv2.imread(str(tmp_path / "out" / row["image"]), cv2.IMREAD_UNCHANGED)
     assert picture.ndim == 2
@@ -138,7 +138,7 @@ def test_samples_come_back_from_the_picture(
 def test_predictions_and_groups_are_kept(tmp_path: Path) -> None:
     files = make_series(tmp_path / "scans")
     store = write_output(tmp_path / "bulk", files)
-    export_here(tmp_path / "bulk", tmp_path / "out", images="none")
+    run_export(tmp_path / "bulk", tmp_path / "out", images="none")
     before = store.read(store.list_files()[0], store.file_schema.names).to_pylist()
     after = read_rows(tmp_path / "out")
     by_position = {row["position_mm"]: row for row in after}
@@ -149,7 +149,7 @@ def test_predictions_and_groups_are_kept(tmp_path: Path) -> None:
             assert kept[name] == row[name], name
         for name in ("patient", "study", "series", "sop_instance"):
             assert kept[name] is not None
-            assert kept[name] != row[name], "hashes of the bulk output would join the two"
+            assert kept[name] != row[name], "hashes of the bulk output would link the two"
     (series,) = pq.read_table(tmp_path / "out" / "series.parquet").to_pylist()
     assert series["series"] == after[0]["series"]
     assert series["study"] == after[0]["study"]
@@ -159,8 +159,8 @@ def test_predictions_and_groups_are_kept(tmp_path: Path) -> None:
     assert b"brainray" not in (schema.metadata or {})
 
 
-def test_it_is_decided_of_each_column_whether_it_is_exported() -> None:
-    """A new column of the predictions is left out until someone has thought about it."""
+def test_every_column_is_listed_as_kept_or_left_out() -> None:
+    """A new column of the predictions must be added to one of the two lists."""
     columns = {name for name in build_schema(CLASSES).names if not name.startswith("prob_")}
     assert set(KEPT_COLUMNS) | set(LEFT_OUT_COLUMNS) == columns
 
@@ -169,7 +169,7 @@ def test_it_is_decided_of_each_column_whether_it_is_exported() -> None:
 
 
 def make_full_object() -> bytes:
-    """Make an object with what must go, nested too, and what must stay."""
+    """Make an object with elements to remove, also nested ones, and elements to keep."""
     return make_mr(
         StudyDate="20240229",
         StudyTime="101112",
@@ -210,12 +210,12 @@ def export_object(tmp_path: Path, content: bytes, **options) -> Dataset:
     path = tmp_path / "a.dcm"
     path.write_bytes(content)
     write_output(tmp_path / "bulk", [path])
-    export_here(tmp_path / "bulk", tmp_path / "out", images="dicom", **options)
+    run_export(tmp_path / "bulk", tmp_path / "out", images="dicom", **options)
     (found,) = read_objects(tmp_path / "out")
     return found
 
 
-def test_what_an_object_keeps(tmp_path: Path) -> None:
+def test_identifiers_are_removed_and_technical_elements_kept(tmp_path: Path) -> None:
     content = make_full_object()
     found = export_object(tmp_path, content)
     (row,) = read_rows(tmp_path / "out")
@@ -224,7 +224,7 @@ def test_what_an_object_keeps(tmp_path: Path) -> None:
     assert found.SeriesInstanceUID == f"2.25.{int(row['series'], 16)}"
     assert found.SOPInstanceUID == f"2.25.{int(row['sop_instance'], 16)}"
     reference = found.ReferencedImageSequence[0]
-    assert reference.ReferencedSOPInstanceUID == found.SOPInstanceUID, "it refers to itself"
+    assert reference.ReferencedSOPInstanceUID == found.SOPInstanceUID, "the object refers to itself"
     assert reference.ReferencedSOPClassUID == "1.2.840.10008.5.1.4.1.1.4"
     assert found.FrameOfReferenceUID.startswith("2.25.")
     assert found.EchoTime == 12.5
@@ -240,8 +240,8 @@ def test_what_an_object_keeps(tmp_path: Path) -> None:
     assert found.PatientIdentityRemoved == "YES"
     assert [code.CodeValue for code in found.DeidentificationMethodCodeSequence] == ["113100"]
     written = (tmp_path / "out" / row["image"]).read_bytes()
-    gone = (b"Doe", b"DOE", b"doe", b"STATION", b"19620317", b"20240229", b"061Y")
-    for word in (*gone, b"1.2.826.0.1.3680043.9"):
+    removed = (b"Doe", b"DOE", b"doe", b"STATION", b"19620317", b"20240229", b"061Y")
+    for word in (*removed, b"1.2.826.0.1.3680043.9"):
         assert word not in written
     opened = open_dicom((tmp_path / "out" / row["image"]).read_bytes())
     np.testing.assert_array_equal(decode_stored(opened), RAMP)
@@ -259,7 +259,7 @@ def test_unused_bits_and_trailing_bytes_of_the_pixels_are_cleared(tmp_path: Path
 @pytest.mark.parametrize(
     "name", ["MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_bigendian.dcm"]
 )
-def test_pixels_of_compressed_and_big_endian_objects(name: str, tmp_path: Path) -> None:
+def test_pixels_of_compressed_and_big_endian_objects_are_kept(name: str, tmp_path: Path) -> None:
     content = as_mr(Path(pydicom.__file__).parent / "data" / "test_files" / name)
     found = export_object(tmp_path, content)
     assert found.file_meta.TransferSyntaxUID == pydicom.uid.ExplicitVRLittleEndian
@@ -276,7 +276,7 @@ def validate(path: Path) -> set[str]:
 @pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dciodvfy is not installed")
 @pytest.mark.parametrize("name", ["MR_small.dcm", "emri_small.dcm", "MR2_UNCR.dcm"])
 @pytest.mark.parametrize("dates", ["remove", "shift"])
-def test_a_validator_finds_no_error_that_the_source_has_not(
+def test_a_validator_finds_no_error_that_the_source_does_not_have(
     name: str, dates: Dates, tmp_path: Path
 ) -> None:
     source = Path(get_testdata_file(name))
@@ -286,7 +286,7 @@ def test_a_validator_finds_no_error_that_the_source_has_not(
     assert validate(written) <= validate(source)
 
 
-def test_frames_of_an_enhanced_object(tmp_path: Path) -> None:
+def test_an_enhanced_object_is_exported_with_all_frames(tmp_path: Path) -> None:
     frames = np.stack([RAMP, RAMP + 1, RAMP + 2])
     shared = make_item(
         PlaneOrientationSequence=[make_item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
@@ -313,11 +313,11 @@ def test_frames_of_an_enhanced_object(tmp_path: Path) -> None:
     assert len({row["image"] for row in rows}) == 1, "an object is exported whole"
 
 
-def test_what_is_no_dicom_object_is_rejected(tmp_path: Path) -> None:
+def test_a_file_that_is_not_dicom_is_rejected(tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     Image.fromarray((RAMP >> 4).astype(np.uint8)).save(picture)
     write_output(tmp_path / "bulk", [*make_series(tmp_path / "scans"), picture])
-    summary = export_here(tmp_path / "bulk", tmp_path / "out", images="dicom")
+    summary = run_export(tmp_path / "bulk", tmp_path / "out", images="dicom")
     assert summary["rejected_by_reason"] == {"not_dicom": 1}
     assert len(read_objects(tmp_path / "out")) == 8
 
@@ -338,17 +338,17 @@ def export_dates(tmp_path: Path, dates: Sequence[tuple[str, str]], **options) ->
             InstanceNumber=index,
         )
     write_output(tmp_path / "bulk", files)
-    export_here(tmp_path / "bulk", tmp_path / "out", images="dicom", dates="shift", **options)
+    run_export(tmp_path / "bulk", tmp_path / "out", images="dicom", dates="shift", **options)
     return sorted(read_objects(tmp_path / "out"), key=lambda found: found.InstanceNumber)
 
 
-def test_intervals_of_a_patient_are_kept(tmp_path: Path) -> None:
+def test_shifted_dates_keep_the_intervals_of_a_patient(tmp_path: Path) -> None:
     given = [("a", "20240229"), ("a", "20240331"), ("b", "20240229")]
     found = export_dates(tmp_path, given)
     days = [date.fromisoformat(one.StudyDate) for one in found]
     assert (days[1] - days[0]).days == 31
     assert 1 <= (date(2024, 2, 29) - days[0]).days <= 3650
-    assert days[2] != days[0], "each patient has days of its own"
+    assert days[2] != days[0], "each patient has its own shift"
     assert found[0].LongitudinalTemporalInformationModified == "MODIFIED"
     codes = [code.CodeValue for code in found[0].DeidentificationMethodCodeSequence]
     assert codes == ["113100", "113107"]
@@ -358,17 +358,17 @@ def test_intervals_of_a_patient_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("day", ["", "2024", "20240231", "yesterday"])
-def test_a_date_that_is_none_is_removed(day: str, tmp_path: Path) -> None:
+def test_an_invalid_date_is_removed(day: str, tmp_path: Path) -> None:
     (found,) = export_dates(tmp_path, [("a", day)])
     assert not found.StudyDate
     assert read_rows(tmp_path / "out")[0]["study_date"] is None
 
 
-def test_pseudonyms_follow_from_key_and_project(tmp_path: Path) -> None:
+def test_pseudonyms_repeat_in_a_project_and_differ_between_projects(tmp_path: Path) -> None:
     write_output(tmp_path / "bulk", make_series(tmp_path / "scans"))
 
     def find_patient(name: str, project: str) -> str:
-        export_here(tmp_path / "bulk", tmp_path / name, images="none", project=project)
+        run_export(tmp_path / "bulk", tmp_path / name, images="none", project=project)
         return str(read_rows(tmp_path / name)[0]["patient"])
 
     assert find_patient("1", "one") == find_patient("2", "one")
@@ -390,13 +390,13 @@ def draw_head(text: str = "", *, size: int = 256) -> np.ndarray:
 
 @pytest.mark.parametrize("text", ["DOE JANE", "19620317"])
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
-def test_text_beside_the_head_is_found(text: str, kind: type, tmp_path: Path) -> None:
+def test_text_beside_the_head_is_detected(text: str, kind: type, tmp_path: Path) -> None:
     samples = draw_head(text).astype(kind) * (1 if kind is np.uint8 else 7)
     assert has_text(samples)
     path = tmp_path / "a.dcm"
     path.write_bytes(make_mr(draw_head(text).astype(np.uint16)))
     write_output(tmp_path / "bulk", [path])
-    summary = export_here(tmp_path / "bulk", tmp_path / "out")
+    summary = run_export(tmp_path / "bulk", tmp_path / "out")
     (row,) = read_rows(tmp_path / "out")
     assert row["has_text"]
     assert row["burned_in"] == "unknown"
@@ -404,15 +404,15 @@ def test_text_beside_the_head_is_found(text: str, kind: type, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("text", ["", "R"])
-def test_heads_and_marks_of_a_side_are_no_text(text: str) -> None:
+def test_heads_and_side_markers_are_not_text(text: str) -> None:
     assert not has_text(draw_head(text))
 
 
-def test_what_the_header_says_of_burned_in_text(tmp_path: Path) -> None:
+def test_burned_in_text_is_read_from_the_header(tmp_path: Path) -> None:
     path = tmp_path / "a.dcm"
     path.write_bytes(make_mr(BurnedInAnnotation="NO"))
     write_output(tmp_path / "bulk", [path])
-    export_here(tmp_path / "bulk", tmp_path / "out")
+    run_export(tmp_path / "bulk", tmp_path / "out")
     assert read_rows(tmp_path / "out")[0]["burned_in"] == "no"
 
 
@@ -430,11 +430,9 @@ def read_all(output: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_a_run_goes_on_where_the_last_one_was_cut_short(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_export_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_output(tmp_path / "bulk", make_series(tmp_path / "scans"))
-    export_here(tmp_path / "bulk", tmp_path / "whole")
+    run_export(tmp_path / "bulk", tmp_path / "whole")
     calls = []
 
     def fail(*arguments):
@@ -447,64 +445,68 @@ def test_a_run_goes_on_where_the_last_one_was_cut_short(
     with monkeypatch.context() as patched:
         patched.setattr(job_module, "export_shard", fail)
         with pytest.raises(KeyboardInterrupt):
-            export_here(tmp_path / "bulk", tmp_path / "cut")
+            run_export(tmp_path / "bulk", tmp_path / "cut")
     assert 0 < len(list(tmp_path.glob("cut/data/*"))) < len(list(tmp_path.glob("whole/data/*")))
 
-    export_here(tmp_path / "bulk", tmp_path / "cut")
+    run_export(tmp_path / "bulk", tmp_path / "cut")
 
     assert read_all(tmp_path / "cut") == read_all(tmp_path / "whole")
 
 
-def test_what_is_exported_is_not_opened_again(tmp_path: Path) -> None:
+def test_exported_scans_are_not_read_again(tmp_path: Path) -> None:
     files = make_series(tmp_path / "scans")
     write_output(tmp_path / "bulk", files)
-    export_here(tmp_path / "bulk", tmp_path / "out")
+    run_export(tmp_path / "bulk", tmp_path / "out")
     before = read_all(tmp_path / "out")
     for file in files:
         file.unlink()
-    export_here(tmp_path / "bulk", tmp_path / "out")
+    run_export(tmp_path / "bulk", tmp_path / "out")
     assert read_all(tmp_path / "out") == before
 
 
-def test_a_source_that_has_changed_is_rejected_until_it_is_classified(tmp_path: Path) -> None:
+def test_a_scan_that_changed_after_classification_is_rejected_until_it_is_restored(
+    tmp_path: Path,
+) -> None:
     files = make_series(tmp_path / "scans")
     write_output(tmp_path / "bulk", files)
     content = files[0].read_bytes()
     files[0].write_bytes(content + b"\0\0")
-    summary = export_here(tmp_path / "bulk", tmp_path / "out")
+    summary = run_export(tmp_path / "bulk", tmp_path / "out")
     assert summary["rejected_by_reason"] == {"changed": 1}
     files[0].write_bytes(content)
-    summary = export_here(tmp_path / "bulk", tmp_path / "out")
+    summary = run_export(tmp_path / "bulk", tmp_path / "out")
     assert summary["by_outcome"] == {"exported": 8}
 
 
 def test_new_predictions_are_added(tmp_path: Path) -> None:
     first = make_series(tmp_path / "first", PatientID="a")
     write_output(tmp_path / "bulk", first)
-    export_here(tmp_path / "bulk", tmp_path / "out")
+    run_export(tmp_path / "bulk", tmp_path / "out")
     known = {row["slice_id"]: row for row in read_rows(tmp_path / "out")}
     write_output(tmp_path / "bulk", make_series(tmp_path / "second", PatientID="b"))
-    export_here(tmp_path / "bulk", tmp_path / "out")
+    run_export(tmp_path / "bulk", tmp_path / "out")
     rows = {row["slice_id"]: row for row in read_rows(tmp_path / "out")}
     assert len(rows) == 16
     assert {name: rows[name] for name in known} == known
 
 
-def test_an_output_without_paths_needs_the_scans(tmp_path: Path) -> None:
+def test_an_export_of_redacted_predictions_needs_scans_uri(tmp_path: Path) -> None:
     files = make_series(tmp_path / "scans")
     write_output(tmp_path / "bulk", files, redact_paths=True)
     with pytest.raises(ConfigError, match="--scans-uri"):
-        export_here(tmp_path / "bulk", tmp_path / "out")
-    summary = export_here(tmp_path / "bulk", tmp_path / "out", scans_uri=(str(tmp_path / "scans"),))
+        run_export(tmp_path / "bulk", tmp_path / "out")
+    summary = run_export(tmp_path / "bulk", tmp_path / "out", scans_uri=(str(tmp_path / "scans"),))
     assert summary["by_outcome"] == {"exported": 8}
 
 
 @pytest.mark.usefixtures("local_ray", "small_shards")
-def test_on_ray_the_export_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_on_ray_equals_a_local_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_output(tmp_path / "bulk", make_series(tmp_path / "scans"))
-    here = export_here(tmp_path / "bulk", tmp_path / "here")
+    local = run_export(tmp_path / "bulk", tmp_path / "here")
     monkeypatch.setattr(sources_module, "MAX_LOCAL_SLICES", 0)
-    assert export_here(tmp_path / "bulk", tmp_path / "out") == here
+    assert run_export(tmp_path / "bulk", tmp_path / "out") == local
     by_id = {row["slice_id"]: row for row in read_rows(tmp_path / "here")}
     assert {row["slice_id"]: row for row in read_rows(tmp_path / "out")} == by_id
     rows = read_rows(tmp_path / "out")
@@ -514,26 +516,26 @@ def test_on_ray_the_export_is_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     assert json.loads((tmp_path / "out" / "export.json").read_text())["num_slices"] == 8
 
 
-# ---- never mixed ---------------------------------------------------------------------------------
+# ---- separate folders ----------------------------------------------------------------------------
 
 
-def test_an_export_refuses_a_folder_with_anything_else(tmp_path: Path) -> None:
+def test_an_export_into_a_folder_with_other_files_is_rejected(tmp_path: Path) -> None:
     write_output(tmp_path / "bulk", make_series(tmp_path / "scans"))
     for name in ("bulk", "bulk/export"):
         with pytest.raises(ConfigError, match="must not lie within"):
-            export_here(tmp_path / "bulk", tmp_path / name)
+            run_export(tmp_path / "bulk", tmp_path / name)
     results = tmp_path / "results"
     FolderDestination(str(results)).check()
     (results / "study").mkdir(parents=True, exist_ok=True)
     (results / "study" / "sr.dcm").write_bytes(b"with identity")
     with pytest.raises(ConfigError, match="not mixed"):
-        export_here(tmp_path / "bulk", results)
+        run_export(tmp_path / "bulk", results)
     assert not list(results.glob("data"))
 
 
-def test_results_with_identity_refuse_the_folder_of_an_export(tmp_path: Path) -> None:
+def test_results_with_identifiers_are_not_written_into_an_export(tmp_path: Path) -> None:
     write_output(tmp_path / "bulk", make_series(tmp_path / "scans"))
-    export_here(tmp_path / "bulk", tmp_path / "out", images="none")
+    run_export(tmp_path / "bulk", tmp_path / "out", images="none")
     before = read_all(tmp_path / "out")
     with pytest.raises(ConfigError, match="must not be mixed"):
         FolderDestination(str(tmp_path / "out")).check()
@@ -545,16 +547,16 @@ def test_results_with_identity_refuse_the_folder_of_an_export(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "changed", [{"dates": "shift"}, {"images": "png"}, {"project": "another"}], ids=str
 )
-def test_all_runs_of_an_export_have_the_same_settings(
+def test_a_later_run_with_other_settings_is_rejected(
     changed: dict[str, str], tmp_path: Path
 ) -> None:
     write_output(tmp_path / "bulk", make_series(tmp_path / "scans"))
-    export_here(tmp_path / "bulk", tmp_path / "out", images="none")
+    run_export(tmp_path / "bulk", tmp_path / "out", images="none")
     with pytest.raises(ConfigError, match=f"another {next(iter(changed))}"):
-        export_here(tmp_path / "bulk", tmp_path / "out", **({"images": "none"} | changed))
+        run_export(tmp_path / "bulk", tmp_path / "out", **({"images": "none"} | changed))
 
 
-def test_identity_is_left_out_only_when_it_is_asked_for(
+def test_an_export_requires_the_option_deidentify(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_output(tmp_path / "bulk", make_series(tmp_path / "scans"))
@@ -570,19 +572,19 @@ def test_identity_is_left_out_only_when_it_is_asked_for(
     assert "faces" in printed
 
 
-def test_without_the_library_the_extra_is_named(
+def test_without_the_library_the_error_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_output(tmp_path / "bulk", make_series(tmp_path / "scans", 1))
     monkeypatch.setattr(dicom_module, "_TABLE", "no_such_library.table")
     dicom_module.read_profile.cache_clear()
     with pytest.raises(ConfigError, match=r"brainray\[dicom\]"):
-        export_here(tmp_path / "bulk", tmp_path / "out")
+        run_export(tmp_path / "bulk", tmp_path / "out")
     dicom_module.read_profile.cache_clear()
 
 
-def test_the_profile_has_what_everyone_knows() -> None:
-    """An edition whose table was read wrongly would leave identity in silence."""
+def test_the_profile_has_the_actions_of_well_known_elements() -> None:
+    """A table that is parsed wrongly would leave identifiers in objects without an error."""
     actions = dicom_module.read_profile()
     assert len(actions) > 600
     expected = {

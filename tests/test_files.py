@@ -1,4 +1,4 @@
-"""`brainray classify FILE…`: one row for every file, for a person or as JSON."""
+"""`brainray classify FILE…`: one row for every file, as text or as JSON."""
 
 import gzip
 import json
@@ -56,7 +56,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return status, printed.out, printed.err
 
 
-def test_every_file_has_one_row_whatever_is_the_matter(
+def test_every_file_has_one_row_even_if_it_is_rejected(
     capsys: pytest.CaptureFixture[str], scans: Path, tiny_classifier: Path
 ) -> None:
     files = [*sorted(scans.iterdir()), scans / "nowhere.png", scans]
@@ -68,15 +68,15 @@ def test_every_file_has_one_row_whatever_is_the_matter(
         next(word for word in (*CLASSES, "rejected") if word in row.replace(str(scans), "", 1))
         for row in rows
     ]
-    (named,) = {word for word in found if word != "rejected"}
+    (predicted,) = {word for word in found if word != "rejected"}
     is_scan = [file.suffix == ".jpg" and file.name != "short.jpg" for file in files]
-    assert found == [named if yes else "rejected" for yes in is_scan]
-    for row, yes in zip(rows, is_scan, strict=True):
-        assert (" % " in row) is yes
+    assert found == [predicted if valid else "rejected" for valid in is_scan]
+    for row, valid in zip(rows, is_scan, strict=True):
+        assert (" % " in row) is valid
     printed = "\n".join(rows)
     for reason in ("empty", "truncated", "missing", "unreadable"):
         assert f"{reason}: " in printed
-    assert "\x1b" not in out, "a file name moves the cursor"
+    assert "\x1b" not in out, "an escape sequence of a file name was printed"
     assert "\u202e" not in out
     assert "[bold]" in out
     assert "--scans-uri" in rows[-1], "the row of a folder names the option for it"
@@ -133,7 +133,7 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_slices_of_files_have_a_row_each_and_series_an_answer(
+def test_each_slice_has_a_row_and_each_series_a_summary(
     capsys: pytest.CaptureFixture[str], volumes: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "key").write_bytes(b"k" * 16)
@@ -170,43 +170,43 @@ def test_slices_of_files_have_a_row_each_and_series_an_answer(
         assert one["evidence"].keys() == set(CLASSES)
 
 
-def test_many_slices_are_summarised_and_listed_only_if_asked_for(
+def test_slices_are_summarised_and_listed_only_with_the_option_slices(
     capsys: pytest.CaptureFixture[str], volumes: Path, tiny_classifier: Path
 ) -> None:
     options = ("--classifier-uri", tiny_classifier)
-    words = (volumes / "brain.nii.gz", volumes / "0.dcm", *options)
-    _, out, _ = run(capsys, *words)
+    arguments = (volumes / "brain.nii.gz", volumes / "0.dcm", *options)
+    _, out, _ = run(capsys, *arguments)
     assert out.index("key slices") < out.index("30 slices")
     assert "24 of 30 used, 6 little_tissue" in out
     assert "Slice evidence: not calibrated for series or patients." in out
     assert f"{volumes}/brain.nii.gz#frame=9" not in out
     assert f"{volumes}/0.dcm" in out
-    _, out, _ = run(capsys, *words, "--slices")
+    _, out, _ = run(capsys, *arguments, "--slices")
     for number in range(30):
         assert f"{volumes}/brain.nii.gz#frame={number} " in out
 
 
-def test_volumes_are_cut_along_the_plane_that_is_asked_for(
+def test_volumes_are_sliced_along_the_given_plane(
     capsys: pytest.CaptureFixture[str], volumes: Path, tiny_classifier: Path
 ) -> None:
-    words = ("--json", volumes / "brain.nii.gz", "--classifier-uri", tiny_classifier)
-    _, out, _ = run(capsys, *words, "--plane", "coronal")
+    arguments = ("--json", volumes / "brain.nii.gz", "--classifier-uri", tiny_classifier)
+    _, out, _ = run(capsys, *arguments, "--plane", "coronal")
     rows = json.loads(out)["predictions"]
     assert len(rows) == 40
     assert {row["plane"] for row in rows} == {"coronal"}
 
 
-def test_a_key_that_is_too_short_is_refused(
+def test_a_short_key_is_rejected(
     capsys: pytest.CaptureFixture[str], volumes: Path, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "key").write_bytes(b"short")
-    words = (volumes / "0.dcm", "--classifier-uri", tiny_classifier)
-    status, out, err = run(capsys, *words, "--id-key-file", tmp_path / "key")
+    arguments = (volumes / "0.dcm", "--classifier-uri", tiny_classifier)
+    status, out, err = run(capsys, *arguments, "--id-key-file", tmp_path / "key")
     assert (status, out) == (2, "")
     assert "at least 16 bytes" in err
 
 
-def test_a_file_that_was_not_read_to_its_end_has_no_hash(
+def test_a_file_above_the_size_limit_has_no_hash(
     capsys: pytest.CaptureFixture[str], scans: Path, tiny_classifier: Path
 ) -> None:
     limit = ("--limits.max-bytes", 200)
@@ -217,11 +217,11 @@ def test_a_file_that_was_not_read_to_its_end_has_no_hash(
     assert (row["reason"], row["content_sha256"]) == ("too_large", None)
 
 
-def test_a_user_error_is_one_line_and_exit_2(
+def test_a_user_error_prints_one_line_and_exits_with_2(
     capsys: pytest.CaptureFixture[str], scans: Path, tiny_classifier: Path
 ) -> None:
     scan = scans / "scan.jpg"
-    for words, printed in (
+    for arguments, printed in (
         ((scan, "--classifier-uri", scans), "No classifier at"),
         (
             (scan, "--classifier-uri", tiny_classifier, "--scans-uri", scans),
@@ -230,13 +230,13 @@ def test_a_user_error_is_one_line_and_exit_2(
         ((f"--scans-uri={scans}", scan), "Got files and --scans-uri"),
         ((scan, "--labels", "folder"), "Got files and --labels"),
     ):
-        status, out, err = run(capsys, *words)
+        status, out, err = run(capsys, *arguments)
         assert (status, out) == (2, "")
         assert printed in err
         assert err.count("\n") == 1
 
 
-def test_the_default_classifier_is_the_one_of_the_environment_else_the_projects(
+def test_the_default_classifier_is_set_by_the_environment_or_is_the_shipped_one(
     capsys: pytest.CaptureFixture[str],
     scans: Path,
     tiny_classifier: Path,
@@ -258,11 +258,11 @@ def test_the_default_classifier_is_the_one_of_the_environment_else_the_projects(
     assert ModelOptions().classifier_uri == str(SHIPPED_FOLDER)
 
 
-def test_without_scans_it_names_both_ways_to_give_them(
+def test_without_scans_the_error_names_files_and_scans_uri(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for words in (["--classifier-uri", "c"], [], ["--scans-uri", "in"]):
-        status, out, err = run(capsys, *words)
+    for arguments in (["--classifier-uri", "c"], [], ["--scans-uri", "in"]):
+        status, out, err = run(capsys, *arguments)
         assert (status, out) == (2, "")
         assert "FILE" in err
         assert "--scans-uri" in err
@@ -273,7 +273,9 @@ def test_without_scans_it_names_both_ways_to_give_them(
     assert "FILE" in out
 
 
-def test_a_mistyped_option_is_suggested(capsys: pytest.CaptureFixture[str], scans: Path) -> None:
+def test_an_error_about_a_mistyped_option_suggests_the_right_one(
+    capsys: pytest.CaptureFixture[str], scans: Path
+) -> None:
     status, _, err = run(capsys, "--jsn", scans / "scan.jpg")
     assert status == 2
     assert "--json" in err
@@ -285,9 +287,9 @@ def test_neither_ray_nor_torch_is_loaded(scans: Path, tiny_classifier: Path) -> 
         "found = {'ray', 'torch', 'sklearn', 'scipy', 'boto3'} & set(sys.modules); "
         "assert not found, found"
     )
-    words = ["classify", str(scans / "scan.jpg"), "--classifier-uri", str(tiny_classifier)]
+    arguments = ["classify", str(scans / "scan.jpg"), "--classifier-uri", str(tiny_classifier)]
     done = subprocess.run(
-        [sys.executable, "-c", script, *words],
+        [sys.executable, "-c", script, *arguments],
         capture_output=True,
         text=True,
         check=False,

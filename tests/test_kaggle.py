@@ -1,4 +1,4 @@
-"""Fetching the public data set, from a server that stands in for Kaggle and its storage."""
+"""Downloading the public data set, from a fake server for Kaggle and its storage."""
 
 import base64
 import hashlib
@@ -27,7 +27,7 @@ SET = KaggleSet(
 )
 
 REPEATS = 30_000
-"""Makes a file of some hundred kilobytes, so that a download can break in its middle."""
+"""Makes each file some hundred kilobytes long, so that a download can break in the middle."""
 
 
 def pack(counts: dict[str, int]) -> bytes:
@@ -40,20 +40,21 @@ def pack(counts: dict[str, int]) -> bytes:
 
 
 @dataclass
-class StandIn:
-    """Kaggle's server; it redirects to a storage with ranges and an MD5."""
+class FakeKaggle:
+    """Kaggle's server; it redirects to a storage that supports ranges and sends an MD5."""
 
     archive: bytes = field(default_factory=lambda: pack(dict(SET.counts)))
     md5_of: bytes | None = None
     status: int = 302
     cut_at: int | None = None
-    """Bytes of a whole answer after which the connection breaks, once."""
+    """Number of bytes of a body after which the connection breaks, once."""
     ranges: list[str | None] = field(default_factory=list)
     """Requested range of each download."""
-    asked: list[bytes] = field(default_factory=list)
+    api_requests: list[bytes] = field(default_factory=list)
+    """Body of each request to the API."""
 
-    def answer_door(self, handler: BaseHTTPRequestHandler) -> None:
-        self.asked.append(handler.rfile.read(int(handler.headers["Content-Length"])))
+    def answer_api(self, handler: BaseHTTPRequestHandler) -> None:
+        self.api_requests.append(handler.rfile.read(int(handler.headers["Content-Length"])))
         handler.send_response(self.status)
         if self.status == 302:
             handler.send_header("Location", "/storage/archive.zip")
@@ -78,30 +79,30 @@ class StandIn:
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandIn]:
-    server_side = StandIn()
+def fake_kaggle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeKaggle]:
+    fake = FakeKaggle()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            server_side.answer_door(self)
+            fake.answer_api(self)
 
         def do_GET(self) -> None:
-            server_side.answer_storage(self)
+            fake.answer_storage(self)
 
         def log_message(self, *_: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    poll_s = 0.01  # for which a shutdown waits
+    poll_s = 0.01  # shutdown() waits this long
     threading.Thread(target=server.serve_forever, args=(poll_s,), daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.PROD, endpoint)
-    # It would look through the modules of every frame of the stack, for 0.3 s.
+    # The original inspects every frame of the stack, for 0.3 s.
     monkeypatch.setattr("kagglehub.clients.get_user_agent", lambda: "kagglehub")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # no credentials of whoever runs this
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # without the credentials of the user
     monkeypatch.delenv("KAGGLE_API_TOKEN", raising=False)
-    monkeypatch.setenv("KAGGLEHUB_CACHE", "")  # undo the change of a fetch
-    yield server_side
+    monkeypatch.setenv("KAGGLEHUB_CACHE", "")  # a fetch changes it; restored after the test
+    yield fake
     server.shutdown()
     server.server_close()
 
@@ -120,8 +121,8 @@ def list_names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_a_fetch_brings_every_file_and_a_list_that_sha256sum_reads(
-    stand_in: StandIn, fetch: Callable[..., tuple[str, list[str]]], tmp_path: Path
+def test_a_fetch_writes_every_file_and_a_list_for_sha256sum(
+    fake_kaggle: FakeKaggle, fetch: Callable[..., tuple[str, list[str]]], tmp_path: Path
 ) -> None:
     digest, lines = fetch()
     folder = tmp_path / "scans"
@@ -137,29 +138,29 @@ def test_a_fetch_brings_every_file_and_a_list_that_sha256sum_reads(
     assert "7 images" in lines[1]
     assert digest in lines[2]
     assert list_names(tmp_path) == ["scans"], "the download left something behind"
-    assert b'"someone"' in stand_in.asked[0]
-    assert b'"some-scans"' in stand_in.asked[0]
-    assert b"3" in stand_in.asked[0]
+    assert b'"someone"' in fake_kaggle.api_requests[0]
+    assert b'"some-scans"' in fake_kaggle.api_requests[0]
+    assert b"3" in fake_kaggle.api_requests[0]
 
 
-def test_a_broken_download_goes_on_where_it_was(
-    stand_in: StandIn, fetch: Callable[..., tuple[str, list[str]]], tmp_path: Path
+def test_a_broken_download_is_resumed(
+    fake_kaggle: FakeKaggle, fetch: Callable[..., tuple[str, list[str]]], tmp_path: Path
 ) -> None:
-    stand_in.cut_at = 3 * 2**19
+    fake_kaggle.cut_at = 3 * 2**19
     with pytest.raises(StorageError, match="same command to resume it"):
         fetch()
     assert not (tmp_path / "scans").exists()
     fetch()
-    assert stand_in.ranges[-1] == f"bytes={2**20}-", "kagglehub writes down whole MiB"
+    assert fake_kaggle.ranges[-1] == f"bytes={2**20}-", "kagglehub writes whole MiB"
     assert (tmp_path / "scans/Testing/b/0.jpg").read_bytes() == b"Testing/b 0 " * REPEATS
 
 
-def test_what_was_fetched_is_checked_and_not_fetched_again(
-    stand_in: StandIn, fetch: Callable[..., tuple[str, list[str]]], tmp_path: Path
+def test_fetched_files_are_verified_and_not_downloaded_again(
+    fake_kaggle: FakeKaggle, fetch: Callable[..., tuple[str, list[str]]], tmp_path: Path
 ) -> None:
     digest, _ = fetch()
     assert fetch(sha256=digest.upper())[0] == digest
-    assert len(stand_in.ranges) == 1
+    assert len(fake_kaggle.ranges) == 1
     (tmp_path / "scans/Training/b/1.jpg").write_bytes(b"another scan")
     with pytest.raises(DataError, match=r"1 files .* Training/b/1\.jpg"):
         fetch()
@@ -169,20 +170,21 @@ def test_what_was_fetched_is_checked_and_not_fetched_again(
     assert (tmp_path / "scans/Training/b/0.jpg").exists()
 
 
-def test_another_digest_than_the_expected_one_is_refused(
-    stand_in: StandIn,  # noqa: ARG001 - it answers
+def test_an_unexpected_digest_is_rejected(
+    fake_kaggle: FakeKaggle,  # noqa: ARG001 - runs the server
     fetch: Callable[..., tuple[str, list[str]]],
 ) -> None:
     with pytest.raises(DataError, match=r"Expected SHA-256 .*, got "):
         fetch(sha256="0" * 64)
 
 
-def test_files_put_there_by_hand_are_counted_and_listed(
-    fetch: Callable[..., tuple[str, list[str]]], tmp_path: Path
+def test_files_added_by_hand_are_counted_and_listed(
+    fake_kaggle: FakeKaggle, fetch: Callable[..., tuple[str, list[str]]], tmp_path: Path
 ) -> None:
+    fake_kaggle.status = 503  # nothing is downloaded
     with zipfile.ZipFile(io.BytesIO(pack(dict(SET.counts)))) as archive:
         archive.extractall(tmp_path / "scans")
-    digest, _ = fetch()  # no server answers here
+    digest, _ = fetch()
     assert fetch(sha256=digest)[0] == digest
     (tmp_path / "scans" / SUMS_FILE).unlink()
     (tmp_path / "scans/Testing/a/0.jpg").unlink()
@@ -190,21 +192,21 @@ def test_files_put_there_by_hand_are_counted_and_listed(
         fetch()
 
 
-def test_an_archive_that_is_not_what_the_storage_says_is_deleted(
-    stand_in: StandIn, fetch: Callable[..., tuple[str, list[str]]], tmp_path: Path
+def test_an_archive_with_another_md5_is_deleted(
+    fake_kaggle: FakeKaggle, fetch: Callable[..., tuple[str, list[str]]], tmp_path: Path
 ) -> None:
-    stand_in.md5_of = b"something else"
+    fake_kaggle.md5_of = b"something else"
     with pytest.raises(StorageError, match="MD5"):
         fetch()
     assert not list(tmp_path.rglob("*.archive"))
-    stand_in.md5_of = None
+    fake_kaggle.md5_of = None
     fetch()
 
 
-def test_an_archive_of_another_set_never_gets_the_place(
-    stand_in: StandIn, fetch: Callable[..., tuple[str, list[str]]], tmp_path: Path
+def test_an_archive_of_another_data_set_is_not_unpacked_to_data_path(
+    fake_kaggle: FakeKaggle, fetch: Callable[..., tuple[str, list[str]]], tmp_path: Path
 ) -> None:
-    stand_in.archive = pack({**SET.counts, "Training/a": 9})
+    fake_kaggle.archive = pack({**SET.counts, "Training/a": 9})
     with pytest.raises(DataError, match="Training/a 9 of 3"):
         fetch()
     assert not (tmp_path / "scans").exists()
@@ -213,16 +215,16 @@ def test_an_archive_of_another_set_never_gets_the_place(
 @pytest.mark.parametrize(
     ("status", "output"), [(403, "credentials"), (404, "status 404"), (503, "status 503")]
 )
-def test_a_refusal_says_what_to_do(
-    status: int, output: str, stand_in: StandIn, fetch: Callable[..., tuple[str, list[str]]]
+def test_an_http_error_says_how_to_download_by_hand(
+    status: int, output: str, fake_kaggle: FakeKaggle, fetch: Callable[..., tuple[str, list[str]]]
 ) -> None:
-    stand_in.status = status
+    fake_kaggle.status = status
     with pytest.raises(StorageError, match=f"{output}.*By hand: download"):
         fetch()
 
 
-def test_without_a_network_the_door_says_where_to_put_the_files(
-    stand_in: StandIn,  # noqa: ARG001 - gives the environment
+def test_without_a_network_the_command_says_where_to_put_the_files(
+    fake_kaggle: FakeKaggle,  # noqa: ARG001 - sets the environment
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -239,14 +241,16 @@ def test_without_a_network_the_door_says_where_to_put_the_files(
     assert output.err.count("\n") == 1
 
 
-def test_the_public_set_has_the_counts_of_its_page() -> None:
+def test_the_public_data_set_has_the_counts_of_its_page() -> None:
     counts = kaggle.BRAIN_TUMOUR_MRI.counts
     assert sum(n for name, n in counts.items() if name.startswith("Training/")) == 5712
     assert sum(n for name, n in counts.items() if name.startswith("Testing/")) == 1311
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("push",)])
-def test_data_says_what_it_can(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_data_command_prints_its_subcommands(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["data", *words])
     output = capsys.readouterr()

@@ -19,7 +19,7 @@ from brainray.phantoms import write_phantom_folder
 
 
 def fill(root: Path, *folders: str, names: Sequence[str] = ("1.jpg",)) -> Path:
-    """Write files (their content is their path) into every class folder below some folders."""
+    """Write files into every class folder below some folders; their content is their path."""
     for folder in folders or ("",):
         for label in CLASSES:
             for name in names:
@@ -37,7 +37,7 @@ def column(found: FoundSamples, name: str) -> list[Any]:
     return values
 
 
-def refusal(data: Path | str, **options: Any) -> str:  # noqa: ANN401 - passed on
+def get_error(data: Path | str, **options: Any) -> str:  # noqa: ANN401 - passed on
     with pytest.raises(DataError) as caught:
         find_samples(str(data), CLASSES, **options)
     return str(caught.value)
@@ -51,7 +51,7 @@ def write_parquet(
     rows_per_group: int | None = None,
     **columns: Iterable[Any] | None,
 ) -> Path:
-    """Write scans whose bytes are their number; a column given as None is left out."""
+    """Write scans whose bytes are file name and number; a column given as None is left out."""
     content = {
         "image_bytes": [f"{file.name}-{i}".encode() for i in range(count)],
         "label": [CLASSES[i % 4] for i in range(count)],
@@ -95,13 +95,13 @@ def test_split_folder_names(tmp_path: Path, folders: tuple[str, ...], splits: se
     assert sorted(set(column(found, "label"))) == [0, 1, 2, 3]
 
 
-def test_class_order_is_the_callers(tmp_path: Path) -> None:
+def test_labels_follow_the_class_order_of_the_caller(tmp_path: Path) -> None:
     found = find_samples(str(fill(tmp_path)), tuple(reversed(CLASSES)))
     labels = dict(zip(column(found, "path"), column(found, "label"), strict=True))
     assert labels == {f"{name}/1.jpg": 3 - index for index, name in enumerate(CLASSES)}
 
 
-def test_folders_nested_in_a_class_belong_to_it(tmp_path: Path) -> None:
+def test_folders_below_a_class_folder_belong_to_the_class(tmp_path: Path) -> None:
     fill(tmp_path, "train", "test")
     put(tmp_path / "train" / "glioma" / "patient 7" / "test" / "x.png")
     found = find_samples(str(tmp_path), CLASSES)
@@ -122,11 +122,11 @@ def test_hidden_files_and_other_files_are_counted(tmp_path: Path) -> None:
     assert found.samples.num_rows == 2 * 4 * 3
     assert found.num_hidden == 4
     assert sorted(found.other_files) == ["README.md", "Training/glioma/Thumbs.db"]
-    words = found.describe_skipped()
-    assert words == "4 hidden and 2 not named as images (such as 'README.md')"
+    message = found.describe_skipped()
+    assert message == "4 hidden and 2 not named as images (such as 'README.md')"
 
 
-def test_odd_names_are_kept_and_can_be_read_from_a_file_uri(tmp_path: Path) -> None:
+def test_unusual_names_are_kept_and_can_be_read_from_a_file_uri(tmp_path: Path) -> None:
     names = ("a b (1).jpg", "it's\n脳.jpg", "50%#?.jpg")
     fill(tmp_path / "my data", "train", "test", names=names)
     for uri in (str(tmp_path / "my data"), (tmp_path / "my data").as_uri()):
@@ -136,85 +136,85 @@ def test_odd_names_are_kept_and_can_be_read_from_a_file_uri(tmp_path: Path) -> N
             assert storage.read_bytes(row["uri"]).decode().endswith(row["path"])
 
 
-def test_unknown_class_names_it_the_place_and_the_remedy(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_class_names_class_file_and_remedy(tmp_path: Path) -> None:
     fill(tmp_path, "train", "test")
     put(tmp_path / "test" / "glioma_2" / "1.jpg")
     assert re.fullmatch(
         r"Unknown class 'glioma_2' in .*/test/glioma_2/1\.jpg\. Expected one of glioma, "
         r"meningioma, notumor, pituitary\. Rename it, or pass --classes\.",
-        refusal(tmp_path),
+        get_error(tmp_path),
     )
 
 
 @pytest.mark.parametrize("absent", [True, False], ids=["absent", "empty"])
 @pytest.mark.parametrize("folder", ["", "test"])
-def test_class_without_images_is_refused(tmp_path: Path, absent: bool, folder: str) -> None:
+def test_class_without_images_is_rejected(tmp_path: Path, absent: bool, folder: str) -> None:
     fill(tmp_path, *(("train", "test") if folder else ("",)))
     (tmp_path / folder / "notumor" / "1.jpg").unlink()
     if absent:
         (tmp_path / folder / "notumor").rmdir()
-    words = refusal(tmp_path)
+    message = get_error(tmp_path)
     where = f"the test split of '{tmp_path}'" if folder else f"'{tmp_path}'"
-    assert words.startswith(f"No images of class notumor in {where}. Expected some of each of ")
-    assert words.endswith("Add them, or pass --classes.")
+    assert message.startswith(f"No images of class notumor in {where}. Expected some of each of ")
+    assert message.endswith("Add them, or pass --classes.")
 
 
 @pytest.mark.parametrize("path", ["stray.jpg", "train/stray.jpg"])
-def test_image_outside_any_class_folder(tmp_path: Path, path: str) -> None:
+def test_image_outside_any_class_folder_is_rejected(tmp_path: Path, path: str) -> None:
     fill(tmp_path, "train", "test")
     put(tmp_path / path)
-    words = refusal(tmp_path)
-    assert f"Image '{path}' in '{tmp_path}' lies in no class folder" in words
-    assert "Expected one of glioma, meningioma, notumor, pituitary above it" in words
+    message = get_error(tmp_path)
+    assert f"Image '{path}' in '{tmp_path}' lies in no class folder" in message
+    assert "Expected one of glioma, meningioma, notumor, pituitary above it" in message
 
 
 @pytest.mark.parametrize("empty", [True, False])
-def test_unknown_folder_beside_the_splits(tmp_path: Path, empty: bool) -> None:
+def test_unknown_folder_beside_the_splits_is_rejected(tmp_path: Path, empty: bool) -> None:
     fill(tmp_path, "Training", "Testing")
     if empty:
         (tmp_path / "Extra").mkdir()
     else:
         put(tmp_path / "Extra" / "glioma" / "1.jpg")
-    words = refusal(tmp_path)
-    assert f"Unknown folder 'Extra' beside the splits in '{tmp_path}'" in words
-    assert "Expected only Training/, Testing/, or train/, val/, test/. Move it" in words
+    message = get_error(tmp_path)
+    assert f"Unknown folder 'Extra' beside the splits in '{tmp_path}'" in message
+    assert "Expected only Training/, Testing/, or train/, val/, test/. Move it" in message
 
 
-def test_images_beside_parquet(tmp_path: Path) -> None:
+def test_images_beside_parquet_are_rejected(tmp_path: Path) -> None:
     write_parquet(fill(tmp_path, "train") / "train.parquet")
-    words = refusal(tmp_path)
-    assert f"in '{tmp_path}', found 4 images and 1 Parquet files" in words
-    assert words.endswith("Give one of the two a folder of its own.")
+    message = get_error(tmp_path)
+    assert f"in '{tmp_path}', found 4 images and 1 Parquet files" in message
+    assert message.endswith("Give one of the two a folder of its own.")
 
 
-def test_nothing_at_all(tmp_path: Path) -> None:
+def test_folder_without_images_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "train" / "glioma").mkdir(parents=True)
     put(tmp_path / "notes.txt")
-    words = refusal(tmp_path)
-    assert words.startswith(f"No images in '{tmp_path}' (1 files seen). Expected class folders ")
-    assert "glioma, meningioma, notumor, pituitary" in words
-    assert "Parquet" in words
+    message = get_error(tmp_path)
+    assert message.startswith(f"No images in '{tmp_path}' (1 files seen). Expected class folders ")
+    assert "glioma, meningioma, notumor, pituitary" in message
+    assert "Parquet" in message
     with pytest.raises(StorageError, match="No folder at"):
         find_samples(str(tmp_path / "absent"), CLASSES)
 
 
-def test_only_the_splits_asked_for_must_be_complete(tmp_path: Path) -> None:
+def test_only_requested_splits_must_be_complete(tmp_path: Path) -> None:
     fill(tmp_path, "train", "val", "test")
     (tmp_path / "train" / "glioma" / "1.jpg").unlink()
     found = find_samples(str(tmp_path), CLASSES, splits=("val", "test"))
     assert set(column(found, "split")) == {"val", "test"}
     assert found.samples.num_rows == 8
-    assert "class glioma in the train split" in refusal(tmp_path, splits=("train",))
+    assert "class glioma in the train split" in get_error(tmp_path, splits=("train",))
 
 
-def test_a_split_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_split_is_named(tmp_path: Path) -> None:
     fill(tmp_path, "Training")
-    words = refusal(tmp_path, splits=("val", "test"))
-    assert f"Expected val or test scans in '{tmp_path}', found only train" in words
-    assert words.endswith("Point --data-uri at the folder of the class folders.")
+    message = get_error(tmp_path, splits=("val", "test"))
+    assert f"Expected val or test scans in '{tmp_path}', found only train" in message
+    assert message.endswith("Point --data-uri at the folder of the class folders.")
 
 
-def test_data_without_splits_are_returned_whole(tmp_path: Path) -> None:
+def test_data_without_splits_are_returned_completely(tmp_path: Path) -> None:
     found = find_samples(str(fill(tmp_path)), CLASSES, splits=("test",))
     assert column(found, "split") == [""] * 4
 
@@ -249,7 +249,7 @@ def test_parquet_labels_may_be_indices_or_a_dictionary(tmp_path: Path) -> None:
         assert column(find_samples(str(file), CLASSES), "label") == [3, 2, 1, 0]
 
 
-def test_parquet_numbers_as_groups_become_names(tmp_path: Path) -> None:
+def test_parquet_groups_that_are_numbers_become_strings(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", 4, group=[10, 10, 11, None])
     assert column(find_samples(str(file), CLASSES), "group") == ["10", "10", "11", None]
 
@@ -264,7 +264,7 @@ def test_parquet_without_paths_gets_unique_ones(tmp_path: Path) -> None:
     assert column(found, "group") == [None] * 24
 
 
-def test_row_group_and_row_point_at_the_right_bytes(tmp_path: Path) -> None:
+def test_row_group_and_row_identify_the_image_bytes(tmp_path: Path) -> None:
     for name in ("train-0.parquet", "train-1.parquet"):
         write_parquet(
             tmp_path / name, 10, rows_per_group=4, path=[f"{name}-{i}" for i in range(10)]
@@ -290,8 +290,8 @@ def test_row_group_and_row_point_at_the_right_bytes(tmp_path: Path) -> None:
         ("part-0.parquet", ""),
     ],
 )
-def test_parquet_split_by_name(tmp_path: Path, name: str, split: str) -> None:
-    write_parquet(tmp_path / name.replace("VALIDATION", "Validation"))
+def test_parquet_split_is_read_from_the_file_name(tmp_path: Path, name: str, split: str) -> None:
+    write_parquet(tmp_path / name)
     assert set(column(find_samples(str(tmp_path), CLASSES), "split")) == {split}
 
 
@@ -305,8 +305,10 @@ def test_single_parquet_file_by_path_and_by_uri(tmp_path: Path) -> None:
         assert path == str(file)
         with filesystem.open_input_file(path) as stream:
             assert pq.read_table(io.BytesIO(stream.readall())).num_rows == 8
-    words = refusal(tmp_path / "absent.parquet")
-    assert words == f"No Parquet file at '{tmp_path}/absent.parquet'. Check the path, or mount it."
+    message = get_error(tmp_path / "absent.parquet")
+    assert (
+        message == f"No Parquet file at '{tmp_path}/absent.parquet'. Check the path, or mount it."
+    )
 
 
 def test_a_folder_may_be_named_parquet(tmp_path: Path) -> None:
@@ -315,41 +317,41 @@ def test_a_folder_may_be_named_parquet(tmp_path: Path) -> None:
     assert find_samples(str(folder), CLASSES).samples.num_rows == 8
 
 
-def test_parquet_splits_filter(tmp_path: Path) -> None:
+def test_parquet_is_filtered_by_split(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet")
     write_parquet(tmp_path / "test.parquet", 4)
     found = find_samples(str(tmp_path), CLASSES, splits=("test",))
     assert column(found, "split") == ["test"] * 4
 
 
-def test_parquet_without_a_split_beside_the_splits(tmp_path: Path) -> None:
+def test_parquet_file_without_a_split_beside_the_splits_is_rejected(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet")
     write_parquet(tmp_path / "more.parquet")
-    words = refusal(tmp_path)
-    assert f"Unknown Parquet file 'more.parquet' beside the splits in '{tmp_path}'" in words
-    assert words.endswith("Rename it, or move it.")
+    message = get_error(tmp_path)
+    assert f"Unknown Parquet file 'more.parquet' beside the splits in '{tmp_path}'" in message
+    assert message.endswith("Rename it, or move it.")
 
 
 @pytest.mark.parametrize("name", ["image_bytes", "label"])
-def test_parquet_missing_column(tmp_path: Path, name: str) -> None:
+def test_parquet_with_a_missing_column_is_rejected(tmp_path: Path, name: str) -> None:
     file = write_parquet(tmp_path / "a.parquet", **{name: None}, other=range(8))
-    words = refusal(file)
-    assert words.startswith(f"No column {name} in '{file}' (it has ")
-    assert "other" in words
-    assert "Expected label, and image_bytes (or, in a manifest of files, uri or path)" in words
+    message = get_error(file)
+    assert message.startswith(f"No column {name} in '{file}' (it has ")
+    assert "other" in message
+    assert "Expected label, and image_bytes (or, in a manifest of files, uri or path)" in message
 
 
 # --------------------------------------------------------------------- splits in columns, manifests
 
 
-def test_a_split_column_says_the_split(tmp_path: Path) -> None:
+def test_the_split_column_sets_the_split(tmp_path: Path) -> None:
     given = ["train", "Training", "val", "TEST"]
     file = write_parquet(tmp_path / "scans.parquet", 16, split=[s for s in given for _ in CLASSES])
     splits = column(find_samples(str(file), CLASSES), "split")
     assert splits == [s for s in ("train", "train", "val", "test") for _ in CLASSES]
 
 
-def test_an_empty_split_column_says_nothing(tmp_path: Path) -> None:
+def test_an_empty_split_column_is_ignored(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "scans.parquet", 4, split=pa.nulls(4, pa.string()))
     assert column(find_samples(str(file), CLASSES), "split") == [""] * 4
 
@@ -357,9 +359,9 @@ def test_an_empty_split_column_says_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"), [("dev", "Unknown split 'dev'"), ("", "No split in row")]
 )
-def test_an_unknown_split_is_refused(tmp_path: Path, bad: str, message: str) -> None:
+def test_an_unknown_split_is_rejected(tmp_path: Path, bad: str, message: str) -> None:
     file = write_parquet(tmp_path / "a.parquet", 8, split=[*["train"] * 7, bad])
-    assert message in refusal(file)
+    assert message in get_error(file)
 
 
 def write_manifest(file: Path, uris: Sequence[str], **columns: Iterable[Any]) -> Path:
@@ -371,7 +373,7 @@ def write_manifest(file: Path, uris: Sequence[str], **columns: Iterable[Any]) ->
 
 @pytest.mark.parametrize("name", ["uri", "path"])
 @pytest.mark.parametrize("absolute", [True, False])
-def test_a_manifest_is_a_data_set(tmp_path: Path, name: str, absolute: bool) -> None:
+def test_a_manifest_is_read_as_a_data_set(tmp_path: Path, name: str, absolute: bool) -> None:
     fill(tmp_path / "scans", names=("1.jpg", "2 é.jpg"))
     files = sorted((tmp_path / "scans").rglob("*.jpg"))
     uris = [str(f if absolute else f.relative_to(tmp_path)) for f in files]
@@ -402,48 +404,48 @@ def test_a_manifest_may_point_into_parquet(tmp_path: Path) -> None:
     assert found.samples == whole.take([6, 1, 4, 3])
 
 
-def test_a_manifest_without_a_place_in_a_row_is_refused(tmp_path: Path) -> None:
+def test_a_manifest_row_without_a_uri_is_rejected(tmp_path: Path) -> None:
     manifest = write_manifest(
         tmp_path / "m.parquet", [f"{name}/1.jpg" for name in CLASSES], uri=["a", None, "c", "d"]
     )
-    assert f"No uri in row 1 of '{manifest}'" in refusal(manifest)
+    assert f"No uri in row 1 of '{manifest}'" in get_error(manifest)
 
 
 @pytest.mark.parametrize("label", ["glioma_2", None, ""])
-def test_parquet_unknown_label(tmp_path: Path, label: str | None) -> None:
+def test_parquet_with_an_unknown_label_is_rejected(tmp_path: Path, label: str | None) -> None:
     file = write_parquet(tmp_path / "a.parquet", 4, label=[*CLASSES[:3], label])
-    words = refusal(file)
-    assert words.startswith(f"Unknown class '{label}' in {file}. Expected one of glioma, ")
+    message = get_error(file)
+    assert message.startswith(f"Unknown class '{label}' in {file}. Expected one of glioma, ")
 
 
 @pytest.mark.parametrize("label", [4, -1])
-def test_parquet_index_out_of_range(tmp_path: Path, label: int) -> None:
-    assert f"Unknown class '{label}'" in refusal(
+def test_parquet_with_a_label_out_of_range_is_rejected(tmp_path: Path, label: int) -> None:
+    assert f"Unknown class '{label}'" in get_error(
         write_parquet(tmp_path / "a.parquet", 4, label=[0, 1, 2, label])
     )
 
 
-def test_parquet_class_without_rows(tmp_path: Path) -> None:
+def test_parquet_without_rows_of_a_class_is_rejected(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "train.parquet", 3)
-    assert f"No images of class pituitary in the train split of '{file}'" in refusal(file)
+    assert f"No images of class pituitary in the train split of '{file}'" in get_error(file)
 
 
-def test_parquet_duplicate_paths_across_files(tmp_path: Path) -> None:
+def test_parquet_with_duplicate_paths_across_files_is_rejected(tmp_path: Path) -> None:
     for name in ("train.parquet", "test.parquet"):
         write_parquet(tmp_path / name, 4, path=["same", f"{name}1", f"{name}2", f"{name}3"])
-    words = refusal(tmp_path)
-    assert words.startswith(f"Path 'same' is given 2 times in the Parquet files of '{tmp_path}'")
-    assert words.endswith("Make them differ, or leave the column out.")
+    message = get_error(tmp_path)
+    assert message.startswith(f"Path 'same' is given 2 times in the Parquet files of '{tmp_path}'")
+    assert message.endswith("Make them differ, or leave the column out.")
 
 
-def test_parquet_without_rows(tmp_path: Path) -> None:
+def test_parquet_without_rows_is_rejected(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", 0)
-    words = refusal(file)
-    assert words.startswith(f"No rows in the Parquet files of '{file}' (1 files read)")
+    message = get_error(file)
+    assert message.startswith(f"No rows in the Parquet files of '{file}' (1 files read)")
 
 
 @pytest.mark.parametrize("content", [b"", b"not parquet", None], ids=["empty", "text", "cut"])
-def test_broken_parquet(tmp_path: Path, content: bytes | None) -> None:
+def test_broken_parquet_is_rejected(tmp_path: Path, content: bytes | None) -> None:
     file = write_parquet(tmp_path / "a.parquet")
     file.write_bytes(file.read_bytes()[:-40] if content is None else content)
-    assert refusal(tmp_path).startswith(f"Cannot read '{file}' as Parquet: ")
+    assert get_error(tmp_path).startswith(f"Cannot read '{file}' as Parquet: ")

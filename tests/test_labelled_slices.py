@@ -1,4 +1,4 @@
-"""Class folders of DICOM and NIfTI files: a slice is a sample, and no patient is on two sides."""
+"""Class folders of DICOM and NIfTI files: a slice is a sample, and no patient is in two splits."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ CONFIG = TrainConfig(
 
 
 def draw(rng: np.random.Generator) -> NDArray[np.uint16]:
-    """Draw blocks of noise: no two slices look alike, those of one patient neither."""
+    """Draw blocks of noise. No two slices are similar, even if they are of one patient."""
     return np.kron(rng.integers(0, 4000, (12, 12)), np.ones((4, 4))).astype(np.uint16)
 
 
@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def find_patient(path: str) -> str | None:
-    """Return the patient of a file in the folder, as it was written; None for the report."""
+    """Return the patient of a file that `folder` wrote; None for the report."""
     label, _, name = path.partition("/")
     digits = "".join(c for c in name if c.isdigit())
     return f"{label}-{int(digits) % NUM_PATIENTS}" if digits else None
@@ -82,14 +82,14 @@ def prepared(folder: Path, local_ray: None) -> PreparedData:  # noqa: ARG001 - r
     return prepare(folder)
 
 
-def test_no_patient_is_on_two_sides_of_a_split(prepared: PreparedData) -> None:
-    sides: dict[str, set[str]] = {}
+def test_no_patient_is_in_two_splits(prepared: PreparedData) -> None:
+    splits_of_patient: dict[str, set[str]] = {}
     for row in prepared.manifest.to_pylist():
         if patient := find_patient(row["path"]):
-            sides.setdefault(patient, set()).add(row["split"])
-    assert len(sides) == NUM_PATIENTS * len(CLASSES)
-    assert all(len(splits) == 1 for splits in sides.values())
-    assert set.union(*sides.values()) == {"train", "val", "test"}
+            splits_of_patient.setdefault(patient, set()).add(row["split"])
+    assert len(splits_of_patient) == NUM_PATIENTS * len(CLASSES)
+    assert all(len(splits) == 1 for splits in splits_of_patient.values())
+    assert set.union(*splits_of_patient.values()) == {"train", "val", "test"}
     assert prepared.count_rejected() == {"not_an_image_object": 1}
     assert prepared.num_named == len(CLASSES) * NUM_PATIENTS * SLICES_OF_PATIENT
 
@@ -104,7 +104,7 @@ def test_no_patient_is_in_two_folds(folder: Path) -> None:
     assert {len(of_patient) for of_patient in found.values()} == {1}
 
 
-def test_nothing_that_names_a_patient_is_kept_and_the_split_repeats(
+def test_no_identifier_is_kept_and_the_split_is_reproducible(
     folder: Path, prepared: PreparedData
 ) -> None:
     for name in IDENTIFIERS:
@@ -113,7 +113,7 @@ def test_nothing_that_names_a_patient_is_kept_and_the_split_repeats(
     text = json.dumps(prepared.manifest.select(columns).to_pylist())
     assert "SECRET" not in text
     assert "1.2.826" not in text
-    # Another random key, the same groups: they do not depend on the hashes.
+    # The second run hashes with another random key; the groups do not depend on it.
     assert hash_manifest(prepare(folder).manifest) == hash_manifest(prepared.manifest)
 
 
@@ -161,7 +161,7 @@ def test_every_slice_of_a_volume_is_a_sample(mixed: Path, mixed_data: PreparedDa
     assert all(len(of_file) == 1 for of_file in splits.values())
 
 
-def open_again(data: PreparedData, indices: Sequence[int]) -> list[NDArray[np.uint8]]:
+def decode_files(data: PreparedData, indices: Sequence[int]) -> list[NDArray[np.uint8]]:
     rows = data.found.samples.take(indices).to_pylist()
     images = []
     for row in rows:
@@ -171,12 +171,12 @@ def open_again(data: PreparedData, indices: Sequence[int]) -> list[NDArray[np.ui
     return images
 
 
-def test_pixels_are_those_of_the_files_held_or_not(
+def test_pixels_equal_decoded_files_in_and_outside_the_object_store(
     mixed: Path, mixed_data: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usable = np.flatnonzero(mixed_data.splits != "rejected")
     chosen = np.random.default_rng(0).permutation(usable)[:20].tolist()
-    expected = open_again(mixed_data, chosen)
+    expected = decode_files(mixed_data, chosen)
     assert mixed_data.store.holds_pixels(CONFIG.preprocessing)
     held = mixed_data.store.load_images(chosen, CONFIG.preprocessing)
     np.testing.assert_array_equal(held, expected)
@@ -225,7 +225,7 @@ def test_an_audit_splits_volumes_and_training_reads_the_split(mixed: Path, tmp_p
     found = find_samples(document["split"]["uri"], CLASSES)
     again = expand_files(found, ReadOptions())
     assert again.samples.num_rows == document["num_usable"]
-    assert again.samples.equals(found.samples), "its rows name the slices already"
+    assert again.samples.equals(found.samples), "rows that name slices were expanded again"
     by_file: dict[str, set[str]] = {}
     for row in found.samples.to_pylist():
         by_file.setdefault(row["uri"], set()).add(row["split"])

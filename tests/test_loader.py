@@ -1,4 +1,4 @@
-"""What the loaders give: which image, when, to which worker."""
+"""Loaders: which images each worker gets in each step."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -44,8 +44,8 @@ PREPROCESSING = Preprocessing(size_px=32)
 NUM_IMAGES, NUM_VAL, BATCH_SIZE = 96, 13, 7
 
 
-def scan(folder: Path, **changes: Any) -> LoaderSetup:  # noqa: ANN401 - any field of it
-    """Open the phantoms; the numbers of the training images are neither sorted nor dense."""
+def make_setup(folder: Path, **changes: Any) -> LoaderSetup:  # noqa: ANN401 - any field
+    """Set up a loader of phantoms whose training indices are neither sorted nor contiguous."""
     samples = find_samples(str(folder), CLASSES, splits=("train",)).samples
     store = fingerprint_samples(samples, reading=ReadOptions(), keep=[PREPROCESSING]).store
     numbers = np.random.default_rng(5).permutation(samples.num_rows)
@@ -65,7 +65,7 @@ def scan(folder: Path, **changes: Any) -> LoaderSetup:  # noqa: ANN401 - any fie
 
 @pytest.fixture(scope="module")
 def setup(local_ray: None, phantom_folder: Path) -> LoaderSetup:  # noqa: ARG001 - runs
-    return scan(phantom_folder)
+    return make_setup(phantom_folder)
 
 
 def open_resident(setup: LoaderSetup, world_size: int) -> list[ResidentLoader]:
@@ -73,7 +73,7 @@ def open_resident(setup: LoaderSetup, world_size: int) -> list[ResidentLoader]:
 
 
 def join(shares: list[list[Batch]]) -> list[list[int]]:
-    """Put the workers' shares of every step together again."""
+    """Concatenate the workers' shares of every step."""
     return [
         np.concatenate([share.image_ids for share in step]).tolist()
         for step in zip(*shares, strict=True)
@@ -86,7 +86,7 @@ def list_epoch(setup: LoaderSetup, world_size: int, epoch: int) -> list[list[int
 
 
 @given(world_size=st.integers(1, 9), num_images=st.integers(0, 40))
-def test_shares_are_consecutive_and_differ_by_one_image_at_most(
+def test_shares_are_consecutive_and_their_sizes_differ_by_at_most_one(
     world_size: int, num_images: int
 ) -> None:
     shares = [range(num_images)[share_of(r, world_size, num_images)] for r in range(world_size)]
@@ -96,7 +96,7 @@ def test_shares_are_consecutive_and_differ_by_one_image_at_most(
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_a_step_is_the_same_images_on_any_number_of_workers(
+def test_a_step_has_the_same_images_with_any_number_of_workers(
     setup: LoaderSetup, world_size: int
 ) -> None:
     for epoch in (0, 1):
@@ -108,16 +108,16 @@ def test_a_step_is_the_same_images_on_any_number_of_workers(
         assert set(seen) <= set(setup.train_ids.tolist())
 
 
-def test_epochs_and_seeds_differ_and_repeat(setup: LoaderSetup) -> None:
+def test_order_depends_on_epoch_and_seed_and_is_reproducible(setup: LoaderSetup) -> None:
     orders = [list_epoch(setup, 1, epoch) for epoch in range(3)]
     orders.append(list_epoch(replace(setup, seed=12), 1, 0))
     assert len({str(order) for order in orders}) == 4
-    # A resumed run opens a loader anew, and asks for a later epoch first.
+    # A resumed run opens a new loader, and starts with a later epoch.
     assert list_epoch(setup, 2, 2) == orders[2]
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 20])
-def test_each_image_comes_once_where_it_must(setup: LoaderSetup, world_size: int) -> None:
+def test_iterate_once_yields_each_image_once(setup: LoaderSetup, world_size: int) -> None:
     for ids in (setup.val_ids, setup.train_ids):
         loaders = open_resident(setup, world_size)
         seen = [b.image_ids for loader in loaders for b in loader.iterate_once(ids)]
@@ -133,7 +133,7 @@ def check_batch(setup: LoaderSetup, batch: Batch) -> None:
     assert batch.labels.tolist() == setup.labels[batch.image_ids].tolist()
 
 
-def test_resident_images_are_those_of_the_files(setup: LoaderSetup) -> None:
+def test_resident_images_equal_decoded_files(setup: LoaderSetup) -> None:
     (loader,) = open_resident(setup, 1)
     check_batch(setup, next(loader.iterate_epoch(0)))
     check_batch(setup, next(loader.iterate_once(setup.val_ids)))
@@ -145,13 +145,13 @@ def test_a_data_set_smaller_than_a_batch_is_one_batch(setup: LoaderSetup) -> Non
     assert (loader.global_batch_size, loader.steps_per_epoch) == (NUM_IMAGES - NUM_VAL, 1)
 
 
-def test_the_loader_is_resident_where_the_pixels_fit(
+def test_the_loader_is_resident_if_the_pixels_fit(
     setup: LoaderSetup, phantom_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert choose_loader("auto", setup.store, PREPROCESSING) == "resident"
     assert choose_loader("stream", setup.store, PREPROCESSING) == "stream"
     monkeypatch.setattr(fingerprint, "OBJECT_STORE_SHARE", 0.0)
-    outside = scan(phantom_folder).store
+    outside = make_setup(phantom_folder).store
     assert choose_loader("auto", outside, PREPROCESSING) == "stream"
     with pytest.raises(ConfigError, match="--loader resident: the pixels at 32 px do not fit"):
         choose_loader("resident", outside, PREPROCESSING)
@@ -161,54 +161,54 @@ def test_the_loader_is_resident_where_the_pixels_fit(
 
 
 @ray.remote(num_cpus=0)
-class Notes:
-    """Keeps what the workers of a training saw."""
+class Recorder:
+    """Records the batches that the workers of a training read."""
 
     def __init__(self) -> None:
         self.seen: dict[tuple[int, str], list[list[int]]] = {}
 
-    def write(self, rank: int, what: str, batches: list[list[int]]) -> None:
-        """Keep what a worker saw."""
-        self.seen[rank, what] = batches
+    def write(self, rank: int, phase: str, batches: list[list[int]]) -> None:
+        """Record the batches of a worker."""
+        self.seen[rank, phase] = batches
 
     def read(self) -> dict[tuple[int, str], list[list[int]]]:
-        """Return everything."""
+        """Return all records."""
         return self.seen
 
 
 def read_stream(loop_config: dict[str, Any]) -> None:
-    """Do as a training worker does: two epochs, each followed by the validation images."""
+    """Read two epochs as a training worker does, each followed by the validation images."""
     setup: LoaderSetup = loop_config["setup"]
     context = ray.train.get_context()
     rank = context.get_world_rank()
     loader = StreamLoader(setup, rank, context.get_world_size(), CPU)
 
-    def note(what: str, batches: Iterator[Batch]) -> None:
+    def record(phase: str, batches: Iterator[Batch]) -> None:
         found = list(batches)
         for batch in found[:2]:
             check_batch(setup, batch)
         ids = [batch.image_ids.tolist() for batch in found]
-        ray.get(loop_config["notes"].write.remote(rank, what, ids))
+        ray.get(loop_config["recorder"].write.remote(rank, phase, ids))
 
     for epoch in range(2):
-        note(f"train {epoch}", loader.iterate_epoch(epoch))
-        note(f"val {epoch}", loader.iterate_once(setup.val_ids))
+        record(f"train {epoch}", loader.iterate_epoch(epoch))
+        record(f"val {epoch}", loader.iterate_once(setup.val_ids))
 
 
 def stream(setup: LoaderSetup, num_workers: int) -> dict[tuple[int, str], list[list[int]]]:
-    """Let the workers of a trainer read the stream; return the image ids of every batch."""
-    notes = Notes.remote()  # type: ignore[attr-defined]
+    """Run a trainer whose workers read the stream; return the image ids of every batch."""
+    recorder = Recorder.remote()  # type: ignore[attr-defined]
     TorchTrainer(
         read_stream,
-        train_loop_config={"setup": setup, "notes": notes},
+        train_loop_config={"setup": setup, "recorder": recorder},
         datasets={TRAIN_DATASET: build_train_dataset(setup)},
         dataset_config=build_data_config(),
         scaling_config=ScalingConfig(
-            num_workers=num_workers,  # which hold every CPU, as those of a run may
+            num_workers=num_workers,  # they hold every CPU, as in a real run
             resources_per_worker={"CPU": share_cpus(num_workers, list_nodes())},
         ),
     ).fit()
-    seen: dict[tuple[int, str], list[list[int]]] = ray.get(notes.read.remote())
+    seen: dict[tuple[int, str], list[list[int]]] = ray.get(recorder.read.remote())
     return seen
 
 
@@ -232,7 +232,7 @@ def test_streaming_workers_share_an_epoch(
         assert set(seen) <= set(setup.train_ids.tolist())
 
 
-def test_streaming_workers_validate_each_image_once(
+def test_streaming_workers_read_each_validation_image_once(
     setup: LoaderSetup, streamed: dict[tuple[int, str], list[list[int]]]
 ) -> None:
     for epoch in (0, 1):
@@ -240,14 +240,14 @@ def test_streaming_workers_validate_each_image_once(
         assert sorted(seen) == setup.val_ids.tolist()
 
 
-def test_a_seed_repeats_the_stream_and_epochs_differ(
+def test_the_stream_repeats_with_a_seed_and_differs_between_epochs(
     setup: LoaderSetup, streamed: dict[tuple[int, str], list[list[int]]]
 ) -> None:
     assert streamed[0, "train 0"] != streamed[0, "train 1"]
     assert streamed == stream(replace(setup, kind="stream"), 2)
 
 
-def test_row_groups_are_read_as_a_whole(
+def test_each_block_is_one_row_group(
     local_ray: None,  # noqa: ARG001 - runs
     phantom_folder: Path,
     tmp_path: Path,
@@ -263,7 +263,7 @@ def test_row_groups_are_read_as_a_whole(
     )
     pq.write_table(table, tmp_path / "train.parquet", row_group_size=20)
     monkeypatch.setattr(fingerprint, "OBJECT_STORE_SHARE", 0.0)
-    setup = scan(tmp_path, kind="stream")
+    setup = make_setup(tmp_path, kind="stream")
     blocks = list_blocks(setup, setup.train_ids)
     groups = [set(block["row_group"].to_pylist()) for block in blocks]
     assert groups == [{0}, {1}, {2}, {3}, {4}]

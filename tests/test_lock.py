@@ -1,4 +1,4 @@
-"""One run holds an output, whatever stops, stalls or fails, and leaves its state to the next."""
+"""Output locks: one run holds an output, despite faults, and its state passes to the next run."""
 
 import errno
 import json
@@ -62,7 +62,7 @@ def server() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    """Point the variables of AWS to an empty bucket."""
+    """Set the AWS variables for an empty bucket."""
     for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     for name, value in server.environment.items():
@@ -74,8 +74,8 @@ def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
 
 
 @pytest.fixture(params=["disk", "bucket"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Name a place on each kind of storage."""
+def output_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URI of an output on each kind of storage."""
     if request.param == "disk":
         return str(tmp_path / "out")
     request.getfixturevalue("store")
@@ -86,31 +86,31 @@ OUT = f"s3://{BUCKET}/out"
 LEASE = f"/{BUCKET}/out/.lock"
 
 
-def read_content() -> bytes:
+def read_lease_bytes() -> bytes:
     """Read the lease in one request: it may be renewed between two."""
     return conditional.read_object(f"{OUT}/.lock")[0]
 
 
 def read_lease() -> dict[str, Any]:
-    return dict(json.loads(read_content()))
+    return dict(json.loads(read_lease_bytes()))
 
 
 def is_write(environ: Environ) -> bool:
     return bool(environ["REQUEST_METHOD"] == "PUT" and environ["PATH_INFO"] == LEASE)
 
 
-def expire(monkeypatch: pytest.MonkeyPatch, life_s: float = 0.0) -> None:
-    """Have every lease be one that may be taken over."""
-    monkeypatch.setattr(lock_module, "LEASE_LIFE_S", life_s)
+def expire_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every lease count as expired."""
+    monkeypatch.setattr(lock_module, "LEASE_LIFE_S", 0.0)
 
 
-def keep(monkeypatch: pytest.MonkeyPatch) -> None:
+def keep_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock_module, "LEASE_LIFE_S", LONG_S)
 
 
-def start_holder(place: str, life_s: float, renewal_s: float) -> "subprocess.Popen[str]":
+def start_holder(output_uri: str, life_s: float, renewal_s: float) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, place, str(life_s), str(renewal_s)],
+        [sys.executable, "-c", HOLDER, output_uri, str(life_s), str(renewal_s)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -120,50 +120,50 @@ def start_holder(place: str, life_s: float, renewal_s: float) -> "subprocess.Pop
     return process
 
 
-# --------------------------------------------------------------------------------------- both kinds
+# ---------------------------------------------------------------------------------- disk and bucket
 
 
-def test_the_second_is_refused_and_the_state_is_handed_on(place: str) -> None:
-    with hold_output(place) as first:
+def test_a_second_run_is_refused_and_a_later_run_gets_the_state(output_uri: str) -> None:
+    with hold_output(output_uri) as first:
         assert first.state == {}
         with (
             pytest.raises(ConfigError, match=f"Another run is writing.*process {os.getpid()} on"),
-            hold_output(place),
+            hold_output(output_uri),
         ):
             pass
         first.update({"wave": 1, "parts": ["a", "b"]})
         first.update({"wave": 2})
         assert first.state == {"wave": 2}
-    with hold_output(place) as second:
+    with hold_output(output_uri) as second:
         assert second.state == {"wave": 2}
-    with hold_output(place) as third:
-        assert third.state == {"wave": 2}, "who changes nothing hands on what it found"
+    with hold_output(output_uri) as third:
+        assert third.state == {"wave": 2}, "a run without updates keeps the state"
     for former in (first, second):
         with pytest.raises(LockLostError, match=r"has released"):
             former.update({"wave": 3})
         with pytest.raises(LockLostError):
             former.check()
-    with hold_output(place) as fourth:
+    with hold_output(output_uri) as fourth:
         assert fourth.state == {"wave": 2}
 
 
-def test_what_was_handed_over_is_not_changed_by_who_goes_on_with_it(
-    place: str, monkeypatch: pytest.MonkeyPatch
+def test_changing_an_object_after_an_update_does_not_change_the_state(
+    output_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock_module, "LEASE_RENEWAL_S", 0.01)
-    with hold_output(place) as held:
-        mine = {"parts": ["a"]}
-        held.update(mine)
-        mine["parts"].append("b")
+    with hold_output(output_uri) as held:
+        given = {"parts": ["a"]}
+        held.update(given)
+        given["parts"].append("b")
         held.state["parts"].append("c")
         time.sleep(0.1)
         with pytest.raises(ValueError, match="JSON"):
             held.update({"score": float("nan")})
-    with hold_output(place) as after:
+    with hold_output(output_uri) as after:
         assert after.state == {"parts": ["a"]}
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, store: ObjectStore) -> None:
+def test_an_output_that_cannot_be_written_is_rejected(tmp_path: Path, store: ObjectStore) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StorageError, match="Cannot write"), hold_output(str(tmp_path / "file")):
         pass
@@ -175,13 +175,13 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, store: Object
     store.put("out/.lock", b"[]")
     with pytest.raises(StorageError, match="is not a lock of brainray"), hold_output(OUT):
         pass
-    assert read_content() == b"[]"
+    assert read_lease_bytes() == b"[]"
 
 
 # --------------------------------------------------------------------------------------------- disk
 
 
-def test_a_process_that_is_killed_frees_its_output_and_leaves_its_state(tmp_path: Path) -> None:
+def test_a_killed_process_releases_its_output_and_keeps_its_state(tmp_path: Path) -> None:
     process = start_holder(str(tmp_path), LONG_S, LONG_S)
     with (
         pytest.raises(ConfigError, match=f"process {process.pid} on"),
@@ -198,11 +198,11 @@ def test_a_process_that_is_killed_frees_its_output_and_leaves_its_state(tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {".lock", ".state.json"}
 
 
-# ------------------------------------------------------------------------------- who gets the lease
+# ------------------------------------------------------------------------------ acquiring the lease
 
 
 @pytest.mark.parametrize("found", ["nothing", "expired", "released"])
-def test_of_several_at_once_one_gets_it(store: ObjectStore, found: str) -> None:
+def test_one_of_several_concurrent_runs_gets_the_lease(store: ObjectStore, found: str) -> None:
     if found != "nothing":
         with hold_output(OUT) as before:
             before.update({"wave": 1})
@@ -210,15 +210,15 @@ def test_of_several_at_once_one_gets_it(store: ObjectStore, found: str) -> None:
             left = read_lease() | {"released": False}
             left["renewed_unix_s"] -= lock_module.LEASE_LIFE_S + 1
             store.put("out/.lock", json.dumps(left).encode())
-    together = threading.Barrier(NUM_THREADS)
+    barrier = threading.Barrier(NUM_THREADS)
     refused = threading.Semaphore(0)
 
     def hold() -> dict[str, Any] | None:
-        together.wait()
+        barrier.wait()
         try:
             with hold_output(OUT) as held:
                 for _ in range(NUM_THREADS - 1):
-                    assert refused.acquire(timeout=10), "another one holds it as well"
+                    assert refused.acquire(timeout=10), "another thread holds it as well"
                 held.update(held.state | {"holder": threading.get_ident()})
                 return held.state
         except ConfigError:
@@ -232,16 +232,16 @@ def test_of_several_at_once_one_gets_it(store: ObjectStore, found: str) -> None:
     assert state.get("wave") == (None if found == "nothing" else 1)
 
 
-def test_a_lease_is_refused_while_it_is_renewed_and_taken_over_when_it_is_not(
+def test_a_run_is_refused_a_fresh_lease_and_takes_over_an_expired_one(
     store: ObjectStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also the ones of releases before this, which had neither state nor release."""
+    """The leases are as of earlier releases, without ``state`` and ``released``."""
     other = {"host": "far", "pid": 7, "id": "other"}
     fresh = other | {"renewed_unix_s": time.time() - lock_module.LEASE_LIFE_S + 10}
     store.put("out/.lock", json.dumps(fresh).encode())
     with pytest.raises(ConfigError, match=r"\(process 7 on far\)"), hold_output(OUT):
         pass
-    assert json.loads(read_content()) == fresh
+    assert json.loads(read_lease_bytes()) == fresh
     stale = other | {"renewed_unix_s": time.time() - lock_module.LEASE_LIFE_S - 1}
     store.put("out/.lock", json.dumps(stale).encode())
     with hold_output(OUT) as held:
@@ -251,7 +251,7 @@ def test_a_lease_is_refused_while_it_is_renewed_and_taken_over_when_it_is_not(
     assert read_lease()["released"] is True
 
 
-def test_no_write_of_a_lease_is_unconditional_and_none_is_deleted(
+def test_all_writes_of_a_lease_are_conditional_and_it_is_not_deleted(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock_module, "LEASE_RENEWAL_S", 0.05)
@@ -267,7 +267,7 @@ def test_no_write_of_a_lease_is_unconditional_and_none_is_deleted(
 
 
 @pytest.mark.parametrize("ignored", ["HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"])
-def test_a_service_that_ignores_conditions_is_refused(store: ObjectStore, ignored: str) -> None:
+def test_a_service_that_ignores_conditions_is_rejected(store: ObjectStore, ignored: str) -> None:
     def ignore(environ: Environ) -> Fault:
         environ.pop(ignored, None)
         return None
@@ -277,10 +277,10 @@ def test_a_service_that_ignores_conditions_is_refused(store: ObjectStore, ignore
         pass
 
 
-# --------------------------------------------------------------------------------- renewing, losing
+# --------------------------------------------------------------------------------- renewal and loss
 
 
-def test_a_lease_is_renewed_through_a_fault(
+def test_a_lease_is_renewed_after_a_fault(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock_module, "LEASE_RENEWAL_S", 0.05)
@@ -290,7 +290,7 @@ def test_a_lease_is_renewed_through_a_fault(
         seen = len(store.requests)
         deadline = time.monotonic() + 10
         while len(store.requests) < seen + 2:
-            assert time.monotonic() < deadline, "nobody tries to renew the lease"
+            assert time.monotonic() < deadline, "no attempt to renew the lease"
             time.sleep(0.01)
         store.forget()
         while read_lease()["renewed_unix_s"] <= before:
@@ -304,7 +304,7 @@ def test_a_lease_is_renewed_through_a_fault(
             pass
 
 
-def test_a_lease_that_cannot_be_renewed_is_lost_in_time(
+def test_a_lease_that_cannot_be_renewed_is_lost_when_it_expires(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock_module, "LEASE_RENEWAL_S", 0.05)
@@ -319,14 +319,14 @@ def test_a_lease_that_cannot_be_renewed_is_lost_in_time(
         assert isinstance(held, lock_module._Lease)
         with held._writing:  # no renewal is under way any more
             store.forget()
-        keep(monkeypatch)
+        keep_leases(monkeypatch)
         with pytest.raises(LockLostError):
             held.update({"wave": 2})
         time.sleep(0.2)
         with pytest.raises(LockLostError):
             held.check()
         assert not any(request.startswith("PUT") for request in store.requests)
-    with hold_output(OUT) as after:  # nobody had taken it over, so it was given back
+    with hold_output(OUT) as after:  # no other run had taken it over, so it was released
         assert after.state == {"wave": 1}
 
 
@@ -338,50 +338,52 @@ def check_for(held: OutputLock, seconds: float) -> None:
 
 
 @pytest.mark.usefixtures("store")
-def test_who_was_taken_over_finds_out_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    keep(monkeypatch)
+def test_a_holder_that_was_replaced_raises_and_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keep_leases(monkeypatch)
     with hold_output(OUT) as first:
         first.update({"wave": 1})
         with take_over(monkeypatch) as second:
             assert second.state == {"wave": 1}
             second.update({"wave": 2})
-            before = read_content()
-            first.check()  # it has not asked
+            before = read_lease_bytes()
+            first.check()  # it has not read the lease again
             assert isinstance(first, lock_module._Lease)
             first.renew()
             with pytest.raises(LockLostError, match=f"was taken over by process {os.getpid()}"):
                 first.check()
             with pytest.raises(LockLostError):
                 first.update({"wave": "late"})
-            assert read_content() == before
+            assert read_lease_bytes() == before
 
             with take_over(monkeypatch) as third:
-                before = read_content()
+                before = read_lease_bytes()
                 with pytest.raises(LockLostError, match="was taken over"):
                     second.update({"wave": "late"})
-                assert read_content() == before
+                assert read_lease_bytes() == before
                 third.update(third.state | {"third": True})
     assert read_lease()["state"] == {"wave": 2, "third": True}
 
 
 @pytest.mark.usefixtures("store")
-def test_a_former_holder_does_not_release_what_another_one_holds(
+def test_a_former_holder_does_not_release_the_lease_of_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    keep(monkeypatch)
+    keep_leases(monkeypatch)
     with ExitStack() as former:
         former.enter_context(hold_output(OUT)).update({"wave": 1})
         with take_over(monkeypatch) as held:
-            before = read_content()
+            before = read_lease_bytes()
             former.close()
-            assert read_content() == before
+            assert read_lease_bytes() == before
             with pytest.raises(ConfigError), hold_output(OUT):
                 pass
             held.update({"wave": 2})
     assert read_lease()["released"] is True
 
 
-def test_a_lock_that_was_deleted_is_lost(store: ObjectStore) -> None:
+def test_a_deleted_lock_is_lost(store: ObjectStore) -> None:
     with hold_output(OUT) as held:
         storage.delete_file(f"{OUT}/.lock")
         with pytest.raises(LockLostError, match="deleted"):
@@ -391,18 +393,18 @@ def test_a_lock_that_was_deleted_is_lost(store: ObjectStore) -> None:
 
 @contextmanager
 def take_over(monkeypatch: pytest.MonkeyPatch) -> Iterator[OutputLock]:
-    """Hold an output whose lease is expired for as long as it takes to get it."""
-    expire(monkeypatch)
+    """Take over the output: its lease counts as expired until it is acquired."""
+    expire_leases(monkeypatch)
     with hold_output(OUT) as lock:
-        keep(monkeypatch)
+        keep_leases(monkeypatch)
         yield lock
 
 
-# ----------------------------------------------------------------------- what stops and what stalls
+# ----------------------------------------------------------- suspended processes and stalled writes
 
 
 @pytest.mark.parametrize("knows", ["by its clock", "by asking"])
-def test_a_process_that_was_stopped_past_its_lease_changes_nothing(
+def test_a_process_suspended_beyond_its_lease_writes_nothing(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch, knows: str
 ) -> None:
     life_s, renewal_s = (0.5, 0.1) if knows == "by its clock" else (LONG_S, LONG_S)
@@ -414,7 +416,7 @@ def test_a_process_that_was_stopped_past_its_lease_changes_nothing(
         with take_over(monkeypatch) as held:
             assert held.state == {"wave": "first"}
             held.update({"wave": "second"})
-            before = read_content()
+            before = read_lease_bytes()
             store.forget()
             os.kill(former.pid, signal.SIGCONT)
             printed, _ = former.communicate("go on\n", timeout=30)
@@ -424,7 +426,7 @@ def test_a_process_that_was_stopped_past_its_lease_changes_nothing(
             if knows == "by asking":
                 assert f"taken over by process {os.getpid()}" in update
                 assert sum(map(is_write, store.headers)) >= 1
-            assert read_content() == before
+            assert read_lease_bytes() == before
             held.update({"wave": "third"})
         assert read_lease()["state"] == {"wave": "third"}
     finally:
@@ -433,7 +435,7 @@ def test_a_process_that_was_stopped_past_its_lease_changes_nothing(
 
 
 def stall_a_write(store: ObjectStore) -> tuple[threading.Event, threading.Event]:
-    """Keep the next write of the lease waiting in the server: it has arrived, it may go on."""
+    """Stall the next write of the lease in the server; return the events arrived and go_on."""
     arrived, go_on, stalled = threading.Event(), threading.Event(), iter([True])
 
     def stall(environ: Environ) -> Fault:
@@ -446,39 +448,39 @@ def stall_a_write(store: ObjectStore) -> tuple[threading.Event, threading.Event]
     return arrived, go_on
 
 
-@pytest.mark.parametrize("what", ["update", "renewal", "release"])
-def test_a_write_that_is_under_way_while_another_takes_over_comes_too_late(
-    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, what: str
+@pytest.mark.parametrize("action", ["update", "renewal", "release"])
+def test_a_write_in_progress_during_a_takeover_has_no_effect(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, action: str
 ) -> None:
-    keep(monkeypatch)
+    keep_leases(monkeypatch)
     with ExitStack() as former, ThreadPoolExecutor(1) as pool:
         lock = former.enter_context(hold_output(OUT))
         assert isinstance(lock, lock_module._Lease)
         lock.update({"wave": "first"})
-        acts: dict[str, Callable[[], object]] = {
+        actions: dict[str, Callable[[], object]] = {
             "update": lambda: lock.update({"wave": "late"}),
             "renewal": lock.renew,
             "release": former.close,
         }
         arrived, go_on = stall_a_write(store)
-        acting = pool.submit(acts[what])
+        pending = pool.submit(actions[action])
         assert arrived.wait(10)
         with take_over(monkeypatch) as held:
             held.update(held.state | {"second": True})
-            before = read_content()
+            before = read_lease_bytes()
             go_on.set()
-            if what == "update":
+            if action == "update":
                 with pytest.raises(LockLostError, match="was taken over"):
-                    acting.result(10)
+                    pending.result(10)
             else:
-                acting.result(10)
+                pending.result(10)
             with pytest.raises(LockLostError):
                 lock.check()
-            assert read_content() == before
+            assert read_lease_bytes() == before
         assert read_lease()["state"] == {"wave": "first", "second": True}
 
 
-def test_a_renewal_that_is_under_way_does_not_undo_an_update(store: ObjectStore) -> None:
+def test_a_renewal_in_progress_does_not_undo_an_update(store: ObjectStore) -> None:
     with hold_output(OUT) as held, ThreadPoolExecutor(2) as pool:
         assert isinstance(held, lock_module._Lease)
         held.update({"wave": 1})
@@ -494,8 +496,8 @@ def test_a_renewal_that_is_under_way_does_not_undo_an_update(store: ObjectStore)
         held.check()
 
 
-def test_an_answer_that_is_lost_is_no_lost_lock(store: ObjectStore) -> None:
-    """Obstore asks again, and is told that the condition does not hold: its write was done."""
+def test_a_lost_response_does_not_lose_the_lock(store: ObjectStore) -> None:
+    """Obstore retries, and the condition fails because its first write was done."""
     faults: list[Fault] = []
     store.fail = lambda environ: faults.pop() if faults and is_write(environ) else None
     faults.append(LOST)
@@ -514,7 +516,7 @@ def test_an_answer_that_is_lost_is_no_lost_lock(store: ObjectStore) -> None:
         assert after.state == {"after": CUT}
 
 
-def test_an_answer_that_never_comes_leaves_the_lock_to_its_holder(
+def test_the_holder_keeps_the_lock_if_no_response_arrives(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conditional, "MAX_ATTEMPTS", 1)
@@ -536,7 +538,7 @@ def test_an_answer_that_never_comes_leaves_the_lock_to_its_holder(
 
 @pytest.fixture(params=["disk", "disk without links", "bucket"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name a folder on each kind of storage."""
+    """Return the URI of a folder on each kind of storage."""
     if request.param == "bucket":
         request.getfixturevalue("store")
         return OUT
@@ -559,27 +561,29 @@ def test_a_file_is_created_once(folder: str) -> None:
 
 
 @pytest.mark.parametrize("same", [False, True])
-def test_of_several_that_create_a_file_at_once_one_does(folder: str, *, same: bool) -> None:
-    together = threading.Barrier(NUM_THREADS)
+def test_one_of_several_concurrent_writers_creates_a_file(folder: str, *, same: bool) -> None:
+    barrier = threading.Barrier(NUM_THREADS)
 
     def create(number: int) -> list[bool]:
-        made = []
+        created = []
         for name in ("x", "y", "z"):
-            together.wait()
+            barrier.wait()
             content = b"same" if same else f"{number}".encode() * 10_000
-            made.append(conditional.create_bytes(storage.join(folder, name), content))
-        return made
+            created.append(conditional.create_bytes(storage.join(folder, name), content))
+        return created
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        made = list(pool.map(create, range(NUM_THREADS)))
-    for name, of_name in zip(("x", "y", "z"), zip(*made, strict=True), strict=True):
+        created = list(pool.map(create, range(NUM_THREADS)))
+    for name, of_name in zip(("x", "y", "z"), zip(*created, strict=True), strict=True):
         assert sum(of_name) == 1
         expected = b"same" if same else f"{of_name.index(True)}".encode() * 10_000
         assert storage.read_bytes(storage.join(folder, name)) == expected
     assert len(storage.list_files(folder)) == 3
 
 
-def test_a_file_that_cannot_be_created_is_named(tmp_path: Path, store: ObjectStore) -> None:
+def test_the_error_for_a_file_that_cannot_be_created_names_it(
+    tmp_path: Path, store: ObjectStore
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=f"Cannot write '{tmp_path}/file/x'"):
         conditional.create_bytes(f"{tmp_path}/file/x", b"")
@@ -592,13 +596,13 @@ def test_a_file_that_cannot_be_created_is_named(tmp_path: Path, store: ObjectSto
 
 
 @pytest.mark.parametrize("fault", [LOST, CUT, (503, "SlowDown"), (409, "Conflict")], ids=str)
-def test_a_file_is_created_through_a_fault(store: ObjectStore, fault: Fault) -> None:
+def test_a_file_is_created_despite_a_fault(store: ObjectStore, fault: Fault) -> None:
     store.fail_first(1, fault)
     assert conditional.create_bytes(f"{OUT}/x", b"content") is True
     assert store.get("out/x") == b"content"
 
 
-def test_a_file_is_created_though_the_service_said_nothing_at_first(
+def test_a_file_is_created_after_a_request_timed_out(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conditional, "TIMEOUT_S", 0.5)
@@ -622,10 +626,10 @@ def test_a_file_is_created_though_the_service_said_nothing_at_first(
 # ----------------------------------------------------------------------------- Google Cloud Storage
 
 
-def test_google_cloud_storage_tells_versions_by_their_generation(
+def test_google_cloud_storage_uses_generations_as_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A service that knows objects by generation, and gives every one the same ETag."""
+    """A fake service that numbers generations, and gives all objects the same ETag."""
     objects: dict[str, tuple[int, bytes, dict[str, str]]] = {}
 
     def serve(environ: Environ, start_response: Any) -> list[bytes]:  # noqa: ANN401
@@ -654,21 +658,21 @@ def test_google_cloud_storage_tells_versions_by_their_generation(
         start_response(status, headers)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [content]
 
-    monkeypatch.setattr(storage, "check_writable", lambda _: None)  # speaks another language
+    monkeypatch.setattr(storage, "check_writable", lambda _: None)  # the fake lacks its requests
     service = make_server("127.0.0.1", 0, serve, threaded=True, request_handler=Quiet)
     thread = threading.Thread(target=service.serve_forever, daemon=True)
     thread.start()
     out = f"gs://anonymous@bucket/out?scheme=http&endpoint_override=127.0.0.1:{service.server_port}"
     try:
-        keep(monkeypatch)
+        keep_leases(monkeypatch)
         with ExitStack() as former:
             lock = former.enter_context(hold_output(out))
             lock.update({"wave": 1})
             with pytest.raises(ConfigError), hold_output(out):
                 pass
-            expire(monkeypatch)
+            expire_leases(monkeypatch)
             with hold_output(out) as held:
-                keep(monkeypatch)
+                keep_leases(monkeypatch)
                 held.update(held.state | {"second": True})
                 with pytest.raises(LockLostError, match="was taken over"):
                     lock.update({"wave": "late"})

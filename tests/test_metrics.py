@@ -41,7 +41,7 @@ OVERALL = (*HIGHER_IN_0_1, "mcc", "log_loss", "brier", "ece")
 
 
 def draw(seed: int, n: int = 300, skill: float = 1.0) -> tuple[Array, Array]:
-    """Labels and probabilities in steps of 1/20: nearly every score is tied, some are 0."""
+    """Draw labels, and probabilities in steps of 1/20: most are tied, and some are 0."""
     rng = np.random.default_rng(seed)
     y_true = rng.choice(4, size=n, p=[0.4, 0.3, 0.2, 0.1])
     logits = rng.normal(size=(n, 4)) * 1.5
@@ -79,7 +79,7 @@ def compute_reference(
     return overall, per_class
 
 
-def hide_ece(numbers: dict[str, Any]) -> dict[str, float]:
+def drop_ece(numbers: dict[str, Any]) -> dict[str, float]:
     return {name: numbers[name] for name in OVERALL if name != "ece"}
 
 
@@ -87,12 +87,12 @@ def hide_ece(numbers: dict[str, Any]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_every_value_is_scikit_learns(seed: int) -> None:
+def test_every_value_equals_scikit_learn(seed: int) -> None:
     y_true, y_prob = draw(seed)
     overall, per_class = compute_reference(y_true, y_prob, None)
     got = compute_evaluation(y_true, y_prob, CLASSES, num_resamples=0)
 
-    assert hide_ece(got) == pytest.approx(overall, abs=1e-12)
+    assert drop_ece(got) == pytest.approx(overall, abs=1e-12)
     for name in PER_CLASS:
         values = [got["per_class"][c][name] for c in CLASSES]
         assert values == pytest.approx(list(per_class[name]), abs=1e-12), name
@@ -102,8 +102,8 @@ def test_every_value_is_scikit_learns(seed: int) -> None:
 
 
 @pytest.mark.parametrize("integral", [True, False])
-def test_weighted_values_are_scikit_learns(integral: bool) -> None:
-    """The rows of weights that make the intervals, against ``sample_weight``."""
+def test_weighted_values_equal_scikit_learn(integral: bool) -> None:
+    """Compares the rows of bootstrap weights with ``sample_weight``."""
     y_true, y_prob = draw(7)
     rng = np.random.default_rng(0)
     shape = (6, y_true.size)
@@ -117,7 +117,7 @@ def test_weighted_values_are_scikit_learns(integral: bool) -> None:
             assert values[name][row] == pytest.approx(np.array(per_class[name])), name
 
 
-def test_a_drawn_image_counts_as_often_as_it_was_drawn() -> None:
+def test_a_weighted_image_counts_as_a_repeated_one() -> None:
     """Covers the calibration error, for which scikit-learn has no weights."""
     y_true, y_prob = draw(8)
     weights = np.random.default_rng(0).poisson(1, y_true.size)
@@ -130,7 +130,7 @@ def test_a_drawn_image_counts_as_often_as_it_was_drawn() -> None:
 
 
 def test_calibration_error_and_brier_by_hand() -> None:
-    """Bins of 1/15, closed above: 0.9 and 0.92 share (13/15, 14/15]; 0.8 ends its own.
+    """Bins of 1/15, closed above: 0.9 and 0.92 share (13/15, 14/15]; 0.8 is the end of a bin.
 
     Bin of 0.9, 0.92: accuracy 1/2, confidence 0.91, gap 0.41, half of the images.
     Bin of 0.8: accuracy 1, gap 0.2. Bin just above 0.8: accuracy 0, gap 0.81. A quarter each.
@@ -141,14 +141,14 @@ def test_calibration_error_and_brier_by_hand() -> None:
     assert got["brier"] == pytest.approx(2 * (0.1**2 + 0.92**2 + 0.2**2 + 0.81**2) / 4)
 
 
-def test_a_certain_mistake_costs_a_finite_log_loss() -> None:
+def test_log_loss_of_a_mistake_with_probability_1_is_finite() -> None:
     y_prob = np.array([[1.0, 0.0], [0.0, 1.0]])
     got = compute_evaluation([1, 1], y_prob, ("a", "b"), num_resamples=0)
     assert got["log_loss"] == pytest.approx(sk.log_loss([1, 1], y_prob, labels=[0, 1]))
     assert got["log_loss"] == pytest.approx(-np.log(np.finfo(float).eps) / 2)
 
 
-def test_single_precision_rows_are_accepted_as_they_are() -> None:
+def test_single_precision_rows_are_accepted_and_not_normalised() -> None:
     y_true, y_prob = draw(2)
     rounded = y_prob.astype(np.float32) * np.float32(0.9995)
     got = compute_evaluation(y_true, rounded, CLASSES, num_resamples=0)
@@ -188,7 +188,7 @@ def test_result_is_json_with_exactly_the_documented_keys() -> None:
 # -- undefined values ------------------------------------------------------------------
 
 
-def test_absent_class_is_none_and_left_out_of_macro_averages() -> None:
+def test_scores_of_an_absent_class_are_none_and_not_in_macro_averages() -> None:
     y_true, y_prob = draw(4)
     kept = y_true != 3
     y_true, y_prob = y_true[kept], y_prob[kept]
@@ -215,12 +215,12 @@ def test_absent_class_is_none_and_left_out_of_macro_averages() -> None:
     )
 
 
-def test_class_neither_present_nor_predicted_does_not_count() -> None:
+def test_class_neither_present_nor_predicted_is_ignored() -> None:
     y_true, y_prob = draw(5)
     four = np.hstack([y_prob, np.zeros((y_true.size, 1))])
     got = compute_evaluation(y_true, four, (*CLASSES, "e"), num_resamples=0)
     want = compute_evaluation(y_true, y_prob, CLASSES, num_resamples=0)
-    assert got["per_class"]["e"] | {"specificity": 1.0} == {
+    assert got["per_class"]["e"] == {
         "n": 0,
         "specificity": 1.0,
         **dict.fromkeys(("precision", "sensitivity", "f1", "auroc", "ap")),
@@ -238,7 +238,7 @@ def test_class_never_predicted_has_precision_0_not_none() -> None:
     assert got["per_class"]["b"]["auroc"] == 0.5  # all tied
 
 
-def test_a_single_true_class_raises_nothing() -> None:
+def test_a_single_true_class_raises_no_error_or_warning() -> None:
     y_prob = np.array([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6]])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -257,7 +257,7 @@ def test_a_single_true_class_raises_nothing() -> None:
 # -- intervals -------------------------------------------------------------------------
 
 
-def test_accuracy_interval_covers_the_truth_about_95_times_in_100() -> None:
+def test_accuracy_interval_has_a_coverage_of_about_95_percent() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for trial in range(200):
@@ -277,7 +277,7 @@ def test_interval_has_the_width_of_the_normal_approximation() -> None:
     assert (low + high) / 2 == pytest.approx(accuracy, abs=width / 20)
 
 
-def test_duplicates_add_nothing_when_grouped() -> None:
+def test_grouped_duplicates_do_not_narrow_the_interval() -> None:
     y_true, y_prob = draw(9, n=150)
     tenfold = np.repeat(y_true, 10), np.repeat(y_prob, 10, axis=0)
     names = np.repeat(np.random.default_rng(0).permutation(150) * 7 - 400, 10)
@@ -293,7 +293,9 @@ def test_duplicates_add_nothing_when_grouped() -> None:
         assert widths[2] == pytest.approx(widths[0] / np.sqrt(10), rel=0.15), name
 
 
-def test_same_seed_same_interval_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intervals_depend_on_the_seed_and_not_on_the_chunk_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     data = draw(6)
     first = compute_evaluation(*data, CLASSES, num_resamples=60, seed=3)
     other = compute_evaluation(*data, CLASSES, num_resamples=60, seed=4)
@@ -310,7 +312,7 @@ def test_same_seed_same_interval_whatever_the_chunks(monkeypatch: pytest.MonkeyP
 
 
 def test_resamples_without_a_rare_class_are_left_out() -> None:
-    """One image of class b, its AUROC 1: a resample without it has none, not 0."""
+    """Class b has one image, with AUROC 1. Without it the AUROC is undefined, not 0."""
     y_prob = np.tile([0.8, 0.2], (20, 1))
     y_prob[0] = [0.3, 0.7]
     y_true = np.array([1] + [0] * 19)
@@ -321,7 +323,9 @@ def test_resamples_without_a_rare_class_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(("undefined", "want"), [(5, [1.0, 1.0]), (6, None)])
-def test_interval_needs_half_of_the_resamples(undefined: int, want: list[float] | None) -> None:
+def test_interval_is_none_if_most_resamples_are_undefined(
+    undefined: int, want: list[float] | None
+) -> None:
     values = np.array([1.0] + [np.nan] * undefined + [1.0] * (10 - undefined))
     assert scores.compute_interval(values) == want
 
@@ -359,7 +363,7 @@ def test_sampled_curves_keep_their_area_and_ends() -> None:
     )
 
 
-def test_short_curves_are_scikit_learns_own() -> None:
+def test_short_curves_equal_scikit_learn() -> None:
     y_true, y_prob = draw(1)
     curves = compute_curves(y_true, y_prob, CLASSES)["per_class"]
     assert json.loads(json.dumps(curves, allow_nan=False)) == curves
@@ -368,7 +372,7 @@ def test_short_curves_are_scikit_learns_own() -> None:
         assert curves[name]["roc"] == {"fpr": fpr.tolist(), "tpr": tpr.tolist()}
 
 
-def test_reliability_bins_are_scikit_learns_and_give_the_calibration_error() -> None:
+def test_reliability_bins_equal_scikit_learn_and_give_the_calibration_error() -> None:
     y_true, y_prob = draw(2)
     bins = compute_curves(y_true, y_prob, CLASSES)["reliability"]
     count = np.array(bins["count"])
@@ -380,7 +384,8 @@ def test_reliability_bins_are_scikit_learns_and_give_the_calibration_error() -> 
     assert accuracy == pytest.approx(want[0])
     assert confidence == pytest.approx(want[1])
     assert (len(bins["edges"]), len(count), count.sum()) == (16, 15, 300)
-    assert bins["accuracy"][0] is bins["confidence"][0] is None  # below 1/4 nothing wins
+    # The largest of four probabilities is at least 1/4.
+    assert bins["accuracy"][0] is bins["confidence"][0] is None
     ece = (count[full] * np.abs(accuracy - confidence)).sum() / 300
     got = compute_evaluation(y_true, y_prob, CLASSES, num_resamples=0)["ece"]
     assert got == pytest.approx(ece, abs=1e-12)
@@ -420,21 +425,23 @@ GOOD = [[0.7, 0.3], [0.4, 0.6]]
         ([0, 1], [["x", "y"], ["z", "w"]], "y_prob to be numbers"),
     ],
 )
-def test_bad_predictions_are_named(y_true: ArrayLike, y_prob: ArrayLike, printed: str) -> None:
+def test_the_error_for_invalid_predictions_names_them(
+    y_true: ArrayLike, y_prob: ArrayLike, printed: str
+) -> None:
     for function in (compute_evaluation, compute_curves, summarise):
         with pytest.raises(DataError, match=printed):
             function(y_true, y_prob, ("a", "b"))
 
 
 @pytest.mark.parametrize("groups", [[0], [0, 1, 2], [0.0, 1.0], ["p", "q"]])
-def test_bad_groups_are_named(groups: ArrayLike) -> None:
+def test_the_error_for_invalid_groups_names_them(groups: ArrayLike) -> None:
     with pytest.raises(DataError, match=r"groups to be integers of shape \(2,\)"):
         compute_evaluation([0, 1], GOOD, ("a", "b"), groups=groups)
     with pytest.raises(DataError, match=r"groups to be integers of shape \(2,\)"):
         compute_accuracy([0, 1], [0, 1], groups=groups)
 
 
-def test_bad_settings_and_hard_predictions_are_named() -> None:
+def test_errors_name_invalid_settings_and_class_predictions() -> None:
     with pytest.raises(ConfigError, match="num_resamples of 0 or more, got -1"):
         compute_evaluation([0, 1], GOOD, ("a", "b"), num_resamples=-1)
     with pytest.raises(ConfigError, match="at least two classes"):
@@ -449,17 +456,19 @@ def test_bad_settings_and_hard_predictions_are_named() -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 40), skill=st.floats(-3, 5))
-def test_values_are_in_range_and_rows_have_no_order(seed: int, n: int, skill: float) -> None:
+def test_values_are_in_range_and_do_not_depend_on_the_order_of_rows(
+    seed: int, n: int, skill: float
+) -> None:
     y_true, y_prob = draw(seed, n=n, skill=skill)
     groups = np.random.default_rng(seed).integers(n, size=n)
     order = np.random.default_rng(seed + 1).permutation(n)
     got = compute_evaluation(y_true, y_prob, CLASSES, groups=groups, num_resamples=20)
-    moved = compute_evaluation(
+    permuted = compute_evaluation(
         y_true[order], y_prob[order], CLASSES, groups=groups[order], num_resamples=20
     )
     for name in OVERALL:
-        assert moved[name] == pytest.approx(got[name], abs=1e-12), name
-        assert moved[f"{name}_ci95"] == pytest.approx(got[f"{name}_ci95"], abs=1e-12), name
+        assert permuted[name] == pytest.approx(got[name], abs=1e-12), name
+        assert permuted[f"{name}_ci95"] == pytest.approx(got[f"{name}_ci95"], abs=1e-12), name
 
     highest = {"log_loss": -np.log(np.finfo(float).eps), "brier": 2.0}
     for name in OVERALL:
@@ -474,8 +483,8 @@ def test_values_are_in_range_and_rows_have_no_order(seed: int, n: int, skill: fl
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-def test_ranking_scores_depend_on_order_alone(seed: int) -> None:
-    """Squaring the scores of a class keeps its order, ties included, and so its areas."""
+def test_ranking_scores_depend_only_on_the_ranking(seed: int) -> None:
+    """Squaring the scores of a class keeps their order and ties, and so the areas."""
     y_true, y_prob = draw(seed, n=40)
     weights = np.random.default_rng(seed).poisson(1, (3, 40)).astype(float)
     is_positive = y_true == 0
@@ -491,7 +500,7 @@ def test_ranking_scores_depend_on_order_alone(seed: int) -> None:
 
 
 def test_risk_coverage_of_four_predictions() -> None:
-    """By hand: sorted by confidence right, wrong, right, wrong."""
+    """By hand. Sorted by confidence, they are right, wrong, right, wrong."""
     y_prob = [[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]]
     found = compute_risk_coverage([0, 1, 1, 1], y_prob, ["a", "b"], min_confidence=0.65)
     assert found["curve"]["coverage"] == [0.25, 0.5, 0.75, 1.0]
@@ -504,13 +513,13 @@ def test_risk_coverage_of_four_predictions() -> None:
     assert (low, high) == pytest.approx((0.0615, 0.7923), abs=1e-4)  # Wilson's, 1 of 3
 
 
-def test_risk_coverage_treats_equal_confidence_alike() -> None:
+def test_predictions_of_equal_confidence_are_one_point_of_risk_coverage() -> None:
     y_prob = [[0.9, 0.1], [0.9, 0.1], [0.6, 0.4]]
     found = compute_risk_coverage([0, 1, 0], y_prob, ["a", "b"])
     assert found["curve"]["coverage"] == pytest.approx([2 / 3, 1])
     assert found["aurc"] == pytest.approx((2 * 1 / 2 + 1 / 3) / 3)
 
 
-def test_no_prediction_has_no_risk() -> None:
+def test_risk_is_none_if_all_predictions_abstain() -> None:
     found = compute_risk_coverage([0], [[0.9, 0.1]], ["a", "b"], min_confidence=0.95)
     assert (found["coverage"], found["risk"], found["risk_ci95"]) == (0, None, None)

@@ -1,4 +1,4 @@
-"""A run in MLflow: parameters once, an epoch's scores at its step."""
+"""Logging to MLflow: parameters once, and the scores of each epoch at its step."""
 
 import importlib.util
 import sys
@@ -36,11 +36,12 @@ def make_record(epoch: int) -> dict[str, Any]:
     }
 
 
-def test_without_a_server_nothing_is_logged() -> None:
+def test_without_a_server_mlflow_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # an import would raise
     open_log(JOB)(make_record(0))
 
 
-def test_a_missing_mlflow_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_mlflow_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(ConfigError, match=r"pip install 'brainray\[mlflow\]'"):
         open_log(replace(JOB, mlflow_uri="http://127.0.0.1:1"))
@@ -65,7 +66,7 @@ def test_a_server_that_fails_later_does_not_end_the_run(
 
 
 @needs_mlflow
-def test_a_resumed_run_goes_on_with_its_mlflow_run(
+def test_a_resumed_run_continues_its_mlflow_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient

@@ -1,4 +1,4 @@
-"""Damaged DICOM and NIfTI files: each gets an answer, in bounded time and memory."""
+"""Damaged DICOM and NIfTI files are decoded or rejected in bounded time and memory."""
 
 import gzip
 import io
@@ -45,11 +45,11 @@ from tests.test_decode import mutate
 OPTIONS = ReadOptions(limits=DecodeLimits(max_bytes=2**20, max_pixels=200_000))
 PERCENTILE = Preprocessing(size_px=32, crop="head", intensity="percentile", fit="pad")
 MAX_SLICES = 6
-"""So many slices of each file are decoded."""
+"""At most this number of slices of each file is decoded."""
 
 
 def make_sources() -> list[bytes]:
-    """Make small files of every kind that is read."""
+    """Make small files of every supported kind."""
     small = RAMP[:40, :36]
     jpeg = io.BytesIO()
     Image.fromarray((small // 16).astype(np.uint8)).save(jpeg, "JPEG")
@@ -128,7 +128,7 @@ def damage(rng: random.Random, sources: Sequence[bytes] = SOURCES) -> bytes:
 
 
 def answer(content: bytes) -> str:
-    """Open, decode and render; return "decoded", or the reason. Any other exception is raised."""
+    """Open, decode and render; return "decoded" or the reason. Other exceptions are raised."""
     rejections = []
     try:
         file = open_file(content, OPTIONS, key=b"0123456789abcdef")
@@ -151,7 +151,7 @@ def answer(content: bytes) -> str:
     return rejections[0].reason if rejections else "decoded"
 
 
-def test_the_sources_are_whole() -> None:
+def test_the_undamaged_sources_are_decoded() -> None:
     assert {answer(content) for content in SOURCES} <= {"decoded", "little_tissue"}
 
 
@@ -167,7 +167,7 @@ def test_mutants_get_an_answer(seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_twenty_thousand_mutants_get_an_answer_in_time() -> None:
+def test_twenty_thousand_mutants_are_decoded_or_rejected_in_time() -> None:
     counts: Counter[str] = Counter()
     slowest = 0.0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

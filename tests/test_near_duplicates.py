@@ -47,9 +47,9 @@ def draw_thumbnails(count: int, seed: int = 0) -> NDArray[np.uint8]:
 
 
 def on_circle(*degrees: float) -> NDArray[np.float32]:
-    """Stand for slices whose correlation is the cosine of the angle between them."""
-    turn = np.deg2rad(degrees)
-    return np.stack([np.cos(turn), np.sin(turn)], 1).astype(np.float32)
+    """Return unit vectors; the correlation of two is the cosine of the angle between them."""
+    radians = np.deg2rad(degrees)
+    return np.stack([np.cos(radians), np.sin(radians)], 1).astype(np.float32)
 
 
 def group_by_brute_force(links: NDArray[np.bool_]) -> list[int]:
@@ -86,7 +86,7 @@ def test_dot_product_is_the_correlation() -> None:
     assert standardised[0] @ standardised[1] == pytest.approx(-1)
 
 
-def test_a_single_grey_correlates_with_nothing() -> None:
+def test_a_uniform_image_correlates_with_nothing() -> None:
     thumbnails = draw_thumbnails(4)
     thumbnails[:3] = [[0], [37], [37]]
     standardised = standardise_thumbnails(thumbnails)
@@ -98,7 +98,7 @@ def test_a_single_grey_correlates_with_nothing() -> None:
 # ------------------------------------------------------------------------------------------ groups
 
 
-def test_single_linkage_chains() -> None:
+def test_groups_are_chained_by_single_linkage() -> None:
     # cos 10° = 0.985, cos 20° = 0.940: the ends of the chain are linked only through its middle
     standardised = on_circle(0, 90, 20, 10, 95)
     assert group_near_duplicates(standardised, min_correlation=0.98).tolist() == [0, 1, 0, 0, 1]
@@ -110,7 +110,7 @@ def test_single_linkage_chains() -> None:
     ]
 
 
-def test_the_threshold_itself_counts() -> None:
+def test_a_correlation_equal_to_the_threshold_is_a_link() -> None:
     standardised = np.array([[1, 0], [0.5, 0.5]], np.float32)  # a dot product of exactly 0.5
     assert group_near_duplicates(standardised, min_correlation=0.5).tolist() == [0, 0]
     assert group_near_duplicates(standardised, min_correlation=0.5001).tolist() == [0, 1]
@@ -142,7 +142,7 @@ def test_groups_match_brute_force_at_any_block_border(
 def test_permutation_keeps_the_partition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "_BLOCK_ROWS", 16)
     thumbnails = draw_thumbnails(60)
-    thumbnails[30:] = thumbnails[:30] ^ 1  # each has a near duplicate, half a set away
+    thumbnails[30:] = thumbnails[:30] ^ 1  # each has a near duplicate in the other half
     order = np.random.default_rng(1).permutation(60)
     groups = group_near_duplicates(standardise_thumbnails(thumbnails[order]), min_correlation=0.99)
     assert len(set(groups)) == 30
@@ -152,22 +152,24 @@ def test_permutation_keeps_the_partition(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_find_nearest_matches_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "_BLOCK_ROWS", 7)
     monkeypatch.setattr(near_duplicates, "_BLOCK_COLUMNS", 5)
-    here, there = draw_thumbnails(24, seed=1), draw_thumbnails(19, seed=2)
-    there[18] = here[23]
-    nearest, correlation = find_nearest(standardise_thumbnails(here), standardise_thumbnails(there))
-    table = np.corrcoef(here, there)[:24, 24:]
+    query, reference = draw_thumbnails(24, seed=1), draw_thumbnails(19, seed=2)
+    reference[18] = query[23]
+    nearest, correlation = find_nearest(
+        standardise_thumbnails(query), standardise_thumbnails(reference)
+    )
+    table = np.corrcoef(query, reference)[:24, 24:]
     assert nearest.tolist() == table.argmax(axis=1).tolist()
     np.testing.assert_allclose(correlation, table.max(axis=1), atol=2e-6)
     assert (nearest[23], float(correlation[23])) == (18, pytest.approx(1))
-    empty = find_nearest(np.zeros((0, 576), np.float32), standardise_thumbnails(there))
+    empty = find_nearest(np.zeros((0, 576), np.float32), standardise_thumbnails(reference))
     assert [len(part) for part in empty] == [0, 0]
 
 
-# ------------------------------------------------------------------------- the search, at any size
+# ----------------------------------------------------------------------- search in large data sets
 
 
 def draw_near_duplicates(count: int, seed: int = 0) -> NDArray[np.float32]:
-    """Draw standardised thumbnails of which every third resembles another, more or less."""
+    """Draw standardised thumbnails; a third are others with added noise of varying strength."""
     rng = np.random.default_rng(seed)
     patterns = rng.normal(0, 1, (12, 576))
     pixels = 128 + 30 * (rng.normal(0, 1, (count, 12)) @ patterns) / 3
@@ -180,7 +182,7 @@ def draw_near_duplicates(count: int, seed: int = 0) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("min_correlation", [0.9, 0.96, 0.995])
-def test_groups_match_comparing_every_pair(min_correlation: float) -> None:
+def test_groups_match_an_exhaustive_search(min_correlation: float) -> None:
     standardised = draw_near_duplicates(3000)
     links = standardised @ standardised.T >= min_correlation
     _, expected = connected_components(coo_array(links), directed=False)
@@ -189,7 +191,7 @@ def test_groups_match_comparing_every_pair(min_correlation: float) -> None:
     assert groups.tolist() == expected.tolist()
 
 
-def test_cells_find_what_comparing_every_pair_finds() -> None:
+def test_search_by_cells_finds_nearly_all_pairs() -> None:
     standardised = draw_near_duplicates(6000, seed=1)
     exact = group_near_duplicates(standardised, min_correlation=0.96)
     by_cells = group_near_duplicates(standardised, min_correlation=0.96, exact_pairs=0)
@@ -200,20 +202,20 @@ def test_cells_find_what_comparing_every_pair_finds() -> None:
         assert len(set(exact[by_cells == group])) == 1
 
 
-def test_recall_counts_pairs_that_were_missed() -> None:
+def test_recall_counts_missed_pairs() -> None:
     standardised = draw_near_duplicates(300)
-    alone = measure_recall(standardised, np.arange(300), min_correlation=0.96)
-    assert alone["num_pairs"] > 20
-    assert alone["num_grouped"] == 0
+    recall = measure_recall(standardised, np.arange(300), min_correlation=0.96)
+    assert recall["num_pairs"] > 20
+    assert recall["num_grouped"] == 0
 
 
-def test_nearest_by_cells_is_nearly_always_the_nearest() -> None:
+def test_search_by_cells_nearly_always_finds_the_nearest() -> None:
     standardised = draw_near_duplicates(6000, seed=2)
     queries, reference = standardised[:1500], standardised[1500:]
     nearest, correlation = find_nearest(queries, reference, exact_pairs=0)
     best = (queries @ reference.T).max(axis=1)
-    named = np.einsum("ij,ij->i", queries, reference[nearest])
-    np.testing.assert_allclose(correlation, named, atol=2e-6)
+    expected = np.einsum("ij,ij->i", queries, reference[nearest])
+    np.testing.assert_allclose(correlation, expected, atol=2e-6)
     assert (correlation >= best - 2e-6).mean() > 0.9
     assert (correlation[best >= 0.96] >= 0.96).mean() > 0.99
 
@@ -223,7 +225,7 @@ def count_in_process(blocks: list[Block], rows: NDArray[np.float32]) -> tuple[in
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_large_work_is_done_in_several_tasks_and_small_work_here(
+def test_large_searches_run_in_ray_tasks_and_small_ones_in_this_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     blocks, rows = list_tiles(20_000, 30_000), np.zeros((7, 3), np.float32)
@@ -238,26 +240,26 @@ def test_large_work_is_done_in_several_tasks_and_small_work_here(
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("exact_pairs", [0, EXACT_PAIRS])
-def test_tasks_find_what_one_process_finds(
+def test_ray_tasks_and_one_process_find_the_same(
     monkeypatch: pytest.MonkeyPatch, exact_pairs: int
 ) -> None:
     standardised = draw_near_duplicates(3000)
-    here = group_near_duplicates(standardised, min_correlation=0.96, exact_pairs=exact_pairs)
-    near_here = find_nearest(standardised[:900], standardised[900:], exact_pairs=exact_pairs)
+    groups = group_near_duplicates(standardised, min_correlation=0.96, exact_pairs=exact_pairs)
+    nearest = find_nearest(standardised[:900], standardised[900:], exact_pairs=exact_pairs)
     monkeypatch.setattr(near_duplicates, "MIN_RAY_PRODUCTS", 0)
-    there = group_near_duplicates(standardised, min_correlation=0.96, exact_pairs=exact_pairs)
-    near_there = find_nearest(standardised[:900], standardised[900:], exact_pairs=exact_pairs)
-    assert 1000 < len(set(here)) < 3000
-    assert here.tolist() == there.tolist()
-    assert near_here[0].tolist() == near_there[0].tolist()
-    np.testing.assert_allclose(near_here[1], near_there[1], atol=2e-6)
+    task_groups = group_near_duplicates(standardised, min_correlation=0.96, exact_pairs=exact_pairs)
+    task_nearest = find_nearest(standardised[:900], standardised[900:], exact_pairs=exact_pairs)
+    assert 1000 < len(set(groups)) < 3000
+    assert groups.tolist() == task_groups.tolist()
+    assert nearest[0].tolist() == task_nearest[0].tolist()
+    np.testing.assert_allclose(nearest[1], task_nearest[1], atol=2e-6)
 
 
 @given(
     seed=st.integers(0, 1000), count=st.integers(2, 40), num_axes=st.integers(0, 40),
     dimensions=st.integers(1, 40),
 )  # fmt: skip
-def test_a_product_of_sketches_is_never_below_that_of_the_vectors(
+def test_products_of_sketches_are_upper_bounds_of_products_of_vectors(
     seed: int, count: int, num_axes: int, dimensions: int
 ) -> None:
     vectors = np.random.default_rng(seed).normal(size=(count, dimensions)).astype(np.float32)
@@ -267,7 +269,7 @@ def test_a_product_of_sketches_is_never_below_that_of_the_vectors(
     assert (sketches @ sketches.T >= vectors @ vectors.T - 1e-5).all()
 
 
-def test_many_copies_of_one_image_are_one_group_and_blank_ones_are_not() -> None:
+def test_exact_duplicates_are_one_group_and_uniform_images_are_not() -> None:
     thumbnails = draw_thumbnails(40)
     thumbnails[5:25] = thumbnails[4]
     thumbnails[30:35] = 9
@@ -282,11 +284,11 @@ def test_many_copies_of_one_image_are_one_group_and_blank_ones_are_not() -> None
         ([None] * 6, [0, 0, 1, 1, 2, 3]),
         (["p", None, None, "p", None, None], [0, 0, 0, 0, 2, 3]),  # joins two groups
         (["p", None, "q", None, "q", "p"], [0, 0, 1, 1, 1, 0]),
-        (["p", None, "p", "q", None, "q"], [0, 0, 0, 0, 2, 0]),  # and on, through a third
-        (["", None, None, "", None, None], [0, 0, 1, 1, 2, 3]),  # an empty name is no name
+        (["p", None, "p", "q", None, "q"], [0, 0, 0, 0, 2, 0]),  # joins three groups
+        (["", None, None, "", None, None], [0, 0, 1, 1, 2, 3]),  # empty names are ignored
     ],
 )
-def test_merge_groups(given_groups: list[str | None], same: list[int]) -> None:
+def test_groups_are_merged_by_given_names(given_groups: list[str | None], same: list[int]) -> None:
     merged = merge_groups(np.array([0, 0, 1, 1, 2, 3]), given_groups)
     assert (np.equal.outer(merged, merged) == np.equal.outer(same, same)).all()
     assert merged.min() == 0
@@ -313,7 +315,7 @@ def test_slices_of_a_phantom_subject_are_one_group() -> None:
         of_subject.setdefault(phantom.subject, set()).add(int(group))
     assert len(of_subject) == 8
     assert all(len(found) == 1 for found in of_subject.values())
-    assert len(set(groups)) >= 4  # and subjects are not all one
+    assert len(set(groups)) >= 4  # subjects are not all in one group
 
 
 # --------------------------------------------------------------------------------------- real data
@@ -355,4 +357,4 @@ def test_real_near_duplicates_between_testing_and_training(
     _, correlation = find_nearest(read_real("Testing/notumor"), read_real("Training/notumor"))
     share = float((correlation >= NEAR_DUPLICATE_CORRELATION).mean())
     assert share == pytest.approx(365 / (2 * 201), abs=0.05)
-    assert (correlation > 0.99999).sum() > 10  # pixel-identical copies
+    assert (correlation > 0.99999).sum() > 10  # exact duplicates

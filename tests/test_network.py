@@ -1,4 +1,4 @@
-"""The network, the weights it starts from, and where its statistics come from."""
+"""The network, its initial weights, and batch normalisation."""
 
 import copy
 import io
@@ -84,7 +84,7 @@ def test_last_scale_of_each_residual_branch_starts_at_zero(fresh_network: nn.Mod
     assert all((scale == 0).all() for scale in scales)
 
 
-def test_rgb_weights_compute_what_a_repeated_grey_image_would(
+def test_rgb_weights_give_the_logits_of_a_grey_image_repeated_three_times(
     rgb_network: nn.Module, rgb_weights: StateDict
 ) -> None:
     grey_network = build_network(4, weights=rgb_weights).double().eval()
@@ -97,7 +97,9 @@ def test_rgb_weights_compute_what_a_repeated_grey_image_would(
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_head_of_another_width_is_left_out_and_the_rest_kept(rgb_weights: StateDict) -> None:
+def test_head_of_another_width_is_ignored_and_other_weights_are_loaded(
+    rgb_weights: StateDict,
+) -> None:
     wide = {
         **rgb_weights,
         "fc.weight": torch.full((1000, NUM_FEATURES), 7.0),
@@ -112,7 +114,7 @@ def test_head_of_another_width_is_left_out_and_the_rest_kept(rgb_weights: StateD
             assert torch.equal(state[name], rgb_weights[name]), name
 
 
-def test_data_parallel_prefix_and_absent_counters_are_understood(rgb_weights: StateDict) -> None:
+def test_data_parallel_prefix_and_missing_counters_are_accepted(rgb_weights: StateDict) -> None:
     prefixed = {
         f"module.{name}": tensor
         for name, tensor in rgb_weights.items()
@@ -124,7 +126,7 @@ def test_data_parallel_prefix_and_absent_counters_are_understood(rgb_weights: St
     assert torch.equal(state["fc.weight"], rgb_weights["fc.weight"])
 
 
-def test_weights_already_grey_are_taken_as_they_are(rgb_weights: StateDict) -> None:
+def test_one_channel_weights_are_loaded_unchanged(rgb_weights: StateDict) -> None:
     stem = torch.randn(64, 1, 7, 7)
     state = build_network(4, weights={**rgb_weights, "conv1.weight": stem}).state_dict()
     assert torch.equal(state["conv1.weight"], stem)
@@ -139,7 +141,7 @@ def test_weights_already_grey_are_taken_as_they_are(rgb_weights: StateDict) -> N
         ("conv1.weight", torch.zeros(64, 3, 3, 3)),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_by_name(
+def test_the_error_for_weights_that_do_not_fit_names_them(
     rgb_weights: StateDict, name: str, tensor: torch.Tensor | None
 ) -> None:
     damaged = {key: value for key, value in rgb_weights.items() if key != name}
@@ -149,7 +151,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(
         build_network(4, weights=damaged)
 
 
-def test_another_networks_weights_are_refused() -> None:
+def test_weights_of_another_network_are_rejected() -> None:
     with pytest.raises(WeightsError, match="ResNet-50 state dict"):
         build_network(4, weights={"features.0.weight": torch.zeros(3)})
     with pytest.raises(WeightsError, match="ResNet-50 state dict"):
@@ -193,7 +195,7 @@ def test_weights_are_read_from_a_file(
         assert all(torch.equal(state[key], SMALL[key]) for key in SMALL)
 
 
-def test_no_weights_means_a_random_start() -> None:
+def test_weights_none_gives_no_state_dict() -> None:
     assert fetch_weights("none", None) is None
 
 
@@ -219,7 +221,7 @@ def test_code_in_a_weights_file_is_not_run(tmp_path: Path, form: str, nested: bo
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
         torch.load(io.BytesIO(path.read_bytes()), weights_only=False)
-    assert marker.exists(), "the trap itself does not work"
+    assert marker.exists(), "unpickling the file does not run its code"
     marker.unlink()
 
     with pytest.raises(WeightsError, match="without running code") as caught:
@@ -227,12 +229,12 @@ def test_code_in_a_weights_file_is_not_run(tmp_path: Path, form: str, nested: bo
     assert not marker.exists()
     assert "evil.pth" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert "weights_only" not in str(caught.value), "advises to switch the safety off"
+    assert "weights_only" not in str(caught.value), "the message advises weights_only=False"
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut short"])
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_damaged_weights_are_refused_in_one_line(
+def test_damaged_weights_are_rejected_in_one_line(
     tmp_path: Path, content: bytes, suffix: str
 ) -> None:
     path = tmp_path / f"w.{suffix}"
@@ -247,13 +249,13 @@ def test_damaged_weights_are_refused_in_one_line(
     [[1, 2], torch.zeros(3), {"a": torch.zeros(1), "epoch": 3}, {0: torch.zeros(1)}],
     ids=["list", "tensor", "mixed", "numbered"],
 )
-def test_what_is_not_a_state_dict_is_refused(tmp_path: Path, content: object) -> None:
+def test_a_file_without_a_state_dict_is_rejected(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"w\.pth' is not a state dict"):
         fetch_weights("none", str(tmp_path / "w.pth"))
 
 
-def test_missing_weights_are_named(tmp_path: Path) -> None:
+def test_the_error_for_missing_weights_names_them(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"absent\.pth"):
         fetch_weights("imagenet", str(tmp_path / "absent.pth"))
     with pytest.raises(WeightsError, match="ftp://"):
@@ -263,22 +265,22 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 # --- ImageNet -----------------------------------------------------------------------------
 
 
-class Network:
-    """Stands where the internet was; counts the attempts."""
+class FakeUrlopen:
+    """Replaces ``urlopen``; records the timeout of each attempt."""
 
-    def __init__(self, answer: bytes | None) -> None:
-        self.answer = answer
+    def __init__(self, content: bytes | None) -> None:
+        self.content = content
         self.timeouts: list[float | None] = []
 
-    def __call__(self, *_: object, **__: object) -> "_Reply":
+    def __call__(self, *_: object, **__: object) -> "_Response":
         self.timeouts.append(socket.getdefaulttimeout())
-        if self.answer is None:
+        if self.content is None:
             raise urllib.error.URLError("Temporary failure in name resolution")
-        return _Reply(self.answer)
+        return _Response(self.content)
 
 
-class _Reply(io.BytesIO):
-    def info(self) -> "_Reply":
+class _Response(io.BytesIO):
+    def info(self) -> "_Response":
         return self
 
     def getheaders(self, _: str) -> list[str]:
@@ -287,7 +289,7 @@ class _Reply(io.BytesIO):
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Point the cache of the ImageNet weights below an empty folder."""
+    """Move the cache of the ImageNet weights into an empty folder."""
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     path = imagenet_weights_path()
@@ -296,10 +298,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> Network:
-    network = Network(None)
-    monkeypatch.setattr(torch.hub, "urlopen", network)
-    return network
+def offline(monkeypatch: pytest.MonkeyPatch) -> FakeUrlopen:
+    urlopen = FakeUrlopen(None)
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    return urlopen
 
 
 def assert_names_the_remedies(message: str, cache: Path) -> None:
@@ -308,7 +310,9 @@ def assert_names_the_remedies(message: str, cache: Path) -> None:
         assert remedy in message
 
 
-def test_without_network_the_remedies_are_named_at_once(cache: Path, offline: Network) -> None:
+def test_without_network_the_error_names_the_remedies_at_once(
+    cache: Path, offline: FakeUrlopen
+) -> None:
     before = socket.getdefaulttimeout()
     started = time.monotonic()
     with pytest.raises(WeightsError, match="name resolution") as caught:
@@ -320,17 +324,17 @@ def test_without_network_the_remedies_are_named_at_once(cache: Path, offline: Ne
     assert not cache.exists()
 
 
-def test_download_with_another_hash_is_refused_and_not_kept(
+def test_download_with_another_hash_is_rejected_and_deleted(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.hub, "urlopen", Network(b"a portal's login page"))
+    monkeypatch.setattr(torch.hub, "urlopen", FakeUrlopen(b"a portal's login page"))
     with pytest.raises(WeightsError, match="hash") as caught:
         fetch_weights("imagenet", None)
     assert_names_the_remedies(str(caught.value), cache)
     assert not list(cache.parent.iterdir())
 
 
-def test_cached_weights_are_used_without_network(cache: Path, offline: Network) -> None:
+def test_cached_weights_are_used_without_network(cache: Path, offline: FakeUrlopen) -> None:
     cache.parent.mkdir(parents=True)
     torch.save(SMALL, cache)
     state = fetch_weights("imagenet", None)
@@ -341,7 +345,7 @@ def test_cached_weights_are_used_without_network(cache: Path, offline: Network) 
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut short"])
-def test_damaged_cache_is_named(cache: Path, content: bytes) -> None:
+def test_the_error_for_a_damaged_cache_names_it(cache: Path, content: bytes) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_bytes(content)
     with pytest.raises(WeightsError) as caught:
@@ -359,7 +363,7 @@ def test_code_in_the_cache_is_not_run(cache: Path, tmp_path: Path) -> None:
     assert "weights_only" not in str(caught.value)
 
 
-# --- parts --------------------------------------------------------------------------------
+# --- stages and features ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -378,12 +382,12 @@ def test_stage_of(name: str, stage: str) -> None:
     assert stage_of(name) == stage
 
 
-def test_stages_follow_each_other_from_input_to_head(fresh_network: nn.Module) -> None:
+def test_stages_are_ordered_from_input_to_head(fresh_network: nn.Module) -> None:
     found = [stage_of(name) for name, _ in fresh_network.named_parameters()]
     assert list(dict.fromkeys(found)) == list(STAGES)
 
 
-def test_features_are_what_the_head_sees(fresh_network: nn.Module) -> None:
+def test_features_are_the_input_of_the_head(fresh_network: nn.Module) -> None:
     images = torch.randn(3, 1, 32, 32)
     fresh_network.eval()
     with torch.no_grad():
@@ -400,7 +404,7 @@ def test_features_are_what_the_head_sees(fresh_network: nn.Module) -> None:
 
 
 def build_small(mode: BatchNormMode = "local", *, on_gpu: bool = False) -> nn.Sequential:
-    """Two normalised convolutions, whose normalisation is not the identity to start with."""
+    """Build two convolutions with normalisation that does not start as the identity."""
     torch.manual_seed(0)
     norm_layer = choose_norm_layer(mode, on_gpu=on_gpu)
     network = nn.Sequential(
@@ -418,7 +422,9 @@ def build_small(mode: BatchNormMode = "local", *, on_gpu: bool = False) -> nn.Se
 
 
 @pytest.mark.heavy
-def test_saved_weights_are_rounded_once_and_fit_again(fresh_network: nn.Module) -> None:
+def test_rounded_weights_can_be_loaded_and_rounded_again_without_change(
+    fresh_network: nn.Module,
+) -> None:
     state = fresh_network.state_dict()
     rounded = round_weights(state)
     opened = build_network(len(state["fc.bias"]), weights=rounded).state_dict()
@@ -432,12 +438,12 @@ def test_saved_weights_are_rounded_once_and_fit_again(fresh_network: nn.Module) 
         assert torch.equal(round_weights(opened)[name], rounded[name]), name
 
 
-def test_frozen_statistics_stay_in_training() -> None:
+def test_frozen_statistics_do_not_change_in_training() -> None:
     network, plain = build_small("frozen"), build_small()
     images = 3 + 2 * torch.randn(4, 2, 9, 9)
     assert list(network.state_dict()) == list(plain.state_dict())
     expected = plain.eval()(images)
-    for _ in range(2):  # at once, and after train()
+    for _ in range(2):  # as built, and after train()
         torch.testing.assert_close(network(images), expected)
         network.train()
     network(images).sum().backward()
@@ -452,7 +458,7 @@ def test_frozen_statistics_stay_in_training() -> None:
     assert sum(isinstance(module, FrozenBatchNorm2d) for module in network) == 2
 
 
-def test_every_normalisation_of_the_network_is_set() -> None:
+def test_the_norm_layer_is_used_in_the_whole_network() -> None:
     names = list(build_network(2).state_dict())
     network = build_network(2, norm_layer=choose_norm_layer("frozen", on_gpu=True))
     kinds = [type(m) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -460,7 +466,7 @@ def test_every_normalisation_of_the_network_is_set() -> None:
     assert list(network.state_dict()) == names
 
 
-def test_batch_norm_mode_chooses_the_kind() -> None:
+def test_batch_norm_mode_chooses_the_layer_class() -> None:
     names = list(build_small().state_dict())
     for mode, on_gpu, kind in (
         ("local", False, nn.BatchNorm2d),
@@ -475,7 +481,7 @@ def test_batch_norm_mode_chooses_the_kind() -> None:
         assert all(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_a_single_worker_needs_no_synchronisation() -> None:
+def test_synced_batch_norm_of_a_single_worker_equals_batch_norm() -> None:
     images = torch.randn(4, 2, 9, 9)
     plain, synced = build_small(), build_small("sync")
     torch.testing.assert_close(synced(images), plain(images))
@@ -484,13 +490,13 @@ def test_a_single_worker_needs_no_synchronisation() -> None:
 
 
 @pytest.mark.heavy
-def test_convolutions_train_as_the_same_product() -> None:
+def test_matrix_products_train_like_convolutions() -> None:
     torch.manual_seed(5)
     images = torch.randn(2, 1, 96, 96, dtype=torch.float64).to(memory_format=torch.channels_last)
     plain = build_network(3).double().to(memory_format=torch.channels_last)
     product = use_matrix_products(copy.deepcopy(plain))
     kinds = [name for name, m in product.named_modules() if isinstance(m, ProductConv2d)]
-    # Three in each block and the shortcut's: six blocks, then three.
+    # Three per block and one in the shortcut; layer3 has six blocks, layer4 three.
     assert [sum(name.startswith(stage) for name in kinds) for stage in STAGES[1:5]] == [
         0,
         0,
@@ -501,7 +507,7 @@ def test_convolutions_train_as_the_same_product() -> None:
     for network in (plain, product):
         for norm in network.modules():
             if isinstance(norm, nn.BatchNorm2d):
-                nn.init.constant_(norm.weight, 0.5)  # else each branch starts at zero
+                nn.init.constant_(norm.weight, 0.5)  # otherwise each branch starts at zero
                 norm.momentum = 0.0
         logits = network.train()(images)
         logits.square().sum().backward()
@@ -511,7 +517,7 @@ def test_convolutions_train_as_the_same_product() -> None:
     for gradient, weight in zip(
         torch.autograd.grad(product(images).sum(), weights), weights, strict=True
     ):
-        assert gradient.stride() == weight.stride()  # else DDP copies it once more, and warns
+        assert gradient.stride() == weight.stride()  # otherwise DDP copies it once more, and warns
     torch.testing.assert_close(product.eval()(images), plain.eval()(images), rtol=0, atol=0)
     assert list(product.state_dict()) == list(plain.state_dict())
 
@@ -520,12 +526,12 @@ def test_convolutions_train_as_the_same_product() -> None:
     ("kernel_size", "side", "is_product"), [(3, 2, True), (3, 9, False), (1, 9, True)]
 )
 @pytest.mark.parametrize("stride", [1, 2])
-def test_large_maps_keep_the_convolution_of_large_kernels(
+def test_large_kernels_on_large_maps_remain_convolutions(
     kernel_size: int, side: int, is_product: bool, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(5)
     layer = ProductConv2d(4, 8, kernel_size, stride=stride, padding=kernel_size // 2)
-    images = torch.randn(8, 4, side * stride, side * stride)  # 4 or 81 positions a channel
+    images = torch.randn(8, 4, side * stride, side * stride)  # 4 or 81 positions per channel
     plain = nn.functional.conv2d(
         images, layer.weight, layer.bias, stride=stride, padding=kernel_size // 2
     )
@@ -553,7 +559,7 @@ def make_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def take_steps(network: nn.Module, part: slice, scale: float) -> dict[str, Any]:
-    """Run some steps on a part of each batch; gather what must not depend on the workers."""
+    """Run steps on a part of each batch; return what must not depend on the number of workers."""
     outputs, image_grads = [], []
     for step in range(STEPS):
         images, targets = make_batch(step)
@@ -582,14 +588,14 @@ def copy_statistics(network: nn.Module) -> StateDict:
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Agree to 1e-5 of the largest value: sums of float32 in another order do no better."""
+    """Assert agreement to 1e-5 of the largest value, because float32 sums depend on the order."""
     assert found.shape == expected.shape
     atol = 1e-5 * max(1.0, float(expected.abs().max()))
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 def run_synced_worker(rank: int, folder: str) -> None:
-    """One of two gloo workers, in a process of its own."""
+    """Run one of two gloo workers in its own process."""
     warnings.filterwarnings("error", module="brainray")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -597,7 +603,7 @@ def run_synced_worker(rank: int, folder: str) -> None:
     for name, shares in SHARES.items():
         start = sum(shares[:rank])
         network = build_small("sync")
-        # As the training loop does: the averaged gradient is the whole batch's mean.
+        # As in the training loop, the averaged gradient is the mean over the whole batch.
         result = take_steps(network, slice(start, start + shares[rank]), 2 / BATCH)
         for grad in result["grads"].values():
             dist.all_reduce(grad)
@@ -616,7 +622,9 @@ def synced_results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, A
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("shares", SHARES)
-def test_two_workers_normalise_as_one(synced_results: list[dict[str, Any]], shares: str) -> None:
+def test_two_synced_workers_equal_one_worker(
+    synced_results: list[dict[str, Any]], shares: str
+) -> None:
     expected = take_steps(build_small(), slice(0, BATCH), 1 / BATCH)
     parts = [result[shares] for result in synced_results]
     for step in range(STEPS):

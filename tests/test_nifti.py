@@ -1,4 +1,4 @@
-"""NIfTI: which way up a slice is, which slices are kept, and an answer for any other bytes."""
+"""NIfTI: orientation, values, slices with little tissue, and damaged files."""
 
 import gzip
 import tracemalloc
@@ -22,7 +22,7 @@ from tests.dicom_files import make_mr
 
 NIBABEL_FILES = Path(find_spec("nibabel").submodule_search_locations[0]) / "tests" / "data"  # type: ignore[union-attr,index]
 
-# Right, front and top of a volume whose axes point there: no two directions look the same.
+# Axes point right, front and top; random voxels make every orientation different.
 BRAIN = np.random.default_rng(11).integers(200, 900, (6, 8, 5)).astype(np.int16)
 RAS = np.diag([2.0, 3.0, 4.0, 1.0])
 
@@ -35,7 +35,7 @@ def make_nifti(volume: NDArray = BRAIN, affine: NDArray | None = RAS, **header) 
 
 
 def patch(content: bytes, **fields) -> bytes:
-    """Change header fields behind nibabel's back."""
+    """Change header fields without the checks of nibabel."""
     header = nib.Nifti1Header(content[:348], check=False)
     for name, value in fields.items():
         header[name] = value
@@ -50,12 +50,12 @@ def reorient(volume: NDArray, affine: NDArray, axes: str) -> tuple[NDArray, NDAr
     return nib.apply_orientation(volume, turns), turned_affine
 
 
-def reject(content: bytes, reason: str, limits: DecodeLimits | None = None) -> str:
+def check_rejected(content: bytes, reason: str, limits: DecodeLimits | None = None) -> str:
     with pytest.raises(RejectedImage) as caught:
         read_nifti(content, limits=limits or DecodeLimits())
     assert caught.value.reason == reason, caught.value.message
     assert reason in REJECTION_REASONS
-    assert caught.value.__context__ is None, "a library's exception quotes the file"
+    assert caught.value.__context__ is None, "a library's exception may quote the file"
     return caught.value.message
 
 
@@ -72,7 +72,7 @@ def get_all(volume: Volume) -> NDArray:
     return np.stack([volume.get_slice(index) for index in range(volume.num_slices)])
 
 
-# ---- which way up --------------------------------------------------------------------------------
+# ---- orientation ---------------------------------------------------------------------------------
 
 # DICOM directions of a row and of a column, for the standard radiological display of each plane.
 RADIOLOGICAL = {
@@ -82,7 +82,7 @@ RADIOLOGICAL = {
 }
 
 
-def cut_as_scanner(plane: str) -> list[NDArray]:
+def make_dicom_slices(plane: str) -> list[NDArray]:
     """Make a DICOM series of the volume, pixel by pixel, and decode it.
 
     DICOM's axes point to the patient's left, back and top, NIfTI's to the right, front and top.
@@ -111,11 +111,11 @@ def cut_as_scanner(plane: str) -> list[NDArray]:
 
 @pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
 @pytest.mark.parametrize("axes", ["RAS", "LAS", "LPS", "PSR", "IRP"])
-def test_slices_lie_as_those_of_a_dicom_series(plane: Plane, axes: str) -> None:
+def test_slices_have_the_orientation_of_a_dicom_series(plane: Plane, axes: str) -> None:
     stored, affine = reorient(BRAIN, RAS, axes)
     volume = read_nifti(make_nifti(stored, affine), plane=plane)
-    expected = cut_as_scanner(plane)
-    if plane != "axial":  # from the patient's left and back; DICOM's axes point the other way
+    expected = make_dicom_slices(plane)
+    if plane != "axial":  # counted from the left or the back; DICOM's axes point the other way
         expected = expected[::-1]
     np.testing.assert_array_equal(get_all(volume), expected)
 
@@ -130,7 +130,9 @@ def test_slices_lie_as_those_of_a_dicom_series(plane: Plane, axes: str) -> None:
         ("axial", (0, 7, 2), (0, 5), (3, 2)),
     ],
 )
-def test_a_marked_voxel(plane: Plane, voxel: tuple, pixel: tuple, spacing: tuple) -> None:
+def test_a_marked_voxel_is_displayed_at_the_expected_pixel(
+    plane: Plane, voxel: tuple, pixel: tuple, spacing: tuple
+) -> None:
     marked = BRAIN.copy()
     marked[voxel] = 5000
     volume = read_nifti(make_nifti(marked), plane=plane)
@@ -142,8 +144,8 @@ def test_a_marked_voxel(plane: Plane, voxel: tuple, pixel: tuple, spacing: tuple
 
 
 @pytest.mark.parametrize("name", ["anatomical.nii", "example4d.nii.gz", "example_nifti2.nii.gz"])
-def test_bundled_volumes(name: str) -> None:
-    """As nibabel reorients and scales them."""
+def test_bundled_volumes_are_read_as_by_nibabel(name: str) -> None:
+    """Slices equal those of nibabel, reoriented and scaled."""
     image = nib.as_closest_canonical(nib.load(NIBABEL_FILES / name))
     expected = image.get_fdata()
     volume = read_nifti((NIBABEL_FILES / name).read_bytes())
@@ -154,7 +156,7 @@ def test_bundled_volumes(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(NIBABEL_FILES.glob("*.nii*")), ids=lambda path: path.name)
-def test_every_bundled_file_gets_an_answer(path: Path) -> None:
+def test_every_file_bundled_with_nibabel_is_read(path: Path) -> None:
     volume = read_nifti(path.read_bytes())
     assert np.isfinite(get_all(volume)).all()
 
@@ -163,7 +165,7 @@ def test_every_bundled_file_gets_an_answer(path: Path) -> None:
 
 
 @pytest.mark.parametrize("slope", [0.0, np.nan, 2.5])
-def test_scale_factors(slope: float) -> None:
+def test_scale_factors_are_applied_if_valid(slope: float) -> None:
     volume = read_nifti(patch(make_nifti(), scl_slope=slope, scl_inter=-10))
     expected = get_all(read_nifti(make_nifti()))
     if slope == 2.5:
@@ -171,8 +173,8 @@ def test_scale_factors(slope: float) -> None:
     np.testing.assert_allclose(get_all(volume), expected)
 
 
-def test_an_intercept_that_is_no_number_is_corrupt() -> None:
-    reject(patch(make_nifti(), scl_slope=1, scl_inter=np.nan), "corrupt")
+def test_a_nan_intercept_is_corrupt() -> None:
+    check_rejected(patch(make_nifti(), scl_slope=1, scl_inter=np.nan), "corrupt")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32, np.float64, ">i2", ">f4"])
@@ -186,14 +188,14 @@ def test_voxel_types_and_byte_orders(dtype: str) -> None:
     np.testing.assert_array_equal(grey, volume[::-1, ::-1, 1].T)
 
 
-def test_values_that_are_no_numbers_are_darkest() -> None:
+def test_nan_and_infinite_voxels_get_the_minimum() -> None:
     floats = BRAIN.astype(np.float32)
     floats[0, 0, 0], floats[1, 0, 0] = np.nan, np.inf
     grey = read_nifti(make_nifti(floats)).get_slice(0)
     assert grey[-1, -1] == grey[-1, -2] == grey.min() >= 200
 
 
-def test_the_first_of_several_volumes() -> None:
+def test_only_the_first_of_several_volumes_is_read() -> None:
     several = np.stack([BRAIN, BRAIN * 2], axis=-1)
     volume = read_nifti(make_nifti(several))
     assert volume.flags == ("multi_volume",)
@@ -201,13 +203,13 @@ def test_the_first_of_several_volumes() -> None:
     assert read_nifti(make_nifti(several[..., :1])).flags == ()
 
 
-def test_no_orientation_is_flagged() -> None:
+def test_a_missing_orientation_is_flagged() -> None:
     content = patch(make_nifti(), sform_code=0, qform_code=0)
     volume = read_nifti(content)
     assert volume.flags == ("orientation_unknown",)
     assert volume.get_slice(0).shape == (8, 6)
-    useless = patch(make_nifti(), sform_code=1, srow_x=np.nan)
-    assert read_nifti(useless).flags == ("orientation_unknown",)
+    invalid = patch(make_nifti(), sform_code=1, srow_x=np.nan)
+    assert read_nifti(invalid).flags == ("orientation_unknown",)
 
 
 # ---- tissue --------------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ def test_slices_with_little_tissue_are_skipped() -> None:
     head = np.full((20, 20, 10), 20, np.int16)
     head[::2] = 60
     head[4:16, 4:16, 3:8] = 1000
-    head[0, 0, 8] = 1000  # a single bright voxel: a quarter of a percent
+    head[0, 0, 8] = 1000  # one bright voxel of 400: 0.25 %
     volume = read_nifti(make_nifti(head))
     assert volume.kept == (3, 4, 5, 6, 7)
     assert (volume.num_slices, len(volume.kept)) == (10, 5)
@@ -228,12 +230,12 @@ def test_slices_with_little_tissue_are_skipped() -> None:
     assert read_nifti(make_nifti(just_enough)).kept == (3, 4, 5, 6, 7, 8)
 
 
-def test_an_empty_volume_has_no_slices() -> None:
+def test_no_slice_of_a_uniform_volume_is_kept() -> None:
     volume = read_nifti(make_nifti(np.full((4, 4, 3), 7, np.int16)))
     assert (volume.kept, volume.num_slices) == ((), 3)
 
 
-# ---- damage and bombs ----------------------------------------------------------------------------
+# ---- damaged files and decompression bombs -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -255,34 +257,34 @@ def test_an_empty_volume_has_no_slices() -> None:
         ("too_large", patch(make_nifti(), dim=[3, 30000, 30000, 30000, 1, 1, 1, 1])),
     ],
 )
-def test_reasons(reason: str, content: bytes) -> None:
-    reject(content, reason)
+def test_damaged_and_unsupported_files_are_rejected(reason: str, content: bytes) -> None:
+    check_rejected(content, reason)
 
 
-def test_a_damaged_gzip_stream_is_noticed() -> None:
+def test_a_damaged_gzip_stream_is_rejected() -> None:
     packed = bytearray(gzip.compress(make_nifti()))
     packed[-6] ^= 1  # of the checksum
-    reject(bytes(packed), "corrupt")
+    check_rejected(bytes(packed), "corrupt")
 
 
-def test_limits() -> None:
-    reject(make_nifti(), "too_large", DecodeLimits(max_bytes=300))
-    reject(make_nifti(), "too_large", DecodeLimits(max_pixels=BRAIN.size - 1))
+def test_files_above_the_limits_are_rejected() -> None:
+    check_rejected(make_nifti(), "too_large", DecodeLimits(max_bytes=300))
+    check_rejected(make_nifti(), "too_large", DecodeLimits(max_pixels=BRAIN.size - 1))
 
 
-def test_millions_of_slices_of_one_voxel_are_refused() -> None:
+def test_a_million_slices_of_one_voxel_are_rejected() -> None:
     header = nib.Nifti2Header()
     header.set_data_dtype(np.uint8)
     header.set_data_shape((1, 1, 1_000_000))
     header["vox_offset"] = 544
     packed = gzip.compress(header.binaryblock + bytes(4 + 1_000_000))
     assert len(packed) < 5000
-    assert "1,000,000 axial slices" in reject(packed, "too_large")
+    assert "1,000,000 axial slices" in check_rejected(packed, "too_large")
     assert read_nifti(packed, plane="coronal").num_slices == 1
 
 
 @pytest.mark.parametrize("spacing", [0, np.nan, np.inf])
-def test_spacing_that_is_no_number_is_none(spacing: float) -> None:
+def test_invalid_spacing_is_none(spacing: float) -> None:
     volume = read_nifti(patch(make_nifti(), pixdim=[1, 2, 3, spacing, 1, 1, 1, 1]))
     assert (volume.spacing_mm, volume.thickness_mm) == (None, None)
 
@@ -297,14 +299,14 @@ def test_spacing_is_in_mm(unit: str, factor: float) -> None:
     assert volume.thickness_mm == pytest.approx(0.5 * factor)
 
 
-def test_no_more_is_unpacked_than_the_first_volume() -> None:
+def test_only_the_first_volume_is_decompressed() -> None:
     bomb = gzip.compress(patch(make_nifti(), dim=[4, 6, 8, 5, 30000, 1, 1, 1]) + bytes(64 * 2**20))
     tracemalloc.start()
     try:
         assert read_nifti(bomb).flags == ("multi_volume",)
         assert tracemalloc.get_traced_memory()[1] < 2 * 2**20
         far = gzip.compress(patch(make_nifti(), vox_offset=2**31) + bytes(2**20))
-        reject(far, "corrupt")
+        check_rejected(far, "corrupt")
         assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
     finally:
         tracemalloc.stop()
@@ -315,7 +317,7 @@ def test_no_more_is_unpacked_than_the_first_volume() -> None:
     edits=st.lists(st.tuples(st.integers(0, 350), st.binary(min_size=1, max_size=4)), max_size=4),
     end=st.none() | st.integers(0, 900),
 )
-def test_damaged_bytes_get_an_answer(
+def test_damaged_bytes_are_read_or_rejected(
     is_packed: bool, edits: list[tuple[int, bytes]], end: int | None
 ) -> None:
     content = bytearray(make_nifti())
@@ -324,14 +326,14 @@ def test_damaged_bytes_get_an_answer(
     damaged = bytes(content[:end])
     tracemalloc.start()
     try:
-        answer = read_or_reject(gzip.compress(damaged) if is_packed else damaged)
-        assert answer in ("read", *REJECTION_REASONS)
+        outcome = read_or_reject(gzip.compress(damaged) if is_packed else damaged)
+        assert outcome in ("read", *REJECTION_REASONS)
         assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
     finally:
         tracemalloc.stop()
 
 
-def test_free_text_does_not_get_out(capfd: pytest.CaptureFixture[str]) -> None:
+def test_free_text_is_neither_in_messages_nor_in_output(capfd: pytest.CaptureFixture[str]) -> None:
     token = b"QZTOKEN"
     image = nib.Nifti1Image(BRAIN, RAS)
     for name in ("descrip", "intent_name", "db_name", "aux_file"):

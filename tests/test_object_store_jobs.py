@@ -35,11 +35,15 @@ def store(phantom_folder: Path) -> Iterator[ObjectStore]:
         yield store
 
 
-def start(store: ObjectStore, program: str, *words: str) -> subprocess.Popen[str]:
-    """Start a job; words that begin with @ are URIs in the bucket."""
+def start(store: ObjectStore, program: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a job; arguments that begin with @ are URIs in the bucket."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_ADDRESS"))}
     return subprocess.Popen(
-        [sys.executable, *program.split(), *(w.replace("@", f"s3://{BUCKET}/", 1) for w in words)],
+        [
+            sys.executable,
+            *program.split(),
+            *(a.replace("@", f"s3://{BUCKET}/", 1) for a in arguments),
+        ],
         cwd=REPOSITORY,
         env=kept | store.environment,
         stdout=subprocess.PIPE,
@@ -56,23 +60,23 @@ def read_epochs(store: ObjectStore) -> list[int]:
 
 @pytest.fixture(scope="module")
 def trained(store: ObjectStore) -> ObjectStore:
-    """Train from weights in the bucket; kill it after a checkpoint, and go on."""
+    """Train from weights in the bucket; kill the run after a checkpoint, and resume it."""
     weights = safetensors.torch.save(build_network(len(CLASSES)).state_dict())
     store.put("weights/random.safetensors", weights)
-    words = ("--data-uri", "@data", "--output-uri", "@runs/1", *SMALL)
-    words += ("--weights-uri", "@weights/random.safetensors")
-    process = start(store, "jobs/train.py", *words)
+    options = ("--data-uri", "@data", "--output-uri", "@runs/1", *SMALL)
+    options += ("--weights-uri", "@weights/random.safetensors")
+    process = start(store, "jobs/train.py", *options)
     wait_for(lambda: any(k.endswith("state.json") for k in store.list_keys()), process)
     process.kill()
     process.communicate()
-    assert "runs/1/metrics.json" not in store.list_keys(), "it was over before it was killed"
-    status, printed = finish(start(store, "jobs/train.py", *words))
+    assert "runs/1/metrics.json" not in store.list_keys(), "the run finished before it was killed"
+    status, printed = finish(start(store, "jobs/train.py", *options))
     assert status == 0, printed
     assert "Resuming the run" in printed
     return store
 
 
-def test_a_killed_training_goes_on_from_its_checkpoint(trained: ObjectStore) -> None:
+def test_a_killed_training_resumes_from_its_checkpoint(trained: ObjectStore) -> None:
     assert read_epochs(trained) == [0, 1]
     keys = trained.list_keys()
     assert {"runs/1/classifier/classifier.json", "runs/1/report.html"} <= set(keys)
@@ -81,31 +85,31 @@ def test_a_killed_training_goes_on_from_its_checkpoint(trained: ObjectStore) -> 
 
 
 def test_the_classifier_is_evaluated(trained: ObjectStore) -> None:
-    words = ("--data-uri", "@data", "--classifier-uri", "@runs/1/classifier")
+    options = ("--data-uri", "@data", "--classifier-uri", "@runs/1/classifier")
     status, printed = finish(
-        start(trained, "jobs/evaluate.py", *words, "--output-uri", "@evaluated")
+        start(trained, "jobs/evaluate.py", *options, "--output-uri", "@evaluated")
     )
     assert status == 0, printed
     table = pq.read_table(pa.BufferReader(trained.get("evaluated/predictions/test.parquet")))
     assert table.num_rows == 32
 
 
-def test_every_scan_has_one_row_in_few_requests_and_only_what_is_new(
+def test_every_scan_has_one_row_in_few_requests_and_a_second_run_adds_only_new_scans(
     trained: ObjectStore, phantom_folder: Path
 ) -> None:
     files = sorted((phantom_folder / "Training").rglob("*.jpg"))
     for number, file in enumerate(files):
         trained.put(f"inbox/{number:03d}.jpg", file.read_bytes())
     trained.put("inbox/empty.jpg", b"")
-    words = ("--scans-uri", "@inbox", "--classifier-uri", "@runs/1/classifier")
-    words += ("--output-uri", "@answers")
+    options = ("--scans-uri", "@inbox", "--classifier-uri", "@runs/1/classifier")
+    options += ("--output-uri", "@answers")
     trained.forget()
-    status, printed = finish(start(trained, "jobs/classify.py", *words))
+    status, printed = finish(start(trained, "jobs/classify.py", *options))
     assert status == 0, printed
     of_scans = [line.split()[0] for line in trained.requests if f" /{BUCKET}/inbox/" in line]
-    drawn = 24  # the report's pictures
+    num_shown = 24  # pictures in the report
     for verb in ("HEAD", "GET"):
-        assert of_scans.count(verb) <= len(files) + 1 + drawn, verb
+        assert of_scans.count(verb) <= len(files) + 1 + num_shown, verb
     others = Counter(
         re.sub(r"/[0-9T]+-\w{6}", "/RUN", line.partition("?")[0])
         for line in trained.requests
@@ -118,7 +122,7 @@ def test_every_scan_has_one_row_in_few_requests_and_only_what_is_new(
 
     trained.put("inbox/new.jpg", files[0].read_bytes())
     trained.forget()
-    status, printed = finish(start(trained, "jobs/classify.py", *words))
+    status, printed = finish(start(trained, "jobs/classify.py", *options))
     assert status == 0, printed
     new = [row for row in trained.read_predictions("answers") if row not in rows]
     assert [row["scan_uri"] for row in new] == [f"s3://{BUCKET}/inbox/new.jpg"]
@@ -129,8 +133,8 @@ def test_every_scan_has_one_row_in_few_requests_and_only_what_is_new(
 
 def test_a_few_files_are_classified(trained: ObjectStore) -> None:
     scan = next(key for key in trained.list_keys() if key.startswith("data/Testing/"))
-    words = ("classify", f"@{scan}", "@data/none.jpg", "--classifier-uri", "@runs/1/classifier")
-    status, printed = finish(start(trained, "-m brainray", *words, "--json"))
+    options = ("classify", f"@{scan}", "@data/none.jpg", "--classifier-uri", "@runs/1/classifier")
+    status, printed = finish(start(trained, "-m brainray", *options, "--json"))
     assert status == 0, printed
     first, second = json.loads(printed[printed.index("{") :])["predictions"]
     assert first["scan_uri"] == f"s3://{BUCKET}/{scan}"
@@ -162,13 +166,13 @@ def test_a_stalled_write_of_a_lost_run_cannot_add_a_row(
     store: ObjectStore, inbox: set[str], way: str
 ) -> None:
     """A run stalls during a write; another takes over its output; then the first resumes."""
-    words = ("--scans-uri", "@many", "--classifier-uri", "@tiny", "--output-uri", f"@{way}")
-    words += ("--part-s", "0.01")
+    options = ("--scans-uri", "@many", "--classifier-uri", "@tiny", "--output-uri", f"@{way}")
+    options += ("--part-s", "0.01")
 
     first_run: list[str] = []
 
     def is_row_of_first_run(environ: Environ) -> bool:
-        """Stall all but its first two files, so that there is something to go on from."""
+        """Match rows of the first run, after two files from which another run can resume."""
         path = environ["PATH_INFO"]
         if f"/{way}/predictions/" not in path:
             return False
@@ -181,20 +185,20 @@ def test_a_stalled_write_of_a_lost_run_cannot_add_a_row(
 
     stall = StalledWrites(is_row_of_first_run)
     store.fail = stall
-    first = start(store, "-m tests.fakes", *words)
+    first = start(store, "-m tests.fakes", *options)
     wait_for(lambda: bool(stall.stalled), first)
-    status, printed = finish(start(store, "-m tests.fakes", *words))
+    status, printed = finish(start(store, "-m tests.fakes", *options))
     assert status == 2
     assert f"process {first.pid}" in printed
     os.kill(first.pid, signal.SIGKILL if way == "killed" else signal.SIGSTOP)
     lock = json.loads(store.get(f"{way}/.lock"))
     lock["renewed_unix_s"] -= LEASE_LIFE_S
     store.put(f"{way}/.lock", json.dumps(lock).encode())
-    status, printed = finish(start(store, "-m tests.fakes", *words))
+    status, printed = finish(start(store, "-m tests.fakes", *options))
     assert status == 0, printed
     assert "The last run was interrupted;" in printed
     check_rows(store, way, inbox)
-    assert set(stall.let_go()) == {412}, "each is refused"
+    assert set(stall.let_go()) == {412}, "a stalled write succeeded"
     check_rows(store, way, inbox)
     for path in {environ["PATH_INFO"] for environ in stall.stalled}:
         content = store.get(path.removeprefix(f"/{BUCKET}/"))
@@ -202,11 +206,11 @@ def test_a_stalled_write_of_a_lost_run_cannot_add_a_row(
     if way == "stopped":
         os.kill(first.pid, signal.SIGCONT)
         status, printed = finish(first)
-        assert status in (1, 2), printed  # 2 where it hears of its write first, which timed out
+        assert status in (1, 2), printed  # 2 if its write times out before it finds the lock lost
         check_rows(store, way, inbox)
     else:
         first.communicate()
-    status, printed = finish(start(store, "-m tests.fakes", *words))
+    status, printed = finish(start(store, "-m tests.fakes", *options))
     assert status == 0, printed
     assert "0 new" in printed
     check_rows(store, way, inbox)

@@ -1,4 +1,4 @@
-"""How the weights move: parameter groups, learning rates, and the curves written down."""
+"""Optimisers, learning rates, weight averaging, and TensorBoard curves."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +32,7 @@ def network() -> nn.Module:
 def name_groups(
     network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[tuple[dict[str, Any], list[str]]]:
-    """Give every group with the names of its parameters."""
+    """Return every group with the names of its parameters."""
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     return [
         (group, [names[id(parameter)] for parameter in group["params"]])
@@ -50,7 +50,7 @@ def test_every_parameter_is_in_one_group(network: nn.Module, optimizer: Any) -> 
     assert sorted(members) == sorted(name for name, _ in network.named_parameters())
 
 
-def test_decay_spares_biases_and_normalisation(network: nn.Module) -> None:
+def test_biases_and_normalisation_have_no_weight_decay(network: nn.Module) -> None:
     built = build_optimizer(network, Optimisation(weight_decay=0.07))
     decays = {
         name: group["weight_decay"]
@@ -63,7 +63,7 @@ def test_decay_spares_biases_and_normalisation(network: nn.Module) -> None:
     assert decays["fc.bias"] == decays["bn1.weight"] == decays["layer2.0.downsample.1.bias"] == 0
 
 
-def test_each_stage_learns_slower_than_the_one_above(network: nn.Module) -> None:
+def test_each_stage_has_a_lower_rate_than_the_stage_above(network: nn.Module) -> None:
     optimisation = Optimisation(stage_decay=0.7, learning_rate=0.02)
     built = build_optimizer(network, optimisation)
     expected = dict(zip(STAGES[::-1], [1, 0.7, 0.49, 0.343, 0.2401, 0.16807], strict=True))
@@ -74,12 +74,12 @@ def test_each_stage_learns_slower_than_the_one_above(network: nn.Module) -> None
         assert group["lr"] == pytest.approx(0.02 * expected[stage])
 
 
-def test_without_stage_decay_all_learn_alike(network: nn.Module) -> None:
+def test_without_stage_decay_all_rates_are_equal(network: nn.Module) -> None:
     built = build_optimizer(network, Optimisation(stage_decay=1.0))
     assert {group["lr_scale"] for group in built.param_groups} == {1.0}
 
 
-def test_the_rate_is_set_for_the_step(network: nn.Module) -> None:
+def test_the_rate_follows_the_schedule_at_each_step(network: nn.Module) -> None:
     optimisation = Optimisation(learning_rate=0.5, warmup_epochs=1, stage_decay=0.5)
     built = build_optimizer(network, optimisation)
     for step in (0, 4, 29):
@@ -98,7 +98,7 @@ def test_frozen_parameters_are_left_out() -> None:
     assert len(trained) == 161 - 2 * 53
 
 
-def test_the_optimizer_is_the_one_asked_for(network: nn.Module) -> None:
+def test_the_configured_optimizer_is_built(network: nn.Module) -> None:
     adamw = build_optimizer(network, Optimisation(optimizer="adamw"))
     assert isinstance(adamw, torch.optim.AdamW)
     sgd = build_optimizer(network, Optimisation(optimizer="sgd"))
@@ -115,7 +115,7 @@ def test_the_optimizer_is_the_one_asked_for(network: nn.Module) -> None:
     epochs_after=st.integers(2, 20),
     final=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
 )
-def test_rate_climbs_linearly_then_falls_to_its_end(
+def test_rate_rises_linearly_then_falls_to_its_final_value(
     steps_per_epoch: int, warmup_epochs: int, epochs_after: int, final: float
 ) -> None:
     optimisation = Optimisation(warmup_epochs=warmup_epochs, final_lr_fraction=final)
@@ -128,8 +128,8 @@ def test_rate_climbs_linearly_then_falls_to_its_end(
     assert fractions[0] > 0
     assert fractions[peak] == pytest.approx(1)
     assert max(fractions) <= 1 + 1e-12
-    climb = [0.0, *fractions[: peak + 1]]
-    steps = [b - a for a, b in pairwise(climb)]
+    rise = [0.0, *fractions[: peak + 1]]
+    steps = [b - a for a, b in pairwise(rise)]
     assert steps == pytest.approx([1 / (peak + 1)] * (peak + 1))
     fall = fractions[peak:]
     assert all(b <= a for a, b in pairwise(fall))
@@ -139,7 +139,7 @@ def test_rate_climbs_linearly_then_falls_to_its_end(
         assert fall[len(fall) // 2] == pytest.approx((1 + final) / 2, abs=0.1)
 
 
-def test_rate_stays_at_its_end_beyond_the_run() -> None:
+def test_rate_keeps_its_final_value_after_the_last_step() -> None:
     optimisation = Optimisation(warmup_epochs=1, final_lr_fraction=0.05)
     assert compute_lr_fraction(1000, 10, optimisation, 3) == pytest.approx(0.05)
 
@@ -155,7 +155,7 @@ def test_warmup_may_be_part_of_an_epoch_or_longer_than_the_run() -> None:
 # --- the average of the weights ---------------------------------------------------------------
 
 
-def test_the_average_forgets_faster_early_on() -> None:
+def test_the_average_decays_faster_in_early_steps() -> None:
     network = nn.Linear(1, 1, bias=False)
     averaged = build_average(network, decay=0.9)
     expected = network.weight.item()
@@ -198,7 +198,7 @@ def test_curves_can_be_read_by_tensorboard(tmp_path: Path) -> None:
     records = [make_record(epoch) for epoch in range(3)]
     runlog.write_tensorboard(str(folder), records[:1])
     runlog.write_tensorboard(str(folder), records)
-    assert len(list(folder.iterdir())) == 1, "a second copy would draw every curve twice"
+    assert len(list(folder.iterdir())) == 1, "a second file would show every curve twice"
     events = EventAccumulator(str(folder))
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == ["train_loss", "val_accuracy"]
@@ -211,7 +211,7 @@ def test_curves_can_be_read_by_tensorboard(tmp_path: Path) -> None:
         assert [scalar.wall_time for scalar in scalars] == [r["unix_time_s"] for r in records]
 
 
-def test_a_reader_follows_the_event_file(tmp_path: Path) -> None:
+def test_a_reader_sees_epochs_as_they_are_written(tmp_path: Path) -> None:
     records = [make_record(epoch) for epoch in range(3)]
     events = EventAccumulator(str(tmp_path))
     for count in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""The page in a real browser, with the service's own application."""
+"""The web page in a real browser, served by the service's own application."""
 
 import csv
 import io
@@ -53,7 +53,7 @@ SCANS = {
     ),
     "fault.png": FixedResult(GLIOMA, error=RuntimeError("a fault")),
 }
-"""Drawn scans, and the result of the network for each."""
+"""File names of phantom scans, and the network's result for each."""
 
 CONTRAST = """
 const parse = (text) => text.match(/[\\d.]+/g).map(Number);
@@ -151,8 +151,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     binary = next(filter(None, map(shutil.which, BROWSERS)), None)
     driver_path = shutil.which("chromedriver")
     if binary is None or driver_path is None:
-        log = pytest.fail if os.environ.get("BRAINRAY_REQUIRE_BROWSER") else pytest.skip
-        log("no Chromium, or no chromedriver, on the PATH")
+        stop = pytest.fail if os.environ.get("BRAINRAY_REQUIRE_BROWSER") else pytest.skip
+        stop("no Chromium, or no chromedriver, on the PATH")
     downloads = tmp_path_factory.mktemp("downloads")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
@@ -263,7 +263,9 @@ def test_a_scan_without_a_class_has_the_services_reason(
     until(lambda: "4 more scans answered. All done." in page.by_id("live").text)
 
 
-def test_only_whole_shares_look_whole(page: Page, service: FixedService) -> None:
+def test_a_share_is_shown_as_0_or_100_percent_only_if_it_is_exact(
+    page: Page, service: FixedService
+) -> None:
     page.open(service)
     shares = page.call(
         "words.js", "arguments[0].map(m.formatShare)", [0, 1e-9, 0.5, 0.99951, 0.9999999, 1]
@@ -271,7 +273,7 @@ def test_only_whole_shares_look_whole(page: Page, service: FixedService) -> None
     assert shares == ["0.0 %", "< 0.1 %", "50.0 %", "> 99.9 %", "> 99.9 %", "100.0 %"]
 
 
-def test_answers_download_as_csv(
+def test_answers_can_be_downloaded_as_csv(
     page: Page, service: FixedService, scans: Path, tmp_path: Path
 ) -> None:
     page.open(service)
@@ -311,13 +313,15 @@ def test_answers_download_as_csv(
 def test_no_cell_becomes_a_formula(page: Page, service: FixedService, start: str) -> None:
     if page.driver.current_url == "data:,":
         page.open(service)
-    nasty = f"{start}HYPERLINK(1)"
-    text = page.call("csv.js", "m.renderCsv([{ name: arguments[0] }], ['-x'])", nasty)
+    cell = f"{start}HYPERLINK(1)"
+    text = page.call("csv.js", "m.renderCsv([{ name: arguments[0] }], ['-x'])", cell)
     (row,) = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""))
-    assert row["name"] == f"'{nasty}"
+    assert row["name"] == f"'{cell}"
 
 
-def test_the_keyboard_is_enough(page: Page, service: FixedService, scans: Path) -> None:
+def test_the_page_can_be_used_with_the_keyboard_alone(
+    page: Page, service: FixedService, scans: Path
+) -> None:
     page.open(service)
     until(lambda: page.all("#model .accuracy"))
     page.press(Keys.TAB)
@@ -362,7 +366,9 @@ def test_every_control_has_a_name(page: Page, service: FixedService, scans: Path
     assert "Heat map" in names
 
 
-def test_nothing_leaves_the_origin(page: Page, service: FixedService, scans: Path) -> None:
+def test_the_page_requests_only_its_own_origin(
+    page: Page, service: FixedService, scans: Path
+) -> None:
     page.open(service)
     page.choose_and_wait(scans / "glioma.png", scans / "pituitary.tif")
     names = page.run("return performance.getEntriesByType('resource').map((one) => one.name)")
@@ -402,7 +408,7 @@ def test_the_page_fits_every_width(
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_a_busy_service_gets_the_request_again_after_its_wait(
+def test_a_request_to_a_busy_service_is_retried_after_its_delay(
     page: Page, service: FixedService, scans: Path
 ) -> None:
     page.open(service)
@@ -458,7 +464,7 @@ def test_the_page_prompts_for_the_token_and_keeps_it_in_the_tab(
     assert page.run("return sessionStorage.length") == 0
 
 
-def test_a_late_refusal_of_the_old_token_does_not_prompt_again(
+def test_a_late_401_for_the_old_token_does_not_prompt_again(
     page: Page, service: FixedService, scans: Path
 ) -> None:
     page.open(service)
@@ -486,7 +492,7 @@ def test_at_most_three_requests_run_at_a_time(
     assert service.model.num_calls == len(service.renders) == len(paths)
 
 
-def test_what_browsers_cannot_draw_is_drawn_by_the_service(
+def test_a_format_that_browsers_cannot_show_is_rendered_by_the_service(
     page: Page, service: FixedService, scans: Path
 ) -> None:
     page.open(service)
@@ -500,7 +506,7 @@ def test_what_browsers_cannot_draw_is_drawn_by_the_service(
 TURNED = {0x0112: 6}
 """EXIF: a quarter turn, which the browser and the service both apply."""
 DENSE = {0x011A: 144, 0x011B: 144, 0x0128: 2, 0x8769: {0xA002: 60, 0xA003: 40}}
-"""EXIF: 144 dots an inch; the browser draws half the size, the service the whole."""
+"""EXIF: 144 dots per inch. The browser shows the image at half its size, the service does not."""
 
 
 @pytest.mark.parametrize(
@@ -508,7 +514,7 @@ DENSE = {0x011A: 144, 0x011B: 144, 0x0128: 2, 0x8769: {0xA002: 60, 0xA003: 40}}
     [(TURNED, ["map"], (80, 120)), (DENSE, ["map", "overlay"], (120, 80))],
     ids=["turned", "dense"],
 )
-def test_a_heat_map_is_laid_only_over_a_scan_of_the_same_geometry(
+def test_a_heat_map_is_shown_only_over_a_scan_of_the_same_geometry(
     page: Page,
     service: FixedService,
     scans: Path,
@@ -531,7 +537,7 @@ def test_a_heat_map_is_laid_only_over_a_scan_of_the_same_geometry(
     assert layer.is_displayed() == (renders == ["map"])
 
 
-def test_a_file_beyond_the_limit_is_not_sent(
+def test_a_file_larger_than_the_limit_is_not_sent(
     page: Page, service: FixedService, tmp_path: Path
 ) -> None:
     page.open(service)
@@ -563,19 +569,19 @@ def test_scans_can_be_dropped_and_pasted(page: Page, service: FixedService, way:
 
 NUM_SLICES = 24
 HEALTHY = (0.02, 0.01, 0.96, 0.01)
-STRONG = (7, 12)
+GLIOMA_SLICES = (7, 12)
 """First and last slice with a glioma."""
 
 
 def draw_slice(rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Draw a slice of 192 x 192 pixels: phantoms have many sizes."""
+    """Draw a phantom and resize it to 192 x 192 pixels, because phantoms vary in size."""
     drawn = draw_phantom("glioma", rng, plane="axial")
     return np.asarray(Image.fromarray(drawn).resize((192, 192)))
 
 
 @pytest.fixture(scope="module")
 def series(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Draw the files of a series, whose names do not follow the slices' order, and a report."""
+    """Write a structured report and a series, whose file names are not in the order of slices."""
     folder = tmp_path_factory.mktemp("series")
     rng = np.random.default_rng(2)
     for number in range(NUM_SLICES):
@@ -595,13 +601,13 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def series_service(series: list[Path]) -> Iterator[FixedService]:
-    """Give six neighbouring slices glioma; the whole series is larger than a request may be."""
+    """Predict glioma for six neighbouring slices; the series exceeds the limit of one request."""
     service = FixedService()
     for path in series[:-1]:
         number = int(pydicom.dcmread(path).SOPInstanceUID.rpartition(".")[2])
-        is_strong = STRONG[0] <= number <= STRONG[1]
+        is_glioma = GLIOMA_SLICES[0] <= number <= GLIOMA_SLICES[1]
         service.model.set_results(
-            path, FixedResult((0.9 + number / 200, 0.02, 0.02, 0.01) if is_strong else HEALTHY)
+            path, FixedResult((0.9 + number / 200, 0.02, 0.02, 0.01) if is_glioma else HEALTHY)
         )
     with serve_fixed(service):
         yield service
@@ -619,7 +625,7 @@ def choose_series(page: Page, service: FixedService, paths: list[Path]) -> None:
     until(lambda: find_part(page, "pixels").is_displayed())
 
 
-def test_a_folder_of_dicom_becomes_a_series(
+def test_dicom_slices_are_shown_as_a_series(
     page: Page, series_service: FixedService, series: list[Path]
 ) -> None:
     assert sum(path.stat().st_size for path in series) > series_service.limits.body_bytes
@@ -630,7 +636,9 @@ def test_a_folder_of_dicom_becomes_a_series(
     assert "Slice evidence, not calibrated for patients" in header
     assert "24 slices · 24 files · axial" in header
     keys = page.all(".series .key-slices button")
-    assert [one.text.split()[0] for one in keys] == ["13", "11", "9"], "no neighbours"
+    assert [one.text.split()[0] for one in keys] == ["13", "11", "9"], (
+        "no two of them are neighbours"
+    )
     assert find_part(page, "number").text == "Slice 13 of 24", "the strongest is shown first"
     assert page.by_id("counts").text == "25 scans · 24 classified · 1 rejected"
     (report,) = page.all(".scan")
@@ -668,7 +676,7 @@ def test_a_series_is_scrolled_with_wheel_keys_and_buttons(
     assert "glioma, 94.0 %" in (find_part(page, "slider").get_attribute("aria-valuetext") or "")
 
 
-def test_a_slices_heat_map_is_requested_when_it_is_wanted(
+def test_the_heat_map_of_a_slice_is_requested_only_when_it_is_switched_on(
     page: Page, series_service: FixedService, series: list[Path]
 ) -> None:
     choose_series(page, series_service, series)
@@ -682,7 +690,7 @@ def test_a_slices_heat_map_is_requested_when_it_is_wanted(
     assert series_service.renders == ["map"]
 
 
-def test_a_volume_is_a_series(page: Page, tmp_path: Path) -> None:
+def test_a_volume_is_shown_as_a_series(page: Page, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     voxels = np.stack([draw_slice(rng).T for _ in range(8)], axis=2)
     path = tmp_path / "brain.nii"
@@ -743,7 +751,7 @@ def test_the_classifiers_accuracy_is_shown(page: Page, service: FixedService) ->
     assert "not a medical device" in page.all(".notice")[0].text
 
 
-def test_the_model_card_opens_as_text_by_keys_alone(page: Page, service: FixedService) -> None:
+def test_the_model_card_opens_as_text_with_the_keyboard(page: Page, service: FixedService) -> None:
     page.open(service)
     until(lambda: page.all(".model-card"))
     page.run("document.querySelector('.model-card summary').focus()")
@@ -751,7 +759,7 @@ def test_the_model_card_opens_as_text_by_keys_alone(page: Page, service: FixedSe
     (text,) = page.all(".model-card pre")
     assert text.is_displayed()
     assert json.loads(text.text) == service.model.metadata["model_card"]
-    assert not text.find_elements(By.TAG_NAME, "b"), "markup in it stays text"
+    assert not text.find_elements(By.TAG_NAME, "b"), "markup is shown as text"
     assert min(ratio for ratio, _ in page.run(CONTRAST)) >= 4.5
     page.press(Keys.TAB)
     assert page.run("return document.activeElement.tagName") == "PRE"
@@ -764,16 +772,16 @@ def test_a_classifier_without_a_model_card_shows_none(page: Page, service: Fixed
     assert not page.all(".model-card")
 
 
-def test_an_unknown_accuracy_is_shown_as_such(page: Page, service: FixedService) -> None:
+def test_an_unknown_accuracy_is_shown_as_unknown(page: Page, service: FixedService) -> None:
     del service.model.metadata["metrics"]
     page.open(service)
     until(lambda: "is not known" in page.by_id("model").text)
     assert "%" not in page.by_id("model").text
 
 
-def test_the_page_has_no_inline_code_and_no_foreign_address() -> None:
+def test_the_page_has_no_inline_code_and_no_external_url() -> None:
     text = "".join(path.read_text() for path in sorted(WEB.iterdir()))
     assert "innerHTML" not in text
     assert " style=" not in text
-    addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\"\s]*", text))
-    assert addresses == {"http://www.w3.org/2000/svg"}  # a name of a namespace
+    urls = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\"\s]*", text))
+    assert urls == {"http://www.w3.org/2000/svg"}  # an XML namespace

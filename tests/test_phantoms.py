@@ -1,4 +1,4 @@
-"""Phantoms: a seed gives the same bytes, and only the mass distinguishes the classes."""
+"""Phantoms: a seed always gives the same bytes, and only the mass distinguishes the classes."""
 
 import hashlib
 import io
@@ -47,7 +47,7 @@ def _thumbnail(phantom: Phantom) -> NDArray[np.float64]:
 
 
 @pytest.fixture(scope="module")
-def many() -> list[Phantom]:
+def many_phantoms() -> list[Phantom]:
     return list(iterate_phantoms(num_per_class=32, seed=3))
 
 
@@ -65,19 +65,21 @@ def test_same_seed_gives_same_bytes_in_any_process() -> None:
     assert child.stdout.strip() == here
 
 
-def test_image_does_not_depend_on_how_many_are_drawn_or_of_which_classes(
-    many: list[Phantom],
+def test_an_image_does_not_depend_on_the_number_or_the_classes_of_the_others(
+    many_phantoms: list[Phantom],
 ) -> None:
     few = list(iterate_phantoms(num_per_class=3, seed=3, classes=("pituitary", "glioma")))
     for label in ("pituitary", "glioma"):
-        of_many = [p for p in many if p.label == label][:3]
-        assert [p for p in few if p.label == label] == of_many
-    assert list(itertools.islice(iterate_phantoms(num_per_class=32, seed=3), 5)) == many[:5]
+        expected = [p for p in many_phantoms if p.label == label][:3]
+        assert [p for p in few if p.label == label] == expected
+    assert (
+        list(itertools.islice(iterate_phantoms(num_per_class=32, seed=3), 5)) == many_phantoms[:5]
+    )
 
 
-def test_counts_names_and_subjects(many: list[Phantom]) -> None:
+def test_counts_names_and_subjects(many_phantoms: list[Phantom]) -> None:
     for label in BRAIN_TUMOUR_CLASSES:
-        own = [p for p in many if p.label == label]
+        own = [p for p in many_phantoms if p.label == label]
         assert len(own) == 32
         assert len({p.name for p in own}) == 32
         assert len({p.subject for p in own}) == 16
@@ -86,17 +88,17 @@ def test_counts_names_and_subjects(many: list[Phantom]) -> None:
         "notumor-0-0001"
     ] * 2
     others = list(iterate_phantoms(num_per_class=2, seed=4))
-    assert not {p.subject for p in many} & {p.subject for p in others}
-    assert not {p.image_bytes for p in many} & {p.image_bytes for p in others}
+    assert not {p.subject for p in many_phantoms} & {p.subject for p in others}
+    assert not {p.image_bytes for p in many_phantoms} & {p.image_bytes for p in others}
 
 
-def test_encodings_and_sizes_vary(many: list[Phantom]) -> None:
-    seen = {(Path(p.name).suffix, _decode(p).mode) for p in many}
+def test_encodings_and_sizes_vary(many_phantoms: list[Phantom]) -> None:
+    seen = {(Path(p.name).suffix, _decode(p).mode) for p in many_phantoms}
     assert seen == {(".jpg", "L"), (".jpg", "RGB"), (".png", "L"), (".png", "RGB")}
-    for phantom in many:
+    for phantom in many_phantoms:
         expected = {".jpg": "JPEG", ".png": "PNG"}[Path(phantom.name).suffix]
         assert _decode(phantom).format == expected
-    sizes = {_decode(p).size for p in many}
+    sizes = {_decode(p).size for p in many_phantoms}
     assert len(sizes) >= 15
     assert min(min(size) for size in sizes) >= 160
     assert max(max(size) for size in sizes) <= 320
@@ -104,27 +106,29 @@ def test_encodings_and_sizes_vary(many: list[Phantom]) -> None:
     assert any(width < height for width, height in sizes)
 
 
-def test_slices_of_a_subject_are_near_duplicates_and_others_are_not(many: list[Phantom]) -> None:
-    thumbs = np.stack([_thumbnail(p).ravel() for p in many])
-    alike = np.corrcoef(thumbs)
-    subjects = np.array([p.subject for p in many])
+def test_slices_of_a_subject_are_near_duplicates_and_others_are_not(
+    many_phantoms: list[Phantom],
+) -> None:
+    thumbs = np.stack([_thumbnail(p).ravel() for p in many_phantoms])
+    correlations = np.corrcoef(thumbs)
+    subjects = np.array([p.subject for p in many_phantoms])
     same = subjects[:, None] == subjects[None, :]
     pairs = np.triu(np.ones_like(same), 1)
     assert (same & pairs).sum() == 64
-    assert alike[same & pairs].min() >= 0.96
-    assert (alike[~same & pairs] >= 0.96).mean() < 0.02
-    first, second = many[0], many[1]
+    assert correlations[same & pairs].min() >= 0.96
+    assert (correlations[~same & pairs] >= 0.96).mean() < 0.02
+    first, second = many_phantoms[0], many_phantoms[1]
     assert first.subject == second.subject
     assert first.image_bytes != second.image_bytes
 
 
-def test_global_statistics_do_not_predict_the_class(many: list[Phantom]) -> None:
+def test_global_statistics_do_not_predict_the_class(many_phantoms: list[Phantom]) -> None:
     features = []
-    for phantom in many:
+    for phantom in many_phantoms:
         pixels = np.asarray(_decode(phantom).convert("L"), float)
         features.append([pixels.mean(), pixels.std(), *pixels.shape])
-    labels = np.array([p.label for p in many])
-    groups = np.array([p.subject for p in many])
+    labels = np.array([p.label for p in many_phantoms])
+    groups = np.array([p.subject for p in many_phantoms])
     for model in (
         make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)),
         DecisionTreeClassifier(max_depth=4, random_state=0),
@@ -160,7 +164,7 @@ def _paint_with_and_without_mass(
 
 
 @pytest.mark.parametrize("label", ["glioma", "meningioma", "pituitary"])
-def test_masses_are_where_they_should_be(label: str) -> None:
+def test_masses_are_at_the_anatomical_site_of_their_class(label: str) -> None:
     for number in range(9):
         rng = np.random.default_rng([7, number])
         subject = phantoms.draw_subject(label, rng, plane=phantoms.PLANES[number % 3])
@@ -169,11 +173,11 @@ def test_masses_are_where_they_should_be(label: str) -> None:
         assert mass is not None
         centre = frame.to_pixels(np.array([mass.centre]))[0]
         rows, columns = np.nonzero(changed)
-        away = np.hypot(columns + 0.5 - centre[0], rows + 0.5 - centre[1]) / frame.scale
-        assert np.median(away) < 2.2 * mass.radius  # the change is the mass, wherever it was aimed
+        distances = np.hypot(columns + 0.5 - centre[0], rows + 0.5 - centre[1]) / frame.scale
+        assert np.median(distances) < 2.2 * mass.radius  # the change is at the mass
         assert changed.sum() > 0.3 * np.pi * (mass.radius * frame.scale) ** 2
         on_skull = (painter.cavity[rows, columns] < 0.5).mean()
-        reach = away.max()
+        reach = distances.max()
         if label == "pituitary":
             sella = subject.view.sella
             assert sella is not None
@@ -191,7 +195,7 @@ def test_masses_are_where_they_should_be(label: str) -> None:
 
 
 @pytest.mark.parametrize("label", ["glioma", "meningioma", "pituitary"])
-def test_the_marked_lesion_is_what_the_mass_changes(label: str) -> None:
+def test_the_lesion_mask_covers_the_pixels_that_the_mass_changes(label: str) -> None:
     for seed in range(4):
         subject = phantoms.draw_subject(label, np.random.default_rng(seed))
         lesion = phantoms.mark_lesion(subject, 0.0)
@@ -202,7 +206,7 @@ def test_the_marked_lesion_is_what_the_mass_changes(label: str) -> None:
     assert not phantoms.mark_lesion(healthy, 0.0).any()
 
 
-def test_glioma_has_a_rim_round_a_core_and_meningioma_is_even() -> None:
+def test_glioma_has_a_rim_around_a_core_and_meningioma_is_uniform() -> None:
     for number in range(6):
         pictures = {}
         for label in ("glioma", "meningioma"):
@@ -213,8 +217,8 @@ def test_glioma_has_a_rim_round_a_core_and_meningioma_is_even() -> None:
             assert mass is not None
             centre = frame.to_pixels(np.array([mass.centre]))[0]
             y, x = np.ogrid[: frame.height, : frame.width]
-            away = np.hypot(x + 0.5 - centre[0], y + 0.5 - centre[1]) / frame.scale
-            inside = (away < 0.8 * mass.radius) & (painter.cavity > 0.99)
+            distances = np.hypot(x + 0.5 - centre[0], y + 0.5 - centre[1]) / frame.scale
+            inside = (distances < 0.8 * mass.radius) & (painter.cavity > 0.99)
             pictures[label] = picture[inside]
         assert pictures["glioma"].std() > 2 * pictures["meningioma"].std()
 
@@ -240,8 +244,8 @@ def test_folder_has_the_kaggle_layout_and_disjoint_subjects(tmp_path: Path) -> N
         for split in ("Training", "Testing")
     )  # fmt: skip
     count = len(train_thumbs)
-    alike = np.corrcoef(train_thumbs, test_thumbs)[:count, count:]
-    assert alike.max() < 0.985
+    correlations = np.corrcoef(train_thumbs, test_thumbs)[:count, count:]
+    assert correlations.max() < 0.985
 
 
 def test_contact_sheet_has_a_picture_in_every_cell() -> None:

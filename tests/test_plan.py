@@ -40,7 +40,7 @@ from tests.test_store import make_rows, open_store, write
 
 IDENTIFIERS = Identifiers(bytes(16))
 
-# ----------------------------------------------------------------------------- what is new
+# ----------------------------------------------------------------------------- new scans
 
 
 def listed(scan_uri: str, **columns: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -56,7 +56,7 @@ def known(scan_uri: str, **columns: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def choose(*rows: dict[str, Any]) -> dict[str, list[str] | None]:
-    """Return the scans that are to be opened, and the contents that each has a row for."""
+    """Return the scans to open, and the content hashes for which each of them has rows."""
     table = choose_new(pa.Table.from_pylist(list(rows), schema=plan_module._ROWS_SCHEMA))
     assert table.schema.equals(PLAN_SCHEMA)
     names = table["scan_uri"].to_pylist()
@@ -64,13 +64,13 @@ def choose(*rows: dict[str, Any]) -> dict[str, list[str] | None]:
     return dict(zip(names, table["known_contents"].to_pylist(), strict=True))
 
 
-def test_what_has_no_row_is_new() -> None:
+def test_a_scan_without_a_row_is_new() -> None:
     assert choose(listed("a"), listed("b"), known("c")) == {"a": None, "b": None}
     assert choose(known("c")) == {}
     assert choose() == {}
 
 
-def test_a_scan_that_is_named_twice_is_opened_once() -> None:
+def test_a_scan_that_is_listed_twice_is_opened_once() -> None:
     unknown = {"size_bytes": None, "modified_ns": None}
     assert choose(listed("a"), listed("b"), listed("a", **unknown), listed("a")) == {
         "a": None,
@@ -78,7 +78,7 @@ def test_a_scan_that_is_named_twice_is_opened_once() -> None:
     }
 
 
-def test_what_has_a_row_with_the_same_size_and_time_is_not_opened() -> None:
+def test_a_scan_with_a_row_of_the_same_size_and_time_is_not_opened() -> None:
     assert choose(listed("a"), listed("b"), known("a")) == {"b": None}
     assert choose(listed("a"), known("a", modified_ns=4, content="old"), known("a")) == {}
 
@@ -93,7 +93,7 @@ def test_what_has_a_row_with_the_same_size_and_time_is_not_opened() -> None:
         {"size_bytes": None, "modified_ns": None},
     ],
 )
-def test_what_has_changed_is_opened_with_the_contents_that_have_rows(
+def test_a_changed_scan_is_opened_with_the_hashes_that_have_rows(
     change: dict[str, Any],
 ) -> None:
     rows = [known("a"), known("a", modified_ns=3, content="older"), known("b")]
@@ -104,30 +104,30 @@ def test_what_has_changed_is_opened_with_the_contents_that_have_rows(
 
 
 @pytest.mark.parametrize("reason", ["missing", "unreadable"])
-def test_what_could_not_be_read_is_tried_again(reason: str) -> None:
+def test_a_scan_that_could_not_be_read_is_retried(reason: str) -> None:
     assert choose(listed("a"), known("a", reason=reason, content=reason)) == {"a": [reason]}
     assert choose(listed("a"), known("a", reason=reason, content=reason), known("a")) == {}
 
 
-def test_what_was_rejected_for_its_content_is_not_tried_again() -> None:
+def test_a_scan_that_was_rejected_for_its_content_is_not_retried() -> None:
     assert choose(listed("a"), known("a", reason="corrupt")) == {}
     assert choose(listed("a"), known("a", reason="low_confidence")) == {}
     assert choose(listed("a"), known("a", reason="unsupported", content="unsupported")) == {}
 
 
-def test_rows_of_a_table_are_known_by_the_time_of_the_table() -> None:
-    """They have no size of their own."""
+def test_rows_of_a_table_are_compared_by_the_time_of_the_table() -> None:
+    """A row of a table has no size of its own."""
     row = {"uri": "t.parquet", "row_group": 0, "row": 0, "size_bytes": None}
-    answered = known("t.parquet#row=0", size_bytes=None)
-    assert choose(listed("t.parquet#row=0", **row), answered) == {}
-    assert choose(listed("t.parquet#row=0", **row | {"modified_ns": 6}), answered) == {
+    predicted = known("t.parquet#row=0", size_bytes=None)
+    assert choose(listed("t.parquet#row=0", **row), predicted) == {}
+    assert choose(listed("t.parquet#row=0", **row | {"modified_ns": 6}), predicted) == {
         "t.parquet#row=0": ["sha-t.parquet#row=0"]
     }
-    assert choose(listed("t.parquet#row=1", **row), answered) == {"t.parquet#row=1": None}
+    assert choose(listed("t.parquet#row=1", **row), predicted) == {"t.parquet#row=1": None}
 
 
-def test_entries_of_lists_are_opened_each_time() -> None:
-    """Neither their size nor their time is known, so they equal nothing."""
+def test_entries_of_lists_are_opened_in_every_run() -> None:
+    """A list gives neither size nor time, so an entry matches no row."""
     nulls = {"size_bytes": None, "modified_ns": None}
     assert choose(listed("a", **nulls), known("a", **nulls)) == {"a": ["sha-a"]}
 
@@ -138,17 +138,17 @@ def test_rows_of_one_row_group_stay_together() -> None:
         for row, group, table in itertools.product(range(4), range(3), ("t.parquet", "u.parquet"))
     ]
     table = choose_new(pa.Table.from_pylist(rows, schema=plan_module._ROWS_SCHEMA))
-    places = list(
+    positions = list(
         zip(*(table[name].to_pylist() for name in ("uri", "row_group", "row")), strict=True)
     )
-    assert places == sorted(places)
+    assert positions == sorted(positions)
 
 
 # ---------------------------------------------------------------------------------- shards
 
 
-def cut(num_rows: int, max_rows: int, num_engines: int, *, is_first: bool) -> list[int]:
-    """Cut files of one slice each."""
+def compute_sizes(num_rows: int, max_rows: int, num_engines: int, *, is_first: bool) -> list[int]:
+    """Return the sizes of shards of files with one slice each."""
     weights = np.ones(num_rows, np.int64)
     return list_shard_sizes(weights, max_rows, num_engines, is_first=is_first)
 
@@ -163,10 +163,10 @@ def cut(num_rows: int, max_rows: int, num_engines: int, *, is_first: bool) -> li
 def test_shards_hold_every_scan_and_are_bounded(
     num_rows: int, max_rows: int, num_engines: int, is_first: bool
 ) -> None:
-    sizes = cut(num_rows, max_rows, num_engines, is_first=is_first)
+    sizes = compute_sizes(num_rows, max_rows, num_engines, is_first=is_first)
     assert sum(sizes) == num_rows
     assert all(0 < size <= max_rows for size in sizes)
-    assert sizes[:-1] == sorted(sizes[:-1]), "they do not shrink but for the last one"
+    assert sizes[:-1] == sorted(sizes[:-1]), "sizes do not decrease, except that of the last shard"
     share = math.ceil(num_rows / (8 * num_engines))
     assert max(sizes, default=0) <= max(share, FIRST_SHARD_ROWS), "every engine has work"
     if is_first:
@@ -174,15 +174,15 @@ def test_shards_hold_every_scan_and_are_bounded(
 
 
 def test_the_first_shards_double_in_size() -> None:
-    sizes = cut(10_000, 500, 2, is_first=True)
+    sizes = compute_sizes(10_000, 500, 2, is_first=True)
     assert sizes[:12] == [16, 16, 32, 32, 64, 64, 128, 128, 256, 256, 500, 500]
     assert set(sizes[12:-1]) == {500}
-    later = cut(10_000, 500, 2, is_first=False)
+    later = compute_sizes(10_000, 500, 2, is_first=False)
     assert set(later[:-1]) == {500}
 
 
 def test_few_scans_of_large_images_make_small_shards() -> None:
-    assert cut(10, 3, 1, is_first=True) == [3, 3, 3, 1]
+    assert compute_sizes(10, 3, 1, is_first=True) == [3, 3, 3, 1]
 
 
 @settings(max_examples=50, deadline=None)
@@ -192,7 +192,7 @@ def test_few_scans_of_large_images_make_small_shards() -> None:
     num_engines=st.integers(1, 8),
     is_first=st.booleans(),
 )
-def test_a_shard_has_one_file_or_as_many_slices_as_it_may(
+def test_a_shard_has_one_file_or_at_most_the_maximum_number_of_slices(
     weights: list[int], max_weight: int, num_engines: int, is_first: bool
 ) -> None:
     sizes = list_shard_sizes(
@@ -205,8 +205,8 @@ def test_a_shard_has_one_file_or_as_many_slices_as_it_may(
         assert len(shards[0]) == 1 or shards[0].sum() <= FIRST_SHARD_ROWS
 
 
-def test_files_are_weighed_by_their_names_and_sizes() -> None:
-    """Whoever plans opens none."""
+def test_files_are_weighed_by_name_and_size() -> None:
+    """The planner opens no file."""
     mib = 2**20
     files = {
         "/in/a.JPG": (50 * mib, 1),
@@ -223,8 +223,8 @@ def test_files_are_weighed_by_their_names_and_sizes() -> None:
     assert weigh_files(table.slice(0, 0)).shape == (0,)
 
 
-def test_names_are_hashes_where_paths_are_not_to_be_seen() -> None:
-    """And are compared as such; the place to read from stays in the plan."""
+def test_names_are_hashes_if_paths_are_redacted() -> None:
+    """Known scans are compared by these hashes. The plan keeps the URI to read from."""
     identifiers = Identifiers(bytes(16), redact_paths=True)
     listing = pa.Table.from_pylist([listed("/in/Doe.dcm"), listed("/in/b")], schema=LISTING_SCHEMA)
     named = name_scans(listing, identifiers)
@@ -239,7 +239,7 @@ def test_names_are_hashes_where_paths_are_not_to_be_seen() -> None:
     }
 
 
-def test_rows_of_a_table_that_are_near_each_other_share_a_part() -> None:
+def test_neighbouring_rows_of_a_table_share_a_part() -> None:
     numbers = [0, 1, TABLE_ROWS_PER_PART - 1, TABLE_ROWS_PER_PART, 2 * TABLE_ROWS_PER_PART]
     names = [f"/in/t.parquet#row={number}" for number in numbers]
     found = find_neighbourhoods(names)
@@ -255,7 +255,7 @@ def test_rows_of_a_table_that_are_near_each_other_share_a_part() -> None:
 
 @pytest.fixture
 def inbox(tmp_path: Path) -> Path:
-    """Return a folder with a few dozen scans, a table, and a list that names some again."""
+    """Write 60 files and a table of 20 rows; a list repeats one file and names a missing one."""
     folder = tmp_path / "inbox"
     for number in range(60):
         file = folder / f"{number % 7}" / f"{number}.jpg"
@@ -304,10 +304,10 @@ def read_contents(rows: Sequence[dict[str, Any]]) -> Counter[bytes]:
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("max_part_rows", [1_000_000, 45])
-def test_a_plan_has_every_scan_once_and_none_that_has_a_row(
+def test_a_plan_has_every_scan_without_a_row_once(
     inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_part_rows: int
 ) -> None:
-    """In one part or in several, which is decided in this process."""
+    """With one part and with several; ``make_plan`` chooses the number in this process."""
     monkeypatch.setattr(plan_module, "MAX_PART_ROWS", max_part_rows)
     options = make_options(inbox, tmp_path / "out")
     plan = make_plan(options)
@@ -317,17 +317,19 @@ def test_a_plan_has_every_scan_once_and_none_that_has_a_row(
     rows = read_plan(options, plan)
     assert len({row["scan_uri"] for row in rows}) == 81
     assert {row["known_contents"] for row in rows} == {None}
-    every = [f"scan {number}" for number in range(60)] + [f"row {number}" for number in range(20)]
-    assert read_contents(rows) == Counter(content.encode() for content in every)
+    contents = [f"scan {number}" for number in range(60)] + [
+        f"row {number}" for number in range(20)
+    ]
+    assert read_contents(rows) == Counter(content.encode() for content in contents)
 
     files = [row for row in rows if row["row_group"] < 0 and row["size_bytes"] is not None]
     chosen = [row["scan_uri"] for row in files[:30]]
-    answered = make_rows(*chosen)
+    predictions = make_rows(*chosen)
     for name in ("size_bytes", "modified_ns"):
         column = pa.array([row[name] for row in files[:30]], pa.int64())
-        answered = answered.set_column(answered.schema.get_field_index(name), name, column)
-    write(options.store, 0, answered.slice(0, 20))
-    write(options.store, 1, answered.slice(20))
+        predictions = predictions.set_column(predictions.schema.get_field_index(name), name, column)
+    write(options.store, 0, predictions.slice(0, 20))
+    write(options.store, 1, predictions.slice(20))
     options.store.close(options.store.describe_wave(Wave("run", 0, 2, 2)))
     Path(chosen[7]).write_bytes(b"changed in size")
 
@@ -336,12 +338,12 @@ def test_a_plan_has_every_scan_once_and_none_that_has_a_row(
     rows = read_plan(later, plan)
     assert (plan.num_listed, plan.num_scans) == (82, 81 - 29)
     assert not {row["scan_uri"] for row in rows}.intersection(set(chosen) - {chosen[7]})
-    contents = {row["scan_uri"]: row["known_contents"] for row in rows if row["known_contents"]}
-    assert contents == {chosen[7]: [f"sha-{chosen[7]}"]}
+    hashes = {row["scan_uri"]: row["known_contents"] for row in rows if row["known_contents"]}
+    assert hashes == {chosen[7]: [f"sha-{chosen[7]}"]}
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_plan_of_nothing_writes_nothing(tmp_path: Path) -> None:
+def test_a_plan_without_scans_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     options = PlanOptions(
         sources=tuple(find_sources([str(tmp_path / "empty")])),
@@ -356,16 +358,17 @@ def test_a_plan_of_nothing_writes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_named_table_without_images_ends_the_plan(tmp_path: Path) -> None:
+def test_a_given_table_without_images_is_an_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
     options = replace(
-        make_options_of(tmp_path), sources=tuple(find_sources([str(tmp_path / "other.parquet")]))
+        make_options_without_sources(tmp_path),
+        sources=tuple(find_sources([str(tmp_path / "other.parquet")])),
     )
     with pytest.raises(DataError, match="image_bytes"):
         make_plan(options)
 
 
-def make_options_of(folder: Path) -> PlanOptions:
+def make_options_without_sources(folder: Path) -> PlanOptions:
     return PlanOptions(
         sources=(),
         store=open_store(folder / "out"),
@@ -376,7 +379,7 @@ def make_options_of(folder: Path) -> PlanOptions:
     )
 
 
-def test_the_parts_of_many_scans_are_about_equal() -> None:
+def test_the_parts_of_many_scans_are_about_equal_in_size() -> None:
     names = [f"s3://hospital/inbox/{number:07d}.jpg" for number in range(20_000)]
     parts = plan_module.hash_names(find_neighbourhoods(names)) % 4
     counts = np.bincount(parts.astype(np.int64), minlength=4)
@@ -384,8 +387,8 @@ def test_the_parts_of_many_scans_are_about_equal() -> None:
 
 
 @pytest.mark.parametrize("list_first", [True, False])
-def test_of_a_scan_that_is_named_twice_the_row_with_a_time_counts(list_first: bool) -> None:
-    """Else a scan that a list names again would be read in every run."""
+def test_of_two_listings_of_a_scan_the_one_with_a_time_is_used(list_first: bool) -> None:
+    """Otherwise a scan that a list repeats would be read in every run."""
     row = {"scan_uri": "a", "uri": "a", "row_group": -1, "row": -1}
     named = [row, row | {"size_bytes": 10, "modified_ns": 5}]
     rows = pa.Table.from_pylist(
@@ -394,5 +397,5 @@ def test_of_a_scan_that_is_named_twice_the_row_with_a_time_counts(list_first: bo
     (found,) = choose_new(rows).to_pylist()
     assert (found["size_bytes"], found["modified_ns"]) == (10, 5)
     known = {"scan_uri": "a", "size_bytes": 10, "modified_ns": 5, "content": "c"}
-    answered = pa.Table.from_pylist([known], schema=plan_module._ROWS_SCHEMA)
-    assert choose_new(pa.concat_tables([rows, answered])).num_rows == 0
+    predictions = pa.Table.from_pylist([known], schema=plan_module._ROWS_SCHEMA)
+    assert choose_new(pa.concat_tables([rows, predictions])).num_rows == 0

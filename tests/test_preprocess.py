@@ -49,7 +49,7 @@ def resize_by_torch(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     side=st.integers(32, 256),
     seed=st.integers(0, 99),
 )
-def test_stretch_equals_pillow_and_within_a_grey_level_torch(
+def test_stretch_equals_pillow_exactly_and_torch_within_one_grey_level(
     height: int, width: int, side: int, seed: int
 ) -> None:
     pixels = draw(height, width, seed)
@@ -58,7 +58,7 @@ def test_stretch_equals_pillow_and_within_a_grey_level_torch(
     assert resized.shape == (side, side)
     pillow = Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR)
     assert np.array_equal(resized, np.asarray(pillow))
-    # torch keeps its weights in 16 bits, Pillow in 32: a rounding may fall the other way
+    # torch has weights of 16 bits and Pillow of 32, so they can round differently
     assert np.abs(resized.astype(int) - resize_by_torch(pixels, side)).max() <= 1
 
 
@@ -68,7 +68,7 @@ def test_reduction_is_antialiased() -> None:
     assert np.abs(resized[1:-1, 1:-1].astype(int) - 127).max() <= 2
 
 
-def test_pixels_in_any_memory_layout() -> None:
+def test_the_memory_layout_of_the_pixels_does_not_matter() -> None:
     pixels = draw(90, 70)
     for view in (pixels[::-1, ::2], pixels.T, np.asfortranarray(pixels)):
         expected = preprocess_image(np.ascontiguousarray(view), Preprocessing(size_px=48))
@@ -76,14 +76,14 @@ def test_pixels_in_any_memory_layout() -> None:
 
 
 @pytest.mark.parametrize("fit", ["stretch", "pad"])
-def test_already_that_size_is_left_alone(fit: str) -> None:
+def test_an_image_of_the_target_size_is_unchanged(fit: str) -> None:
     pixels = draw(64, 64)
     preprocessing = Preprocessing(size_px=64, fit=fit)  # type: ignore[arg-type]
     assert np.array_equal(preprocess_image(pixels, preprocessing), pixels)
 
 
 @pytest.mark.parametrize("shape", [(120, 60), (60, 120), (200, 150), (33, 90)])
-def test_pad_keeps_a_circle_a_circle_and_centres_it(shape: tuple[int, int]) -> None:
+def test_pad_keeps_the_aspect_ratio_and_centres_the_image(shape: tuple[int, int]) -> None:
     y, x = np.indices(shape) - (np.array(shape)[:, None, None] - 1) / 2
     disc = (np.hypot(y, x) < 0.45 * min(shape)).astype(np.uint8) * 255
     padded = preprocess_image(disc, Preprocessing(size_px=96, fit="pad"))
@@ -96,7 +96,7 @@ def test_pad_keeps_a_circle_a_circle_and_centres_it(shape: tuple[int, int]) -> N
     assert abs(int(stretched.any(axis=0).sum()) - int(stretched.any(axis=1).sum())) > 10
 
 
-def test_pad_is_black_and_loses_nothing() -> None:
+def test_pad_adds_black_borders_and_crops_nothing() -> None:
     padded = preprocess_image(
         np.full((50, 100), 200, np.uint8), Preprocessing(size_px=64, fit="pad")
     )
@@ -135,7 +135,7 @@ def test_load_image_decodes_then_resizes() -> None:
         load_image(b"not an image", Preprocessing())
 
 
-def test_normalise_is_the_formula() -> None:
+def test_normalise_subtracts_the_mean_and_divides_by_the_deviation() -> None:
     images = torch.arange(256, dtype=torch.uint8).reshape(2, 8, 16)
     before = images.clone()
     normal = normalise_images(images, Preprocessing(mean=0.25, std=0.5))
@@ -158,7 +158,7 @@ def test_sizes_out_of_range_are_refused(size_px: int) -> None:
         Preprocessing(size_px=size_px)
 
 
-def test_sizes_at_the_borders_are_taken() -> None:
+def test_sizes_at_the_limits_are_accepted() -> None:
     assert [Preprocessing(size_px=side).size_px for side in (32, 1024)] == [32, 1024]
 
 
@@ -169,7 +169,7 @@ def test_deviation_must_be_positive(std: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["crop", "intensity", "fit"])
-def test_choices_are_checked(name: str) -> None:
+def test_unknown_choices_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be .* or .*, got 'squeeze'"):
         Preprocessing(**{name: "squeeze"})  # type: ignore[arg-type]
 
@@ -244,7 +244,7 @@ CHANGES: dict[str, Callable[[Scan], Scan]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("seed", range(4))
-def test_the_box_holds_the_head_with_a_small_margin(seed: int, change: str) -> None:
+def test_the_box_contains_the_head_with_a_small_margin(seed: int, change: str) -> None:
     scan = CHANGES[change](draw_scan(seed))
     edges = find_edges(rotate(draw_scan(seed)) if change == "rotated" else draw_scan(seed))
     if change == "skull-stripped":
@@ -252,8 +252,8 @@ def test_the_box_holds_the_head_with_a_small_margin(seed: int, change: str) -> N
         edges = np.array([columns.start, rows.start, columns.stop, rows.stop], float)
     outwards = (find_box(scan) - edges) * (-1, -1, 1, 1)
     sides = np.tile(edges[2:] - edges[:2], 2)
-    assert (outwards >= -3).all(), "cuts the head"  # a blur and a step of the reduced scan
-    assert (outwards <= 0.04 * sides + 8).all(), "holds more than the head and its margin"
+    assert (outwards >= -3).all(), "the box cuts off the head"  # blur and reduction
+    assert (outwards <= 0.04 * sides + 8).all(), "the box is too large"
 
 
 NOT_A_HEAD: dict[str, NDArray[Any]] = {
@@ -267,18 +267,18 @@ NOT_A_HEAD: dict[str, NDArray[Any]] = {
 
 
 @pytest.mark.parametrize("name", NOT_A_HEAD)
-def test_a_scan_without_a_head_or_full_of_it_is_kept_whole(name: str) -> None:
+def test_a_scan_without_a_head_or_filled_by_one_is_not_cropped(name: str) -> None:
     scan = NOT_A_HEAD[name]
     height, width = scan.shape
     assert find_box(scan).tolist() == [0, 0, width, height]
 
 
 @pytest.mark.parametrize("level", [0, 1, 255])
-def test_a_constant_scan_is_black_by_its_percentiles(level: int) -> None:
+def test_a_constant_scan_becomes_black_with_percentile_intensity(level: int) -> None:
     assert not preprocess_image(np.full((50, 70), level, np.uint8), ROBUST).any()
 
 
-def test_two_levels_become_black_and_white() -> None:
+def test_two_grey_levels_become_black_and_white() -> None:
     scan = np.zeros((100, 100), np.uint8)
     scan[30:70, 20:80] = 17
     image = preprocess_image(scan, Preprocessing(size_px=100, intensity="percentile"))
@@ -288,7 +288,7 @@ def test_two_levels_become_black_and_white() -> None:
 # ---- intensity -----------------------------------------------------------------------------------
 
 
-def test_percentiles_are_of_what_is_not_air_in_the_box() -> None:
+def test_percentiles_are_of_the_pixels_in_the_box_that_are_not_air() -> None:
     rng = np.random.default_rng(0)
     scan = np.zeros((256, 256), np.uint16)
     scan[40:200, 60:180] = rng.normal(2000, 250, (160, 120)).clip(600, 4000)
@@ -312,7 +312,9 @@ def export_12_bit(scan: Scan, file_format: str) -> bytes:
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_12_bit_export_gives_the_input_of_its_8_bit_copy(seed: int, file_format: str) -> None:
+def test_a_12_bit_export_gives_the_same_input_as_its_8_bit_copy(
+    seed: int, file_format: str
+) -> None:
     scan = draw_scan(seed)
     copy = preprocess_image(scan, ROBUST).astype(int)
     image = load_image(export_12_bit(scan, file_format), ROBUST)
@@ -320,11 +322,11 @@ def test_a_12_bit_export_gives_the_input_of_its_8_bit_copy(seed: int, file_forma
     assert difference.max() <= 2
     assert difference.mean() < 0.5
     stored = load_image(export_12_bit(scan, file_format), STORED)
-    assert stored.max() <= 16, "by the full range of 16 bits it is nearly black"
+    assert stored.max() <= 16, "scaled by the 16-bit range, it is nearly black"
 
 
-def test_a_dim_export_keeps_the_depth_of_its_file() -> None:
-    """Of 4096 levels a sixteenth is used; rounded to 8 bits first, one grey level would be left."""
+def test_a_dim_export_keeps_its_bit_depth() -> None:
+    """Only 256 of 4096 levels are used. Rounding to 8 bits first would leave one grey level."""
     ramp = np.tile(np.linspace(40, 295, 256).astype(np.uint16), (256, 1))
     image = preprocess_image(ramp, Preprocessing(size_px=256, intensity="percentile"))
     assert len(np.unique(image)) > 200
@@ -349,7 +351,7 @@ SAME_HEAD: dict[str, Callable[[Scan], NDArray[Any]]] = {
 
 @pytest.mark.parametrize("change", SAME_HEAD)
 @pytest.mark.parametrize("seed", range(3))
-def test_the_network_sees_the_same_head(seed: int, change: str) -> None:
+def test_the_same_head_gives_the_same_network_input(seed: int, change: str) -> None:
     scan = draw_scan(seed)
     expected = preprocess_image(scan, ROBUST).astype(int)
     difference = np.abs(preprocess_image(SAME_HEAD[change](scan), ROBUST) - expected)
@@ -357,7 +359,7 @@ def test_the_network_sees_the_same_head(seed: int, change: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_border_changes_nothing_where_the_frame_was_tight(seed: int) -> None:
+def test_a_border_around_a_tight_frame_does_not_change_the_input(seed: int) -> None:
     tight = draw_phantom("pituitary", np.random.default_rng(seed))
     expected = preprocess_image(tight, ROBUST).astype(int)
     padded = preprocess_image(np.pad(tight, ((9, 0), (5, 17))), ROBUST)
@@ -365,16 +367,16 @@ def test_a_border_changes_nothing_where_the_frame_was_tight(seed: int) -> None:
 
 
 @pytest.mark.parametrize("border", [30, 100, 333])
-def test_the_head_is_seen_at_the_same_size_in_any_border(border: int) -> None:
+def test_the_box_does_not_depend_on_the_width_of_the_border(border: int) -> None:
     scan = draw_scan(0)
     expected, found = find_box(scan), find_box(np.pad(scan, border)) - border
-    # In the widest border the head is looked for at 36 px, and the blur is of 5.
+    # With the widest border, the head is reduced to 36 px for the search, and the blur is 5 px.
     assert (np.abs(found - expected) < 0.06 * (expected[2:] - expected[:2]).max()).all()
 
 
 @pytest.mark.parametrize("fit", ["pad", "stretch"])
 @pytest.mark.parametrize("factor", [1, 2, 4])
-def test_the_frame_says_where_a_pixel_of_the_scan_is_seen(fit: str, factor: int) -> None:
+def test_the_frame_maps_the_network_input_to_pixels_of_the_scan(fit: str, factor: int) -> None:
     scan = np.zeros((130 * factor + 1, 230 * factor + 3), np.uint8)
     scan[20 * factor : 110 * factor, 30 * factor : 90 * factor] = 60
     scan[80 * factor : 84 * factor, 70 * factor : 74 * factor] = 250
@@ -434,6 +436,6 @@ def test_any_shape_gives_a_square(
 @pytest.mark.parametrize(
     "samples", [np.zeros((4, 4, 3)), np.zeros((0, 5)), np.zeros((3, 3), complex), np.zeros(9)]
 )
-def test_what_is_no_grey_image_is_refused(samples: NDArray[Any]) -> None:
+def test_samples_that_are_not_a_grey_image_are_refused(samples: NDArray[Any]) -> None:
     with pytest.raises(ValueError, match=r"Expected real samples of shape \(height, width\)"):
         preprocess_image(samples, ROBUST)

@@ -1,4 +1,4 @@
-"""Scans that come by C-STORE: whole or absent, nobody unknown, nobody named, killed at any time."""
+"""Receiving scans by C-STORE: atomic writes, access control, no identifiers, kills at any time."""
 
 import errno
 import io
@@ -42,7 +42,7 @@ from brainray.dicom_results.receiver import ReceiveJob, open_receiver
 KEY = b"0123456789abcdef"
 STUDY = "1.2.826.9"
 LONG_S = 60.0
-"""Longer than any test waits."""
+"""Longer than any test has to wait."""
 
 
 def make_slice(number: int, study: str = STUDY, **elements: Any) -> bytes:  # noqa: ANN401
@@ -66,7 +66,7 @@ class Running:
     printed: list[str]
 
     def list_finished(self) -> list[Path]:
-        """List what a bulk job would classify."""
+        """List the files that a bulk job would classify."""
         found = list_scans([str(self.inbox)])["uri"].to_pylist()
         return [Path(uri).relative_to(self.inbox) for uri in found]
 
@@ -91,10 +91,10 @@ def run(folder: Path, **options: Any) -> Iterator[Running]:  # noqa: ANN401
         yield Running(job.inbox_path, port, printed)
 
 
-# ---- what is stored ------------------------------------------------------------------------------
+# ---- storing -------------------------------------------------------------------------------------
 
 
-def test_objects_are_stored_as_they_came_under_names_that_are_hashes(tmp_path: Path) -> None:
+def test_objects_are_stored_unchanged_under_hashed_names(tmp_path: Path) -> None:
     jpeg_2000 = "1.2.840.10008.1.2.4.90"
     identity = {"StudyInstanceUID": STUDY, "SeriesInstanceUID": f"{STUDY}.1"}
     sent = {
@@ -120,10 +120,10 @@ def test_objects_are_stored_as_they_came_under_names_that_are_hashes(tmp_path: P
         assert stored.file_meta.MediaStorageSOPInstanceUID == uid
         first = bytes.fromhex("00080008" if uid == "1.3" else "08000800")  # Image Type
         assert path.read_bytes().endswith(content[content.index(first) :])
-        assert path.stat().st_mode & 0o007 == 0, "others may not read it"
+        assert path.stat().st_mode & 0o007 == 0, "other users cannot read it"
 
 
-def test_a_study_is_seen_when_it_has_been_quiet_and_what_comes_later_is_a_round(
+def test_a_quiet_study_is_listed_and_later_objects_are_another_round(
     tmp_path: Path,
 ) -> None:
     with run(tmp_path, quiet_s=1.0) as receiver:
@@ -147,7 +147,7 @@ def test_a_study_is_seen_when_it_has_been_quiet_and_what_comes_later_is_a_round(
     assert sum(line.startswith("finished") for line in receiver.printed) == 4
 
 
-def test_a_clock_that_was_put_back_does_not_hold_a_study(tmp_path: Path) -> None:
+def test_a_clock_that_was_set_back_does_not_delay_a_study(tmp_path: Path) -> None:
     with run(tmp_path, quiet_s=LONG_S) as receiver:
         send(receiver.port, make_slice(0))
         (folder,) = [path.parent for path in receiver.list_receiving()]
@@ -156,10 +156,10 @@ def test_a_clock_that_was_put_back_does_not_hold_a_study(tmp_path: Path) -> None
         receiver.wait_for_files(1)
 
 
-# ---- who may send, and what ----------------------------------------------------------------------
+# ---- access and limits ---------------------------------------------------------------------------
 
 
-def test_only_known_senders_that_know_the_receiver_are_let_in(tmp_path: Path) -> None:
+def test_only_known_calling_and_called_ae_titles_are_accepted(tmp_path: Path) -> None:
     with run(tmp_path, calling_ae_titles=("PACS", "MR1")) as receiver:
         assert echo(receiver.port) == 0
         assert echo(receiver.port, calling="MR1") == 0
@@ -183,9 +183,7 @@ def test_only_known_senders_that_know_the_receiver_are_let_in(tmp_path: Path) ->
         ({"any_caller": True, "tls_client_ca": "x"}, "--tls-cert and --tls-key together"),
     ],
 )
-def test_options_that_cannot_be_meant_are_refused(
-    options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         ReceiveJob(inbox_path=tmp_path, **options)
 
@@ -198,14 +196,14 @@ def test_options_that_cannot_be_meant_are_refused(
         ({"tls_cert": "/nowhere", "tls_key": "/nowhere"}, "Cannot use --tls-cert"),
     ],
 )
-def test_what_cannot_be_used_is_said_at_once(
+def test_unusable_options_are_an_error_at_the_start(
     options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message), run(tmp_path, **options):
         pass
 
 
-def test_an_inbox_has_one_receiver_and_one_key(tmp_path: Path) -> None:
+def test_an_inbox_has_only_one_receiver_and_one_key(tmp_path: Path) -> None:
     with run(tmp_path), pytest.raises(ConfigError, match="Another receiver"), run(tmp_path):
         pass
     (tmp_path / "other").mkdir()
@@ -221,7 +219,7 @@ def test_an_inbox_has_one_receiver_and_one_key(tmp_path: Path) -> None:
         pass
 
 
-def test_objects_that_are_no_mr_images_are_taken_where_asked_for(tmp_path: Path) -> None:
+def test_objects_other_than_mr_images_are_accepted_only_on_request(tmp_path: Path) -> None:
     ct = make_slice(0, SOPClassUID="1.2.840.10008.5.1.4.1.1.2", Modality="CT")
     with run(tmp_path) as receiver:
         assert send(receiver.port, ct) is None
@@ -237,17 +235,17 @@ def test_an_object_without_its_uids_is_refused(tmp_path: Path) -> None:
         assert send(receiver.port, make_slice(0)) == [0]
 
 
-def test_an_object_that_is_too_large_ends_its_association_alone(tmp_path: Path) -> None:
+def test_an_object_that_is_too_large_ends_only_its_own_association(tmp_path: Path) -> None:
     large = make_slice(1, pixels=np.zeros((600, 600), np.uint16))
     with run(tmp_path, max_object_bytes=100_000) as receiver:
         assert send(receiver.port, make_slice(0), large, make_slice(2))[:2] == [0, -1]  # type: ignore[index]
         many = [make_slice(number) for number in range(3, 20)]
-        assert send(receiver.port, *many) == [0] * 17, "together they are larger"
+        assert send(receiver.port, *many) == [0] * 17, "the limit is for one object"
         assert len(receiver.list_receiving()) == 18
         assert sum("larger than --max-object-bytes" in line for line in receiver.printed) == 1
 
 
-def test_a_disk_that_is_full_refuses_objects_and_keeps_none_half_written(
+def test_objects_are_refused_on_a_full_disk_and_leave_no_partial_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with run(tmp_path, min_free_bytes=2**60) as receiver:
@@ -271,32 +269,32 @@ def test_associations_are_limited(tmp_path: Path) -> None:
     entity = AE("PACS")
     entity.add_requested_context("1.2.840.10008.1.1")
     with run(tmp_path, max_associations=2) as receiver:
-        where = ("127.0.0.1", receiver.port)
-        held = [entity.associate(*where, ae_title="BRAINRAY") for _ in range(2)]
-        assert all(one.is_established for one in held)
+        address = ("127.0.0.1", receiver.port)
+        established = [entity.associate(*address, ae_title="BRAINRAY") for _ in range(2)]
+        assert all(one.is_established for one in established)
         assert echo(receiver.port) is None
-        for one in held:
+        for one in established:
             one.release()
         deadline = time.monotonic() + LONG_S
-        while echo(receiver.port) != 0:  # the two are still being cleared away
+        while echo(receiver.port) != 0:  # the two may not be closed yet
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
 
-def test_a_peer_that_says_nothing_or_half_of_something_holds_up_nobody(tmp_path: Path) -> None:
+def test_an_idle_peer_or_a_partial_request_blocks_no_other_peer(tmp_path: Path) -> None:
     with run(tmp_path) as receiver:
-        where = ("127.0.0.1", receiver.port)
-        with socket.create_connection(where), socket.create_connection(where) as half:
-            half.sendall(b"\x01\x00\x00\x00\x01\x00half a request")
+        address = ("127.0.0.1", receiver.port)
+        with socket.create_connection(address), socket.create_connection(address) as partial:
+            partial.sendall(b"\x01\x00\x00\x00\x01\x00half a request")
             assert echo(receiver.port) == 0
             assert send(receiver.port, make_slice(0)) == [0]
     with ExitStack() as peers:
         with run(tmp_path) as receiver:
-            half = peers.enter_context(socket.create_connection(("127.0.0.1", receiver.port)))
-            half.sendall(b"\x01\x00")
+            partial = peers.enter_context(socket.create_connection(("127.0.0.1", receiver.port)))
+            partial.sendall(b"\x01\x00")
             time.sleep(0.5)
             ended = time.monotonic()
-        assert time.monotonic() - ended < 5, "it waits for nobody at its end"
+        assert time.monotonic() - ended < 5, "shutdown does not wait for peers"
 
 
 def test_tls_with_certificates_of_both_sides(tmp_path: Path) -> None:
@@ -304,10 +302,10 @@ def test_tls_with_certificates_of_both_sides(tmp_path: Path) -> None:
     client = ssl.create_default_context(cafile=str(certificate))
     options = {"tls_cert": str(certificate), "tls_key": str(key)}
     with run(tmp_path, **options) as receiver:
-        silent = socket.create_connection(("127.0.0.1", receiver.port))
+        idle = socket.create_connection(("127.0.0.1", receiver.port))
         assert send(receiver.port, make_slice(0), tls=client) == [0]
         assert send(receiver.port, make_slice(0)) is None, "without TLS"
-        silent.close()
+        idle.close()
     with run(tmp_path, tls_client_ca=str(certificate), **options) as receiver:
         assert send(receiver.port, make_slice(1), tls=client) in (None, [-1])
         client.load_cert_chain(certificate, key)
@@ -315,10 +313,10 @@ def test_tls_with_certificates_of_both_sides(tmp_path: Path) -> None:
         assert len(receiver.list_receiving()) == 2
 
 
-# ---- nobody is named -----------------------------------------------------------------------------
+# ---- identifiers ---------------------------------------------------------------------------------
 
 
-def test_no_log_and_no_name_of_a_file_identifies_a_patient(
+def test_no_log_line_and_no_file_name_identifies_a_patient(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -337,7 +335,7 @@ def test_no_log_and_no_name_of_a_file_identifies_a_patient(
     assert find_tokens("\n".join(str(path) for path in receiver.inbox.rglob("*"))) == []
 
 
-# ---- killed at any time --------------------------------------------------------------------------
+# ---- kills ---------------------------------------------------------------------------------------
 
 
 def start(inbox: Path, port: int, quiet_s: float) -> subprocess.Popen[str]:
@@ -358,7 +356,7 @@ def start(inbox: Path, port: int, quiet_s: float) -> subprocess.Popen[str]:
 
 
 @pytest.mark.heavy
-def test_sigterm_ends_it_and_another_goes_on(tmp_path: Path) -> None:
+def test_sigterm_stops_a_receiver_and_the_next_one_continues(tmp_path: Path) -> None:
     port = find_free_port()
     process = start(tmp_path / "inbox", port, LONG_S)
     assert send(port, make_slice(0)) == [0]
@@ -377,41 +375,47 @@ def test_sigterm_ends_it_and_another_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ten_kills_lose_nothing_that_was_acknowledged_and_double_nothing(tmp_path: Path) -> None:
+def test_ten_kills_lose_no_acknowledged_object_and_duplicate_none(tmp_path: Path) -> None:
     inbox, port = tmp_path / "inbox", find_free_port()
-    slices = [make_slice(number, study=f"{STUDY}.{number % 7}") for number in range(140)]
+    studies = [f"{STUDY}.{number % 7}" for number in range(140)]
+    slices = [make_slice(number, study=study) for number, study in enumerate(studies)]
+    uids = [f"{study}.1.{number}" for number, study in enumerate(studies)]
+
+    def read_uids() -> list[str]:
+        files = list_scans([str(inbox)])["uri"].to_pylist()
+        return [str(pydicom.dcmread(file).SOPInstanceUID) for file in files]
+
     acknowledged: set[int] = set()
-    moments = random.Random()
+    rng = random.Random()
     for _ in range(10):
         process = start(inbox, port, 0.3)
-        killer = threading.Timer(moments.uniform(0.05, 2.0), process.kill)
-        killer.start()
-        chosen = moments.sample(range(140), 60)
+        timer = threading.Timer(rng.uniform(0.05, 2.0), process.kill)
+        timer.start()
+        chosen = rng.sample(range(140), 60)
         statuses = send(port, *(slices[number] for number in chosen)) or []
         acknowledged |= {chosen[at] for at, status in enumerate(statuses) if status == 0}
-        killer.join()
+        timer.join()
         process.communicate()
         for file in list_scans([str(inbox)])["uri"].to_pylist():
-            pydicom.dcmread(file).pixel_array  # noqa: B018 - it is whole
+            pydicom.dcmread(file).pixel_array  # noqa: B018 - raises if the file is incomplete
     process = start(inbox, port, 0.3)
     assert acknowledged
-    assert send(port, *slices) == [0] * 140
     deadline = time.monotonic() + LONG_S
+    while not {uids[number] for number in acknowledged} <= set(read_uids()):
+        assert time.monotonic() < deadline, "an acknowledged object is lost"
+        time.sleep(0.1)
+    assert send(port, *slices) == [0] * 140
     while list_scans([str(inbox)]).num_rows < 140:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     time.sleep(2)
     process.kill()
     process.communicate()
-    found = [
-        str(pydicom.dcmread(file).SOPInstanceUID)
-        for file in list_scans([str(inbox)])["uri"].to_pylist()
-    ]
-    assert len(found) == len(set(found)) == 140
+    assert sorted(read_uids()) == sorted(uids)
     assert list((inbox / ".receiving" / ".partial").iterdir()) == []
 
 
-def test_what_a_killed_receiver_left_half_written_is_never_seen(tmp_path: Path) -> None:
+def test_partial_files_of_a_killed_receiver_are_never_listed(tmp_path: Path) -> None:
     with run(tmp_path) as receiver:
         send(receiver.port, make_slice(0))
         partial = receiver.inbox / ".receiving" / inbox_module.PARTIAL_FOLDER / ".x.partial"

@@ -149,7 +149,7 @@ def inputs(full_inputs: dict[str, Any]) -> dict[str, Any]:
     return copy.deepcopy(full_inputs)
 
 
-def test_whole_page_is_balanced_and_in_order(inputs: dict[str, Any]) -> None:
+def test_the_full_page_is_balanced_and_in_order(inputs: dict[str, Any]) -> None:
     page = Page(render_evaluation_report(**inputs))
     assert [heading[3:] for heading in page.headings if heading.startswith("h2")] == [
         "Accuracy on the test set",
@@ -172,7 +172,7 @@ def test_whole_page_is_balanced_and_in_order(inputs: dict[str, Any]) -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_page_loads_nothing(inputs: dict[str, Any]) -> None:
+def test_the_page_loads_no_external_resource(inputs: dict[str, Any]) -> None:
     html = render_evaluation_report(**inputs)
     page = Page(html)
     for tag, attrs in page.tags:
@@ -187,7 +187,7 @@ def test_page_loads_nothing(inputs: dict[str, Any]) -> None:
     assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
 
-def test_headline_sets_three_accuracies_side_by_side(inputs: dict[str, Any]) -> None:
+def test_the_headline_shows_three_accuracies(inputs: dict[str, Any]) -> None:
     test = inputs["metrics"]["test"]
     text = Page(render_evaluation_report(**inputs)).text
     headline = text[text.index("look alike") : text.index("Training values")]
@@ -199,7 +199,9 @@ def test_headline_sets_three_accuracies_side_by_side(inputs: dict[str, Any]) -> 
     assert "correlation of 0.995 or more" in headline
 
 
-def test_cross_validation_shows_its_folds_and_no_interval_from_them(inputs: dict[str, Any]) -> None:
+def test_cross_validation_shows_its_folds_without_an_interval_over_them(
+    inputs: dict[str, Any],
+) -> None:
     metrics = inputs["metrics"]
     metrics["cv"], inputs["curves"] = metrics.pop("test"), {"cv": inputs["curves"]["test"]}
     del metrics["val"], metrics["training"]
@@ -257,7 +259,7 @@ def test_confusion_shows_counts_and_row_shares(inputs: dict[str, Any]) -> None:
     assert f'style="--share: 0.0%">0<small>{DASH}</small>' in html  # a class with no scan
 
 
-def test_learning_curves_survive_resumes_and_divergence(inputs: dict[str, Any]) -> None:
+def test_learning_curves_of_resumed_and_diverged_runs_are_drawn(inputs: dict[str, Any]) -> None:
     inputs["epochs"][1]["train_loss"] = float("nan")
     inputs["epochs"] += [{**inputs["epochs"][3], "val_accuracy": 0.4321}]
     html = render_evaluation_report(**inputs)
@@ -269,7 +271,7 @@ def test_learning_curves_survive_resumes_and_divergence(inputs: dict[str, Any]) 
     Page(render_evaluation_report(**inputs))
 
 
-def test_perfect_accuracy_stays_on_an_axis_that_ends_at_one(inputs: dict[str, Any]) -> None:
+def test_the_axis_of_a_perfect_accuracy_ends_at_one(inputs: dict[str, Any]) -> None:
     for record in inputs["epochs"]:
         record["train_accuracy"] = record["val_accuracy"] = 1.0
     html = render_evaluation_report(**inputs)
@@ -290,7 +292,9 @@ def test_perfect_accuracy_stays_on_an_axis_that_ends_at_one(inputs: dict[str, An
         ("鬼 é.png", "鬼 é.png"),
     ],
 )
-def test_paths_cannot_harm_or_mislead(inputs: dict[str, Any], path: str, shown: str) -> None:
+def test_paths_are_escaped_and_made_printable(
+    inputs: dict[str, Any], path: str, shown: str
+) -> None:
     inputs["mistakes"] = [build_mistake(path)]
     inputs["facts"] = {"Data": path}
     inputs["configuration"] = {path: path}
@@ -329,7 +333,7 @@ def test_a_report_without_mistakes_says_so(inputs: dict[str, Any]) -> None:
     assert not page.find("img")
 
 
-def test_evaluation_alone(inputs: dict[str, Any]) -> None:
+def test_a_report_without_training_has_no_training_sections(inputs: dict[str, Any]) -> None:
     y_true, y_prob = build_predictions(60, 5)
     evaluation = compute_evaluation(y_true, y_prob, CLASSES, num_resamples=0)
     page = Page(
@@ -405,7 +409,7 @@ def test_configuration_and_rejections_are_listed(inputs: dict[str, Any]) -> None
     assert "too_small 3 0" in page.text  # test, validation
 
 
-def test_formats() -> None:
+def test_numbers_and_text_are_formatted() -> None:
     assert format_number(-0.01234) == "\N{MINUS SIGN}0.012"
     assert format_number(1311) == "1,311"
     assert format_number(None) == format_number(float("nan")) == format_percent(None) == DASH
@@ -433,7 +437,7 @@ def test_axis_has_round_ticks_that_cover_the_range(
     assert (axis.low, axis.high) == (axis.ticks[0], axis.ticks[-1])
 
 
-def test_points_land_where_the_axes_say() -> None:
+def test_points_are_projected_by_the_axes() -> None:
     chart = charts.Chart("", charts.build_axis(0, 10), charts.build_axis(0, 1))
     assert chart.project(0, 0) == (0, chart.height)
     assert chart.project(5, 1) == (chart.width / 2, 0)
@@ -443,7 +447,7 @@ def test_points_land_where_the_axes_say() -> None:
     ]
 
 
-def test_inset_only_where_every_curve_reaches_the_corner() -> None:
+def test_an_inset_is_drawn_only_if_every_curve_reaches_the_corner() -> None:
     good = [(0.0, 0.0), (0.02, 0.97), (1.0, 1.0)]
     poor = [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)]
 

@@ -1,4 +1,4 @@
-"""The robustness table: known scores of a simple engine."""
+"""The robustness table, tested with a simple engine whose scores are known."""
 
 import json
 
@@ -22,7 +22,7 @@ PREPROCESSING = Preprocessing(size_px=32)
 
 
 class BrightnessEngine:
-    """Calls an image bright where its mean is over 64: with 0.95, but 0.6 under a mean of 100."""
+    """Predicts by mean grey: over 100 bright with 0.95, over 64 bright with 0.6, else dark."""
 
     def predict(self, images: NDArray[np.uint8]) -> Prediction:
         assert images.shape[1:] == (32, 32)
@@ -37,7 +37,7 @@ class BrightnessEngine:
 
 
 def draw_scans() -> tuple[list[NDArray[np.uint8]], list[int]]:
-    """Draw 75 scans of one grey each, of three sizes: 50 dark, 25 bright."""
+    """Draw 75 uniform scans of three sizes: 50 dark, 25 bright."""
     greys, labels = [40] * 50 + [120] * 25, [0] * 50 + [1] * 25
     sizes = [(40, 40), (64, 48), (100, 120)]
     scans = [np.full(sizes[i % 3], grey, np.uint8) for i, grey in enumerate(greys)]
@@ -49,7 +49,7 @@ def measure(**options: int) -> dict[str, object]:
     return measure_robustness(BrightnessEngine(), PREPROCESSING, CLASSES, scans, labels, **options)
 
 
-def test_known_scores() -> None:
+def test_scores_of_known_predictions_are_exact() -> None:
     found = measure()
     plain = found["plain"]
     assert plain == {
@@ -62,20 +62,20 @@ def test_known_scores() -> None:
     }
     shifts = found["shifts"]
     assert set(shifts) == set(SHIFTS)
-    for name in ("blur", "downsampled", "stretched", "tighter_crop"):  # keep a grey as it is
+    for name in ("blur", "downsampled", "stretched", "tighter_crop"):  # keep grey levels
         assert shifts[name] == plain
-    # Half as bright, 120 is 60: dark with 0.95, and wrong.
+    # Half as bright, 120 becomes 60: predicted dark with 0.95, which is wrong.
     assert shifts["gain_dark"]["accuracy"] == pytest.approx(2 / 3)
     assert shifts["gain_dark"]["relative_accuracy"] == pytest.approx(2 / 3)
     assert shifts["gain_dark"]["confidently_wrong"] == pytest.approx(1 / 3)
     assert shifts["gain_dark"]["ece"] == pytest.approx(0.95 - 2 / 3, abs=1e-6)
-    # 255 (40 / 255) ** 0.6 = 84: bright with 0.6, which is wrong, and abstained on.
+    # 255 (40 / 255) ** 0.6 = 84: predicted bright with 0.6, which is wrong, but abstained.
     assert shifts["gamma_bright"]["accuracy"] == pytest.approx(1 / 3)
     assert shifts["gamma_bright"]["confidently_wrong"] == 0
     assert shifts["gamma_bright"]["abstained"] == pytest.approx(2 / 3)
-    # 215 and 135: every dark scan is bright with 0.95.
+    # 215 and 135: every dark scan is predicted bright with 0.95.
     assert shifts["inverted"]["confidently_wrong"] == pytest.approx(2 / 3)
-    # 12 bits of 16 are a sixteenth as bright: 2 and 7 of 255, dark with 0.95, none of them 0.
+    # 12 bits of 16 are a sixteenth as bright: 2 and 7 of 255, dark with 0.95, and neither is 0.
     assert shifts["export_16_bit"]["accuracy"] == pytest.approx(2 / 3)
     assert shifts["export_16_bit"]["rejected"] == 0
 
@@ -115,7 +115,7 @@ def test_scores_count_statuses_over_all_images() -> None:
     reasons = [None, LOW_CONFIDENCE, UNLIKE_TRAINING, None, None]
     scores = score_predictions([0, 1, 1, 1, 1], np.stack([first, 1 - first], 1), reasons, CLASSES)
     assert scores["accuracy"] == pytest.approx(0.4)
-    # The fourth: the third is rejected, the fifth is wrong with less than 0.9.
+    # Only the fourth: the third is rejected, and the fifth is wrong with less than 0.9.
     assert scores["confidently_wrong"] == pytest.approx(0.2)
     assert (scores["abstained"], scores["rejected"]) == pytest.approx((0.2, 0.2))
 

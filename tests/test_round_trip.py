@@ -1,7 +1,7 @@
-"""From a PACS and back into it, with every process killed on the way: nothing lost, nothing twice.
+"""From a PACS and back, with every process killed on the way: nothing is lost or duplicated.
 
-Orthanc is the PACS. It sends series by C-STORE to `brainray receive`, the bulk job classifies what
-is finished, the results go back by STOW-RS, and QIDO-RS finds them in the study that they are of.
+Orthanc is the PACS. It sends series by C-STORE to `brainray receive`, the bulk job classifies the
+finished files, STOW-RS stores the results in the PACS, and QIDO-RS finds them in their study.
 """
 
 import io
@@ -117,7 +117,7 @@ def start_receiver(orthanc: Orthanc, inbox: Path) -> subprocess.Popen[str]:
 
 
 def start_classify(scans_uri: object, classifier: Path, output: Path) -> subprocess.Popen[str]:
-    # The bulk job with an engine that needs no network: `brainray classify` in all else.
+    # `brainray classify` with a fake engine, which needs no network.
     words = ("--scans-uri", scans_uri, "--classifier-uri", classifier, "--output-uri", output)
     return start("tests.fakes", *words, "--explain")
 
@@ -132,11 +132,11 @@ def check_predictions(output: Path) -> None:
     assert {row["status"] for row in rows} <= {"classified", "abstained"}
     counts = Counter(row["sop_instance"] for row in rows)
     assert len(counts) == NUM_SOURCES
-    assert set(counts.values()) == {1}, "an answer twice"
+    assert set(counts.values()) == {1}, "a slice has two rows"
 
 
 def check_results(orthanc: Orthanc) -> None:
-    """Check that each series has one object of each kind, in its study and of its patient."""
+    """Check that each series has one result of each kind, with its study and its patient."""
     instances = orthanc.read_instances()
     found = Counter((str(one.StudyInstanceUID), str(one.Modality)) for one in instances)
     assert found == {
@@ -152,14 +152,14 @@ def check_results(orthanc: Orthanc) -> None:
         assert pacs.has(str(one.StudyInstanceUID), str(one.SOPInstanceUID))
     sources = {str(one.SOPInstanceUID): one for one in instances if one.Modality == "MR"}
     first = pydicom.dcmread(io.BytesIO(make_slice(STUDIES[0], 1, 0)))
-    assert sources[f"{STUDIES[0]}.1.0"] == first, "sources are unchanged"
+    assert sources[f"{STUDIES[0]}.1.0"] == first, "the sources are unchanged"
 
 
 def test_series_come_by_c_store_and_their_results_go_back(
     orthanc: Orthanc, tiny_classifier: Path, tmp_path: Path
 ) -> None:
     inbox, output = tmp_path / "inbox", tmp_path / "out"
-    moments = random.Random()
+    rng = random.Random()
     orthanc.kill()
     orthanc.start()
     assert len(orthanc.get("instances")) == NUM_SOURCES
@@ -167,8 +167,8 @@ def test_series_come_by_c_store_and_their_results_go_back(
     for _ in range(3):
         receiver = start_receiver(orthanc, inbox)
         names = orthanc.get("instances")
-        orthanc.send(*moments.sample(names, moments.randint(1, len(names))))
-        kill_after(moments.uniform(0.0, 3.0), receiver)
+        orthanc.send(*rng.sample(names, rng.randint(1, len(names))))
+        kill_after(rng.uniform(0.0, 3.0), receiver)
     receiver = start_receiver(orthanc, inbox)
     while not orthanc.send(*orthanc.get("instances")):
         time.sleep(0.5)
@@ -177,16 +177,16 @@ def test_series_come_by_c_store_and_their_results_go_back(
         assert time.monotonic() < deadline
         time.sleep(0.2)
     kill_after(3.0, receiver)
-    assert list_scans([str(inbox)]).num_rows == NUM_SOURCES, "an object twice"
+    assert list_scans([str(inbox)]).num_rows == NUM_SOURCES, "an object was stored twice"
 
     for _ in range(2):
-        kill_after(moments.uniform(2.0, 40.0), start_classify(inbox, tiny_classifier, output))
+        kill_after(rng.uniform(2.0, 40.0), start_classify(inbox, tiny_classifier, output))
     finish(start_classify(inbox, tiny_classifier, output))
     check_predictions(output)
 
-    kill_after(moments.uniform(2.0, 15.0), start_report(inbox, output, orthanc))
+    kill_after(rng.uniform(2.0, 15.0), start_report(inbox, output, orthanc))
     report = start_report(inbox, output, orthanc)
-    time.sleep(moments.uniform(2.0, 15.0))
+    time.sleep(rng.uniform(2.0, 15.0))
     orthanc.kill()
     report.kill()
     report.communicate()
@@ -202,9 +202,9 @@ def test_series_are_fetched_by_dicomweb_and_their_results_go_back(
 ) -> None:
     output = tmp_path / "out"
     scans_uri = f"dicomweb+{orthanc.root}/studies?PatientID=patient-7&Modality=MR"
-    moments = random.Random()
+    rng = random.Random()
     job = start_classify(scans_uri, tiny_classifier, output)
-    time.sleep(moments.uniform(2.0, 40.0))
+    time.sleep(rng.uniform(2.0, 40.0))
     orthanc.kill()
     job.kill()
     job.communicate()
@@ -212,13 +212,13 @@ def test_series_are_fetched_by_dicomweb_and_their_results_go_back(
     finish(start_classify(scans_uri, tiny_classifier, output))
     finish(start_report(scans_uri, output, orthanc))
     check_results(orthanc)
-    # What was sent back is no scan: the next run has nothing to do.
+    # The stored results are not scans, so the next run has nothing to do.
     output_text = finish(start_classify(scans_uri, tiny_classifier, output))
     assert "0 new" in output_text, output_text
-    answers = Counter(
+    counts = Counter(
         row["sop_instance"]
         for row in pq.read_table(output / "predictions").to_pylist()
         if row["reason"] not in ("missing", "unreadable")
     )
-    assert len(answers) == NUM_SOURCES
-    assert set(answers.values()) == {1}
+    assert len(counts) == NUM_SOURCES
+    assert set(counts.values()) == {1}

@@ -1,4 +1,4 @@
-"""What a run says: durations at their borders, records on disk, an epoch in one line."""
+"""Run logs: the format of durations, records on disk, and the line of an epoch."""
 
 from pathlib import Path
 
@@ -41,11 +41,11 @@ EPOCH = {
         (90000, "25 h 00 min"),
     ],
 )
-def test_format_duration_at_its_borders(seconds: float, words: str) -> None:
+def test_durations_are_formatted_at_the_limits_of_units(seconds: float, words: str) -> None:
     assert runlog.format_duration(seconds) == words
 
 
-def test_records_round_trip_one_line_each(tmp_path: Path) -> None:
+def test_records_round_trip_with_one_line_each(tmp_path: Path) -> None:
     uri = str(tmp_path / "metrics.jsonl")
     records: list[runlog.Record] = [EPOCH, {"note": "line\nbreak \u2028 größe", "none": None}]
     runlog.write_records(uri, records)
@@ -55,7 +55,7 @@ def test_records_round_trip_one_line_each(tmp_path: Path) -> None:
     assert runlog.read_records(uri) == records[:1]
 
 
-def test_no_records_yet(tmp_path: Path) -> None:
+def test_a_missing_file_has_no_records_and_empty_lines_are_ignored(tmp_path: Path) -> None:
     assert runlog.read_records(str(tmp_path / "metrics.jsonl")) == []
     (tmp_path / "metrics.jsonl").write_text('\n{"epoch": 0}\n\n')
     assert runlog.read_records(str(tmp_path / "metrics.jsonl")) == [{"epoch": 0}]
@@ -70,7 +70,7 @@ def test_nan_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     assert not Path(uri).exists()
 
 
-def test_format_epoch_says_it_in_one_line() -> None:
+def test_an_epoch_is_formatted_as_one_line() -> None:
     assert runlog.format_epoch(EPOCH) == (
         "epoch   3/30   96 px  train loss 0.512 acc 81.2%  val loss 0.420 acc 90.6% "
         "F1 0.901 AUROC 0.9877  123 images/s  left 3 min 20 s *"

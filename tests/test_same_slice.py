@@ -1,4 +1,4 @@
-"""The same slice gives the same answer as DICOM, NIfTI or picture."""
+"""The same slice gives the same prediction as DICOM, NIfTI or picture."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +20,8 @@ from tests.dicom_files import compress, make_compressed, make_mr
 from tests.same_slice import Slice, make_copies, make_nifti, reduce_to_8_bits
 
 PERCENTILE = preprocess(224)
-NOT_WHOLE = ("DICOM with slope", "DICOM enhanced", "NIfTI with slope")
-"""Copies whose rescaled samples are no whole numbers: they are rounded to 16 bits."""
+NON_INTEGER = ("DICOM with slope", "DICOM enhanced", "NIfTI with slope")
+"""Copies whose rescaled samples are not integers, and are rounded to 16 bits."""
 
 
 def load_brain() -> list[Slice]:
@@ -36,7 +36,7 @@ def load_brain() -> list[Slice]:
 
 
 def load_scans(folder: Path) -> list[Slice]:
-    """Return a scan of each class, with the noise that 8 bits have lost."""
+    """Return a 12-bit scan of each class: an 8-bit image, with noise below its resolution."""
     rng = np.random.default_rng(0)
     scans = []
     for label in CLASSES:
@@ -60,7 +60,7 @@ def open_all(content: bytes, preprocessing: Preprocessing) -> list[NDArray[np.ui
 
 
 def find_difference(content: bytes, pixels: Slice) -> int:
-    """Return the largest difference of network input from that of the samples themselves."""
+    """Return the largest difference between the network input of a file and of its samples."""
     expected = open_samples(pixels, PERCENTILE).image.astype(int)
     return max(int(np.abs(one - expected).max()) for one in open_all(content, PERCENTILE))
 
@@ -68,17 +68,17 @@ def find_difference(content: bytes, pixels: Slice) -> int:
 # ---- grey levels ---------------------------------------------------------------------------------
 
 
-def test_files_of_one_slice_give_one_input(slices: list[Slice]) -> None:
+def test_all_files_of_a_slice_give_the_same_network_input(slices: list[Slice]) -> None:
     for pixels in slices:
         for name, content in make_copies(pixels).items():
-            most = 1 if name in NOT_WHOLE else 0
-            assert find_difference(content, pixels) <= most, name
+            tolerance = 1 if name in NON_INTEGER else 0
+            assert find_difference(content, pixels) <= tolerance, name
 
 
-def test_eight_bits_cost_what_rounding_costs(slices: list[Slice]) -> None:
-    """Half a level at the pixel and at the ends of the head's range, stretched; and the rounding.
+def test_an_8_bit_export_differs_only_by_rounding(slices: list[Slice]) -> None:
+    """Bound: half a level at the pixel and at the ends of the head's range, stretched; plus one.
 
-    The darker the head is beside the slice's brightest pixel, the farther its range is stretched.
+    The darker the head compared with the slice's brightest pixel, the more its range is stretched.
     """
     for pixels in slices:
         export = reduce_to_8_bits(pixels)
@@ -87,8 +87,8 @@ def test_eight_bits_cost_what_rounding_costs(slices: list[Slice]) -> None:
         assert 0 < find_difference(export, pixels) <= 255 / (high - low) + 1
 
 
-def test_a_hot_pixel_costs_no_depth(slices: list[Slice]) -> None:
-    """Nine tenths of 16 bits are then empty; percentiles are exact all the same."""
+def test_a_hot_pixel_does_not_reduce_the_depth(slices: list[Slice]) -> None:
+    """Nine tenths of the 16-bit range are then unused, but percentiles are still exact."""
     for pixels in slices:
         hot = pixels.copy()
         hot[3, 3] = 65_000
@@ -117,7 +117,7 @@ def percentile_engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 def predict(
     engine: Engine, preprocessing: Preprocessing, contents: list[bytes]
 ) -> NDArray[np.float32]:
-    """Predict the first slice of each file by itself, so that no batch changes a sum's order."""
+    """Predict the first slice of each file in a batch of one, since batching reorders sums."""
     images = [open_all(content, preprocessing)[0] for content in contents]
     return np.concatenate([engine.predict(image[None]).probs for image in images])
 
@@ -130,8 +130,8 @@ def test_copies_of_a_slice_have_the_same_probabilities(
         copies = make_copies(pixels)
         probs = predict(percentile_engine, preprocess(64), list(copies.values()))
         for name, row in zip(copies, probs, strict=True):
-            most = 2e-3 if name in NOT_WHOLE else 1e-6
-            assert np.abs(row - probs[0]).max() <= most, name
+            tolerance = 2e-3 if name in NON_INTEGER else 1e-6
+            assert np.abs(row - probs[0]).max() <= tolerance, name
 
 
 @pytest.mark.heavy

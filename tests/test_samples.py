@@ -1,4 +1,4 @@
-"""Samples of a data set through the prediction stage, whatever happens to its processes."""
+"""The prediction stage on samples of a data set, also when one of its processes is lost."""
 
 import os
 from collections.abc import Callable
@@ -29,12 +29,12 @@ OPTIONS = EngineOptions(precision="fp32", num_threads=1)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, phantom_folder: Path) -> Path:
-    """Fill a folder with links to scans, which a test may cut."""
+    """Fill a folder with links to scans, which a test may remove."""
     folder = tmp_path_factory.mktemp("samples")
     for file in (phantom_folder / "Testing").rglob("*.*"):
-        place = folder / file.relative_to(phantom_folder / "Testing")
-        place.parent.mkdir(exist_ok=True)
-        place.symlink_to(file)
+        link = folder / file.relative_to(phantom_folder / "Testing")
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(file)
     return folder
 
 
@@ -58,28 +58,28 @@ def open_in_worker(classifier: Path) -> Engine:
     return open_engine(load_classifier(str(classifier)), OPTIONS)
 
 
-def open_and_die(classifier: Path, marker: Path, times: int) -> Engine:
-    """Open an engine that ends its process at the second block, so many times."""
+def open_engine_that_exits(classifier: Path, marker: Path, times: int) -> Engine:
+    """Open an engine that ends its process at the second block, ``times`` times."""
     engine = open_in_worker(classifier)
     calls, predict = iter(range(99)), engine.predict
 
-    def predict_or_die(*given: object) -> object:
+    def predict_or_exit(*given: object) -> object:
         if next(calls) == 2:  # the first call warms up
-            died = int(marker.read_text()) if marker.exists() else 0
-            if died < times:
-                marker.write_text(str(died + 1))
+            num_exits = int(marker.read_text()) if marker.exists() else 0
+            if num_exits < times:
+                marker.write_text(str(num_exits + 1))
                 os._exit(1)
         return predict(*given)  # type: ignore[arg-type]
 
-    engine.predict = predict_or_die  # type: ignore[method-assign,assignment]
+    engine.predict = predict_or_exit  # type: ignore[method-assign,assignment]
     return engine
 
 
-def refuse() -> Engine:
+def raise_config_error() -> Engine:
     raise ConfigError("This processor has no bf16 instructions.")
 
 
-def test_rows_come_in_the_order_asked_for(
+def test_rows_are_in_the_order_of_the_indices(
     data: PreparedData, tiny_classifier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(samples, "PART_ROWS", 5)
@@ -96,43 +96,43 @@ def test_rows_come_in_the_order_asked_for(
 
 
 @pytest.mark.slow
-def test_what_a_lost_process_leaves_is_begun_again(
+def test_the_part_of_a_lost_process_is_repeated(
     data: PreparedData, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(samples, "PART_ROWS", 8)
-    engine = partial(open_and_die, tiny_classifier, tmp_path / "died", 2)
+    engine = partial(open_engine_that_exits, tiny_classifier, tmp_path / "num_exits", 2)
     stage = build_stage(tiny_classifier, engine)
     rows, _ = predict_samples(stage, data.store, data.scans, np.arange(32))
-    assert (tmp_path / "died").read_text() == "2"
+    assert (tmp_path / "num_exits").read_text() == "2"
     assert rows["scan_uri"].to_pylist() == data.scans["scan_uri"].to_pylist()
 
 
-def test_what_an_engine_refuses_is_one_line_in_the_driver(
+def test_a_config_error_of_an_engine_is_one_line_in_the_driver(
     data: PreparedData, tiny_classifier: Path
 ) -> None:
-    stage = build_stage(tiny_classifier, refuse)
+    stage = build_stage(tiny_classifier, raise_config_error)
     with pytest.raises(ConfigError) as caught:
         predict_samples(stage, data.store, data.scans, np.arange(4))
     assert str(caught.value) == "This processor has no bf16 instructions."
 
 
-def test_a_file_that_has_vanished_is_said(
+def test_a_deleted_file_is_an_error_with_its_reason(
     folder: Path, tiny_classifier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("brainray.data.fingerprint.OBJECT_STORE_SHARE", 0.0)
     data = prepare(folder)
-    (gone,) = folder.glob(f"{data.found.samples['path'][3]}")
-    target = gone.readlink()
-    gone.unlink()
+    (link,) = folder.glob(f"{data.found.samples['path'][3]}")
+    target = link.readlink()
+    link.unlink()
     stage = build_stage(tiny_classifier, partial(open_in_worker, tiny_classifier))
     with pytest.raises(RejectedImage) as caught:
         predict_samples(stage, data.store, data.scans, np.arange(8))
-    gone.symlink_to(target)
+    link.symlink_to(target)
     assert caught.value.reason == "missing"
     assert "\n" not in str(caught.value)
 
 
-def test_rows_of_a_table_are_named_as_bulk_jobs_name_them(
+def test_rows_of_a_table_have_the_same_names_as_in_bulk_jobs(
     tmp_path: Path, phantom_folder: Path
 ) -> None:
     files = sorted((phantom_folder / "Testing").rglob("*.jpg"))

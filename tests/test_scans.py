@@ -1,4 +1,4 @@
-"""Listing scans: every visible file of every URI, once, and its name."""
+"""Listing scans: every visible file of every URI, once, with its name."""
 
 import itertools
 import os
@@ -85,7 +85,7 @@ def test_a_folder_gives_every_visible_file_below_it(tmp_path: Path) -> None:
         assert (row["row_group"], row["row"], row["reason"]) == (-1, -1, None)
 
 
-def test_hidden_files_are_counted_also_those_of_hidden_folders(tmp_path: Path) -> None:
+def test_hidden_files_and_files_of_hidden_folders_are_counted(tmp_path: Path) -> None:
     fill(tmp_path, ["a.jpg", ".hidden", "b/.cache/c.jpg", ".cache/d/e.jpg", "__MACOSX/f.parquet"])
     assert sum(piece.num_hidden for piece in list_pieces(tmp_path)) == 4
     assert list_uris(tmp_path) == [str(tmp_path / "a.jpg")]
@@ -103,7 +103,7 @@ def test_hard_names_are_found_and_read_again(tmp_path: Path) -> None:
     assert {read_named_scan(uri).decode() for uri in found} == set(HARD_NAMES)
 
 
-def test_a_name_that_is_not_utf8_gets_a_uri_that_is(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_gets_a_utf8_uri(tmp_path: Path) -> None:
     raw = os.fsencode(tmp_path) + b"/caf\xe9 100%.jpg"
     Path(os.fsdecode(raw)).write_bytes(b"pixels")
     (uri,) = list_uris(tmp_path)
@@ -120,7 +120,7 @@ def test_a_folder_whose_name_is_not_utf8_is_listed(tmp_path: Path) -> None:
     assert read_named_scan(uri) == b"deep/a.jpg"
 
 
-def test_the_output_is_left_out(tmp_path: Path) -> None:
+def test_the_output_folder_is_not_listed(tmp_path: Path) -> None:
     fill(tmp_path, ["a.jpg", "out/predictions/part.bin", "out.jpg", "outer/b.jpg"])
     found = list_scans([str(tmp_path)], leave_out=[str(tmp_path / "out")])
     assert {Path(uri).name for uri in found["uri"].to_pylist()} == {"a.jpg", "out.jpg", "b.jpg"}
@@ -128,7 +128,7 @@ def test_the_output_is_left_out(tmp_path: Path) -> None:
 
 @pytest.fixture
 def closed_folders(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have folders named `closed` refuse to be listed; root may list any other way."""
+    """Make listing a folder named `closed` fail; permissions would not stop root."""
     scan = os.scandir
 
     def refuse(folder: str) -> object:
@@ -146,7 +146,7 @@ def test_a_folder_that_cannot_be_listed_is_one_rejected_scan(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("closed_folders")
-def test_a_hidden_folder_that_cannot_be_listed_is_no_scan(tmp_path: Path) -> None:
+def test_a_hidden_folder_that_cannot_be_listed_is_ignored(tmp_path: Path) -> None:
     fill(tmp_path, [".closed/a.jpg", ".trash/closed/b.jpg", "c.jpg"])
     assert list_reasons(tmp_path) == {"c.jpg": None}
 
@@ -154,7 +154,7 @@ def test_a_hidden_folder_that_cannot_be_listed_is_no_scan(tmp_path: Path) -> Non
 # --------------------------------------------------------------------------------------- links
 
 
-def test_a_link_to_a_folder_elsewhere_is_followed_by_its_own_name(tmp_path: Path) -> None:
+def test_a_link_to_another_folder_is_followed_and_keeps_its_name(tmp_path: Path) -> None:
     fill(tmp_path, ["inbox/a.jpg", "elsewhere/deep/b.jpg"])
     (tmp_path / "inbox" / "linked").symlink_to(tmp_path / "elsewhere")
     assert set(list_uris(tmp_path / "inbox")) == {
@@ -200,7 +200,7 @@ def test_a_pipe_does_not_block_the_reader(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------- globs, files and lists
 
 
-def test_globs(tmp_path: Path) -> None:
+def test_globs_match_names_and_folders(tmp_path: Path) -> None:
     fill(tmp_path, ["a/1.jpg", "a/2.png", "b/deep/3.jpg", "b/4.jpg", "[x]/5.jpg", "a/.6.jpg"])
 
     def match(pattern: str) -> set[str]:
@@ -210,7 +210,7 @@ def test_globs(tmp_path: Path) -> None:
     assert match("**/*.jpg") == {"1.jpg", "3.jpg", "4.jpg", "5.jpg"}
     assert match("a/?.png") == {"2.png"}
     assert match("[ab]/*") == {"1.jpg", "2.png", "4.jpg"}
-    assert match("[x]/5.jpg") == {"5.jpg"}, "a file of that very name comes before a pattern"
+    assert match("[x]/5.jpg") == {"5.jpg"}, "an existing file takes precedence over a pattern"
     assert match("*.nothing") == set()
 
 
@@ -221,14 +221,14 @@ def test_a_glob_matches_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert uri.endswith("caf%E9.jpg")
 
 
-def test_a_scan_that_several_uris_name_is_listed_as_often(tmp_path: Path) -> None:
+def test_a_scan_that_several_uris_name_is_listed_for_each_of_them(tmp_path: Path) -> None:
     fill(tmp_path, ["a/1.jpg", "a/2.jpg", "b/3.jpg"])
     found = list_uris(tmp_path, tmp_path / "a", f"{tmp_path}/a/*.jpg", tmp_path / "a" / "1.jpg")
     assert len(found) == 3 + 2 + 2 + 1
     assert len(set(found)) == 3
 
 
-def test_lists(tmp_path: Path) -> None:
+def test_lists_are_text_or_csv(tmp_path: Path) -> None:
     fill(tmp_path, ["in/1.jpg", "in/2 and, comma.jpg", "in/new\nline.jpg"])
     (tmp_path / "list.txt").write_text(f"in/1.jpg\n\n{tmp_path}/in/gone.jpg\nin/1.jpg\n")
     first = f"{tmp_path}/in/1.jpg"
@@ -247,20 +247,20 @@ def test_lists(tmp_path: Path) -> None:
     assert listed["size_bytes"].null_count == listed["modified_ns"].null_count == 1
 
 
-def test_a_list_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+def test_a_list_that_is_not_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(b"caf\xe9.jpg\n")
     with pytest.raises(DataError, match=r"UTF-8 text in the list '.*list\.txt'"):
         list_uris(tmp_path / "list.txt")
-    assert list_reasons(tmp_path) == {"list.txt": None}, "within a folder it is a file"
+    assert list_reasons(tmp_path) == {"list.txt": None}, "in a folder it is listed as a file"
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere/*.jpg", "gone.jpg", "gone.txt"])
-def test_a_uri_with_nothing_there_is_an_error(tmp_path: Path, name: str) -> None:
+def test_a_uri_without_scans_is_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="No scans at"):
         list_uris(tmp_path / name)
 
 
-def test_what_vanishes_before_it_is_listed_is_missing(tmp_path: Path) -> None:
+def test_a_source_that_is_deleted_before_it_is_listed_is_missing(tmp_path: Path) -> None:
     fill(tmp_path, ["a.jpg", "folder/b.jpg"])
     sources = find_sources([str(tmp_path / "a.jpg"), str(tmp_path / "folder")])
     (tmp_path / "a.jpg").unlink()
@@ -292,7 +292,7 @@ def test_a_dicomdir_gives_the_files_that_it_references(tmp_path: Path) -> None:
     assert sorted(filter(None, list_reasons(disc / "DICOMDIR").values())) == ["missing"]
 
 
-def test_a_dicomdir_in_a_folder_is_no_scan_and_is_counted(tmp_path: Path) -> None:
+def test_a_dicomdir_in_a_folder_is_counted_and_is_not_a_scan(tmp_path: Path) -> None:
     shutil.copytree(DISC / "98892003", tmp_path / "98892003")
     shutil.copy(DISC / "DICOMDIR", tmp_path / "dicomdir")
     pieces = list_pieces(tmp_path)
@@ -301,7 +301,7 @@ def test_a_dicomdir_in_a_folder_is_no_scan_and_is_counted(tmp_path: Path) -> Non
     assert list_uris(f"{tmp_path}/*dir") == []
 
 
-def test_a_disc_that_is_mounted_in_lower_case_is_read(tmp_path: Path) -> None:
+def test_a_dicomdir_is_read_if_the_file_names_are_in_lower_case(tmp_path: Path) -> None:
     for file in DISC.rglob("*"):
         if file.is_file():
             target = tmp_path / str(file.relative_to(DISC)).lower()
@@ -325,7 +325,9 @@ def test_a_dicomdir_that_cannot_be_read_is_an_error_without_values(
 
 
 @pytest.mark.parametrize("parts", [["..", "secret"], ["/etc/passwd"], ["DOE", "."]])
-def test_a_dicomdir_does_not_lead_out_of_its_folder(tmp_path: Path, parts: list[str]) -> None:
+def test_a_dicomdir_cannot_reference_files_outside_its_folder(
+    tmp_path: Path, parts: list[str]
+) -> None:
     index = pydicom.dcmread(DISC / "DICOMDIR")
     index.DirectoryRecordSequence[-1].ReferencedFileID = parts
     index.save_as(tmp_path / "DICOMDIR")
@@ -355,12 +357,12 @@ def test_tables_give_a_scan_for_every_row(tmp_path: Path) -> None:
     assert found["size_bytes"].null_count == 10, "the table's size is not a scan's"
     time_ns = (tmp_path / "scans.parquet").stat().st_mtime_ns
     assert set(found["modified_ns"].to_pylist()) == {time_ns}
-    assert list_uris(tmp_path) == names, "a table within a folder is a table too"
+    assert list_uris(tmp_path) == names, "a table in a folder is expanded too"
     with pytest.raises(RejectedImage, match="missing"):
         read_named_scan(f"{tmp_path}/scans.parquet#row=10")
 
 
-def test_what_only_looks_like_a_table(tmp_path: Path) -> None:
+def test_a_parquet_file_without_scans_is_an_error_or_rejected_in_a_folder(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": [1]}), tmp_path / "other.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="image_bytes"):
@@ -401,15 +403,17 @@ def test_the_pieces_of_a_listing_give_every_scan_once(
     assert join_pieces(pieces).equals(list_scans([str(mixed_inbox)]).sort_by("scan_uri"))
 
 
-def test_a_task_that_has_listed_for_long_passes_the_other_folders_on(tmp_path: Path) -> None:
-    """Also if it has listed only hidden files or tables so far."""
+def test_a_task_over_its_time_limit_returns_the_remaining_folders(tmp_path: Path) -> None:
+    """The limit also applies if the task has listed only hidden files and tables so far."""
     fill(tmp_path, [f"{number}/{name}" for number in range(5) for name in (".h", "t.parquet")])
     (source,) = find_sources([str(tmp_path)])
     listing = list_source(source, max_seconds=0.0)
     assert [Path(rest.uri).name for rest in listing.rest] == ["4", "3", "2", "1", "0"]
 
 
-def test_a_table_is_cut_between_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_split_between_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_scans(tmp_path / "scans.parquet", 10, row_group_size=3)
     monkeypatch.setattr(scans_module, "MAX_ROWS_PER_TASK", 4)
     pieces = list_pieces(tmp_path / "scans.parquet")
@@ -427,7 +431,7 @@ def test_the_pieces_of_a_glob_match_below_the_same_folder(mixed_inbox: Path) -> 
     assert found == {f"{a}/d/{number}.jpg" for a in "abc" for number in range(3)}
 
 
-def test_reading_stops_beyond_the_limit(tmp_path: Path) -> None:
+def test_reading_stops_one_byte_after_the_limit(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(b"x" * 1000)
     assert len(storage.read_bytes(str(tmp_path / "large"), max_bytes=99)) == 100
     assert len(storage.read_bytes(str(tmp_path / "large"), max_bytes=1000)) == 1000

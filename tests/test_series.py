@@ -1,4 +1,4 @@
-"""Slice evidence: what each part of the rule does with rows made by hand."""
+"""Slice evidence: each part of the rule is tested with hand-made rows."""
 
 import random
 from typing import Any
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def make_row(index: int, glioma: float = 0.0, **columns: Any) -> Row:  # noqa: ANN401
-    """Make the row of an axial slice; the probability that is left is that of no tumour."""
+    """Make the row of an axial slice; the remaining probability is that of no tumour."""
     probs = {f"prob_{name}": 0.0 for name in CLASSES}
     probs["prob_glioma"], probs["prob_notumor"] = glioma, 1 - glioma
     row = {
@@ -47,7 +47,7 @@ def reject_row(row: Row, reason: str) -> Row:
 
 
 def summarise(slices: list[Row], **rule: Any) -> Row:  # noqa: ANN401
-    """Summarise rows in three orders, which must not matter."""
+    """Summarise rows, and check that two other orders of them give the same summary."""
     found = summarise_series(slices, CLASSES, SeriesRule(**rule))
     for seed in range(2):
         mixed = random.Random(seed).sample(slices, len(slices))
@@ -68,7 +68,7 @@ def test_a_run_of_strong_slices_gives_a_class() -> None:
 
 @pytest.mark.parametrize(
     ("top_fraction", "evidence"),
-    # The mean of the 1, 2, 3 and 10 greatest of ten; a fraction of a slice counts as a whole one.
+    # The mean of the 1, 2, 3 and 10 largest of ten; the number of slices is rounded up.
     [(0.1, 0.9), (0.11, 0.85), (0.2, 0.85), (0.3, 0.8), (1.0, 0.28), (0.001, 0.9)],
 )
 def test_evidence_is_the_mean_of_the_top_fraction(top_fraction: float, evidence: float) -> None:
@@ -78,18 +78,18 @@ def test_evidence_is_the_mean_of_the_top_fraction(top_fraction: float, evidence:
 
 
 def test_one_strong_slice_among_many_is_weak_evidence() -> None:
-    """The maximum of a series would call this a glioma, and so nearly every series."""
+    """With the maximum of the slices, this and nearly every other series would be a glioma."""
     found = summarise(make_series(*[0] * 9, 0.99))
     assert (found["answer"], found["reason"]) == (INDETERMINATE, "weak_evidence")
 
 
-def test_strong_slices_that_are_no_neighbours_are_weak_evidence() -> None:
+def test_strong_slices_that_are_not_neighbours_are_weak_evidence() -> None:
     found = summarise(make_series(0.9, 0, 0.9, 0, 0.9, 0, 0.9, 0))
     assert (found["answer"], found["reason"]) == (INDETERMINATE, "weak_evidence")
     assert found["longest_run"]["glioma"] == 1
 
 
-def test_a_long_run_below_the_evidence_is_weak_evidence() -> None:
+def test_a_long_run_below_the_threshold_is_weak_evidence() -> None:
     slices = make_series(0, 0, 0, 0, 0.6, 0.6, 0.6, 0, 0, 0)
     found = summarise(slices, top_fraction=0.5, threshold=0.55)
     assert found["evidence"]["glioma"] == pytest.approx(0.36)
@@ -115,7 +115,7 @@ def test_two_classes_with_evidence_are_indeterminate() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
-def test_too_few_slices(count: int) -> None:
+def test_too_few_slices_are_indeterminate(count: int) -> None:
     found = summarise(make_series(*[0.9] * count))
     assert (found["answer"], found["reason"]) == (INDETERMINATE, "too_few_slices")
     assert found["num_used"] == count
@@ -142,7 +142,7 @@ def test_rules_out_of_range_are_refused(rule: dict[str, float]) -> None:
         SeriesRule(**rule)  # type: ignore[arg-type]
 
 
-# ---- the same slice twice ------------------------------------------------------------------------
+# ---- duplicates ----------------------------------------------------------------------------------
 
 
 def test_the_same_object_counts_once() -> None:
@@ -154,7 +154,7 @@ def test_the_same_object_counts_once() -> None:
     assert "repeated_positions" not in found["flags"]
 
 
-def test_frames_of_one_object_are_no_duplicates() -> None:
+def test_frames_of_one_object_are_not_duplicates() -> None:
     slices = [
         row | {"sop_instance": "one", "frame": index, "scan_uri": f"/scan.dcm#frame={index}"}
         for index, row in enumerate(make_series(*[0.1] * 12))
@@ -162,7 +162,7 @@ def test_frames_of_one_object_are_no_duplicates() -> None:
     assert summarise(slices)["num_used"] == 12
 
 
-def test_a_damaged_copy_does_not_hide_the_whole_one() -> None:
+def test_a_damaged_copy_does_not_replace_the_intact_one() -> None:
     slices = make_series(*[0.9] * 5)
     damaged = [reject_row(row, "truncated") | {"scan_uri": "/a"} for row in slices[:1]]
     found = summarise(slices + damaged)
@@ -170,7 +170,7 @@ def test_a_damaged_copy_does_not_hide_the_whole_one() -> None:
 
 
 def test_slices_without_an_identifier_all_count() -> None:
-    """Without a key no object is known to be another's copy."""
+    """Without a key, duplicates cannot be recognised."""
     slices = [row | {"sop_instance": None} for row in make_series(*[0.1] * 6)]
     assert summarise(slices)["num_used"] == 6
 
@@ -178,7 +178,7 @@ def test_slices_without_an_identifier_all_count() -> None:
 # ---- order ---------------------------------------------------------------------------------------
 
 
-def test_neighbours_are_told_by_position_and_not_by_name() -> None:
+def test_neighbours_are_found_by_position_and_not_by_name() -> None:
     strong = {1, 4, 7}
     slices = [
         make_row(index, 0.9 if index in strong else 0.0, position_mm=position)
@@ -192,7 +192,7 @@ def test_neighbours_are_told_by_position_and_not_by_name() -> None:
 
 
 def test_volumes_of_one_position_count_once() -> None:
-    """A diffusion series has each slice many times: six copies of one are no run of six."""
+    """A diffusion series has six slices at each position; these are not a run of six."""
     slices = [
         make_row(6 * position + volume, 0.9 if position == 4 else 0.0, position_mm=5.0 * position)
         for position in range(8)
@@ -228,7 +228,7 @@ def test_without_positions_frames_are_in_order() -> None:
     assert found["flags"] == ["position_unknown"]
 
 
-def test_a_slice_without_a_position_is_nobodys_neighbour() -> None:
+def test_a_slice_without_a_position_has_no_neighbours() -> None:
     slices = make_series(*[0] * 6, 0.9, 0.9)
     slices.append(make_row(8, 0.9, position_mm=None))
     found = summarise(slices)
@@ -244,7 +244,7 @@ def test_a_gap_ends_a_run_and_is_flagged() -> None:
     assert (found["longest_run"]["glioma"], found["flags"]) == (2, ["incomplete"])
 
 
-def test_uneven_positions_are_no_gap() -> None:
+def test_uneven_positions_are_not_a_gap() -> None:
     slices = make_series(*[0.9] * 7)
     for row in slices:
         row["position_mm"] += 0.3 * (-1) ** int(row["position_mm"])
@@ -255,7 +255,7 @@ def test_uneven_positions_are_no_gap() -> None:
 
 
 def make_localizer(count: int) -> list[Row]:
-    """Make slices of three planes by turns, which no header calls a localizer."""
+    """Make slices of three alternating planes; no header says that they are a localizer."""
     planes = [("axial", AXIAL), ("coronal", CORONAL), ("sagittal", SAGITTAL)]
     return [
         make_row(index, 0.9, plane=planes[index % 3][0], orientation=planes[index % 3][1])
@@ -276,7 +276,7 @@ def test_many_slices_of_several_planes_are_mixed() -> None:
     assert (found["answer"], found["flags"]) == ("glioma", ["mixed"])
 
 
-def test_slices_of_two_planes_are_no_neighbours() -> None:
+def test_slices_of_two_planes_are_not_neighbours() -> None:
     """By position alone these would be one run of six."""
     slices = make_series(*[0] * 20, *[0.9] * 2, *[0] * 20)
     slices += [
@@ -288,7 +288,7 @@ def test_slices_of_two_planes_are_no_neighbours() -> None:
     assert found["flags"] == ["mixed"]
 
 
-def test_a_header_that_rounds_differently_is_no_other_direction() -> None:
+def test_cosines_that_round_differently_are_the_same_direction() -> None:
     """A cosine of 0.0499 and one of 0.0501 round to different tenths."""
     slices = make_series(*[0.9] * 10)
     for index, row in enumerate(slices):
@@ -299,7 +299,7 @@ def test_a_header_that_rounds_differently_is_no_other_direction() -> None:
     assert found["longest_run"]["glioma"] == 10
 
 
-def test_slabs_that_are_tilted_a_little_are_mixed_and_no_localizer() -> None:
+def test_slightly_tilted_slabs_are_mixed_and_not_a_localizer() -> None:
     slices = make_series(*[0.9] * 8)
     for row in slices[4:]:
         row["orientation"] = (1.0, 0.0, 0.0, 0.0, 0.966, 0.259)  # 15 degrees
@@ -311,12 +311,12 @@ def test_slabs_that_are_tilted_a_little_are_mixed_and_no_localizer() -> None:
 # ---- key slices and flags ------------------------------------------------------------------------
 
 
-def test_key_slices_are_the_strongest_that_are_no_neighbours() -> None:
+def test_key_slices_are_the_strongest_that_are_not_neighbours() -> None:
     found = summarise(make_series(0, 0.7, 0.8, 0.9, 0.85, 0.6, 0.1, 0.5, 0))
     assert found["key_slices"] == ["/scans/003.dcm", "/scans/001.dcm", "/scans/005.dcm"]
 
 
-def test_key_slices_of_an_open_answer_are_of_the_most_evident_tumour() -> None:
+def test_key_slices_without_a_tumour_class_are_of_the_strongest_tumour() -> None:
     slices = make_series(0.1, 0.2, 0, 0, 0, 0)
     slices[4] |= {"prob_pituitary": 0.4, "prob_notumor": 0.6}
     found = summarise(slices)

@@ -50,9 +50,9 @@ class Load:
         self.refusals: list[httpx.Response] = []
         self._url, self._scan = url, scan
         self._stopped = threading.Event()
-        self._threads = [threading.Thread(target=self._ask) for _ in range(clients)]
+        self._threads = [threading.Thread(target=self._send_requests) for _ in range(clients)]
 
-    def _ask(self) -> None:
+    def _send_requests(self) -> None:
         with httpx.Client(base_url=self._url, timeout=90) as client:
             while not self._stopped.is_set():
                 try:
@@ -78,7 +78,7 @@ class Load:
 
 
 def find_process(service: Service, name: str) -> psutil.Process:
-    """Return the one process of a service whose title starts so."""
+    """Return the only process of a service whose title starts with ``name``."""
     found = [
         process
         for process in psutil.Process(service.process.pid).children(recursive=True)
@@ -101,7 +101,7 @@ def wait(until: Callable[[], bool], seconds: float = 90.0) -> float:
 def test_a_killed_replica_fails_only_its_own_requests(
     tiny_classifier: Path, tmp_path: Path, scan: bytes
 ) -> None:
-    """Serve's proxy answers those 500; later requests wait for the next replica."""
+    """Serve's proxy answers these with status 500; later requests wait for the next replica."""
     with running(tiny_classifier, tmp_path) as service, Load(service.url, scan) as load:
         wait(lambda: load.statuses[200] > 50)
         find_process(service, "ray::ServeReplica:brainray:Model").kill()
@@ -192,31 +192,31 @@ def test_sigterm_lets_requests_in_flight_finish(tmp_path: Path, scan: bytes) -> 
     )
     with httpx.Client(base_url=service.url) as client:
         client.get("/healthz")  # connects
-        asking = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(8)]
-        for connection in asking:
+        connections = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(8)]
+        for connection in connections:
             connection.sendall(head.encode() + b"\r\n" + request.read())
-        wait(lambda: count_in_flight(client) == 1 + len(asking), 10)
+        wait(lambda: count_in_flight(client) == 1 + len(connections), 10)
     status, output = service.stop(signal.SIGTERM)
     assert status == 0, output
     assert output.rstrip().endswith("Stopped.")
     assert "Traceback" not in output
-    for connection in asking:
+    for connection in connections:
         answer = b"".join(iter(lambda c=connection: c.recv(65536), b""))  # type: ignore[misc]
         assert answer.startswith(b"HTTP/1.1 200 ")
         assert answer.count(b'"status":"classified"') == 32
 
 
 def count_in_flight(client: httpx.Client) -> float:
-    """Return how many requests the service has, with this one."""
+    """Return the number of requests in flight, including this one."""
     counts = client.get("/metrics").text.splitlines()
     (line,) = [line for line in counts if line.startswith("brainray_in_flight_requests{")]
     return float(line.split()[-1])
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_it_without_a_traceback(tiny_classifier: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_service_without_a_traceback(tiny_classifier: Path, tmp_path: Path) -> None:
     service = start_service(tiny_classifier, tmp_path)
-    os.killpg(service.process.pid, signal.SIGINT)  # as a terminal sends it: to all of its group
+    os.killpg(service.process.pid, signal.SIGINT)  # to the whole process group, as a terminal does
     status, output = service.stop(signal.SIGCONT)
     assert status == 0, output
     assert "Traceback" not in output
@@ -248,7 +248,9 @@ def test_overload_is_refused_and_the_service_recovers(
 
 
 @pytest.mark.slow
-def test_tls_and_a_token(tiny_classifier: Path, tmp_path: Path, scan: bytes) -> None:
+def test_a_service_with_tls_and_a_token_requires_both(
+    tiny_classifier: Path, tmp_path: Path, scan: bytes
+) -> None:
     certificate, key = make_certificate(tmp_path)
     token = tmp_path / "token"
     token.write_text("0123456789abcdef")
@@ -285,7 +287,7 @@ def test_tls_and_a_token(tiny_classifier: Path, tmp_path: Path, scan: bytes) -> 
 
 
 @pytest.mark.slow
-def test_production_listens_with_haproxy_and_drains(
+def test_production_serves_with_haproxy_and_drains(
     tiny_classifier: Path, tmp_path: Path, scan: bytes
 ) -> None:
     token = tmp_path / "token"

@@ -1,4 +1,4 @@
-"""One real service, started by its command, over HTTP."""
+"""A real service, started by its command, over HTTP."""
 
 import subprocess
 from collections.abc import Iterator
@@ -35,31 +35,31 @@ def scans(phantom_folder: Path) -> list[bytes]:
     return [file.read_bytes() for file in sorted((phantom_folder / "Testing").rglob("*.jpg"))]
 
 
-def test_a_scan_is_answered(service: Service, scans: list[bytes]) -> None:
+def test_a_scan_is_classified(service: Service, scans: list[bytes]) -> None:
     answer = httpx.post(f"{service.url}/v1/classify", content=scans[0], headers=JPEG)
     assert answer.status_code == 200
     body = AnswersBody.model_validate(answer.json())
     assert body.answers[0].predicted_class in CLASSES
     assert answer.headers.get_list("x-request-id") == [body.request_id]
-    named = httpx.get(f"{service.url}/healthz", headers={"x-request-id": "mine-1"})
-    assert named.headers.get_list("x-request-id") == ["mine-1"]
+    health = httpx.get(f"{service.url}/healthz", headers={"x-request-id": "mine-1"})
+    assert health.headers.get_list("x-request-id") == ["mine-1"]
 
 
 def test_many_clients_get_their_own_answers(service: Service, scans: list[bytes]) -> None:
-    """Scans of one batch get the answers that they get alone."""
+    """A scan has the same probabilities in a batch as alone."""
     with httpx.Client(base_url=service.url, timeout=60) as client:
 
-        def ask(scan: bytes) -> list[float]:
+        def classify(scan: bytes) -> list[float]:
             answer = client.post("/v1/classify", content=scan, headers=JPEG).json()["answers"][0]
             return list(answer["probs"].values())
 
-        alone = [ask(scan) for scan in scans[:12]]
+        alone = [classify(scan) for scan in scans[:12]]
         with ThreadPoolExecutor(12) as pool:
-            together = list(pool.map(ask, scans[:12] * 4))
+            together = list(pool.map(classify, scans[:12] * 4))
     np.testing.assert_allclose(together, alone * 4, atol=1e-5)
 
 
-def test_limits_hold_over_the_wire(service: Service, scans: list[bytes]) -> None:
+def test_limits_hold_over_http(service: Service, scans: list[bytes]) -> None:
     for content in (b"x" * 400_001, iter([b"x" * 10_000] * 100)):
         answer = httpx.post(f"{service.url}/v1/classify", content=content, headers=JPEG)
         assert answer.status_code == 413
@@ -117,7 +117,7 @@ def test_tritonclient_reads_the_answers(service: Service, scans: list[bytes]) ->
         client.infer("brainray", [bad])
 
 
-def test_metrics_and_log_have_every_member(service: Service) -> None:
+def test_metrics_and_log_have_all_their_fields(service: Service) -> None:
     text = httpx.get(f"{service.url}/metrics").text
     for name in (
         *("requests_total", "request_seconds_bucket", "answers_total", "in_flight_requests"),
@@ -129,7 +129,7 @@ def test_metrics_and_log_have_every_member(service: Service) -> None:
     assert {200, 413} <= {line["status"] for line in lines}
 
 
-def test_serves_proxy_listens_on_loopback_alone(service: Service) -> None:
+def test_serves_proxy_listens_only_on_loopback(service: Service) -> None:
     listening = subprocess.run(
         ["ss", "-ltnH", f"sport = :{service.port}"], capture_output=True, text=True, check=False
     ).stdout.splitlines()

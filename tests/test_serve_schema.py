@@ -10,7 +10,7 @@ from tests.service import start_service
 
 
 @pytest.mark.slow
-def test_schemathesis_finds_nothing(tiny_classifier: Path, tmp_path: Path) -> None:
+def test_schemathesis_finds_no_failure(tiny_classifier: Path, tmp_path: Path) -> None:
     token = "a-token-for-schemathesis"
     file = tmp_path / "token"
     file.write_text(token)

@@ -1,4 +1,4 @@
-"""The whole application as ASGI, without Ray: requests and responses."""
+"""The whole ASGI application without Ray: requests and responses."""
 
 import asyncio
 import base64
@@ -124,7 +124,9 @@ def test_an_unreadable_file_as_the_body_is_a_422(model: LocalPredictor, scan: by
     assert send(app, "POST", "/v1/classify", files=form).status_code == 200
 
 
-def test_the_protocols_json_and_binary_answers_agree(model: LocalPredictor, scan: bytes) -> None:
+def test_json_and_binary_responses_of_the_protocol_agree(
+    model: LocalPredictor, scan: bytes
+) -> None:
     app = build_test_app(model)
     tensor = {"name": "image", "datatype": "BYTES", "shape": [2]}
     data = [base64.b64encode(content).decode() for content in (scan, b"no")]
@@ -150,12 +152,14 @@ def test_a_length_of_thousands_of_digits_is_refused(model: LocalPredictor, scan:
     check_problem(answer, 400, "invalid_request")
 
 
-def test_the_protocols_clients_find_their_error_member(model: LocalPredictor) -> None:
+def test_errors_of_the_protocol_have_an_error_member(model: LocalPredictor) -> None:
     answer = send(build_test_app(model), "POST", INFER, content=b"{", headers={})
     assert check_problem(answer, 400, "invalid_request")["error"].startswith("The body is not JSON")
 
 
-def test_the_model_describes_its_use_and_the_limits(model: LocalPredictor) -> None:
+def test_the_model_endpoint_describes_the_intended_use_and_the_limits(
+    model: LocalPredictor,
+) -> None:
     body = send(build_test_app(model, ServiceLimits(files=3)), "GET", "/v1/model").json()
     assert body["limits"]["files"] == 3
     assert body["preprocessing"]["size_px"] == 32
@@ -166,14 +170,14 @@ def test_the_model_describes_its_use_and_the_limits(model: LocalPredictor) -> No
     assert metadata["inputs"] == [{"name": "image", "datatype": "BYTES", "shape": [-1]}]
 
 
-def test_the_model_has_its_model_card(model: LocalPredictor) -> None:
+def test_the_model_endpoint_returns_the_model_card(model: LocalPredictor) -> None:
     app = build_test_app(model)
     assert send(app, "GET", "/v1/model").json()["model_card"] is None
-    written = {"limits": ["It sees one slice."]}
-    model.metadata["model_card"] = written
+    card = {"limits": ["It sees one slice."]}
+    model.metadata["model_card"] = card
     app = build_test_app(model)
     body = ModelBody.model_validate(send(app, "GET", "/v1/model").json())
-    assert body.model_card == written
+    assert body.model_card == card
 
 
 def test_a_heat_map_has_the_size_of_the_scan(
@@ -216,7 +220,7 @@ def test_a_heat_map_has_the_size_of_the_scan(
     check_problem(answer, 406, "not_acceptable")
 
 
-# --- refusals ------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_types_and_parameters_are_checked(model: LocalPredictor, scan: bytes) ->
     check_problem(answer, 422, "invalid_parameter")
 
 
-def test_a_declared_body_too_large_is_refused_unread(model: LocalPredictor) -> None:
+def test_a_body_with_a_length_over_the_limit_is_refused_unread(model: LocalPredictor) -> None:
     app = build_test_app(model, ServiceLimits(body_bytes=1000))
     reads = 0
 
@@ -376,10 +380,10 @@ def test_no_request_causes_an_internal_error(
         check_problem(answer, answer.status_code, answer.json()["code"])
 
 
-# --- token, names, log, counts -------------------------------------------------------------------
+# --- request IDs, log, metrics -------------------------------------------------------------------
 
 
-def test_a_request_keeps_a_plain_request_id(model: LocalPredictor) -> None:
+def test_a_valid_request_id_is_kept_and_an_invalid_one_is_replaced(model: LocalPredictor) -> None:
     app = build_test_app(model)
     given = {"x-request-id": "scan-7:a.b_c"}
     assert send(app, "GET", "/healthz", headers=given).headers["x-request-id"] == "scan-7:a.b_c"
@@ -426,7 +430,7 @@ def test_requests_and_answers_are_counted(model: LocalPredictor, scan: bytes) ->
     assert 'reason="",replica="here",status="classified"} 1.0' in answer.text
 
 
-# --- description ---------------------------------------------------------------------------------
+# --- documents -----------------------------------------------------------------------------------
 
 
 def test_the_docs_load_nothing_from_third_parties(model: LocalPredictor) -> None:
@@ -447,16 +451,16 @@ def test_the_page_loads_only_the_services_files(model: LocalPredictor) -> None:
     assert "script-src" not in page.headers["content-security-policy"]
     assert "default-src 'self'" in page.headers["content-security-policy"]
     loaded = re.findall(r'(?:src|href)="(static/[^"]+)"', page.text)
-    assert {Path(place).suffix for place in loaded} == {".js", ".css", ".svg"}
-    for place in loaded:
-        answer = send(app, "GET", "/" + place)
+    assert {Path(path).suffix for path in loaded} == {".js", ".css", ".svg"}
+    for path in loaded:
+        answer = send(app, "GET", "/" + path)
         assert answer.status_code == 200
         assert answer.headers["content-type"].split(";")[0] in (
             *("text/javascript", "text/css", "image/svg+xml"),
         )
 
 
-def test_the_interface_is_described_with_every_status(model: LocalPredictor) -> None:
+def test_the_openapi_document_has_every_status(model: LocalPredictor) -> None:
     document = send(
         build_test_app(model, token=TOKEN),
         "GET",
@@ -483,7 +487,7 @@ def test_the_interface_is_described_with_every_status(model: LocalPredictor) -> 
     assert "401" not in json.dumps(open_document)
 
 
-def test_answers_match_the_description(model: LocalPredictor, scan: bytes) -> None:
+def test_responses_match_the_openapi_document(model: LocalPredictor, scan: bytes) -> None:
     app = build_test_app(model)
     document = send(app, "GET", "/openapi.json").json()
     files = [("files", ("a.jpg", scan)), ("files", ("b.jpg", b"no"))]
@@ -525,7 +529,7 @@ def test_cpus_are_divided_and_a_replacement_fits() -> None:
         ("gpu-3", True),
     ],
 )
-def test_an_address_that_other_machines_reach_needs_a_token(
+def test_an_address_that_other_machines_can_reach_needs_a_token(
     host: str, needs_token: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("BRAINRAY_API_TOKEN", raising=False)
@@ -555,24 +559,24 @@ def test_a_user_error_is_one_line_and_exit_2(
     tls = ("--tls-cert", short, "--tls-key", short)
     taken.bind(("127.0.0.1", 0))
     taken.listen()
-    here = ("--classifier-uri", tiny_classifier, "--port", find_port())
+    base = ("--classifier-uri", tiny_classifier, "--port", find_port())
     for words, expected in (
         (("--classifier-uri", tmp_path, "--port", find_port()), "No classifier at"),
-        ((*here, "--port", taken.getsockname()[1]), "Cannot listen on 127.0.0.1"),
-        ((*here, "--port", 99999), "from 1 to 65535"),
-        ((*here, "--host", "0.0.0.0"), "there is no token"),
-        ((*here, "--host", "no-such-host.invalid", "--insecure"), "Cannot listen on"),
-        ((*here, "--api-token-file", short), "at least 16 ASCII characters"),
-        ((*here, "--id-key-file", short), "at least 16 bytes"),
-        ((*here, "--api-token-file", tmp_path / "nowhere"), "Cannot read the token file"),
-        ((*here, "--tls-cert", short), "both --tls-cert and --tls-key"),
-        ((*here, "--tls-cert", short, "--tls-key", short), "Cannot use the certificate"),
-        ((*here, "--production"), "there is no token"),
+        ((*base, "--port", taken.getsockname()[1]), "Cannot listen on 127.0.0.1"),
+        ((*base, "--port", 99999), "from 1 to 65535"),
+        ((*base, "--host", "0.0.0.0"), "there is no token"),
+        ((*base, "--host", "no-such-host.invalid", "--insecure"), "Cannot listen on"),
+        ((*base, "--api-token-file", short), "at least 16 ASCII characters"),
+        ((*base, "--id-key-file", short), "at least 16 bytes"),
+        ((*base, "--api-token-file", tmp_path / "nowhere"), "Cannot read the token file"),
+        ((*base, "--tls-cert", short), "both --tls-cert and --tls-key"),
+        ((*base, "--tls-cert", short, "--tls-key", short), "Cannot use the certificate"),
+        ((*base, "--production"), "there is no token"),
         (
-            (*here, "--production", "--api-token-file", token, *tls),
+            (*base, "--production", "--api-token-file", token, *tls),
             "--production has no TLS",
         ),
-        ((*here, "--log-path", tmp_path / "no" / "log"), "Cannot write the log"),
+        ((*base, "--log-path", tmp_path / "no" / "log"), "Cannot write the log"),
     ):
         with pytest.raises(SystemExit) as ended:
             cli.main(["serve", *map(str, words)])
@@ -581,5 +585,5 @@ def test_a_user_error_is_one_line_and_exit_2(
         assert [expected in line for line in lines if line.startswith("error: ")] == [True], lines
     monkeypatch.setenv("RAY_ADDRESS", "ray://somewhere")
     with pytest.raises(SystemExit):
-        cli.main(["serve", *map(str, here)])
+        cli.main(["serve", *map(str, base)])
     assert "serve deploy" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""From bytes to answers, without HTTP and without Ray."""
+"""The serving pipeline from uploads to answers, without HTTP and without Ray."""
 
 import asyncio
 import base64
@@ -117,17 +117,19 @@ def test_the_sizes_and_the_hash_are_those_of_the_file(model: LocalPredictor) -> 
     assert answer.content_sha256 == sha256(sink.getvalue()).hexdigest()
 
 
-def test_limits_of_a_request_are_problems(model: LocalPredictor, scans: list[bytes]) -> None:
+def test_exceeded_limits_of_a_request_are_problems(
+    model: LocalPredictor, scans: list[bytes]
+) -> None:
     upload = Upload(None, scans[0])
 
-    def refusal(limits: ServiceLimits, uploads: list[Upload]) -> str:
+    def get_problem_code(limits: ServiceLimits, uploads: list[Upload]) -> str:
         with pytest.raises(Problem) as caught:
             asyncio.run(Pipeline(model, limits).classify(uploads))
         return caught.value.code
 
-    assert refusal(ServiceLimits(files=2), [upload] * 3) == "too_many_files"
+    assert get_problem_code(ServiceLimits(files=2), [upload] * 3) == "too_many_files"
     model.delay_s = 1
-    assert refusal(ServiceLimits(request_s=0.05), [upload]) == "timeout"
+    assert get_problem_code(ServiceLimits(request_s=0.05), [upload]) == "timeout"
     pixels = ServiceLimits(pixels=100)
     model.delay_s = 0
     (answer,) = asyncio.run(Pipeline(model, pixels).classify([upload]))
@@ -138,7 +140,7 @@ def test_limits_of_a_request_are_problems(model: LocalPredictor, scans: list[byt
 
 
 class SlowEngine:
-    """Holds calls until they are released; a call with the number 13 fails."""
+    """Blocks calls until ``release`` is set; a call with the number 13 fails."""
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
@@ -232,11 +234,11 @@ def test_the_self_test_fails_for_wrong_results(
 ) -> None:
     predictor.check()
     engine = predictor._engine
-    right = engine.predict
+    original = engine.predict
 
-    def answer_with(change: Any) -> None:  # noqa: ANN401
+    def patch_probabilities(change: Any) -> None:  # noqa: ANN401
         def predict(images: NDArray[np.uint8]) -> Prediction:
-            found = right(images)
+            found = original(images)
             return Prediction(change(found.probs), found.reasons)
 
         monkeypatch.setattr(engine, "predict", predict)
@@ -246,12 +248,12 @@ def test_the_self_test_fails_for_wrong_results(
         (lambda probs: probs * np.float32("nan"), "not probabilities"),
         (lambda probs: probs * np.float32(0.5), "not probabilities"),
     ):
-        answer_with(change)
+        patch_probabilities(change)
         with pytest.raises(ServingError, match=message):
             predictor.check()
 
 
-def test_probabilities_that_are_not_finite_are_never_an_answer(
+def test_probabilities_that_are_not_finite_are_an_error(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch, scans: list[bytes]
 ) -> None:
     monkeypatch.setattr(
@@ -300,14 +302,14 @@ def file_head(name: str, field: str = "files") -> str:
 FORM = "multipart/form-data; boundary=B"
 
 
-def post_form(body: bytes, kind: str = FORM, most: int = 9) -> list[Upload]:
+def post_form(body: bytes, kind: str = FORM, max_files: int = 9) -> list[Upload]:
     """Post a body to an application that only reads its uploads."""
     app, found = FastAPI(), []
 
     @app.post("/")
     async def read(request: Request) -> None:
         try:
-            found.append((await read_uploads(request, ServiceLimits(files=most)))[0])
+            found.append((await read_uploads(request, ServiceLimits(files=max_files)))[0])
         except Problem as problem:
             found.append(problem)
 
@@ -363,7 +365,7 @@ def test_files_of_a_form_are_not_written_to_a_disk(monkeypatch: pytest.MonkeyPat
 )
 def test_an_invalid_form_has_a_code(body: bytes, kind: str, code: str) -> None:
     with pytest.raises(Problem) as caught:
-        post_form(body, kind, most=2)
+        post_form(body, kind, max_files=2)
     assert caught.value.code == code
 
 
@@ -419,7 +421,7 @@ def test_an_invalid_inference_request_has_a_code(body: bytes, header_length: str
 
 
 @pytest.mark.parametrize("binary", [b"\x09\0\0\0abc", b"\x01\0", b"", b"\xff\xff\xff\xff"])
-def test_truncated_binary_data_have_a_code(binary: bytes) -> None:
+def test_truncated_binary_data_has_a_code(binary: bytes) -> None:
     document = make_inference(parameters={"binary_data_size": len(binary)})
     header = json.dumps(document).encode()
     with pytest.raises(Problem) as caught:
@@ -427,7 +429,7 @@ def test_truncated_binary_data_have_a_code(binary: bytes) -> None:
     assert caught.value.code == "invalid_request"
 
 
-def test_outputs_are_row_for_row(model: LocalPredictor, scans: list[bytes]) -> None:
+def test_outputs_have_a_row_for_each_upload(model: LocalPredictor, scans: list[bytes]) -> None:
     inference = read_inference(json.dumps(make_inference()).encode(), None)
     pipeline = Pipeline(model, ServiceLimits())
     answers = asyncio.run(pipeline.classify([Upload(None, scans[0]), Upload(None, b"x")]))
@@ -505,7 +507,7 @@ def test_requests_need_the_token(
         assert TOKEN not in answer.text
 
 
-def test_a_config_files_arguments_are_checked() -> None:
+def test_the_arguments_of_a_config_file_are_checked() -> None:
     config = read_arguments(
         {"model": {"classifier_uri": "s3://b/c"}, "limits": {"queued": 3}, "max_replicas": 4}
     )

@@ -48,7 +48,7 @@ def model(predictor: Predictor) -> LocalPredictor:
 
 @pytest.fixture(scope="module")
 def planes() -> NDArray[np.uint16]:
-    """Draw slices, shape (NUM_SLICES, SIDE_PX, SIDE_PX), of 12 bits."""
+    """Draw 12-bit slices, shape (NUM_SLICES, SIDE_PX, SIDE_PX)."""
     rng = np.random.default_rng(5)
     names = ("glioma", "notumor")
     drawn = [draw_phantom(names[number % 2], rng) for number in range(NUM_SLICES)]
@@ -94,7 +94,7 @@ def post_files(app: Any, path: str, *files: bytes) -> Any:  # noqa: ANN401
 
 
 @pytest.mark.parametrize("kind", ["application/dicom", "application/octet-stream", "image/png"])
-def test_a_dicom_object_as_the_body_is_answered_as_the_engine_does(
+def test_a_dicom_object_as_the_body_gets_the_prediction_of_the_engine(
     model: LocalPredictor, tiny_classifier: Path, series: list[bytes], kind: str
 ) -> None:
     headers = {"content-type": kind}
@@ -114,7 +114,7 @@ def test_a_dicom_object_as_the_body_is_answered_as_the_engine_does(
     assert (summary.answer, summary.reason) == ("indeterminate", "too_few_slices")
 
 
-def test_every_frame_of_an_enhanced_object_is_answered(
+def test_every_frame_of_an_enhanced_object_is_classified(
     model: LocalPredictor, enhanced: bytes
 ) -> None:
     answer = send(build_test_app(model), "POST", "/v1/classify", content=enhanced, headers=DICOM)
@@ -134,7 +134,7 @@ def test_every_frame_of_an_enhanced_object_is_answered(
 
 
 @pytest.mark.parametrize("unpack", [gzip.decompress, bytes], ids=["nii", "nii.gz"])
-def test_a_volume_is_answered_slice_by_slice(
+def test_every_slice_of_a_volume_has_its_own_answer(
     model: LocalPredictor, volume: bytes, unpack: Callable[[bytes], bytes]
 ) -> None:
     headers = {"content-type": "application/gzip"}  # the bytes determine the format, not this
@@ -218,7 +218,7 @@ def test_only_valid_answers_of_this_service_are_summarised(
         check_problem(answer, {"invalid_request": 400}.get(code, 422), code)
 
 
-def test_answers_match_the_description(
+def test_responses_match_the_openapi_document(
     model: LocalPredictor, series: list[bytes], enhanced: bytes
 ) -> None:
     app = build_test_app(model)
@@ -341,7 +341,7 @@ def test_pictures_beyond_the_limit_of_bytes_are_refused(model: LocalPredictor) -
 
 
 def make_noisy_volume() -> bytes:
-    """Make a volume of 4-bit noise, of which pictures take twice the bytes of the packed file."""
+    """Make a volume of 4-bit noise; its pictures take twice the bytes of the gzipped file."""
     noise = np.random.default_rng(0).integers(0, 16, (64, 64, 8)).astype(np.int8)
     smooth = (noise.astype(np.int16) * 8).clip(0, 127).astype(np.int8)
     tail = np.repeat(smooth, 8, axis=2)  # gzip finds the copies, a PNG of each slice does not
@@ -432,7 +432,9 @@ def test_nothing_that_identifies_a_person_is_sent_or_logged(
         assert not find_tokens(text)
 
 
-def test_only_hashes_of_one_key_are_equal(model: LocalPredictor, series: list[bytes]) -> None:
+def test_hashes_are_equal_only_with_the_same_key(
+    model: LocalPredictor, series: list[bytes]
+) -> None:
     def find_series(app: Any) -> str:  # noqa: ANN401
         answer = send(app, "POST", "/v1/classify", content=series[0], headers=DICOM)
         return str(answer.json()["answers"][0]["series"])

@@ -1,4 +1,4 @@
-"""From a plan to opened slices: what a worker makes of the files of a shard, without Ray."""
+"""From a plan to opened slices: how a worker opens the files of a shard, without Ray."""
 
 import gzip
 import io
@@ -60,7 +60,7 @@ def open_all(
     max_shard_rows: int = 1000,
     redact_paths: bool = False,
 ) -> list[dict[str, Any]]:
-    """Plan files, and open them shard by shard as the tasks of a run do."""
+    """Plan files, and open them shard by shard, as the tasks of a run do."""
     identifiers = Identifiers(KEY, redact_paths)
     listed = plan_module.name_scans(list_scans([str(scans_uri)]), identifiers)
     answered = pa.Table.from_pylist(list(known), schema=KNOWN_SCHEMA)
@@ -98,7 +98,7 @@ def make_volume(folder: Path, name: str = "volume.nii", num_slices: int = 12) ->
     return folder / name
 
 
-def view(row: dict[str, Any]) -> NDArray[np.uint8]:
+def get_image(row: dict[str, Any]) -> NDArray[np.uint8]:
     return np.frombuffer(row["image"], np.uint8).reshape(32, 32)
 
 
@@ -126,7 +126,7 @@ def test_each_slice_of_each_file_has_its_row(tmp_path: Path) -> None:
     assert set(found["frames.dcm#frame=1"]) >= set(SCAN_SCHEMA.names)
     for name, row in found.items():
         content = (inbox / find_name(name)).read_bytes()
-        assert row["content_sha256"] == sha256(content).hexdigest(), "of the file"
+        assert row["content_sha256"] == sha256(content).hexdigest(), "the hash is that of the file"
         assert row["size_bytes"] == len(content)
         assert (row["image"] is None) == (row["reason"] is not None)
     assert found["text.txt"]["reason"] == "not_an_image"
@@ -147,8 +147,8 @@ def find_name(name: str) -> str:
     return split_name(name)[0]
 
 
-def test_the_rows_say_what_the_slices_of_the_file_are(tmp_path: Path) -> None:
-    """The same pixels as whoever opens the file by itself gets."""
+def test_the_rows_match_the_slices_of_the_file(tmp_path: Path) -> None:
+    """The pixels are the same as if the file is opened directly."""
     inbox = tmp_path / "in"
     inbox.mkdir()
     make_volume(inbox)
@@ -158,12 +158,12 @@ def test_the_rows_say_what_the_slices_of_the_file_are(tmp_path: Path) -> None:
         if isinstance(opened, tuple):
             assert row["image"] is None
             continue
-        np.testing.assert_array_equal(view(row), opened.scan.image)
+        np.testing.assert_array_equal(get_image(row), opened.scan.image)
         assert (row["height_px"], row["width_px"]) == opened.scan.samples.shape
         assert (row["series"], row["frame"]) == (opened.info.series, opened.info.frame)
 
 
-def test_one_bad_slice_does_not_lose_its_neighbours(tmp_path: Path) -> None:
+def test_a_corrupt_slice_does_not_reject_its_neighbours(tmp_path: Path) -> None:
     inbox = tmp_path / "in"
     inbox.mkdir()
     dataset = pydicom.dcmread(io.BytesIO(make_mr(np.stack([HEAD, HEAD, HEAD]))))
@@ -192,7 +192,9 @@ def test_the_plane_is_that_of_the_job(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- limits
 
 
-def test_what_is_too_large_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_too_large_has_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     volume = make_volume(tmp_path)
     small = ReadOptions(limits=DecodeLimits(max_bytes=1000))
     (row,) = open_all(volume, make_task(tmp_path / "a", reading=small))
@@ -203,8 +205,8 @@ def test_what_is_too_large_is_one_row(tmp_path: Path, monkeypatch: pytest.Monkey
     assert row["content_sha256"] is not None
 
 
-def test_large_files_share_a_shard_with_few(tmp_path: Path) -> None:
-    """By their sizes alone, whatever number of slices they turn out to have."""
+def test_a_shard_has_only_a_few_large_files(tmp_path: Path) -> None:
+    """Shards are planned by file size alone; the number of slices is not known yet."""
     inbox = tmp_path / "in"
     inbox.mkdir()
     for number in range(3):
@@ -226,7 +228,7 @@ def test_large_files_share_a_shard_with_few(tmp_path: Path) -> None:
 
 
 def describe_known(rows: Sequence[dict[str, Any]], **changes: Any) -> list[dict[str, Any]]:  # noqa: ANN401
-    """Return what the predictions of some rows say of their files."""
+    """Return the known rows of the files of some rows."""
     files = {find_file(row): row for row in rows}
     return [
         {"scan_uri": name, "size_bytes": row["size_bytes"], "modified_ns": row["modified_ns"]}
@@ -245,7 +247,7 @@ def test_a_file_whose_slices_have_rows_is_not_opened_again(tmp_path: Path) -> No
     assert len(first) == 14
     known = describe_known(first)
     assert open_all(inbox, make_task(tmp_path / "out", run="second"), known=known) == []
-    # Another time: it is read, and known by its content; one row stands for all of its slices.
+    # With another time, the file is read and its content is known: one row for all slices.
     touched = describe_known(first, modified_ns=1)
     rows = open_all(inbox, make_task(tmp_path / "out", run="third"), known=touched)
     assert [(row["scan_uri"], row["reason"]) for row in rows] == [
@@ -259,7 +261,7 @@ def test_a_file_whose_slices_have_rows_is_not_opened_again(tmp_path: Path) -> No
     assert [row["reason"] for row in rows if row["reason"] != "little_tissue"] == [None] * 3
 
 
-def test_redacted_names_are_known_again_and_hold_no_path(tmp_path: Path) -> None:
+def test_redacted_names_are_recognised_and_contain_no_path(tmp_path: Path) -> None:
     inbox = tmp_path / "Doe^John"
     inbox.mkdir()
     make_volume(inbox)
@@ -275,7 +277,7 @@ def test_redacted_names_are_known_again_and_hold_no_path(tmp_path: Path) -> None
     assert open_all(inbox, task, known=describe_known(rows), redact_paths=True) == []
 
 
-# ------------------------------------------------------------------------------ hospitals' files
+# -------------------------------------------------------------------- files of pydicom and nibabel
 
 
 def test_every_file_of_pydicom_has_a_row_and_a_reason_or_pixels(tmp_path: Path) -> None:
@@ -321,7 +323,7 @@ def test_volumes_of_nibabel_have_a_row_for_each_slice(
     assert {row["plane"] for row in rows} == {"axial"}
 
 
-def test_copies_of_an_object_and_of_a_volume_are_told_by_their_hashes(tmp_path: Path) -> None:
+def test_copies_of_an_object_and_of_a_volume_have_equal_hashes(tmp_path: Path) -> None:
     inbox = tmp_path / "in"
     inbox.mkdir()
     (inbox / "a.dcm").write_bytes(make_mr(HEAD))

@@ -1,4 +1,4 @@
-"""The shift suite: each shift changes a scan, by as much as its severity says."""
+"""The shift suite: each shift changes a scan, and more with a higher severity."""
 
 import cv2
 import numpy as np
@@ -22,7 +22,7 @@ def draw_scan(width: int = 240, height: int = 200) -> NDArray[np.uint8]:
 
 
 def measure_distance(scan: NDArray[np.uint8], name: str, severity: int) -> float:
-    """Return the mean difference of grey levels between a scan and what a shift makes of it."""
+    """Return the mean difference of grey levels between a scan and its shifted version."""
     shifted = apply_shift(scan, name, severity, seed=1)
     height, width = scan.shape
     resized = cv2.resize(shifted, (width, height)).astype(np.float64)

@@ -1,4 +1,4 @@
-"""The classifier that comes with the project: whole, small, and as good as is printed of it."""
+"""The shipped classifier: complete, small, and as accurate as its card says."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ def card() -> dict[str, Any]:
     return read_classifier_metadata(str(SHIPPED_FOLDER))
 
 
-def test_it_is_whole_and_small() -> None:
+def test_it_is_complete_and_small() -> None:
     files = sorted(path.name for path in SHIPPED_FOLDER.iterdir())
     assert files == sorted([METADATA_FILE, OOD_FILE, WEIGHTS_FILE, MODEL_CARD_FILE])
     assert sum(path.stat().st_size for path in SHIPPED_FOLDER.iterdir()) < MAX_BYTES
@@ -40,13 +40,13 @@ def test_it_is_whole_and_small() -> None:
     assert dtypes == {"BF16", "F32", "I64"}
 
 
-def test_it_names_no_place_of_the_machine_that_trained_it() -> None:
+def test_it_contains_no_path_of_the_training_machine() -> None:
     for name in (METADATA_FILE, MODEL_CARD_FILE):
         text = (SHIPPED_FOLDER / name).read_text()
         assert not re.findall(r"(?<![\w.])/(?:home|root|tmp|work|mnt|Users)/\S*", text), name
 
 
-def test_readme_and_results_say_what_its_card_says(card: dict[str, Any]) -> None:
+def test_readme_and_results_match_its_card(card: dict[str, Any]) -> None:
     test, val = card["metrics"]["test"], card["metrics"]["val"]
     thumbnails = test["baseline_1nn"]
     for document in ("README.md", "docs/results.md"):
@@ -64,13 +64,13 @@ def test_readme_and_results_say_what_its_card_says(card: dict[str, Any]) -> None
     assert card["classifier_id"] in text
 
 
-def test_it_is_as_good_on_testing_as_its_card_says(card: dict[str, Any], real_data: Path) -> None:
+def test_its_test_accuracy_matches_its_card(card: dict[str, Any], real_data: Path) -> None:
     classifier = load_classifier(str(SHIPPED_FOLDER))
     paths = sorted((real_data / "Testing").glob("*/*.jpg"))
     images = np.stack([load_image(path.read_bytes(), classifier.preprocessing) for path in paths])
     probs = open_engine(classifier, EngineOptions()).predict(images).probs
     y_true = [classifier.classes.index(path.parent.name) for path in paths]
-    printed = card["metrics"]["test"]
-    assert len(paths) == printed["n"]
+    reported = card["metrics"]["test"]
+    assert len(paths) == reported["n"]
     accuracy = float((probs.argmax(1) == y_true).mean())
-    assert accuracy == pytest.approx(printed["accuracy"], abs=0.005), "rounding apart"
+    assert accuracy == pytest.approx(reported["accuracy"], abs=0.005), "apart from rounding"

@@ -16,7 +16,7 @@ from brainray.images.decode import DecodeLimits
 from brainray.images.slices import open_file
 
 
-def evaluate_classifier(
+def evaluate_by_property(
     properties: dict[str, NDArray[np.float64]], labels: NDArray[np.int64], groups: NDArray[np.int64]
 ) -> dict[str, dict[str, object]]:
     return {row["property"]: row for row in evaluate_shortcuts(properties, labels, groups)}
@@ -31,7 +31,7 @@ def test_a_planted_shortcut_is_found_and_noise_is_not() -> None:
         "noise": rng.normal(size=(1200, 1)),
         "constant": np.ones((1200, 1)),
     }
-    rows = evaluate_classifier(properties, labels, np.arange(1200))
+    rows = evaluate_by_property(properties, labels, np.arange(1200))
     assert list(rows) == ["size", "noise", "constant", ALL_TOGETHER]
     assert rows["size"]["balanced_accuracy"] == pytest.approx(0.47, abs=0.04)  # (1 + 0.9) / 4
     assert rows["size"]["is_above_chance"]
@@ -43,14 +43,14 @@ def test_a_planted_shortcut_is_found_and_noise_is_not() -> None:
     assert low < rows["size"]["balanced_accuracy"] < high
 
 
-def test_a_property_of_the_group_is_no_shortcut() -> None:
+def test_a_property_of_the_group_is_not_a_shortcut() -> None:
     rng = np.random.default_rng(1)
     groups = np.repeat(np.arange(60), 10)
     labels = rng.permutation(np.arange(60) % 4)[groups]
     patient = rng.normal(size=60)[groups][:, None]
-    rows = evaluate_classifier({"patient": patient}, labels, groups)
+    rows = evaluate_by_property({"patient": patient}, labels, groups)
     assert not rows["patient"]["is_above_chance"]
-    alone = evaluate_classifier({"patient": patient}, labels, np.arange(600))
+    alone = evaluate_by_property({"patient": patient}, labels, np.arange(600))
     assert alone["patient"]["is_above_chance"]  # the result if groups were split
 
 
@@ -61,7 +61,7 @@ def test_too_few_groups_give_no_result() -> None:
     assert evaluate_shortcuts(properties, np.zeros(4, np.int64), np.arange(4)) == []
 
 
-def test_large_data_sets_are_drawn_from_by_whole_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_data_sets_are_sampled_by_whole_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shortcuts, "MAX_IMAGES", 100)
     groups = np.repeat(np.arange(50), 8)
     labels = groups % 2
@@ -98,7 +98,7 @@ def test_properties_of_an_image() -> None:
     assert properties["border_dark_share"] == pytest.approx(1 - 160 / num_border)
 
 
-def test_the_same_pixels_have_one_hash_whatever_the_file() -> None:
+def test_the_hash_depends_on_the_pixels_and_not_on_the_file_format() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (30, 20), dtype=np.uint8)
     hashes = {
         measure(encode(pixels, kind, mode))["pixel_sha256"]
@@ -110,12 +110,12 @@ def test_the_same_pixels_have_one_hash_whatever_the_file() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 50), (3, 3)])
-def test_the_border_of_a_tiny_image_is_all_there_is_of_it(shape: tuple[int, int]) -> None:
+def test_the_border_of_a_tiny_image_is_the_whole_image(shape: tuple[int, int]) -> None:
     properties = measure(encode(np.full(shape, 90, np.uint8), "PNG", "L"))
     assert (properties["border_grey"], properties["border_dark_share"]) == (90, 0)
 
 
-def test_sixteen_bits_are_a_mode_of_their_own() -> None:
+def test_a_16_bit_image_has_its_own_mode() -> None:
     sink = io.BytesIO()
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(sink, "PNG")
     assert measure(sink.getvalue())["mode"].endswith(", 16 bit")

@@ -1,6 +1,6 @@
-"""The same bytes through evaluation, bulk, HTTP and `classify FILE` give the same prediction.
+"""Evaluation, bulk, HTTP and `classify FILE` give the same prediction for the same bytes.
 
-With the engine that ships: OpenVINO, in bf16 where the processor has it.
+The engine is the default: OpenVINO, in bf16 if the processor has bf16 instructions.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from tests.open_scans import load_image
 from tests.service import build_test_app, open_client, open_predictor
 
 NOISE = np.random.default_rng(3).integers(0, 256, (180, 160), dtype=np.uint8)
-"""An image that is no scan, and can be read."""
+"""An image that can be read, but is not a scan."""
 
 Rows = dict[str, dict[str, Any]]
 """By file name: status, reason, predicted_class and, unless rejected, the probabilities."""
@@ -46,7 +46,7 @@ def save(pixels: Image.Image, kind: str, **options: Any) -> bytes:  # noqa: ANN4
 
 @pytest.fixture(scope="module")
 def scans(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fill a folder with scans of many kinds, and with what is no scan."""
+    """Write a folder of scans in many formats, and of files that are not scans."""
     folder = tmp_path_factory.mktemp("skew") / "Testing"
     for name in CLASSES:
         (folder / name).mkdir(parents=True)
@@ -77,10 +77,10 @@ def scans(phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def wary_classifier(
+def calibrated_classifier(
     tiny_classifier: Path, phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Export the tiny classifier anew: scaled, abstaining, and knowing what phantoms are like."""
+    """Export the tiny classifier with a calibration, an abstention limit and an OOD detector."""
     opened = load_classifier(str(tiny_classifier))
     engine = open_engine(opened, EngineOptions())
     train, test = (
@@ -104,8 +104,8 @@ def wary_classifier(
         ood_detector.compute_distances(foreign),
         ood_detector.compute_distances(test.features),
     )
-    assert far[0] > 1.2 * near.max(), "noise is farther from phantoms than phantoms are"
-    folder = tmp_path_factory.mktemp("wary") / "classifier"
+    assert far[0] > 1.2 * near.max(), "noise is farther than the test phantoms"
+    folder = tmp_path_factory.mktemp("calibrated") / "classifier"
     save_classifier(
         str(folder),
         opened.build_network().state_dict(),
@@ -139,7 +139,7 @@ def collect(rows: list[dict[str, Any]]) -> Rows:
 def predict_files(
     scans: Path, classifier: Path, capsys: pytest.CaptureFixture[str]
 ) -> tuple[Rows, str]:
-    """Return the rows, and the precision that they were computed in."""
+    """Return the rows, and the precision of the engine."""
     files = map(str, sorted(scans.rglob("*.*")))
     cli.main(["classify", "--json", *files, "--classifier-uri", str(classifier)])
     body = json.loads(capsys.readouterr().out)
@@ -149,7 +149,7 @@ def predict_files(
 def predict_http(scans: Path, classifier: Path) -> Rows:
     app = build_test_app(open_predictor(classifier, EngineOptions()))
 
-    async def ask() -> Rows:
+    async def post_files() -> Rows:
         rows: Rows = {}
         async with open_client(app) as client:
             for file in scans.rglob("*.*"):
@@ -162,7 +162,7 @@ def predict_http(scans: Path, classifier: Path) -> Rows:
                 }
         return rows
 
-    return asyncio.run(ask())
+    return asyncio.run(post_files())
 
 
 def predict_in_bulk(scans: Path, classifier: Path, output: Path) -> Rows:
@@ -187,14 +187,16 @@ def predict_in_evaluation(
 
 @pytest.mark.usefixtures("local_ray")
 def test_every_way_to_predict_gives_the_same_prediction(
-    scans: Path, wary_classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    scans: Path, calibrated_classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected, precision = predict_files(scans, wary_classifier, capsys)
+    expected, precision = predict_files(scans, calibrated_classifier, capsys)
     found = {
-        "http": predict_http(scans, wary_classifier),
-        "bulk": predict_in_bulk(scans, wary_classifier, tmp_path / "bulk"),
+        "http": predict_http(scans, calibrated_classifier),
+        "bulk": predict_in_bulk(scans, calibrated_classifier, tmp_path / "bulk"),
     }
-    evaluated, rejected = predict_in_evaluation(scans, wary_classifier, tmp_path / "evaluation")
+    evaluated, rejected = predict_in_evaluation(
+        scans, calibrated_classifier, tmp_path / "evaluation"
+    )
     found["evaluation"] = evaluated
 
     assert precision == choose_precision("auto", has_bf16=has_native_bf16(use_gpu=False))

@@ -41,7 +41,7 @@ PERCENTILE = Preprocessing(size_px=64, intensity="percentile")
 
 
 def draw_volume() -> NDArray[np.int16]:
-    """Draw a ball in a volume of 24 x 20 x 16, right, front, top; no tissue in its end slices."""
+    """Draw a ball in a volume of 24 x 20 x 16 (right, front, top); its end slices are empty."""
     x, y, z = np.indices((24, 20, 16))
     inside = (x - 12) ** 2 + (y - 10) ** 2 + 2 * (z - 8) ** 2 < 80
     return np.where(inside, 300 + 9 * x + 5 * y + 3 * z, 2).astype(np.int16)
@@ -159,13 +159,13 @@ def list_test_files() -> list[Path]:
 
 
 @pytest.mark.heavy
-def test_every_file_of_the_libraries_is_opened_or_rejected() -> None:
+def test_every_test_file_of_the_libraries_is_opened_or_rejected() -> None:
     counts: Counter[str] = Counter()
     for path in list_test_files():
         try:
             for one in islice(open_slices(path.read_bytes(), PERCENTILE), 3):
-                answer = "opened" if isinstance(one, OpenedSlice) else one[1].reason
-                counts[answer] += 1
+                outcome = "opened" if isinstance(one, OpenedSlice) else one[1].reason
+                counts[outcome] += 1
         except RejectedImage as rejection:
             counts[rejection.reason] += 1
     assert set(counts) - {"opened"} <= set(REJECTION_REASONS)
@@ -177,7 +177,7 @@ def test_every_file_of_the_libraries_is_opened_or_rejected() -> None:
 
 
 @given(uri=st.text(), frame=st.none() | st.integers(0, 10**6))
-def test_a_slices_name_is_split_into_what_it_was_made_of(uri: str, frame: int | None) -> None:
+def test_the_name_of_a_slice_is_split_into_uri_and_frame(uri: str, frame: int | None) -> None:
     if frame is None and split_name(uri)[1] is not None:
         return  # a file whose own name ends like a slice's
     assert split_name(name_slice(uri, frame)) == (uri, frame)
@@ -195,7 +195,7 @@ def test_a_slices_name_is_split_into_what_it_was_made_of(uri: str, frame: int | 
         ("/scans/a#frame=٣", ("/scans/a#frame=٣", None)),
     ],
 )
-def test_names(name: str, parts: tuple[str, int | None]) -> None:
+def test_only_a_valid_frame_suffix_is_split_off(name: str, parts: tuple[str, int | None]) -> None:
     assert split_name(name) == parts
 
 
@@ -254,7 +254,7 @@ def test_an_enhanced_object_has_a_slice_for_each_frame() -> None:
         ),
     ],
 )
-def test_a_rejected_frame_keeps_its_neighbours(reason: str, second: Dataset) -> None:
+def test_a_rejected_frame_does_not_reject_its_neighbours(reason: str, second: Dataset) -> None:
     first, rejected, third = open_slices(make_volume(second), PERCENTILE)
     assert isinstance(first, OpenedSlice)
     assert isinstance(third, OpenedSlice)
@@ -280,7 +280,7 @@ def test_slices_with_little_tissue_are_rejected_one_by_one(is_gzipped: bool) -> 
     assert open_file(content).slices[0].series is None, "without a key"
 
 
-def test_a_slice_is_rejected_each_time_by_an_exception_of_its_own() -> None:
+def test_each_rejection_of_a_slice_raises_a_new_exception() -> None:
     file = open_file(make_nifti())
     caught = []
     for _ in range(2):
@@ -292,7 +292,7 @@ def test_a_slice_is_rejected_each_time_by_an_exception_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(("plane", "count"), [("axial", 16), ("coronal", 20), ("sagittal", 24)])
-def test_the_plane_is_chosen(plane: str, count: int) -> None:
+def test_a_volume_is_sliced_in_the_chosen_plane(plane: str, count: int) -> None:
     file = open_file(make_nifti(), ReadOptions(plane=plane))  # type: ignore[arg-type]
     assert len(file.slices) == count
     (flags,) = {info.flags for info in file.slices}
@@ -317,7 +317,7 @@ def test_a_volume_without_an_orientation_has_no_plane() -> None:
         ("voi_lut", {"VOILUTSequence": [make_item(LUTDescriptor=[4, 0, 8], LUTData=b"\0\1\2\3")]}),
     ],
 )
-def test_stored_intensity_uses_the_display(expected: str, elements: dict) -> None:
+def test_stored_intensity_uses_the_displayed_grey_levels(expected: str, elements: dict) -> None:
     file = open_file(make_mr(**elements))
     opened = open_slice(file, 0, STORED)
     assert opened.grey_range == expected

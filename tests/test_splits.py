@@ -39,12 +39,12 @@ def draw(
     return labels[order].astype(np.int64), np.repeat(np.arange(num_groups), sizes)[order]
 
 
-def straddles(groups: Labels, *parts: NDArray[np.bool_]) -> bool:
+def splits_a_group(groups: Labels, *parts: NDArray[np.bool_]) -> bool:
     found = [set(groups[part]) for part in parts]
     return sum(map(len, found)) != len(set().union(*found))
 
 
-def split_or_say(
+def split_or_get_error(
     labels: Labels, groups: Labels, fraction: float, *, seed: int
 ) -> NDArray[np.bool_] | str:
     try:
@@ -57,20 +57,22 @@ def split_or_say(
 
 
 @pytest.mark.parametrize(
-    ("fraction", "taken"), [(0.5, 1 / 2), (0.2, 1 / 5), (0.15, 1 / 7), (0.1, 0.1)]
+    ("fraction", "expected"), [(0.5, 1 / 2), (0.2, 1 / 5), (0.15, 1 / 7), (0.1, 0.1)]
 )
-def test_size_groups_and_classes(fraction: float, taken: float) -> None:
+def test_a_split_has_its_size_and_class_shares_and_splits_no_group(
+    fraction: float, expected: float
+) -> None:
     labels, groups = draw(600)
     held_out = split_groups(labels, groups, fraction, seed=0)
     assert held_out.dtype == np.bool_
-    assert held_out.mean() == pytest.approx(taken, rel=0.05)
-    assert not straddles(groups, held_out, ~held_out)
+    assert held_out.mean() == pytest.approx(expected, rel=0.05)
+    assert not splits_a_group(groups, held_out, ~held_out)
     whole = np.bincount(labels) / len(labels)
     part = np.bincount(labels[held_out]) / held_out.sum()
     assert np.abs(part - whole).max() < 0.02
 
 
-def test_seed_decides() -> None:
+def test_a_split_depends_on_the_seed() -> None:
     labels, groups = draw(200)
     first = split_groups(labels, groups, 0.2, seed=1)
     assert (split_groups(labels, groups, 0.2, seed=1) == first).all()
@@ -82,15 +84,15 @@ def test_seed_decides() -> None:
     fraction=st.floats(0.05, 0.5),
     seed=st.integers(0, 5),
 )
-def test_any_input_is_split_soundly_or_refused_in_words(
+def test_any_input_is_split_by_groups_or_refused_with_a_remedy(
     rows: list[tuple[int, int]], fraction: float, seed: int
 ) -> None:
     labels, groups = (np.array(part, np.int64) for part in zip(*rows, strict=True))
-    held_out = split_or_say(labels, groups, fraction, seed=seed)
+    held_out = split_or_get_error(labels, groups, fraction, seed=seed)
     if isinstance(held_out, str):
         assert "Add images" in held_out
         return
-    assert not straddles(groups, held_out, ~held_out)
+    assert not splits_a_group(groups, held_out, ~held_out)
     assert set(labels[held_out]) == set(labels[~held_out]) == set(labels)
 
 
@@ -115,13 +117,13 @@ def test_one_group_of_a_class_is_refused() -> None:
 
 def test_class_too_rare_for_the_fraction_is_refused() -> None:
     labels = np.array([0] * 98 + [1] * 2)
-    answers = [split_or_say(labels, np.arange(100), 0.1, seed=seed) for seed in range(8)]
-    refusals = [answer for answer in answers if isinstance(answer, str)]
+    results = [split_or_get_error(labels, np.arange(100), 0.1, seed=seed) for seed in range(8)]
+    refusals = [result for result in results if isinstance(result, str)]
     assert refusals  # 2 of 10 folds hold the rare class
-    for words in refusals:
-        assert words.startswith("Too few groups of class number 1 to split off 10%.")
-        assert words.endswith("use a larger fraction, or give val and test folders.")
-    for held_out in answers:
+    for message in refusals:
+        assert message.startswith("Too few groups of class number 1 to split off 10%.")
+        assert message.endswith("use a larger fraction, or give val and test folders.")
+    for held_out in results:
         assert isinstance(held_out, str) or set(labels[held_out]) == {0, 1}
 
 
@@ -133,12 +135,12 @@ def assign(given_splits: list[str], labels: Labels, groups: Labels, **options: A
     return assign_splits(given_splits, labels, groups, **(defaults | options))
 
 
-def test_no_splits_given_makes_three() -> None:
+def test_data_without_splits_gets_three_splits() -> None:
     labels, groups = draw(500)
     splits = assign([""] * len(labels), labels, groups)
     parts = {name: splits == name for name in ("train", "val", "test")}
     assert sum(parts.values()).tolist() == [1] * len(labels)
-    assert not straddles(groups, *parts.values())
+    assert not splits_a_group(groups, *parts.values())
     assert parts["test"].mean() == pytest.approx(0.2, abs=0.02)
     assert parts["val"].mean() == pytest.approx(0.8 * 0.2, abs=0.02)
     for part in parts.values():
@@ -151,16 +153,16 @@ def test_no_test_set_when_its_fraction_is_zero() -> None:
     assert set(splits) == {"train", "val"}
 
 
-def test_given_test_is_kept_and_val_is_cut_from_training() -> None:
+def test_a_given_test_set_is_kept_and_val_is_split_off_training() -> None:
     labels, groups = draw(400)
     is_test = groups % 5 == 0
     splits = assign(np.where(is_test, "test", "train").tolist(), labels, groups)
     assert ((splits == "test") == is_test).all()
     assert (splits == "val").sum() / (~is_test).sum() == pytest.approx(0.2, abs=0.03)
-    assert not straddles(groups, splits == "train", splits == "val")
+    assert not splits_a_group(groups, splits == "train", splits == "val")
 
 
-def test_given_val_is_kept_and_none_is_added() -> None:
+def test_a_given_val_set_is_kept_and_no_split_is_added() -> None:
     labels, groups = draw(100)
     given_splits = [("train", "val", "test")[group % 3] for group in groups]
     assert assign(given_splits, labels, groups).tolist() == given_splits
@@ -168,21 +170,21 @@ def test_given_val_is_kept_and_none_is_added() -> None:
     assert assign(without_test, labels, groups).tolist() == without_test
 
 
-def test_unsaid_beside_said_is_training_and_what_is_said_is_kept() -> None:
+def test_images_without_a_split_are_for_training_if_others_have_one() -> None:
     labels, groups = draw(300)
     given_splits = [("", "test", "train")[group % 3] for group in groups]
     splits = assign(given_splits, labels, groups)
     assert ((splits == "test") == (groups % 3 == 1)).all()
-    assert (splits[groups % 3 == 0] == "train").any()
-    assert (splits == "val").any()
+    assert set(splits[groups % 3 != 1]) == {"train", "val"}
+    assert set(splits[groups % 3 == 0]) == {"train", "val"}
 
 
 def test_splits_follow_the_seed() -> None:
     labels, groups = draw(200)
-    unsaid = [""] * len(labels)
-    first = assign(unsaid, labels, groups, seed=4)
-    assert (assign(unsaid, labels, groups, seed=4) == first).all()
-    assert (assign(unsaid, labels, groups, seed=5) != first).any()
+    no_splits = [""] * len(labels)
+    first = assign(no_splits, labels, groups, seed=4)
+    assert (assign(no_splits, labels, groups, seed=4) == first).all()
+    assert (assign(no_splits, labels, groups, seed=5) != first).any()
 
 
 def test_no_training_images_is_refused() -> None:
@@ -221,7 +223,7 @@ def change(table: pa.Table, name: str, value: object) -> pa.Table:
     )
 
 
-def test_hash_is_of_what_is_said_not_of_how_it_is_stored() -> None:
+def test_the_hash_depends_on_the_rows_and_not_on_how_they_are_stored() -> None:
     manifest = build_manifest()
     digest = hash_manifest(manifest)
     assert len(digest) == 64
@@ -243,7 +245,7 @@ def test_hash_is_of_what_is_said_not_of_how_it_is_stored() -> None:
         ("split", "val"),
     ],
 )
-def test_hash_follows_every_column_that_shapes_a_run(name: str, value: object) -> None:
+def test_the_hash_depends_on_every_column_that_affects_a_run(name: str, value: object) -> None:
     manifest = build_manifest()
     assert hash_manifest(change(manifest, name, value)) != hash_manifest(manifest)
 
@@ -256,7 +258,7 @@ def test_hash_follows_every_column_that_shapes_a_run(name: str, value: object) -
     num_folds=st.integers(2, 5),
     seed=st.integers(0, 5),
 )
-def test_folds_part_no_group_or_are_refused_in_words(
+def test_folds_split_no_group_or_are_refused_with_a_remedy(
     rows: list[tuple[int, int]], num_folds: int, seed: int
 ) -> None:
     labels, groups = (np.array(part, np.int64) for part in zip(*rows, strict=True))
@@ -268,7 +270,7 @@ def test_folds_part_no_group_or_are_refused_in_words(
     if refusal is not None:
         assert "--folds" in str(refusal)
         return
-    assert not straddles(groups, *(folds == number for number in range(num_folds)))
+    assert not splits_a_group(groups, *(folds == number for number in range(num_folds)))
     for number in range(num_folds):
         assert set(labels[folds == number]) == set(labels)
 

@@ -31,7 +31,7 @@ LABELS = Labels(CLASSES)
 
 
 def make_rows(count: int, seed: int) -> pa.Table:
-    """Draw rows of the prediction table; some rejected, some abstained on, many alike."""
+    """Draw rows of the prediction table: some rejected, some abstained, many with equal values."""
     rng = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for number in range(count):
@@ -50,7 +50,7 @@ def make_rows(count: int, seed: int) -> pa.Table:
 
 
 def describe(stats: RunStats) -> dict[str, Any]:
-    """Return all that statistics hold, in a form that can be compared."""
+    """Return all fields of statistics in a form that can be compared."""
     labelled = stats.labelled
     return stats.to_json() | {
         "mistakes": stats.mistakes,
@@ -78,7 +78,7 @@ def describe(stats: RunStats) -> dict[str, Any]:
     num_parts=st.integers(1, 8),
     labels=st.sampled_from([None, LABELS]),
 )
-def test_the_parts_of_rows_add_up_in_any_order(
+def test_the_statistics_of_parts_add_up_in_any_order(
     seed: int, count: int, num_parts: int, labels: Labels | None
 ) -> None:
     rows = make_rows(count, seed)
@@ -147,7 +147,7 @@ def test_the_mistakes_are_the_most_confident_ones() -> None:
     ]
 
 
-def test_what_does_not_depend_on_labels_goes_through_json() -> None:
+def test_statistics_without_labels_round_trip_through_json() -> None:
     stats = compute_statistics(make_rows(100, 3), CLASSES)
     document = json.loads(json.dumps(stats.to_json(), allow_nan=False))
     again = RunStats.from_json(document)
@@ -158,7 +158,7 @@ def test_what_does_not_depend_on_labels_goes_through_json() -> None:
 
 
 def test_the_size_of_statistics_does_not_grow_with_the_scans() -> None:
-    """What the driver gets of a shard, and what it holds of all."""
+    """The driver receives the statistics of each shard, and keeps their sum."""
     sizes = {
         count: len(pickle.dumps(compute_statistics(make_rows(count, 4), CLASSES)))
         for count in (100, 4000)
@@ -170,13 +170,13 @@ def test_the_size_of_statistics_does_not_grow_with_the_scans() -> None:
 
 
 @pytest.fixture
-def few_kept(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Keep few labelled scans, so that there is something to choose."""
+def max_labelled(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Lower the maximum of labelled scans, so that a sample is drawn."""
     monkeypatch.setattr(stats_module, "MAX_LABELLED", 50)
     return 50
 
 
-def test_a_sample_of_labelled_scans_is_bounded_and_the_same_in_any_order(few_kept: int) -> None:
+def test_a_sample_of_labelled_scans_is_bounded_and_the_same_in_any_order(max_labelled: int) -> None:
     rows = make_rows(1000, 5)
     rng = np.random.default_rng(5)
     found = []
@@ -189,12 +189,12 @@ def test_a_sample_of_labelled_scans_is_bounded_and_the_same_in_any_order(few_kep
         found.append(joined)
     for stats in found:
         assert stats.labelled is not None
-        assert len(stats.labelled.y_true) == len(stats.labelled.y_prob) == few_kept
+        assert len(stats.labelled.y_true) == len(stats.labelled.y_prob) == max_labelled
         assert stats.labelled.total > 400
         assert describe(stats) == describe(found[0])
 
 
-def test_every_labelled_scan_has_the_same_chance_to_be_in_the_sample(few_kept: int) -> None:
+def test_every_labelled_scan_has_the_same_chance_to_be_in_the_sample(max_labelled: int) -> None:
     """Of ten classes with equally many scans, each has about a tenth of many samples."""
     counts = np.zeros(10)
     for draw in range(40):
@@ -211,7 +211,7 @@ def test_every_labelled_scan_has_the_same_chance_to_be_in_the_sample(few_kept: i
         joined = samples[0]
         for sample in samples[1:]:
             joined = joined.add(sample)
-        assert (len(joined.y_true), joined.total) == (few_kept, 500)
+        assert (len(joined.y_true), joined.total) == (max_labelled, 500)
         counts += np.bincount(joined.y_true, minlength=10)
     # Binomial with n = 2,000 and p = 0.1: a standard deviation of 13.
     assert np.abs(counts - 200).max() < 60, counts
@@ -261,7 +261,7 @@ def test_speed_is_measured_from_the_first_shard_on(monkeypatch: pytest.MonkeyPat
     assert progress.rate == pytest.approx(5.0)
     assert progress.left_s is None
     progress.total = 80
-    assert progress.left_s == pytest.approx(50 * 10 / 25), "files are left, of several slices each"
+    assert progress.left_s == pytest.approx(50 * 10 / 25), "the remaining files, not slices"
     assert progress.runtime == {"backend": "torch"}
     busy = progress.compute_busy({"read": 2, "decode": 2, "predict": 1, "write": 2})
     assert busy == {"read": 0.1, "decode": 0.0, "predict": 0.9, "write": 0.0}
@@ -277,5 +277,5 @@ def test_speed_is_measured_from_the_first_shard_on(monkeypatch: pytest.MonkeyPat
         ({"decode": 0.2, "predict": 0.4}, "nothing is saturated"),
     ],
 )
-def test_the_bottleneck_in_words(busy: dict[str, float], words: str) -> None:
+def test_the_bottleneck_is_named(busy: dict[str, float], words: str) -> None:
     assert words in find_bottleneck(busy)

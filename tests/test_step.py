@@ -1,4 +1,4 @@
-"""One step of training: the same on any number of workers."""
+"""Training steps are the same on any number of workers."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ SIZE_PX, BATCH_SIZE, NUM_STEPS = 32, 7, 3
 CONFIG = TrainConfig(
     preprocessing=Preprocessing(size_px=SIZE_PX),
     num_epochs=2,
-    augmentation=NO_AUGMENTATION,  # whose result depends on no worker, and is single precision
+    augmentation=NO_AUGMENTATION,  # augmentation computes in single precision
     optimisation=Optimisation(learning_rate=1e-3, warmup_epochs=0.0),
 )
 
@@ -39,7 +39,7 @@ def make_share(step: int, rank: int, world_size: int) -> Batch:
 
 
 def take_steps(rank: int, world_size: int) -> dict[str, Any]:
-    """Take steps in double precision: whatever differs is not rounding."""
+    """Take steps in double precision, so that no difference is due to rounding."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     network = build_network(4, norm_layer=choose_norm_layer("sync", on_gpu=False)).double()
@@ -60,15 +60,19 @@ def take_steps(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def run_worker(rank: int, folder: str) -> None:
-    """One of two gloo workers, in a process of its own."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    """Run one of two gloo workers; each has its own process."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     setattr(torch.Tensor, "float", torch.Tensor.double)  # noqa: B010 - normalisation and loss cast
     torch.save(take_steps(rank, 2), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.heavy
-def test_two_workers_take_the_steps_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_workers_take_the_same_steps_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mp.spawn(run_worker, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -80,6 +84,6 @@ def test_two_workers_take_the_steps_of_one(tmp_path: Path, monkeypatch: pytest.M
     assert (expected["fc.weight"] - build_network(4).fc.weight).abs().max() > 1e-3
 
 
-def test_rare_classes_weigh_more() -> None:
+def test_rare_classes_have_larger_weights() -> None:
     weights = compute_class_weights(np.array([0, 0, 0, 1]), 2)
     torch.testing.assert_close(weights, torch.tensor([4 / 6, 2.0]))

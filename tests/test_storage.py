@@ -1,4 +1,4 @@
-"""Places: whole-or-nothing writes, odd names, and errors that name the place."""
+"""Storage: atomic writes, odd file names, and errors that name the URI."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ ODD_NAMES = ("a b.jpg", 'it\'s "q".jpg', "line\nbreak.jpg", "größe-脳.jpg", "
 
 @pytest.fixture
 def odd_folder(tmp_path: Path) -> Path:
-    """Hold one file of each odd name, below a folder with an odd name too."""
+    """Write one file of each odd name, in a folder that has an odd name too."""
     root = tmp_path / "odd name"
     (root / "Sub dir").mkdir(parents=True)
     for name in ODD_NAMES:
@@ -41,9 +41,7 @@ def test_bytes_round_trip_creates_the_folders_above(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "new" / "deep").iterdir()] == ["x.bin"]
 
 
-def test_failing_write_leaves_the_old_file_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: int) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -56,23 +54,23 @@ def test_failing_write_leaves_the_old_file_whole(
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_no_reader_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_reader_sees_a_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     target = tmp_path / "f"
     target.write_bytes(b"old")
-    real = os.fsync
+    fsync = os.fsync
 
-    def look(descriptor: int) -> None:  # at this moment the new content is written, not yet shown
-        real(descriptor)
+    def inspect(descriptor: int) -> None:  # the new content is written, but not visible yet
+        fsync(descriptor)
         seen.append((target.read_bytes(), sorted(p.name[0] for p in tmp_path.iterdir())))
 
-    monkeypatch.setattr(os, "fsync", look)
+    monkeypatch.setattr(os, "fsync", inspect)
     storage.write_bytes(str(target), b"new")
-    assert seen == [(b"old", [".", "f"])]  # the partial is hidden, so a scan passes it over
+    assert seen == [(b"old", [".", "f"])]  # the partial file is hidden, so no listing has it
     assert target.read_bytes() == b"new"
 
 
-def test_unwritable_place_is_a_storage_error(tmp_path: Path) -> None:
+def test_an_unwritable_path_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"in the way")
     below_a_file = str(tmp_path / "file" / "folder")
     with pytest.raises(StorageError, match="Cannot write") as caught:
@@ -101,7 +99,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe"])
-def test_what_is_not_json_is_said_with_its_place(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_json_document_is_an_error_with_its_path(tmp_path: Path, content: bytes) -> None:
     uri = str(tmp_path / "d.json")
     storage.write_bytes(uri, content)
     with pytest.raises(StorageError, match=r"d\.json' is not a JSON document"):
@@ -137,7 +135,7 @@ def test_damaged_parquet_is_a_storage_error(tmp_path: Path, damage: str) -> None
 # ---------------------------------------------------------------------------------------- reading
 
 
-def test_missing_is_told_apart_from_unreadable(tmp_path: Path) -> None:
+def test_missing_and_unreadable_files_raise_different_errors(tmp_path: Path) -> None:
     missing = str(tmp_path / "nothing")
     for read in (storage.read_bytes, storage.read_json, storage.read_table):
         with pytest.raises(FileNotFoundError):
@@ -151,9 +149,9 @@ def test_missing_is_told_apart_from_unreadable(tmp_path: Path) -> None:
 
 def test_exists_and_is_folder(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"")
-    places = [str(tmp_path), str(tmp_path / "f"), str(tmp_path / "none")]
-    assert [storage.exists(place) for place in places] == [True, True, False]
-    assert [storage.is_folder(place) for place in places] == [True, False, False]
+    paths = [str(tmp_path), str(tmp_path / "f"), str(tmp_path / "none")]
+    assert [storage.exists(path) for path in paths] == [True, True, False]
+    assert [storage.is_folder(path) for path in paths] == [True, False, False]
     assert storage.is_folder(tmp_path.as_uri() + "/")
 
 
@@ -167,8 +165,8 @@ def test_list_files_is_recursive_sorted_and_complete(odd_folder: Path) -> None:
 
 @pytest.mark.parametrize("as_uri", [False, True], ids=["path", "file-uri"])
 def test_listed_files_can_be_read_whatever_their_name(odd_folder: Path, as_uri: bool) -> None:
-    place = odd_folder.as_uri() if as_uri else str(odd_folder)
-    found = [f for f in storage.list_files(place) if f.relative_path.startswith("Sub dir/")]
+    uri = odd_folder.as_uri() if as_uri else str(odd_folder)
+    found = [f for f in storage.list_files(uri) if f.relative_path.startswith("Sub dir/")]
     assert len(found) == len(ODD_NAMES)
     for file in found:
         assert storage.read_bytes(file.uri).decode() == file.relative_path.removeprefix("Sub dir/")
@@ -194,17 +192,17 @@ def test_list_folders_names_only_the_first_level(odd_folder: Path) -> None:
     assert storage.list_folders(str(odd_folder)) == ["A", "Sub dir"]
 
 
-# ----------------------------------------------------------------------------------------- places
+# ------------------------------------------------------------------------------------------- URIs
 
 
 @pytest.mark.parametrize("uri", ["http://host/x", "hdfs://x", "s4://b/x"])
-def test_unknown_scheme_is_named(uri: str) -> None:
+def test_an_unknown_scheme_is_an_error_with_the_uri(uri: str) -> None:
     with pytest.raises(StorageError, match="Expected a local path, s3:// or gs://") as caught:
         storage.resolve(uri)
     assert uri in str(caught.value)
 
 
-def test_object_store_paths_are_resolved_without_asking_anyone() -> None:
+def test_object_store_uris_are_resolved_without_a_request() -> None:
     base = "s3://bucket/runs/?region=us-east-1"
     uri = storage.join(base, "no tumor", "50%#?.jpg")
     assert uri.endswith("?region=us-east-1")
@@ -253,7 +251,7 @@ def test_join_and_resolve_agree_on_any_name(parts: list[str]) -> None:
     assert storage.resolve(storage.join("file:///root", *parts))[1] == expected
 
 
-def test_a_place_has_one_name_whatever_way_leads_to_it(
+def test_different_paths_to_a_folder_have_the_same_absolute_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
@@ -277,5 +275,5 @@ def test_a_place_has_one_name_whatever_way_leads_to_it(
         ("/", ""),
     ],
 )
-def test_the_name_of_a_place_is_its_last_part_alone(uri: str, name: str) -> None:
+def test_the_name_of_a_uri_is_its_last_part(uri: str, name: str) -> None:
     assert storage.get_name(uri) == name

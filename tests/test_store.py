@@ -1,4 +1,4 @@
-"""Predictions on disk: a file is whole or absent, is written once, and is closed after a kill."""
+"""Predictions on disk: files are written atomically and once, and shards closed after a kill."""
 
 import json
 from dataclasses import replace
@@ -16,6 +16,7 @@ import pytest
 from brainray.errors import ConfigError, LockLostError, StorageError
 from brainray.inference.schema import SCHEMA_VERSION, build_schema
 from brainray.inference.store import KNOWN_SCHEMA, PredictionStore, Wave
+from brainray.io import storage
 
 CLASSES = ("glioma", "notumor")
 ENGINE = {"backend": "torch", "precision": "fp32", "description": "torch, fp32"}
@@ -77,7 +78,7 @@ def read_names(output: Path) -> list[str]:
 # --------------------------------------------------------------------------------- one file
 
 
-def test_a_file_holds_its_rows_and_says_what_made_it(tmp_path: Path) -> None:
+def test_a_file_has_its_rows_and_describes_how_they_were_computed(tmp_path: Path) -> None:
     store = open_store(tmp_path, size_px=100)
     rows = make_rows("a", "b")
     assert write(store, 7, rows) is rows
@@ -119,22 +120,22 @@ def test_a_shard_that_is_written_twice_keeps_its_first_rows(tmp_path: Path) -> N
     store = open_store(tmp_path)
     write(store, 0, make_rows("a", "b"))
     before = Path(store.list_files()[0]).read_bytes()
-    there = write(store, 0, make_rows("a", "c", reason="empty"))
-    assert there["scan_uri"].to_pylist() == ["a", "b"]
-    assert there["status"].to_pylist() == ["classified"] * 2
+    stored = write(store, 0, make_rows("a", "c", reason="empty"))
+    assert stored["scan_uri"].to_pylist() == ["a", "b"]
+    assert stored["status"].to_pylist() == ["classified"] * 2
     assert [Path(uri).read_bytes() for uri in store.list_files()] == [before]
 
 
-def test_of_many_who_write_a_shard_at_once_one_does(tmp_path: Path) -> None:
+def test_of_concurrent_writes_of_a_shard_one_is_kept(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     with ThreadPool(8) as pool:
-        there = pool.map(lambda name: write(store, 0, make_rows(name)), "abcdefgh")
-    names = {table["scan_uri"][0].as_py() for table in there}
+        stored = pool.map(lambda name: write(store, 0, make_rows(name)), "abcdefgh")
+    names = {table["scan_uri"][0].as_py() for table in stored}
     assert len(names) == 1
     assert read_names(tmp_path) == list(names)
 
 
-def test_a_writer_that_was_killed_leaves_nothing_that_is_read(tmp_path: Path) -> None:
+def test_the_partial_file_of_a_killed_writer_is_not_read(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     write(store, 0, make_rows("a"))
     folder = tmp_path / "predictions" / "classifier_id=aaa"
@@ -147,7 +148,7 @@ def test_a_writer_that_was_killed_leaves_nothing_that_is_read(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])
-def test_a_damaged_file_is_named(tmp_path: Path, kept: int) -> None:
+def test_a_damaged_file_is_an_error_with_its_name(tmp_path: Path, kept: int) -> None:
     store = open_store(tmp_path)
     write(store, 0, make_rows("a"))
     (uri,) = store.list_files()
@@ -161,7 +162,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, kept: int) -> None:
             read(uri)
 
 
-def test_what_is_known_of_a_scan_is_its_content_or_why_it_has_none(tmp_path: Path) -> None:
+def test_a_known_scan_has_its_content_hash_or_the_reason_without_one(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     rows = [make_rows("a"), make_rows("b", reason="corrupt"), make_rows("c", reason="missing")]
     write(store, 0, pa.concat_tables(rows))
@@ -173,8 +174,8 @@ def test_what_is_known_of_a_scan_is_its_content_or_why_it_has_none(tmp_path: Pat
     assert known["modified_ns"].to_pylist() == [5] * 3
 
 
-def test_slices_are_known_as_their_file(tmp_path: Path) -> None:
-    """Once with each content; a file may have a name that looks like a slice's."""
+def test_slices_are_known_by_the_name_of_their_file(tmp_path: Path) -> None:
+    """There is one row for each file and content. A file's name may look like a slice's."""
     names = [f"volume.nii#frame={number}" for number in range(3)]
     rows = make_rows(*names, "odd#frame=7").to_pylist()
     for number, row in enumerate(rows[:3]):
@@ -193,7 +194,7 @@ def test_slices_are_known_as_their_file(tmp_path: Path) -> None:
     ]
 
 
-def test_predictions_of_an_older_schema_below_the_classifier_are_refused(tmp_path: Path) -> None:
+def test_predictions_of_an_older_schema_of_the_same_classifier_are_refused(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     older = replace(store, about=store.about | {"schema_version": SCHEMA_VERSION - 1})
     write(older, 0, make_rows("a"))
@@ -205,16 +206,16 @@ def test_predictions_of_an_older_schema_below_the_classifier_are_refused(tmp_pat
 # ---------------------------------------------------------------------------- closed shards
 
 
-def test_a_run_that_was_cut_short_is_closed(tmp_path: Path) -> None:
+def test_an_interrupted_run_is_closed(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     state = json.loads(json.dumps(store.describe_wave(Wave("run", 0, 4, 5))))
-    for shard in (3, 5, 7):  # 3 is of the wave before
+    for shard in (3, 5, 7):  # 3 is in the wave before
         write(store, shard, make_rows(f"scan-{shard}"))
     before = {uri: Path(uri).read_bytes() for uri in store.list_files()}
     assert store.close(state) == 3
     files = {uri: Path(uri).read_bytes() for uri in store.list_files()}
     assert set(files) == {store.name_file("run", 0, shard) for shard in range(3, 9)}
-    assert before.items() <= files.items(), "what was written has changed"
+    assert before.items() <= files.items(), "a written file has changed"
     assert store.close(state) == 0
     assert {uri: Path(uri).read_bytes() for uri in store.list_files()} == files
     assert read_names(tmp_path) == ["scan-3", "scan-5", "scan-7"]
@@ -231,16 +232,16 @@ def test_a_late_write_to_a_closed_shard_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LockLostError, match="Another run has taken over"):
         write(store, 1, make_rows("a"))
     assert read_names(tmp_path) == []
-    write(store, 2, make_rows("b"))  # it was not of the wave
+    write(store, 2, make_rows("b"))  # this shard was not in the wave
     assert read_names(tmp_path) == ["b"]
 
 
-def test_a_write_and_the_closing_at_once_leave_either(tmp_path: Path) -> None:
-    """Whoever comes first: the row is there, or its writer is told that it is not."""
+def test_a_shard_is_either_written_or_closed_if_both_are_tried_at_once(tmp_path: Path) -> None:
+    """If the write is first, its row is kept; otherwise the writer gets an error."""
     store = open_store(tmp_path)
     shards = range(40)
 
-    def act(shard: int) -> bool | None:
+    def write_or_close(shard: int) -> bool | None:
         if shard < 0:
             store.close(store.describe_wave(Wave("run", 0, 0, len(shards))))
             return None
@@ -251,9 +252,9 @@ def test_a_write_and_the_closing_at_once_leave_either(tmp_path: Path) -> None:
         return True
 
     with ThreadPool(4) as pool:
-        done = pool.map(act, [*shards[:20], -1, *shards[20:]], chunksize=1)
+        done = pool.map(write_or_close, [*shards[:20], -1, *shards[20:]], chunksize=1)
     written = [
-        shard for shard, is_there in zip(shards, done[:20] + done[21:], strict=True) if is_there
+        shard for shard, is_written in zip(shards, done[:20] + done[21:], strict=True) if is_written
     ]
     assert read_names(tmp_path) == sorted(map(str, written))
     assert len(store.list_files()) == len(shards)
@@ -275,7 +276,7 @@ def test_the_run_of_another_classifier_is_closed_in_its_own_folder(tmp_path: Pat
     assert schema.remove_metadata().equals(other.file_schema)
 
 
-def test_a_run_that_came_to_its_end_leaves_nothing_to_close(tmp_path: Path) -> None:
+def test_a_finished_run_leaves_nothing_to_close(tmp_path: Path) -> None:
     assert open_store(tmp_path).close({}) == 0
     assert not (tmp_path / "predictions").exists()
 
@@ -291,7 +292,10 @@ def test_an_output_of_an_older_schema_is_refused(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_plan_lies_where_no_reader_looks(tmp_path: Path) -> None:
+def test_the_plan_is_outside_the_folder_of_predictions(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    assert store.name_plan("run", "0000.parquet") == str(tmp_path / ".plan/run/0000.parquet")
-    assert store.list_files() == []
+    plan_uri = store.name_plan("run", "0000.parquet")
+    assert plan_uri == str(tmp_path / ".plan/run/0000.parquet")
+    write(store, 1, make_rows("a"))
+    storage.write_bytes(plan_uri, b"a plan")
+    assert store.list_files() == [store.name_file("run", 0, 1)]

@@ -35,7 +35,7 @@ def make_slices(
     patient: str | None = "patient",
     later_s: int = 0,
 ) -> list[dict[str, Any]]:
-    """Return rows of a series, with the probability of a glioma of each slice; None is rejected."""
+    """Return rows of a series with these probabilities of a glioma; None is a rejected slice."""
     rows = []
     for number, prob in enumerate(probs):
         reason = "corrupt" if prob is None else None
@@ -58,7 +58,7 @@ def make_table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=build_schema(CLASSES))
 
 
-def group(store: PredictionStore, *rows: dict[str, Any]) -> dict[str, Any]:
+def summarise(store: PredictionStore, *rows: dict[str, Any]) -> dict[str, Any]:
     """Summarise the rows of one study, as they are read from one file."""
     write(store, len(store.list_files()), make_table(list(rows)))
     slices = read_slices(store, store.list_files()[-1])
@@ -72,7 +72,7 @@ def group(store: PredictionStore, *rows: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_series_row_is_the_summary_of_its_slices(tmp_path: Path) -> None:
     rows = make_slices("a", [0.1, 0.9, 0.8, None, 0.2])
-    found = group(open_store(tmp_path), *rows)
+    found = summarise(open_store(tmp_path), *rows)
     expected = summarise_series(rows, CLASSES, RULE)
     (series,) = found["series"]
     assert (series["answer"], series["reason"]) == (expected["answer"], None) == ("glioma", None)
@@ -86,26 +86,26 @@ def test_a_series_row_is_the_summary_of_its_slices(tmp_path: Path) -> None:
     assert "incomplete" in series["flags"]
 
 
-def test_of_a_slice_with_several_rows_the_latest_counts(tmp_path: Path) -> None:
+def test_the_latest_row_of_a_slice_is_used(tmp_path: Path) -> None:
     old = make_slices("a", [0.9, 0.9, 0.9, 0.9])
     new = make_slices("a", [0.1, 0.1, 0.1, 0.1], later_s=60)
     for rows in ([*old, *new], [*new, *old]):
-        (series,) = group(open_store(tmp_path), *rows)["series"]
+        (series,) = summarise(open_store(tmp_path), *rows)["series"]
         assert (series["answer"], series["num_slices"]) == ("notumor", 4)
 
 
 def test_series_are_never_merged(tmp_path: Path) -> None:
-    """Two halves of what would be a run are no run."""
+    """Neighbouring slices of two series are not a run."""
     rows = [*make_slices("a", [0.1, 0.1, 0.1, 0.9]), *make_slices("b", [0.9, 0.1, 0.1, 0.1])]
-    found = group(open_store(tmp_path), *rows)
+    found = summarise(open_store(tmp_path), *rows)
     assert [series["longest_run_glioma"] for series in found["series"]] == [1, 1]
     assert found["study"]["num_series"] == 2
     assert found["study"]["series"] == ["a", "b"]
 
 
-def test_what_names_no_study_is_a_series_alone(tmp_path: Path) -> None:
+def test_a_series_without_a_study_has_no_study_row(tmp_path: Path) -> None:
     rows = make_slices("volume", [0.1, 0.1, 0.1], study=None, patient=None)
-    found = group(open_store(tmp_path), *rows)
+    found = summarise(open_store(tmp_path), *rows)
     assert found["study"] is None
     assert found["series"][0]["study"] is found["series"][0]["patient"] is None
 
@@ -116,7 +116,7 @@ def test_pictures_are_in_no_series(tmp_path: Path) -> None:
     assert read_slices(store, store.list_files()[0]).num_rows == 0
 
 
-def describe(series: str, answer: str, glioma: float) -> dict[str, Any]:
+def make_summary(series: str, answer: str, glioma: float) -> dict[str, Any]:
     evidence = {"glioma": glioma, "notumor": 1 - glioma}
     return {"series": series, "answer": answer, "evidence": evidence}
 
@@ -130,10 +130,10 @@ def describe(series: str, answer: str, glioma: float) -> dict[str, Any]:
         ([INDETERMINATE, INDETERMINATE], (INDETERMINATE, "no_answers")),
     ],
 )
-def test_a_study_has_an_answer_where_its_series_agree(
+def test_a_study_has_an_answer_if_its_series_agree(
     answers: list[str], expected: tuple[str, str | None]
 ) -> None:
-    series = [describe(f"s{number}", answer, 0.5) for number, answer in enumerate(answers)]
+    series = [make_summary(f"s{number}", answer, 0.5) for number, answer in enumerate(answers)]
     found = summarise_study(series[::-1], CLASSES)
     assert (found["answer"], found["reason"]) == expected
     assert found["series"] == ["s0", "s1"]
@@ -141,8 +141,8 @@ def test_a_study_has_an_answer_where_its_series_agree(
     assert (found["num_series"], found["num_answered"]) == (2, 2 - answers.count(INDETERMINATE))
 
 
-def test_a_study_says_which_series_is_strongest_for_each_class() -> None:
-    series = [describe("a", "glioma", 0.6), describe("b", "glioma", 0.9)]
+def test_a_study_names_the_strongest_series_of_each_class() -> None:
+    series = [make_summary("a", "glioma", 0.6), make_summary("b", "glioma", 0.9)]
     found = summarise_study(series, CLASSES)
     assert found["evidence"] == {"glioma": 0.9, "notumor": 0.4}
     assert found["strongest_series"] == {"glioma": "b", "notumor": "a"}
@@ -153,7 +153,7 @@ def test_a_study_says_which_series_is_strongest_for_each_class() -> None:
 
 @pytest.mark.usefixtures("local_ray")
 def test_the_tables_hold_every_series_and_study_once(tmp_path: Path) -> None:
-    """Whatever files their slices lie in, and each run in the place of the last one's."""
+    """Their slices can be in any file, and each run replaces the tables of the last one."""
     store = open_store(tmp_path)
     rows = [
         *make_slices("a", [0.9, 0.9, 0.9, 0.9], study="one"),

@@ -1,4 +1,4 @@
-"""The main job, whole: what it writes, and that it says no when it should."""
+"""Training end to end: the files that a run writes, and the errors of an invalid run."""
 
 import base64
 import dataclasses
@@ -85,13 +85,13 @@ def build_job(
 def finished(
     phantom_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TrainJob, dict[str, Any], list[str]]:
-    """Train once, with two workers, for the tests that look at what came out."""
+    """Train once with two workers, for the tests that check the output."""
     lines: list[str] = []
     job = build_job(phantom_folder, tmp_path_factory.mktemp("run") / "out", num_workers=2)
     return job, train(job, log=lines.append), lines
 
 
-def test_a_run_writes_everything_it_promises(
+def test_a_run_writes_all_its_output_files(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
     job, metrics, lines = finished
@@ -116,7 +116,7 @@ def test_a_run_writes_everything_it_promises(
     assert "32 test images" in lines[0]
 
 
-def test_metrics_hold_the_promised_names(
+def test_metrics_have_all_names_and_match_the_manifest(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
     job, metrics, _ = finished
@@ -157,7 +157,7 @@ def test_the_classifier_has_a_model_card(
     assert str(Path(job.data_uri).parent) not in text
 
 
-def test_the_manifest_keeps_groups_together_and_testing_apart(
+def test_the_manifest_splits_no_group_and_keeps_the_given_test_set(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
     job, _, _ = finished
@@ -186,7 +186,7 @@ def load_training_images(job: TrainJob) -> NDArray[np.uint8]:
     )
 
 
-def test_what_is_validated_has_the_statistics_of_training_images_as_they_are(
+def test_checkpoints_have_batch_norm_statistics_of_unaugmented_training_images(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
     job, _, _ = finished
@@ -195,7 +195,7 @@ def test_what_is_validated_has_the_statistics_of_training_images_as_they_are(
     state = load_network_weights(folders[-1])  # the second epoch's: at the full size
     pixels = normalise_images(torch.from_numpy(images), PREPROCESSING)
     seen = F.conv2d(pixels, state["conv1.weight"], stride=2, padding=3)
-    # All training images but the few that fill no batch.
+    # All training images except those of the last, incomplete batch.
     scale = seen.std((0, 2, 3))
     difference = (state["bn1.running_mean"] - seen.mean((0, 2, 3))).abs() / scale
     assert difference.max() < 0.02
@@ -203,7 +203,7 @@ def test_what_is_validated_has_the_statistics_of_training_images_as_they_are(
     torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=0.03)
 
 
-def test_the_saved_statistics_are_of_training_images_as_they_are(
+def test_the_bundle_has_batch_norm_statistics_of_unaugmented_training_images(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
     job, _, lines = finished
@@ -218,7 +218,7 @@ def test_the_saved_statistics_are_of_training_images_as_they_are(
     assert any(f"statistics on {len(images)} unaugmented images" in line for line in lines)
 
 
-def test_predictions_are_those_of_the_saved_classifier(
+def test_the_predictions_are_those_of_the_exported_classifier(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
     job, metrics, _ = finished
@@ -260,7 +260,7 @@ def test_an_evaluation_table_is_the_prediction_table_with_labels(
         assert (row["split"], row["true_class"]) == ("test", file.parent.name)
 
 
-def test_the_bundle_says_in_which_precision_it_was_trained(
+def test_the_bundle_records_the_precision_of_training(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
     job, metrics, _ = finished
@@ -269,7 +269,7 @@ def test_the_bundle_says_in_which_precision_it_was_trained(
     assert card["model_card"]["training"]["precision"] == "fp32"
 
 
-def test_calibration_is_fitted_to_what_the_engine_that_ships_predicts(
+def test_calibration_is_fitted_to_predictions_of_the_default_engine(
     finished: tuple[TrainJob, dict[str, Any], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, _, _ = finished
@@ -319,7 +319,7 @@ def test_the_exported_statistics_are_computed_in_the_precision_of_the_workers(
     assert seen == [{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]]
 
 
-def test_the_report_shows_where_the_class_was_seen_that_a_scan_was_taken_for(
+def test_the_report_shows_the_class_map_of_a_wrongly_predicted_class(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
     job, _, _ = finished
@@ -343,7 +343,7 @@ def test_the_report_shows_where_the_class_was_seen_that_a_scan_was_taken_for(
     np.testing.assert_allclose(*pictures, atol=2)
 
 
-def test_a_finished_run_says_so_at_once_and_changes_nothing(
+def test_a_finished_run_is_not_trained_again(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
     job, metrics, _ = finished
@@ -371,15 +371,15 @@ def test_another_configuration_in_the_same_folder_is_refused(
     assert "optimisation.learning_rate: 0.0003 -> 1.0" in str(refusal.value)
 
 
-def test_changed_data_are_refused(
+def test_changed_data_is_refused(
     finished: tuple[TrainJob, dict[str, Any], list[str]], tmp_path: Path
 ) -> None:
     job, _, _ = finished
     copy = tmp_path / "copy"
     for file in Path(job.data_uri).rglob("*.*"):
-        place = copy / file.relative_to(job.data_uri)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(file.read_bytes())
+        target = copy / file.relative_to(job.data_uri)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
     output = tmp_path / "out"
     output.mkdir()
     for name in ("manifest.parquet",):
@@ -391,7 +391,7 @@ def test_changed_data_are_refused(
         train(build_job(copy, output))
 
 
-def test_evaluating_alone_gives_the_same_scores(
+def test_a_separate_evaluation_gives_the_same_scores(
     finished: tuple[TrainJob, dict[str, Any], list[str]], tmp_path: Path
 ) -> None:
     job, metrics, _ = finished
@@ -421,7 +421,7 @@ def test_evaluating_alone_gives_the_same_scores(
     assert (tmp_path / "evaluated" / "report.html").exists()
 
 
-def test_evaluating_without_the_manifest_leaves_the_baseline_out_and_says_so(
+def test_evaluation_without_the_manifest_omits_the_baseline_and_logs_this(
     finished: tuple[TrainJob, dict[str, Any], list[str]], tmp_path: Path
 ) -> None:
     job, _, _ = finished
@@ -449,26 +449,28 @@ def test_two_workers_train_as_one_does(trained: Path, trained_by_two: Path) -> N
     assert two["train_loss"] == pytest.approx(one["train_loss"], abs=3e-4)
 
 
-def ask_for_bf16(rank: int, folder: str) -> None:
-    """One of two gloo workers: who has bf16 instructions is made up, case by case."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    answers = []
+def agree_in_worker(rank: int, folder: str) -> None:
+    """Run one of two gloo workers; ``BF16_HOLDERS`` says which of them have bf16 instructions."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    agreed = []
     for holders in BF16_HOLDERS:
         loop.has_native_bf16 = lambda *, use_gpu, holds=rank in holders: holds and not use_gpu
-        taken = loop.agree_precision("auto", torch.device("cpu"), lambda _: None)
-        answers.append(taken == "bf16")
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(answers))
+        precision = loop.agree_precision("auto", torch.device("cpu"), lambda _: None)
+        agreed.append(precision == "bf16")
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(agreed))
     dist.destroy_process_group()
 
 
-def test_the_workers_agree_whether_all_have_bf16(tmp_path: Path) -> None:
-    mp.spawn(ask_for_bf16, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+def test_the_workers_use_bf16_only_if_all_have_it(tmp_path: Path) -> None:
+    mp.spawn(agree_in_worker, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [False, False, False, True]
 
 
 @pytest.mark.parametrize(
-    ("asked", "has_bf16", "taken", "message"),
+    ("requested", "has_bf16", "expected", "message"),
     [
         ("auto", True, "bf16", None),
         ("auto", False, "fp32", "Training in fp32"),
@@ -478,27 +480,30 @@ def test_the_workers_agree_whether_all_have_bf16(tmp_path: Path) -> None:
         ("fp32", True, "fp32", None),
     ],
 )
-def test_bf16_is_taken_where_all_have_it_or_it_was_asked_for(
-    asked: Any,  # noqa: ANN401 - one of a literal's values
+def test_bf16_is_used_if_all_have_it_or_if_it_is_requested(
+    requested: Any,  # noqa: ANN401 - one of a literal's values
     has_bf16: bool,
-    taken: str,
+    expected: str,
     message: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loop, "has_native_bf16", lambda *, use_gpu: has_bf16 and not use_gpu)
     sent: list[dict[str, Any]] = []
-    assert loop.agree_precision(asked, torch.device("cpu"), sent.append) == taken
+    assert loop.agree_precision(requested, torch.device("cpu"), sent.append) == expected
     assert [one["line"].startswith(message or "") for one in sent] == [True] * bool(message)
 
 
 @pytest.fixture(scope="module")
-def warm(
+def fine_tuned(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
     phantom_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[TrainJob, dict[str, Any], list[str]]:
-    """Train what was trained, on data of one root with what is no scan, and learn nothing more."""
-    data = tmp_path_factory.mktemp("warm") / "data"
+    """Fine-tune the exported weights: fit the head, then train with almost no learning rate.
+
+    The data are one folder without splits, with a hidden folder and a file that is not an image.
+    """
+    data = tmp_path_factory.mktemp("fine-tuned") / "data"
     shutil.copytree(phantom_folder / "Training", data)
     (data / "glioma" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not really")
     (data / ".ipynb_checkpoints").mkdir()
@@ -518,38 +523,38 @@ def warm(
     return job, train(job, log=lines.append), lines
 
 
-def test_training_goes_on_without_the_scans_it_must_reject(
-    warm: tuple[TrainJob, dict[str, Any], list[str]],
+def test_training_continues_without_rejected_scans(
+    fine_tuned: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
-    job, metrics, lines = warm
+    job, metrics, lines = fine_tuned
     manifest = storage.read_table(job.at("manifest.parquet")).to_pylist()
     rejected = [row for row in manifest if row["split"] == "rejected"]
     assert [row["path"] for row in rejected] == ["glioma/broken.jpg"]
     assert rejected[0]["reason"] in ("truncated", "corrupt", "not_an_image")
     assert "1 hidden" in lines[0]
-    assert metrics["test"]["n"] > 0  # one root: a test set was split off, by groups
+    assert metrics["test"]["n"] > 0  # no splits are given, so a test set was split off by groups
     by_group: dict[int, set[str]] = {}
     for row in manifest:
         by_group.setdefault(row["group"], set()).add(row["split"])
     assert all(len(splits) == 1 for splits in by_group.values())
 
 
-def test_training_ends_when_patience_does(
-    warm: tuple[TrainJob, dict[str, Any], list[str]],
+def test_training_stops_early_when_validation_does_not_improve(
+    fine_tuned: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
-    """Nothing can be learnt at such a rate: the second epoch is no better, and is the last."""
-    _, metrics, _ = warm
+    """With this learning rate the second epoch is not better than the first, so it is the last."""
+    _, metrics, _ = fine_tuned
     assert metrics["training"]["num_epochs"] == 2
     assert metrics["training"]["best_epoch"] == 0
 
 
-def test_pretrained_weights_start_with_the_head_alone(
+def test_training_from_exported_weights_fits_the_head_first(
     finished: tuple[TrainJob, dict[str, Any], list[str]],
-    warm: tuple[TrainJob, dict[str, Any], list[str]],
+    fine_tuned: tuple[TrainJob, dict[str, Any], list[str]],
 ) -> None:
-    """The backbone stood still, and the head alone was fitted."""
+    """The backbone is unchanged, and only the head is fitted."""
     before = load_classifier(finished[0].at("classifier"))
-    job, _, _ = warm
+    job, _, _ = fine_tuned
     manifest = storage.read_table(job.at("manifest.parquet")).to_pylist()
     labels = [TINY.classes.index(row["label"]) for row in manifest if row["split"] == "train"]
     outputs = compute_eager(before, load_training_images(job))
@@ -557,11 +562,13 @@ def test_pretrained_weights_start_with_the_head_alone(
     assert runlog.read_records(job.at("metrics.jsonl"))[0]["train_loss"] < loss - 0.1
     after = load_classifier(job.at("classifier")).build_network().state_dict()
     for name, tensor in before.build_network().state_dict().items():
-        stood_still = torch.allclose(tensor, after[name], atol=1e-6)
-        assert stood_still != name.startswith("fc."), name
+        is_unchanged = torch.allclose(tensor, after[name], atol=1e-6)
+        assert is_unchanged != name.startswith("fc."), name
 
 
-def test_a_diverging_run_fails_with_the_remedy(phantom_folder: Path, tmp_path: Path) -> None:
+def test_a_diverging_run_is_an_error_that_names_the_remedy(
+    phantom_folder: Path, tmp_path: Path
+) -> None:
     config = dataclasses.replace(
         TINY, optimisation=Optimisation(learning_rate=1e30, clip_norm=0.0, warmup_epochs=0.0)
     )

@@ -1,4 +1,4 @@
-"""A short training as a person starts it; several test files run it, whole, doubled or killed."""
+"""A short training, started as a user starts it. Several test files run, kill and resume it."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def list_words(data: Path | str, output: Path | str, **changes: object) -> list[
 
 
 def start(environment: dict[str, str], *words: str) -> subprocess.Popen[str]:
-    """Start `python jobs/train.py` in a process group of its own."""
+    """Start `python jobs/train.py` in a new process group."""
     return subprocess.Popen(
         [sys.executable, "jobs/train.py", *words],
         cwd=REPOSITORY,
@@ -44,7 +44,7 @@ def start(environment: dict[str, str], *words: str) -> subprocess.Popen[str]:
 
 
 def read_records(output: Path) -> list[dict[str, Any]]:
-    """Read what a run has printed of its epochs so far."""
+    """Read the records of a run's epochs so far."""
     file = output / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
