@@ -64,6 +64,7 @@ PARTS_PER_CPU = 2
 """Tasks for each CPU, so that a slow CPU does not delay the others for long."""
 
 _BOUND_SLACK = 1e-5  # float32 products of unit vectors err by about 1e-7
+_SQUARE_SLACK = 1e-6  # the same error in a squared length, whose root is small
 _AXES_ROWS = 16_384
 _RECALL_ROWS = 16_384
 _BLOCK_ROWS = 1024
@@ -335,7 +336,7 @@ def build_sketches(vectors: FloatRows, num_axes: int = NUM_AXES) -> FloatRows:
     _, axes = np.linalg.eigh(sample.T @ sample)  # ascending; any orthonormal axes keep the bound
     leading = vectors @ axes[:, ::-1][:, :num_axes].astype(np.float32)
     squared = np.einsum("ij,ij->i", vectors, vectors) - np.einsum("ij,ij->i", leading, leading)
-    return np.column_stack([leading, np.sqrt(np.maximum(squared, 0))])
+    return np.column_stack([leading, np.sqrt(np.maximum(squared, 0) + _SQUARE_SLACK)])
 
 
 def multiply_rows(vectors: FloatRows, left: Indices, right: Indices) -> FloatRows:
