@@ -27,9 +27,9 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Three processes on two cores, because tests wait for Ray, services and browsers. Each
+# Two processes, because a test that waits for Ray, a service or a browser leaves a core idle. Each
 # takes the next file in the order of tests/conftest.py.
-PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: check
 	$(BIN)/python -m pytest $(PARALLEL)
