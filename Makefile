@@ -38,7 +38,7 @@ coverage: install
 	$(BIN)/python -m pytest $(PARALLEL) --cov brainray --cov-report term
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not (slow or ray or browser or service or heavy)"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or ray or browser or service or heavy)"
 
 test-slow: install
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m "slow or hypothesis"
