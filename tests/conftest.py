@@ -71,7 +71,7 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def joined(local_ray: None) -> dict[str, str]:  # noqa: ARG001 - is what is joined
+def joined(local_ray: None) -> dict[str, str]:  # noqa: ARG001 - starts that Ray
     """Return the environment of a process that joins this session's Ray instead of starting one."""
     return {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
