@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,7 @@ from brainray.images.preprocess import Preprocessing
 from brainray.inference import bulk as bulk_module
 from brainray.inference import plan as plan_module
 from brainray.inference.bulk import WavePredictor, classify, parse_max_rejected
-from brainray.inference.engine import EngineOptions, open_engine
+from brainray.inference.engine import Engine, EngineOptions, open_engine
 from brainray.inference.options import ClassifyJob
 from brainray.inference.schema import build_schema
 from brainray.inference.series import SeriesRule
@@ -256,6 +257,29 @@ def test_explained_rows_have_the_map_of_their_class(
     assert later.pop(str(inbox / "new.jpg"))["class_map"] is None
     assert later == rows
     check_that_the_guide_draws_a_map(output, tmp_path)
+
+
+def test_the_classifier_is_read_before_ray_starts(
+    inbox: Path, tiny_classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that reads it from S3 while Ray sets environment variables can crash the process."""
+    events = []
+
+    def prepare_slowly(classifier_uri: str, options: EngineOptions) -> Callable[[], Engine]:
+        prepared = prepare_fake_engine(classifier_uri, options)
+        time.sleep(0.5)
+        events.append("read")
+        return prepared
+
+    def refuse_to_start(**_: object) -> None:
+        events.append("started")
+        raise ConfigError("no Ray in this test")
+
+    monkeypatch.setattr(bulk_module, "prepare_engine", prepare_slowly)
+    monkeypatch.setattr(bulk_module, "connect_ray", refuse_to_start)
+    with pytest.raises(ConfigError, match="no Ray in this test"):
+        classify(make_job(inbox, tiny_classifier, tmp_path / "out"))
+    assert events == ["read", "started"]
 
 
 def check_that_the_guide_draws_a_map(output: Path, folder: Path) -> None:

@@ -12,12 +12,10 @@ receives the statistics of each shard, and no rows. After all waves
 
 import logging
 import pickle
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import ray
@@ -72,8 +70,6 @@ IMAGES_PER_THREAD_S = 25.0
 many scans share a file."""
 IMAGES_PER_GPU_S = 3_000.0
 """Expected images per second and GPU, likewise."""
-
-Result = TypeVar("Result")
 
 
 def classify(
@@ -151,8 +147,9 @@ def _classify(
             log(f"The last run was interrupted; {num_missing:,} of its files are left empty.")
         lock.update({})
         storage.delete_folder(store.plan_uri)
-        # Preparing the engine takes about as long as starting Ray.
-        engine = start_thread(prepare_engine, job.classifier_uri, job.engine)
+        # Not in a thread beside connect_ray: Ray sets environment variables when it starts, and
+        # another thread that reads one in C at that time, such as an S3 client, would crash.
+        engine = prepare_engine(job.classifier_uri, job.engine)
         connect_ray(verbose=verbose)
         needs = []
         if job.engine.use_gpu:
@@ -188,7 +185,7 @@ def _classify(
                 labels=ray.put(labels),
             )
             outputs: list[Output] = ["class_maps"] if job.explain else []
-            stage = PredictStage.of(metadata, engine.result(), pool, outputs)
+            stage = PredictStage.of(metadata, engine, pool, outputs)
             predictor = WavePredictor(task, stage, num_decoders, lock, progress, log, on_progress)
             for wave in plan.list_waves(run, SHARDS_PER_ENGINE * pool.num_engines):
                 predictor.predict(wave)
@@ -208,20 +205,6 @@ def _check_plan(plan: Plan, scans: list[str], log: Log) -> None:
         log(f"Skipped {plan.num_hidden:,} hidden files.")
     if plan.num_indices:
         log(f"Skipped {plan.num_indices:,} DICOMDIR, since the files beside them are listed.")
-
-
-def start_thread(function: Callable[..., Result], *arguments: object) -> "Future[Result]":
-    """Call a function in a thread that does not keep the process from ending."""
-    future: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:  # raised by future.result()
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True, name=function.__name__).start()
-    return future
 
 
 def parse_max_rejected(text: str) -> Callable[[int], float]:
