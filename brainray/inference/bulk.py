@@ -148,7 +148,7 @@ def _classify(
         lock.update({})
         storage.delete_folder(store.plan_uri)
         # Not in a thread beside connect_ray: Ray sets environment variables when it starts, and
-        # another thread that reads one in C at that time, such as an S3 client, would crash.
+        # another thread that reads one in C at that time, such as an S3 client's, can crash.
         engine = prepare_engine(job.classifier_uri, job.engine)
         connect_ray(verbose=verbose)
         needs = []
