@@ -63,6 +63,7 @@ def test_losses_do_not_change_if_a_worker_is_killed_mid_epoch(
     assert (tmp_path / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_losses_do_not_change_if_the_driver_is_killed(
     phantom_folder: Path,
     tmp_path: Path,

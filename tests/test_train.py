@@ -4,7 +4,11 @@ import base64
 import dataclasses
 import io
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
@@ -47,7 +51,7 @@ from brainray.training.train import calibrate_classifier, train
 from tests.open_scans import load_image
 from tests.reference import compute_eager
 from tests.test_report import Page
-from tests.training import read_records
+from tests.training import read_losses, read_records
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -114,6 +118,36 @@ def test_a_run_writes_all_its_output_files(
     assert [record["world_size"] for record in records] == [2, 2]
     assert sum(line.startswith("epoch ") for line in lines) == 2
     assert "32 test images" in lines[0]
+
+
+def test_an_interrupted_run_resumes_from_its_checkpoint_with_the_same_losses(
+    phantom_folder: Path,
+    tmp_path: Path,
+    finished: tuple[TrainJob, dict[str, Any], list[str]],
+) -> None:
+    """tests/test_faults.py also kills the driver and a worker."""
+    job = build_job(phantom_folder, tmp_path, num_workers=2)
+    known = tmp_path / "checkpoints" / "checkpoint_manager_snapshot.json"  # Ray Train's list
+    is_interrupted = threading.Event()
+
+    def interrupt(line: str) -> None:
+        """Press Ctrl-C after the first epoch, as soon as Ray Train knows its checkpoint."""
+        if line.startswith("epoch ") and not is_interrupted.is_set():
+            is_interrupted.set()
+            deadline = time.monotonic() + 60
+            while not known.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(job, log=interrupt)
+    assert not (tmp_path / "metrics.json").exists()
+    lines: list[str] = []
+    train(job, log=lines.append)
+    assert any(line.startswith("Resuming the run") for line in lines)
+    assert sum(line.startswith("epoch ") for line in lines) < TINY.num_epochs
+    assert read_losses(tmp_path) == read_losses(Path(finished[0].output_uri))
 
 
 def test_metrics_have_all_names_and_match_the_manifest(
