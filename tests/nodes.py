@@ -100,6 +100,7 @@ class Cluster:
         )
         try:
             self._wait_for_port(self.dashboard_port)
+            self._wait_for_node(0)  # the dashboard listens before the node takes jobs
             for number, num_cpus in enumerate(node_cpus, 1):
                 self.add_node(num_cpus)
                 # One at a time: two nodes that start at once may choose the same port.
